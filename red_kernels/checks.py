@@ -1,0 +1,100 @@
+"""Argument checks of the public operations: each error names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def activation(x: Tensor, name: str = "x") -> None:
+    """Raise TypeError or ValueError unless ``x`` is a floating activation of shape ``(..., d)`` with ``d >= 1``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise TypeError(f"{name} has dtype {x.dtype}, expected float32, bfloat16, float16 or float64")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (..., d) with d >= 1")
+
+
+def same_shape(other: Tensor, x: Tensor, name: str) -> None:
+    """Raise unless ``other`` is a floating activation with the shape and device of ``x``."""
+    activation(other, name)
+    if other.shape != x.shape:
+        raise ValueError(f"{name} has shape {tuple(other.shape)}, expected that of x, {tuple(x.shape)}")
+    if other.device != x.device:
+        raise ValueError(f"{name} is on {other.device}, expected the device of x, {x.device}")
+
+
+def norm_vector(vector: Tensor | None, x: Tensor, name: str) -> None:
+    """Raise unless ``vector`` is None or a floating ``(d,)`` on the device of ``x``."""
+    if vector is not None:
+        _vector(vector, x, name)
+        if vector.dim() != 1 or vector.shape[0] != x.shape[-1]:
+            raise ValueError(f"{name} has shape {tuple(vector.shape)}, expected ({x.shape[-1]},), the width of x")
+
+
+def edit_vectors(x: Tensor, scale: Tensor | None, bias: Tensor | None, edit_ids: Tensor | None) -> None:
+    """Raise unless scale and bias are None, ``(d,)``, or ``(n, d)`` with integer ``edit_ids`` of shape ``x.shape[:-1]``."""
+    if edit_ids is None:
+        for name, vector in (("scale", scale), ("bias", bias)):
+            if vector is None:
+                continue
+            if isinstance(vector, Tensor) and vector.dim() == 2:
+                raise ValueError(
+                    f"{name} has shape {tuple(vector.shape)}, which needs edit_ids= to choose an edit for each row"
+                )
+            norm_vector(vector, x, name)
+        return
+    if scale is None and bias is None:
+        raise ValueError("edit_ids was given, but neither scale nor bias: there is nothing to choose from")
+    for name, vector in (("scale", scale), ("bias", bias)):
+        if vector is None:
+            continue
+        _vector(vector, x, name)
+        if vector.dim() != 2 or vector.shape[0] == 0 or vector.shape[1] != x.shape[-1]:
+            raise ValueError(
+                f"{name} has shape {tuple(vector.shape)}, expected (n, {x.shape[-1]}) with n >= 1, as edit_ids is given"
+            )
+    if scale is not None and bias is not None and scale.shape != bias.shape:
+        raise ValueError(f"scale has shape {tuple(scale.shape)} and bias {tuple(bias.shape)}, expected the same")
+    _edit_ids(edit_ids, x, scale if scale is not None else bias)
+
+
+def _edit_ids(edit_ids: Tensor, x: Tensor, vectors: Tensor | None) -> None:
+    if not isinstance(edit_ids, Tensor):
+        raise TypeError(f"edit_ids must be a tensor of integers, got {type(edit_ids).__name__}")
+    if edit_ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"edit_ids has dtype {edit_ids.dtype}, expected an integer dtype")
+    if edit_ids.shape != x.shape[:-1]:
+        raise ValueError(f"edit_ids has shape {tuple(edit_ids.shape)}, expected {tuple(x.shape[:-1])}, one for each row")
+    if edit_ids.device != x.device:
+        raise ValueError(f"edit_ids is on {edit_ids.device}, expected the device of x, {x.device}")
+    assert vectors is not None
+    # On an accelerator the values are not looked at: that would make the host wait for the device.
+    if edit_ids.device.type == "cpu" and not torch.compiler.is_compiling() and edit_ids.numel():
+        low, high = int(edit_ids.min()), int(edit_ids.max())
+        if low < 0 or high >= vectors.shape[0]:
+            raise IndexError(f"edit_ids has values from {low} to {high}, expected 0 to {vectors.shape[0] - 1}")
+
+
+def _vector(vector: Tensor, x: Tensor, name: str) -> None:
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{name} must be a tensor or None, got {type(vector).__name__}")
+    if vector.dtype not in ACTIVATION_DTYPES:
+        raise TypeError(f"{name} has dtype {vector.dtype}, expected float32, bfloat16, float16 or float64")
+    if vector.device != x.device:
+        raise ValueError(f"{name} is on {vector.device}, expected the device of x, {x.device}")
+
+
+def dropout(dropout_p: float) -> None:
+    """Raise ValueError unless ``dropout_p`` is a probability."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}, expected a probability from 0 to 1")
+
+
+def epsilon(eps: float) -> None:
+    """Raise ValueError unless ``eps`` is zero or positive."""
+    if not eps >= 0.0:
+        raise ValueError(f"eps is {eps}, expected 0 or more")

@@ -1,0 +1,325 @@
+"""The operations in plain PyTorch: the specification that every kernel is held to.
+
+Forward and backward formulas are written out, so the same file states what a kernel has to compute and what it may
+save. Arithmetic is in fp32 (fp64 for fp64 activations) and each result is rounded once, to the activation's dtype.
+Shapes: activations ``(..., d)``; vectors ``(d,)``, or ``(n, d)`` with ``edit_ids`` of the activation's leading shape.
+
+Source: RED, arXiv 2402.15179 (the edit ``scale * h + bias``); RMSNorm, arXiv 1910.07467; LayerNorm, arXiv 1607.06450;
+Philox4x32-10, Salmon et al., SC 2011 (the dropout mask).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NAME = "reference"
+
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+
+class EditGrads(NamedTuple):
+    """Gradients of :func:`edit_forward`; None where not asked for."""
+
+    x: Tensor | None
+    scale: Tensor | None
+    bias: Tensor | None
+
+
+class EditNormGrads(NamedTuple):
+    """Gradients of :func:`edit_norm_forward`; None where not asked for."""
+
+    x: Tensor | None
+    residual: Tensor | None
+    scale: Tensor | None
+    bias: Tensor | None
+    weight: Tensor | None
+    norm_bias: Tensor | None
+
+
+class NormEditGrads(NamedTuple):
+    """Gradients of :func:`norm_edit_forward`; None where not asked for."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    norm_bias: Tensor | None
+    scale: Tensor | None
+    bias: Tensor | None
+
+
+def unsupported(x: Tensor) -> str | None:
+    """Why this backend cannot take ``x``, or None: plain PyTorch takes every floating tensor."""
+    return None
+
+
+def philox_words(seed: Tensor, rows: int, columns: int) -> Tensor:
+    """The random words of a ``(rows, columns)`` activation: int64 values in ``[0, 2**32)``.
+
+    Column ``j`` of row ``i`` takes word ``j % 4`` of Philox4x32-10 with the counter ``(j // 4, i, i >> 32, 0)`` and the
+    two halves of ``seed`` (int64, one element) as key. Every backend draws these same words.
+    """
+    seed = seed.reshape(())
+    quads = (columns + 3) // 4
+    row = torch.arange(rows, device=seed.device, dtype=torch.int64)[:, None]
+    counter = [
+        torch.arange(quads, device=seed.device, dtype=torch.int64)[None, :].expand(rows, quads),
+        (row & _WORD).expand(rows, quads),
+        (row >> 32).expand(rows, quads),
+        torch.zeros((), device=seed.device, dtype=torch.int64).expand(rows, quads),
+    ]
+    key = [seed & _WORD, (seed >> 32) & _WORD]
+    for step in range(10):
+        if step:
+            key = [(k + s) & _WORD for k, s in zip(key, _PHILOX_KEY_STEPS, strict=True)]
+        high0, low0 = _multiply_words(counter[0], _PHILOX_MULTIPLIERS[0])
+        high1, low1 = _multiply_words(counter[2], _PHILOX_MULTIPLIERS[1])
+        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
+    return torch.stack(counter, dim=-1).reshape(rows, 4 * quads)[:, :columns]
+
+
+def _multiply_words(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low words of a 32 x 32 bit product; int64 wraps, which leaves the 64 bits right."""
+    product = a * b
+    return (product >> 32) & _WORD, product & _WORD
+
+
+def dropout_factor(seed: Tensor, dropout_p: float, like: Tensor) -> Tensor:
+    """``1 / (1 - p)`` where an element is kept, 0 where it is dropped, in the shape of ``like``."""
+    d = like.shape[-1]
+    words = philox_words(seed, like.numel() // d, d).reshape(like.shape)
+    keep = words >= round(dropout_p * 2**32)
+    factor = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    return keep.to(_compute_dtype(like)) * factor
+
+
+def edit_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    edit_ids: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+) -> Tensor:
+    """``z = residual + dropout(scale * x + bias)`` (RED eq. 1, with the residual add behind it)."""
+    return _edit(x, residual, scale, bias, edit_ids, seed, dropout_p).to(x.dtype)
+
+
+def edit_backward(
+    dz: Tensor,
+    x: Tensor | None,
+    scale: Tensor | None,
+    edit_ids: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    n_edits: int,
+    needs: tuple[bool, bool, bool],
+) -> EditGrads:
+    """Gradients of :func:`edit_forward` for x, scale and bias, as ``needs`` says; that of the residual is ``dz``."""
+    g = _wide(dz)
+    if seed is not None:
+        g = g * dropout_factor(seed, dropout_p, dz)
+    dx = dscale = dbias = None
+    if needs[0]:
+        dx = (g if scale is None else g * _per_row(scale, edit_ids, g)).to(dz.dtype)
+    if needs[1]:
+        assert x is not None
+        dscale = _column_sum(g * _wide(x), edit_ids, n_edits)
+    if needs[2]:
+        dbias = _column_sum(g, edit_ids, n_edits)
+    return EditGrads(dx, dscale, dbias)
+
+
+def edit_norm_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    norm_bias: Tensor | None,
+    edit_ids: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    weight_offset: float,
+    centered: bool,
+    keep_z: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """``z`` as in :func:`edit_forward` and ``y = norm(z)``: LayerNorm if ``centered``, else RMSNorm.
+
+    Returns ``(y, z, mean, rstd)``. With ``keep_z`` the norm sees ``z`` as rounded, which is what whoever reads ``z``
+    sees; without, ``z`` is None and never rounded. ``mean`` (None for RMSNorm) and ``rstd`` have the leading shape.
+    """
+    z = _edit(x, residual, scale, bias, edit_ids, seed, dropout_p)
+    rounded = z.to(x.dtype) if keep_z else None
+    if rounded is not None:
+        z = _wide(rounded)
+    normed, mean, rstd = _normalise(z, eps, centered)
+    y = _affine(normed, weight, norm_bias, weight_offset).to(x.dtype)
+    return y, rounded, mean, rstd
+
+
+def edit_norm_backward(
+    dy: Tensor,
+    dz: Tensor | None,
+    z: Tensor | None,
+    x: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    edit_ids: Tensor | None,
+    seed: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    dropout_p: float,
+    weight_offset: float,
+    n_edits: int,
+    needs: tuple[bool, bool, bool, bool, bool, bool],
+) -> EditNormGrads:
+    """Gradients of :func:`edit_norm_forward`; ``z`` is recomputed from ``x`` and ``residual`` where it was not kept."""
+    if z is None:
+        assert x is not None
+        z32 = _edit(x, residual, scale, bias, edit_ids, seed, dropout_p)
+    else:
+        z32 = _wide(z)
+    g, dweight, dnorm_bias = _norm_backward(_wide(dy), z32, weight, mean, rstd, weight_offset, needs[4], needs[5])
+    if dz is not None:
+        g = g + _wide(dz)
+    dresidual = g.to(dy.dtype) if needs[1] else None
+    if seed is not None:
+        g = g * dropout_factor(seed, dropout_p, dy)
+    dx = dscale = dbias = None
+    if needs[0]:
+        dx = (g if scale is None else g * _per_row(scale, edit_ids, g)).to(dy.dtype)
+    if needs[2]:
+        assert x is not None
+        dscale = _column_sum(g * _wide(x), edit_ids, n_edits)
+    if needs[3]:
+        dbias = _column_sum(g, edit_ids, n_edits)
+    return EditNormGrads(dx, dresidual, dscale, dbias, dweight, dnorm_bias)
+
+
+def norm_edit_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    edit_ids: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    centered: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``y = scale * norm(x) + bias``, an edit behind a post-norm (RED's ``res`` position). Returns (y, mean, rstd)."""
+    normed, mean, rstd = _normalise(_wide(x), eps, centered)
+    y = _affine(normed, weight, norm_bias, weight_offset)
+    y = _edit(y, None, scale, bias, edit_ids, None, 0.0)
+    return y.to(x.dtype), mean, rstd
+
+
+def norm_edit_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    edit_ids: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight_offset: float,
+    n_edits: int,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> NormEditGrads:
+    """Gradients of :func:`norm_edit_forward`."""
+    x32, g = _wide(x), _wide(dy)
+    dscale = dbias = None
+    if needs[3]:
+        centred = x32 if mean is None else x32 - mean[..., None]
+        h = _affine(centred * rstd[..., None], weight, norm_bias, weight_offset)
+        dscale = _column_sum(g * h, edit_ids, n_edits)
+    if needs[4]:
+        dbias = _column_sum(g, edit_ids, n_edits)
+    if scale is not None:
+        g = g * _per_row(scale, edit_ids, g)
+    dx, dweight, dnorm_bias = _norm_backward(g, x32, weight, mean, rstd, weight_offset, needs[1], needs[2])
+    return NormEditGrads(dx.to(dy.dtype) if needs[0] else None, dweight, dnorm_bias, dscale, dbias)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(_compute_dtype(x))
+
+
+def _per_row(vector: Tensor, edit_ids: Tensor | None, like: Tensor) -> Tensor:
+    vector = vector.to(_compute_dtype(like))
+    return vector if edit_ids is None else vector[edit_ids]
+
+
+def _column_sum(values: Tensor, edit_ids: Tensor | None, n_edits: int) -> Tensor:
+    d = values.shape[-1]
+    values = values.reshape(-1, d)
+    if edit_ids is None:
+        return values.sum(0)
+    return values.new_zeros(n_edits, d).index_add(0, edit_ids.reshape(-1), values)
+
+
+def _edit(
+    x: Tensor,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    edit_ids: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+) -> Tensor:
+    h = _wide(x)
+    if scale is not None:
+        h = h * _per_row(scale, edit_ids, h)
+    if bias is not None:
+        h = h + _per_row(bias, edit_ids, h)
+    if seed is not None:
+        h = h * dropout_factor(seed, dropout_p, h)
+    return h if residual is None else _wide(residual) + h
+
+
+def _normalise(z: Tensor, eps: float, centered: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    mean = z.mean(-1) if centered else None
+    if mean is not None:
+        z = z - mean[..., None]
+    rstd = torch.rsqrt(z.square().mean(-1) + eps)
+    return z * rstd[..., None], mean, rstd
+
+
+def _affine(normed: Tensor, weight: Tensor | None, norm_bias: Tensor | None, weight_offset: float) -> Tensor:
+    if weight is not None:
+        normed = normed * (weight.to(normed.dtype) + weight_offset)
+    return normed if norm_bias is None else normed + norm_bias.to(normed.dtype)
+
+
+def _norm_backward(
+    dy: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight_offset: float,
+    need_weight: bool,
+    need_norm_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``dz = rstd * (g - normed * mean(g * normed) - mean(g))``, the last term for LayerNorm only, ``g = dy * weight``."""
+    normed = (z if mean is None else z - mean[..., None]) * rstd[..., None]
+    dweight = _column_sum(dy * normed, None, 1) if need_weight else None
+    dnorm_bias = _column_sum(dy, None, 1) if need_norm_bias else None
+    g = dy if weight is None else dy * (weight.to(dy.dtype) + weight_offset)
+    dz = g - normed * (g * normed).mean(-1, keepdim=True)
+    if mean is not None:
+        dz = dz - g.mean(-1, keepdim=True)
+    return dz * rstd[..., None], dweight, dnorm_bias
