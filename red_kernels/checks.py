@@ -68,7 +68,9 @@ def _edit_ids(edit_ids: Tensor, x: Tensor, vectors: Tensor | None) -> None:
     if edit_ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"edit_ids has dtype {edit_ids.dtype}, expected an integer dtype")
     if edit_ids.shape != x.shape[:-1]:
-        raise ValueError(f"edit_ids has shape {tuple(edit_ids.shape)}, expected {tuple(x.shape[:-1])}, one for each row")
+        raise ValueError(
+            f"edit_ids has shape {tuple(edit_ids.shape)}, expected {tuple(x.shape[:-1])}, one for each row"
+        )
     if edit_ids.device != x.device:
         raise ValueError(f"edit_ids is on {edit_ids.device}, expected the device of x, {x.device}")
     assert vectors is not None

@@ -1,4 +1,4 @@
-"""The public operations and their ``torch.autograd.Function`` classes: shapes, checks, saved tensors; no arithmetic.
+"""The public operations: their shapes and checks. Their ``torch.autograd.Function`` classes are public too.
 
 Every operation takes activations of shape ``(..., d)`` in float32, bfloat16, float16 (or float64, in plain PyTorch) and
 vectors ``scale``, ``bias`` of shape ``(d,)`` in any of these dtypes; or ``(n, d)`` with ``edit_ids``, integers of shape
@@ -14,16 +14,20 @@ Source: RED, arXiv 2402.15179.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import FunctionCtx
 
 from . import checks
-from .backends import by_name, choose
+from .autograd import (
+    EditAddFunction,
+    EditAddLayerNormFunction,
+    EditAddRMSNormFunction,
+    EditFunction,
+    LayerNormEditFunction,
+    LinearEditFunction,
+    RMSNormEditFunction,
+)
 
 __all__ = [
     "EditAddFunction",
@@ -43,7 +47,9 @@ __all__ = [
 ]
 
 
-def edit(x: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, *, edit_ids: Tensor | None = None) -> Tensor:
+def edit(
+    x: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, *, edit_ids: Tensor | None = None
+) -> Tensor:
     """RED's edit, ``scale * x + bias`` at every row (RED eq. 1).
 
     Returns a tensor of the shape and dtype of ``x``. Errors: see the module.
@@ -206,177 +212,6 @@ def linear_edit(
     return LinearEditFunction.apply(x, weight, linear_bias, residual, scale, bias, _ids(edit_ids))
 
 
-class EditFunction(Function):
-    """``apply(x, scale, bias, edit_ids) -> y``; see :func:`edit`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor | None, bias: Tensor | None, edit_ids: Tensor | None) -> Tensor:
-        return _edit_forward(ctx, x, None, scale, bias, edit_ids, None, 0.0, (0, 1, 2))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _first_order(ctx, _edit_backward, grads)
-
-
-class EditAddFunction(Function):
-    """``apply(x, residual, scale, bias, edit_ids, seed, dropout_p) -> z``; see :func:`edit_add`.
-
-    ``seed`` is an int64 tensor of one element on the device of ``x``, or None for no dropout.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        scale: Tensor | None,
-        bias: Tensor | None,
-        edit_ids: Tensor | None,
-        seed: Tensor | None,
-        dropout_p: float,
-    ) -> Tensor:
-        return _edit_forward(ctx, x, residual, scale, bias, edit_ids, seed, dropout_p, (0, 2, 3))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dx, dscale, dbias, _ = _first_order(ctx, _edit_backward, grads)
-        return dx, grads[0] if ctx.needs_input_grad[1] else None, dscale, dbias, None, None, None
-
-
-class EditAddRMSNormFunction(Function):
-    """``apply(x, residual, scale, bias, weight, edit_ids, seed, dropout_p, eps, weight_offset, need_z) -> (y, z)``."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        scale: Tensor | None,
-        bias: Tensor | None,
-        weight: Tensor | None,
-        edit_ids: Tensor | None,
-        seed: Tensor | None,
-        dropout_p: float,
-        eps: float,
-        weight_offset: float,
-        need_z: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        tensors = (x, residual, scale, bias, weight, None, edit_ids, seed)
-        needs = ctx.needs_input_grad[:5] + (False,)
-        return _edit_norm_forward(ctx, tensors, needs, dropout_p, eps, weight_offset, False, need_z)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = _first_order(ctx, _edit_norm_backward, grads)
-        return *found[:5], None, None, None, None, None, None
-
-
-class EditAddLayerNormFunction(Function):
-    """``apply(x, residual, scale, bias, weight, norm_bias, edit_ids, seed, dropout_p, eps, need_z) -> (y, z)``."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        scale: Tensor | None,
-        bias: Tensor | None,
-        weight: Tensor | None,
-        norm_bias: Tensor | None,
-        edit_ids: Tensor | None,
-        seed: Tensor | None,
-        dropout_p: float,
-        eps: float,
-        need_z: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        tensors = (x, residual, scale, bias, weight, norm_bias, edit_ids, seed)
-        needs = ctx.needs_input_grad[:6]
-        return _edit_norm_forward(ctx, tensors, needs, dropout_p, eps, 0.0, True, need_z)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_first_order(ctx, _edit_norm_backward, grads), None, None, None, None, None
-
-
-class RMSNormEditFunction(Function):
-    """``apply(x, weight, scale, bias, edit_ids, eps, weight_offset) -> y``; see :func:`rms_norm_edit`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        scale: Tensor | None,
-        bias: Tensor | None,
-        edit_ids: Tensor | None,
-        eps: float,
-        weight_offset: float,
-    ) -> Tensor:
-        need = ctx.needs_input_grad
-        needs = (need[0], need[1], False, need[2], need[3])
-        return _norm_edit_forward(ctx, (x, weight, None, scale, bias, edit_ids), needs, eps, weight_offset, False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dx, dweight, _, dscale, dbias = _first_order(ctx, _norm_edit_backward, grads)
-        return dx, dweight, dscale, dbias, None, None, None
-
-
-class LayerNormEditFunction(Function):
-    """``apply(x, weight, norm_bias, scale, bias, edit_ids, eps) -> y``; see :func:`layer_norm_edit`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        norm_bias: Tensor | None,
-        scale: Tensor | None,
-        bias: Tensor | None,
-        edit_ids: Tensor | None,
-        eps: float,
-    ) -> Tensor:
-        tensors = (x, weight, norm_bias, scale, bias, edit_ids)
-        return _norm_edit_forward(ctx, tensors, ctx.needs_input_grad[:5], eps, 0.0, True)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_first_order(ctx, _norm_edit_backward, grads), None, None
-
-
-class LinearEditFunction(Function):
-    """``apply(x, weight, linear_bias, residual, scale, bias, edit_ids) -> z``; see :func:`linear_edit`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        linear_bias: Tensor | None,
-        residual: Tensor | None,
-        scale: Tensor | None,
-        bias: Tensor | None,
-        edit_ids: Tensor | None,
-    ) -> Tensor:
-        h = F.linear(x, weight, linear_bias)
-        backend = choose(h)
-        _remember(ctx, backend.NAME, 0.0, scale, bias)
-        need = ctx.needs_input_grad
-        ctx.linear = (weight.dtype, None if linear_bias is None else linear_bias.dtype)
-        ctx.save_for_backward(
-            x if need[1] else None,
-            weight if need[0] else None,
-            h if need[4] else None,
-            scale if need[0] or need[1] or need[2] else None,
-            edit_ids,
-        )
-        return backend.edit_forward(h, residual, scale, bias, edit_ids, None, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _first_order(ctx, _linear_edit_backward, grads)
-
-
 def _ids(edit_ids: Tensor | None) -> Tensor | None:
     return edit_ids if edit_ids is None else edit_ids.to(torch.int64)
 
@@ -403,207 +238,3 @@ def _edit_arguments(
     if training and dropout_p > 0.0:
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=x.device)
     return x, residual, _ids(edit_ids), seed
-
-
-def _remember(ctx: Any, backend: str, dropout_p: float, scale: Tensor | None, bias: Tensor | None) -> None:
-    """What every backward needs beside its tensors. The backend by name: autograd's threads do not share the choice."""
-    ctx.backend = backend
-    ctx.dropout_p = dropout_p
-    ctx.vectors = (None if scale is None else scale.dtype, None if bias is None else bias.dtype)
-    ctx.n_edits = next((v.shape[0] for v in (scale, bias) if v is not None and v.dim() == 2), 1)
-    ctx.set_materialize_grads(False)
-
-
-def _edit_forward(
-    ctx: Any,
-    x: Tensor,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    edit_ids: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    places: tuple[int, int, int],
-) -> Tensor:
-    backend = choose(x)
-    _remember(ctx, backend.NAME, dropout_p, scale, bias)
-    need = ctx.needs_input_grad
-    ctx.needs = tuple(need[place] for place in places)
-    ctx.save_for_backward(x if ctx.needs[1] else None, scale if ctx.needs[0] else None, edit_ids, seed)
-    return backend.edit_forward(x, residual, scale, bias, edit_ids, seed, dropout_p)
-
-
-def _edit_backward(ctx: Any, dz: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dz is None:
-        return None, None, None, None
-    x, scale, edit_ids, seed = ctx.saved_tensors
-    dx, dscale, dbias = _edit_grads(ctx, dz, x, scale, edit_ids, seed, ctx.needs)
-    return dx, dscale, dbias, None
-
-
-def _edit_grads(
-    ctx: Any,
-    dz: Tensor,
-    x: Tensor | None,
-    scale: Tensor | None,
-    edit_ids: Tensor | None,
-    seed: Tensor | None,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    unchanged = needs[0] and scale is None and seed is None  # then dx is dz, and nothing need be written
-    asked = (needs[0] and not unchanged, needs[1], needs[2])
-    if any(asked):
-        dx, dscale, dbias = by_name(ctx.backend).edit_backward(
-            dz, x, scale, edit_ids, seed, ctx.dropout_p, ctx.n_edits, asked
-        )
-    else:
-        dx = dscale = dbias = None
-    return dz if unchanged else dx, _as(dscale, ctx.vectors[0]), _as(dbias, ctx.vectors[1])
-
-
-def _edit_norm_forward(
-    ctx: Any,
-    tensors: tuple[Tensor | None, ...],
-    needs: tuple[bool, ...],
-    dropout_p: float,
-    eps: float,
-    weight_offset: float,
-    centered: bool,
-    need_z: bool,
-) -> tuple[Tensor, Tensor | None]:
-    x, residual, scale, bias, weight, norm_bias, edit_ids, seed = tensors
-    assert x is not None
-    backend = choose(x)
-    _remember(ctx, backend.NAME, dropout_p, scale, bias)
-    y, z, mean, rstd = backend.edit_norm_forward(
-        x, residual, scale, bias, weight, norm_bias, edit_ids, seed, dropout_p, eps, weight_offset, centered, need_z
-    )
-    ctx.needs = needs
-    ctx.weight_offset = weight_offset
-    ctx.norm_dtypes = (None if weight is None else weight.dtype, None if norm_bias is None else norm_bias.dtype)
-    if any(needs):
-        recompute = not need_z  # without z, the edit is done again from what it was made of
-        ctx.save_for_backward(
-            z,
-            x if needs[2] or recompute else None,
-            residual if recompute else None,
-            scale if needs[0] or recompute else None,
-            bias if recompute else None,
-            weight,
-            edit_ids,
-            seed,
-            mean,
-            rstd,
-        )
-    return y, z
-
-
-def _edit_norm_backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs
-    if not any(needs):
-        return None, None, None, None, None, None
-    z, x, residual, scale, bias, weight, edit_ids, seed, mean, rstd = ctx.saved_tensors
-    if dy is None:  # only z was used: the norm has no part in it
-        if dz is None:
-            return None, None, None, None, None, None
-        dx, dscale, dbias = _edit_grads(ctx, dz, x, scale, edit_ids, seed, (needs[0], needs[2], needs[3]))
-        return dx, dz if needs[1] else None, dscale, dbias, None, None
-    unchanged = needs[0] and scale is None and seed is None  # dx and dresidual are one tensor: write it once
-    asked = (needs[0] and not unchanged, needs[1] or unchanged, *needs[2:])
-    dx, dresidual, dscale, dbias, dweight, dnorm_bias = by_name(ctx.backend).edit_norm_backward(
-        dy, dz, z, x, residual, scale, bias, weight, edit_ids, seed, mean, rstd,
-        ctx.dropout_p, ctx.weight_offset, ctx.n_edits, asked,
-    )  # fmt: skip
-    return (
-        dresidual if unchanged else dx,
-        dresidual if needs[1] else None,
-        _as(dscale, ctx.vectors[0]),
-        _as(dbias, ctx.vectors[1]),
-        _as(dweight, ctx.norm_dtypes[0]),
-        _as(dnorm_bias, ctx.norm_dtypes[1]),
-    )
-
-
-def _norm_edit_forward(
-    ctx: Any,
-    tensors: tuple[Tensor | None, ...],
-    needs: tuple[bool, ...],
-    eps: float,
-    weight_offset: float,
-    centered: bool,
-) -> Tensor:
-    x, weight, norm_bias, scale, bias, edit_ids = tensors
-    assert x is not None
-    backend = choose(x)
-    _remember(ctx, backend.NAME, 0.0, scale, bias)
-    y, mean, rstd = backend.norm_edit_forward(
-        x, weight, norm_bias, scale, bias, edit_ids, eps, weight_offset, centered
-    )
-    ctx.needs = needs
-    ctx.weight_offset = weight_offset
-    ctx.norm_dtypes = (None if weight is None else weight.dtype, None if norm_bias is None else norm_bias.dtype)
-    if any(needs):
-        ctx.save_for_backward(x, weight, norm_bias if needs[3] else None, scale, edit_ids, mean, rstd)
-    return y
-
-
-def _norm_edit_backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None or not any(ctx.needs):
-        return None, None, None, None, None
-    x, weight, norm_bias, scale, edit_ids, mean, rstd = ctx.saved_tensors
-    dx, dweight, dnorm_bias, dscale, dbias = by_name(ctx.backend).norm_edit_backward(
-        dy, x, weight, norm_bias, scale, edit_ids, mean, rstd, ctx.weight_offset, ctx.n_edits, ctx.needs
-    )
-    return (
-        dx,
-        _as(dweight, ctx.norm_dtypes[0]),
-        _as(dnorm_bias, ctx.norm_dtypes[1]),
-        _as(dscale, ctx.vectors[0]),
-        _as(dbias, ctx.vectors[1]),
-    )
-
-
-def _linear_edit_backward(ctx: Any, dz: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dz is None:
-        return None, None, None, None, None, None, None
-    x, weight, h, scale, edit_ids = ctx.saved_tensors
-    need = ctx.needs_input_grad
-    through = need[0] or need[1] or need[2]
-    dh, dscale, dbias = _edit_grads(ctx, dz, h, scale, edit_ids, None, (through, need[4], need[5]))
-    dx = dweight = dlinear_bias = None
-    if dh is not None:
-        rows = dh.reshape(-1, dh.shape[-1])
-        dx = dh.matmul(weight) if need[0] else None
-        dweight = rows.t().matmul(x.reshape(-1, x.shape[-1])) if need[1] else None
-        dlinear_bias = rows.sum(0) if need[2] else None
-    return dx, dweight, dlinear_bias, dz if need[3] else None, dscale, dbias, None
-
-
-def _as(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    return gradient if gradient is None or gradient.dtype == dtype else gradient.to(dtype)
-
-
-def _first_order(ctx: FunctionCtx, backward: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Run a backward; under ``create_graph=True`` mark its results, so that differentiating them again says why not."""
-    if not torch.is_grad_enabled():
-        return backward(ctx, *grads)
-    with torch.no_grad():
-        found = backward(ctx, *grads)
-    name = type(ctx).__name__.removesuffix("Backward")
-    return tuple(None if g is None else _SecondDerivative.apply(name, g.detach().requires_grad_()) for g in found)
-
-
-class _SecondDerivative(Function):
-    """Passes a first gradient through; its own backward is the error."""
-
-    @staticmethod
-    def forward(ctx: Any, name: str, gradient: Tensor) -> Tensor:
-        ctx.name = name
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            f"{ctx.name} has no second derivative: the operations of red_kernels can be differentiated once. "
-            "Where a second derivative is needed, use the forward functions of red_kernels.reference under autograd"
-        )
