@@ -1,0 +1,83 @@
+// Column sums over all rows, for the gradients of vectors: each chunk adds up its own, and the chunks are added in order.
+#pragma once
+
+#include <utility>
+
+#include "tensors.h"
+
+namespace red {
+namespace cpu {
+
+class ColumnSums {
+ public:
+  // `asked[k]` and `of_edits[k]`: whether the k-th sum is wanted, and whether it is kept apart for each edit.
+  static constexpr int kSums = 4;
+
+  ColumnSums(const Shape& shape, const EditIds& ids) : shape_(shape), edits_(ids.edits()), sorted_(ids.data != nullptr),
+                                                       plan_(plan_chunks(shape.rows, ids.data, ids.edits())) {}
+
+  // Asks for the k-th sum; `of_edits` keeps it apart for each edit.
+  void ask(int k, bool wanted, bool of_edits) {
+    if (wanted) place_[k] = count_++;
+    of_edits_[k] = of_edits && sorted_;
+  }
+
+  // Runs body(chunk, sums, scratch) for every chunk, where sums[k] is the chunk's own row of zeros or null.
+  template <class Body>
+  void run(const Body& body) {
+    const int64_t d = shape_.d, width = padded(d);
+    partial_.reset(static_cast<float*>(acquire(std::max<size_t>(plan_.chunks.size() * count_ * width * 4, 64))));
+    STD_TORCH_CHECK(partial_ != nullptr, "red_kernels: out of memory for column sums");
+    const int64_t chunks = static_cast<int64_t>(plan_.chunks.size());
+    const int64_t grain = std::max<int64_t>(1, 16384 / d / 64);
+    torch::stable::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch(scratch_floats(d) + 16);
+      for (int64_t c = begin; c < end; ++c) {
+        float* sums[kSums];
+        for (int k = 0; k < kSums; ++k) {
+          sums[k] = place_[k] < 0 ? nullptr : partial(c, place_[k]);
+          if (sums[k]) std::fill(sums[k], sums[k] + d, 0.0f);
+        }
+        body(plan_.chunks[c], sums, align(scratch.data()));
+      }
+    });
+  }
+
+  // The k-th sum over all rows: (d,), or (n, d) for edits chosen by ids; undefined if not asked for.
+  Tensor total(int k) {
+    if (place_[k] < 0) return Tensor();
+    const int64_t d = shape_.d, n = of_edits_[k] ? edits_ : 1;
+    const int64_t sizes[2] = {n, d};
+    Tensor sum = make({sizes + (of_edits_[k] ? 0 : 1), static_cast<size_t>(of_edits_[k] ? 2 : 1)}, ScalarType::Float, 4);
+    float* out = floats(sum);
+    constexpr int64_t block = 256;  // columns that a thread adds up at a time
+    torch::stable::parallel_for(0, (d + block - 1) / block, 8, [&](int64_t first, int64_t last) {
+      const int64_t begin = first * block, end = std::min(last * block, d);
+      for (int64_t e = 0; e < n; ++e) std::fill(out + e * d + begin, out + e * d + end, 0.0f);
+      for (int64_t c = 0; c < static_cast<int64_t>(plan_.chunks.size()); ++c) {
+        const float* from = partial(c, place_[k]);
+        float* to = out + (of_edits_[k] ? plan_.chunks[c].edit * d : 0);
+        for (int64_t j = begin; j < end; ++j) to[j] += from[j];
+      }
+    });
+    return sum;
+  }
+
+ private:
+  struct Release {
+    void operator()(float* block) const { release(block); }
+  };
+  float* partial(int64_t chunk, int place) const { return partial_.get() + (chunk * count_ + place) * padded(shape_.d); }
+
+  const Shape& shape_;
+  int64_t edits_;
+  bool sorted_;
+  Plan plan_;
+  int count_ = 0;
+  int place_[kSums] = {-1, -1, -1, -1};
+  bool of_edits_[kSums] = {};
+  std::unique_ptr<float, Release> partial_;
+};
+
+}  // namespace cpu
+}  // namespace red

@@ -1,0 +1,101 @@
+#include "dispatch.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace red {
+
+namespace base {
+extern const Kernels kernels;
+}
+#if defined(RED_X86)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+#endif
+
+namespace {
+
+std::vector<const Kernels*> found() {
+  std::vector<const Kernels*> sets{&base::kernels};
+#if defined(RED_X86)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return sets;
+  sets.push_back(&avx2::kernels);
+  for (const bool has : {__builtin_cpu_supports("avx512f") != 0, __builtin_cpu_supports("avx512bw") != 0,
+                         __builtin_cpu_supports("avx512dq") != 0, __builtin_cpu_supports("avx512vl") != 0})
+    if (!has) return sets;
+  sets.push_back(&avx512::kernels);
+  if (__builtin_cpu_supports("avx512bf16")) sets.push_back(&avx512_bf16::kernels);
+#endif
+  return sets;
+}
+
+const Kernels* select(const char* name) {
+  const auto sets = found();
+  if (name == nullptr || *name == '\0') return sets.back();
+  std::string names;
+  for (const Kernels* set : sets) {
+    if (std::strcmp(set->name, name) == 0) return set;
+    names += std::string(names.empty() ? "" : ", ") + set->name;
+  }
+  throw std::runtime_error("RED_KERNELS_CPU is '" + std::string(name) + "', expected one that this processor can run: " +
+                           names);
+}
+
+std::atomic<const Kernels*> in_use{nullptr};
+
+}  // namespace
+
+const Kernels& kernels() {
+  const Kernels* set = in_use.load(std::memory_order_acquire);
+  if (set == nullptr) {
+    set = select(std::getenv("RED_KERNELS_CPU"));
+    in_use.store(set, std::memory_order_release);
+  }
+  return *set;
+}
+
+void use_kernels(const char* name) { in_use.store(select(name), std::memory_order_release); }
+
+std::vector<const char*> runnable() {
+  std::vector<const char*> names;
+  for (const Kernels* set : found()) names.push_back(set->name);
+  return names;
+}
+
+Plan plan_chunks(int64_t rows, const int64_t* ids, int64_t edits) {
+  Plan plan;
+  const int64_t length = std::max<int64_t>(64, (rows + 255) / 256);
+  std::vector<int64_t> ends(1, rows);  // where each edit's rows end
+  if (ids != nullptr) {
+    ends.assign(edits, 0);
+    for (int64_t i = 0; i < rows; ++i) ++ends[ids[i]];
+    std::vector<int64_t> next(edits, 0);
+    for (int64_t e = 0, before = 0; e < edits; ++e) {
+      next[e] = before;
+      before += ends[e];
+      ends[e] = before;
+    }
+    plan.order.resize(rows);
+    for (int64_t i = 0; i < rows; ++i) plan.order[next[ids[i]]++] = i;
+  }
+  const int64_t* order = ids != nullptr ? plan.order.data() : nullptr;
+  int64_t begin = 0;
+  for (int64_t e = 0; e < static_cast<int64_t>(ends.size()); ++e)
+    for (; begin < ends[e]; begin = std::min(begin + length, ends[e]))
+      plan.chunks.push_back({begin, std::min(begin + length, ends[e]), e, order});
+  return plan;
+}
+
+}  // namespace red

@@ -1,0 +1,28 @@
+// The kernels for one instruction set. setup.py compiles this file once for each, with its flags and its name as RED_ISA.
+#include "edit_norm.h"
+#include "norm_edit.h"
+
+namespace red {
+namespace RED_ISA {
+
+#define RED_NAME_(x) #x
+#define RED_NAME(x) RED_NAME_(x)
+#define RED_TYPES(kernel) {kernel<float>, kernel<BFloat16>, kernel<Float16>}
+#define RED_NORMS(kernel)                              \
+  {{kernel<float, false>, kernel<float, true>},        \
+   {kernel<BFloat16, false>, kernel<BFloat16, true>},  \
+   {kernel<Float16, false>, kernel<Float16, true>}}
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    RED_NAME(RED_ISA),
+    RED_TYPES(edit_forward),
+    RED_TYPES(edit_backward),
+    RED_NORMS(edit_norm_forward),
+    RED_NORMS(edit_norm_backward),
+    RED_NORMS(norm_edit_forward),
+    RED_NORMS(norm_edit_backward),
+};
+
+}  // namespace RED_ISA
+}  // namespace red

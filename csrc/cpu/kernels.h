@@ -1,0 +1,130 @@
+// What the dispatcher and the kernels of each instruction set agree on. Plain structs and pointers: no torch, no templates,
+// so that nothing compiled for a wide instruction set can be linked into code that runs everywhere.
+#pragma once
+
+#include <cstdint>
+
+namespace red {
+
+enum Type { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kTypes = 3 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// An activation of `rows` rows; the stride between rows is in elements, the columns are adjacent. Null where absent.
+struct Rows {
+  const void* data = nullptr;
+  int64_t stride = 0;
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// fp32 vectors, one for all rows (ids null) or one for each edit; an absent vector is filled with its neutral value.
+struct Vectors {
+  const float* data = nullptr;
+  int64_t stride = 0;
+  const int64_t* ids = nullptr;
+  const float* row(int64_t i) const { return ids ? data + ids[i] * stride : data; }
+};
+
+struct Dropout {
+  bool on = false;
+  uint64_t seed = 0;
+  uint32_t threshold = 0;  // an element is kept if its random word is at least this
+  float factor = 1.0f;     // 1 / (1 - p); 0 for p = 1
+};
+
+struct EditForward {
+  int64_t d;
+  Rows x, residual;
+  Vectors scale, bias;
+  Dropout dropout;
+  bool stream;  // store past the cache: the output is larger than what would still be cached when it is read
+  void* z;
+};
+
+struct EditBackward {
+  int64_t d;
+  Rows dz, x;
+  Vectors scale;
+  Dropout dropout;
+  bool stream;
+  void* dx;  // null if not asked for
+};
+
+struct EditNormForward {
+  int64_t d;
+  Rows x, residual;
+  Vectors scale, bias;
+  const float *weight, *norm_bias;
+  Dropout dropout;
+  float eps;
+  bool stream;
+  void *y, *z;  // z null: not kept, and not rounded before the norm
+  float *mean, *rstd;
+};
+
+struct EditNormBackward {
+  int64_t d;
+  Rows dy, dz, z, x, residual;  // z absent: made again from x and residual
+  Vectors scale, bias;
+  const float* weight;
+  Dropout dropout;
+  bool stream;
+  const float *mean, *rstd;
+  void *dx, *dresidual;
+};
+
+struct NormEditForward {
+  int64_t d;
+  Rows x;
+  Vectors scale, bias;
+  const float *weight, *norm_bias;
+  float eps;
+  bool stream;
+  void* y;
+  float *mean, *rstd;
+};
+
+struct NormEditBackward {
+  int64_t d;
+  Rows dy, x;
+  Vectors scale;
+  const float *weight, *norm_bias;
+  bool stream;
+  const float *mean, *rstd;
+  void* dx;
+};
+
+// A run of rows whose column sums are added up in order. Its extent depends on the shape and the ids only, never on the
+// number of threads, so neither do the sums. With `order`, the k-th row is order[k].
+struct Chunk {
+  int64_t begin, end, edit;
+  const int64_t* order;
+  int64_t row(int64_t k) const { return order ? order[k] : k; }
+};
+
+// Where a chunk adds up its column sums, each of d floats; null if not asked for.
+struct Columns {
+  float *dscale = nullptr, *dbias = nullptr, *dweight = nullptr, *dnorm_bias = nullptr;
+};
+
+// Floats of scratch that a kernel needs for a row of d: a row in fp32 and a row of dropout factors, each padded.
+constexpr int64_t padded(int64_t d) { return (d + 127) / 64 * 64; }
+constexpr int64_t scratch_floats(int64_t d) { return 2 * padded(d); }
+
+// One instruction set's kernels, by activation type, and for norms by [centered]: RMSNorm, LayerNorm.
+struct Kernels {
+  const char* name;
+  void (*edit_forward[kTypes])(const EditForward&, int64_t begin, int64_t end, float* scratch);
+  void (*edit_backward[kTypes])(const EditBackward&, const Chunk&, const Columns&, float* scratch);
+  void (*edit_norm_forward[kTypes][2])(const EditNormForward&, int64_t begin, int64_t end, float* scratch);
+  void (*edit_norm_backward[kTypes][2])(const EditNormBackward&, const Chunk&, const Columns&, float* scratch);
+  void (*norm_edit_forward[kTypes][2])(const NormEditForward&, int64_t begin, int64_t end, float* scratch);
+  void (*norm_edit_backward[kTypes][2])(const NormEditBackward&, const Chunk&, const Columns&, float* scratch);
+};
+
+}  // namespace red

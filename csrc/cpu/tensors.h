@@ -1,0 +1,237 @@
+// From tensors to the plain arguments of the kernels: checks, strides, fp32 vectors, outputs. The public operations have
+// checked their arguments already; these checks keep a direct call of an operator from reading past a tensor.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../ops.h"
+#include "dispatch.h"
+#include "memory.h"
+
+namespace red {
+namespace cpu {
+
+using torch::headeronly::ScalarType;
+
+inline Type type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Half:
+      return kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "red_kernels: x has an unsupported dtype, expected float32, bfloat16 or float16");
+  }
+}
+
+// The shape that all activations of a call share.
+struct Shape {
+  explicit Shape(const Tensor& x) : like(x), type(type_of(x)) {
+    STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) > 0, "red_kernels: x must be (..., d) with d >= 1");
+    d = x.size(x.dim() - 1);
+    rows = x.numel() / d;
+  }
+  int64_t bytes() const { return rows * d * static_cast<int64_t>(like.element_size()); }
+
+  const Tensor& like;
+  Type type;
+  int64_t rows, d;
+};
+
+// The rows of an activation. Keeps a contiguous copy where the strides are not those of rows.
+class Activation {
+ public:
+  Activation(const Shape& shape, const OptionalTensor& tensor, const char* name) {
+    if (!tensor.has_value()) return;
+    STD_TORCH_CHECK(tensor->is_cpu() && tensor->scalar_type() == shape.like.scalar_type(), "red_kernels: ", name,
+                    " must be on the CPU with the dtype of x");
+    STD_TORCH_CHECK(tensor->sizes().equals(shape.like.sizes()), "red_kernels: ", name, " must have the shape of x");
+    int64_t stride = 0;
+    if (!row_stride(*tensor, shape.d, stride)) {
+      copy_ = torch::stable::contiguous(*tensor);
+      stride = shape.d;
+    }
+    const Tensor& source = copy_.has_value() ? *copy_ : *tensor;
+    rows = {source.const_data_ptr(), stride};
+    // A tensor without elements may have no memory; null means absent.
+    if (rows.data == nullptr) rows.data = &rows;
+  }
+  Activation(const Activation&) = delete;
+
+  Rows rows;
+
+ private:
+  static bool row_stride(const Tensor& t, int64_t d, int64_t& stride) {
+    const auto sizes = t.sizes(), strides = t.strides();
+    const int64_t last = t.dim() - 1;
+    if (d > 1 && strides[last] != 1) return false;
+    stride = d;
+    bool set = false;
+    int64_t expected = 0;
+    for (int64_t k = last - 1; k >= 0; --k) {
+      if (sizes[k] == 1) continue;
+      if (!set)
+        stride = strides[k], set = true;
+      else if (strides[k] != expected)
+        return false;
+      expected = strides[k] * sizes[k];
+    }
+    return true;
+  }
+
+  std::optional<Tensor> copy_;
+};
+
+// A vector, or one for each edit, as fp32: used in place where it is fp32 already, else converted; filled with `neutral`
+// where it is absent.
+class Vector {
+ public:
+  Vector(const Shape& shape, const OptionalTensor& tensor, int64_t count, float neutral, float offset,
+         const char* name) {
+    if (!tensor.has_value()) {
+      values_.assign(shape.d, neutral);
+      data = values_.data();
+      return;
+    }
+    STD_TORCH_CHECK(tensor->is_cpu() && tensor->numel() == count * shape.d, "red_kernels: ", name, " must be on the CPU with ",
+                    count, " x ", shape.d, " elements");
+    stride = shape.d;
+    source_ = torch::stable::contiguous(*tensor);
+    const void* from = source_->const_data_ptr();
+    if (source_->scalar_type() == ScalarType::Float && offset == 0.0f) {
+      data = static_cast<const float*>(from);
+      return;
+    }
+    values_.resize(count * shape.d);
+    switch (source_->scalar_type()) {
+      case ScalarType::Float:
+        convert(static_cast<const float*>(from), offset);
+        break;
+      case ScalarType::Double:
+        convert(static_cast<const double*>(from), offset);
+        break;
+      case ScalarType::BFloat16:
+        convert(static_cast<const torch::headeronly::BFloat16*>(from), offset);
+        break;
+      case ScalarType::Half:
+        convert(static_cast<const torch::headeronly::Half*>(from), offset);
+        break;
+      default:
+        STD_TORCH_CHECK(false, "red_kernels: ", name, " has an unsupported dtype, expected a floating one");
+    }
+    data = values_.data();
+  }
+  Vector(const Vector&) = delete;
+
+  const float* data = nullptr;
+  int64_t stride = 0;
+
+ private:
+  template <class T>
+  void convert(const T* from, float offset) {
+    for (size_t i = 0; i < values_.size(); ++i) values_[i] = static_cast<float>(from[i]) + offset;
+  }
+
+  std::vector<float> values_;
+  std::optional<Tensor> source_;
+};
+
+// Which edit each row uses.
+class EditIds {
+ public:
+  EditIds(const Shape& shape, const OptionalTensor& tensor, int64_t edits) : edits_(edits) {
+    if (!tensor.has_value()) return;
+    STD_TORCH_CHECK(tensor->is_cpu() && tensor->scalar_type() == ScalarType::Long && tensor->numel() == shape.rows,
+                    "red_kernels: edit_ids must be int64 on the CPU, one for each row of x");
+    source_ = torch::stable::contiguous(*tensor);
+    data = static_cast<const int64_t*>(source_->const_data_ptr());
+    for (int64_t i = 0; i < shape.rows; ++i)
+      STD_TORCH_CHECK(data[i] >= 0 && data[i] < edits, "red_kernels: edit_ids has the value ", data[i],
+                      ", expected 0 to ", edits - 1);
+  }
+  EditIds(const EditIds&) = delete;
+  Vectors vectors(const Vector& vector) const { return {vector.data, vector.stride, data}; }
+  int64_t edits() const { return edits_; }
+
+  const int64_t* data = nullptr;
+
+ private:
+  int64_t edits_;
+  std::optional<Tensor> source_;
+};
+
+// How many edits the vectors of a forward hold.
+inline int64_t count_edits(const OptionalTensor& scale, const OptionalTensor& bias) {
+  for (const OptionalTensor* vector : {&scale, &bias})
+    if (vector->has_value() && (*vector)->dim() == 2) return (*vector)->size(0);
+  return 1;
+}
+
+inline Dropout dropout_of(const OptionalTensor& seed, double p) {
+  if (!seed.has_value()) return {};
+  STD_TORCH_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && p >= 0 && p <= 1,
+                  "red_kernels: the seed must be one int64 on the CPU and dropout_p a probability");
+  Dropout dropout;
+  dropout.on = true;
+  dropout.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+  dropout.threshold = static_cast<uint32_t>(std::min<long long>(std::llrint(p * 0x1p32), 0xffffffffLL));
+  dropout.factor = p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f;
+  return dropout;
+}
+
+// An uninitialised contiguous tensor, from the pool where it is large.
+inline Tensor make(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, size_t element) {
+  int64_t count = 1;
+  for (const int64_t size : sizes) count *= size;
+  const size_t bytes = static_cast<size_t>(count) * element;
+  const torch::stable::Device device(torch::headeronly::DeviceType::CPU);
+  if (bytes < kPooledBytes) return torch::stable::empty(sizes, dtype, std::nullopt, device);
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (int64_t k = static_cast<int64_t>(sizes.size()) - 2; k >= 0; --k)
+    strides[k] = strides[k + 1] * std::max<int64_t>(sizes[k + 1], 1);
+  void* block = acquire(bytes);
+  STD_TORCH_CHECK(block != nullptr, "red_kernels: out of memory for an output of ", bytes, " bytes");
+  return torch::stable::from_blob(block, sizes, strides, device, dtype, &release);
+}
+
+inline Tensor make_like(const Shape& shape) {
+  return make(shape.like.sizes(), shape.like.scalar_type(), shape.like.element_size());
+}
+
+// One fp32 value for each row.
+inline Tensor make_statistic(const Shape& shape) {
+  const auto sizes = shape.like.sizes();
+  return make(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size() - 1), ScalarType::Float, 4);
+}
+
+inline float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+inline const float* statistic(const Shape& shape, const OptionalTensor& t, const char* name) {
+  if (!t.has_value()) return nullptr;
+  STD_TORCH_CHECK(t->is_cpu() && t->is_contiguous() && t->scalar_type() == ScalarType::Float && t->numel() == shape.rows,
+                  "red_kernels: ", name, " must be contiguous fp32, one for each row of x");
+  return static_cast<const float*>(t->const_data_ptr());
+}
+
+// Scratch rows begin on a cache line; whoever allocates them adds 16 floats for that.
+inline float* align(float* p) { return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }
+
+// Outputs of this many bytes or more go past the cache: by the time they are read, they would have left it.
+bool streams(const Shape& shape, int outputs);
+
+// Runs body(begin, end, scratch) over the rows, on torch's threads.
+template <class Body>
+void for_rows(const Shape& shape, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, 16384 / shape.d);
+  torch::stable::parallel_for(0, shape.rows, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(scratch_floats(shape.d) + 16);
+    body(begin, end, align(scratch.data()));
+  });
+}
+
+}  // namespace cpu
+}  // namespace red

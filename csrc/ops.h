@@ -1,0 +1,49 @@
+// The operators, as every library that implements them declares them. Shapes, dtypes and what is computed: see the
+// functions of the same names in red_kernels/reference.py. Results not asked for are undefined tensors (None in Python).
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace red {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// `needs` has a bit for each result, the first result lowest.
+constexpr bool needed(int64_t needs, int result) { return (needs >> result) & 1; }
+
+namespace cpu {
+
+Tensor edit_forward(Tensor x, OptionalTensor residual, OptionalTensor scale, OptionalTensor bias,
+                    OptionalTensor edit_ids, OptionalTensor seed, double dropout_p);
+
+std::tuple<Tensor, Tensor, Tensor> edit_backward(Tensor dz, OptionalTensor x, OptionalTensor scale,
+                                                 OptionalTensor edit_ids, OptionalTensor seed, double dropout_p,
+                                                 int64_t n_edits, int64_t needs);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> edit_norm_forward(
+    Tensor x, OptionalTensor residual, OptionalTensor scale, OptionalTensor bias, OptionalTensor weight,
+    OptionalTensor norm_bias, OptionalTensor edit_ids, OptionalTensor seed, double dropout_p, double eps,
+    double weight_offset, bool centered, bool keep_z);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edit_norm_backward(
+    Tensor dy, OptionalTensor dz, OptionalTensor z, OptionalTensor x, OptionalTensor residual, OptionalTensor scale,
+    OptionalTensor bias, OptionalTensor weight, OptionalTensor edit_ids, OptionalTensor seed, OptionalTensor mean,
+    Tensor rstd, double dropout_p, double weight_offset, int64_t n_edits, int64_t needs);
+
+std::tuple<Tensor, Tensor, Tensor> norm_edit_forward(Tensor x, OptionalTensor weight, OptionalTensor norm_bias,
+                                                     OptionalTensor scale, OptionalTensor bias,
+                                                     OptionalTensor edit_ids, double eps, double weight_offset,
+                                                     bool centered);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_edit_backward(
+    Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor norm_bias, OptionalTensor scale,
+    OptionalTensor edit_ids, OptionalTensor mean, Tensor rstd, double weight_offset, int64_t n_edits, int64_t needs);
+
+}  // namespace cpu
+}  // namespace red

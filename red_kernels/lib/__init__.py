@@ -1,0 +1,1 @@
+"""The compiled libraries are put here by setup.py."""
