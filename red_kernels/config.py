@@ -1,0 +1,91 @@
+"""What to edit: the configuration of a patch."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+__all__ = ["KINDS", "POSITIONS", "RedConfig"]
+
+POSITIONS = ("ffn",)
+KINDS: dict[str, tuple[str, ...]] = {"all": ("scale", "bias"), "scaling": ("scale",), "bias": ("bias",)}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class RedConfig:
+    """Which sites of a model are edited, and how (RED, arXiv 2402.15179).
+
+    Attributes:
+        position: where the edit lies; `"ffn"` is the output of each FFN's last projection.
+        kind: `"all"` (`scale * h + bias`), `"scaling"` (`scale * h`) or `"bias"` (`h + bias`).
+        layers: indices of the layers to edit, a range or any iterable of integers from 0; None for all. They count the
+            layers of a stack, in an encoder-decoder model those of the encoder and of the decoder alike. Kept as a
+            sorted tuple.
+        dtype: of the vectors. In half precision an update smaller than half a rounding step at 1.0 is lost, so anything
+            but float32 is for inference.
+        sites: for layouts this package does not know: a glob, or several, for the names of the modules whose output is
+            edited (`"*.mlp.down_proj"`; `*` matches dots too). Kept as a tuple. Not together with `layers`.
+
+    Raises:
+        ValueError, TypeError: a value out of those named here.
+    """
+
+    position: str = "ffn"
+    kind: str = "all"
+    layers: Iterable[int] | None = None
+    dtype: torch.dtype = torch.float32
+    sites: str | Iterable[str] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        if self.position not in POSITIONS:
+            raise ValueError(f"position: got {self.position!r}, supported: {_listed(POSITIONS)}")
+        if self.kind not in tuple(KINDS):
+            raise ValueError(f"kind: got {self.kind!r}, supported: {_listed(KINDS)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: got {self.dtype!r}, supported: {', '.join(map(str, DTYPES))}")
+        if self.layers is not None and self.sites is not None:
+            raise ValueError("layers and sites: got both, expected one; sites= names the modules by itself")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _indices(self.layers))
+        if self.sites is not None:
+            object.__setattr__(self, "sites", _patterns(self.sites))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The vectors that `kind` has: `"scale"`, `"bias"` or both."""
+        return KINDS[self.kind]
+
+
+def _indices(layers: Iterable[int]) -> tuple[int, ...]:
+    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
+        raise TypeError(f"layers: got {layers!r}, expected a range or a list of layer indices")
+    found = []
+    for layer in layers:
+        if isinstance(layer, bool):
+            raise TypeError(f"layers: got {layer!r}, expected integers")
+        try:
+            found.append(operator.index(layer))
+        except TypeError:
+            raise TypeError(f"layers: got {layer!r}, expected integers") from None
+    if not found:
+        raise ValueError("layers: got no layer at all, expected at least one; None stands for all layers")
+    if min(found) < 0:
+        raise ValueError(f"layers: got {min(found)}, expected indices from 0")
+    if len(set(found)) != len(found):
+        raise ValueError(f"layers: got {found}, in which a layer comes twice")
+    return tuple(sorted(found))
+
+
+def _patterns(sites: str | Iterable[str]) -> tuple[str, ...]:
+    patterns = (sites,) if isinstance(sites, str) else tuple(sites)
+    if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise ValueError(f"sites: got {sites!r}, expected a glob of module names, or several")
+    return patterns
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))

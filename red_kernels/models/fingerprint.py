@@ -1,0 +1,65 @@
+"""Recognising a `forward` by its syntax tree.
+
+Two functions have the same fingerprint if they do the same things in the same order under the same names, whatever
+their comments, docstrings and annotations say: a new release of a library that only renames a type is still recognised,
+and one that moves a dropout is not.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["fingerprint"]
+
+_ANNOTATIONS = ("annotation", "returns", "type_comment", "type_params")
+
+
+def fingerprint(function: Callable[..., Any]) -> str | None:
+    """The fingerprint of a Python function, 16 hexadecimal digits; None where its source cannot be had.
+
+    Decorators that keep `__wrapped__` are looked through; others count as part of the function.
+    """
+    return _fingerprint(inspect.unwrap(function))
+
+
+@functools.cache
+def _fingerprint(function: Callable[..., Any]) -> str | None:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    return hashlib.sha256(_text(tree.body[0]).encode()).hexdigest()[:16]
+
+
+def _text(node: object) -> str:
+    # Not ast.dump: what it prints of empty fields differs between versions of Python.
+    if isinstance(node, list):
+        return "[" + ",".join(map(_text, node)) + "]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    parts = []
+    for name, value in ast.iter_fields(node):
+        if name in _ANNOTATIONS or name == "kind":
+            continue
+        if name == "body" and isinstance(value, list):
+            value = [statement for statement in value if not _is_text(statement)]
+        if value is not None and value != []:
+            parts.append(f"{name}={_text(value)}")
+    # `x: Tensor = f()` does the same as `x = f()`.
+    kind = "Assign" if isinstance(node, ast.AnnAssign) else type(node).__name__
+    text = f"{kind}({','.join(parts)})"
+    return text.replace("target=", "targets=", 1) if isinstance(node, ast.AnnAssign) else text
+
+
+def _is_text(statement: ast.AST) -> bool:
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )

@@ -1,0 +1,185 @@
+"""Handing the next layer its normed input across the layers' boundary.
+
+A fused layer that has computed `z`, its output, and `y = norm(z)` for the norm that the next layer begins with, returns
+`z` and leaves `y` as a note on that tensor. The norm, when it is called with that very tensor, takes the note off and
+returns `y`. Whatever happens on the way (another tensor, another norm, an exception, an early exit), the note goes with
+the tensor it hangs on, and the norm computes what it always did.
+
+`y` and `z` come from one autograd node, so the gradient of `z` that a tensor hook would see lacks what comes through
+`y`. That is why a note is made only where nobody can get hold of `z` on its way: inside the forward of the library's
+own stack of layers, without hooks on what `z` passes.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .description import walk
+from .norms import NormArguments, norm_arguments, unobserved
+
+__all__ = ["NextNorm", "enter_stack", "leave_note", "leave_stack", "take_note"]
+
+_NOTE = "_red_kernels_note"
+# torch keeps no public way to ask; without this private one no note is ever made.
+_saved_tensor_hooks: Callable[[bool], Any] = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: "unknown"
+)
+
+
+class _Running(threading.local):
+    def __init__(self) -> None:
+        self.stacks: list[nn.Module] = []
+
+
+_running = _Running()
+
+
+def enter_stack(stack: nn.Module, args: Any) -> None:
+    """Forward pre-hook of a stack of layers: its forward runs in this thread from now on."""
+    if torch.compiler.is_compiling():
+        return
+    stacks = _running.stacks
+    if stack in stacks:  # an interrupt has kept `leave_stack` from running
+        del stacks[stacks.index(stack) :]
+    stacks.append(stack)
+
+
+def leave_stack(stack: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook of a stack of layers, called in case of an exception too."""
+    if torch.compiler.is_compiling():
+        return
+    stacks = _running.stacks
+    if stack in stacks:
+        del stacks[stacks.index(stack) :]
+
+
+class _Note(NamedTuple):
+    norm: nn.Module
+    normed: Tensor
+    weight: Tensor | None
+    version: int
+    with_gradients: bool
+
+
+def _version(z: Tensor) -> int:
+    return -1 if z.is_inference() else z._version
+
+
+def leave_note(z: Tensor, normed: Tensor, norm: nn.Module) -> None:
+    """Leave `normed = norm(z)` on `z`."""
+    note = _Note(norm, normed, norm._parameters["weight"], _version(z), torch.is_grad_enabled())
+    z.__dict__[_NOTE] = note
+
+
+def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
+    """Take the note off `z`, if there is one, and return `norm(z)` if it still is that."""
+    note = z.__dict__.pop(_NOTE, None)
+    if (
+        note is None
+        or note.norm is not norm
+        or note.version != _version(z)
+        or note.with_gradients != torch.is_grad_enabled()
+        or note.weight is not norm._parameters.get("weight")
+        or z.retains_grad
+        or z._backward_hooks is not None
+        or _saved_tensor_hooks(True) is not None
+        or not unobserved(norm)
+    ):
+        return None
+    return note.normed
+
+
+class NextNorm:
+    """Where a layer's output goes: through which modules, and into which norm.
+
+    The modules are remembered by their names in the stack. The stack itself is held weakly, so that no cycle keeps a
+    deleted model in memory; a copy or an unpickled model finds its own modules again.
+
+    Args:
+        stack: the module with the list of layers.
+        leaves: names of the modules whose output is `z`, from the inside out.
+        enters: names of the modules that get `z`; the last is the norm.
+        clamps_half: whether the layer replaces `z` in float16.
+    """
+
+    def __init__(
+        self, stack: nn.Module, leaves: tuple[str, ...], enters: tuple[str, ...], clamps_half: bool = False
+    ) -> None:
+        self._stack = weakref.ref(stack)
+        self._names = (leaves, enters, clamps_half)
+        self._leaves = [name.split(".") for name in leaves]
+        self._enters = [name.split(".") for name in enters[:-1]]
+        self._norm = enters[-1].split(".")
+
+    def arguments(self, layer: nn.Module, x: Tensor, residual: Tensor) -> tuple[nn.Module, NormArguments] | None:
+        """The norm to hand `norm(residual + x)` to, with what that takes; None where `z` must not carry a note."""
+        stack = self._stack()
+        running = _running.stacks
+        if stack is None or not running or running[-1] is not stack:
+            return None
+        # Activation checkpointing: inside a saved-tensor hook `z` and `y` live and die apart; its reentrant form runs
+        # the layers of a training model without gradients first.
+        gradients = torch.is_grad_enabled()
+        if (layer.training and not gradients) or _saved_tensor_hooks(True) is not None:
+            return None
+        if self._names[2] and (x.dtype == torch.float16 or residual.dtype == torch.float16):
+            return None
+        for parts in self._leaves:
+            module = walk(stack, parts)
+            if module is None or not _silent(module, module._forward_hooks, gradients):
+                return None
+        for parts in self._enters:
+            module = walk(stack, parts)
+            if module is None or not _silent(module, module._forward_pre_hooks, gradients):
+                return None
+        norm = walk(stack, self._norm)
+        if norm is None:
+            return None
+        found = norm_arguments(norm, x, residual)
+        return None if found is None else (norm, found)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NextNorm:
+        stack = self._stack()
+        # A layer copied without its stack has no next layer.
+        copied = memo.get(id(stack)) if stack is not None else None
+        return _rebuild(copied, *self._names)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self._stack(), *self._names)
+
+
+class _NoStack:
+    """What a `NextNorm` without a stack refers to; gone at once."""
+
+
+def _rebuild(stack: nn.Module | None, leaves: tuple[str, ...], enters: tuple[str, ...], clamps_half: bool) -> NextNorm:
+    return NextNorm(stack if stack is not None else _NoStack(), leaves, enters, clamps_half)  # type: ignore[arg-type]
+
+
+def _silent(module: nn.Module, hooks: dict[int, Any], gradients: bool) -> bool:
+    """Whether nobody observes what passes the module, on the side where `hooks` hang."""
+    if (
+        module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
+    ):
+        return False
+    return not hooks or not any(_observes(hook, gradients) for hook in hooks.values())
+
+
+def _observes(hook: Callable[..., Any], gradients: bool) -> bool:
+    """Whether a hook may look at `z`: any may, but transformers' own, which stay once they have been needed."""
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    collector = getattr(capturing, "_active_collector", None)
+    if collector is None or getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
+        return True
+    collected = collector.get()
+    return gradients and collected is not None and "hidden_states" in collected

@@ -1,0 +1,113 @@
+"""The norms a fused operation can stand in for, and when it may."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _torch_module
+
+from .fingerprint import fingerprint
+
+__all__ = ["NormArguments", "NormSpec", "globally_hooked", "norm_arguments", "norm_spec", "unobserved"]
+
+
+class NormSpec(NamedTuple):
+    """How a norm's class computes: LayerNorm if `centered`, else RMSNorm; where its epsilon is; Gemma's offset."""
+
+    centered: bool
+    eps: str
+    offset: float
+
+    @property
+    def title(self) -> str:
+        return "LayerNorm" if self.centered else "RMSNorm"
+
+
+class NormArguments(NamedTuple):
+    """What a fused operation needs of one norm, read at the call."""
+
+    spec: NormSpec
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+LAYER_NORM = NormSpec(True, "eps", 0.0)
+# By the fingerprint of `forward`; the rounding of the normed value before the weight is the only difference to ours.
+_BY_FINGERPRINT = {
+    "78ed4555aca3957b": NormSpec(False, "variance_epsilon", 0.0),  # Llama, Mistral, Qwen2, Qwen3, Phi-3
+    "8d6c6d8edf142c35": NormSpec(False, "variance_epsilon", 0.0),  # T5
+    "a8b9757d188ce3aa": NormSpec(False, "eps", 1.0),  # Gemma 2 and 3
+}
+_specs: dict[type, NormSpec | None] = {}
+
+
+def norm_spec(kind: type) -> NormSpec | None:
+    """How norms of this class compute, or None for a class that is not known."""
+    try:
+        return _specs[kind]
+    except KeyError:
+        forward = kind.forward if issubclass(kind, nn.Module) else None
+        if forward is nn.LayerNorm.forward:
+            found: NormSpec | None = LAYER_NORM
+        else:
+            found = _BY_FINGERPRINT.get(fingerprint(forward) or "") if forward is not None else None
+        _specs[kind] = found
+        return found
+
+
+def globally_hooked() -> bool:
+    """Whether hooks for all modules are set: they may observe or replace any output."""
+    return bool(
+        _torch_module._global_forward_hooks
+        or _torch_module._global_forward_pre_hooks
+        or _torch_module._global_backward_hooks
+        or _torch_module._global_backward_pre_hooks
+    )
+
+
+def unobserved(module: nn.Module) -> bool:
+    """Whether a module's call is nothing but its class's `forward`: no hooks, no replaced or compiled `forward`."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
+    )
+
+
+def norm_arguments(norm: nn.Module, x: Tensor, residual: Tensor | None) -> NormArguments | None:
+    """What a fused operation needs to stand in for `norm(residual + x)`, or None where it may not.
+
+    It may not where somebody observes the norm or has replaced its `forward`, where the norm's parameters are no plain
+    tensors beside `x` (sharded, quantised, offloaded), and where the norm would return another dtype than it gets.
+    """
+    spec = norm_spec(type(norm))
+    if spec is None or not unobserved(norm):
+        return None
+    parameters = norm._parameters
+    dtype = x.dtype
+    if residual is not None:
+        if type(residual) is not Tensor:
+            return None
+        if residual.dtype != dtype:
+            dtype = torch.promote_types(dtype, residual.dtype)
+    if type(x) is not Tensor or ("weight" not in parameters) or not _is_plain(parameters["weight"], x, dtype):
+        return None
+    bias = parameters.get("bias")
+    if not _is_plain(bias, x, dtype):
+        return None
+    if dtype is not torch.float32 and torch.is_autocast_enabled(x.device.type):
+        return None  # autocast runs norms in fp32
+    return NormArguments(spec, parameters["weight"], bias, getattr(norm, spec.eps))
+
+
+def _is_plain(vector: Tensor | None, x: Tensor, dtype: torch.dtype) -> bool:
+    if vector is None:
+        return True
+    kind = type(vector)
+    return (kind is nn.Parameter or kind is Tensor) and vector.dtype == dtype and vector.device == x.device

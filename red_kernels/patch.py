@@ -1,0 +1,146 @@
+"""Patching a model: its sites get vectors, its layers run the fused operations, and all of it can be taken back."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .config import RedConfig
+from .edit_module import NAME, RedEdit, edit_hook
+from .models.handoff import enter_stack, leave_stack
+from .patched import is_patched, patch_block, patch_norm, unpatch_module
+from .plan import Plan, make_plan
+from .report import PatchReport, count_parameters
+
+__all__ = ["edit_config", "edit_parameters", "patch", "unpatch"]
+
+_STATE = "_red_kernels_state"  # the attribute of the patched model that holds its _State
+
+
+@dataclass
+class _State:
+    """What `unpatch` and `edit_config` need; by names, so that it holds for a copy of the model too."""
+
+    config: RedConfig
+    were_trainable: set[str] = field(default_factory=set)
+
+
+def patch(model: nn.Module, config: RedConfig | None = None) -> PatchReport:
+    """Edit a model in place, as RED does (arXiv 2402.15179): freeze it and give each site a trainable scale and bias.
+
+    A site is the module whose output is edited; it gets a child `red_edit` with the Parameters `scale` and `bias` of
+    shape `(width,)`, on its device. Where the layer's `forward` is one that is known, the edit is fused with what
+    follows it; elsewhere it runs by itself. Only this instance is touched. No random numbers are used up.
+
+    Args:
+        model: a transformers model, or anything that holds one or has modules named by `config.sites`. Patch before
+            wrapping it for distributed training.
+        config: what to edit; `RedConfig()` if None.
+
+    Returns:
+        A `PatchReport`; `print` shows a table.
+
+    Raises:
+        TypeError: model or config is something else.
+        ValueError: the model is patched already, has no sites, or none of the layers or sites asked for; or an FFN is
+            made of experts without a module for their down projection. Nothing is changed then.
+    """
+    config = RedConfig() if config is None else config
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    if not isinstance(config, RedConfig):
+        raise TypeError(f"config: got {type(config).__name__}, expected a RedConfig")
+    plan = make_plan(model, config)
+    edits = [RedEdit(site.width, config.parts, config.dtype, site.device) for site in plan.sites]
+
+    state = _State(config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            state.were_trainable.add(name)
+            parameter.requires_grad_(False)
+    for site, edit in zip(plan.sites, edits, strict=True):
+        edit.train(site.module.training)
+        site.module.add_module(NAME, edit)
+        site.module.register_forward_hook(edit_hook)
+    _fuse(plan)
+    model.__dict__[_STATE] = state
+    for text in plan.warnings:
+        warnings.warn(text, stacklevel=2)
+    trainable, total = count_parameters(model)
+    sites = tuple(site.report for site in plan.sites)
+    return PatchReport(type(model).__name__, config, sites, trainable, total, tuple(plan.warnings))
+
+
+def unpatch(model: nn.Module) -> None:
+    """Take a patch back: the classes, forwards and `requires_grad` are what they were, the vectors are gone.
+
+    Raises:
+        ValueError: the model is not patched, or a patched layer's class was changed since. Nothing is changed then.
+    """
+    state = _state(model)
+    for name, module in model.named_modules():
+        if not is_patched(module) and any("_red_kernels_base" in kind.__dict__ for kind in type(module).__mro__):
+            raise ValueError(
+                f"model: {name} was wrapped after patching (its class is now {type(module).__name__}); unwrap it first"
+            )
+    for module in list(model.modules()):
+        unpatch_module(module)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (edit_hook, enter_stack, leave_stack)]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+        if NAME in module._modules and isinstance(module._modules[NAME], RedEdit):
+            del module._modules[NAME]
+    for name, parameter in model.named_parameters():
+        if name in state.were_trainable:
+            parameter.requires_grad_(True)
+    del model.__dict__[_STATE]
+
+
+def edit_config(model: nn.Module) -> RedConfig:
+    """The config that a model was patched with. Raises ValueError if it is not patched."""
+    return _state(model).config
+
+
+def edit_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """The vectors of a patched model: site name to `"scale"` and/or `"bias"`, in the model's order.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, RedEdit):
+            parts = {part: p for part, p in module._parameters.items() if p is not None}
+            found[name.removesuffix(NAME).removesuffix(".")] = parts
+    if not found:
+        raise ValueError(
+            f"model: this {type(model).__name__} is not patched; call rk.patch(model, rk.RedConfig()) first"
+        )
+    return found
+
+
+def _fuse(plan: Plan) -> None:
+    stacks: dict[int, nn.Module] = {}
+    for site in plan.sites:
+        if site.block is None:
+            continue
+        block, layout, link = site.block
+        patch_block(block, layout, link)
+        if site.norm is not None and not is_patched(site.norm):
+            patch_norm(site.norm)
+        if site.stack is not None:
+            stacks[id(site.stack)] = site.stack
+    for stack in stacks.values():
+        stack.register_forward_pre_hook(enter_stack)
+        stack.register_forward_hook(leave_stack, always_call=True)
+
+
+def _state(model: nn.Module) -> _State:
+    for module in model.modules():  # a wrapper of the patched model counts as patched
+        state = module.__dict__.get(_STATE)
+        if isinstance(state, _State):
+            return state
+    raise ValueError(f"model: this {type(model).__name__} is not patched; call rk.patch(model, rk.RedConfig()) first")
