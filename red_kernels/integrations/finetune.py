@@ -1,0 +1,387 @@
+"""The main job: train edits on a base model, show what they bring, save them and prove that they load back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, TrainingArguments, default_data_collator, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from ..checkpoint import saved_config
+from ..config import RedConfig
+from ..naive import naive_edit
+from ..patch import edit_config, edit_parameters, patch
+from . import report
+from .base_models import DEFAULT_DTYPE, DEFAULT_MODEL, DTYPES, TASKS, BaseModel, load_base
+from .data import (
+    PYTHON_TOPICS,
+    Columns,
+    LabelledTexts,
+    Split,
+    TokenBlocks,
+    label_numbers,
+    load_documents,
+    split_documents,
+)
+from .head import train_head
+from .measure import HeldOut, PeakMemory, Speed, compare_speed, held_out_loss, pass_gradients, training_step
+from .progress import ShowProgress
+from .run_folder import RunFolder, open_run
+from .trainer import RedTrainer, StopOnSignal, head_parameters, load_trained, save_trained
+
+__all__ = ["Settings", "finetune"]
+
+FUSED, EAGER, FROZEN = "fused edit", "eager edit", "frozen, no edit"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a job; None stands for the task's default.
+
+    Attributes:
+        model: a packaged model's name, a folder, a `.gguf` file or a hub id.
+        data: `python-topics`, a `.txt`, `.csv`, `.tsv`, `.jsonl` or `.parquet` file, or a hub id.
+        subset: the configuration of a hub dataset.
+        columns: where a table holds its texts and labels.
+        task: `"causal-lm"` or `"classification"`.
+        learning_rate: of AdamW, without weight decay.
+        schedule: `"constant"`, `"linear"` or `"cosine"`.
+        steps: optimizer steps.
+        batch_size: texts or blocks in a step.
+        length: tokens in a block, and the most in a text to classify.
+        dtype: of the base model: `"fp32"` or `"bf16"`; the vectors are fp32 in any case.
+        position, kind, layers, sites: as in `RedConfig`.
+        seed: of the order of the data, of dropout and of a new head.
+        held_out: the fraction of the data to hold out.
+        save_every: steps between checkpoints.
+        device: `"cpu"`, `"cuda"`, or None for a GPU if there is one.
+        output: the folder for everything the job writes.
+        compare: measure the speed beside the eager edit and the frozen model.
+        resume, overwrite: what to do with a run that the output folder already holds.
+    """
+
+    task: str = "causal-lm"
+    model: str | None = None
+    data: str | None = None
+    subset: str | None = None
+    columns: Columns = field(default_factory=Columns)
+    learning_rate: float = 1e-2
+    schedule: str = "constant"
+    steps: int = 30
+    batch_size: int = 4
+    length: int = 256
+    dtype: str | None = None
+    position: str = "ffn"
+    kind: str = "all"
+    layers: tuple[int, ...] | None = None
+    sites: tuple[str, ...] | None = None
+    seed: int = 0
+    held_out: float = 0.1
+    save_every: int = 10
+    device: str | None = None
+    output: str = "red-finetune"
+    compare: bool = True
+    resume: bool = False
+    overwrite: bool = False
+
+    def filled(self) -> Settings:
+        """The same with the task's defaults in place of None.
+
+        Raises:
+            ValueError: a value out of range, or data missing for a task that has no default data.
+        """
+        if self.task not in TASKS:
+            raise ValueError(f"task: got {self.task!r}, expected one of {', '.join(map(repr, TASKS))}")
+        for name in ("steps", "batch_size", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.length < 2:
+            raise ValueError(f"length: got {self.length}, expected at least 2 tokens")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate: got {self.learning_rate}, expected a number above 0")
+        data = self.data or (PYTHON_TOPICS if self.task == "causal-lm" else None)
+        if data is None:
+            raise ValueError("data: classification needs a table of texts and labels (--data FILE)")
+        if self.device is not None and self.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise ValueError(f"device: got {self.device!r}, expected 'cpu' or 'cuda'")
+        if self.device is not None and self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device: got {self.device!r}, but torch sees no CUDA device")
+        dtype = self.dtype or DEFAULT_DTYPE[self.task]
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        values = {**self.__dict__, "data": data, "dtype": dtype, "device": device}
+        return Settings(**{**values, "model": self.model or DEFAULT_MODEL[self.task]})
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide the course of the training, which a resumed run must share."""
+        without = {"output", "compare", "resume", "overwrite", "device", "save_every"}
+        return {name: value for name, value in asdict(self).items() if name not in without}
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The datasets of a job, and how to batch them."""
+
+    train: Any
+    held_out: Any
+    collate: Any
+    classification: bool
+    batch_size: int
+
+    def held_out_batches(self) -> Iterator[Mapping[str, torch.Tensor]]:
+        return iter(DataLoader(self.held_out, batch_size=self.batch_size, collate_fn=self.collate))
+
+    def first_batch(self, device: torch.device) -> dict[str, torch.Tensor]:
+        items = [self.train[index % len(self.train)] for index in range(self.batch_size)]
+        return {name: value.to(device) for name, value in self.collate(items).items()}
+
+
+def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
+    """Run the job.
+
+    Args:
+        settings: see `Settings`.
+        console: where everything is shown.
+
+    Returns:
+        The results as in `run.json`, or None if the run was interrupted (its edits and a checkpoint are saved).
+
+    Raises:
+        ValueError: a setting, the data or the model does not fit; said before anything is trained.
+        OSError: a file cannot be read or written.
+        ModuleNotFoundError: a package is missing; the message holds the pip command.
+    """
+    settings = settings.filled()
+    config = RedConfig(position=settings.position, kind=settings.kind, layers=settings.layers, sites=settings.sites)
+    classification = settings.task == "classification"
+    device = torch.device(settings.device or "cpu")
+    documents = load_documents(str(settings.data), settings.columns, classification, settings.held_out, settings.subset)
+    labels = label_numbers(documents) if classification else None
+    split = split_documents(documents, settings.held_out)
+    run = open_run(Path(settings.output), settings.deciding(), settings.resume, settings.overwrite)
+
+    set_seed(settings.seed)  # a new head is drawn while loading
+    base = _load(settings, labels, device)
+    data = _tokenise(settings, base, split, labels, console)
+    console.print(patch(base.model, config))
+    if classification:
+        train_head(base.model, base.new_parameters)
+    trained = _show_parameters(base.model, console)
+
+    before = _measure_before(run, base.model, data)
+    report.held_out_table(console, {"before": before})
+    memory = PeakMemory(device)
+    trainer, stopped = _train(settings, run, base, data, console)
+    peak = memory.bytes()
+    save_trained(base.model, run.edits)
+    curve = _losses(trainer)
+    if stopped:
+        run.write("interrupted", steps=trainer.state.global_step)
+        console.print(
+            f"Stopped after step {trainer.state.global_step} of {settings.steps}. The edits so far are in {run.edits}; "
+            "the same command with --resume goes on."
+        )
+        return None
+
+    after = held_out_loss(base.model, data.held_out_batches(), classification)
+    report.draw_loss_curve(run.curve, *curve, {0: before.loss, settings.steps: after.loss})
+    reloaded, speeds = _reload_and_compare(settings, run, base, data, labels, device)
+
+    report.held_out_table(console, {"before": before, "after": after, "after, reloaded into a fresh model": reloaded})
+    _show_change(before, after, console)
+    if speeds:
+        report.speed_table(console, speeds, FUSED)
+    saved = sum(path.stat().st_size for path in run.edits.iterdir())
+    if peak is not None:
+        since = " (loading included)" if memory.since_start else " while training"
+        where = "GPU memory" if device.type == "cuda" else "memory of the process"
+        console.print(f"Peak {where}{since}: {report.size(peak)}")
+    console.print(f"Edits: {run.edits} ({report.size(saved)}); loss curve: {run.curve}")
+    run.write(
+        "finished",
+        steps=trainer.state.global_step,
+        trainable_parameters=trained,
+        after=asdict(after),
+        reloaded=asdict(reloaded),
+        tokens_per_second={name: list(speed.samples) for name, speed in speeds.items()},
+        peak_memory_bytes=peak,
+        saved_bytes=saved,
+    )
+    if reloaded.loss != after.loss and abs(reloaded.loss - after.loss) > 1e-3 * abs(after.loss):
+        raise RuntimeError(
+            f"the edits in {run.edits} give a held-out loss of {reloaded.loss} in a fresh model, {after.loss} in the "
+            "trained one: they were not saved or loaded right"
+        )
+    return run.results
+
+
+def _load(settings: Settings, labels: dict[str, int] | None, device: torch.device) -> BaseModel:
+    names = list(labels) if labels is not None else None
+    base = load_base(str(settings.model), settings.task, DTYPES[str(settings.dtype)], device, names)
+    longest = getattr(base.model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and settings.length > longest:
+        raise ValueError(f"length: got {settings.length}, the model takes at most {longest} tokens")
+    base.model.config.use_cache = False  # a cache is of no use in training, and Trainer would warn
+    return base
+
+
+def _tokenise(
+    settings: Settings, base: BaseModel, split: Split, labels: dict[str, int] | None, console: Console
+) -> _Data:
+    train: Any
+    held_out: Any
+    collate: Any
+    if labels is not None:
+        train = LabelledTexts(split.train, labels, base.tokenizer, settings.length)
+        held_out = LabelledTexts(split.held_out, labels, base.tokenizer, settings.length)
+        cut = train.truncated + held_out.truncated
+        console.print(
+            f"{report.plural(len(train), 'text')} to train on, {len(held_out):,} held out, {len(labels)} labels"
+            + (f"; {report.plural(cut, 'text')} cut to {settings.length} tokens" if cut else "")
+        )
+        collate = DataCollatorWithPadding(base.tokenizer)
+    else:
+        train = TokenBlocks((document.text for document in split.train), base.tokenizer, settings.length)
+        held_out = TokenBlocks((document.text for document in split.held_out), base.tokenizer, settings.length)
+        console.print(
+            f"{report.plural(len(split.train), 'document')} to train on ({train.tokens:,} tokens), "
+            f"{len(split.held_out):,} held out ({held_out.tokens:,} tokens)"
+        )
+        collate = default_data_collator
+    return _Data(train, held_out, collate, labels is not None, settings.batch_size)
+
+
+def _show_parameters(model: nn.Module, console: Console) -> int:
+    groups: dict[str, tuple[int, int]] = {}
+    for parts in edit_parameters(model).values():
+        for part, own in parts.items():
+            tensors, count = groups.get(part, (0, 0))
+            groups[part] = (tensors + 1, count + own.numel())
+    head = head_parameters(model)
+    if head:
+        groups["head"] = (len(head), sum(own.numel() for own in head.values()))
+    edits = sum(count for name, (_, count) in groups.items() if name != "head")
+    total = sum(own.numel() for own in model.parameters()) - edits  # the base model's size, as it is known
+    report.parameter_table(console, groups, total)
+    return sum(count for _, count in groups.values())
+
+
+def _measure_before(run: RunFolder, model: nn.Module, data: _Data) -> HeldOut:
+    if "before" in run.results:  # a resumed run has measured it already
+        return HeldOut(**run.results["before"])
+    before = held_out_loss(model, data.held_out_batches(), data.classification)
+    run.write("running", before=asdict(before))
+    return before
+
+
+def _train(
+    settings: Settings, run: RunFolder, base: BaseModel, data: _Data, console: Console
+) -> tuple[RedTrainer, bool]:
+    arguments = TrainingArguments(
+        output_dir=str(run.path),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        weight_decay=0.0,  # it would pull the scales toward 0, not toward 1
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        seed=settings.seed,
+        use_cpu=settings.device == "cpu",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=settings.device != "cpu",
+        dataloader_drop_last=len(data.train) >= settings.batch_size,
+    )
+    progress = ShowProgress(console, settings.batch_size * settings.length)
+    stop = StopOnSignal(lambda: console.print("Stopping after this step; once more stops at once, without saving."))
+    trainer = RedTrainer(
+        model=base.model,
+        args=arguments,
+        train_dataset=data.train,
+        data_collator=data.collate,
+        callbacks=[progress, stop],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if run.checkpoint is not None:
+        console.print(f"Going on from {run.checkpoint}")
+    try:
+        with stop.installed(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*pin_memory.*")
+            trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    finally:
+        progress.close()
+    return trainer, stop.stopped and trainer.state.global_step < settings.steps
+
+
+def _losses(trainer: RedTrainer) -> tuple[list[int], list[float]]:
+    logged = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return [int(step) for step, _ in logged], [float(loss) for _, loss in logged]
+
+
+def _reload_and_compare(
+    settings: Settings,
+    run: RunFolder,
+    base: BaseModel,
+    data: _Data,
+    labels: dict[str, int] | None,
+    device: torch.device,
+) -> tuple[HeldOut, dict[str, Speed]]:
+    """Load the base model once more: first it is the peer whose edits are eager, then it takes the saved edits."""
+    fresh = _load(settings, labels, device)
+    speeds: dict[str, Speed] = {}
+    if settings.compare:
+        speeds = _compare(base.model, fresh, data, device)
+    patch(fresh.model, saved_config(run.edits))
+    if labels is not None:
+        train_head(fresh.model, fresh.new_parameters)
+    load_trained(fresh.model, run.edits)
+    return held_out_loss(fresh.model, data.held_out_batches(), data.classification), speeds
+
+
+def _compare(fused: nn.Module, fresh: BaseModel, data: _Data, device: torch.device) -> dict[str, Speed]:
+    batch = data.first_batch(device)
+    sites = list(edit_parameters(fused))
+    head = list(head_parameters(fused).values())
+    vectors = [vector for parts in edit_parameters(fused).values() for vector in parts.values()]
+    with naive_edit(fresh.model, sites, edit_config(fused).kind) as naive:
+        fresh_head = train_head(fresh.model, fresh.new_parameters) if data.classification else []
+        passing = pass_gradients(fresh.model, sites)
+
+        def use(edited: bool) -> None:
+            naive.active = edited
+
+        return_speeds = compare_speed(
+            {
+                FUSED: training_step(fused, batch, vectors + head, lambda: None),
+                EAGER: training_step(fresh.model, batch, naive.vectors() + fresh_head, lambda: use(True)),
+                FROZEN: training_step(fresh.model, batch, fresh_head, lambda: use(False)),
+            },
+            device,
+        )
+        for handle in passing:
+            handle.remove()
+    return return_speeds
+
+
+def _show_change(before: HeldOut, after: HeldOut, console: Console) -> None:
+    if before.accuracy is None:
+        change = 1 - after.perplexity / before.perplexity
+        word = "fell" if change >= 0 else "ROSE"
+        console.print(
+            f"Held-out perplexity {word} by {abs(change):.1%}: {before.perplexity:.2f} to {after.perplexity:.2f}"
+        )
+    else:
+        console.print(f"Held-out accuracy: {before.accuracy:.2%} to {after.accuracy:.2%}")

@@ -1,0 +1,185 @@
+"""Measuring a job: held-out loss, peak memory, and training speed beside the eager edit and the frozen model."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Mean loss over the held-out targets; `accuracy` for classification only."""
+
+    loss: float
+    targets: int
+    accuracy: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(loss)`; infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, batches: Iterable[Mapping[str, torch.Tensor]], classification: bool) -> HeldOut:
+    """The mean loss over all targets of the batches, in evaluation mode; the model's mode is given back after.
+
+    Args:
+        model: a transformers model that returns `loss` for `labels`, and `logits`.
+        batches: with `input_ids` and `labels`: `(batch, length)` with -100 where nothing is predicted, or `(batch,)`
+            class numbers.
+        classification: which of the two; with it the accuracy is measured as well.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total, count, correct = 0.0, 0, 0
+    try:
+        for batch in batches:
+            batch = {name: value.to(device) for name, value in batch.items()}
+            output = model(**batch)
+            labels = batch["labels"] if classification else batch["labels"][:, 1:]
+            targets = int((labels != -100).sum())
+            total += float(output.loss.float()) * targets
+            count += targets
+            if classification:
+                correct += int((output.logits.argmax(-1) == labels).sum())
+    finally:
+        model.train(was_training)
+    if count == 0:
+        raise ValueError("batches: hold no targets")
+    return HeldOut(total / count, count, correct / count if classification else None)
+
+
+class PeakMemory:
+    """The most memory used since this object was made: of the GPU, or of the whole process on a CPU.
+
+    On Linux the kernel's own high-water mark is reset at the start. Where it cannot be, `since_start` is True: the mark
+    then covers everything since the process began, loading included.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.since_start = False
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            self.since_start = True
+
+    def bytes(self) -> int | None:
+        """The peak in bytes, or None where the system does not tell."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        try:
+            import resource
+        except ImportError:  # Windows
+            return None
+        import sys
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Training speed of one variant, in tokens (or texts) per second, one sample a round."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The median of the samples."""
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The slowest and the fastest sample."""
+        return min(self.samples), max(self.samples)
+
+
+def compare_speed(
+    steps: Mapping[str, Callable[[], int]], device: torch.device, rounds: int = 7, seconds: float = 60.0
+) -> dict[str, Speed]:
+    """Time the steps in turn, so that what else the machine does falls on all of them alike.
+
+    Args:
+        steps: name to a function that does one training step and returns how many tokens it had.
+        device: waited for before each reading of the clock.
+        rounds: how often each step is timed; every other round goes through them backwards.
+        seconds: no new round is begun after this time, but there are always three.
+    """
+    for step in steps.values():
+        step()
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    begun = time.perf_counter()
+    for number in range(rounds):
+        if number >= 3 and time.perf_counter() - begun > seconds:
+            break
+        names = list(steps)
+        for name in names if number % 2 == 0 else reversed(names):
+            _wait_for(device)
+            start = time.perf_counter()
+            tokens = steps[name]()
+            _wait_for(device)
+            samples[name].append(tokens / (time.perf_counter() - start))
+    return {name: Speed(tuple(values)) for name, values in samples.items()}
+
+
+def training_step(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], trained: list[nn.Parameter], switch: Callable[[], Any]
+) -> Callable[[], int]:
+    """One step as `compare_speed` times it: forward, backward, AdamW. The learning rate is 0, so nothing changes.
+
+    Args:
+        model: a transformers model that returns `loss`.
+        batch: its inputs, `input_ids` among them.
+        trained: what the optimizer steps; may be empty for a model that only passes gradients through.
+        switch: called before each step, to put the model into the variant that is timed.
+    """
+    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0) if trained else None
+    tokens = batch["input_ids"].numel()
+
+    def step() -> int:
+        switch()
+        model.train()
+        model(**batch).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return tokens
+
+    return step
+
+
+def pass_gradients(model: nn.Module, sites: Iterable[str]) -> list[Any]:
+    """Make a frozen model run its backward from the first edited site on, without any edit; returns hook handles.
+
+    This is the floor for the training speed: the same backward passes, nothing to train.
+    """
+
+    def hook(module: nn.Module, arguments: object, output: torch.Tensor) -> None:
+        if torch.is_grad_enabled() and not output.requires_grad:
+            output.requires_grad_()
+
+    return [model.get_submodule(site).register_forward_hook(hook) for site in sites]
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,109 @@
+"""The output folder of a job: what is in it, and whether a new run may use it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .._files import write_files
+from .trainer import checkpoints
+
+RUN_NAME = "run.json"
+EDITS_NAME = "edits"
+CURVE_NAME = "loss.png"
+
+
+@dataclass
+class RunFolder:
+    """`run.json` (settings, state, results), `edits/`, `loss.png` and `checkpoint-*/` in one folder."""
+
+    path: Path
+    settings: dict[str, Any]
+    results: dict[str, Any]
+    checkpoint: Path | None = None
+
+    @property
+    def edits(self) -> Path:
+        """Where the trained edits are saved."""
+        return self.path / EDITS_NAME
+
+    @property
+    def curve(self) -> Path:
+        """Where the loss curve is drawn."""
+        return self.path / CURVE_NAME
+
+    def write(self, state: str, **results: Any) -> None:
+        """Record the state of the run (`running`, `interrupted`, `finished`) and add results."""
+        self.results.update(results)
+        content = {"state": state, "settings": self.settings, "results": self.results}
+        write_files(self.path, {RUN_NAME: (json.dumps(content, indent=2) + "\n").encode()})
+
+
+def open_run(path: Path, settings: Mapping[str, Any], resume: bool, overwrite: bool) -> RunFolder:
+    """Prepare an output folder for a new run, or find the checkpoint to resume from.
+
+    Args:
+        path: the folder.
+        settings: what decides the course of the run; a resumed run must have the same.
+        resume: go on from the newest checkpoint; from the start if the run was killed before its first.
+        overwrite: remove the files of an earlier run. Other files in the folder are never touched.
+
+    Raises:
+        ValueError: the folder holds a run and neither was asked for; or a run to resume is missing, finished, damaged,
+            or was started with other settings.
+        OSError: the folder cannot be written to. This is found out here, before anything is trained.
+    """
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite: got both, expected one at most")
+    settings = json.loads(json.dumps(settings))  # as they will be read back
+    exists = (path / RUN_NAME).exists()
+    if resume:
+        former = _read(path)
+        if former["state"] == "finished":
+            raise ValueError(f"--resume: the run in {str(path)!r} is finished; --overwrite starts it anew")
+        changed = [name for name in settings if former["settings"].get(name) != settings[name]]
+        if changed:
+            differences = ", ".join(
+                f"{name} was {former['settings'].get(name)!r}, is {settings[name]!r}" for name in changed
+            )
+            raise ValueError(f"--resume: the run in {str(path)!r} was started with other settings: {differences}")
+        saved = checkpoints(path)
+        run = RunFolder(path, dict(settings), former["results"], saved[-1] if saved else None)
+    else:
+        if exists and not overwrite:
+            raise ValueError(
+                f"--output: {str(path)!r} already holds a run; go on with it by --resume, or start anew by --overwrite"
+            )
+        if exists:
+            _remove_run(path)
+        elif checkpoints(path) or (path / EDITS_NAME).exists():
+            raise ValueError(
+                f"--output: {str(path)!r} holds checkpoints or edits of another program; choose another folder"
+            )
+        run = RunFolder(path, dict(settings), {})
+    run.write("running")
+    return run
+
+
+def _read(path: Path) -> dict[str, Any]:
+    file = path / RUN_NAME
+    if not file.exists():
+        raise ValueError(f"--resume: {str(path)!r} holds no run ({RUN_NAME} is missing)")
+    try:
+        content = json.loads(file.read_bytes())
+        if not all(isinstance(content[key], dict) for key in ("settings", "results")):
+            raise ValueError("settings or results are missing")
+        return {"state": content["state"], "settings": content["settings"], "results": content["results"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--resume: {file} is damaged: {error}") from error
+
+
+def _remove_run(path: Path) -> None:
+    for folder in [*checkpoints(path), path / EDITS_NAME]:
+        if folder.exists():
+            shutil.rmtree(folder)
+    (path / CURVE_NAME).unlink(missing_ok=True)

@@ -1,0 +1,119 @@
+"""The edit written plainly in eager PyTorch, by forward hooks: the peer that the fused operations are compared with.
+
+This is how RED (arXiv 2402.15179) is usually written: the output of a module is multiplied and shifted, two passes over
+the whole activation, before the model goes on with its own residual addition and norm. Nothing here is fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import TracebackType
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["NaiveEdits", "naive_edit"]
+
+_KIND_PARTS = {"all": ("scale", "bias"), "scaling": ("scale",), "bias": ("bias",)}
+
+
+class NaiveEdits:
+    """Edits that hang on a model as forward hooks; a context manager that takes them off at its end.
+
+    Attributes:
+        parameters: site to `"scale"` and/or `"bias"`, Parameters of shape `(width,)`. They are not registered in the
+            model: its `state_dict` and `parameters()` stay as they were.
+        active: False lets the model run unedited until it is True again.
+    """
+
+    def __init__(self, model: nn.Module, parameters: dict[str, dict[str, nn.Parameter]]) -> None:
+        self.parameters = parameters
+        self.active = True
+        self._required_grad = {name: own.requires_grad for name, own in model.named_parameters()}
+        self._model = model
+        model.requires_grad_(False)
+        self._handles: list[RemovableHandle] = [
+            model.get_submodule(site).register_forward_hook(self._hook(parts)) for site, parts in parameters.items()
+        ]
+
+    def _hook(self, parts: dict[str, nn.Parameter]) -> Callable[[nn.Module, object, torch.Tensor], torch.Tensor]:
+        scale, bias = parts.get("scale"), parts.get("bias")
+
+        def hook(module: nn.Module, arguments: object, output: torch.Tensor) -> torch.Tensor:
+            if not self.active:
+                return output
+            edited = output
+            if scale is not None:
+                edited = edited * scale
+            if bias is not None:
+                edited = edited + bias
+            return edited.to(output.dtype)
+
+        return hook
+
+    def vectors(self) -> list[nn.Parameter]:
+        """All vectors in one list, as an optimizer takes them."""
+        return [vector for parts in self.parameters.values() for vector in parts.values()]
+
+    def remove(self) -> None:
+        """Take the hooks off and give the base parameters their former `requires_grad`; a second call does nothing."""
+        if not self._handles:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for name, own in self._model.named_parameters():
+            own.requires_grad_(self._required_grad.get(name, own.requires_grad))
+
+    def __enter__(self) -> NaiveEdits:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def naive_edit(
+    model: nn.Module, sites: Iterable[str], kind: str = "all", dtype: torch.dtype = torch.float32
+) -> NaiveEdits:
+    """Edit the outputs of modules by `scale * h + bias`, in eager PyTorch, and freeze the base model.
+
+    Args:
+        model: the base model; it must not be patched.
+        sites: names of modules whose output is one tensor `(..., width)`. The width is their `out_features`, or `nf`
+            (transformers' `Conv1D`).
+        kind: `"all"` (scale and bias), `"scaling"` or `"bias"`.
+        dtype: of the vectors. The output keeps the dtype of `h`, whatever this is.
+
+    Returns:
+        The `NaiveEdits`, which holds the vectors and takes the edits off again.
+
+    Raises:
+        ValueError: no sites, an unknown site or kind, or a site whose width cannot be told. Nothing is changed then.
+    """
+    if kind not in _KIND_PARTS:
+        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(map(repr, _KIND_PARTS))}")
+    names = list(sites)
+    if not names:
+        raise ValueError("sites: got none, expected at least one module name")
+    modules = dict(model.named_modules())
+    parameters: dict[str, dict[str, nn.Parameter]] = {}
+    for site in names:
+        if site not in modules:
+            raise ValueError(f"sites: the model has no module {site!r}")
+        width, device = _output_width(site, modules[site])
+        start = {"scale": torch.ones, "bias": torch.zeros}
+        parameters[site] = {
+            part: nn.Parameter(start[part](width, dtype=dtype, device=device)) for part in _KIND_PARTS[kind]
+        }
+    return NaiveEdits(model, parameters)
+
+
+def _output_width(site: str, module: nn.Module) -> tuple[int, torch.device]:
+    weight = getattr(module, "weight", None)
+    width = getattr(module, "out_features", None) or getattr(module, "nf", None)
+    if not isinstance(weight, torch.Tensor) or not isinstance(width, int):
+        raise ValueError(f"sites: {site!r} is a {type(module).__name__}, whose output width cannot be told")
+    return width, weight.device
