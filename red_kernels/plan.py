@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from torch import nn
 from .config import RedConfig
 from .edit_module import RedEdit
 from .models import FAMILIES, Family, Layout, child_at, family_of
+from .models.fingerprint import unwrapped
 from .models.handoff import NextNorm
 from .models.norms import norm_spec
 from .patched import recognised
@@ -196,8 +196,8 @@ def _layout(place: _Place) -> tuple[Layout | None, str]:
 
 def _next_norm(place: _Place) -> tuple[tuple[str, ...], nn.Module | str]:
     """The modules that the layer's output passes until the next norm, named in the stack; and the norm, or why not."""
-    forward = inspect.unwrap(type(place.stack).forward)
-    if "forward" in place.stack.__dict__ or not forward.__module__.startswith("transformers.models."):
+    forward = unwrapped(type(place.stack).forward)
+    if "forward" in place.stack.__dict__ or not forward.__globals__["__name__"].startswith("transformers.models."):
         return (), f"the forward of {type(place.stack).__name__} is not the library's own"
     layers = place.stack._modules[place.list_key]
     assert layers is not None

@@ -15,17 +15,27 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "unwrapped"]
 
+_TRUSTED = ("transformers", "torch", __name__.partition(".")[0])
 _ANNOTATIONS = ("annotation", "returns", "type_comment", "type_params")
 
 
 def fingerprint(function: Callable[..., Any]) -> str | None:
     """The fingerprint of a Python function, 16 hexadecimal digits; None where its source cannot be had.
 
-    Decorators that keep `__wrapped__` are looked through; others count as part of the function.
+    Wrappers made by transformers, torch and this package are looked through; whatever else is wrapped around a function
+    makes it another one.
     """
-    return _fingerprint(inspect.unwrap(function))
+    return _fingerprint(unwrapped(function))
+
+
+def unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function inside the wrappers that transformers, torch and this package put around a `forward`."""
+    # functools.wraps copies the name of the module, but not the globals.
+    while hasattr(function, "__wrapped__") and function.__globals__["__name__"].partition(".")[0] in _TRUSTED:
+        function = function.__wrapped__
+    return function
 
 
 @functools.cache
@@ -43,6 +53,8 @@ def _text(node: object) -> str:
         return "[" + ",".join(map(_text, node)) + "]"
     if not isinstance(node, ast.AST):
         return repr(node)
+    if isinstance(node, ast.AnnAssign) and node.value is not None:
+        node = ast.Assign([node.target], node.value)  # `x: int = y` does the same as `x = y`
     parts = []
     for name, value in ast.iter_fields(node):
         if name in _ANNOTATIONS or name == "kind":
@@ -51,10 +63,7 @@ def _text(node: object) -> str:
             value = [statement for statement in value if not _is_text(statement)]
         if value is not None and value != []:
             parts.append(f"{name}={_text(value)}")
-    # `x: Tensor = f()` does the same as `x = f()`.
-    kind = "Assign" if isinstance(node, ast.AnnAssign) else type(node).__name__
-    text = f"{kind}({','.join(parts)})"
-    return text.replace("target=", "targets=", 1) if isinstance(node, ast.AnnAssign) else text
+    return f"{type(node).__name__}({','.join(parts)})"
 
 
 def _is_text(statement: ast.AST) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, unwrapped
 
 __all__ = ["NormArguments", "NormSpec", "globally_hooked", "norm_arguments", "norm_spec", "unobserved"]
 
@@ -49,7 +49,7 @@ def norm_spec(kind: type) -> NormSpec | None:
     try:
         return _specs[kind]
     except KeyError:
-        forward = kind.forward if issubclass(kind, nn.Module) else None
+        forward = unwrapped(kind.forward) if issubclass(kind, nn.Module) else None
         if forward is nn.LayerNorm.forward:
             found: NormSpec | None = LAYER_NORM
         else:

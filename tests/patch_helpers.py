@@ -1,0 +1,113 @@
+"""Running the same thing on a patched model, on the unfused composition, and on that in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import model_zoo as zoo
+import pytest
+import torch
+from torch import Tensor, nn
+
+from red_kernels import patched
+from red_kernels.config import RedConfig
+from red_kernels.models import compose
+from red_kernels.patch import edit_parameters, patch
+
+Run = Callable[[nn.Module, dict[str, Any]], dict[str, Tensor]]
+
+
+@dataclass
+class Watch:
+    """Which notes were left on a layer's output, and which of them were taken."""
+
+    left: list[nn.Module] = field(default_factory=list)
+    taken: list[nn.Module] = field(default_factory=list)
+
+    def clear(self) -> None:
+        self.left.clear()
+        self.taken.clear()
+
+
+def watching(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    watch = Watch()
+    leave, take = compose.leave_note, patched.take_note
+
+    def leave_note(z: Tensor, normed: Tensor, norm: nn.Module) -> None:
+        watch.left.append(norm)
+        leave(z, normed, norm)
+
+    def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
+        normed = take(norm, z)
+        if normed is not None:
+            watch.taken.append(norm)
+        return normed
+
+    monkeypatch.setattr(compose, "leave_note", leave_note)
+    monkeypatch.setattr(patched, "take_note", take_note)
+    return watch
+
+
+def batch_for(model: nn.Module, name: str, **arguments: Any) -> dict[str, Tensor]:
+    """A batch in the model's dtype."""
+    dtype = next(model.parameters()).dtype
+    batch = zoo.inputs(name, **arguments)
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+
+
+def patched_and_peer(
+    name: str, dtype: torch.dtype = torch.float32, prepare: Callable[[nn.Module], Any] | None = None, **changes: Any
+) -> tuple[nn.Module, zoo.Unfused, zoo.Unfused]:
+    """A patched model, the unfused composition of the same, and that in float64; all with the same vectors."""
+    model = zoo.tiny(name, **changes).to(dtype)
+    values = zoo.vectors(zoo.sites(name))
+    unfused, truth = zoo.Unfused(model, values), zoo.exact(model, values)
+    patch(model, RedConfig())
+    zoo.fill(edit_parameters(model), values)
+    for one in (model, unfused.model, truth.model):
+        if prepare is not None:
+            prepare(one)
+    return model, unfused, truth
+
+
+def compare(
+    name: str,
+    run: Run,
+    dtype: torch.dtype = torch.float32,
+    prepare: Callable[[nn.Module], Any] | None = None,
+    gradients: bool = True,
+    **changes: Any,
+) -> nn.Module:
+    """Hold whatever `run` returns, and the gradients of the vectors, to the unfused composition."""
+    model, unfused, truth = patched_and_peer(name, dtype, prepare, **changes)
+    wanted = run(truth.model, batch_for(truth.model, name))
+    plain = run(unfused.model, batch_for(unfused.model, name))
+    found = run(model, batch_for(model, name))
+    assert found.keys() == wanted.keys()
+    for key in wanted:
+        zoo.assert_as_exact(key, found[key], plain[key], wanted[key], dtype)
+    if gradients:
+        exact, unfused_gradients, own = truth.gradients(), unfused.gradients(), zoo.gradients(edit_parameters(model))
+        assert exact
+        assert own.keys() == exact.keys()
+        for key in exact:
+            zoo.assert_as_exact(key, own[key], unfused_gradients[key], exact[key], dtype)
+    return model
+
+
+def loss_and_backward(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+    output = model(**batch)
+    output.loss.backward()
+    return {"logits": output.logits.detach()}
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The (first) list of layers."""
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1)
+
+
+def copied(batch: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy(batch)

@@ -1,0 +1,153 @@
+"""Every family, patched, against the unfused composition: outputs, losses, all gradients, generation."""
+
+from __future__ import annotations
+
+import copy
+
+import model_zoo as zoo
+import pytest
+import torch
+from patch_helpers import batch_for, compare, loss_and_backward, watching
+
+from red_kernels.config import RedConfig
+from red_kernels.models import FAMILIES, LAYOUTS, compose
+from red_kernels.models.fingerprint import fingerprint
+from red_kernels.patch import edit_parameters, patch
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_outputs_and_gradients(name, dtype):
+    compare(name, loss_and_backward, dtype)
+
+
+@pytest.mark.parametrize("kind", ["scaling", "bias"])
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_kinds(name, kind):
+    model = zoo.tiny(name)
+    config = RedConfig(kind=kind)
+    values = {
+        site: {part: parts[part] for part in config.parts} for site, parts in zoo.vectors(zoo.sites(name)).items()
+    }
+    unfused, truth = zoo.Unfused(model, values), zoo.exact(model, values)
+    patch(model, config)
+    parameters = edit_parameters(model)
+    assert all(tuple(parts) == config.parts for parts in parameters.values())
+    zoo.fill(parameters, values)
+    for one in (model, unfused.model, truth.model):
+        loss_and_backward(one, batch_for(one, name))
+    found, plain, exact = zoo.gradients(parameters), unfused.gradients(), truth.gradients()
+    assert found.keys() == exact.keys()
+    for key in exact:
+        zoo.assert_as_exact(key, found[key], plain[key], exact[key])
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_report_says_what_is_run(name, monkeypatch):
+    """Each site's edit is in one fused operation with a norm; each note that is left is taken."""
+    model = zoo.tiny(name)
+    report = patch(model, RedConfig())
+    assert [site.site for site in report.sites] == zoo.sites(name)
+    assert all(site.fused is not None and "Norm" in site.fused and not site.reason for site in report.sites)
+    calls = []
+    for operation in ("edit_add", "edit_add_rms_norm", "edit_add_layer_norm"):
+        original = getattr(compose, operation)
+
+        def counted(x, residual, scale, *args, _original=original, _name=operation, **kwargs):
+            calls.append((_name, scale is not None))
+            return _original(x, residual, scale, *args, **kwargs)
+
+        monkeypatch.setattr(compose, operation, counted)
+    watch = watching(monkeypatch)
+    assert model(**zoo.inputs(name)).loss.requires_grad
+    edits = [operation for operation, edited in calls if edited]
+    assert len(edits) == len(zoo.sites(name))
+    assert "edit_add" not in edits
+    assert len(watch.left) == (len(edits) if name in zoo.HANDING_ON else 0)
+    assert watch.taken == watch.left
+    # In post-norm layers and Gemma's nothing is left over; elsewhere the attention's residual add is fused as well.
+    assert len(calls) == len(edits) * (
+        1 if name in ("bert", "roberta", "t5", "t5_gated") else 2 + name.startswith("gemma")
+    )
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_layers_are_chosen_by_their_index_alone(name):
+    """A T5 `layer.1` is no layer 1; in an encoder-decoder model the index counts in both stacks."""
+    model = zoo.tiny(name)
+    plain = copy.deepcopy(model)
+    report = patch(model, RedConfig(layers=[1]))
+    chosen = [site.site for site in report.sites]
+    assert chosen == [
+        site for site in zoo.sites(name) if next(part for part in site.split(".") if part.isdigit()) == "1"
+    ]
+    assert len(chosen) == (2 if name.startswith("t5") else 1)
+    values = zoo.vectors(chosen)
+    zoo.fill(edit_parameters(model), values)
+    unfused, truth = zoo.Unfused(plain, values), zoo.exact(plain, values)
+    with torch.no_grad():
+        found, peer, exact = (one(**batch_for(one, name)).logits for one in (model, unfused.model, truth.model))
+    zoo.assert_as_exact("logits", found, peer, exact)
+
+
+@pytest.mark.parametrize("name", zoo.GENERATING)
+def test_generate_with_a_cache(name, monkeypatch):
+    model = zoo.tiny(name)
+    values = zoo.vectors(zoo.sites(name))
+    unfused = zoo.Unfused(model, values)
+    patch(model, RedConfig())
+    zoo.fill(edit_parameters(model), values)
+    batch = {key: value for key, value in zoo.inputs(name).items() if key != "labels"}
+    arguments = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "use_cache": True}
+    watch = watching(monkeypatch)
+    assert torch.equal(model.generate(**batch, **arguments), unfused.model.generate(**batch, **arguments))
+    assert watch.taken == watch.left
+    assert bool(watch.left) == (name in zoo.HANDING_ON)
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_a_fresh_patch_is_the_identity(name):
+    model = zoo.tiny(name)
+    truth = copy.deepcopy(model).double()
+    batch = zoo.inputs(name)
+    with torch.no_grad():
+        before = model(**batch).logits
+        state = torch.get_rng_state()
+        patch(model, RedConfig())
+        assert torch.equal(state, torch.get_rng_state())
+        zoo.assert_as_exact("logits", model(**batch).logits, before, truth(**batch_for(truth, name)).logits)
+
+
+def test_descriptions_are_consistent():
+    assert len(LAYOUTS) == sum(len(family.layouts) for family in FAMILIES)
+    for family in FAMILIES:
+        for layout in family.layouts:
+            assert family.site == (f"{layout.block}.{layout.site}" if layout.block else layout.site)
+            assert layout.site == layout.outer or layout.site.startswith(layout.outer + ".")
+            assert bool(layout.alone) == ("{next}" in layout.fuses)
+            assert layout.alone == "" or family.first_norm
+
+
+def test_fingerprint_sees_what_is_done_only():
+    def first(x, y=1):
+        """One text."""
+        z: int = x + y
+        return z
+
+    spaced = first
+
+    def first(x: int, y: int = 1) -> int:
+        # Another remark.
+        z = x + y
+        return z
+
+    assert fingerprint(first) == fingerprint(spaced)
+
+    def first(x, y=2):
+        z = x + y
+        return z
+
+    assert fingerprint(first) != fingerprint(spaced)
+    assert fingerprint(eval("lambda x: x")) is None
