@@ -209,11 +209,11 @@ def load_edits(model: nn.Module, folder_or_file: str | os.PathLike[str], *, stri
             f"{_names(model_only)}; patch the model alike, or pass strict=False to load what fits"
         )
     # Devices and dtypes are settled first, so that running out of memory cannot leave half of the edits loaded.
-    staged = [(own, value.to(device=own.device, dtype=own.dtype)) for own, value in pairs]
+    staged = [(target, value.to(device=target.device, dtype=target.dtype)) for target, value in pairs]
     with torch.no_grad():
-        for own, value in staged:
-            own.copy_(value)
-    loaded = {site: target for site, target in mapping.items() if any(f"{target}.{p}" in filled for p in vectors[site])}
+        for target, value in staged:
+            target.copy_(value)
+    loaded = {site: to for site, to in mapping.items() if any(f"{to}.{part}" in filled for part in vectors[site])}
     return LoadReport(source, loaded, tuple(checkpoint_only), tuple(model_only))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +73,7 @@ def load_base(
         raise ValueError(f"task: got {task!r}, expected one of {', '.join(map(repr, TASKS))}")
     packaged = next((model for model in PACKAGED if model.name == name), None)
     path = packaged.locate() if packaged else Path(name)
-    auto = transformers.AutoModelForCausalLM
+    auto: Any = transformers.AutoModelForCausalLM
     options: dict[str, Any] = {}
     if task == "classification":
         auto = transformers.AutoModelForSequenceClassification
@@ -87,14 +89,35 @@ def load_base(
     else:
         source, gguf = str(path) if path.exists() else name, {}
         load_dtype = dtype
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **_without_quantization(gguf))
-    model, loading = auto.from_pretrained(source, dtype=load_dtype, output_loading_info=True, **gguf, **options)
+    with _quietly():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **_without_quantization(gguf))
+        model, loading = auto.from_pretrained(source, dtype=load_dtype, output_loading_info=True, **gguf, **options)
+    missing = sorted(loading["missing_keys"])
+    if missing and task == "causal-lm":
+        raise ValueError(
+            f"model: {name!r} lacks the weights {missing[0]} and {len(missing) - 1} more of a language model"
+        )
     if gguf:
         _forget_quantization(model)
     model = model.to(device=device, dtype=dtype).eval()
     model.config._name_or_path = packaged.name if packaged else name
     _give_padding(model, tokenizer)
-    return BaseModel(model, tokenizer, model.config._name_or_path, frozenset(loading["missing_keys"]))
+    return BaseModel(model, tokenizer, model.config._name_or_path, frozenset(missing))
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' bars and its table of missing weights: the job says itself what is new."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _gguf_options(path: Path) -> dict[str, Any]:

@@ -172,9 +172,10 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     set_seed(settings.seed)  # a new head is drawn while loading
     base = _load(settings, labels, device)
     data = _tokenise(settings, base, split, labels, console)
-    console.print(patch(base.model, config))
+    console.print(str(patch(base.model, config)), highlight=False)
     if classification:
         train_head(base.model, base.new_parameters)
+    run.begin()
     trained = _show_parameters(base.model, console)
 
     before = _measure_before(run, base.model, data)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .._version import __version__
-from ..backends import automatic_backend, available_backends, forced_backend
+from ..backends import automatic_backend, available_backends, forced_backend, native
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "gguf", "peft", "datasets", "matplotlib")
 
@@ -21,7 +21,10 @@ def show_info(console: Console) -> None:
     for heading in ("backend", "state"):
         backends.add_column(heading, overflow="fold")
     for name, reason in available_backends().items():
-        backends.add_row(name, "available" if reason is None else reason)
+        state = "available" if reason is None else reason
+        if name == "cpu" and reason is None:
+            state += f"; instruction set {native.instruction_set()} of {', '.join(native.instruction_sets())}"
+        backends.add_row(name, state)
     console.print(backends)
 
     choice = Table(title="Chosen for")

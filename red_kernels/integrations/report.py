@@ -37,7 +37,8 @@ def parameter_table(console: Console, groups: Mapping[str, tuple[int, int]], tot
         table.add_row(name, f"{tensors:,}", f"{count:,}", f"{count / total:.4%}")
     trained = sum(count for _, count in groups.values())
     table.add_section()
-    table.add_row("together", "", f"{trained:,} of {total / 1e6:.1f}M", f"{trained / total:.4%}")
+    whole = f"{total / 1e6:.1f}M" if total >= 1e5 else f"{total:,}"
+    table.add_row("together", "", f"{trained:,} of {whole}", f"{trained / total:.4%}")
     console.print(table)
 
 

@@ -36,6 +36,19 @@ class RunFolder:
         """Where the loss curve is drawn."""
         return self.path / CURVE_NAME
 
+    def begin(self) -> None:
+        """Remove the files of a run that is not gone on with, and record the new one.
+
+        Raises:
+            OSError: the folder cannot be written to; found out here, before anything is trained.
+        """
+        if self.checkpoint is None:
+            for folder in [*checkpoints(self.path), self.edits]:
+                if folder.exists():
+                    shutil.rmtree(folder)
+            self.curve.unlink(missing_ok=True)
+        self.write("running")
+
     def write(self, state: str, **results: Any) -> None:
         """Record the state of the run (`running`, `interrupted`, `finished`) and add results."""
         self.results.update(results)
@@ -44,7 +57,7 @@ class RunFolder:
 
 
 def open_run(path: Path, settings: Mapping[str, Any], resume: bool, overwrite: bool) -> RunFolder:
-    """Prepare an output folder for a new run, or find the checkpoint to resume from.
+    """Look at an output folder for a new run, or find the checkpoint to resume from; `begin` changes it.
 
     Args:
         path: the folder.
@@ -55,7 +68,6 @@ def open_run(path: Path, settings: Mapping[str, Any], resume: bool, overwrite: b
     Raises:
         ValueError: the folder holds a run and neither was asked for; or a run to resume is missing, finished, damaged,
             or was started with other settings.
-        OSError: the folder cannot be written to. This is found out here, before anything is trained.
     """
     if resume and overwrite:
         raise ValueError("--resume and --overwrite: got both, expected one at most")
@@ -78,14 +90,11 @@ def open_run(path: Path, settings: Mapping[str, Any], resume: bool, overwrite: b
             raise ValueError(
                 f"--output: {str(path)!r} already holds a run; go on with it by --resume, or start anew by --overwrite"
             )
-        if exists:
-            _remove_run(path)
-        elif checkpoints(path) or (path / EDITS_NAME).exists():
+        if not exists and (checkpoints(path) or (path / EDITS_NAME).exists()):
             raise ValueError(
                 f"--output: {str(path)!r} holds checkpoints or edits of another program; choose another folder"
             )
         run = RunFolder(path, dict(settings), {})
-    run.write("running")
     return run
 
 
@@ -100,10 +109,3 @@ def _read(path: Path) -> dict[str, Any]:
         return {"state": content["state"], "settings": content["settings"], "results": content["results"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--resume: {file} is damaged: {error}") from error
-
-
-def _remove_run(path: Path) -> None:
-    for folder in [*checkpoints(path), path / EDITS_NAME]:
-        if folder.exists():
-            shutil.rmtree(folder)
-    (path / CURVE_NAME).unlink(missing_ok=True)

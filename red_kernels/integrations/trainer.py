@@ -115,7 +115,7 @@ class RedTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
-            save_trained(self._inner_model(), output_dir or self.args.output_dir)
+            save_trained(self._inner_model(), str(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self._inner_model(), resume_from_checkpoint)
