@@ -14,7 +14,7 @@ from .models import LAYOUTS, Layout, child_at
 from .models.compose import LINK, may_defer
 from .models.description import walk
 from .models.fingerprint import fingerprint
-from .models.handoff import NextNorm, take_note
+from .models.handoff import TAKES_NOTES, NextNorm, take_note
 from .models.norms import globally_hooked, unobserved
 
 __all__ = ["is_patched", "patch_block", "patch_norm", "recognised", "unpatch_module"]
@@ -86,6 +86,7 @@ def _patched_class(base: type[nn.Module], key: str) -> type[nn.Module]:
             "__doc__": base.__doc__,
             "_red_kernels_base": base,
             "_red_kernels_key": key,
+            TAKES_NOTES: key == _NORM,
         }
         made = _classes[base, key] = type(base.__name__, (base,), namespace)
     return made

@@ -111,3 +111,13 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 
 def copied(batch: dict[str, Any]) -> dict[str, Any]:
     return copy.deepcopy(batch)
+
+
+def without_gradients(model, batch):
+    with torch.no_grad():
+        return {"logits": model(**batch).logits}
+
+
+def in_inference_mode(model, batch):
+    with torch.inference_mode():
+        return {"logits": model(**batch).logits.clone()}

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from .description import walk
 from .norms import NormArguments, norm_arguments, unobserved
 
-__all__ = ["NextNorm", "enter_stack", "leave_note", "leave_stack", "take_note"]
+__all__ = ["TAKES_NOTES", "NextNorm", "enter_stack", "leave_note", "leave_stack", "take_note"]
 
+TAKES_NOTES = "_red_kernels_takes_notes"  # set in the classes of norms that do
 _NOTE = "_red_kernels_note"
 # torch keeps no public way to ask; without this private one no note is ever made.
 _saved_tensor_hooks: Callable[[bool], Any] = getattr(
@@ -140,7 +141,7 @@ class NextNorm:
             if module is None or not _silent(module, module._forward_pre_hooks, gradients):
                 return None
         norm = walk(stack, self._norm)
-        if norm is None:
+        if norm is None or not getattr(type(norm), TAKES_NOTES, False):
             return None
         found = norm_arguments(norm, x, residual)
         return None if found is None else (norm, found)
