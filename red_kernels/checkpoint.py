@@ -285,7 +285,12 @@ def _collect(path: Path, tensors: Mapping[str, Any], pattern: re.Pattern[str], n
             raise ValueError(f"{path}: {key} has shape {tuple(value.shape)}, expected {expected}")
         part = "scale" if match["part"] == "scaling" else match["part"]
         vectors.setdefault(match["site"], {})[part] = value.detach().reshape(-1)
-    return vectors
+    # Files keep no useful order; reports go by layer, scale before bias.
+    return {site: dict(sorted(vectors[site].items(), reverse=True)) for site in sorted(vectors, key=_by_layer)}
+
+
+def _by_layer(site: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in site.split(".")]
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
