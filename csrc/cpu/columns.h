@@ -1,4 +1,5 @@
 // Column sums over all rows, for the gradients of vectors: each chunk adds up its own, and the chunks are added in order.
+// Sums of few rows, then sums of those, then fp64: a plain fp32 sum down 64 rows loses more digits than eager PyTorch does.
 #pragma once
 
 #include <utility>
@@ -12,6 +13,7 @@ class ColumnSums {
  public:
   // `asked[k]` and `of_edits[k]`: whether the k-th sum is wanted, and whether it is kept apart for each edit.
   static constexpr int kSums = 4;
+  static constexpr int64_t kRows = 16;  // rows that are added up one after the other
 
   ColumnSums(const Shape& shape, const EditIds& ids) : shape_(shape), edits_(ids.edits()), sorted_(ids.data != nullptr),
                                                        plan_(plan_chunks(shape.rows, ids.data, ids.edits())) {}
@@ -31,14 +33,19 @@ class ColumnSums {
     const int64_t chunks = static_cast<int64_t>(plan_.chunks.size());
     const int64_t grain = std::max<int64_t>(1, 16384 / d / 64);
     torch::stable::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(scratch_floats(d) + 16);
+      std::vector<float> scratch(scratch_floats(d) + 16), block(count_ * width + 16);
+      float* few = align(block.data());
       for (int64_t c = begin; c < end; ++c) {
-        float* sums[kSums];
-        for (int k = 0; k < kSums; ++k) {
-          sums[k] = place_[k] < 0 ? nullptr : partial(c, place_[k]);
-          if (sums[k]) std::fill(sums[k], sums[k] + d, 0.0f);
+        const Chunk& chunk = plan_.chunks[c];
+        float* total = partial(c, 0);
+        std::fill(total, total + count_ * width, 0.0f);
+        for (int64_t k = chunk.begin; k < chunk.end; k += kRows) {
+          std::fill(few, few + count_ * width, 0.0f);
+          float* sums[kSums];
+          for (int s = 0; s < kSums; ++s) sums[s] = place_[s] < 0 ? nullptr : few + place_[s] * width;
+          body(Chunk{k, std::min(k + kRows, chunk.end), chunk.edit, chunk.order}, sums, align(scratch.data()));
+          for (int64_t j = 0; j < count_ * width; ++j) total[j] += few[j];
         }
-        body(plan_.chunks[c], sums, align(scratch.data()));
       }
     });
   }
@@ -52,12 +59,18 @@ class ColumnSums {
     float* out = floats(sum);
     constexpr int64_t block = 256;  // columns that a thread adds up at a time
     torch::stable::parallel_for(0, (d + block - 1) / block, 8, [&](int64_t first, int64_t last) {
-      const int64_t begin = first * block, end = std::min(last * block, d);
-      for (int64_t e = 0; e < n; ++e) std::fill(out + e * d + begin, out + e * d + end, 0.0f);
-      for (int64_t c = 0; c < static_cast<int64_t>(plan_.chunks.size()); ++c) {
-        const float* from = partial(c, place_[k]);
-        float* to = out + (of_edits_[k] ? plan_.chunks[c].edit * d : 0);
-        for (int64_t j = begin; j < end; ++j) to[j] += from[j];
+      for (int64_t begin = first * block; begin < std::min(last * block, d); begin += block) {
+        const int64_t end = std::min(begin + block, d);
+        double sums[block];
+        size_t c = 0;
+        for (int64_t e = 0; e < n; ++e) {
+          std::fill(sums, sums + block, 0.0);
+          for (; c < plan_.chunks.size() && (!of_edits_[k] || plan_.chunks[c].edit == e); ++c) {
+            const float* from = partial(static_cast<int64_t>(c), place_[k]);
+            for (int64_t j = begin; j < end; ++j) sums[j - begin] += from[j];
+          }
+          for (int64_t j = begin; j < end; ++j) out[e * d + j] = static_cast<float>(sums[j - begin]);
+        }
       }
     });
     return sum;
