@@ -28,7 +28,11 @@ void edit_norm_forward_rows(const EditNormForward& p, int64_t begin, int64_t end
     const Statistics s = statistics<Centered>(held, p.d, first, p.eps);
     if (Centered) p.mean[i] = s.mean;
     p.rstd[i] = s.rstd;
+    const T *next_x = x + p.x.stride, *next_residual = residual ? residual + p.residual.stride : next_x;
     sweep(p.d, [&](auto at, int64_t j, int) __attribute__((always_inline)) {
+      // This pass reads nothing from memory, so the next row can come in meanwhile.
+      __builtin_prefetch(next_x + j);
+      __builtin_prefetch(next_residual + j);
       const V normed = normalised<Centered>(at.load(held + j), s);
       at.template store<Stream>(y + j, normed * at.load(p.weight + j) + at.load(p.norm_bias + j));
     });
@@ -71,7 +75,11 @@ void edit_norm_backward_rows(const EditNormBackward& p, const Chunk& chunk, cons
       if (sums.dnorm_bias) accumulate(sums.dnorm_bias, at, j, gradient);
     });
     projection.finish<Centered>(p.d);
+    const int64_t next = chunk.row(k + 1 < chunk.end ? k + 1 : k);
+    const T *next_dy = row<T>(p.dy, next), *next_z = HasZ ? row<T>(p.z, next) : row<T>(p.x, next);
     sweep(p.d, [&](auto at, int64_t j, int) __attribute__((always_inline)) {
+      __builtin_prefetch(next_dy + j);
+      __builtin_prefetch(next_z + j);
       const V normed = normalised<Centered>(HasZ ? at.load(z + j) : at.load(held + j), s);
       V g = projection.apply<Centered>(at.load(dy + j) * at.load(p.weight + j), normed, s);
       if (dz) g += at.load(dz + j);

@@ -7,7 +7,7 @@
 namespace red {
 
 // Outputs of at least this many bytes come from here; smaller ones from torch.
-constexpr size_t kPooledBytes = size_t{1} << 20;
+constexpr size_t kPooledBytes = size_t{1} << 17;
 
 // At least `bytes` bytes, aligned to a cache line; null if the system has none left.
 void* acquire(size_t bytes);
