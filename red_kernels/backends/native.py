@@ -217,7 +217,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     dll.red_kernels_cpu_trim.restype = dll.red_kernels_cpu_kept.restype = ctypes.c_size_t
     text = ctypes.create_string_buffer(512)
     if not dll.red_kernels_cpu_in_use(text, ctypes.c_size_t(len(text))):
-        return None, text.value.decode()
+        raise ValueError(text.value.decode())  # RED_KERNELS_CPU was set and cannot be followed
     return dll, None
 
 
