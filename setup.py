@@ -66,7 +66,9 @@ def run(command: list[str]) -> None:
     sys.stderr.write(done.stderr)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise BuildError(f"{command[0]} failed on {command[-1]}: {last}; remedy: see the build's output (pip install -v)")
+        raise BuildError(
+            f"{command[0]} failed on {command[-1]}: {last}; remedy: see the build's output (pip install -v)"
+        )
 
 
 def build_cpu_library(target: Path, objects: Path) -> None:
@@ -74,11 +76,26 @@ def build_cpu_library(target: Path, objects: Path) -> None:
     torch, compiler = find_torch(), find_compiler()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     sets = X86_SETS if x86 else {"base": (4, [])}
-    common = [compiler, *FLAGS, *WITHOUT, f"-DTORCH_TARGET_VERSION={TORCH_TARGET:#x}ULL", *(["-DRED_X86"] if x86 else [])]
+    common = [
+        compiler,
+        *FLAGS,
+        *WITHOUT,
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET:#x}ULL",
+        *(["-DRED_X86"] if x86 else []),
+    ]
     include = ["-isystem", str(torch / "include")]
     objects.mkdir(parents=True, exist_ok=True)
     jobs = [
-        [*common, f"-DRED_ISA={name}", f"-DRED_LANES={lanes}", *flags, "-o", str(objects / f"{name}.o"), "-c", "csrc/cpu/isa.cpp"]
+        [
+            *common,
+            f"-DRED_ISA={name}",
+            f"-DRED_LANES={lanes}",
+            *flags,
+            "-o",
+            str(objects / f"{name}.o"),
+            "-c",
+            "csrc/cpu/isa.cpp",
+        ]
         for name, (lanes, flags) in sets.items()
     ]
     for source in ("ops.cpp", "cpu/launch.cpp", "cpu/dispatch.cpp", "cpu/memory.cpp"):

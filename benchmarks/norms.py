@@ -154,7 +154,18 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, float]:
 
 def print_results(results: list[dict[str, Any]], console: Console) -> None:
     table = Table(title="forward + backward; times = peer's time over ours", caption="medians (spread: quartiles)")
-    for name in ("operation", "rows", "width", "dtype", "inputs", "ours ms", "spread", "x eager", "x compile", "/ copies"):
+    for name in (
+        "operation",
+        "rows",
+        "width",
+        "dtype",
+        "inputs",
+        "ours ms",
+        "spread",
+        "x eager",
+        "x compile",
+        "/ copies",
+    ):
         table.add_column(name, justify="right" if name not in ("operation", "dtype", "inputs") else "left")
     for r in results:
         ours = r["seconds"]["ours"]

@@ -64,9 +64,7 @@ def edit_backward(
     n_edits: int,
     needs: tuple[bool, bool, bool],
 ) -> EditGrads:
-    return EditGrads(
-        *_ops.edit_backward.default(dz, x, scale, edit_ids, seed, dropout_p, n_edits, _bits(needs))
-    )
+    return EditGrads(*_ops.edit_backward.default(dz, x, scale, edit_ids, seed, dropout_p, n_edits, _bits(needs)))
 
 
 def edit_norm_forward(
@@ -126,9 +124,7 @@ def norm_edit_forward(
     weight_offset: float,
     centered: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    return _ops.norm_edit_forward.default(
-        x, weight, norm_bias, scale, bias, edit_ids, eps, weight_offset, centered
-    )
+    return _ops.norm_edit_forward.default(x, weight, norm_bias, scale, bias, edit_ids, eps, weight_offset, centered)
 
 
 def norm_edit_backward(
@@ -225,29 +221,29 @@ def _register_fakes() -> None:
     """Shapes without arithmetic, for torch.compile and tensors on the meta device."""
 
     @torch.library.register_fake("red_kernels::edit_forward")
-    def _(x, residual, scale, bias, edit_ids, seed, dropout_p):  # type: ignore[no-untyped-def]
+    def _(x, residual, scale, bias, edit_ids, seed, dropout_p):
         return _like(x)
 
     @torch.library.register_fake("red_kernels::edit_backward")
-    def _(dz, x, scale, edit_ids, seed, dropout_p, n_edits, needs):  # type: ignore[no-untyped-def]
+    def _(dz, x, scale, edit_ids, seed, dropout_p, n_edits, needs):
         vector = _sum_like(dz, edit_ids, n_edits)
         return _asked(needs, (_like, vector, vector), dz)
 
     @torch.library.register_fake("red_kernels::edit_norm_forward")
-    def _(x, residual, scale, bias, weight, norm_bias, edit_ids, seed, dropout_p, eps, offset, centered, keep_z):  # type: ignore[no-untyped-def]
+    def _(x, residual, scale, bias, weight, norm_bias, edit_ids, seed, dropout_p, eps, offset, centered, keep_z):
         return _like(x), _like(x) if keep_z else None, _statistic(x) if centered else None, _statistic(x)
 
     @torch.library.register_fake("red_kernels::edit_norm_backward")
-    def _(dy, dz, z, x, residual, scale, bias, weight, edit_ids, seed, mean, rstd, p, offset, n_edits, needs):  # type: ignore[no-untyped-def]
+    def _(dy, dz, z, x, residual, scale, bias, weight, edit_ids, seed, mean, rstd, p, offset, n_edits, needs):
         edits, norm = _sum_like(dy, edit_ids, n_edits), _sum_like(dy, None, 1)
         return _asked(needs, (_like, _like, edits, edits, norm, norm), dy)
 
     @torch.library.register_fake("red_kernels::norm_edit_forward")
-    def _(x, weight, norm_bias, scale, bias, edit_ids, eps, weight_offset, centered):  # type: ignore[no-untyped-def]
+    def _(x, weight, norm_bias, scale, bias, edit_ids, eps, weight_offset, centered):
         return _like(x), _statistic(x) if centered else None, _statistic(x)
 
     @torch.library.register_fake("red_kernels::norm_edit_backward")
-    def _(dy, x, weight, norm_bias, scale, edit_ids, mean, rstd, weight_offset, n_edits, needs):  # type: ignore[no-untyped-def]
+    def _(dy, x, weight, norm_bias, scale, edit_ids, mean, rstd, weight_offset, n_edits, needs):
         edits, norm = _sum_like(dy, edit_ids, n_edits), _sum_like(dy, None, 1)
         return _asked(needs, (_like, norm, norm, edits, edits), dy)
 
