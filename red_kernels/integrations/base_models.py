@@ -53,7 +53,12 @@ class BaseModel:
 
 
 def load_base(
-    name: str, task: str, dtype: torch.dtype, device: torch.device, labels: list[str] | None = None
+    name: str,
+    task: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    labels: list[str] | None = None,
+    tokenizer: Any = None,
 ) -> BaseModel:
     """Load a base model for a task, in evaluation mode, all of its parameters dense and of one dtype.
 
@@ -63,6 +68,7 @@ def load_base(
         dtype: of the weights. A GGUF file is unpacked to fp32 first and rounded once.
         device: where the model goes.
         labels: for classification, the labels in the order of their numbers.
+        tokenizer: the model's, if it is loaded already; reading one from a GGUF file takes seconds.
 
     Raises:
         ModuleNotFoundError: a package is missing; the message holds the pip command.
@@ -90,7 +96,8 @@ def load_base(
         source, gguf = str(path) if path.exists() else name, {}
         load_dtype = dtype
     with _quietly():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **_without_quantization(gguf))
+        if tokenizer is None:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **_without_quantization(gguf))
         model, loading = auto.from_pretrained(source, dtype=load_dtype, output_loading_info=True, **gguf, **options)
     missing = sorted(loading["missing_keys"])
     if missing and task == "causal-lm":

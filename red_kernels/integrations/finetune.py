@@ -225,9 +225,9 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     return run.results
 
 
-def _load(settings: Settings, labels: dict[str, int] | None, device: torch.device) -> BaseModel:
+def _load(settings: Settings, labels: dict[str, int] | None, device: torch.device, tokenizer: Any = None) -> BaseModel:
     names = list(labels) if labels is not None else None
-    base = load_base(str(settings.model), settings.task, DTYPES[str(settings.dtype)], device, names)
+    base = load_base(str(settings.model), settings.task, DTYPES[str(settings.dtype)], device, names, tokenizer)
     longest = getattr(base.model.config, "max_position_embeddings", None)
     if isinstance(longest, int) and settings.length > longest:
         raise ValueError(f"length: got {settings.length}, the model takes at most {longest} tokens")
@@ -341,7 +341,7 @@ def _reload_and_compare(
     device: torch.device,
 ) -> tuple[HeldOut, dict[str, Speed]]:
     """Load the base model once more: first it is the peer whose edits are eager, then it takes the saved edits."""
-    fresh = _load(settings, labels, device)
+    fresh = _load(settings, labels, device, base.tokenizer)
     speeds: dict[str, Speed] = {}
     if settings.compare:
         speeds = _compare(base.model, fresh, data, device)
@@ -364,7 +364,7 @@ def _compare(fused: nn.Module, fresh: BaseModel, data: _Data, device: torch.devi
         def use(edited: bool) -> None:
             naive.active = edited
 
-        return_speeds = compare_speed(
+        speeds = compare_speed(
             {
                 FUSED: training_step(fused, batch, vectors + head, lambda: None),
                 EAGER: training_step(fresh.model, batch, naive.vectors() + fresh_head, lambda: use(True)),
@@ -374,7 +374,7 @@ def _compare(fused: nn.Module, fresh: BaseModel, data: _Data, device: torch.devi
         )
         for handle in passing:
             handle.remove()
-    return return_speeds
+    return speeds
 
 
 def _show_change(before: HeldOut, after: HeldOut, console: Console) -> None:

@@ -46,7 +46,8 @@ class RunFolder:
             for folder in [*checkpoints(self.path), self.edits]:
                 if folder.exists():
                     shutil.rmtree(folder)
-            self.curve.unlink(missing_ok=True)
+            if self.curve.exists():
+                self.curve.unlink()
         self.write("running")
 
     def write(self, state: str, **results: Any) -> None:

@@ -1,0 +1,144 @@
+"""Held-out loss, memory, the comparison of speeds, and the eager edit that is compared with."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_folders
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from red_kernels.integrations import measure
+from red_kernels.naive import naive_edit
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folders.tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+def test_held_out_loss_weighs_batches_by_their_targets() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+            class Output:
+                loss = input_ids.float().mean()
+
+            assert not self.training
+            assert not torch.is_grad_enabled()
+            return Output
+
+    model = Model()
+    batches = [
+        {"input_ids": torch.full((2, 5), 1), "labels": torch.ones(2, 5, dtype=torch.long)},
+        {"input_ids": torch.full((1, 5), 4), "labels": torch.tensor([[5, 5, 5, -100, -100]])},
+    ]
+    found = measure.held_out_loss(model, batches, False)
+    assert found.targets == 10
+    assert found.loss == pytest.approx((8 * 1 + 2 * 4) / 10, abs=1e-12)
+    assert found.perplexity == math.exp(found.loss)
+    assert model.training
+    with pytest.raises(ValueError, match="no targets"):
+        measure.held_out_loss(model, [], False)
+
+
+def test_compare_speed_goes_in_turn() -> None:
+    calls: list[str] = []
+
+    def step(name: str) -> int:
+        calls.append(name)
+        return 5
+
+    steps = {name: (lambda name=name: step(name)) for name in ("a", "b")}
+    speeds = measure.compare_speed(steps, torch.device("cpu"), rounds=4)
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab" + "ba"
+    assert all(len(speed.samples) == 4 for speed in speeds.values())
+    speed = measure.Speed((1.0, 9.0, 3.0))
+    assert (speed.median, speed.spread) == (3.0, (1.0, 9.0))
+
+
+def test_the_timed_steps_change_nothing(llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    batch = {"input_ids": torch.arange(20).view(2, 10), "labels": torch.arange(20).view(2, 10)}
+    plain = model.eval()(**batch).logits
+    sites = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
+    with naive_edit(model, sites) as naive:
+        with torch.no_grad():
+            naive.vectors()[0].fill_(1.5)
+        before = [vector.detach().clone() for vector in naive.vectors()]
+        step = measure.training_step(model, batch, naive.vectors(), lambda: None)
+        assert step() == 20
+        assert all(torch.equal(old, new) for old, new in zip(before, naive.vectors(), strict=True))
+        handles = measure.pass_gradients(model, sites)
+        naive.active = False
+        frozen = measure.training_step(model, batch, [], lambda: None)
+        assert frozen() == 20
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert torch.equal(model.eval()(**batch).logits, plain)
+        for handle in handles:
+            handle.remove()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_peak_memory_sees_an_allocation() -> None:
+    peak = measure.PeakMemory(torch.device("cpu"))
+    first = peak.bytes()
+    if first is None:
+        pytest.skip("this system does not tell the memory of a process")
+    block = torch.ones(40_000_000)
+    assert float(block[0]) == 1.0
+    if not peak.since_start:
+        assert peak.bytes() >= first + 100_000_000
+
+
+# ---- the eager peer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["all", "scaling", "bias"])
+def test_naive_edit(dtype: torch.dtype, kind: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 4)).to(dtype)
+    x = torch.randn(7, 3, dtype=dtype)
+    plain = model(x)
+    with naive_edit(model, ["0"], kind) as naive:
+        assert [part for parts in naive.parameters.values() for part in parts] == {
+            "all": ["scale", "bias"],
+            "scaling": ["scale"],
+            "bias": ["bias"],
+        }[kind]
+        assert torch.equal(model(x), plain)
+        with torch.no_grad():
+            for vector in naive.vectors():
+                vector.copy_(torch.arange(5) - 1.5)
+        scale = naive.parameters["0"].get("scale", torch.ones(5))
+        bias = naive.parameters["0"].get("bias", torch.zeros(5))
+        expected = model[1]((nn.functional.linear(x, model[0].weight, model[0].bias) * scale + bias).to(dtype))
+        assert torch.equal(model(x), expected)
+        model(x).sum().backward()
+        assert all(vector.grad is not None and vector.grad.dtype == torch.float32 for vector in naive.vectors())
+        assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
+        assert not any("scale" in name for name in model.state_dict())
+    assert torch.equal(model(x), plain)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    naive.remove()
+
+
+def test_naive_edit_refuses() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU())
+    for sites, kind, message in (
+        ([], "all", "got none"),
+        (["0"], "ln", "kind: got 'ln'"),
+        (["0", "7"], "all", "no module '7'"),
+        (["0", "1"], "all", "'1' is a ReLU"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            naive_edit(model, sites, kind)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not model[0]._forward_hooks
