@@ -157,9 +157,12 @@ def _planned(model: nn.Module, place: _Place, site: nn.Module) -> PlannedSite:
         return PlannedSite(site, width, device, SiteReport(name, width, None, reason))
     block = child_at(place.layer, layout.block)
     assert block is not None
-    if "{next}" not in layout.fuses:
-        report = SiteReport(name, width, layout.fuses)
+    own_norm = _unusable(child_at(block, layout.norm), "its own norm") if layout.norm else ""
+    if own_norm:
+        report = SiteReport(name, width, layout.bare, own_norm)
         return PlannedSite(site, width, device, report, (block, layout, None))
+    if "{next}" not in layout.fuses:
+        return PlannedSite(site, width, device, SiteReport(name, width, layout.fuses), (block, layout, None))
     enters, found = _next_norm(place)
     if isinstance(found, str):
         report = SiteReport(name, width, layout.alone, found)
@@ -214,11 +217,19 @@ def _next_norm(place: _Place) -> tuple[tuple[str, ...], nn.Module | str]:
     norm = child_at(place.stack, enters[-1]) if enters else None
     if norm is None:
         return (), "no norm follows the last layer" if following is None else "the next layer begins with no norm"
-    if norm_spec(type(norm)) is None:
-        return (), f"{type(norm).__name__}.forward is not one that is known"
+    unusable = _unusable(norm, "the next norm")
+    return ((), unusable) if unusable else (enters, norm)
+
+
+def _unusable(norm: nn.Module | None, what: str) -> str:
+    """Why a fused operation cannot stand in for a norm, or nothing."""
+    if norm is None:
+        return f"{what} is missing"
     if "forward" in norm.__dict__:
-        return (), f"the forward of the next {type(norm).__name__} was replaced"
-    return enters, norm
+        return f"the forward of {what}, a {type(norm).__name__}, was replaced"
+    if norm_spec(type(norm)) is None:
+        return f"{type(norm).__name__}.forward is not one that is known"
+    return ""
 
 
 def _resolved(layer: nn.Module, path: str) -> list[str]:

@@ -189,7 +189,7 @@ class Unfused:
         self.model.requires_grad_(False)
         dtype = torch.float64 if next(self.model.parameters()).dtype == torch.float64 else torch.float32
         self.vectors = {
-            site: {part: nn.Parameter(value.to(dtype)) for part, value in parts.items()}
+            site: {part: nn.Parameter(value.to(dtype, copy=True)) for part, value in parts.items()}
             for site, parts in values.items()
         }
         for site, parts in self.vectors.items():

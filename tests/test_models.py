@@ -128,6 +128,7 @@ def test_descriptions_are_consistent():
             assert layout.site == layout.outer or layout.site.startswith(layout.outer + ".")
             assert bool(layout.alone) == ("{next}" in layout.fuses)
             assert layout.alone == "" or family.first_norm
+            assert layout.bare is None or layout.norm
 
 
 def test_fingerprint_sees_what_is_done_only():

@@ -151,6 +151,7 @@ FAMILIES = (
                 outer="mlp",
                 fuses="its own RMSNorm; then residual add + {next}",
                 alone="its own RMSNorm",
+                norm="post_feedforward_layernorm",
             ),
         ),
         first_norm=("", "input_layernorm"),

@@ -27,6 +27,8 @@ class Layout:
         dropouts: paths of `nn.Dropout` modules that the fused forward stands in for.
         fuses: what the edit is fused with, for the report; `{next}` is the next layer's norm.
         alone: the same where the next layer's norm is not to be had; empty where `fuses` does not need it.
+        norm: path of the layer's own norm that the edit is fused with; empty where there is none.
+        bare: as `fuses`, where that norm is not to be had; None for nothing.
         clamps_half: whether the layer clamps its output in float16, so that nobody sees the fused operation's.
         when: an attribute of the block and the value it must have, where one forward has two layouts.
     """
@@ -38,6 +40,8 @@ class Layout:
     outer: str
     fuses: str
     alone: str = ""
+    norm: str = ""
+    bare: str | None = None
     block: str = ""
     dropouts: tuple[str, ...] = ()
     clamps_half: bool = False

@@ -1,0 +1,85 @@
+"""One of two processes that train a patched model, started by test_patch_distributed.py; prints nothing if all is well.
+
+Arguments: how the model is wrapped, the rank, the port.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import model_zoo as zoo
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from red_kernels.config import RedConfig
+from red_kernels.models import compose
+from red_kernels.patch import edit_parameters, patch
+
+NAMES = ("llama", "gpt2", "t5", "bert")
+
+
+def wrapped(how: str, model: torch.nn.Module) -> torch.nn.Module:
+    if how == "ddp":
+        return DistributedDataParallel(model)
+    if how == "fsdp layers":
+        stacks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) > 1]
+        for layers in stacks:
+            if type(layers[0]).__name__ in (model._no_split_modules or ()):
+                for layer in layers:
+                    fully_shard(layer)
+    return fully_shard(model)
+
+
+def main(how: str, rank: int) -> None:
+    for name in NAMES:
+        model = zoo.tiny(name)
+        values = zoo.vectors(zoo.sites(name))
+        unfused, truth = zoo.Unfused(model, values), zoo.exact(model, values)
+        patch(model, RedConfig())
+        zoo.fill(edit_parameters(model), values)
+        left = []
+        leave = compose.leave_note
+        compose.leave_note = lambda z, normed, norm, _leave=leave, _left=left: (
+            _left.append(1),
+            _leave(z, normed, norm),
+        )
+        parallel = wrapped(how, model)
+        optimizer = torch.optim.SGD([p for p in parallel.parameters() if p.requires_grad], lr=0.1)
+        peers = []
+        for peer in (unfused, truth):
+            vectors = [vector for parts in peer.vectors.values() for vector in parts.values()]
+            peers.append((peer, torch.optim.SGD(vectors, lr=0.1)))
+        for step in range(2):
+            batches = [zoo.inputs(name, seed=10 * step + other) for other in range(2)]
+            output = parallel(**batches[rank])
+            output.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            for peer, peer_optimizer in peers:
+                (sum(peer.model(**batch).loss for batch in batches) / 2).backward()
+                peer_optimizer.step()
+                peer_optimizer.zero_grad()
+        compose.leave_note = leave
+        # Whole-model wrapping leaves the layers alone; wrapped layers hand nothing on.
+        expected = 2 * len(zoo.sites(name)) if how != "fsdp layers" and name in zoo.HANDING_ON else 0
+        assert len(left) == expected, (name, len(left), expected)
+        for site, parts in edit_parameters(model).items():
+            for part, vector in parts.items():
+                own = vector.full_tensor() if isinstance(vector, DTensor) else vector
+                plain, exact = (peer.vectors[site][part] for peer, _ in peers)
+                zoo.assert_as_exact(f"{name} {site}.{part}", own, plain, exact.double())
+                assert not torch.equal(own, values[site][part])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[3], "WORLD_SIZE": "2", "RANK": sys.argv[2]})
+    dist.init_process_group("gloo")
+    try:
+        main(sys.argv[1], int(sys.argv[2]))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,113 @@
+"""A patched model under DDP and FSDP2 on two processes, and under accelerate's device map and offloading."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import model_zoo as zoo
+import pytest
+import torch
+import torch.distributed
+from patch_helpers import loss_and_backward, patched_and_peer, watching
+
+from red_kernels.config import RedConfig
+from red_kernels.patch import edit_parameters, patch
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+@pytest.mark.parametrize("how", ["ddp", "fsdp layers", "fsdp whole"])
+def test_two_processes(how):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "distributed_worker.py"), how]
+    workers = [
+        subprocess.Popen(
+            [*command, str(rank), port],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+def test_accelerate_offload(name, when, offload, tmp_path, monkeypatch):
+    """Offloaded weights are on the meta device until accelerate's hooks bring them: those must fire."""
+    accelerate = pytest.importorskip("accelerate")
+    model = zoo.tiny(name)
+    values = zoo.vectors(zoo.sites(name))
+    unfused, truth = zoo.Unfused(model, values), zoo.exact(model, values)
+
+    def dispatch():
+        if offload == "cpu":
+            accelerate.cpu_offload(model, execution_device="cpu")
+        else:
+            accelerate.disk_offload(model, str(tmp_path), execution_device="cpu")
+
+    if when == "before":
+        dispatch()
+    report = patch(model, RedConfig())
+    parameters = edit_parameters(model)
+    zoo.fill(parameters, values)
+    if when == "after":
+        dispatch()
+        assert all(value.is_meta for parts in edit_parameters(model).values() for value in parts.values())
+    else:
+        assert not any(value.is_meta for parts in parameters.values() for value in parts.values())
+        assert all("replaced" in site.reason for site in report.sites)
+    watch = watching(monkeypatch)
+    with torch.no_grad():
+        found = model(**zoo.inputs(name)).logits
+        zoo.assert_as_exact(
+            "logits", found, unfused.model(**zoo.inputs(name)).logits, truth.model(**zoo.inputs(name)).logits
+        )
+    assert not watch.left
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+def test_accelerate_hooks(name, when, monkeypatch):
+    """Hooks that align devices, as dispatch_model puts on the modules of a device map; training goes through them."""
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    def dispatch(model):
+        for module in model.modules():
+            hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True))
+
+    if when == "after":
+        model, unfused, truth = patched_and_peer(name)
+        dispatch(model)
+    else:
+        model = zoo.tiny(name)
+        values = zoo.vectors(zoo.sites(name))
+        unfused, truth = zoo.Unfused(model, values), zoo.exact(model, values)
+        dispatch(model)
+        patch(model, RedConfig())
+        zoo.fill(edit_parameters(model), values)
+    watch = watching(monkeypatch)
+    results = [loss_and_backward(one, zoo.inputs(name))["logits"] for one in (model, unfused.model, truth.model)]
+    zoo.assert_as_exact("logits", *results)
+    found, plain, exact = zoo.gradients(edit_parameters(model)), unfused.gradients(), truth.gradients()
+    assert found.keys() == exact.keys()
+    for key in exact:
+        zoo.assert_as_exact(key, found[key], plain[key], exact[key])
+    assert watch.taken == watch.left
