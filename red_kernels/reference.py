@@ -293,6 +293,7 @@ def _edit(
 def _normalise(z: Tensor, eps: float, centered: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     mean = z.mean(-1) if centered else None
     if mean is not None:
+        mean = mean + (z - mean[..., None]).mean(-1)  # what the first sum lost of a large mean
         z = z - mean[..., None]
     rstd = torch.rsqrt(z.square().mean(-1) + eps)
     return z * rstd[..., None], mean, rstd

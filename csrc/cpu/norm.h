@@ -10,17 +10,21 @@ struct Statistics {
   float mean, rstd;
 };
 
-// Of a row held in fp32. The variance is taken about the mean in a second pass: a large mean costs no digits.
+// Of a row held in fp32. The variance is taken about the mean in a second pass, which also finds what the first pass lost
+// of a large mean: it costs no digits.
 template <bool Centered>
 RED_INLINE Statistics statistics(const float* z, int64_t d, Sum first, float eps) {
   if constexpr (!Centered) return {0.0f, 1.0f / __builtin_sqrtf(first.total() / static_cast<float>(d) + eps)};
   const float mean = first.total() / static_cast<float>(d);
-  Sum squares;
+  Sum squares, rest;
   sweep(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
     const V centred = at.valid(at.load(z + j) - mean);
     squares.add(k, centred * centred);
+    rest.add(k, centred);
   });
-  return {mean, 1.0f / __builtin_sqrtf(squares.total() / static_cast<float>(d) + eps)};
+  const float lost = rest.total() / static_cast<float>(d);
+  const float variance = squares.total() / static_cast<float>(d) - lost * lost;
+  return {mean + lost, 1.0f / __builtin_sqrtf(variance + eps)};
 }
 
 // What `statistics` wants summed in the pass that writes the row: z for a mean, z * z for a mean square.
