@@ -1,10 +1,11 @@
 """Builds csrc into red_kernels/lib, under the LibTorch stable ABI: one library for every Python and torch >= 2.11.
 
 Torch is never imported here: only its headers are read, and its library is named to the linker. Without a compiler or
-without torch the package installs all the same; the reason is kept in red_kernels/lib/cpu.missing, for `red-kernels info`.
+without torch the package installs all the same; the reason is kept in red_kernels/lib/cpu.missing, for
+`red-kernels info`.
 
-Variables: CXX, the compiler; RED_KERNELS_REQUIRE_CPU=1, to make a failed build an error; RED_KERNELS_TORCH, the folder of
-the torch package to build against.
+Variables: CXX, the compiler; RED_KERNELS_REQUIRE_CPU=1, to make a failed build an error; RED_KERNELS_TORCH, the
+folder of the torch package to build against.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ class BuildLibraries(build_ext):
             missing.unlink(missing_ok=True)
 
     def copy_extensions_to_source(self) -> None:
-        """An editable install has the library beside the sources; `build_extension` has put it there if it was built."""
+        """An editable install has the library beside the sources."""
         for ext in self.extensions:
             built = ROOT / self.build_lib / self.get_ext_filename(ext.name)
             for file in (built, built.with_name("cpu.missing")):

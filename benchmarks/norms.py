@@ -3,8 +3,9 @@
     python -m benchmarks.norms --output results.json
 
 Every implementation computes the same y and z and the gradients of x, residual, scale and bias, for gradients of both
-outputs, and is checked to before it is timed. `copies` is the floor: as many plain copies as move the least bytes that the
-mathematics allows, 4 activations forward and 6 backward. `fresh` rotates inputs beyond the last cache; `warm` uses one.
+outputs, and is checked to before it is timed. `copies` is the floor: as many plain copies as move the least bytes
+that the mathematics allows, 4 activations forward and 6 backward. `fresh` rotates inputs beyond the last cache, `warm`
+uses one set.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ class Inputs:
 def check_same(found: dict[str, list[Tensor]], dtype: torch.dtype, rows: int) -> None:
     """Raise AssertionError unless the implementations agree, by norms.
 
-    To a few roundings of the dtype, and for column sums, which some add up one after the other, to the root of their length.
+    To a few roundings of the dtype, and for column sums, which some add up one after the other, to the root of their
+    length.
     """
     expected = found["eager"]
     for name, tensors in found.items():

@@ -1,7 +1,7 @@
 """The ``torch.autograd.Function`` of each public operation: what is saved, what is asked for; no arithmetic.
 
-``apply`` takes checked arguments (see :mod:`red_kernels.functional`): activations of one shape and dtype, ``edit_ids`` int64 or
-None, ``seed`` an int64 tensor of one element on the device of ``x``, or None for no dropout.
+``apply`` takes checked arguments (see :mod:`red_kernels.functional`): activations of one shape and dtype,
+``edit_ids`` int64 or None, ``seed`` an int64 tensor of one element on the device of ``x``, or None for no dropout.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class EditAddRMSNormFunction(Function):
         need_z: bool,
     ) -> tuple[Tensor, Tensor | None]:
         tensors = (x, residual, scale, bias, weight, None, edit_ids, seed)
-        needs = ctx.needs_input_grad[:5] + (False,)
+        needs = (*ctx.needs_input_grad[:5], False)
         return _edit_norm_forward(ctx, tensors, needs, dropout_p, eps, weight_offset, False, need_z)
 
     @staticmethod

@@ -36,7 +36,7 @@ def norm_vector(vector: Tensor | None, x: Tensor, name: str) -> None:
 
 
 def edit_vectors(x: Tensor, scale: Tensor | None, bias: Tensor | None, edit_ids: Tensor | None) -> None:
-    """Raise unless scale and bias are None, ``(d,)``, or ``(n, d)`` with integer ``edit_ids`` of shape ``x.shape[:-1]``."""
+    """Raise unless scale and bias are None, ``(d,)``, or ``(n, d)`` with integer ``edit_ids`` for each row."""
     if edit_ids is None:
         for name, vector in (("scale", scale), ("bias", bias)):
             if vector is None:

@@ -3,11 +3,11 @@
 Every operation takes activations of shape ``(..., d)`` in float32, bfloat16, float16 (or float64, in plain PyTorch) and
 vectors ``scale``, ``bias`` of shape ``(d,)`` in any of these dtypes; or ``(n, d)`` with ``edit_ids``, integers of shape
 ``x.shape[:-1]``, where each row uses an edit of its own. Each of ``scale``, ``bias``, ``residual``, ``weight`` and
-``norm_bias`` may be None. Arithmetic is in fp32 and rounded once, to the dtype of ``x`` (of ``x + residual`` where these
-differ). Gradients are computed only for what asks for them; second derivatives raise RuntimeError.
+``norm_bias`` may be None. Arithmetic is in fp32 and rounded once, to the dtype of ``x`` (of ``x + residual`` where
+these differ). Gradients are computed only for what asks for them; second derivatives raise RuntimeError.
 
-Errors: TypeError for what is no floating tensor, ValueError for shapes, devices and numbers out of range, IndexError for
-``edit_ids`` out of range, RuntimeError for a backend that was asked for and is missing.
+Errors: TypeError for what is no floating tensor, ValueError for shapes, devices and numbers out of range, IndexError
+for ``edit_ids`` out of range, RuntimeError for a backend that was asked for and is missing.
 
 Source: RED, arXiv 2402.15179.
 """
@@ -145,7 +145,7 @@ def rms_norm_edit(
     weight_offset: float = 0.0,
     edit_ids: Tensor | None = None,
 ) -> Tensor:
-    """An edit behind an RMSNorm: ``scale * RMSNorm(x) + bias``, in the shape and dtype of ``x``. Errors: see the module."""
+    """An edit behind an RMSNorm: ``scale * RMSNorm(x) + bias``, like ``x``. Errors: see the module."""
     checks.activation(x)
     checks.edit_vectors(x, scale, bias, edit_ids)
     checks.norm_vector(weight, x, "weight")
@@ -187,8 +187,9 @@ def linear_edit(
 ) -> Tensor:
     """``residual + scale * (x @ weight.T + linear_bias) + bias``.
 
-    ``x`` is ``(..., k)``, ``weight`` ``(d, k)``, ``linear_bias`` ``(d,)`` and ``residual`` ``(..., d)``. Composed of torch's
-    own matrix product and :func:`edit_add`; under autocast the product runs in the autocast dtype. Errors: see the module.
+    ``x`` is ``(..., k)``, ``weight`` ``(d, k)``, ``linear_bias`` ``(d,)`` and ``residual`` ``(..., d)``. Composed of
+    torch's own matrix product and :func:`edit_add`; under autocast the product runs in the autocast dtype. Errors: see
+    the module.
     """
     checks.activation(x)
     checks.activation(weight, "weight")

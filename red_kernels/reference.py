@@ -315,7 +315,7 @@ def _norm_backward(
     need_weight: bool,
     need_norm_bias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``dz = rstd * (g - normed * mean(g * normed) - mean(g))``, the last term for LayerNorm only, ``g = dy * weight``."""
+    """``dz = rstd * (g - normed * mean(g * normed) - mean(g))``, ``g = dy * weight``; RMSNorm lacks the last term."""
     normed = (z if mean is None else z - mean[..., None]) * rstd[..., None]
     dweight = _column_sum(dy * normed, None, 1) if need_weight else None
     dnorm_bias = _column_sum(dy, None, 1) if need_norm_bias else None

@@ -1,7 +1,7 @@
 """Which implementation runs an operation: the one place where backends are listed and chosen.
 
-A backend is a module with ``NAME``, ``unsupported(x)`` (why it cannot take an activation, or None) and the six functions of
-:mod:`red_kernels.reference`, with the same arguments and results.
+A backend is a module with ``NAME``, ``unsupported(x)`` (why it cannot take an activation, or None) and the six
+functions of :mod:`red_kernels.reference`, with the same arguments and results.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def available_backends() -> dict[str, str | None]:
 def backend(name: str) -> Iterator[None]:
     """Use one backend for all operations in a ``with`` block (the variable RED_KERNELS_BACKEND does so for a process).
 
-    A backward uses the backend of its forward. Raises ValueError for an unknown name and RuntimeError for a backend that
-    is missing, with the reason and the remedy.
+    A backward uses the backend of its forward. Raises ValueError for an unknown name and RuntimeError for a backend
+    that is missing, with the reason and the remedy.
     """
     _require(name, "rk.backend")
     global _forced_for_trace

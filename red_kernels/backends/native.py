@@ -1,7 +1,7 @@
 """The compiled CPU kernels of ``csrc``: loads the shared library and calls its registered operators.
 
-The functions have the arguments and results of those in :mod:`red_kernels.reference`. The instruction set is chosen by the
-processor, or by the variable RED_KERNELS_CPU or :func:`use_instruction_set`.
+The functions have the arguments and results of those in :mod:`red_kernels.reference`. The instruction set is chosen
+by the processor, or by the variable RED_KERNELS_CPU or :func:`use_instruction_set`.
 """
 
 from __future__ import annotations
@@ -159,7 +159,8 @@ def instruction_sets() -> list[str]:
 
 @contextmanager
 def use_instruction_set(name: str) -> Iterator[None]:
-    """Run the kernels of one instruction set in a ``with`` block, in all threads (RED_KERNELS_CPU does so for a process).
+    """Run the kernels of one instruction set in a ``with`` block, in all threads (RED_KERNELS_CPU does so for a
+    process).
 
     Raises RuntimeError if ``name`` is none of :func:`instruction_sets`.
     """
@@ -220,32 +221,41 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 def _register_fakes() -> None:
     """Shapes without arithmetic, for torch.compile and tensors on the meta device."""
 
-    @torch.library.register_fake("red_kernels::edit_forward")
-    def _(x, residual, scale, bias, edit_ids, seed, dropout_p):
+    def edit_forward(x: Tensor, *rest: Any) -> Any:
         return _like(x)
 
-    @torch.library.register_fake("red_kernels::edit_backward")
-    def _(dz, x, scale, edit_ids, seed, dropout_p, n_edits, needs):
+    def edit_backward(
+        dz: Tensor, x: Any, scale: Any, edit_ids: Tensor | None, seed: Any, dropout_p: Any, n_edits: int, needs: int
+    ) -> Any:
         vector = _sum_like(dz, edit_ids, n_edits)
         return _asked(needs, (_like, vector, vector), dz)
 
-    @torch.library.register_fake("red_kernels::edit_norm_forward")
-    def _(x, residual, scale, bias, weight, norm_bias, edit_ids, seed, dropout_p, eps, offset, centered, keep_z):
+    def edit_norm_forward(x: Tensor, *rest: Any) -> Any:
+        centered, keep_z = rest[-2:]
         return _like(x), _like(x) if keep_z else None, _statistic(x) if centered else None, _statistic(x)
 
-    @torch.library.register_fake("red_kernels::edit_norm_backward")
-    def _(dy, dz, z, x, residual, scale, bias, weight, edit_ids, seed, mean, rstd, p, offset, n_edits, needs):
+    def edit_norm_backward(dy: Tensor, *rest: Any) -> Any:
+        edit_ids, n_edits, needs = rest[7], rest[-2], rest[-1]
         edits, norm = _sum_like(dy, edit_ids, n_edits), _sum_like(dy, None, 1)
         return _asked(needs, (_like, _like, edits, edits, norm, norm), dy)
 
-    @torch.library.register_fake("red_kernels::norm_edit_forward")
-    def _(x, weight, norm_bias, scale, bias, edit_ids, eps, weight_offset, centered):
-        return _like(x), _statistic(x) if centered else None, _statistic(x)
+    def norm_edit_forward(x: Tensor, *rest: Any) -> Any:
+        return _like(x), _statistic(x) if rest[-1] else None, _statistic(x)
 
-    @torch.library.register_fake("red_kernels::norm_edit_backward")
-    def _(dy, x, weight, norm_bias, scale, edit_ids, mean, rstd, weight_offset, n_edits, needs):
+    def norm_edit_backward(dy: Tensor, *rest: Any) -> Any:
+        edit_ids, n_edits, needs = rest[4], rest[-2], rest[-1]
         edits, norm = _sum_like(dy, edit_ids, n_edits), _sum_like(dy, None, 1)
         return _asked(needs, (_like, norm, norm, edits, edits), dy)
+
+    for fake in (
+        edit_forward,
+        edit_backward,
+        edit_norm_forward,
+        edit_norm_backward,
+        norm_edit_forward,
+        norm_edit_backward,
+    ):
+        torch.library.register_fake(f"red_kernels::{fake.__name__}", fake)
 
 
 def _like(x: Tensor) -> Tensor:
