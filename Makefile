@@ -35,7 +35,7 @@ help:
 	@touch $@
 
 demo: .venv/demo
-	$(BIN)/red-kernels finetune --output $(DEMO)
+	$(BIN)/red-kernels finetune --output $(DEMO) --overwrite
 
 test: lint
 	$(BIN)/python -m pytest

@@ -3,6 +3,8 @@
 from . import functional, reference
 from ._version import __version__
 from .backends import available_backends, backend
+from .checkpoint import load_edits, save_edits
+from .config import RedConfig
 from .functional import (
     edit,
     edit_add,
@@ -12,8 +14,12 @@ from .functional import (
     linear_edit,
     rms_norm_edit,
 )
+from .patch import edit_parameters, patch, unpatch
+from .report import PatchReport
 
 __all__ = [
+    "PatchReport",
+    "RedConfig",
     "__version__",
     "available_backends",
     "backend",
@@ -21,9 +27,14 @@ __all__ = [
     "edit_add",
     "edit_add_layer_norm",
     "edit_add_rms_norm",
+    "edit_parameters",
     "functional",
     "layer_norm_edit",
     "linear_edit",
+    "load_edits",
+    "patch",
     "reference",
     "rms_norm_edit",
+    "save_edits",
+    "unpatch",
 ]
