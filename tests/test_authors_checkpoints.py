@@ -49,7 +49,7 @@ def test_authors_names_with_more_than_the_model_has(tmp_path: Path) -> None:
     """A file named from a model with a head, loaded into the bare inner model."""
     source = trained("gpt2")
     torch.save(authors_state(source), tmp_path / AUTHORS_NAME)
-    inner = model_zoo.tiny("gpt2").transformer
+    inner: Any = model_zoo.tiny("gpt2").transformer
     patch(inner, RedConfig())
     report = load_edits(inner, tmp_path)
     assert report.loaded["transformer.h.0.mlp.c_proj"] == "h.0.mlp.c_proj"
@@ -87,7 +87,7 @@ def test_authors_norm_kind_isassert_refused(tmp_path: Path) -> None:
 
 ARCHITECTURES: dict[str, Any] = {
     "roberta_base_mnli": lambda: transformers.RobertaForSequenceClassification(
-        transformers.RobertaConfig(vocab_size=50, intermediate_size=8, max_position_embeddings=20, num_labels=3)
+        transformers.RobertaConfig(vocab_size=50, intermediate_size=8, max_position_embeddings=20)
     ),
     "gpt2_medium_e2e": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=50, n_embd=1024, n_layer=24, n_head=16, n_inner=8, n_positions=20)

@@ -95,7 +95,7 @@ def test_peak_memory_sees_an_allocation() -> None:
     block = torch.ones(40_000_000)
     assert float(block[0]) == 1.0
     if not peak.since_start:
-        assert peak.bytes() >= first + 100_000_000
+        assert (peak.bytes() or 0) >= first + 100_000_000
 
 
 # ---- the eager peer
@@ -104,7 +104,8 @@ def test_peak_memory_sees_an_allocation() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["all", "scaling", "bias"])
 def test_naive_edit(dtype: torch.dtype, kind: str) -> None:
-    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 4)).to(dtype)
+    first, second = nn.Linear(3, 5, dtype=dtype), nn.Linear(5, 4, dtype=dtype)
+    model = nn.Sequential(first, second)
     x = torch.randn(7, 3, dtype=dtype)
     plain = model(x)
     with naive_edit(model, ["0"], kind) as naive:
@@ -119,7 +120,7 @@ def test_naive_edit(dtype: torch.dtype, kind: str) -> None:
                 vector.copy_(torch.arange(5) - 1.5)
         scale = naive.parameters["0"].get("scale", torch.ones(5))
         bias = naive.parameters["0"].get("bias", torch.zeros(5))
-        expected = model[1]((nn.functional.linear(x, model[0].weight, model[0].bias) * scale + bias).to(dtype))
+        expected = second((nn.functional.linear(x, first.weight, first.bias) * scale + bias).to(dtype))
         assert torch.equal(model(x), expected)
         model(x).sum().backward()
         assert all(vector.grad is not None and vector.grad.dtype == torch.float32 for vector in naive.vectors())
