@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx
 
 from .backends import by_name, choose
+
+Saved = tuple[Any, ...]  # what save_for_backward was given
 
 
 class EditFunction(Function):
@@ -216,10 +217,10 @@ def _edit_forward(
     return backend.edit_forward(x, residual, scale, bias, edit_ids, seed, dropout_p)
 
 
-def _edit_backward(ctx: Any, dz: Tensor | None) -> tuple[Tensor | None, ...]:
+def _edit_backward(ctx: Any, saved: Saved, dz: Tensor | None) -> tuple[Tensor | None, ...]:
     if dz is None:
         return None, None, None, None
-    x, scale, edit_ids, seed = ctx.saved_tensors
+    x, scale, edit_ids, seed = saved
     dx, dscale, dbias = _edit_grads(ctx, dz, x, scale, edit_ids, seed, ctx.needs)
     return dx, dscale, dbias, None
 
@@ -281,11 +282,11 @@ def _edit_norm_forward(
     return y, z
 
 
-def _edit_norm_backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
+def _edit_norm_backward(ctx: Any, saved: Saved, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = ctx.needs
     if not any(needs):
         return None, None, None, None, None, None
-    z, x, residual, scale, bias, weight, edit_ids, seed, mean, rstd = ctx.saved_tensors
+    z, x, residual, scale, bias, weight, edit_ids, seed, mean, rstd = saved
     if dy is None:  # only z was used: the norm has no part in it
         if dz is None:
             return None, None, None, None, None, None
@@ -328,10 +329,10 @@ def _norm_edit_forward(
     return y
 
 
-def _norm_edit_backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+def _norm_edit_backward(ctx: Any, saved: Saved, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None or not any(ctx.needs):
         return None, None, None, None, None
-    x, weight, norm_bias, scale, edit_ids, mean, rstd = ctx.saved_tensors
+    x, weight, norm_bias, scale, edit_ids, mean, rstd = saved
     dx, dweight, dnorm_bias, dscale, dbias = by_name(ctx.backend).norm_edit_backward(
         dy, x, weight, norm_bias, scale, edit_ids, mean, rstd, ctx.weight_offset, ctx.n_edits, ctx.needs
     )
@@ -344,10 +345,10 @@ def _norm_edit_backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...
     )
 
 
-def _linear_edit_backward(ctx: Any, dz: Tensor | None) -> tuple[Tensor | None, ...]:
+def _linear_edit_backward(ctx: Any, saved: Saved, dz: Tensor | None) -> tuple[Tensor | None, ...]:
     if dz is None:
         return None, None, None, None, None, None, None
-    x, weight, h, scale, edit_ids = ctx.saved_tensors
+    x, weight, h, scale, edit_ids = saved
     need = ctx.needs_input_grad
     through = need[0] or need[1] or need[2]
     dh, dscale, dbias = _edit_grads(ctx, dz, h, scale, edit_ids, None, (through, need[4], need[5]))
@@ -364,21 +365,24 @@ def _as(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return gradient if gradient is None or gradient.dtype == dtype else gradient.to(dtype)
 
 
-def _first_order(ctx: FunctionCtx, backward: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _first_order(ctx: Any, backward: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """Run a backward; under ``create_graph=True`` mark its results, so that differentiating them again says why not."""
+    saved = ctx.saved_tensors  # once: checkpointing recomputes them, and only once
     if not torch.is_grad_enabled():
-        return backward(ctx, *grads)
+        return backward(ctx, saved, *grads)
     with torch.no_grad():
-        found = backward(ctx, *grads)
+        found = backward(ctx, saved, *grads)
     name = type(ctx).__name__.removesuffix("Backward")
-    return tuple(None if g is None else _SecondDerivative.apply(name, g.detach().requires_grad_()) for g in found)
+    # The mark hangs on all that the gradients depend on, so that no way to a second derivative goes past it.
+    on = [t for t in (*grads, *saved) if t is not None and t.requires_grad]
+    return tuple(None if g is None else _SecondDerivative.apply(name, g.detach(), *on) for g in found)
 
 
 class _SecondDerivative(Function):
     """Passes a first gradient through; its own backward is the error."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, name: str, gradient: Tensor, *on: Tensor) -> Tensor:
         ctx.name = name
         return gradient.view_as(gradient)
 
