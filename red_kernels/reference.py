@@ -106,7 +106,8 @@ def edit_forward(
     dropout_p: float,
 ) -> Tensor:
     """``z = residual + dropout(scale * x + bias)`` (RED eq. 1, with the residual add behind it)."""
-    return _edit(x, residual, scale, bias, edit_ids, seed, dropout_p).to(x.dtype)
+    z = _edit(x, residual, scale, bias, edit_ids, seed, dropout_p).to(x.dtype)
+    return z.clone() if z is x else z
 
 
 def edit_backward(
@@ -156,6 +157,8 @@ def edit_norm_forward(
     """
     z = _edit(x, residual, scale, bias, edit_ids, seed, dropout_p)
     rounded = z.to(x.dtype) if keep_z else None
+    if rounded is x:
+        rounded = x.clone()
     if rounded is not None:
         z = _wide(rounded)
     normed, mean, rstd = _normalise(z, eps, centered)
