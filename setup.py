@@ -138,7 +138,10 @@ class BuildLibraries(build_ext):
             built = ROOT / self.build_lib / self.get_ext_filename(ext.name)
             for file in (built, built.with_name("cpu.missing")):
                 if file.is_file():
-                    shutil.copy2(file, ROOT / "red_kernels/lib" / file.name)
+                    target = ROOT / "red_kernels/lib" / file.name
+                    temporary = target.with_suffix(".tmp")  # whoever runs the old library keeps it whole
+                    shutil.copy2(file, temporary)
+                    temporary.replace(target)
 
     def get_outputs(self) -> list[str]:
         folder = Path(self.build_lib) / "red_kernels/lib"
