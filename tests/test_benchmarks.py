@@ -1,0 +1,46 @@
+"""The benchmark runs, checks that its implementations agree, and writes what it measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import harness, norms
+
+
+def test_norms_writes_its_results(tmp_path, capsys):
+    output = tmp_path / "results.json"
+    options = "--widths 64 --rows 16 --dtypes bf16 --seconds 0.01 --inputs warm --operations edit_add_layer_norm"
+    norms.main([*options.split(), "--output", str(output)])
+    found = json.loads(output.read_text())
+    assert found["environment"]["torch"] == torch.__version__
+    (result,) = found["results"]
+    assert set(result["seconds"]) == {"ours", "eager", "compile", "copies"}
+    ours = result["seconds"]["ours"]
+    assert 0 < ours["low"] <= ours["median"] <= ours["high"]
+    assert result["times_eager"] == pytest.approx(result["seconds"]["eager"]["median"] / ours["median"])
+    assert "edit_add_layer_norm" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_implementations_that_disagree_are_found():
+    inputs = norms.Inputs(8, 16, torch.float32, fresh=False)
+    right = inputs.step(norms.eager_rms)(0)
+    wrong = [t.clone() for t in right]
+    wrong[2][0, 0] += 0.01
+    norms.check_same({"eager": right, "ours": right}, torch.float32, 8)
+    with pytest.raises(AssertionError, match="ours, result 2"):
+        norms.check_same({"eager": right, "ours": wrong}, torch.float32, 8)
+
+
+def test_calls_are_interleaved():
+    order: list[str] = []
+    times = harness.interleave(
+        {name: lambda number, name=name: order.append(name) for name in "ab"}, seconds=0.0, least=3, most=3
+    )
+    assert order == ["a", "b"] * 5  # two rounds to warm up, three measured
+    assert set(times) == {"a", "b"}
+    with pytest.raises(ValueError, match="calls is empty"):
+        harness.interleave({}, seconds=1.0)
