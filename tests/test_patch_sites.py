@@ -1,0 +1,228 @@
+"""What hangs on the site, its FFN, its dropout or its vectors while the edit is fused; the dtypes that norms see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import model_zoo as zoo
+import pytest
+import torch
+from patch_helpers import Watch, batch_for, compare, loss_and_backward, patched_and_peer, watching
+from torch import Tensor, nn
+
+from red_kernels.config import RedConfig
+from red_kernels.models.handoff import leave_note, take_note
+from red_kernels.models.norms import norm_arguments
+from red_kernels.patch import edit_parameters, patch
+
+FEW = ["llama", "gemma2", "gpt2", "opt", "opt_post_norm", "bert", "t5", "vit"]
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    return watching(monkeypatch)
+
+
+def ffn_of(model: nn.Module, name: str) -> nn.Module:
+    """The module around the first site; the site itself where there is none."""
+    site = zoo.sites(name)[0]
+    parent = model.get_submodule(site.rpartition(".")[0])
+    return model.get_submodule(site) if name.startswith("opt") else parent
+
+
+@pytest.mark.parametrize("change", [False, True])
+@pytest.mark.parametrize("where", ["site", "ffn"])
+@pytest.mark.parametrize("name", FEW)
+def test_a_hook_sees_the_edited_output(name: str, where: str, change: bool) -> None:
+    """Whoever hooks the site or the FFN finds there what the plain composition has: the edited output."""
+
+    def run(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        seen: list[Tensor] = []
+        module = model.get_submodule(zoo.sites(name)[0]) if where == "site" else ffn_of(model, name)
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            output.retain_grad()
+            seen.append(output)
+            return output * 1.5 if change else None
+
+        module.register_forward_hook(hook)
+        result = loss_and_backward(model, batch)
+        gradient = seen[0].grad
+        assert gradient is not None
+        return {**result, "seen": seen[0].detach(), "gradient": gradient}
+
+    compare(name, run)
+
+
+@pytest.mark.parametrize("where", ["site", "ffn"])
+@pytest.mark.parametrize("name", FEW)
+def test_a_full_backward_hook_sees_the_gradient_of_the_edited_output(name: str, where: str) -> None:
+    def run(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        seen: list[Tensor] = []
+        module = model.get_submodule(zoo.sites(name)[1])
+        if where == "ffn" and not name.startswith("opt"):
+            module = model.get_submodule(zoo.sites(name)[1].rpartition(".")[0])
+        module.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].clone()))
+        result = loss_and_backward(model, batch)
+        return {**result, "gradient": seen[0]}
+
+    compare(name, run)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_pre_hook_on_the_site_changes_its_input(name: str) -> None:
+    def run(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        model.get_submodule(zoo.sites(name)[0]).register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
+        return loss_and_backward(model, batch)
+
+    compare(name, run)
+
+
+@pytest.mark.parametrize("name", ["phi3", "gpt2", "bert", "t5", "vit"])
+def test_a_hook_on_the_dropout(name: str) -> None:
+    def run(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.register_forward_hook(lambda module, args, output: output * 1.25)
+        return loss_and_backward(model, batch)
+
+    compare(name, run)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "vit"])
+def test_another_dropout(name: str) -> None:
+    class Scaled(nn.Module):
+        p = 0.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 1.25
+
+    def run(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        for module in list(model.modules()):
+            for key, child in list(module.named_children()):
+                if isinstance(child, nn.Dropout):
+                    setattr(module, key, Scaled())
+        return loss_and_backward(model, batch)
+
+    compare(name, run)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_hook_on_the_vectors(name: str) -> None:
+    """The vectors' module is called where something hangs on it."""
+    model, unfused, truth = patched_and_peer(name)
+    own = model.get_submodule(zoo.sites(name)[0] + ".red_edit")
+    calls: list[int] = []
+    own.register_forward_hook(lambda *_: calls.append(1))
+    results = [loss_and_backward(one, batch_for(one, name))["logits"] for one in (model, unfused.model, truth.model)]
+    zoo.assert_as_exact("logits", *results)
+    assert calls
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_an_ffn_replaced_since(name: str) -> None:
+    class Other(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+            for key, child in inner.named_children():
+                self.add_module(key, child)
+
+        def forward(self, *args: Any) -> Any:
+            return self.inner(*args) * 1.5
+
+    if name in ("bert", "opt", "opt_post_norm"):
+        pytest.skip("the site is called by the layer itself")
+
+    def run(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        parent, _, key = zoo.sites(name)[0].rpartition(".")[0].rpartition(".")
+        setattr(model.get_submodule(parent), key, Other(getattr(model.get_submodule(parent), key)))
+        return loss_and_backward(model, batch)
+
+    model, unfused, truth = patched_and_peer(name)
+    results = [run(one, batch_for(one, name))["logits"] for one in (model, unfused.model, truth.model)]
+    zoo.assert_as_exact("logits", *results)
+
+
+@pytest.mark.parametrize("name", ["t5", "t5_gated"])
+def test_t5_clamps_in_float16(name: str, watch: Watch) -> None:
+    """The block replaces its output there: a note on it would never be taken."""
+    compare(name, loss_and_backward, torch.float16)
+    assert not watch.left
+    compare(name, loss_and_backward, torch.bfloat16)
+    assert watch.left
+    assert watch.taken == watch.left
+
+
+@pytest.mark.parametrize("name", ["t5", "t5_gated"])
+def test_a_site_kept_in_float32(name: str, watch: Watch) -> None:
+    """As transformers keeps T5's: the stream is float32 from then on, and the norms bring it back."""
+
+    def prepare(model: nn.Module) -> None:
+        if next(model.parameters()).dtype != torch.float64:
+            for site in zoo.sites(name):
+                model.get_submodule(site).float()
+
+    compare(name, loss_and_backward, torch.bfloat16, prepare=prepare)
+    assert not watch.left
+
+
+def test_norms_under_autocast() -> None:
+    norm = nn.LayerNorm(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm_arguments(norm, torch.randn(2, 8), None) is not None
+        assert norm_arguments(norm.bfloat16(), torch.randn(2, 8).bfloat16(), None) is None
+    assert norm_arguments(norm, torch.randn(2, 8).bfloat16(), None) is not None
+    assert norm_arguments(norm, torch.randn(2, 8).bfloat16(), torch.randn(2, 8)) is None
+
+
+def test_norms_whose_parameters_are_no_plain_tensors_beside_the_input() -> None:
+    x = torch.randn(2, 8)
+    assert norm_arguments(nn.LayerNorm(8, elementwise_affine=False), x, None) is not None
+    assert norm_arguments(nn.LayerNorm(8, device="meta"), x, None) is None
+    norm = nn.LayerNorm(8)
+    weight = norm.weight
+    del norm.weight  # as FSDP does with its own views
+    norm.weight = weight.detach()
+    assert norm_arguments(norm, x, None) is None
+
+    class Sharded(Tensor):
+        pass
+
+    norm = nn.LayerNorm(8)
+    norm.weight = nn.Parameter(norm.weight.detach().as_subclass(Sharded))
+    assert norm_arguments(norm, x, None) is None
+    assert norm_arguments(nn.LayerNorm(8), x.as_subclass(Sharded), None) is None
+    assert norm_arguments(nn.LayerNorm(8), x, x.as_subclass(Sharded)) is None
+    assert norm_arguments(nn.BatchNorm1d(8), x, None) is None
+
+
+def test_a_note_is_for_one_norm_and_one_weight() -> None:
+    model = zoo.tiny("llama")
+    patch(model, RedConfig())
+    first, last = (model.get_submodule(path) for path in ("model.layers.1.input_layernorm", "model.norm"))
+    with torch.no_grad():
+        z = torch.randn(2, 3, zoo.HIDDEN)
+        normed = torch.randn(2, 3, zoo.HIDDEN)
+        leave_note(z, normed, last)
+        assert take_note(first, z) is None
+        assert take_note(last, z) is None, "a note is gone once a norm has seen it"
+        leave_note(z, normed, last)
+        swapped = {"weight": torch.randn(zoo.HIDDEN)}
+        assert not torch.equal(torch.func.functional_call(last, swapped, (z,)), normed)
+        leave_note(z, normed, last)
+        assert torch.equal(last(z), normed)
+        assert not torch.equal(last(z), normed)
+
+
+def test_the_base_stays_frozen_and_the_vectors_train() -> None:
+    model = zoo.tiny("llama")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    patch(model, RedConfig())
+    vectors = [vector for parts in edit_parameters(model).values() for vector in parts.values()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model(**zoo.inputs("llama")).loss.backward()
+    optimizer.step()
+    state = model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in before.items())
+    assert all(vector.grad is not None and bool(vector.grad.any()) for vector in vectors)
