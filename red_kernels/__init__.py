@@ -3,7 +3,7 @@
 from . import functional, reference
 from ._version import __version__
 from .backends import available_backends, backend
-from .checkpoint import load_edits, save_edits
+from .checkpoint import load_edits, save_edits, saved_config
 from .config import RedConfig
 from .functional import (
     edit,
@@ -36,5 +36,6 @@ __all__ = [
     "reference",
     "rms_norm_edit",
     "save_edits",
+    "saved_config",
     "unpatch",
 ]
