@@ -71,6 +71,12 @@ def philox_words(seed: Tensor, rows: int, columns: int) -> Tensor:
         (row >> 32).expand(rows, quads),
         torch.zeros((), device=seed.device, dtype=torch.int64).expand(rows, quads),
     ]
+    words = philox_rounds(counter, seed)
+    return torch.stack(words, dim=-1).reshape(rows, 4 * quads)[:, :columns]
+
+
+def philox_rounds(counter: list[Tensor], seed: Tensor) -> list[Tensor]:
+    """Philox4x32-10 of counters in four words, all int64 in ``[0, 2**32)``; the key is ``seed``, int64."""
     key = [seed & _WORD, (seed >> 32) & _WORD]
     for step in range(10):
         if step:
@@ -78,7 +84,7 @@ def philox_words(seed: Tensor, rows: int, columns: int) -> Tensor:
         high0, low0 = _multiply_words(counter[0], _PHILOX_MULTIPLIERS[0])
         high1, low1 = _multiply_words(counter[2], _PHILOX_MULTIPLIERS[1])
         counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
-    return torch.stack(counter, dim=-1).reshape(rows, 4 * quads)[:, :columns]
+    return counter
 
 
 def _multiply_words(a: Tensor, b: int) -> tuple[Tensor, Tensor]:

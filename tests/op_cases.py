@@ -109,10 +109,12 @@ def eager(
     eps: float = EPS,
     need_z: bool = True,
     z_as: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Any:
     """The same in PyTorch's own operations, each rounding to the activations' dtype.
 
     With ``z_as`` the norm behind an edit goes on from this value of ``z``: as it was rounded elsewhere.
+    ``factor`` is the mask of a dropout.
     """
     x = tensors["x"]
     assert x is not None
@@ -136,6 +138,8 @@ def eager(
     if operation.endswith("norm_edit"):
         return edited(normed(x))
     z = edited(x)
+    if factor is not None:
+        z = z * factor.to(z.dtype)
     if tensors.get("residual") is not None:
         z = tensors["residual"] + z
     if z_as is not None:
