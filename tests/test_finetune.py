@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -199,6 +201,31 @@ def test_output_below_a_file(folders: dict[str, Path], tmp_path: Path, capsys: p
     (tmp_path / "file").write_text("")
     assert cli.main(causal(folders, tmp_path / "file" / "out")) == cli.EXIT_ERROR
     assert "cannot write to the folder" in capsys.readouterr().err
+
+
+def test_damaged_base_models(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = {**folders, "llama": tmp_path / "model"}
+    shutil.copytree(folders["llama"], broken["llama"])
+    weights = broken["llama"] / "model.safetensors"
+    tensors = safetensors.torch.load(weights.read_bytes())  # not mapped: the file is about to shrink
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert cli.main(causal(broken, tmp_path / "out")) == cli.EXIT_ERROR
+    assert "could not be loaded" in capsys.readouterr().err
+    del tensors["model.norm.weight"]
+    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+    assert cli.main(causal(broken, tmp_path / "out")) == cli.EXIT_ERROR
+    assert "lacks the weights model.norm.weight" in capsys.readouterr().err
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF and nothing else")
+    arguments = causal({**folders, "llama": tmp_path / "bad.gguf"}, tmp_path / "out")
+    assert cli.main(arguments) == cli.EXIT_ERROR
+    assert "bad.gguf" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_divergence_is_said(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(causal(folders, tmp_path / "out", "--steps", "3", "--lr", "1e38", "--no-compare")) == 0
+    assert "diverged" in capsys.readouterr().out
+    assert math.isnan(results(tmp_path / "out")["after"]["loss"])
 
 
 # ---- going on after a kill, and Ctrl-C

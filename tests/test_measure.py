@@ -44,6 +44,8 @@ def test_held_out_loss_weighs_batches_by_their_targets() -> None:
     assert found.targets == 10
     assert found.loss == pytest.approx((8 * 1 + 2 * 4) / 10, abs=1e-12)
     assert found.perplexity == math.exp(found.loss)
+    assert math.isnan(measure.HeldOut(math.nan, 1).perplexity)
+    assert measure.HeldOut(1e4, 1).perplexity == math.inf
     assert model.training
     with pytest.raises(ValueError, match="no targets"):
         measure.held_out_loss(model, [], False)

@@ -95,7 +95,7 @@ def load_base(
     else:
         source, gguf = str(path) if path.exists() else name, {}
         load_dtype = dtype
-    with _quietly():
+    with _quietly(), _explaining(name, path.exists()):
         if tokenizer is None:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **_without_quantization(gguf))
         model, loading = auto.from_pretrained(source, dtype=load_dtype, output_loading_info=True, **gguf, **options)
@@ -110,6 +110,19 @@ def load_base(
     model.config._name_or_path = packaged.name if packaged else name
     _give_padding(model, tokenizer)
     return BaseModel(model, tokenizer, model.config._name_or_path, frozenset(missing))
+
+
+@contextmanager
+def _explaining(name: str, local: bool) -> Iterator[None]:
+    """transformers' errors, with the model's name in front."""
+    try:
+        yield
+    except ImportError:
+        raise  # it names the package that is missing
+    except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
+        if local:
+            raise ValueError(f"model: {name!r} could not be loaded: {type(error).__name__}: {error}") from error
+        raise OSError(f"model: {name!r} is no file or folder, and could not be loaded from the hub: {error}") from error
 
 
 @contextmanager

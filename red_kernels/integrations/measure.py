@@ -26,7 +26,7 @@ class HeldOut:
     @property
     def perplexity(self) -> float:
         """`exp(loss)`; infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.inf if self.loss > 700 else math.exp(self.loss)
 
 
 @torch.no_grad()
