@@ -14,7 +14,7 @@ Tensor edit_forward(Tensor x, OptionalTensor residual, OptionalTensor scale, Opt
   const Shape shape(x);
   const Activation xs(shape, x, "x"), residuals(shape, residual, "residual");
   const EditIds ids(shape, edit_ids, count_edits(scale, bias));
-  const Vector scales(shape, scale, ids.edits(), 1.0f, 0.0f, "scale"), biases(shape, bias, ids.edits(), 0.0f, 0.0f, "bias");
+  const Vector scales(shape, scale, ids.edits(), 1.0f, 0.0f, "scale"), biases(shape, bias, ids.edits(), -0.0f, 0.0f, "bias");
   Tensor z = make_like(shape);
   const EditForward arguments{shape.d, xs.rows, residuals.rows, ids.vectors(scales), ids.vectors(biases),
                               dropout_of(seed, dropout_p), streams(shape, 1), z.mutable_data_ptr()};
@@ -51,9 +51,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edit_norm_forward(
   const Shape shape(x);
   const Activation xs(shape, x, "x"), residuals(shape, residual, "residual");
   const EditIds ids(shape, edit_ids, count_edits(scale, bias));
-  const Vector scales(shape, scale, ids.edits(), 1.0f, 0.0f, "scale"), biases(shape, bias, ids.edits(), 0.0f, 0.0f, "bias");
+  const Vector scales(shape, scale, ids.edits(), 1.0f, 0.0f, "scale"), biases(shape, bias, ids.edits(), -0.0f, 0.0f, "bias");
   const Vector weights(shape, weight, 1, 1.0f, static_cast<float>(weight_offset), "weight");
-  const Vector norm_biases(shape, norm_bias, 1, 0.0f, 0.0f, "norm_bias");
+  const Vector norm_biases(shape, norm_bias, 1, -0.0f, 0.0f, "norm_bias");
   Tensor y = make_like(shape), z = keep_z ? make_like(shape) : Tensor();
   Tensor mean = centered ? make_statistic(shape) : Tensor(), rstd = make_statistic(shape);
   const EditNormForward arguments{
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edit_norm_backward(
   const Activation dys(shape, dy, "dy"), dzs(shape, dz, "dz"), zs(shape, z, "z"), xs(shape, x, "x");
   const Activation residuals(shape, residual, "residual");
   const EditIds ids(shape, edit_ids, n_edits);
-  const Vector scales(shape, scale, n_edits, 1.0f, 0.0f, "scale"), biases(shape, bias, n_edits, 0.0f, 0.0f, "bias");
+  const Vector scales(shape, scale, n_edits, 1.0f, 0.0f, "scale"), biases(shape, bias, n_edits, -0.0f, 0.0f, "bias");
   const Vector weights(shape, weight, 1, 1.0f, static_cast<float>(weight_offset), "weight");
   const bool need_dx = needed(needs, 0), need_dresidual = needed(needs, 1);
   Tensor dx = need_dx ? make_like(shape) : Tensor(), dresidual = need_dresidual ? make_like(shape) : Tensor();
@@ -103,9 +103,9 @@ std::tuple<Tensor, Tensor, Tensor> norm_edit_forward(Tensor x, OptionalTensor we
   const Shape shape(x);
   const Activation xs(shape, x, "x");
   const EditIds ids(shape, edit_ids, count_edits(scale, bias));
-  const Vector scales(shape, scale, ids.edits(), 1.0f, 0.0f, "scale"), biases(shape, bias, ids.edits(), 0.0f, 0.0f, "bias");
+  const Vector scales(shape, scale, ids.edits(), 1.0f, 0.0f, "scale"), biases(shape, bias, ids.edits(), -0.0f, 0.0f, "bias");
   const Vector weights(shape, weight, 1, 1.0f, static_cast<float>(weight_offset), "weight");
-  const Vector norm_biases(shape, norm_bias, 1, 0.0f, 0.0f, "norm_bias");
+  const Vector norm_biases(shape, norm_bias, 1, -0.0f, 0.0f, "norm_bias");
   Tensor y = make_like(shape);
   Tensor mean = centered ? make_statistic(shape) : Tensor(), rstd = make_statistic(shape);
   const NormEditForward arguments{shape.d, xs.rows, ids.vectors(scales), ids.vectors(biases), weights.data,
@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_edit_backward(
   const EditIds ids(shape, edit_ids, n_edits);
   const Vector scales(shape, scale, n_edits, 1.0f, 0.0f, "scale");
   const Vector weights(shape, weight, 1, 1.0f, static_cast<float>(weight_offset), "weight");
-  const Vector norm_biases(shape, norm_bias, 1, 0.0f, 0.0f, "norm_bias");
+  const Vector norm_biases(shape, norm_bias, 1, -0.0f, 0.0f, "norm_bias");
   Tensor dx = needed(needs, 0) ? make_like(shape) : Tensor();
   const NormEditBackward arguments{shape.d, dys.rows, xs.rows, ids.vectors(scales), weights.data, norm_biases.data,
                                    streams(shape, 1), statistic(shape, mean, "mean"), statistic(shape, rstd, "rstd"),

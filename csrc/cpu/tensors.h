@@ -87,7 +87,7 @@ class Activation {
 };
 
 // A vector, or one for each edit, as fp32: used in place where it is fp32 already, else converted; filled with `neutral`
-// where it is absent.
+// where it is absent (-0 for an addition: +0 would lose the sign of a zero).
 class Vector {
  public:
   Vector(const Shape& shape, const OptionalTensor& tensor, int64_t count, float neutral, float offset,
@@ -149,6 +149,8 @@ class EditIds {
                     "red_kernels: edit_ids must be int64 on the CPU, one for each row of x");
     source_ = torch::stable::contiguous(*tensor);
     data = static_cast<const int64_t*>(source_->const_data_ptr());
+    // A tensor without elements may have no memory; null means absent.
+    if (data == nullptr) data = &edits_;
     for (int64_t i = 0; i < shape.rows; ++i)
       STD_TORCH_CHECK(data[i] >= 0 && data[i] < edits, "red_kernels: edit_ids has the value ", data[i],
                       ", expected 0 to ", edits - 1);
