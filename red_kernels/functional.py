@@ -195,6 +195,8 @@ def linear_edit(
     checks.activation(weight, "weight")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (d, {x.shape[-1]}), the width of x")
+    if weight.device != x.device:
+        raise ValueError(f"weight is on {weight.device}, expected the device of x, {x.device}")
     output = x.new_empty(0).expand(*x.shape[:-1], 0) if x.numel() == 0 else x[..., :1]
     output = output.new_empty(1).expand(*x.shape[:-1], weight.shape[0])
     checks.norm_vector(linear_bias, output, "linear_bias")
@@ -206,8 +208,10 @@ def linear_edit(
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
         linear_bias = None if linear_bias is None else linear_bias.to(dtype)
-    elif weight.dtype != x.dtype or (linear_bias is not None and linear_bias.dtype != x.dtype):
-        raise TypeError(f"weight and linear_bias must have the dtype of x, {x.dtype}; weight has {weight.dtype}")
+    else:
+        for name, tensor in (("weight", weight), ("linear_bias", linear_bias)):
+            if tensor is not None and tensor.dtype != x.dtype:
+                raise TypeError(f"{name} has dtype {tensor.dtype}, expected that of x, {x.dtype}")
     if residual is not None and residual.dtype != x.dtype:
         return edit_add(F.linear(x, weight, linear_bias), residual, scale, bias, edit_ids=edit_ids)
     return LinearEditFunction.apply(x, weight, linear_bias, residual, scale, bias, _ids(edit_ids))
