@@ -7,6 +7,7 @@ asks the hook to leave the output alone for one call: `call_unedited`.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ NAME = "red_edit"  # the child's name in the site: state_dict keys are `<site>.r
 
 class RedEdit(nn.Module):
     """RED's vectors at one site: `scale * h + bias` (arXiv 2402.15179), the identity at the start.
+
+    `model.half()`, `model.to(torch.bfloat16)` and the like leave fp32 vectors in fp32: in half precision an update
+    smaller than half a rounding step at 1.0 is lost.
 
     Args:
         width: of the site's output.
@@ -47,6 +51,16 @@ class RedEdit(nn.Module):
                 self.scale.fill_(1.0)
             if self.bias is not None:
                 self.bias.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RedEdit:
+        def keeping_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype.itemsize < min(4, tensor.dtype.itemsize):
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(keeping_precision, recurse)
+        return self
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`hidden` of shape `(..., width)`, edited, in its dtype. Raises TypeError for what is no tensor."""

@@ -12,7 +12,7 @@ from .edit_module import NAME, RedEdit, edit_hook
 from .models.handoff import enter_stack, leave_stack
 from .patched import is_patched, patch_block, patch_norm, unpatch_module
 from .plan import Plan, make_plan
-from .report import PatchReport, count_parameters
+from .report import PatchReport, count_parameters, listed
 
 __all__ = ["edit_config", "edit_parameters", "patch", "unpatch"]
 
@@ -79,29 +79,35 @@ def unpatch(model: nn.Module) -> None:
     Raises:
         ValueError: the model is not patched, or a patched layer's class was changed since. Nothing is changed then.
     """
-    state = _state(model)
-    for name, module in model.named_modules():
+    holder, state = _state(model)
+    for name, module in holder.named_modules():
         if not is_patched(module) and any("_red_kernels_base" in kind.__dict__ for kind in type(module).__mro__):
             raise ValueError(
                 f"model: {name} was wrapped after patching (its class is now {type(module).__name__}); unwrap it first"
             )
-    for module in list(model.modules()):
+    for module in list(holder.modules()):
         unpatch_module(module)
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if hook in (edit_hook, enter_stack, leave_stack)]:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
-        if NAME in module._modules and isinstance(module._modules[NAME], RedEdit):
+        if isinstance(module._modules.get(NAME), RedEdit):
             del module._modules[NAME]
-    for name, parameter in model.named_parameters():
-        if name in state.were_trainable:
-            parameter.requires_grad_(True)
-    del model.__dict__[_STATE]
+    parameters = dict(holder.named_parameters())
+    for name in state.were_trainable & parameters.keys():
+        parameters[name].requires_grad_(True)
+    del holder.__dict__[_STATE]
+    lost = sorted(state.were_trainable - parameters.keys())
+    if lost:
+        warnings.warn(
+            f"parameters that were trainable before patching have other names now and stay frozen: {listed(lost)}",
+            stacklevel=2,
+        )
 
 
 def edit_config(model: nn.Module) -> RedConfig:
     """The config that a model was patched with. Raises ValueError if it is not patched."""
-    return _state(model).config
+    return _state(model)[1].config
 
 
 def edit_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
@@ -138,9 +144,10 @@ def _fuse(plan: Plan) -> None:
         stack.register_forward_hook(leave_stack, always_call=True)
 
 
-def _state(model: nn.Module) -> _State:
+def _state(model: nn.Module) -> tuple[nn.Module, _State]:
+    """The module that was patched, the model itself or one inside it, and its state."""
     for module in model.modules():  # a wrapper of the patched model counts as patched
         state = module.__dict__.get(_STATE)
         if isinstance(state, _State):
-            return state
+            return module, state
     raise ValueError(f"model: this {type(model).__name__} is not patched; call rk.patch(model, rk.RedConfig()) first")

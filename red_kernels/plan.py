@@ -18,12 +18,11 @@ from .models.fingerprint import unwrapped
 from .models.handoff import NextNorm
 from .models.norms import norm_spec
 from .patched import recognised
-from .report import SiteReport
+from .report import SiteReport, listed
 
 __all__ = ["Plan", "PlannedSite", "make_plan"]
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
-_SHOWN = 6  # how many names a message lists
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,13 @@ def make_plan(model: nn.Module, config: RedConfig) -> Plan:
         if wrapper is not None:
             where = f"in {name!r}" if name else "around it"
             raise ValueError(f"model: has a {wrapper} {where}, which would not know the vectors; patch before wrapping")
-    if config.sites is not None:
-        return _plan_named(model, config)
-    return _plan_known(model, config)
+    plan = _plan_known(model, config) if config.sites is None else _plan_named(model, config)
+    owners: dict[int, str] = {}
+    for site in plan.sites:
+        first = owners.setdefault(id(site.module), site.report.site)
+        if first != site.report.site:
+            raise ValueError(f"model: {first} and {site.report.site} are the same module; one edit cannot be in both")
+    return plan
 
 
 def _plan_named(model: nn.Module, config: RedConfig) -> Plan:
@@ -101,7 +104,7 @@ def _plan_named(model: nn.Module, config: RedConfig) -> Plan:
         plan.sites.append(PlannedSite(module, width, _device(module, model), report))
     experts = _experts(model)
     if experts:
-        plan.warnings.append(f"not edited, as their weights are one 3-D Parameter for all experts: {_listed(experts)}")
+        plan.warnings.append(f"not edited, as their weights are one 3-D Parameter for all experts: {listed(experts)}")
     return plan
 
 
@@ -126,11 +129,14 @@ def _plan_known(model: nn.Module, config: RedConfig) -> Plan:
             plan.sites.append(_planned(model, place, site))
     if lost:
         experts = [name for name in _experts(model) if any(name.startswith(f"{layer}.") for layer in lost)]
-        remark = f": the weights of all experts are one 3-D Parameter in {_listed(experts)}" if experts else ""
+        remark = f": the weights of all experts are one 3-D Parameter in {listed(experts)}" if experts else ""
         raise ValueError(
-            f"model: the layers {_listed(lost)} have no {places[0].family.site} to edit{remark}; choose others by "
+            f"model: the layers {listed(lost)} have no {places[0].family.site} to edit{remark}; choose others by "
             "layers=, or name modules by sites="
         )
+    unknown = _unknown_lists(model)
+    if unknown:
+        plan.warnings.append(f"not edited, as their layers are not known: {listed(unknown)}")
     return plan
 
 
@@ -144,6 +150,24 @@ def _places(model: nn.Module) -> Iterator[_Place]:
                 if family is not None:
                     name = ".".join(part for part in (stack_name, list_key, key) if part)
                     yield _Place(name, layer, family, stack, list_key, int(key))
+
+
+def _unknown_lists(model: nn.Module) -> list[str]:
+    """Lists of layers with linear layers in them, beside the known ones: a vision tower, for instance."""
+    found: list[str] = []
+    inside: list[str] = []  # prefixes of what has been looked at
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        if family_of(type(module)) is not None:
+            inside.append(f"{name}.")
+        elif isinstance(module, nn.ModuleList) and len(module) > 1:
+            kinds = {type(child) for child in module}
+            linear = any(_output_width(part) is not None for child in module for part in child.modules())
+            if linear and all(family_of(kind) is None for kind in kinds):
+                found.append(f"{name} ({', '.join(sorted(kind.__name__ for kind in kinds))})")
+                inside.append(f"{name}.")
+    return found
 
 
 def _planned(model: nn.Module, place: _Place, site: nn.Module) -> PlannedSite:
@@ -289,14 +313,14 @@ def _experts(model: nn.Module) -> list[str]:
 
 def _experts_remark(module: nn.Module, name: str) -> str:
     inner = [f"{name}.{inner}" if inner else name for inner in _experts(module)]
-    return f"; the weights of all experts are one 3-D Parameter in {_listed(inner)}" if inner else ""
+    return f"; the weights of all experts are one 3-D Parameter in {listed(inner)}" if inner else ""
 
 
 def _no_sites(model: nn.Module) -> str:
     supported = "; ".join(family.name for family in FAMILIES)
     experts = _experts(model)
     remark = (
-        f" The weights of all experts are one 3-D Parameter in {_listed(experts)}: no module gives their output."
+        f" The weights of all experts are one 3-D Parameter in {listed(experts)}: no module gives their output."
         if experts
         else ""
     )
@@ -311,9 +335,4 @@ def _linear_patterns(model: nn.Module) -> str:
     """The names of the linear layers, layer numbers replaced by `*`."""
     names = [name for name, module in model.named_modules() if name and _output_width(module) is not None]
     patterns = dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names)
-    return _listed(list(patterns)) if patterns else "none"
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return listed(list(patterns)) if patterns else "none"

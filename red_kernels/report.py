@@ -9,7 +9,9 @@ import torch
 
 from .config import RedConfig
 
-__all__ = ["PatchReport", "SiteReport"]
+__all__ = ["PatchReport", "SiteReport", "count_parameters", "listed"]
+
+_SHOWN = 6  # how many names a message lists
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,12 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """Trainable and all parameters; 4-bit ones are counted as they are stored."""
     every = list(model.parameters())
     return sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every)
+
+
+def listed(names: list[str]) -> str:
+    """Names for a message, not more than can be read."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _rows(sites: tuple[SiteReport, ...]) -> list[tuple[str, str, str]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from red_kernels.config import RedConfig
 from red_kernels.models.handoff import leave_note, take_note
 from red_kernels.models.norms import norm_arguments
-from red_kernels.patch import edit_parameters, patch
+from red_kernels.patch import edit_parameters, patch, unpatch
 
 FEW = ["llama", "gemma2", "gpt2", "opt", "opt_post_norm", "bert", "t5", "vit"]
 
@@ -226,3 +226,92 @@ def test_the_base_stays_frozen_and_the_vectors_train() -> None:
     state = model.state_dict()
     assert all(torch.equal(state[key], value) for key, value in before.items())
     assert all(vector.grad is not None and bool(vector.grad.any()) for vector in vectors)
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda model: model.half(),
+        lambda model: model.bfloat16(),
+        lambda model: model.to(torch.bfloat16),
+        lambda model: model.to("cpu", torch.float16),
+    ],
+)
+def test_vectors_keep_their_precision(cast: Any) -> None:
+    model, _, _ = patched_and_peer("llama")
+    before = {site: {part: value.clone() for part, value in parts.items()} for site, parts in vectors_of(model).items()}
+    cast(model)
+    assert next(model.parameters()).dtype.itemsize == 2
+    for site, parts in vectors_of(model).items():
+        for part, value in parts.items():
+            assert value.dtype == torch.float32
+            assert torch.equal(value, before[site][part])
+            assert value.requires_grad
+    loss_and_backward(model, batch_for(model, "llama"))
+    model.double()
+    assert all(value.dtype == torch.float64 for parts in vectors_of(model).values() for value in parts.values())
+
+
+def vectors_of(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    return edit_parameters(model)
+
+
+def test_one_module_at_two_sites() -> None:
+    model = zoo.tiny("llama")
+    layers = model.get_submodule("model.layers")
+    layers.get_submodule("2.mlp").down_proj = layers.get_submodule("0.mlp").down_proj
+    with pytest.raises(ValueError, match=r"layers.0.mlp.down_proj and .*layers.2.mlp.down_proj are the same module"):
+        patch(model, RedConfig())
+    assert not hasattr(layers.get_submodule("0.mlp").down_proj, "red_edit")
+
+
+def test_layers_beside_the_known_ones_are_named() -> None:
+    class Tower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2))
+            self.language = zoo.tiny("llama")
+
+    with pytest.warns(UserWarning, match=r"not edited.*blocks \(TransformerEncoderLayer\)"):
+        report = patch(Tower(), RedConfig())
+    assert [site.site for site in report.sites] == [f"language.{site}" for site in zoo.sites("llama")]
+
+
+def test_parameters_renamed_since_are_named_by_unpatch() -> None:
+    model = zoo.tiny("llama")
+    patch(model, RedConfig())
+    head = model.get_submodule("lm_head")
+    del model.lm_head
+    model.other_head = head
+    with pytest.warns(UserWarning, match="stay frozen: lm_head.weight"):
+        unpatch(model)
+    assert not head.weight.requires_grad
+    assert all(parameter.requires_grad for key, parameter in model.named_parameters() if "head" not in key)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama", "model"),
+        ("gpt2", "transformer"),
+        ("bert", "bert"),
+        ("t5", "encoder"),
+        ("vit", "vit"),
+        ("opt", "model"),
+    ],
+)
+def test_the_inner_model_by_itself(name: str, kind: str, watch: Watch) -> None:
+    """The stack may be the model, or anywhere in it."""
+    model = zoo.tiny(name)
+    inner = model.get_submodule(kind)
+    values = {site: vector for site, vector in zoo.vectors(zoo.sites(name)).items() if site.startswith(kind)}
+    unfused, truth = zoo.Unfused(model, values), zoo.exact(model, values)
+    report = patch(inner, RedConfig())
+    assert [f"{kind}.{site.site}" for site in report.sites] == list(values)
+    zoo.fill(edit_parameters(model), values)
+    results = [loss_and_backward(one, batch_for(one, name))["logits"] for one in (model, unfused.model, truth.model)]
+    zoo.assert_as_exact("logits", *results[:3])
+    assert watch.taken == watch.left
+    assert len(watch.left) == (len(values) if name in zoo.HANDING_ON else 0)
+    unpatch(model)
+    assert not any("red_edit" in key for key in model.state_dict())
