@@ -1,0 +1,281 @@
+"""Choosing a backend and an instruction set: by the block, by the process, and what happens where one is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import red_kernels as rk
+from red_kernels import backends
+from red_kernels.backends import native
+
+compiled_only = pytest.mark.skipif(native.load_error() is not None, reason=f"no CPU kernels: {native.load_error()}")
+ROOT = Path(__file__).parent.parent
+
+
+class Calls:
+    """Which backend each forward and backward ran on."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def taken(self) -> list[str]:
+        seen, self.seen = self.seen, []
+        return seen
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    found = Calls()
+    for module in (native, rk.reference):
+        for name in ("edit_forward", "edit_backward"):
+            function = getattr(module, name)
+
+            def counted(*arguments, _function=function, _name=module.NAME):  # type: ignore[no-untyped-def]
+                found.seen.append(_name)
+                return _function(*arguments)
+
+            monkeypatch.setattr(module, name, counted)
+    return found
+
+
+def _run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RED_KERNELS")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_available_backends() -> None:
+    found = rk.available_backends()
+    assert set(found) == {"triton", "cuda", "cpu", "reference"}
+    assert found["reference"] is None
+    for reason in found.values():
+        assert reason is None or "remedy" in reason
+
+
+@compiled_only
+def test_automatic_choice(calls: Calls) -> None:
+    """The kernels where they can take the tensor, plain PyTorch where not."""
+    rk.edit(torch.randn(3, 5))
+    rk.edit(torch.randn(3, 5).half())
+    rk.edit(torch.nn.Parameter(torch.randn(3, 5)))
+    assert calls.taken() == ["cpu"] * 3
+    rk.edit(torch.randn(3, 5).double())
+    rk.edit(torch.randn(3, 5, device="meta"))
+    assert calls.taken() == ["reference"] * 2
+    assert backends.automatic_backend("cpu") == "cpu"
+    assert backends.automatic_backend("meta") == "reference"
+
+
+@compiled_only
+def test_blocks_nest_and_end(calls: Calls) -> None:
+    x = torch.randn(3, 5)
+    with rk.backend("reference"):
+        rk.edit(x)
+        with rk.backend("cpu"):
+            rk.edit(x)
+        rk.edit(x)
+        with pytest.raises(KeyError), rk.backend("cpu"):
+            raise KeyError
+        rk.edit(x)
+    rk.edit(x)
+    assert calls.taken() == ["reference", "cpu", "reference", "reference", "cpu"]
+
+
+@compiled_only
+def test_backward_uses_the_backend_of_its_forward(calls: Calls) -> None:
+    x, scale = torch.randn(3, 5, requires_grad=True), torch.randn(5)
+    with rk.backend("reference"):
+        y = rk.edit(x, scale)
+    y.sum().backward()
+    y = rk.edit(x, scale)
+    with rk.backend("reference"):
+        y.sum().backward()
+    assert calls.taken() == ["reference", "reference", "cpu", "cpu"]
+
+
+@compiled_only
+def test_each_thread_has_its_own_choice(calls: Calls) -> None:
+    inside, done = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with rk.backend("reference"):
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(10)
+    rk.edit(torch.randn(3, 5))
+    done.set()
+    thread.join()
+    assert calls.taken() == ["cpu"]
+
+
+@compiled_only
+def test_threads_run_at_once() -> None:
+    x, scale = torch.randn(400, 577), torch.randn(577)
+    expected = rk.edit(x, scale)
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(20):
+            if not torch.equal(rk.edit(x, scale), expected):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@compiled_only
+def test_in_compiled_functions(calls: Calls) -> None:
+    """The trace has the backend in use, whether the block is around the function or in it."""
+    torch._dynamo.reset()
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):  # type: ignore[no-untyped-def]
+        seen.append("cpu" if "red_kernels" in str(graph.code) else "reference")
+        return graph
+
+    def block(x: Tensor) -> Tensor:
+        with rk.backend("reference"):
+            return rk.edit(x, x[0]) * 2
+
+    def plain(x: Tensor) -> Tensor:
+        return rk.edit(x, x[0]) * 2
+
+    x = torch.randn(3, 5)
+    for function, around, expected in ((plain, None, "cpu"), (plain, "reference", "reference"), (plain, None, "cpu")):
+        torch._dynamo.reset()
+        compiled = torch.compile(function, fullgraph=True, backend=backend)
+        if around is None:
+            compiled(x)
+        else:
+            with rk.backend(around):
+                assert torch.allclose(compiled(x), function(x))
+        assert seen.pop() == expected
+    assert torch.allclose(torch.compile(block, backend=backend)(x), block(x))
+
+
+@compiled_only
+def test_compiled_again_for_another_backend() -> None:
+    """A function that was compiled outside a block is not what runs inside it."""
+    torch._dynamo.reset()
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):  # type: ignore[no-untyped-def]
+        graphs.append(str(graph.code))
+        return graph
+
+    compiled = torch.compile(lambda x: rk.edit(x, x[0]), fullgraph=True, backend=backend)
+    x = torch.randn(3, 5)
+    compiled(x)
+    with rk.backend("reference"):
+        compiled(x)
+    compiled(x)
+    assert ["red_kernels" in code for code in graphs] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["tirton", "", "CPU", None, 3])
+def test_unknown_backend(name: object) -> None:
+    with pytest.raises(ValueError, match=r"rk\.backend got .*expected one of 'triton', 'cuda', 'cpu', 'reference'"):
+        rk.backend(name).__enter__()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [name for name, reason in rk.available_backends().items() if reason is not None])
+def test_missing_backend(name: str) -> None:
+    with pytest.raises(RuntimeError, match=f"rk.backend: the backend '{name}' is missing: .*remedy"):
+        rk.backend(name).__enter__()
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    ("x", "reason"),
+    [
+        (torch.randn(3, 5).double(), "x has dtype torch.float64, and these kernels take"),
+        (torch.randn(3, 5, device="meta"), "x is on meta, and these kernels run on the CPU"),
+        (torch.randn(3, 5).as_subclass(type("Other", (Tensor,), {})), "x is a Other, and these kernels take plain"),
+    ],
+    ids=["fp64", "meta", "subclass"],
+)
+def test_backend_that_cannot_take_a_tensor(x: Tensor, reason: str) -> None:
+    with rk.backend("cpu"), pytest.raises(ValueError, match=f"the backend 'cpu' was asked for, but {reason}.*remedy"):
+        rk.edit(x)
+
+
+SHOW = (
+    "import torch, red_kernels as rk; from red_kernels import backends; print(backends.choose(torch.ones(1, 1)).NAME)"
+)
+
+
+def test_environment_chooses_the_backend() -> None:
+    assert _run(SHOW, RED_KERNELS_BACKEND="reference").stdout.strip() == "reference"
+    done = _run("import red_kernels", RED_KERNELS_BACKEND="abacus")
+    assert "ValueError: RED_KERNELS_BACKEND got 'abacus', expected one of 'triton'" in done.stderr
+    if rk.available_backends()["triton"] is not None:
+        done = _run("import red_kernels", RED_KERNELS_BACKEND="triton")
+        assert "RuntimeError: RED_KERNELS_BACKEND: the backend 'triton' is missing:" in done.stderr
+        assert "remedy" in done.stderr
+
+
+@compiled_only
+def test_environment_chooses_the_instruction_set() -> None:
+    code = "from red_kernels.backends import native; print(native.instruction_set())"
+    assert _run(code, RED_KERNELS_CPU="base").stdout.strip() == "base"
+    assert _run(code, RED_KERNELS_CPU="").stdout.strip() == native.instruction_sets()[-1]
+    done = _run("import red_kernels", RED_KERNELS_CPU="neon9")
+    assert "ValueError: RED_KERNELS_CPU is 'neon9', expected one that this processor can run: base" in done.stderr
+
+
+@compiled_only
+def test_instruction_sets() -> None:
+    names = native.instruction_sets()
+    assert names[0] == "base"
+    before = native.instruction_set()
+    with native.use_instruction_set("base"):
+        assert native.instruction_set() == "base"
+    assert native.instruction_set() == before
+    with pytest.raises(RuntimeError, match="'mmx', expected one that this processor can run: base"):
+        native.use_instruction_set("mmx").__enter__()
+    assert native.instruction_set() == before
+
+
+@pytest.fixture
+def _without_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_dll", None)
+    monkeypatch.setattr(native, "_error", "it was never built; remedy: build it")
+
+
+@pytest.mark.usefixtures("_without_library")
+def test_without_the_library() -> None:
+    """What an installation without a compiler does."""
+    assert rk.available_backends()["cpu"] == "it was never built; remedy: build it"
+    assert backends.automatic_backend("cpu") == "reference"
+    x, scale = torch.randn(3, 5), torch.randn(5)
+    assert torch.equal(rk.edit(x, scale), x * scale)
+    with pytest.raises(RuntimeError, match="the backend 'cpu' is missing: it was never built; remedy: build it"):
+        rk.backend("cpu").__enter__()
+    with pytest.raises(RuntimeError, match="the CPU kernels are missing: it was never built; remedy: build it"):
+        native.instruction_sets()
+
+
+def test_a_library_that_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / "libred_kernels_cpu.so"
+    monkeypatch.setattr(native, "_LIBRARY", library)
+    assert native._load()[1].startswith("it was never built; remedy:")
+    (tmp_path / "cpu.missing").write_text("no C++ compiler was found; remedy: install g++")
+    assert native._load()[1] == "no C++ compiler was found; remedy: install g++"
+    library.write_bytes(b"\x7fELF, but not for long")
+    assert "libred_kernels_cpu.so does not load (" in native._load()[1]
+    assert "remedy" in native._load()[1]
