@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -252,6 +253,8 @@ def _tokenise(
             f"{report.plural(len(train), 'text')} to train on, {len(held_out):,} held out, {len(labels)} labels"
             + (f"; {report.plural(cut, 'text')} cut to {settings.length} tokens" if cut else "")
         )
+        _, most = Counter(document.label for document in split.held_out).most_common(1)[0]
+        console.print(f"The most frequent label is that of {most / len(held_out):.1%} of the held-out texts")
         collate = DataCollatorWithPadding(base.tokenizer)
     else:
         train = TokenBlocks((document.text for document in split.train), base.tokenizer, settings.length)
