@@ -11,7 +11,7 @@ from .config import RedConfig
 from .edit_module import NAME, RedEdit, edit_hook
 from .models.handoff import enter_stack, leave_stack
 from .patched import is_patched, patch_block, patch_norm, unpatch_module
-from .plan import Plan, make_plan
+from .plan import Plan, make_plan, wrapper_of
 from .report import PatchReport, count_parameters, listed
 
 __all__ = ["edit_config", "edit_parameters", "patch", "unpatch"]
@@ -77,14 +77,17 @@ def unpatch(model: nn.Module) -> None:
     """Take a patch back: the classes, forwards and `requires_grad` are what they were, the vectors are gone.
 
     Raises:
-        ValueError: the model is not patched, or a patched layer's class was changed since. Nothing is changed then.
+        ValueError: the model is not patched, or was wrapped for distributed training since, or a patched layer in
+            some other way. Nothing is changed then.
     """
     holder, state = _state(model)
-    for name, module in holder.named_modules():
-        if not is_patched(module) and any("_red_kernels_base" in kind.__dict__ for kind in type(module).__mro__):
-            raise ValueError(
-                f"model: {name} was wrapped after patching (its class is now {type(module).__name__}); unwrap it first"
-            )
+    for name, module in model.named_modules():
+        subclassed = not is_patched(module) and any(
+            "_red_kernels_base" in kind.__dict__ for kind in type(module).__mro__
+        )
+        if subclassed or wrapper_of(module) is not None:
+            where = f"{name} was" if name else "it was"
+            raise ValueError(f"model: {where} wrapped after patching, in {type(module).__name__}; unwrap it first")
     for module in list(holder.modules()):
         unpatch_module(module)
         for hooks in (module._forward_hooks, module._forward_pre_hooks):

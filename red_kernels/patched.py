@@ -20,16 +20,17 @@ from .models.norms import globally_hooked, unobserved
 __all__ = ["is_patched", "patch_block", "patch_norm", "recognised", "unpatch_module"]
 
 _NORM = ""  # the key of patched norms, where patched layers have their layout's
-_classes: dict[tuple[type, str], type[nn.Module]] = {}
-_fingerprints: dict[type, str | None] = {}
+_classes: dict[tuple[type, str, Callable[..., Any]], type[nn.Module]] = {}
+_fingerprints: dict[Callable[..., Any], str | None] = {}
 
 
 def class_fingerprint(kind: type[nn.Module]) -> str | None:
     """The fingerprint of a module class's `forward`."""
+    forward = kind.forward  # may be replaced in the class, so the class alone does not stand for it
     try:
-        return _fingerprints[kind]
+        return _fingerprints[forward]
     except KeyError:
-        found = _fingerprints[kind] = fingerprint(kind.forward)
+        found = _fingerprints[forward] = fingerprint(forward)
         return found
 
 
@@ -75,7 +76,7 @@ def unpatch_module(module: nn.Module) -> None:
 
 
 def _patched_class(base: type[nn.Module], key: str) -> type[nn.Module]:
-    made = _classes.get((base, key))
+    made = _classes.get((base, key, base.forward))
     if made is None:
         forward = _norm_forward(base) if key == _NORM else _block_forward(base, LAYOUTS[key])
         namespace = {
@@ -88,7 +89,7 @@ def _patched_class(base: type[nn.Module], key: str) -> type[nn.Module]:
             "_red_kernels_key": key,
             TAKES_NOTES: key == _NORM,
         }
-        made = _classes[base, key] = type(base.__name__, (base,), namespace)
+        made = _classes[base, key, base.forward] = type(base.__name__, (base,), namespace)
     return made
 
 

@@ -20,7 +20,7 @@ from .models.norms import norm_spec
 from .patched import recognised
 from .report import SiteReport, listed
 
-__all__ = ["Plan", "PlannedSite", "make_plan"]
+__all__ = ["Plan", "PlannedSite", "make_plan", "wrapper_of"]
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
@@ -65,7 +65,7 @@ def make_plan(model: nn.Module, config: RedConfig) -> Plan:
             raise ValueError(
                 f"model: this {type(model).__name__} is already patched (at {name}); call rk.unpatch first"
             )
-        wrapper = next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), None)
+        wrapper = wrapper_of(module)
         if wrapper is not None:
             where = f"in {name!r}" if name else "around it"
             raise ValueError(f"model: has a {wrapper} {where}, which would not know the vectors; patch before wrapping")
@@ -76,6 +76,11 @@ def make_plan(model: nn.Module, config: RedConfig) -> Plan:
         if first != site.report.site:
             raise ValueError(f"model: {first} and {site.report.site} are the same module; one edit cannot be in both")
     return plan
+
+
+def wrapper_of(module: nn.Module) -> str | None:
+    """The name of the class that has wrapped a module for distributed training, or None."""
+    return next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), None)
 
 
 def _plan_named(model: nn.Module, config: RedConfig) -> Plan:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from red_kernels.config import RedConfig
 from red_kernels.models import compose
-from red_kernels.patch import edit_parameters, patch
+from red_kernels.patch import edit_parameters, patch, unpatch
 
 NAMES = ("llama", "gpt2", "t5", "bert")
 
@@ -64,6 +64,12 @@ def main(how: str, rank: int) -> None:
                 peer_optimizer.step()
                 peer_optimizer.zero_grad()
         compose.leave_note = leave
+        try:
+            unpatch(parallel)
+        except ValueError as error:
+            assert "wrapped after patching" in str(error)  # noqa: PT017
+        else:
+            raise AssertionError("a wrapped model was unpatched")
         # Whole-model wrapping leaves the layers alone; wrapped layers hand nothing on.
         expected = 2 * len(zoo.sites(name)) if how != "fsdp layers" and name in zoo.HANDING_ON else 0
         assert len(left) == expected, (name, len(left), expected)

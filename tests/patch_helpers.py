@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,10 +106,6 @@ def loss_and_backward(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tens
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """The (first) list of layers."""
     return next(module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1)
-
-
-def copied(batch: dict[str, Any]) -> dict[str, Any]:
-    return copy.deepcopy(batch)
 
 
 def without_gradients(model, batch):

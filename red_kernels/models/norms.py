@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,20 +42,17 @@ _BY_FINGERPRINT = {
     "8d6c6d8edf142c35": NormSpec(False, "variance_epsilon", 0.0),  # T5
     "a8b9757d188ce3aa": NormSpec(False, "eps", 1.0),  # Gemma 2 and 3
 }
-_specs: dict[type, NormSpec | None] = {}
+_specs: dict[Callable[..., Any], NormSpec | None] = {}
 
 
-def norm_spec(kind: type) -> NormSpec | None:
+def norm_spec(kind: type[nn.Module]) -> NormSpec | None:
     """How norms of this class compute, or None for a class that is not known."""
     try:
-        return _specs[kind]
+        return _specs[kind.forward]
     except KeyError:
-        forward = unwrapped(kind.forward) if issubclass(kind, nn.Module) else None
-        if forward is nn.LayerNorm.forward:
-            found: NormSpec | None = LAYER_NORM
-        else:
-            found = _BY_FINGERPRINT.get(fingerprint(forward) or "") if forward is not None else None
-        _specs[kind] = found
+        forward = unwrapped(kind.forward)
+        found = LAYER_NORM if forward is nn.LayerNorm.forward else _BY_FINGERPRINT.get(fingerprint(forward) or "")
+        _specs[kind.forward] = found
         return found
 
 
