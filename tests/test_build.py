@@ -1,0 +1,199 @@
+"""The build: what a wheel and an sdist hold, a build that never imports torch, an installation without a compiler."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from red_kernels.backends import native
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = "red_kernels/lib/libred_kernels_cpu.so"
+NO_TORCH = """
+import builtins
+_import = builtins.__import__
+def _without_torch(name, *rest, **named):
+    if name.partition(".")[0] == "torch":
+        raise ImportError("torch may be found, but not imported")
+    return _import(name, *rest, **named)
+builtins.__import__ = _without_torch
+"""
+built_only = pytest.mark.skipif(native.load_error() is not None, reason=f"no CPU kernels: {native.load_error()}")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clean copy of the sources: builds leave nothing in the checkout."""
+    folder = tmp_path_factory.mktemp("source")
+    unwanted = shutil.ignore_patterns("*.so", "*.missing", "*.tmp", "__pycache__", "*.egg-info")
+    for name in ("csrc", "red_kernels", "tests", "benchmarks", "docs"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=unwanted)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "Makefile"):
+        if (ROOT / name).is_file():
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def _environment(**changes: str | None) -> dict[str, str]:
+    found = {k: v for k, v in os.environ.items() if not k.startswith("RED_KERNELS") and k not in ("CXX", "PYTHONPATH")}
+    return found | {k: v for k, v in changes.items() if v is not None}
+
+
+def _run(*command: str, folder: Path, **changes: str | None) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=_environment(**changes), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built by a Python that cannot import torch."""
+    if native.load_error() is not None:
+        pytest.skip(f"no CPU kernels: {native.load_error()}")
+    folder, torchless = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("torchless")
+    (torchless / "sitecustomize.py").write_text(NO_TORCH)
+    checked = _run(
+        "-c", "try: import torch\nexcept ImportError as e: print(e)", folder=source, PYTHONPATH=str(torchless)
+    )
+    assert "but not imported" in checked
+    found = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    if found is None:
+        pytest.skip("no C++ compiler")
+    compiler = torchless / "c++"  # in a fifth of the time
+    compiler.write_text(f'#!/bin/sh\nexec {found} "$@" -O0\n')
+    compiler.chmod(0o755)
+    _run(
+        "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(folder),
+        folder=source, PYTHONPATH=str(torchless), RED_KERNELS_REQUIRE_CPU="1",
+        CXX=str(compiler),
+    )  # fmt: skip
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_wheel_is_for_every_python(wheel: Path) -> None:
+    assert re.fullmatch(r"red_kernels-[^-]+-py3-none-(?!any)\w+\.whl", wheel.name), wheel.name
+
+
+def test_wheel_holds_the_package_and_its_library(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert LIBRARY in names
+    assert "red_kernels/py.typed" in names
+    assert "red_kernels/backends/native.py" in names
+    packages = {name.split("/")[0] for name in names}
+    assert {name for name in packages if not name.endswith(".dist-info")} == {"red_kernels"}
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".missing", ".tmp"))]
+
+
+def test_installed_wheel_runs(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "import torch, red_kernels as rk; assert rk.available_backends()['cpu'] is None, rk.available_backends();"
+        "rk.backend('cpu').__enter__(); x = torch.randn(3, 5); assert torch.equal(rk.edit(x, x[0]), x * x[0]);"
+        "print(rk.__file__)"
+    )
+    assert str(tmp_path) in _run("-c", code, folder=tmp_path, PYTHONPATH=str(tmp_path))
+
+
+def test_sdist_holds_what_a_build_needs(source: Path, tmp_path: Path) -> None:
+    code = "from setuptools.build_meta import build_sdist; import sys; print(build_sdist(sys.argv[1]))"
+    _run("-c", code, str(tmp_path), folder=source)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    sources = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*") if path.is_file()}
+    assert sources
+    assert sources <= names
+    assert {"setup.py", "pyproject.toml", "red_kernels/reference.py", "tests/test_build.py"} <= names
+    assert not [name for name in names if name.endswith((".so", ".missing"))]
+
+
+def test_installation_without_a_compiler(source: Path, tmp_path: Path) -> None:
+    """It works on the reference backend, and says why."""
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    target = tmp_path / "target"
+    _run(
+        "-m", "pip", "install", ".", "--no-deps", "--no-build-isolation", "--quiet", "--target", str(target),
+        folder=source, PATH=str(empty),
+    )  # fmt: skip
+    assert not (target / LIBRARY).exists()
+    code = (
+        "import torch, red_kernels as rk; x = torch.randn(3, 5); assert torch.equal(rk.edit(x, x[0]), x * x[0]);"
+        "print(rk.available_backends()['cpu'])"
+    )
+    said = _run("-c", code, folder=tmp_path, PYTHONPATH=str(target))
+    assert "no C++ compiler was found; remedy: install g++ or clang++, then red-kernels again" in said
+
+
+def test_a_build_that_must_have_the_library(source: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "o")],
+        cwd=source,
+        env=_environment(PATH=str(tmp_path), RED_KERNELS_REQUIRE_CPU="1"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "no C++ compiler was found" in done.stderr
+
+
+def test_a_compiler_that_fails(source: Path, tmp_path: Path) -> None:
+    """The reason is kept, and an earlier library does not stay behind."""
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho 'fatal error: out of transistors' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    library = tmp_path / "build" / LIBRARY
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"old")
+    _run(
+        "setup.py", "build_ext", "--build-lib", str(tmp_path / "build"), "--build-temp", str(tmp_path / "o"),
+        folder=source, CXX=str(compiler),
+    )  # fmt: skip
+    assert not library.exists()
+    assert "out of transistors" in library.with_name("cpu.missing").read_text()
+
+
+def _dynamic_symbols(*options: str) -> list[str]:
+    tool = shutil.which("nm")
+    if tool is None:
+        pytest.skip("nm (binutils) is not installed")
+    listed = subprocess.run([tool, "-D", *options, str(ROOT / LIBRARY)], capture_output=True, text=True, check=True)
+    return [line.split()[-1] for line in listed.stdout.splitlines()]
+
+
+@built_only
+def test_library_needs_no_python_and_no_c10() -> None:
+    """Only torch's stable C functions: no symbol of Python, of c10 or at."""
+    needed = _dynamic_symbols("--undefined-only")
+    assert any(name.startswith(("aoti_torch_", "torch_")) for name in needed)
+    assert not [name for name in needed if re.match(r"_?Py[A-Z_]|_ZN\w*(3c10|2at)\w*", name)]
+
+
+@built_only
+def test_library_needs_no_newer_standard_library_than_torch_does() -> None:
+    """GLIBCXX_3.4.30 is GCC 12's; torch's own wheels are manylinux_2_28."""
+    versions = {"GLIBCXX": (3, 4, 30), "GLIBC": (2, 34), "CXXABI": (1, 3, 13)}
+    for name in _dynamic_symbols("--undefined-only"):
+        kind, _, version = name.rpartition("@")[2].partition("_")
+        if kind in versions:
+            assert tuple(map(int, version.split("."))) <= versions[kind], name
+
+
+@built_only
+def test_library_shows_only_its_own_functions() -> None:
+    shown = [name for name in _dynamic_symbols("--defined-only") if name.startswith("red_")]
+    assert len(shown) == 5
+    # What else is shown are templates of the standard library, which are weak.
+    assert not [name for name in _dynamic_symbols("--defined-only") if "3red" in name]
