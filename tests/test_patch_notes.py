@@ -21,7 +21,7 @@ from patch_helpers import (
 )
 from torch import nn
 
-from red_kernels.models.handoff import _NOTE
+from red_kernels.models.handoff import _NOTE, leave_note, take_note
 
 FEW = ("llama", "gemma2", "gpt2", "t5")  # one of each way in which a note travels
 
@@ -214,8 +214,6 @@ def test_a_gradient_hook_on_the_output_itself():
     stack = model.model
     norm = layers_of(model)[1].input_layernorm
     original = type(norm).__mro__[1].forward
-    from red_kernels.models.handoff import leave_note, take_note
-
     z = torch.randn(2, 3, zoo.HIDDEN, requires_grad=True) * 1.0
     leave_note(z, torch.zeros_like(z), norm)
     z.retain_grad()
@@ -227,8 +225,6 @@ def test_a_gradient_hook_on_the_output_itself():
 
 
 def test_a_note_made_without_gradients_is_not_taken_with_them():
-    from red_kernels.models.handoff import leave_note, take_note
-
     model, _, _ = patched_and_peer("llama")
     norm = model.model.norm
     for made, taken in ((False, True), (True, False)):

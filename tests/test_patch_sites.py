@@ -315,3 +315,17 @@ def test_the_inner_model_by_itself(name: str, kind: str, watch: Watch) -> None:
     assert len(watch.left) == (len(values) if name in zoo.HANDING_ON else 0)
     unpatch(model)
     assert not any("red_edit" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_vectors_that_are_no_parameters_for_the_time_being(name: str) -> None:
+    """As FSDP's first version leaves its modules: views in the place of Parameters."""
+    model, unfused, truth = patched_and_peer(name)
+    for site in zoo.sites(name):
+        own = model.get_submodule(f"{site}.red_edit")
+        for part in ("scale", "bias"):
+            view = getattr(own, part) * 1.0
+            delattr(own, part)
+            setattr(own, part, view)
+    results = [loss_and_backward(one, batch_for(one, name))["logits"] for one in (model, unfused.model, truth.model)]
+    zoo.assert_as_exact("logits", *results[:3])

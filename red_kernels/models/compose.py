@@ -104,11 +104,12 @@ def _edit_add_norm(
 
 
 def _vectors_fit(own: RedEdit, x: Tensor) -> bool:
-    """Whether the vectors are plain tensors beside a plain `x`: not sharded, not offloaded."""
+    """Whether the vectors and `x` are plain tensors: not sharded, nor taken out of the module by FSDP's first version."""
     if type(x) is not Tensor:
         return False
+    vectors = own._parameters
     for name in ("scale", "bias"):
-        vector = own._parameters.get(name)
-        if vector is not None and (type(vector) not in _PLAIN or vector.device != x.device):
+        vector = vectors.get(name, own)  # `own` stands for one that is missing
+        if vector is not None and type(vector) not in _PLAIN:
             return False
     return True
