@@ -104,7 +104,7 @@ def _edit_add_norm(
 
 
 def _vectors_fit(own: RedEdit, x: Tensor) -> bool:
-    """Whether the vectors and `x` are plain tensors: not sharded, nor taken out of the module by FSDP's first version."""
+    """Whether the vectors and `x` are plain tensors: not sharded, nor out of the module for now, as in FSDP 1."""
     if type(x) is not Tensor:
         return False
     vectors = own._parameters
