@@ -1,6 +1,6 @@
 """One of two processes that train a patched model, started by test_patch_distributed.py; prints nothing if all is well.
 
-Arguments: how the model is wrapped, the rank, the port.
+Arguments: the rank, the port.
 """
 
 from __future__ import annotations
@@ -72,20 +72,21 @@ def main(how: str, rank: int) -> None:
             raise AssertionError("a wrapped model was unpatched")
         # Whole-model wrapping leaves the layers alone; wrapped layers hand nothing on.
         expected = 2 * len(zoo.sites(name)) if how != "fsdp layers" and name in zoo.HANDING_ON else 0
-        assert len(left) == expected, (name, len(left), expected)
+        assert len(left) == expected, (how, name, len(left), expected)
         for site, parts in edit_parameters(model).items():
             for part, vector in parts.items():
                 own = vector.full_tensor() if isinstance(vector, DTensor) else vector
                 plain, exact = (peer.vectors[site][part] for peer, _ in peers)
-                zoo.assert_as_exact(f"{name} {site}.{part}", own, plain, exact.double())
+                zoo.assert_as_exact(f"{how}: {name} {site}.{part}", own, plain, exact.double())
                 assert not torch.equal(own, values[site][part])
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[3], "WORLD_SIZE": "2", "RANK": sys.argv[2]})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2], "WORLD_SIZE": "2", "RANK": sys.argv[1]})
     dist.init_process_group("gloo")
     try:
-        main(sys.argv[1], int(sys.argv[2]))
+        for how in ("ddp", "fsdp layers", "fsdp whole"):
+            main(how, int(sys.argv[1]))
     finally:
         dist.destroy_process_group()
