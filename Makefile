@@ -54,7 +54,7 @@ bench: .venv/test
 
 test-gpu: .venv/test
 	$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'make test-gpu needs a GPU that torch can use')"
-	RED_KERNELS_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_gpu.py
+	$(BIN)/python -m pytest tests/test_gpu.py
 
 clean:
 	rm -rf .venv build dist *.egg-info red_kernels/lib/*.so red_kernels/lib/*.missing .pytest_cache .mypy_cache .ruff_cache .hypothesis
