@@ -198,6 +198,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="for each row of the table")
     parser.add_argument("--output", type=Path, help="a JSON file for the results")
     options = parser.parse_args(arguments)
+    if options.output is not None:
+        _check_output(options.output)
     cases = [
         (operation, rows, width, dtype, inputs == "fresh")
         for operation in options.operations
@@ -211,9 +213,25 @@ def main(arguments: list[str] | None = None) -> None:
     print_results(results, console)
     if options.output is not None:
         text = json.dumps({"environment": environment(), "summary": summarise(results), "results": results}, indent=1)
-        temporary = options.output.with_name(options.output.name + ".tmp")
+        temporary = _temporary(options.output)
         temporary.write_text(text + "\n")
         os.replace(temporary, options.output)
+
+
+def _temporary(output: Path) -> Path:
+    return output.with_name(output.name + ".tmp")
+
+
+def _check_output(output: Path) -> None:
+    """Make the folder and write a file into it: minutes of measuring must not end in results that are lost."""
+    try:
+        if output.is_dir():
+            raise IsADirectoryError(f"{output} is a folder, expected the name of a file")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _temporary(output).write_text("")
+        _temporary(output).unlink()
+    except OSError as error:
+        raise SystemExit(f"--output: cannot write {output}: {error}") from error
 
 
 if __name__ == "__main__":

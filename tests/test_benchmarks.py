@@ -9,11 +9,12 @@ import torch
 
 from benchmarks import harness, norms
 
+QUICK = "--widths 64 --rows 16 --dtypes bf16 --seconds 0.01 --inputs warm --operations edit_add_layer_norm"
+
 
 def test_norms_writes_its_results(tmp_path, capsys):
     output = tmp_path / "results.json"
-    options = "--widths 64 --rows 16 --dtypes bf16 --seconds 0.01 --inputs warm --operations edit_add_layer_norm"
-    norms.main([*options.split(), "--output", str(output)])
+    norms.main([*QUICK.split(), "--output", str(output)])
     found = json.loads(output.read_text())
     assert found["environment"]["torch"] == torch.__version__
     (result,) = found["results"]
@@ -23,6 +24,29 @@ def test_norms_writes_its_results(tmp_path, capsys):
     assert result["times_eager"] == pytest.approx(result["seconds"]["eager"]["median"] / ours["median"])
     assert "edit_add_layer_norm" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [output]
+
+
+def test_output_in_a_missing_folder(tmp_path, monkeypatch):
+    """It is made; where nothing can be written, that is said before anything is measured."""
+    measured: list[tuple[object, ...]] = []
+
+    def measure(*case):
+        measured.append(case)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(norms, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        norms.main([*QUICK.split(), "--output", str(tmp_path / "new" / "folder" / "results.json")])
+    assert len(measured) == 1
+    assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "folder"]
+    assert not any((tmp_path / "new" / "folder").iterdir())
+
+    (tmp_path / "file").write_text("")
+    (tmp_path / "results.json").mkdir()
+    for output in (tmp_path / "file" / "results.json", tmp_path / "results.json"):
+        with pytest.raises(SystemExit, match=r"--output: cannot write .*results\.json"):
+            norms.main([*QUICK.split(), "--output", str(output)])
+    assert len(measured) == 1
 
 
 def test_implementations_that_disagree_are_found():
