@@ -81,6 +81,8 @@ def _indices(layers: Iterable[int]) -> tuple[int, ...]:
 
 
 def _patterns(sites: str | Iterable[str]) -> tuple[str, ...]:
+    if not isinstance(sites, Iterable):
+        raise TypeError(f"sites: got {sites!r}, expected a glob of module names, or several")
     patterns = (sites,) if isinstance(sites, str) else tuple(sites)
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
         raise ValueError(f"sites: got {sites!r}, expected a glob of module names, or several")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,12 +70,16 @@ def make_plan(model: nn.Module, config: RedConfig) -> Plan:
             where = f"in {name!r}" if name else "around it"
             raise ValueError(f"model: has a {wrapper} {where}, which would not know the vectors; patch before wrapping")
     plan = _plan_known(model, config) if config.sites is None else _plan_named(model, config)
-    owners: dict[int, str] = {}
-    for site in plan.sites:
-        first = owners.setdefault(id(site.module), site.report.site)
-        if first != site.report.site:
-            raise ValueError(f"model: {first} and {site.report.site} are the same module; one edit cannot be in both")
+    _only_one_name((site.module, site.report.site) for site in plan.sites)
     return plan
+
+
+def _only_one_name(named: Iterable[tuple[nn.Module, str]]) -> None:
+    names: dict[int, str] = {}
+    for module, name in named:
+        first = names.setdefault(id(module), name)
+        if first != name:
+            raise ValueError(f"model: {first} and {name} are the same module; one edit cannot be in both")
 
 
 def wrapper_of(module: nn.Module) -> str | None:
@@ -117,6 +121,7 @@ def _plan_known(model: nn.Module, config: RedConfig) -> Plan:
     places = list(_places(model))
     if not places:
         raise ValueError(_no_sites(model))
+    _only_one_name((place.layer, place.name) for place in places)
     wanted = None if config.layers is None else set(config.layers)
     if wanted is not None:
         missing = sorted(wanted - {place.index for place in places})
@@ -150,9 +155,9 @@ def _places(model: nn.Module) -> Iterator[_Place]:
         for list_key, children in stack.named_children():
             if not isinstance(children, nn.ModuleList):
                 continue
-            for key, layer in children.named_children():
-                family = family_of(type(layer))
-                if family is not None:
+            for key, layer in children._modules.items():  # named_children would leave out a layer's second place
+                family = None if layer is None else family_of(type(layer))
+                if layer is not None and family is not None:
                     name = ".".join(part for part in (stack_name, list_key, key) if part)
                     yield _Place(name, layer, family, stack, list_key, int(key))
 

@@ -1,0 +1,40 @@
+"""What users do to a model before or after it is patched: layers of their own, wrappers, two patches, an interrupt."""
+
+from __future__ import annotations
+
+import model_zoo as zoo
+import pytest
+from torch import nn
+
+from red_kernels.config import RedConfig
+from red_kernels.patch import patch
+
+
+class Wrapped(nn.Module):
+    """A wrapper around a layer, which may change what comes out in place, or keep it."""
+
+    def __init__(self, layer: nn.Module, shift: float = 0.0) -> None:
+        super().__init__()
+        self.layer, self.shift = layer, shift
+
+    def forward(self, *args, **kwargs):
+        z = self.layer(*args, **kwargs)
+        if self.shift:
+            z += self.shift
+        self.seen = z
+        return z
+
+
+def test_the_same_layer_twice():
+    """It would be edited in both places, whichever of them was asked for."""
+    for config in (RedConfig(), RedConfig(layers=[1])):
+        model = zoo.tiny("llama")
+        model.model.layers[1] = model.model.layers[0]
+        with pytest.raises(ValueError, match=r"model.layers.0 and model.layers.1 are the same module"):
+            patch(model, config)
+        assert not any("red_edit" in name for name, _ in model.named_modules())
+
+
+def test_sites_of_another_type():
+    with pytest.raises(TypeError, match="sites: got 5, expected a glob"):
+        RedConfig(sites=5)
