@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from .config import RedConfig
@@ -53,7 +54,8 @@ def patch(model: nn.Module, config: RedConfig | None = None) -> PatchReport:
     if not isinstance(config, RedConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a RedConfig")
     plan = make_plan(model, config)
-    edits = [RedEdit(site.width, config.parts, config.dtype, site.device) for site in plan.sites]
+    with torch.inference_mode(False):  # what is made in inference mode can never be trained
+        edits = [RedEdit(site.width, config.parts, config.dtype, site.device) for site in plan.sites]
 
     state = _State(config)
     for name, parameter in model.named_parameters():

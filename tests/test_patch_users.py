@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import model_zoo as zoo
 import pytest
+import torch
 from torch import nn
 
 from red_kernels.config import RedConfig
-from red_kernels.patch import patch
+from red_kernels.patch import edit_parameters, patch
 
 
 class Wrapped(nn.Module):
@@ -38,3 +39,13 @@ def test_the_same_layer_twice():
 def test_sites_of_another_type():
     with pytest.raises(TypeError, match="sites: got 5, expected a glob"):
         RedConfig(sites=5)
+
+
+def test_patching_inside_inference_mode():
+    model = zoo.tiny("llama")
+    with torch.inference_mode():
+        patch(model, RedConfig())
+    vectors = [vector for parts in edit_parameters(model).values() for vector in parts.values()]
+    assert not any(vector.is_inference() for vector in vectors)
+    model(**zoo.inputs("llama")).loss.backward()
+    assert all(vector.grad is not None for vector in vectors)
