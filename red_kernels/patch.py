@@ -45,8 +45,9 @@ def patch(model: nn.Module, config: RedConfig | None = None) -> PatchReport:
 
     Raises:
         TypeError: model or config is something else.
-        ValueError: the model is patched already, has no sites, or none of the layers or sites asked for; or an FFN is
-            made of experts without a module for their down projection. Nothing is changed then.
+        ValueError: the model is patched already, has no sites, or none of the layers or sites asked for; it has layers
+            of unknown make beside known ones, such as wrapped ones, or one layer in two places; or an FFN is made of
+            experts without a module for their down projection. Nothing is changed then.
     """
     config = RedConfig() if config is None else config
     if not isinstance(model, nn.Module):

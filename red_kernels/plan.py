@@ -123,13 +123,22 @@ def _plan_known(model: nn.Module, config: RedConfig) -> Plan:
         raise ValueError(_no_sites(model))
     _only_one_name((place.layer, place.name) for place in places)
     wanted = None if config.layers is None else set(config.layers)
+    plan = Plan()
+    unknown = _unknown_layers(places)
+    asked = [name for name, index in unknown.items() if wanted is None or index in wanted]
+    if asked:
+        raise ValueError(
+            f"model: the layers {listed(asked)} beside known ones are not known; patch before wrapping layers, choose "
+            "others by layers=, or name modules by sites="
+        )
+    if unknown:
+        plan.warnings.append(f"not edited, as these layers are not known: {listed(list(unknown))}")
     if wanted is not None:
         missing = sorted(wanted - {place.index for place in places})
         if missing:
             last = max(place.index for place in places)
             raise ValueError(f"layers: {missing} are not in this {type(model).__name__}, whose layers are 0 to {last}")
         places = [place for place in places if place.index in wanted]
-    plan = Plan()
     lost: list[str] = []
     for place in places:
         site = child_at(place.layer, place.family.site)
@@ -144,9 +153,9 @@ def _plan_known(model: nn.Module, config: RedConfig) -> Plan:
             f"model: the layers {listed(lost)} have no {places[0].family.site} to edit{remark}; choose others by "
             "layers=, or name modules by sites="
         )
-    unknown = _unknown_lists(model)
-    if unknown:
-        plan.warnings.append(f"not edited, as their layers are not known: {listed(unknown)}")
+    lists = _unknown_lists(model)
+    if lists:
+        plan.warnings.append(f"not edited, as their layers are not known: {listed(lists)}")
     return plan
 
 
@@ -162,6 +171,23 @@ def _places(model: nn.Module) -> Iterator[_Place]:
                     yield _Place(name, layer, family, stack, list_key, int(key))
 
 
+def _unknown_layers(places: list[_Place]) -> dict[str, int]:
+    """Layers of unknown make in the lists of the known ones, such as a wrapper around one: their names and indices."""
+    found: dict[str, int] = {}
+    for place in places:
+        layers = place.stack._modules[place.list_key]
+        assert layers is not None
+        for key, child in layers._modules.items():
+            if child is not None and family_of(type(child)) is None and _has_linear_layers(child):
+                name = f"{place.name.rpartition('.')[0]}.{key} ({type(child).__name__})"
+                found[name] = int(key)
+    return found
+
+
+def _has_linear_layers(module: nn.Module) -> bool:
+    return any(_output_width(part) is not None for part in module.modules())
+
+
 def _unknown_lists(model: nn.Module) -> list[str]:
     """Lists of layers with linear layers in them, beside the known ones: a vision tower, for instance."""
     found: list[str] = []
@@ -173,8 +199,7 @@ def _unknown_lists(model: nn.Module) -> list[str]:
             inside.append(f"{name}.")
         elif isinstance(module, nn.ModuleList) and len(module) > 1:
             kinds = {type(child) for child in module}
-            linear = any(_output_width(part) is not None for child in module for part in child.modules())
-            if linear and all(family_of(kind) is None for kind in kinds):
+            if any(map(_has_linear_layers, module)) and all(family_of(kind) is None for kind in kinds):
                 found.append(f"{name} ({', '.join(sorted(kind.__name__ for kind in kinds))})")
                 inside.append(f"{name}.")
     return found

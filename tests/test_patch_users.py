@@ -49,3 +49,25 @@ def test_patching_inside_inference_mode():
     assert not any(vector.is_inference() for vector in vectors)
     model(**zoo.inputs("llama")).loss.backward()
     assert all(vector.grad is not None for vector in vectors)
+
+
+def test_a_wrapped_layer_beside_known_ones():
+    """Nothing may be left out silently."""
+    model = zoo.tiny("llama", num_hidden_layers=4)
+    for index in (1, 3):
+        model.model.layers[index] = Wrapped(model.model.layers[index])
+    for config in (RedConfig(), RedConfig(layers=[0, 1])):
+        with pytest.raises(ValueError, match=r"model.layers.1 \(Wrapped\).*before wrapping.*layers=.*sites="):
+            patch(model, config)
+    assert not any("red_edit" in name for name, _ in model.named_modules())
+    with pytest.warns(UserWarning, match=r"not edited.*model.layers.1 \(Wrapped\), model.layers.3 \(Wrapped\)"):
+        report = patch(model, RedConfig(layers=[0, 2]))
+    assert "model.layers.3 (Wrapped)" in str(report)
+    assert list(edit_parameters(model)) == ["model.layers.0.mlp.down_proj", "model.layers.2.mlp.down_proj"]
+
+
+def test_a_layer_taken_out_of_the_list():
+    """What has no linear layers has nothing to edit."""
+    model = zoo.tiny("llama")
+    model.model.layers[1] = nn.Identity()
+    assert len(patch(model, RedConfig()).sites) == zoo.LAYERS - 1
