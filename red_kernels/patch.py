@@ -83,7 +83,7 @@ def unpatch(model: nn.Module) -> None:
         ValueError: the model is not patched, or was wrapped for distributed training since, or a patched layer in
             some other way. Nothing is changed then.
     """
-    holder, state = _state(model)
+    patches = _patches(model)
     for name, module in model.named_modules():
         subclassed = not is_patched(module) and any(
             "_red_kernels_base" in kind.__dict__ for kind in type(module).__mro__
@@ -91,19 +91,9 @@ def unpatch(model: nn.Module) -> None:
         if subclassed or wrapper_of(module) is not None:
             where = f"{name} was" if name else "it was"
             raise ValueError(f"model: {where} wrapped after patching, in {type(module).__name__}; unwrap it first")
-    for module in list(holder.modules()):
-        unpatch_module(module)
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if hook in (edit_hook, enter_stack, leave_stack)]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
-        if isinstance(module._modules.get(NAME), RedEdit):
-            del module._modules[NAME]
-    parameters = dict(holder.named_parameters())
-    for name in state.were_trainable & parameters.keys():
-        parameters[name].requires_grad_(True)
-    del holder.__dict__[_STATE]
-    lost = sorted(state.were_trainable - parameters.keys())
+    lost: list[str] = []
+    for holder, state in patches.values():
+        lost += _take_back(holder, state)
     if lost:
         warnings.warn(
             f"parameters that were trainable before patching have other names now and stay frozen: {listed(lost)}",
@@ -112,8 +102,19 @@ def unpatch(model: nn.Module) -> None:
 
 
 def edit_config(model: nn.Module) -> RedConfig:
-    """The config that a model was patched with. Raises ValueError if it is not patched."""
-    return _state(model)[1].config
+    """The config that a model was patched with.
+
+    Raises:
+        ValueError: the model is not patched, or its parts were patched by different configs.
+    """
+    patches = _patches(model)
+    configs = [state.config for _, state in patches.values()]
+    if any(config != configs[0] for config in configs):
+        raise ValueError(
+            f"model: the parts of this {type(model).__name__} were patched by different configs: "
+            f"{listed(list(patches))}; take each by itself"
+        )
+    return configs[0]
 
 
 def edit_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
@@ -150,10 +151,38 @@ def _fuse(plan: Plan) -> None:
         stack.register_forward_hook(leave_stack, always_call=True)
 
 
-def _state(model: nn.Module) -> tuple[nn.Module, _State]:
-    """The module that was patched, the model itself or one inside it, and its state."""
-    for module in model.modules():  # a wrapper of the patched model counts as patched
+def _take_back(holder: nn.Module, state: _State) -> list[str]:
+    """Take one patch back; returns the names of trainable parameters that are no more."""
+    for module in list(holder.modules()):
+        unpatch_module(module)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (edit_hook, enter_stack, leave_stack)]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+        if isinstance(module._modules.get(NAME), RedEdit):
+            del module._modules[NAME]
+    parameters = dict(holder.named_parameters())
+    for name in state.were_trainable & parameters.keys():
+        parameters[name].requires_grad_(True)
+    del holder.__dict__[_STATE]
+    return sorted(state.were_trainable - parameters.keys())
+
+
+def _patches(model: nn.Module) -> dict[str, tuple[nn.Module, _State]]:
+    """The modules that were patched, the model itself or some inside it, by name; and the state of each."""
+    found: dict[str, tuple[nn.Module, _State]] = {}
+    edited = ""
+    for name, module in model.named_modules():  # a wrapper of the patched model counts as patched
         state = module.__dict__.get(_STATE)
         if isinstance(state, _State):
-            return module, state
-    raise ValueError(f"model: this {type(model).__name__} is not patched; call rk.patch(model, rk.RedConfig()) first")
+            found[name] = module, state
+        if isinstance(module, RedEdit):
+            edited = edited or name
+    if not found:
+        kind = type(model).__name__
+        if edited:
+            raise ValueError(
+                f"model: this {kind} was patched through another model that holds {edited}; call this with that model"
+            )
+        raise ValueError(f"model: this {kind} is not patched; call rk.patch(model, rk.RedConfig()) first")
+    return found

@@ -63,7 +63,8 @@ def make_plan(model: nn.Module, config: RedConfig) -> Plan:
     for name, module in model.named_modules():
         if isinstance(module, RedEdit):
             raise ValueError(
-                f"model: this {type(model).__name__} is already patched (at {name}); call rk.unpatch first"
+                f"model: this {type(model).__name__} is already patched (at {name}); call rk.unpatch first. If it was "
+                "patched through another model that shares these modules, unpatch that one"
             )
         wrapper = wrapper_of(module)
         if wrapper is not None:

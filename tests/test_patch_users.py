@@ -5,10 +5,12 @@ from __future__ import annotations
 import model_zoo as zoo
 import pytest
 import torch
+import transformers
 from torch import nn
 
+from red_kernels.checkpoint import save_edits
 from red_kernels.config import RedConfig
-from red_kernels.patch import edit_parameters, patch
+from red_kernels.patch import edit_config, edit_parameters, patch, unpatch
 
 
 class Wrapped(nn.Module):
@@ -71,3 +73,42 @@ def test_a_layer_taken_out_of_the_list():
     model = zoo.tiny("llama")
     model.model.layers[1] = nn.Identity()
     assert len(patch(model, RedConfig()).sites) == zoo.LAYERS - 1
+
+
+def test_two_patches_in_one_model(tmp_path):
+    model = zoo.tiny("t5")
+    before = [type(module) for module in model.modules()]
+    patch(model.encoder, RedConfig(kind="scaling"))
+    patch(model.decoder, RedConfig(kind="bias"))
+    assert len(edit_parameters(model)) == len(zoo.sites("t5"))
+    for function in (edit_config, lambda model: save_edits(model, tmp_path / "edits")):
+        with pytest.raises(ValueError, match=r"patched by different configs: encoder, decoder; .*each by itself"):
+            function(model)
+    assert not list(tmp_path.iterdir())
+    assert edit_config(model.decoder).kind == "bias"
+    unpatch(model)
+    assert [type(module) for module in model.modules()] == before
+    assert not any("red_edit" in name for name, _ in model.named_modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    patch(model.encoder, RedConfig())
+    patch(model.decoder, RedConfig())
+    assert edit_config(model) == RedConfig()
+    unpatch(model.encoder)
+    assert list(edit_parameters(model)) == zoo.sites("t5")[zoo.LAYERS :]
+
+
+def test_an_inner_model_patched_through_another_head():
+    """The patch is remembered by the model that was patched; what holds a part of that says so."""
+    first = zoo.tiny("llama")
+    second = transformers.LlamaForSequenceClassification(first.config)
+    second.model = first.model
+    patch(first, RedConfig())
+    with pytest.raises(ValueError, match=r"already patched \(at model.layers.0.*through another model.*unpatch that"):
+        patch(second, RedConfig())
+    for model in (second, first.model):
+        for function in (edit_config, unpatch):
+            with pytest.raises(ValueError, match=r"patched through another model.*that model"):
+                function(model)
+    unpatch(first)
+    patch(second, RedConfig())
+    unpatch(second)
