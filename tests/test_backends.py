@@ -70,8 +70,6 @@ def test_automatic_choice(calls: Calls) -> None:
     rk.edit(torch.randn(3, 5).double())
     rk.edit(torch.randn(3, 5, device="meta"))
     assert calls.taken() == ["reference"] * 2
-    assert backends.automatic_backend("cpu") == "cpu"
-    assert backends.automatic_backend("meta") == "reference"
 
 
 @compiled_only
@@ -87,6 +85,37 @@ def test_blocks_nest_and_end(calls: Calls) -> None:
         rk.edit(x)
     rk.edit(x)
     assert calls.taken() == ["reference", "cpu", "reference", "reference", "cpu"]
+
+
+@compiled_only
+def test_blocks_end_in_any_order() -> None:
+    """Each takes back its own choice, and with the last of them all are gone."""
+    blocks = [rk.backend(name) for name in ("reference", "cpu", "reference")]
+    for block in blocks:
+        block.__enter__()
+    seen = []
+    for block in (blocks[1], blocks[0], blocks[2]):
+        seen.append(backends.forced_backend())
+        block.__exit__(None, None, None)
+    assert seen == ["reference"] * 3
+    assert backends.forced_backend() is None
+    first, second = rk.backend("reference"), rk.backend("cpu")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert backends.forced_backend() == "cpu"
+    second.__exit__(None, None, None)
+    assert backends.forced_backend() is None
+
+
+def test_block_that_another_thread_closes() -> None:
+    """As happens to a generator that is collected there: the choice of the thread that opened it ends."""
+    block = rk.backend("reference")
+    block.__enter__()
+    thread = threading.Thread(target=block.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    assert backends.forced_backend() is None
 
 
 @compiled_only
@@ -187,6 +216,46 @@ def test_compiled_again_for_another_backend() -> None:
     assert ["red_kernels" in code for code in graphs] == [True, False]
 
 
+@compiled_only
+def test_compiled_code_follows_the_thread_that_calls_it() -> None:
+    """Blocks that other threads open and close neither force a backend on it nor take one from it."""
+    torch._dynamo.reset()
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):  # type: ignore[no-untyped-def]
+        ours = "red_kernels" in str(graph.code)
+
+        def run(*arguments: Tensor):  # type: ignore[no-untyped-def]
+            graphs.append("cpu" if ours else "reference")
+            return graph(*arguments)
+
+        return run
+
+    compiled = torch.compile(lambda x: rk.edit(x, x[0]), fullgraph=True, backend=backend)
+    x = torch.randn(3, 5)
+
+    def elsewhere(name: str | None) -> None:
+        def call() -> None:
+            if name is None:
+                compiled(x)
+            else:
+                with rk.backend(name):
+                    compiled(x)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    with rk.backend("reference"):
+        elsewhere(None)
+        compiled(x)
+        elsewhere("cpu")
+        compiled(x)
+        elsewhere("reference")
+    compiled(x)
+    assert graphs == ["cpu", "reference", "cpu", "reference", "reference", "cpu"]
+
+
 @pytest.mark.parametrize("name", ["tirton", "", "CPU", None, 3])
 def test_unknown_backend(name: object) -> None:
     with pytest.raises(ValueError, match=r"rk\.backend got .*expected one of 'triton', 'cuda', 'cpu', 'reference'"):
@@ -221,10 +290,10 @@ SHOW = (
 
 def test_environment_chooses_the_backend() -> None:
     assert _run(SHOW, RED_KERNELS_BACKEND="reference").stdout.strip() == "reference"
-    done = _run("import red_kernels", RED_KERNELS_BACKEND="abacus")
+    done = _run(SHOW, RED_KERNELS_BACKEND="abacus")
     assert "ValueError: RED_KERNELS_BACKEND got 'abacus', expected one of 'triton'" in done.stderr
     if rk.available_backends()["triton"] is not None:
-        done = _run("import red_kernels", RED_KERNELS_BACKEND="triton")
+        done = _run(SHOW, RED_KERNELS_BACKEND="triton")
         assert "RuntimeError: RED_KERNELS_BACKEND: the backend 'triton' is missing:" in done.stderr
         assert "remedy" in done.stderr
 
@@ -234,8 +303,32 @@ def test_environment_chooses_the_instruction_set() -> None:
     code = "from red_kernels.backends import native; print(native.instruction_set())"
     assert _run(code, RED_KERNELS_CPU="base").stdout.strip() == "base"
     assert _run(code, RED_KERNELS_CPU="").stdout.strip() == native.instruction_sets()[-1]
-    done = _run("import red_kernels", RED_KERNELS_CPU="neon9")
-    assert "ValueError: RED_KERNELS_CPU is 'neon9', expected one that this processor can run: base" in done.stderr
+    message = "RED_KERNELS_CPU is 'neon9', expected one that this processor can run: base"
+    done = _run(SHOW, RED_KERNELS_CPU="neon9")
+    assert f"ValueError: {message}" in done.stderr
+    done = _run(SHOW, RED_KERNELS_CPU="neon9", RED_KERNELS_BACKEND="cpu")
+    assert f"RuntimeError: RED_KERNELS_BACKEND: the backend 'cpu' is missing: {message}" in done.stderr
+    done = _run(SHOW, RED_KERNELS_CPU="neon9", RED_KERNELS_BACKEND="reference")
+    assert done.stdout.strip() == "reference"
+
+
+def test_import_with_wrong_variables() -> None:
+    """Is fine: what is wrong is said at the first use, in compiled code too, and a block may choose otherwise."""
+    code = """
+import torch, red_kernels as rk
+x = torch.ones(1, 1)
+with rk.backend("reference"):
+    assert rk.edit(x) == 1
+for function in (rk.edit, torch.compile(rk.edit, backend="eager")):
+    try:
+        function(x)
+    except ValueError as error:
+        assert "RED_KERNELS_" in str(error) and "expected one" in str(error), error
+        print("said")
+"""
+    assert _run(code, RED_KERNELS_BACKEND="abacus").stdout == "said\nsaid\n"
+    if native.load_error() is None:
+        assert _run(code, RED_KERNELS_CPU="neon9").stdout == "said\nsaid\n"
 
 
 @compiled_only
@@ -261,7 +354,7 @@ def _without_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_the_library() -> None:
     """What an installation without a compiler does."""
     assert rk.available_backends()["cpu"] == "it was never built; remedy: build it"
-    assert backends.automatic_backend("cpu") == "reference"
+    assert backends.choose(torch.empty(1)) is rk.reference
     x, scale = torch.randn(3, 5), torch.randn(5)
     assert torch.equal(rk.edit(x, scale), x * scale)
     with pytest.raises(RuntimeError, match="the backend 'cpu' is missing: it was never built; remedy: build it"):

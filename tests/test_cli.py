@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,37 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         assert word in shown
     if available_backends()["cpu"] is None:
         assert "instruction set" in shown
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("RED_KERNELS_BACKEND", "abacus", "RED_KERNELS_BACKEND got 'abacus', expected one of 'triton', 'cuda', 'cpu'"),
+        ("RED_KERNELS_BACKEND", "cuda", "RED_KERNELS_BACKEND: the backend 'cuda' is missing: "),
+        ("RED_KERNELS_CPU", "neon9", "RED_KERNELS_CPU is 'neon9', expected one that this processor can run: base"),
+    ],
+)
+def test_settings_that_cannot_be_followed(variable: str, value: str, reason: str, llama: Path, tmp_path: Path) -> None:
+    """`info` shows them, `finetune` is one line of error and writes nothing."""
+    if variable == "RED_KERNELS_CPU" and available_backends()["cpu"] is not None:
+        pytest.skip("there are no CPU kernels to choose from")
+    data = tmp_path / "data.txt"
+    data.write_text("a line of text\n" * 200)
+    environment = {**os.environ, "COLUMNS": "200", variable: value}
+
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "red_kernels", *arguments]
+        return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+
+    info = command("info")
+    assert info.returncode == 0, info.stderr
+    assert f"none: {reason}" in info.stdout
+    assert f"{value!r}" in info.stdout
+    job = command("finetune", "--model", str(llama), "--data", str(data), "--output", str(tmp_path / "out"))
+    assert job.returncode == cli.EXIT_ERROR
+    assert job.stderr.startswith(f"error: {reason}")
+    assert len(job.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_module_is_the_command() -> None:

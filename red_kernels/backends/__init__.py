@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import reference
@@ -22,15 +21,28 @@ _NAMES = ("triton", "cuda", "cpu", "reference")
 _ENVIRONMENT = "RED_KERNELS_BACKEND"
 
 
-class _Forced(threading.local):
-    """Each thread's own choice."""
+class _Blocks:
+    """The open ``rk.backend`` blocks of one thread; ``name`` is what the last of them asks for, None if there is none.
 
-    name: str | None = None
+    ``open`` holds a list ``[name]`` for each block, told apart by identity, in the order of opening.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.open: list[list[str]] = []
+
+    def add(self, entry: list[str]) -> None:
+        self.open.append(entry)
+        self.name = entry[0]
+
+    def remove(self, entry: list[str]) -> None:
+        self.open = [other for other in self.open if other is not entry]
+        self.name = self.open[-1][0] if self.open else None
 
 
-_forced = _Forced()
-# torch.compile cannot guard on a thread's own value, so a trace reads this one: the choice last made in any thread.
-_forced_for_trace: str | None = None
+# A plain `local` and no subclass: then torch.compile reads and guards the calling thread's own value.
+_thread = threading.local()
+_FROM_ENVIRONMENT = os.environ.get(_ENVIRONMENT) or None
 
 _MODULES: dict[str, Any] = {"cpu": native, "reference": reference}
 _ABSENT = {
@@ -48,27 +60,35 @@ def available_backends() -> dict[str, str | None]:
 def backend(name: str) -> Iterator[None]:
     """Use one backend for all operations in a ``with`` block (the variable RED_KERNELS_BACKEND does so for a process).
 
-    A backward uses the backend of its forward. Raises ValueError for an unknown name and RuntimeError for a backend
-    that is missing, with the reason and the remedy.
+    The choice is that of the calling thread, compiled code included: the block opened last in it, of those still open,
+    decides, in whatever order they are closed and whatever blocks other threads open and close. A backward uses the
+    backend of its forward. Raises ValueError for an unknown name and RuntimeError for a backend that is missing, with
+    the reason and the remedy.
     """
     _require(name, "rk.backend")
-    global _forced_for_trace
-    before = _forced.name
-    _forced.name = _forced_for_trace = name
+    blocks = getattr(_thread, "blocks", None)
+    if blocks is None:
+        blocks = _thread.blocks = _Blocks()
+    entry = [name]
+    blocks.add(entry)
     try:
         yield
     finally:
-        _forced.name = _forced_for_trace = before
+        blocks.remove(entry)
 
 
 def choose(x: Tensor) -> Any:
     """The backend module for an activation: the one asked for, else the fastest that takes ``x``.
 
-    Raises RuntimeError if the one asked for is missing, and ValueError if it cannot take ``x``.
+    Raises RuntimeError if the one asked for is missing, and ValueError if it cannot take ``x``, or if
+    RED_KERNELS_BACKEND or RED_KERNELS_CPU has a value that is none of those expected.
     """
     name = forced_backend()
     if name is None:
-        return native if native.unsupported(x) is None else reference
+        if native.unsupported(x) is None:
+            return native
+        native.check_setting()
+        return reference
     module = by_name(name)
     reason = module.unsupported(x)
     if reason is not None:
@@ -82,14 +102,17 @@ def by_name(name: str) -> Any:
 
 
 def forced_backend() -> str | None:
-    """The backend asked for by ``rk.backend`` or RED_KERNELS_BACKEND, or None for the automatic choice."""
-    name = _forced_for_trace if torch.compiler.is_compiling() else _forced.name
-    return name or _FROM_ENVIRONMENT
+    """The backend asked for by ``rk.backend`` or RED_KERNELS_BACKEND, or None for the automatic choice.
 
-
-def automatic_backend(device_type: str) -> str:
-    """The backend that the automatic choice uses for half and single precision on a device type."""
-    return "cpu" if device_type == "cpu" and _missing("cpu") is None else "reference"
+    The variable's value is checked here, at the first use, and not on import: `red-kernels info` has to run with a
+    wrong one to say what is wrong. Raises ValueError and RuntimeError as :func:`backend` does.
+    """
+    blocks = getattr(_thread, "blocks", None)
+    if blocks is not None and blocks.name is not None:
+        return blocks.name
+    if _FROM_ENVIRONMENT is not None:
+        _require(_FROM_ENVIRONMENT, _ENVIRONMENT)
+    return _FROM_ENVIRONMENT
 
 
 def _missing(name: str) -> str | None:
@@ -104,13 +127,3 @@ def _require(name: str, source: str) -> None:
     reason = _missing(name)
     if reason is not None:
         raise RuntimeError(f"{source}: the backend {name!r} is missing: {reason}")
-
-
-def _from_environment() -> str | None:
-    name = os.environ.get(_ENVIRONMENT)
-    if name:
-        _require(name, _ENVIRONMENT)
-    return name or None
-
-
-_FROM_ENVIRONMENT = _from_environment()

@@ -25,8 +25,14 @@ _ops: Any = torch.ops.red_kernels
 
 
 def load_error() -> str | None:
-    """Why the library is not loaded, with the remedy, or None."""
+    """Why the kernels cannot be used, with the remedy, or None."""
     return _error
+
+
+def check_setting() -> None:
+    """Raise ValueError if RED_KERNELS_CPU was set and cannot be followed."""
+    if _wrong_setting is not None:
+        raise ValueError(_wrong_setting)
 
 
 def unsupported(x: Tensor) -> str | None:
@@ -212,10 +218,16 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     except OSError as error:
         return None, f"{_LIBRARY.name} does not load ({error}); remedy: install red-kernels again beside this torch"
     dll.red_kernels_cpu_trim.restype = dll.red_kernels_cpu_kept.restype = ctypes.c_size_t
-    text = ctypes.create_string_buffer(512)
-    if not dll.red_kernels_cpu_in_use(text, ctypes.c_size_t(len(text))):
-        raise ValueError(text.value.decode())  # RED_KERNELS_CPU was set and cannot be followed
     return dll, None
+
+
+def _check_setting(dll: ctypes.CDLL) -> str | None:
+    """Why RED_KERNELS_CPU cannot be followed, or None."""
+    try:
+        _call(dll.red_kernels_cpu_in_use)
+    except RuntimeError as error:
+        return f"{error}; remedy: set RED_KERNELS_CPU to one of these, or not at all"
+    return None
 
 
 def _register_fakes() -> None:
@@ -277,5 +289,7 @@ def _asked(needs: int, makers: tuple[Any, ...], like: Tensor) -> tuple[Tensor | 
 
 _PLAIN_SUBCLASSES = (torch.nn.Parameter,)
 _dll, _error = _load()
+_wrong_setting = None if _dll is None else _check_setting(_dll)
 if _error is None:
     _register_fakes()
+    _error = _wrong_setting

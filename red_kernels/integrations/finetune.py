@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, TrainingArguments, default_data_collator, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from ..backends import choose
 from ..checkpoint import saved_config
 from ..config import RedConfig
 from ..naive import naive_edit
@@ -159,6 +160,7 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
 
     Raises:
         ValueError: a setting, the data or the model does not fit; said before anything is trained.
+        RuntimeError: RED_KERNELS_BACKEND asks for a backend that is missing.
         OSError: a file cannot be read or written.
         ModuleNotFoundError: a package is missing; the message holds the pip command.
     """
@@ -166,6 +168,7 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     config = RedConfig(position=settings.position, kind=settings.kind, layers=settings.layers, sites=settings.sites)
     classification = settings.task == "classification"
     device = torch.device(settings.device or "cpu")
+    choose(torch.empty(1, device=device, dtype=DTYPES[str(settings.dtype)]))  # a backend that cannot be had is said now
     documents = load_documents(str(settings.data), settings.columns, classification, settings.held_out, settings.subset)
     labels = label_numbers(documents) if classification else None
     split = split_documents(documents, settings.held_out)

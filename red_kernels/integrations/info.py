@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib import metadata
 
@@ -10,13 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from .._version import __version__
-from ..backends import automatic_backend, available_backends, forced_backend, native
+from ..backends import available_backends, choose, native
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "gguf", "peft", "datasets", "matplotlib")
 
 
 def show_info(console: Console) -> None:
-    """Print the backends with the reason a missing one is missing, the automatic choice per device, and versions."""
+    """Print the backends with the reason a missing one is missing, the choice per device, settings and versions.
+
+    A setting that cannot be followed is shown with the reason, not raised.
+    """
     backends = Table(title="Backends")
     for heading in ("backend", "state"):
         backends.add_column(heading, overflow="fold")
@@ -30,10 +34,17 @@ def show_info(console: Console) -> None:
     choice = Table(title="Chosen for")
     for heading in ("device", "backend"):
         choice.add_column(heading, overflow="fold")
-    forced = forced_backend()
     for device, label in _devices():
-        choice.add_row(label, automatic_backend(device) if forced is None else f"{forced} (asked for)")
+        choice.add_row(label, _chosen(device))
     console.print(choice)
+
+    if _settings():
+        settings = Table(title="Settings")
+        for heading in ("environment variable", "value"):
+            settings.add_column(heading, overflow="fold")
+        for name, value in _settings():
+            settings.add_row(name, repr(value))
+        console.print(settings)
 
     versions = Table(title="Versions")
     for heading in ("package", "version"):
@@ -43,6 +54,17 @@ def show_info(console: Console) -> None:
     for package in _PACKAGES:
         versions.add_row(package, _version(package))
     console.print(versions)
+
+
+def _chosen(device: str) -> str:
+    try:
+        return choose(torch.empty(1, device=device)).NAME
+    except (ValueError, RuntimeError) as error:  # what was asked for, and why it cannot be followed
+        return f"none: {error}"
+
+
+def _settings() -> list[tuple[str, str]]:
+    return [(name, value) for name, value in sorted(os.environ.items()) if name.startswith("RED_KERNELS_")]
 
 
 def _devices() -> list[tuple[str, str]]:
