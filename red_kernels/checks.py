@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -91,12 +93,21 @@ def _vector(vector: Tensor, x: Tensor, name: str) -> None:
 
 
 def dropout(dropout_p: float) -> None:
-    """Raise ValueError unless ``dropout_p`` is a probability."""
+    """Raise TypeError or ValueError unless ``dropout_p`` is a probability."""
+    number(dropout_p, "dropout_p")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}, expected a probability from 0 to 1")
 
 
 def epsilon(eps: float) -> None:
-    """Raise ValueError unless ``eps`` is zero or positive."""
+    """Raise TypeError or ValueError unless ``eps`` is zero or positive."""
+    number(eps, "eps")
     if not eps >= 0.0:
         raise ValueError(f"eps is {eps}, expected 0 or more")
+
+
+def number(value: float, name: str) -> None:
+    """Raise TypeError unless ``value`` is a real number."""
+    # Nearly all are floats: the test of an abstract class is for the rest. A trace has symbolic numbers.
+    if type(value) is not float and not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")

@@ -6,8 +6,8 @@ vectors ``scale``, ``bias`` of shape ``(d,)`` in any of these dtypes; or ``(n, d
 ``norm_bias`` may be None. Arithmetic is in fp32 and rounded once, to the dtype of ``x`` (of ``x + residual`` where
 these differ). Gradients are computed only for what asks for them; second derivatives raise RuntimeError.
 
-Errors: TypeError for what is no floating tensor, ValueError for shapes, devices and numbers out of range, IndexError
-for ``edit_ids`` out of range, RuntimeError for a backend that was asked for and is missing.
+Errors: TypeError for what is no floating tensor or no number, ValueError for shapes, devices and numbers out of range,
+IndexError for ``edit_ids`` out of range, RuntimeError for a backend that was asked for and is missing.
 
 Source: RED, arXiv 2402.15179.
 """
@@ -101,6 +101,7 @@ def edit_add_rms_norm(
     x, residual, edit_ids, seed = _edit_arguments(x, residual, scale, bias, edit_ids, dropout_p, training)
     checks.norm_vector(weight, x, "weight")
     checks.epsilon(eps)
+    checks.number(weight_offset, "weight_offset")
     return EditAddRMSNormFunction.apply(
         x, residual, scale, bias, weight, edit_ids, seed, dropout_p, eps, weight_offset, need_z
     )
@@ -150,6 +151,7 @@ def rms_norm_edit(
     checks.edit_vectors(x, scale, bias, edit_ids)
     checks.norm_vector(weight, x, "weight")
     checks.epsilon(eps)
+    checks.number(weight_offset, "weight_offset")
     return RMSNormEditFunction.apply(x, weight, scale, bias, _ids(edit_ids), eps, weight_offset)
 
 
@@ -193,12 +195,13 @@ def linear_edit(
     """
     checks.activation(x)
     checks.activation(weight, "weight")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (d, {x.shape[-1]}), the width of x")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, expected (d, {x.shape[-1]}), the width of x, with d >= 1"
+        )
     if weight.device != x.device:
         raise ValueError(f"weight is on {weight.device}, expected the device of x, {x.device}")
-    output = x.new_empty(0).expand(*x.shape[:-1], 0) if x.numel() == 0 else x[..., :1]
-    output = output.new_empty(1).expand(*x.shape[:-1], weight.shape[0])
+    output = x.new_empty(1).expand(*x.shape[:-1], weight.shape[0])  # the shape that the checks hold all else to
     checks.norm_vector(linear_bias, output, "linear_bias")
     checks.edit_vectors(output, scale, bias, edit_ids)
     if residual is not None:

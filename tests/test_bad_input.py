@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from op_cases import (
@@ -11,6 +13,7 @@ from op_cases import (
     DTYPES,
     OPERATIONS,
     WITH_DROPOUT,
+    WITH_WEIGHT_OFFSET,
     Implementation,
     arguments,
     eager,
@@ -120,6 +123,30 @@ def test_eps_out_of_range(operation: str, eps: float) -> None:
     _refused(operation, ValueError, f"eps is {eps}, expected 0 or more", {}, eps=eps)
 
 
+NUMBERS = [(operation, "dropout_p") for operation in WITH_DROPOUT]
+NUMBERS += [(operation, "eps") for operation in OPERATIONS if "norm" in operation]
+NUMBERS += [(operation, "weight_offset") for operation in WITH_WEIGHT_OFFSET]
+
+
+@pytest.mark.parametrize("value", ["0.1", None, [0.1], 1j, torch.tensor([0.1, 0.2])], ids=repr)
+@pytest.mark.parametrize(("operation", "name"), NUMBERS)
+def test_no_number(operation: str, name: str, value: object) -> None:
+    message = rf"{name} must be a number, got {type(value).__name__}"
+    _refused(operation, TypeError, message, {}, **{name: value})
+
+
+@pytest.mark.parametrize(("operation", "name"), NUMBERS)
+def test_numbers_of_any_kind(operation: str, name: str) -> None:
+    """Integers, numpy's and fractions do as well as floats, compiled too."""
+    tensors = arguments(operation, (ROWS, D))
+    expected = outputs_of(fused(operation, tensors, **{name: 1.0}))
+    for value in (1, True, np.float32(1), np.int64(1), Fraction(1)):
+        assert all(map(torch.equal, outputs_of(fused(operation, tensors, **{name: value})), expected))
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True, backend="eager")
+    assert all(map(torch.equal, outputs_of(compiled(operation, tensors, **{name: 1})), expected))
+
+
 @pytest.mark.parametrize(
     ("ids", "error", "message"),
     [
@@ -158,6 +185,7 @@ def test_vectors_and_edit_ids_that_do_not_fit(operation: str) -> None:
     ("changes", "error", "message"),
     [
         ({"weight": torch.ones(5, 23)}, ValueError, r"weight has shape \(5, 23\), expected \(d, 24\), the width of x"),
+        ({"weight": torch.ones(0, 24)}, ValueError, r"weight has shape \(0, 24\), expected \(d, 24\), .* with d >= 1"),
         ({"weight": torch.ones(24)}, ValueError, r"weight has shape \(24,\), expected \(d, 24\)"),
         ({"weight": torch.ones(5, 24).half()}, TypeError, "weight has dtype torch.float16, expected that of x"),
         ({"weight": torch.ones(5, 24).long()}, TypeError, "weight has dtype torch.int64"),
