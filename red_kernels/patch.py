@@ -10,8 +10,7 @@ from torch import nn
 
 from .config import RedConfig
 from .edit_module import NAME, RedEdit, edit_hook
-from .models.handoff import enter_stack, leave_stack
-from .patched import is_patched, patch_block, patch_norm, unpatch_module
+from .patched import is_patched, patch_block, patch_norm, patch_stack, unpatch_module
 from .plan import Plan, make_plan, wrapper_of
 from .report import PatchReport, count_parameters, listed
 
@@ -136,7 +135,6 @@ def edit_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 
 def _fuse(plan: Plan) -> None:
-    stacks: dict[int, nn.Module] = {}
     for site in plan.sites:
         if site.block is None:
             continue
@@ -144,21 +142,17 @@ def _fuse(plan: Plan) -> None:
         patch_block(block, layout, link)
         if site.norm is not None and not is_patched(site.norm):
             patch_norm(site.norm)
-        if site.stack is not None:
-            stacks[id(site.stack)] = site.stack
-    for stack in stacks.values():
-        stack.register_forward_pre_hook(enter_stack)
-        stack.register_forward_hook(leave_stack, always_call=True)
+        if site.stack is not None and not is_patched(site.stack):
+            patch_stack(site.stack)
 
 
 def _take_back(holder: nn.Module, state: _State) -> list[str]:
     """Take one patch back; returns the names of trainable parameters that are no more."""
     for module in list(holder.modules()):
         unpatch_module(module)
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if hook in (edit_hook, enter_stack, leave_stack)]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+        hooks = module._forward_hooks
+        for key in [key for key, hook in hooks.items() if hook is edit_hook]:
+            del hooks[key]
         if isinstance(module._modules.get(NAME), RedEdit):
             del module._modules[NAME]
     parameters = dict(holder.named_parameters())

@@ -14,12 +14,12 @@ from .models import LAYOUTS, Layout, child_at
 from .models.compose import LINK, may_defer
 from .models.description import walk
 from .models.fingerprint import fingerprint
-from .models.handoff import TAKES_NOTES, NextNorm, take_note
+from .models.handoff import TAKES_NOTES, NextNorm, running, take_note
 from .models.norms import globally_hooked, unobserved
 
-__all__ = ["is_patched", "patch_block", "patch_norm", "recognised", "unpatch_module"]
+__all__ = ["is_patched", "patch_block", "patch_norm", "patch_stack", "recognised", "unpatch_module"]
 
-_NORM = ""  # the key of patched norms, where patched layers have their layout's
+_NORM, _STACK = "", "stack"  # the keys of patched norms and stacks, where patched layers have their layout's
 _classes: dict[tuple[type, str, Callable[..., Any]], type[nn.Module]] = {}
 _fingerprints: dict[Callable[..., Any], str | None] = {}
 
@@ -63,6 +63,11 @@ def patch_norm(norm: nn.Module) -> None:
     norm.__class__ = _patched_class(type(norm), _NORM)
 
 
+def patch_stack(stack: nn.Module) -> None:
+    """Make a stack of layers say while its forward runs: notes are left at no other time."""
+    stack.__class__ = _patched_class(type(stack), _STACK)
+
+
 def is_patched(module: nn.Module) -> bool:
     """Whether the module's class is one of ours."""
     return "_red_kernels_base" in type(module).__dict__
@@ -78,7 +83,8 @@ def unpatch_module(module: nn.Module) -> None:
 def _patched_class(base: type[nn.Module], key: str) -> type[nn.Module]:
     made = _classes.get((base, key, base.forward))
     if made is None:
-        forward = _norm_forward(base) if key == _NORM else _block_forward(base, LAYOUTS[key])
+        makers = {_NORM: _norm_forward, _STACK: _stack_forward}
+        forward = makers[key](base) if key in makers else _block_forward(base, LAYOUTS[key])
         namespace = {
             "forward": forward,
             "__reduce_ex__": _reduce_ex,
@@ -117,6 +123,19 @@ def _norm_forward(base: type[nn.Module]) -> Callable[..., Any]:
             if normed is not None:
                 return normed
         return original(self, *args, **kwargs)
+
+    return forward
+
+
+def _stack_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    original = base.forward
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
+        with running(self):
+            return original(self, *args, **kwargs)
 
     return forward
 

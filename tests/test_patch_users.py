@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import model_zoo as zoo
 import pytest
 import torch
 import transformers
+from patch_helpers import layers_of, watching
 from torch import nn
 
 from red_kernels.checkpoint import save_edits
 from red_kernels.config import RedConfig
+from red_kernels.models.handoff import _running
 from red_kernels.patch import edit_config, edit_parameters, patch, unpatch
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    return watching(monkeypatch)
 
 
 class Wrapped(nn.Module):
@@ -112,3 +122,47 @@ def test_an_inner_model_patched_through_another_head():
     unpatch(first)
     patch(second, RedConfig())
     unpatch(second)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt(name, error, watch):
+    """Nothing goes on as if the stack were still running, and nothing keeps the model."""
+
+    def interrupt(*_):
+        raise error
+
+    model = zoo.tiny(name)
+    patch(model, RedConfig())
+    handle = layers_of(model)[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(error):
+        model(**zoo.inputs(name))
+    handle.remove()
+    assert not _running.stacks
+    watch.clear()
+    hidden = torch.randn(1, 4, zoo.HIDDEN)
+    arguments = {} if name == "t5" else {"position_embeddings": model.model.rotary_emb(hidden, torch.arange(4)[None])}
+    layers_of(model)[0](hidden, **arguments)
+    assert not watch.left
+    gone = weakref.ref(model)
+    del model, handle, arguments
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_stack_that_somebody_goes_on_from(watch):
+    """A subclass made after patching, whose forward is its own: nobody knows what it does to the layers' outputs."""
+    model = zoo.tiny("llama")
+    patch(model, RedConfig())
+    stack = model.model
+
+    class Other(type(stack)):
+        def forward(self, hidden):
+            positions = self.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+            for layer in self.layers:
+                hidden = layer(hidden, position_embeddings=positions)
+            return self.norm(hidden)
+
+    stack.__class__ = Other
+    stack(torch.randn(1, 4, zoo.HIDDEN)).sum().backward()
+    assert not watch.left

@@ -12,10 +12,11 @@ own stack of layers, without hooks on what `z` passes.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from .description import walk
 from .norms import NormArguments, norm_arguments, unobserved
 
-__all__ = ["TAKES_NOTES", "NextNorm", "enter_stack", "leave_note", "leave_stack", "take_note"]
+__all__ = ["TAKES_NOTES", "NextNorm", "leave_note", "running", "take_note"]
 
 TAKES_NOTES = "_red_kernels_takes_notes"  # set in the classes of norms that do
 _NOTE = "_red_kernels_note"
@@ -36,29 +37,22 @@ _saved_tensor_hooks: Callable[[bool], Any] = getattr(
 
 class _Running(threading.local):
     def __init__(self) -> None:
-        self.stacks: list[nn.Module] = []
+        self.stacks: list[weakref.ref[nn.Module]] = []
 
 
 _running = _Running()
 
 
-def enter_stack(stack: nn.Module, args: Any) -> None:
-    """Forward pre-hook of a stack of layers: its forward runs in this thread from now on."""
-    if torch.compiler.is_compiling():
-        return
+@contextlib.contextmanager
+def running(stack: nn.Module) -> Iterator[None]:
+    """While the forward of a stack of layers runs in this thread. Interrupts end it as well."""
     stacks = _running.stacks
-    if stack in stacks:  # an interrupt has kept `leave_stack` from running
-        del stacks[stacks.index(stack) :]
-    stacks.append(stack)
-
-
-def leave_stack(stack: nn.Module, args: Any, output: Any) -> None:
-    """Forward hook of a stack of layers, called in case of an exception too."""
-    if torch.compiler.is_compiling():
-        return
-    stacks = _running.stacks
-    if stack in stacks:
-        del stacks[stacks.index(stack) :]
+    depth = len(stacks)
+    try:
+        stacks.append(weakref.ref(stack))
+        yield
+    finally:
+        del stacks[depth:]
 
 
 class _Note(NamedTuple):
@@ -122,8 +116,8 @@ class NextNorm:
     def arguments(self, layer: nn.Module, x: Tensor, residual: Tensor) -> tuple[nn.Module, NormArguments] | None:
         """The norm to hand `norm(residual + x)` to, with what that takes; None where `z` must not carry a note."""
         stack = self._stack()
-        running = _running.stacks
-        if stack is None or not running or running[-1] is not stack:
+        stacks = _running.stacks
+        if stack is None or not stacks or stacks[-1]() is not stack:
             return None
         # Activation checkpointing: inside a saved-tensor hook `z` and `y` live and die apart; its reentrant form runs
         # the layers of a training model without gradients first.
