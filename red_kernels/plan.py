@@ -227,10 +227,10 @@ def _planned(model: nn.Module, place: _Place, site: nn.Module) -> PlannedSite:
     if isinstance(found, str):
         report = SiteReport(name, width, layout.alone, found)
         return PlannedSite(site, width, device, report, (block, layout, None))
-    own_names = [".".join((place.list_key, str(place.index)))]
-    if layout.block:
-        own_names.insert(0, ".".join((own_names[0], *_resolved(place.layer, layout.block))))
-    link = NextNorm(place.stack, tuple(own_names), enters, layout.clamps_half)
+    own = (place.list_key, str(place.index))
+    leaves = ((*own, *_resolved(place.layer, layout.block)), own) if layout.block else (own,)
+    *passes, norm = (tuple(path.split(".")) for path in enters)
+    link = NextNorm(leaves, tuple(passes), norm, layout.clamps_half)
     spec = norm_spec(type(found))
     assert spec is not None
     of = "final" if len(enters) == 1 else "next layer's"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import weakref
 
 import model_zoo as zoo
 import pytest
 import torch
 import transformers
-from patch_helpers import layers_of, watching
+from patch_helpers import batch_for, in_inference_mode, layers_of, patched_and_peer, watching, without_gradients
 from torch import nn
 
 from red_kernels.checkpoint import save_edits
@@ -166,3 +167,45 @@ def test_a_stack_that_somebody_goes_on_from(watch):
     stack.__class__ = Other
     stack(torch.randn(1, 4, zoo.HIDDEN)).sum().backward()
     assert not watch.left
+
+
+def hold_logits(models, run=in_inference_mode, name="llama"):
+    """The patched model, the unfused composition and that in float64, all prepared alike."""
+    results = [run(one, batch_for(one, name))["logits"] for one in models]
+    zoo.assert_as_exact("logits", *results)
+
+
+def hold_seen(models, layer_of):
+    """The gradient of an output that a module has kept."""
+    found = []
+    for one in models:
+        loss = one(**batch_for(one, "llama")).loss
+        found.append(torch.autograd.grad(loss, layer_of(one).seen)[0])
+    zoo.assert_as_exact("gradient", *found)
+
+
+def test_a_layer_wrapped_since(watch):
+    patched, unfused, truth = patched_and_peer("llama")
+    models = (patched, unfused.model, truth.model)
+    for one in models:
+        one.model.layers[0] = Wrapped(one.model.layers[0], 1.5)
+    hold_logits(models)
+    hold_logits(models, without_gradients)
+    for one in models:
+        one.model.layers[0].shift = 0.0
+    hold_seen(models, lambda one: one.model.layers[0])
+    assert watch.left
+    assert watch.taken == watch.left
+
+
+def test_a_layer_pickled_alone_leaves_the_stack_behind(watch):
+    model = zoo.tiny("llama")
+    layer = model.model.layers[0]
+    before = len(pickle.dumps(layer))
+    patch(model, RedConfig())
+    data = pickle.dumps(layer)
+    assert len(data) - before < 0.1 * before
+    model.model.layers[0] = pickle.loads(data)
+    model(**zoo.inputs("llama")).loss.backward()
+    assert len(watch.left) == zoo.LAYERS
+    assert watch.taken == watch.left

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,7 @@ def child_at(module: nn.Module, path: str) -> nn.Module | None:
     return found
 
 
-def walk(module: nn.Module | None, parts: list[str]) -> nn.Module | None:
+def walk(module: nn.Module | None, parts: Iterable[str]) -> nn.Module | None:
     """The module at a path in parts, or None; quick."""
     for part in parts:
         if module is None:

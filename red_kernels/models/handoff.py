@@ -17,6 +17,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,8 @@ from .description import walk
 from .norms import NormArguments, norm_arguments, unobserved
 
 __all__ = ["TAKES_NOTES", "NextNorm", "leave_note", "running", "take_note"]
+
+Path = tuple[str, ...]  # a module's name in the stack, in parts
 
 TAKES_NOTES = "_red_kernels_takes_notes"  # set in the classes of norms that do
 _NOTE = "_red_kernels_note"
@@ -91,71 +94,52 @@ def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
     return note.normed
 
 
+@dataclass(frozen=True)
 class NextNorm:
     """Where a layer's output goes: through which modules, and into which norm.
 
-    The modules are remembered by their names in the stack. The stack itself is held weakly, so that no cycle keeps a
-    deleted model in memory; a copy or an unpickled model finds its own modules again.
+    The modules are remembered by their names in the stack, whose forward is running when they are looked up. So a
+    copy or an unpickled model finds its own, and no reference keeps a model in memory.
 
-    Args:
-        stack: the module with the list of layers.
-        leaves: names of the modules whose output is `z`, from the inside out.
-        enters: names of the modules that get `z`; the last is the norm.
+    Attributes:
+        leaves: the modules whose output is `z`, from the inside out.
+        enters: the modules that get `z` before the norm does.
+        norm: the norm.
         clamps_half: whether the layer replaces `z` in float16.
     """
 
-    def __init__(
-        self, stack: nn.Module, leaves: tuple[str, ...], enters: tuple[str, ...], clamps_half: bool = False
-    ) -> None:
-        self._stack = weakref.ref(stack)
-        self._names = (leaves, enters, clamps_half)
-        self._leaves = [name.split(".") for name in leaves]
-        self._enters = [name.split(".") for name in enters[:-1]]
-        self._norm = enters[-1].split(".")
+    leaves: tuple[Path, ...]
+    enters: tuple[Path, ...]
+    norm: Path
+    clamps_half: bool = False
 
     def arguments(self, layer: nn.Module, x: Tensor, residual: Tensor) -> tuple[nn.Module, NormArguments] | None:
         """The norm to hand `norm(residual + x)` to, with what that takes; None where `z` must not carry a note."""
-        stack = self._stack()
         stacks = _running.stacks
-        if stack is None or not stacks or stacks[-1]() is not stack:
+        stack = stacks[-1]() if stacks else None
+        # Another module of that name may be a wrapper around the layer, or the layer is elsewhere now.
+        if stack is None or walk(stack, self.leaves[0]) is not layer:
             return None
         # Activation checkpointing: inside a saved-tensor hook `z` and `y` live and die apart; its reentrant form runs
         # the layers of a training model without gradients first.
         gradients = torch.is_grad_enabled()
         if (layer.training and not gradients) or _saved_tensor_hooks(True) is not None:
             return None
-        if self._names[2] and (x.dtype == torch.float16 or residual.dtype == torch.float16):
+        if self.clamps_half and (x.dtype == torch.float16 or residual.dtype == torch.float16):
             return None
-        for parts in self._leaves:
+        for parts in self.leaves:
             module = walk(stack, parts)
             if module is None or not _silent(module, module._forward_hooks, gradients):
                 return None
-        for parts in self._enters:
+        for parts in self.enters:
             module = walk(stack, parts)
             if module is None or not _silent(module, module._forward_pre_hooks, gradients):
                 return None
-        norm = walk(stack, self._norm)
+        norm = walk(stack, self.norm)
         if norm is None or not getattr(type(norm), TAKES_NOTES, False):
             return None
         found = norm_arguments(norm, x, residual)
         return None if found is None else (norm, found)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NextNorm:
-        stack = self._stack()
-        # A layer copied without its stack has no next layer.
-        copied = memo.get(id(stack)) if stack is not None else None
-        return _rebuild(copied, *self._names)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._stack(), *self._names)
-
-
-class _NoStack:
-    """What a `NextNorm` without a stack refers to; gone at once."""
-
-
-def _rebuild(stack: nn.Module | None, leaves: tuple[str, ...], enters: tuple[str, ...], clamps_half: bool) -> NextNorm:
-    return NextNorm(stack if stack is not None else _NoStack(), leaves, enters, clamps_half)  # type: ignore[arg-type]
 
 
 def _silent(module: nn.Module, hooks: dict[int, Any], gradients: bool) -> bool:
