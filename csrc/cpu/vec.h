@@ -32,7 +32,26 @@ RED_INLINE V splat(float x) { return x - V{}; }
 
 // ---- half precision to fp32 and back, one vector at a time
 
-RED_INLINE V widen(BFloat16, H h) { return bits<V>(__builtin_convertvector(h, U) << 16); }
+// The compiler would split these two conversions of whole vectors into halves.
+RED_INLINE U words_of(H h) {
+#if RED_LANES == 16
+  return bits<U>(_mm512_cvtepu16_epi32(bits<__m256i>(h)));
+#elif RED_LANES == 8
+  return bits<U>(_mm256_cvtepu16_epi32(bits<__m128i>(h)));
+#else
+  return __builtin_convertvector(h, U);
+#endif
+}
+
+RED_INLINE H halves_of(U u) {
+#if RED_LANES == 16
+  return bits<H>(_mm512_cvtepi32_epi16(bits<__m512i>(u)));
+#else
+  return __builtin_convertvector(u, H);
+#endif
+}
+
+RED_INLINE V widen(BFloat16, H h) { return bits<V>(words_of(h) << 16); }
 
 RED_INLINE H narrow(BFloat16, V v) {
 #if defined(__AVX512BF16__)
@@ -41,7 +60,7 @@ RED_INLINE H narrow(BFloat16, V v) {
   const U u = bits<U>(v);
   const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
   const U quiet = (u >> 16) | 0x40u;                         // a NaN must not round up to infinity
-  return __builtin_convertvector(v == v ? rounded : quiet, H);
+  return halves_of(v == v ? rounded : quiet);
 #endif
 }
 
