@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from checkpoint_helpers import WIDTH, assert_refused, authors_state, every_vector, patched, same, trained, values
+from transformers.initialization import no_init_weights
 
 from red_kernels._site_names import match_sites
 from red_kernels.checkpoint import AUTHORS_NAME, load_edits, save_edits
@@ -121,7 +122,7 @@ def test_official_checkpoints(name: str, tmp_path: Path) -> None:
     """The real names and widths, with FFNs cut down and Llama's other weights on the meta device."""
     path = _official(name)
     big = name.startswith("llama")
-    with torch.device("meta" if big else "cpu"), transformers.initialization.no_init_weights():
+    with torch.device("meta" if big else "cpu"), no_init_weights():
         model = ARCHITECTURES[name]()
     patch(model, RedConfig())
     if big:  # 32 layers of width 4096: only the vectors get memory
