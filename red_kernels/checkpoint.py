@@ -30,6 +30,7 @@ from ._site_names import match_sites
 from ._version import __version__
 from .config import RedConfig
 from .patch import edit_config, edit_parameters
+from .report import listed
 
 __all__ = ["LoadReport", "load_edits", "save_edits", "saved_config"]
 
@@ -43,7 +44,6 @@ _OWN_KEY = re.compile(r"(?P<site>.+)\.red_edit\.(?P<part>scale|bias)")
 _AUTHORS_KEY = re.compile(r"(?P<site>.+)\.delta_vector\.activation_(?P<part>scaling|bias)")
 _AUTHORS_NORM_KEY = re.compile(r".+\.delta_vector\.activation_ln\.(weight|bias)")
 _VECTOR_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_SHOWN = 8  # how many names an error message lists before "and N more"
 
 Vectors = dict[str, dict[str, torch.Tensor]]  # site -> "scale" | "bias" -> (width,)
 
@@ -67,9 +67,9 @@ class LoadReport:
     def __str__(self) -> str:
         text = f"{len(self.loaded)} sites loaded from {self.source}"
         if self.checkpoint_only:
-            text += f"; in the checkpoint only: {_names(self.checkpoint_only)}"
+            text += f"; in the checkpoint only: {listed(self.checkpoint_only)}"
         if self.model_only:
-            text += f"; in the model only: {_names(self.model_only)}"
+            text += f"; in the model only: {listed(self.model_only)}"
         return text
 
 
@@ -200,13 +200,13 @@ def load_edits(model: nn.Module, folder_or_file: str | os.PathLike[str], *, stri
 
     if not pairs:
         raise ValueError(
-            f"{source}: none of its sites is edited in the model; in the checkpoint: {_names(checkpoint_only)}; "
-            f"in the model: {_names(model_only)}"
+            f"{source}: none of its sites is edited in the model; in the checkpoint: {listed(checkpoint_only)}; "
+            f"in the model: {listed(model_only)}"
         )
     if strict and (checkpoint_only or model_only):
         raise ValueError(
-            f"{source}: does not fit the model; in the checkpoint only: {_names(checkpoint_only)}; in the model only: "
-            f"{_names(model_only)}; patch the model alike, or pass strict=False to load what fits"
+            f"{source}: does not fit the model; in the checkpoint only: {listed(checkpoint_only)}; in the model only: "
+            f"{listed(model_only)}; patch the model alike, or pass strict=False to load what fits"
         )
     # Devices and dtypes are settled first, so that running out of memory cannot leave half of the edits loaded.
     staged = [(target, value.to(device=target.device, dtype=target.dtype)) for target, value in pairs]
@@ -263,7 +263,7 @@ def _read_authors(path: Path) -> Vectors:
         raise ValueError(f"{path}: expected a dict from names to tensors, got {type(state).__name__}")
     norms = [key for key in state if _AUTHORS_NORM_KEY.fullmatch(key)]
     if norms:
-        raise ValueError(f"{path}: holds edits of kind 'ln' ({_names(norms)}), which cannot be loaded")
+        raise ValueError(f"{path}: holds edits of kind 'ln' ({listed(norms)}), which cannot be loaded")
     return _collect(path, state, _AUTHORS_KEY, ndim=2)
 
 
@@ -273,7 +273,7 @@ def _collect(path: Path, tensors: Mapping[str, Any], pattern: re.Pattern[str], n
     matches = {key: pattern.fullmatch(key) for key in tensors}
     foreign = [key for key, match in matches.items() if match is None]
     if foreign or not tensors:
-        raise ValueError(f"{path}: is not a file of edits: " + (f"has {_names(foreign)}" if foreign else "it is empty"))
+        raise ValueError(f"{path}: is not a file of edits: " + (f"has {listed(foreign)}" if foreign else "it is empty"))
     for key, match in matches.items():
         assert match is not None  # foreign names were refused above
         value = tensors[key]
@@ -332,17 +332,10 @@ def _check_description(folder: Path, description: dict[str, Any], vectors: Vecto
     different = [site for site in {**described, **found} if described.get(site) != found.get(site)]
     if different:
         raise ValueError(
-            f"{folder}: {CONFIG_NAME} and {TENSORS_NAME} do not belong together; they differ at {_names(different)}"
+            f"{folder}: {CONFIG_NAME} and {TENSORS_NAME} do not belong together; they differ at {listed(different)}"
         )
 
 
 def _base_model_name(model: nn.Module) -> str | None:
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     return name if isinstance(name, str) and name else None
-
-
-def _names(names: list[str] | tuple[str, ...]) -> str:
-    if not names:
-        return "nothing"
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["NaiveEdits", "naive_edit"]
+from .config import KINDS
+from .plan import _output_width
 
-_KIND_PARTS = {"all": ("scale", "bias"), "scaling": ("scale",), "bias": ("bias",)}
+__all__ = ["NaiveEdits", "naive_edit"]
 
 
 class NaiveEdits:
@@ -82,8 +83,7 @@ def naive_edit(
 
     Args:
         model: the base model; it must not be patched.
-        sites: names of modules whose output is one tensor `(..., width)`. The width is their `out_features`, or `nf`
-            (transformers' `Conv1D`).
+        sites: names of modules whose output is one tensor `(..., width)`: linear layers, transformers' `Conv1D`, norms.
         kind: `"all"` (scale and bias), `"scaling"` or `"bias"`.
         dtype: of the vectors. The output keeps the dtype of `h`, whatever this is.
 
@@ -93,8 +93,8 @@ def naive_edit(
     Raises:
         ValueError: no sites, an unknown site or kind, or a site whose width cannot be told. Nothing is changed then.
     """
-    if kind not in _KIND_PARTS:
-        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(map(repr, _KIND_PARTS))}")
+    if kind not in KINDS:
+        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(map(repr, KINDS))}")
     names = list(sites)
     if not names:
         raise ValueError("sites: got none, expected at least one module name")
@@ -103,17 +103,9 @@ def naive_edit(
     for site in names:
         if site not in modules:
             raise ValueError(f"sites: the model has no module {site!r}")
-        width, device = _output_width(site, modules[site])
+        width, device = _output_width(modules[site]), next((own.device for own in modules[site].parameters()), None)
+        if width is None or device is None:
+            raise ValueError(f"sites: {site!r} is a {type(modules[site]).__name__}, whose output width cannot be told")
         start = {"scale": torch.ones, "bias": torch.zeros}
-        parameters[site] = {
-            part: nn.Parameter(start[part](width, dtype=dtype, device=device)) for part in _KIND_PARTS[kind]
-        }
+        parameters[site] = {part: nn.Parameter(start[part](width, dtype=dtype, device=device)) for part in KINDS[kind]}
     return NaiveEdits(model, parameters)
-
-
-def _output_width(site: str, module: nn.Module) -> tuple[int, torch.device]:
-    weight = getattr(module, "weight", None)
-    width = getattr(module, "out_features", None) or getattr(module, "nf", None)
-    if not isinstance(weight, torch.Tensor) or not isinstance(width, int):
-        raise ValueError(f"sites: {site!r} is a {type(module).__name__}, whose output width cannot be told")
-    return width, weight.device

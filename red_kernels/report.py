@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,8 +67,10 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every)
 
 
-def listed(names: list[str]) -> str:
-    """Names for a message, not more than can be read."""
+def listed(names: Sequence[str]) -> str:
+    """Names for a message, not more than can be read; "nothing" if there are none."""
+    if not names:
+        return "nothing"
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 
