@@ -1,8 +1,12 @@
 #include "memory.h"
 
-#include <cstdint>
+#include <algorithm>
+#include <cstddef>
 #include <cstdlib>
+#include <fstream>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -17,10 +21,22 @@ namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kAlignment = 64;
 
-size_t limit() {
-  if (const char* text = std::getenv("RED_KERNELS_CPU_POOL_MB")) return std::strtoull(text, nullptr, 10) << 20;
+// Memory that this process may use: the machine's, or what its control group allows.
+size_t memory() {
   const long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
-  return pages > 0 && size > 0 ? static_cast<size_t>(pages) / 8 * static_cast<size_t>(size) : size_t{1} << 30;
+  size_t bytes = pages > 0 && size > 0 ? static_cast<size_t>(pages) * static_cast<size_t>(size) : size_t{8} << 30;
+  size_t allowed = 0;
+  if (std::ifstream("/sys/fs/cgroup/memory.max") >> allowed && allowed > 0) bytes = std::min(bytes, allowed);
+  return bytes;
+}
+
+size_t limit() {
+  const char* text = std::getenv("RED_KERNELS_CPU_POOL_MB");
+  if (text == nullptr || *text == '\0') return memory() / 8;
+  for (const char* digit = text; *digit; ++digit)
+    if (*digit < '0' || *digit > '9')
+      throw std::runtime_error("RED_KERNELS_CPU_POOL_MB is '" + std::string(text) + "', expected a number of MiB");
+  return std::strtoull(text, nullptr, 10) << 20;
 }
 
 // Sizes that differ by less than an eighth share blocks.
@@ -36,19 +52,25 @@ class Pool {
     bytes = size_class(bytes);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      auto& free = free_[bytes];
-      if (!free.empty()) {
-        void* block = free.back();
-        free.pop_back();
-        kept_ -= bytes;
-        return block;
-      }
+      live_ += bytes;
+      peak_ = std::max(peak_, live_);
+      for (size_t k = free_.size(); k-- > 0;)  // the last released is the warmest
+        if (free_[k].bytes == bytes) {
+          void* block = free_[k].block;
+          free_.erase(free_.begin() + static_cast<std::ptrdiff_t>(k));
+          kept_ -= bytes;
+          return block;
+        }
     }
     const bool huge = bytes >= kHugePage;
     void* block = nullptr;
     if (posix_memalign(&block, huge ? kHugePage : kAlignment, bytes) != 0) {
       trim();
-      if (posix_memalign(&block, kAlignment, bytes) != 0) return nullptr;
+      if (posix_memalign(&block, kAlignment, bytes) != 0) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        live_ -= bytes;
+        return nullptr;
+      }
     }
 #if defined(__linux__)
     if (huge) madvise(block, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
@@ -59,30 +81,20 @@ class Pool {
   }
 
   void release(void* block) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      const size_t bytes = sizes_.at(block);
-      if (kept_ + bytes <= limit_) {
-        free_[bytes].push_back(block);
-        kept_ += bytes;
-        return;
-      }
-      sizes_.erase(block);
-    }
-    std::free(block);
+    std::lock_guard<std::mutex> lock(mutex_);
+    const size_t bytes = sizes_.at(block);
+    live_ -= bytes;
+    kept_ += bytes;
+    free_.push_back({block, bytes});
+    drop_to(std::min(limit_, peak_));
   }
 
   size_t trim() {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& [bytes, blocks] : free_)
-      for (void* block : blocks) {
-        sizes_.erase(block);
-        std::free(block);
-      }
-    free_.clear();
-    const size_t freed = kept_;
-    kept_ = 0;
-    return freed;
+    const size_t before = kept_;
+    drop_to(0);
+    peak_ = live_;
+    return before;
   }
 
   size_t kept() {
@@ -91,10 +103,26 @@ class Pool {
   }
 
  private:
+  struct Block {
+    void* block;
+    size_t bytes;
+  };
+
+  // Gives back what was released longest ago until no more than `bytes` are kept.
+  void drop_to(size_t bytes) {
+    size_t dropped = 0;
+    for (; kept_ > bytes; ++dropped) {
+      kept_ -= free_[dropped].bytes;
+      sizes_.erase(free_[dropped].block);
+      std::free(free_[dropped].block);
+    }
+    free_.erase(free_.begin(), free_.begin() + static_cast<std::ptrdiff_t>(dropped));
+  }
+
   std::mutex mutex_;
-  std::unordered_map<size_t, std::vector<void*>> free_;  // by size, the last released on top: it is the warmest
+  std::vector<Block> free_;  // in the order of release
   std::unordered_map<void*, size_t> sizes_;
-  size_t kept_ = 0;
+  size_t live_ = 0, peak_ = 0, kept_ = 0;
   const size_t limit_ = limit();
 };
 

@@ -9,9 +9,11 @@ namespace red {
 // Outputs of at least this many bytes come from here; smaller ones from torch.
 constexpr size_t kPooledBytes = size_t{1} << 17;
 
-// At least `bytes` bytes, aligned to a cache line; null if the system has none left.
+// At least `bytes` bytes, aligned to a cache line; null if the system has none left. Throws std::runtime_error where
+// RED_KERNELS_CPU_POOL_MB is no number.
 void* acquire(size_t bytes);
-// Takes back what `acquire` gave. Keeps it for reuse, up to RED_KERNELS_CPU_POOL_MB (default: an eighth of the memory).
+// Takes back what `acquire` gave and keeps it for reuse: no more than was in use at once at the peak, nor than
+// RED_KERNELS_CPU_POOL_MB (default: an eighth of the memory). What was released longest ago is given up first.
 void release(void* block);
 // Gives all kept memory back to the system; returns how many bytes that was.
 size_t trim();
