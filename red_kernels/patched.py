@@ -13,25 +13,14 @@ from .edit_module import NAME, RedEdit, plain_only
 from .models import LAYOUTS, Layout, child_at
 from .models.compose import LINK, may_defer
 from .models.description import walk
-from .models.fingerprint import fingerprint
+from .models.fingerprint import class_fingerprint
 from .models.handoff import TAKES_NOTES, NextNorm, running, take_note
 from .models.norms import globally_hooked, unobserved
 
-__all__ = ["is_patched", "patch_block", "patch_norm", "patch_stack", "recognised", "unpatch_module"]
+__all__ = ["is_patched", "patch_block", "patch_norm", "patch_stack", "recognised", "unknown_forward", "unpatch_module"]
 
 _NORM, _STACK = "", "stack"  # the keys of patched norms and stacks, where patched layers have their layout's
 _classes: dict[tuple[type, str, Callable[..., Any]], type[nn.Module]] = {}
-_fingerprints: dict[Callable[..., Any], str | None] = {}
-
-
-def class_fingerprint(kind: type[nn.Module]) -> str | None:
-    """The fingerprint of a module class's `forward`."""
-    forward = kind.forward  # may be replaced in the class, so the class alone does not stand for it
-    try:
-        return _fingerprints[forward]
-    except KeyError:
-        found = _fingerprints[forward] = fingerprint(forward)
-        return found
 
 
 def recognised(layout: Layout, block: nn.Module) -> str | None:
@@ -40,16 +29,24 @@ def recognised(layout: Layout, block: nn.Module) -> str | None:
         module = child_at(block, path)
         if module is None:
             return f"{type(block).__name__} has no {path}"
-        if "forward" in module.__dict__:
-            return f"the forward of {type(module).__name__} was replaced"
-        found = class_fingerprint(type(module))
-        if found not in known:
-            shown = "whose source cannot be read" if found is None else f"fingerprint {found}"
-            return f"{type(module).__name__}.forward is not one that is known ({shown})"
+        different = unknown_forward(module, known)
+        if different is not None:
+            return different
     for path in layout.dropouts:
         if type(child_at(block, path)) is not nn.Dropout:
             return f"{type(block).__name__}.{path} is no nn.Dropout"
     return None
+
+
+def unknown_forward(module: nn.Module, known: tuple[str, ...]) -> str | None:
+    """None where a module's `forward` has one of the fingerprints; else what is wrong with it, for the report."""
+    if "forward" in module.__dict__:
+        return f"the forward of {type(module).__name__} was replaced"
+    found = class_fingerprint(type(module))
+    if found in known:
+        return None
+    shown = "whose source cannot be read" if found is None else f"fingerprint {found}"
+    return f"{type(module).__name__}.forward is not one that is known ({shown})"
 
 
 def patch_block(block: nn.Module, layout: Layout, link: NextNorm | None) -> None:

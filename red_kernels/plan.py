@@ -15,9 +15,9 @@ from .config import RedConfig
 from .edit_module import RedEdit
 from .models import FAMILIES, Family, Layout, child_at, family_of
 from .models.fingerprint import unwrapped
-from .models.handoff import NextNorm
+from .models.handoff import NextNorm, Step
 from .models.norms import norm_spec
-from .patched import recognised
+from .patched import recognised, unknown_forward
 from .report import SiteReport, listed
 
 __all__ = ["Plan", "PlannedSite", "make_plan", "wrapper_of"]
@@ -224,13 +224,19 @@ def _planned(model: nn.Module, place: _Place, site: nn.Module) -> PlannedSite:
     if "{next}" not in layout.fuses:
         return PlannedSite(site, width, device, SiteReport(name, width, layout.fuses), (block, layout, None))
     enters, found = _next_norm(place)
+    known = place.family.known
+    if layout.block:
+        found = unknown_forward(place.layer, known[""]) or found
     if isinstance(found, str):
         report = SiteReport(name, width, layout.alone, found)
         return PlannedSite(site, width, device, report, (block, layout, None))
     own = (place.list_key, str(place.index))
-    leaves = ((*own, *_resolved(place.layer, layout.block)), own) if layout.block else (own,)
-    *passes, norm = (tuple(path.split(".")) for path in enters)
-    link = NextNorm(leaves, tuple(passes), norm, layout.clamps_half)
+    leaves = [Step((*own, *_resolved(place.layer, layout.block)) if layout.block else own, layout.known[""])]
+    if layout.block:
+        leaves.append(Step(own, known[""]))
+    *passed, norm = (tuple(path.split(".")) for path in enters)
+    steps = [Step(path, known[".".join(path[len(own) :])]) for path in passed]
+    link = NextNorm(tuple(leaves), tuple(steps), norm, layout.clamps_half)
     spec = norm_spec(type(found))
     assert spec is not None
     of = "final" if len(enters) == 1 else "next layer's"
@@ -270,6 +276,11 @@ def _next_norm(place: _Place) -> tuple[tuple[str, ...], nn.Module | str]:
         enters = tuple(f"{prefix}.{path}" if path else prefix for path in place.family.first_norm)
         if family_of(type(following)) is not place.family:
             return (), f"the next layer is a {type(following).__name__}"
+        for path, known in place.family.known.items():
+            module = child_at(following, path)
+            different = unknown_forward(module, known) if module is not None else f"it has no {path}"
+            if different is not None:
+                return (), f"in the next layer: {different}"
     elif place.family.final_norm is None:
         return (), "no norm follows the last layer"
     else:

@@ -123,6 +123,7 @@ def test_a_fresh_patch_is_the_identity(name):
 def test_descriptions_are_consistent():
     assert len(LAYOUTS) == sum(len(family.layouts) for family in FAMILIES)
     for family in FAMILIES:
+        assert tuple(family.known) == family.first_norm[:-1]
         for layout in family.layouts:
             assert family.site == (f"{layout.block}.{layout.site}" if layout.block else layout.site)
             assert layout.site == layout.outer or layout.site.startswith(layout.outer + ".")

@@ -209,3 +209,100 @@ def test_a_layer_pickled_alone_leaves_the_stack_behind(watch):
     model(**zoo.inputs("llama")).loss.backward()
     assert len(watch.left) == zoo.LAYERS
     assert watch.taken == watch.left
+
+
+def shifted(kind, keep=False):
+    """A subclass of a layer that changes what it gets in place, as steering does, or keeps it."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        if keep:
+            self.seen = hidden_states
+        else:
+            hidden_states += 1.5
+        return kind.forward(self, hidden_states, *args, **kwargs)
+
+    return type("Users" + kind.__name__, (kind,), {"forward": forward})
+
+
+def next_in(model, name, part):
+    layer = layers_of(model)[1]
+    return layer.layer[0] if name == "t5" and part == "sublayer" else layer
+
+
+@pytest.mark.parametrize(("name", "part"), [("llama", "layer"), ("gpt2", "layer"), ("t5", "layer"), ("t5", "sublayer")])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_next_layer_is_of_a_users_class(name, part, when, watch):
+    """It may change what it gets in place, of which a note on a tensor made in inference mode does not know."""
+    model = zoo.tiny(name)
+    values = zoo.vectors(zoo.sites(name))
+    unfused, truth = zoo.Unfused(model, values), zoo.exact(model, values)
+    models = (model, unfused.model, truth.model)
+
+    def change():
+        for one in models:
+            module = next_in(one, name, part)
+            module.__class__ = shifted(type(module))
+
+    if when == "before":
+        change()
+    report = patch(model, RedConfig())
+    if when == "before":
+        assert "Norm" not in report.sites[0].fused
+        assert "next layer" in report.sites[0].reason
+        assert "Users" in report.sites[0].reason
+        assert ".forward is not one that is known" in report.sites[0].reason
+    else:
+        assert "Norm" in report.sites[0].fused
+        change()
+    zoo.fill(edit_parameters(model), values)
+    hold_logits(models, name=name)
+    hold_logits(models, without_gradients, name)
+    assert watch.left
+    assert watch.taken == watch.left
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_next_layer_keeps_what_it_gets(when):
+    model = zoo.tiny("llama")
+    values = zoo.vectors(zoo.sites("llama"))
+    unfused, truth = zoo.Unfused(model, values), zoo.exact(model, values)
+    models = (model, unfused.model, truth.model)
+    if when == "after":
+        patch(model, RedConfig())
+    for one in models:
+        layer = one.model.layers[1]
+        layer.__class__ = shifted(type(layer), keep=True)
+    if when == "before":
+        patch(model, RedConfig())
+    zoo.fill(edit_parameters(model), values)
+    hold_seen(models, lambda one: one.model.layers[1])
+
+
+@pytest.mark.parametrize("where", ["layer", "block"])
+def test_a_users_class_around_the_layer_itself(where, watch):
+    """Made after patching, of the layer or of T5's block around it: it has the output before the norm does."""
+    name = "llama" if where == "layer" else "t5"
+    patched, unfused, truth = patched_and_peer(name)
+    models = (patched, unfused.model, truth.model)
+    for one in models:
+        layer = layers_of(one)[0]
+        kind = type(layer)
+
+        def forward(self, *args, _kind=kind, **kwargs):
+            output = _kind.forward(self, *args, **kwargs)
+            z = output[0] if isinstance(output, tuple) else output
+            z += 1.5
+            return output
+
+        layer.__class__ = type("Users", (kind,), {"forward": forward})
+    hold_logits(models, name=name)
+    assert watch.left
+    assert watch.taken == watch.left
+
+
+def test_a_users_t5_block_is_reported():
+    model = zoo.tiny("t5")
+    model.encoder.block[0].__class__ = shifted(type(model.encoder.block[0]))
+    report = patch(model, RedConfig())
+    assert report.sites[0].fused == "dropout + residual add"
+    assert "UsersT5Block.forward is not one that is known" in report.sites[0].reason

@@ -12,7 +12,7 @@ from .description import Family, Layout
 
 __all__ = ["FAMILIES"]
 
-_OPT = "e713efe33a94e16f"
+_GPT2, _OPT, _VIT = "9bbe2073f8394bdd", "e713efe33a94e16f", "04639e1c57979b6e"
 
 
 def _gpt2(
@@ -136,7 +136,7 @@ FAMILIES = (
             Layout(
                 key="gpt2",
                 forward=_gpt2,
-                known={"": ("9bbe2073f8394bdd",), "mlp": ("793bcfd566f7f8b4",)},
+                known={"": (_GPT2,), "mlp": ("793bcfd566f7f8b4",)},
                 site="mlp.c_proj",
                 outer="mlp",
                 dropouts=("mlp.dropout",),
@@ -145,6 +145,7 @@ FAMILIES = (
             ),
         ),
         first_norm=("", "ln_1"),
+        known={"": (_GPT2,)},
         final_norm="ln_f",
     ),
     Family(
@@ -175,6 +176,7 @@ FAMILIES = (
             ),
         ),
         first_norm=("", "self_attn_layer_norm"),
+        known={"": (_OPT,)},
         final_norm="final_layer_norm",
     ),
     Family(
@@ -204,7 +206,7 @@ FAMILIES = (
             Layout(
                 key="vit",
                 forward=_vit,
-                known={"": ("04639e1c57979b6e",), "mlp": ("06f472a6a2c912ad",)},
+                known={"": (_VIT,), "mlp": ("06f472a6a2c912ad",)},
                 site="mlp.fc2",
                 outer="mlp",
                 dropouts=("dropout",),
@@ -213,6 +215,7 @@ FAMILIES = (
             ),
         ),
         first_norm=("", "layernorm_before"),
+        known={"": (_VIT,)},
         final_norm="layernorm",
     ),
 )

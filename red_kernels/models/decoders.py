@@ -13,6 +13,7 @@ from .description import Family, Layout
 __all__ = ["FAMILIES"]
 
 _GATED_MLP = "10d6ac161076c54c"
+_PRE_NORM, _WITH_DROPOUT, _NORMS_AROUND = "77b982daba84680c", "0d441bd29df6766c", "420e1c6a99e20e50"
 
 
 def _pre_norm(
@@ -109,7 +110,7 @@ FAMILIES = (
             Layout(
                 key="pre_norm",
                 forward=_pre_norm,
-                known={"": ("77b982daba84680c",), "mlp": (_GATED_MLP,)},
+                known={"": (_PRE_NORM,), "mlp": (_GATED_MLP,)},
                 site="mlp.down_proj",
                 outer="mlp",
                 fuses="residual add + {next}",
@@ -117,6 +118,7 @@ FAMILIES = (
             ),
         ),
         first_norm=("", "input_layernorm"),
+        known={"": (_PRE_NORM,)},
         final_norm="norm",
     ),
     Family(
@@ -127,7 +129,7 @@ FAMILIES = (
             Layout(
                 key="pre_norm_with_dropout",
                 forward=_pre_norm_with_dropout,
-                known={"": ("0d441bd29df6766c",), "mlp": ("8fd1184e036c31a8",)},
+                known={"": (_WITH_DROPOUT,), "mlp": ("8fd1184e036c31a8",)},
                 site="mlp.down_proj",
                 outer="mlp",
                 dropouts=("resid_attn_dropout", "resid_mlp_dropout"),
@@ -136,6 +138,7 @@ FAMILIES = (
             ),
         ),
         first_norm=("", "input_layernorm"),
+        known={"": (_WITH_DROPOUT,)},
         final_norm="norm",
     ),
     Family(
@@ -146,7 +149,7 @@ FAMILIES = (
             Layout(
                 key="norms_around",
                 forward=_norms_around,
-                known={"": ("420e1c6a99e20e50",), "mlp": (_GATED_MLP,)},
+                known={"": (_NORMS_AROUND,), "mlp": (_GATED_MLP,)},
                 site="mlp.down_proj",
                 outer="mlp",
                 fuses="its own RMSNorm; then residual add + {next}",
@@ -155,6 +158,7 @@ FAMILIES = (
             ),
         ),
         first_norm=("", "input_layernorm"),
+        known={"": (_NORMS_AROUND,)},
         final_norm="norm",
     ),
 )

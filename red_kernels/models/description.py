@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -59,6 +59,7 @@ class Family:
         layouts: those layouts of the layer that can be fused.
         first_norm: path of the modules that a layer's input passes until its first norm, which comes last; empty in
             post-norm layers.
+        known: each of those paths, but the norm's, to the fingerprints its module's `forward` may have.
         final_norm: name of the norm behind the last layer, beside the list of layers.
     """
 
@@ -67,6 +68,7 @@ class Family:
     site: str
     layouts: tuple[Layout, ...]
     first_norm: tuple[str, ...] = ()
+    known: dict[str, tuple[str, ...]] = field(default_factory=dict)
     final_norm: str | None = None
 
 

@@ -15,9 +15,12 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["fingerprint", "unwrapped"]
+from torch import nn
+
+__all__ = ["class_fingerprint", "fingerprint", "unwrapped"]
 
 _TRUSTED = ("transformers", "torch", __name__.partition(".")[0])
+_fingerprints: dict[Callable[..., Any], str | None] = {}
 _ANNOTATIONS = ("annotation", "returns", "type_comment", "type_params")
 
 
@@ -28,6 +31,16 @@ def fingerprint(function: Callable[..., Any]) -> str | None:
     makes it another one.
     """
     return _fingerprint(unwrapped(function))
+
+
+def class_fingerprint(kind: type[nn.Module]) -> str | None:
+    """The fingerprint of a module class's `forward`; quick, after the first time."""
+    forward = kind.forward  # may be replaced in the class, so the class alone does not stand for it
+    try:
+        return _fingerprints[forward]
+    except KeyError:
+        found = _fingerprints[forward] = fingerprint(forward)
+        return found
 
 
 def unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:

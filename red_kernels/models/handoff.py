@@ -24,11 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from .description import walk
+from .fingerprint import class_fingerprint
 from .norms import NormArguments, norm_arguments, unobserved
 
-__all__ = ["TAKES_NOTES", "NextNorm", "leave_note", "running", "take_note"]
-
-Path = tuple[str, ...]  # a module's name in the stack, in parts
+__all__ = ["TAKES_NOTES", "NextNorm", "Step", "leave_note", "running", "take_note"]
 
 TAKES_NOTES = "_red_kernels_takes_notes"  # set in the classes of norms that do
 _NOTE = "_red_kernels_note"
@@ -94,6 +93,13 @@ def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
     return note.normed
 
 
+class Step(NamedTuple):
+    """A module that `z` passes: its name in the stack, in parts, and the fingerprints its `forward` may have."""
+
+    path: tuple[str, ...]
+    known: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class NextNorm:
     """Where a layer's output goes: through which modules, and into which norm.
@@ -104,13 +110,13 @@ class NextNorm:
     Attributes:
         leaves: the modules whose output is `z`, from the inside out.
         enters: the modules that get `z` before the norm does.
-        norm: the norm.
+        norm: name of the norm, in parts.
         clamps_half: whether the layer replaces `z` in float16.
     """
 
-    leaves: tuple[Path, ...]
-    enters: tuple[Path, ...]
-    norm: Path
+    leaves: tuple[Step, ...]
+    enters: tuple[Step, ...]
+    norm: tuple[str, ...]
     clamps_half: bool = False
 
     def arguments(self, layer: nn.Module, x: Tensor, residual: Tensor) -> tuple[nn.Module, NormArguments] | None:
@@ -118,7 +124,7 @@ class NextNorm:
         stacks = _running.stacks
         stack = stacks[-1]() if stacks else None
         # Another module of that name may be a wrapper around the layer, or the layer is elsewhere now.
-        if stack is None or walk(stack, self.leaves[0]) is not layer:
+        if stack is None or walk(stack, self.leaves[0].path) is not layer:
             return None
         # Activation checkpointing: inside a saved-tensor hook `z` and `y` live and die apart; its reentrant form runs
         # the layers of a training model without gradients first.
@@ -127,13 +133,13 @@ class NextNorm:
             return None
         if self.clamps_half and (x.dtype == torch.float16 or residual.dtype == torch.float16):
             return None
-        for parts in self.leaves:
-            module = walk(stack, parts)
-            if module is None or not _silent(module, module._forward_hooks, gradients):
+        for step in self.leaves:
+            module = walk(stack, step.path)
+            if module is None or not _passes(module, step.known, module._forward_hooks, gradients):
                 return None
-        for parts in self.enters:
-            module = walk(stack, parts)
-            if module is None or not _silent(module, module._forward_pre_hooks, gradients):
+        for step in self.enters:
+            module = walk(stack, step.path)
+            if module is None or not _passes(module, step.known, module._forward_pre_hooks, gradients):
                 return None
         norm = walk(stack, self.norm)
         if norm is None or not getattr(type(norm), TAKES_NOTES, False):
@@ -142,13 +148,14 @@ class NextNorm:
         return None if found is None else (norm, found)
 
 
-def _silent(module: nn.Module, hooks: dict[int, Any], gradients: bool) -> bool:
-    """Whether nobody observes what passes the module, on the side where `hooks` hang."""
+def _passes(module: nn.Module, known: tuple[str, ...], hooks: dict[int, Any], gradients: bool) -> bool:
+    """Whether a module does nothing unknown to `z`, and nobody observes it on the side where `hooks` hang."""
     if (
         module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
         or module._compiled_call_impl is not None
+        or class_fingerprint(type(module)) not in known
     ):
         return False
     return not hooks or not any(_observes(hook, gradients) for hook in hooks.values())

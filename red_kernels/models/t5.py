@@ -38,6 +38,7 @@ FAMILIES = (
             ),
         ),
         first_norm=("", "layer.0", "layer.0.layer_norm"),
+        known={"": ("667788cd056b5d74",), "layer.0": ("281276e33d2b555b",)},
         final_norm="final_layer_norm",
     ),
 )
