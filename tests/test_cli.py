@@ -142,6 +142,17 @@ def test_wrong_settings_change_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_folder_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    data = tmp_path / "data.txt"
+    data.write_text("a line of text\n" * 200)
+    where = ["--model", str(tmp_path / "empty"), "--data", str(data), "--output", str(tmp_path / "out")]
+    error = fails(["finetune", *where, "--device", "cpu"], capsys)
+    assert len(error.splitlines()) == 1
+    assert "empty' has no config.json; --model expects a folder" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_traceback_on_request(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="steps"):
         cli.main(["finetune", "--steps", "0", "--output", str(tmp_path / "out"), "--traceback"])

@@ -95,6 +95,10 @@ def load_base(
     else:
         source, gguf = str(path) if path.exists() else name, {}
         load_dtype = dtype
+    if path.is_dir() and not gguf and not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"model: the folder {str(path)!r} has no config.json; --model expects a folder that save_pretrained wrote"
+        )
     with _quietly(), _explaining(name, path.exists()):
         if tokenizer is None:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **_without_quantization(gguf))
