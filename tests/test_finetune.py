@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from rich.console import Console
 
 from red_kernels import cli
 from red_kernels.checkpoint import CONFIG_NAME, TENSORS_NAME
-from red_kernels.integrations import data
+from red_kernels.integrations import data, progress
 from red_kernels.integrations.finetune import Settings, finetune
 from red_kernels.integrations.head import train_head
 from red_kernels.integrations.trainer import HEAD_NAME, RedTrainer, checkpoints, load_trained, save_trained
@@ -124,6 +125,19 @@ def test_language_model(
     ]
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (output / "edits").iterdir()) == [CONFIG_NAME, TENSORS_NAME]
+
+
+def test_progress_counts_real_tokens(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The speed that is shown is that of the tokens of the texts, not of as many as the settings allow."""
+    seconds = iter((0.0, 1.0, 1.0))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    assert cli.main(classify(folders, tmp_path / "out", "--steps", "2", "--no-compare")) == 0
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    tokens = state["num_input_tokens_seen"]
+    assert 8 * 11 <= tokens <= 8 * 12  # eight texts of 11 or 12 bytes, each a token
+    assert f"{tokens} tokens/s" in capsys.readouterr().out
 
 
 def test_checkpoints_hold_no_base_weights(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -51,6 +51,12 @@ def test_held_out_loss_weighs_batches_by_their_targets() -> None:
         measure.held_out_loss(model, [], False)
 
 
+def test_padding_is_not_counted() -> None:
+    ids = torch.ones(2, 3, dtype=torch.long)
+    assert measure.real_tokens({"input_ids": ids}) == 6
+    assert measure.real_tokens({"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}) == 4
+
+
 def test_compare_speed_goes_in_turn() -> None:
     calls: list[str] = []
 

@@ -311,11 +311,12 @@ def _train(
         use_cpu=settings.device == "cpu",
         report_to="none",
         disable_tqdm=True,
+        include_num_input_tokens_seen="non_padding" if data.classification else "all",  # blocks have no padding
         remove_unused_columns=False,
         dataloader_pin_memory=settings.device != "cpu",
         dataloader_drop_last=len(data.train) >= settings.batch_size,
     )
-    progress = ShowProgress(console, settings.batch_size * settings.length)
+    progress = ShowProgress(console)
     stop = StopOnSignal(lambda: console.print("Stopping after this step; once more stops at once, without saving."))
     trainer = RedTrainer(
         model=base.model,

@@ -98,7 +98,7 @@ class PeakMemory:
 
 @dataclass(frozen=True)
 class Speed:
-    """Training speed of one variant, in tokens (or texts) per second, one sample a round."""
+    """Training speed of one variant, in tokens per second, padding not counted, one sample a round."""
 
     samples: tuple[float, ...]
 
@@ -153,7 +153,7 @@ def training_step(
         switch: called before each step, to put the model into the variant that is timed.
     """
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0) if trained else None
-    tokens = batch["input_ids"].numel()
+    tokens = real_tokens(batch)
 
     def step() -> int:
         switch()
@@ -165,6 +165,12 @@ def training_step(
         return tokens
 
     return step
+
+
+def real_tokens(batch: Mapping[str, torch.Tensor]) -> int:
+    """The tokens of a batch, without those that only fill up its shorter texts."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 def pass_gradients(model: nn.Module, sites: Iterable[str]) -> list[Any]:

@@ -11,14 +11,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class ShowProgress(TrainerCallback):
-    """A Trainer callback with a progress bar, the latest loss and the speed; set `disable_tqdm` in the arguments.
+    """A Trainer callback with a progress bar, the latest loss and the speed.
 
+    The arguments need `disable_tqdm`, and `include_num_input_tokens_seen` says which tokens the speed counts.
     Where the console is no terminal it prints about ten lines over the whole run instead.
     """
 
-    def __init__(self, console: Console, tokens_per_step: int) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._tokens_per_step = tokens_per_step
         self._progress: Progress | None = None
         self._loss = ""
         self._began = (0.0, 0)
@@ -27,7 +27,7 @@ class ShowProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar at the step that the run starts or resumes from."""
-        self._began = (time.perf_counter(), state.global_step)
+        self._began = (time.perf_counter(), int(state.num_input_tokens_seen))
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("training"),
@@ -67,7 +67,7 @@ class ShowProgress(TrainerCallback):
 
     def _show(self, state: TrainerState) -> None:
         began, first = self._began
-        speed = (state.global_step - first) * self._tokens_per_step / max(time.perf_counter() - began, 1e-9)
+        speed = (int(state.num_input_tokens_seen) - first) / max(time.perf_counter() - began, 1e-9)
         note = f"{self._loss}, {speed:,.0f} tokens/s"
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=state.global_step, note=note)

@@ -58,7 +58,7 @@ def held_out_table(console: Console, rows: Mapping[str, HeldOut]) -> None:
 def speed_table(console: Console, speeds: Mapping[str, Speed], first: str) -> None:
     """Print training speeds, each with its ratio to `first`."""
     rounds = len(speeds[first].samples)
-    table = Table(title=f"Training speed (interleaved, {rounds} rounds)")
+    table = Table(title=f"Training speed (interleaved, {rounds} rounds; padding is not counted)")
     table.add_column("")
     for heading in ("tokens/s, median", "slowest to fastest", f"{first} is"):
         table.add_column(heading, justify="right")
