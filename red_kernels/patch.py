@@ -10,6 +10,7 @@ from torch import nn
 
 from .config import RedConfig
 from .edit_module import NAME, RedEdit, edit_hook
+from .models.fingerprint import BASE
 from .patched import is_patched, patch_block, patch_norm, patch_stack, unpatch_module
 from .plan import Plan, make_plan, wrapper_of
 from .report import PatchReport, count_parameters, listed
@@ -84,9 +85,7 @@ def unpatch(model: nn.Module) -> None:
     """
     patches = _patches(model)
     for name, module in model.named_modules():
-        subclassed = not is_patched(module) and any(
-            "_red_kernels_base" in kind.__dict__ for kind in type(module).__mro__
-        )
+        subclassed = not is_patched(module) and any(BASE in kind.__dict__ for kind in type(module).__mro__)
         if subclassed or wrapper_of(module) is not None:
             where = f"{name} was" if name else "it was"
             raise ValueError(f"model: {where} wrapped after patching, in {type(module).__name__}; unwrap it first")

@@ -13,7 +13,7 @@ from .edit_module import NAME, RedEdit, plain_only
 from .models import LAYOUTS, Layout, child_at
 from .models.compose import LINK, may_defer
 from .models.description import walk
-from .models.fingerprint import class_fingerprint
+from .models.fingerprint import BASE, CAPTURED, class_fingerprint
 from .models.handoff import TAKES_NOTES, NextNorm, running, take_note
 from .models.norms import globally_hooked, unobserved
 
@@ -67,13 +67,13 @@ def patch_stack(stack: nn.Module) -> None:
 
 def is_patched(module: nn.Module) -> bool:
     """Whether the module's class is one of ours."""
-    return "_red_kernels_base" in type(module).__dict__
+    return BASE in type(module).__dict__
 
 
 def unpatch_module(module: nn.Module) -> None:
     """Give a module back the class it had; nothing if it is not patched."""
     if is_patched(module):
-        module.__class__ = type(module).__dict__["_red_kernels_base"]
+        module.__class__ = type(module).__dict__[BASE]
         module.__dict__.pop(LINK, None)
 
 
@@ -88,7 +88,8 @@ def _patched_class(base: type[nn.Module], key: str) -> type[nn.Module]:
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
-            "_red_kernels_base": base,
+            BASE: base,
+            CAPTURED: base.forward,
             "_red_kernels_key": key,
             TAKES_NOTES: key == _NORM,
         }
@@ -97,8 +98,8 @@ def _patched_class(base: type[nn.Module], key: str) -> type[nn.Module]:
 
 
 def _reduce_ex(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-    ours = next(kind for kind in type(self).__mro__ if "_red_kernels_base" in kind.__dict__)
-    base: type[nn.Module] = ours.__dict__["_red_kernels_base"]
+    ours = next(kind for kind in type(self).__mro__ if BASE in kind.__dict__)
+    base: type[nn.Module] = ours.__dict__[BASE]
     reduced: Any = base.__reduce_ex__(self, protocol)
     if ours is not type(self):  # somebody has made a subclass of ours
         return reduced
@@ -115,11 +116,12 @@ def _norm_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not torch.compiler.is_compiling():
+        current = base.forward  # may have been replaced since
+        if current is original and len(args) == 1 and not torch.compiler.is_compiling():
             normed = take_note(self, args[0])
             if normed is not None:
                 return normed
-        return original(self, *args, **kwargs)
+        return current(self, *args, **kwargs)
 
     return forward
 
@@ -129,10 +131,11 @@ def _stack_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return original(self, *args, **kwargs)
+        current = base.forward
+        if current is not original or torch.compiler.is_compiling():
+            return current(self, *args, **kwargs)
         with running(self):
-            return original(self, *args, **kwargs)
+            return current(self, *args, **kwargs)
 
     return forward
 
@@ -143,11 +146,12 @@ def _block_forward(base: type[nn.Module], layout: Layout) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not plain_only():
+        current = base.forward
+        if current is original and not plain_only():
             own = find(self)
             if own is not None:
                 return fused(self, own, *args, **kwargs)
-        return original(self, *args, **kwargs)
+        return current(self, *args, **kwargs)
 
     return forward
 

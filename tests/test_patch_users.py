@@ -306,3 +306,53 @@ def test_a_users_t5_block_is_reported():
     report = patch(model, RedConfig())
     assert report.sites[0].fused == "dropout + residual add"
     assert "UsersT5Block.forward is not one that is known" in report.sites[0].reason
+
+
+REPLACED = {
+    "layer": lambda model: layers_of(model)[0],
+    "norm": lambda model: model.model.norm,
+    "sublayer": lambda model: layers_of(model)[0].layer[0],
+    "ffn": lambda model: layers_of(model)[0].layer[-1],
+    "stack": lambda model: getattr(model, "model", None) or model.encoder,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("llama", "layer"), ("llama", "norm"), ("llama", "stack"), ("t5", "layer"), ("t5", "sublayer"), ("t5", "ffn")],
+)
+def test_a_forward_replaced_in_the_class(name, part, monkeypatch, watch):
+    """After patching, as patches for the whole process do it; of transformers' class, of which ours is a subclass."""
+    patched, unfused, truth = patched_and_peer(name)
+    models = (patched, unfused.model, truth.model)
+    kind = type(REPLACED[part](unfused.model))
+    original = kind.forward
+
+    def forward(self, *args, **kwargs):
+        if part in ("norm", "stack"):
+            output = original(self, *args, **kwargs)
+            return output * 1.5 if part == "norm" else output
+        hidden, *rest = args
+        hidden += 1.5
+        return original(self, hidden, *rest, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    if part == "norm":  # the truth computes its norms by itself
+        found, plain = (without_gradients(one, batch_for(one, name))["logits"] for one in models[:2])
+        torch.testing.assert_close(found, plain)
+    else:
+        hold_logits(models, name=name)
+        hold_logits(models, without_gradients, name)
+    assert watch.taken == watch.left
+    monkeypatch.undo()
+    hold_logits(models, without_gradients, name)
+
+
+def test_a_stack_whose_forward_is_replaced_in_the_class(monkeypatch, watch):
+    model = zoo.tiny("llama")
+    patch(model, RedConfig())
+    kind = type(model.model).__mro__[1]
+    original = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *args, **kwargs: original(self, *args, **kwargs))
+    model(**zoo.inputs("llama"))
+    assert not watch.left, "nobody knows what it does with the layers' outputs"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 
-from .fingerprint import fingerprint, unwrapped
+from .fingerprint import fingerprint, forward_of, unwrapped
 
 __all__ = ["NormArguments", "NormSpec", "globally_hooked", "norm_arguments", "norm_spec", "unobserved"]
 
@@ -47,12 +47,13 @@ _specs: dict[Callable[..., Any], NormSpec | None] = {}
 
 def norm_spec(kind: type[nn.Module]) -> NormSpec | None:
     """How norms of this class compute, or None for a class that is not known."""
+    current = forward_of(kind)
     try:
-        return _specs[kind.forward]
+        return _specs[current]
     except KeyError:
-        forward = unwrapped(kind.forward)
+        forward = unwrapped(current)
         found = LAYER_NORM if forward is nn.LayerNorm.forward else _BY_FINGERPRINT.get(fingerprint(forward) or "")
-        _specs[kind.forward] = found
+        _specs[current] = found
         return found
 
 
