@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import pickle
 import weakref
 
@@ -356,3 +357,34 @@ def test_a_stack_whose_forward_is_replaced_in_the_class(monkeypatch, watch):
     monkeypatch.setattr(kind, "forward", lambda self, *args, **kwargs: original(self, *args, **kwargs))
     model(**zoo.inputs("llama"))
     assert not watch.left, "nobody knows what it does with the layers' outputs"
+
+
+def vectors_of(model):
+    return [vector for parts in edit_parameters(model).values() for vector in parts.values()]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+def test_the_order_of_lora_and_the_patch():
+    """Whoever comes second freezes what is there. LoRA's merge is exact where the patch came second."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["down_proj"], init_lora_weights=False)
+    model = zoo.tiny("llama")
+    patch(model, RedConfig())
+    model = get_peft_model(model, config)
+    assert not any(vector.requires_grad for vector in vectors_of(model))
+    for vector in vectors_of(model):
+        vector.requires_grad_(True)
+    model(**zoo.inputs("llama")).loss.backward()
+    assert all(vector.grad is not None for vector in vectors_of(model))
+
+    model = get_peft_model(zoo.tiny("llama"), config).eval()
+    values = zoo.vectors([f"base_model.model.{site}" for site in zoo.sites("llama")])
+    unfused, truth = zoo.Unfused(model, values), zoo.exact(model, values)
+    patch(model, RedConfig())
+    zoo.fill(edit_parameters(model), values)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {
+        f"{site}.red_edit.{part}" for site in values for part in ("scale", "bias")
+    }
+    model.merge_adapter()
+    hold_logits((model, unfused.model, truth.model), without_gradients)
