@@ -95,8 +95,9 @@ def edit_add_rms_norm(
     """Edit, residual add and the next sublayer's RMSNorm in one pass.
 
     Returns ``(y, z)``: ``z = residual + dropout(scale * x + bias)`` and ``y = z / rms(z) * (weight_offset + weight)``
-    with ``rms(z) = sqrt(mean(z**2) + eps)``. ``weight_offset=1`` is Gemma's form. With ``need_z=False``, ``z`` is None:
-    it is neither written nor rounded before the norm. Errors: see the module.
+    with ``rms(z) = sqrt(mean(z**2) + eps)``. ``weight_offset=1`` serves norms that store
+    ``weight - 1``. With ``need_z=False``, ``z`` is None: it is neither written nor rounded before the norm. Errors: see
+    the module.
     """
     x, residual, edit_ids, seed = _edit_arguments(x, residual, scale, bias, edit_ids, dropout_p, training)
     checks.norm_vector(weight, x, "weight")
