@@ -149,7 +149,7 @@ def test_official_checkpoints(name: str, tmp_path: Path) -> None:
     ("name", "base"),
     [("roberta_base_qnli_plusplus", "roberta_base_mnli"), ("gpt2_medium_e2e_plusplus", "gpt2_medium_e2e")],
 )
-def test_official_checkpoints_of_another_position_areassert_refused(name: str, base: str) -> None:
+def test_official_checkpoints_of_another_position_are_refused(name: str, base: str) -> None:
     path = _official(name)
     with torch.device("meta"):
         model = ARCHITECTURES[base]()
