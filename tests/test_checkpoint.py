@@ -186,7 +186,7 @@ def test_wrong_widths_change_nothing(strict: bool, tmp_path: Path) -> None:
     assert same(before, values(model))
 
 
-def test_meta_models_areassert_refused(tmp_path: Path) -> None:
+def test_meta_models_are_refused(tmp_path: Path) -> None:
     model = patched()
     save_edits(model, tmp_path)
     meta = copy.deepcopy(model).to("meta")
