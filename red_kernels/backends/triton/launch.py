@@ -1,0 +1,145 @@
+"""Launching a kernel with little host work.
+
+Triton's own launch looks at every argument anew, 20 and more of them. Here a kernel is found by its constants and the
+dtypes of its tensors, and started with plain addresses. What Triton would specialise beyond these is fixed: numbers are
+never specialised, and every address is a multiple of 16 bytes, or else Triton's own launch is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .rules import Architecture
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+Grid = tuple[int, int, int]
+Recorder = Callable[["Kernel", Grid, tuple[Tensor | None, ...], tuple[Any, ...], tuple[Any, ...], int], None]
+
+_recorder: Recorder | None = None
+
+
+class Kernel:
+    """A Triton kernel whose parameters are tensors, then numbers, then constants.
+
+    Calling it with a grid, tensors (None for what is absent), numbers, constants and the number of warps runs it on the
+    device and the current stream of the first tensor. All tensors must be contiguous and on one device.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    @property
+    def name(self) -> str:
+        """The name of the kernel's function."""
+        return self.function.fn.__name__
+
+    def __call__(
+        self,
+        grid: Grid,
+        tensors: tuple[Tensor | None, ...],
+        numbers: tuple[Any, ...],
+        constants: tuple[Any, ...],
+        warps: int,
+    ) -> None:
+        if _recorder is not None:
+            _recorder(self, grid, tensors, numbers, constants, warps)
+            return
+        first = tensors[0]
+        assert first is not None
+        device = first.get_device()
+        if device != _current_device():
+            with torch.cuda.device(device):
+                self(grid, tensors, numbers, constants, warps)
+            return
+        addresses: list[int | None] = []
+        types: list[torch.dtype | None] = []
+        together = 0
+        for t in tensors:
+            if t is None:
+                addresses.append(None)
+                types.append(None)
+            else:
+                address = t.data_ptr()
+                together |= address
+                addresses.append(address)
+                types.append(t.dtype)
+        key = (device, constants, warps, *types)
+        compiled = None if together & 15 else self._compiled.get(key)
+        runtime = triton.knobs.runtime
+        if compiled is None or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
+            compiled = self.function[grid](*tensors, *numbers, *constants, num_warps=warps, **_OPTIONS)
+            if not together & 15 and compiled is not None:
+                self._compiled[key] = compiled
+            return
+        compiled.run(
+            *grid, _current_stream(device), compiled.function, compiled.packed_metadata, None, None, None,
+            *addresses, *numbers, *constants,
+        )  # fmt: skip
+
+
+@contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Hand every launch in a ``with`` block to ``recorder`` instead of running it: to compile it for other devices."""
+    global _recorder
+    before, _recorder = _recorder, recorder
+    try:
+        yield
+    finally:
+        _recorder = before
+
+
+def architecture(x: Tensor) -> Architecture:
+    """What the launch rules must know of the device of ``x``."""
+    device = x.get_device()
+    found = _architectures.get(device)
+    if found is None:
+        found = _architectures[device] = _architecture(device)
+    return found
+
+
+@contextmanager
+def pretending(pretended: Architecture) -> Iterator[None]:
+    """Take the rules of another architecture for CPU tensors in a ``with`` block, to compile for it or to test them."""
+    before = _architectures.get(-1)
+    _architectures[-1] = pretended
+    try:
+        yield
+    finally:
+        _architectures.pop(-1)
+        if before is not None:
+            _architectures[-1] = before
+
+
+def _architecture(device: int) -> Architecture:
+    if device < 0:  # the interpreter: few programs, so that each has several tiles
+        return Architecture("interpreter", 32, 2)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        name = properties.gcnArchName.split(":")[0]
+    else:
+        name = f"sm_{properties.major}{properties.minor}"
+    return Architecture(name, properties.warp_size, properties.multi_processor_count)
+
+
+def _no_device() -> int:
+    return -1
+
+
+def _no_stream(device: int) -> int:
+    return 0
+
+
+# Multiply-adds are contracted, said here because Triton 3.9 warns where it is left open.
+_OPTIONS = {"enable_fp_fusion": True}
+_architectures: dict[int, Architecture] = {}
+_on_gpu = torch.cuda.is_available() and not INTERPRETED
+_current_device: Callable[[], int] = torch._C._cuda_getDevice if _on_gpu else _no_device
+_current_stream: Callable[[int], int] = torch._C._cuda_getCurrentRawStream if _on_gpu else _no_stream

@@ -1,0 +1,203 @@
+"""Norms with an edit before or behind them, for rows that fit into the registers of a program.
+
+One pair of kernels serves LayerNorm and RMSNorm (``mean`` or not) and both places of the edit: ``z = residual +
+dropout(scale * x + bias)``, ``y = norm(z)``, or with ``EDIT_LAST`` ``y = scale * norm(x) + bias``. Whatever is absent is
+None, and is compiled away. Formulas: :mod:`red_kernels.reference`.
+"""
+
+import triton
+import triton.language as tl
+
+from .device import (
+    RUNTIME,
+    edit_gradient,
+    edited,
+    finish_row,
+    first_edit,
+    flush_row,
+    line_of,
+    load,
+    load_row,
+    places,
+    store_edits,
+    store_row,
+    tiles,
+    zero_row,
+)
+from .norm_math import affine, norm_gradient, norm_terms, stream
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def norm_forward(
+    x, residual, scale, bias, weight, norm_bias, ids, seed, y, z, mean, rstd,
+    rows: tl.int64, edits: tl.int64, threshold: tl.int64, factor: tl.float32, eps: tl.float32,
+    weight_offset: tl.float32,
+    D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, EDIT_LAST: tl.constexpr,
+):  # fmt: skip
+    """One tile for each program: reads x and residual once, writes y and, where asked for, z as it is rounded."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < rows
+    id = tl.load(ids + row, mask=live, other=0) if ids is not None else None
+    xs = load_row(x, row, live, D, CHUNK, CHUNKS)
+    rs = load_row(residual, row, live, D, CHUNK, CHUNKS) if residual is not None else None
+    zs = ()
+    total = tl.zeros([ROWS, CHUNK], tl.float32)
+    for c in tl.static_range(CHUNKS):
+        if EDIT_LAST:
+            v = xs[c].to(tl.float32)
+        else:
+            v = edited(xs[c], scale, bias, id, edits, seed, threshold, factor, row, c * CHUNK, D, ROWS, CHUNK)
+            if residual is not None:
+                v = rs[c].to(tl.float32) + v
+            if z is not None:
+                v = v.to(z.dtype.element_ty).to(tl.float32)
+        zs = zs + (v,)
+        total += v if mean is not None else v * v
+    if z is not None:
+        store_row(z, zs, row, live, D, CHUNK, CHUNKS)
+    average = tl.sum(total, axis=1) / D
+    if mean is not None:
+        # The variance about a first mean, which is corrected by what its sum lost: right for large means too.
+        shift = tl.zeros([ROWS, CHUNK], tl.float32)
+        total = tl.zeros([ROWS, CHUNK], tl.float32)
+        for c in tl.static_range(CHUNKS):
+            v = zs[c] - average[:, None]
+            if (c + 1) * CHUNK > D:
+                v = tl.where((c * CHUNK + tl.arange(0, CHUNK) < D)[None, :], v, 0.0)
+            shift += v
+            total += v * v
+        lost = tl.sum(shift, axis=1) / D
+        middle = average + lost
+        average = tl.sum(total, axis=1) / D - lost * lost
+        tl.store(mean + row, middle, mask=live)
+    scaled = tl.rsqrt(average + eps)
+    tl.store(rstd + row, scaled, mask=live)
+    ys = ()
+    for c in tl.static_range(CHUNKS):
+        v = zs[c] - middle[:, None] if mean is not None else zs[c]
+        v = affine(v * scaled[:, None], weight, norm_bias, weight_offset, c * CHUNK, D, ROWS, CHUNK)
+        if EDIT_LAST:
+            v = edited(v, scale, bias, id, edits, None, threshold, factor, row, c * CHUNK, D, ROWS, CHUNK)
+        ys = ys + (v.to(y.dtype.element_ty),)
+    store_row(y, ys, row, live, D, CHUNK, CHUNKS)
+
+
+@triton.jit
+def _inputs(dy, dz, z, x, residual, row, live, first, D: tl.constexpr, CHUNK: tl.constexpr):
+    """A piece of every input. In place of what is absent comes that of ``dy``, as a tuple cannot hold None."""
+    a = load(dy, row, live, first, D, CHUNK)
+    b = load(dz, row, live, first, D, CHUNK) if dz is not None else a
+    c = load(z, row, live, first, D, CHUNK) if z is not None else a
+    d = load(x, row, live, first, D, CHUNK) if x is not None else a
+    e = load(residual, row, live, first, D, CHUNK) if residual is not None else a
+    return a, b, c, d, e
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def norm_backward(
+    dy, dz, z, x, residual, scale, bias, weight, norm_bias, ids, order, owners, seed, mean, rstd,
+    dx, dresidual, dscale, dbias, dweight, dnorm_bias,
+    rows: tl.int64, edits: tl.int64, length: tl.int64, threshold: tl.int64, factor: tl.float32,
+    weight_offset: tl.float32,
+    D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, EDIT_LAST: tl.constexpr,
+):  # fmt: skip
+    """A persistent grid. ``dscale`` to ``dnorm_bias`` are the buffers of column sums, None for those not asked for.
+
+    With ``order`` the rows are taken in the order of their ``ids``, which are sorted; ids without order are as they came,
+    and serve where no sum is kept for each edit.
+    """
+    SORTED: tl.constexpr = order is not None
+    if dscale is not None:
+        sum_scale = zero_row(ROWS, CHUNK, CHUNKS)
+    if dbias is not None:
+        sum_bias = zero_row(ROWS, CHUNK, CHUNKS)
+    if dweight is not None:
+        sum_weight = zero_row(ROWS, CHUNK, CHUNKS)
+    if dnorm_bias is not None:
+        sum_norm_bias = zero_row(ROWS, CHUNK, CHUNKS)
+    if SORTED:
+        current = first_edit(ids, rows, length, ROWS)
+        opening = current
+        changes = tl.zeros([ROWS], tl.int32)
+    begin, end, step = tiles(rows, length, ROWS, SORTED)
+    for tile in range(begin, end, step):
+        place = places(tile, length, ROWS, SORTED)
+        live = place < rows
+        row = tl.load(order + place, mask=live, other=0) if SORTED else place
+        id = tl.load(ids + place, mask=live, other=0) if ids is not None else None
+        held = ()  # all inputs are on their way before any is used: x too, which is needed only after the row's sums
+        for c in tl.static_range(CHUNKS):
+            held = held + (_inputs(dy, dz, z, x, residual, row, live, c * CHUNK, D, CHUNK),)
+        scaled = tl.load(rstd + row, mask=live, other=0.0)
+        middle = tl.load(mean + row, mask=live, other=0.0) if mean is not None else None
+        if SORTED:
+            done = live & (id != current)
+            line = line_of(current, changes, edits, ROWS)
+            if dscale is not None:
+                sum_scale = flush_row(dscale, sum_scale, line, done, D, CHUNK, CHUNKS)
+            if dbias is not None:
+                sum_bias = flush_row(dbias, sum_bias, line, done, D, CHUNK, CHUNKS)
+            changes += done.to(tl.int32)
+            current = tl.where(live, id, current)
+
+        products = tl.zeros([ROWS, CHUNK], tl.float32)
+        plain = tl.zeros([ROWS, CHUNK], tl.float32)
+        for c in tl.static_range(CHUNKS):
+            v = stream(held[c][2], held[c][3], held[c][4], scale, bias, id, edits, seed, threshold, factor, row,
+                       c * CHUNK, D, ROWS, CHUNK, z is not None, residual is not None)  # fmt: skip
+            normed, g, weighted = norm_terms(held[c][0], v, scale, weight, id, edits, weight_offset, middle, scaled,
+                                             c * CHUNK, D, ROWS, CHUNK, EDIT_LAST)  # fmt: skip
+            products += normed * weighted
+            plain += weighted
+        c1 = tl.sum(products, axis=1) / D
+        c2 = tl.sum(plain, axis=1) / D if mean is not None else None
+
+        new_scale, new_bias, new_weight, new_norm_bias = (), (), (), ()
+        dxs, dresiduals = (), ()
+        for c in tl.static_range(CHUNKS):
+            v = stream(held[c][2], held[c][3], held[c][4], scale, bias, id, edits, seed, threshold, factor, row,
+                       c * CHUNK, D, ROWS, CHUNK, z is not None, residual is not None)  # fmt: skip
+            normed, g, weighted = norm_terms(held[c][0], v, scale, weight, id, edits, weight_offset, middle, scaled,
+                                             c * CHUNK, D, ROWS, CHUNK, EDIT_LAST)  # fmt: skip
+            if dweight is not None:
+                new_weight = new_weight + (sum_weight[c] + g * normed,)
+            if dnorm_bias is not None:
+                new_norm_bias = new_norm_bias + (sum_norm_bias[c] + g,)
+            total = norm_gradient(normed, weighted, scaled, c1, c2, mean is not None)
+            if EDIT_LAST:
+                edit, gx = held[c][0].to(tl.float32), total
+                h = affine(normed, weight, norm_bias, weight_offset, c * CHUNK, D, ROWS, CHUNK)
+            else:
+                if dz is not None:
+                    total = total + held[c][1].to(tl.float32)
+                gx, edit = edit_gradient(total, scale, id, edits, seed, threshold, factor, row, c * CHUNK,
+                                         D, ROWS, CHUNK, dx is not None)  # fmt: skip
+                h = held[c][3].to(tl.float32)
+            if dscale is not None:
+                new_scale = new_scale + (sum_scale[c] + edit * h,)
+            if dbias is not None:
+                new_bias = new_bias + (sum_bias[c] + edit,)
+            dxs = dxs + (gx.to(dy.dtype.element_ty),)
+            dresiduals = dresiduals + (total.to(dy.dtype.element_ty),)
+        if dx is not None:
+            store_row(dx, dxs, row, live, D, CHUNK, CHUNKS)
+        if dresidual is not None:
+            store_row(dresidual, dresiduals, row, live, D, CHUNK, CHUNKS)
+        if dscale is not None:
+            sum_scale = new_scale
+        if dbias is not None:
+            sum_bias = new_bias
+        if dweight is not None:
+            sum_weight = new_weight
+        if dnorm_bias is not None:
+            sum_norm_bias = new_norm_bias
+    if SORTED:
+        store_edits(owners, opening, current, changes, ROWS)
+    if dscale is not None:
+        finish_row(dscale, sum_scale, edits, D, ROWS, CHUNK, CHUNKS, SORTED)
+    if dbias is not None:
+        finish_row(dbias, sum_bias, edits, D, ROWS, CHUNK, CHUNKS, SORTED)
+    if dweight is not None:
+        finish_row(dweight, sum_weight, edits, D, ROWS, CHUNK, CHUNKS, False)
+    if dnorm_bias is not None:
+        finish_row(dnorm_bias, sum_norm_bias, edits, D, ROWS, CHUNK, CHUNKS, False)
