@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from . import native
+from . import gpu, native
 
 _NAMES = ("triton", "cuda", "cpu", "reference")
 _ENVIRONMENT = "RED_KERNELS_BACKEND"
@@ -45,10 +45,8 @@ _thread = threading.local()
 _FROM_ENVIRONMENT = os.environ.get(_ENVIRONMENT) or None
 
 _MODULES: dict[str, Any] = {"cpu": native, "reference": reference}
-_ABSENT = {
-    "triton": "this version has no Triton kernels; remedy: use 'cpu' or 'reference'",
-    "cuda": "this version has no CUDA kernels; remedy: use 'cpu' or 'reference'",
-}
+if gpu.TRITON is not None:
+    _MODULES["triton"] = gpu.TRITON
 
 
 def available_backends() -> dict[str, str | None]:
@@ -85,6 +83,8 @@ def choose(x: Tensor) -> Any:
     """
     name = forced_backend()
     if name is None:
+        if x.device.type == "cuda":
+            return gpu.choose(x) or reference
         if native.unsupported(x) is None:
             return native
         native.check_setting()
@@ -116,9 +116,7 @@ def forced_backend() -> str | None:
 
 
 def _missing(name: str) -> str | None:
-    if name in _ABSENT:
-        return _ABSENT[name]
-    return native.load_error() if name == "cpu" else None
+    return {"triton": gpu.TRITON_MISSING, "cuda": gpu.CUDA_MISSING, "cpu": native.load_error()}.get(name)
 
 
 def _require(name: str, source: str) -> None:

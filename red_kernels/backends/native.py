@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ..reference import EditGrads, EditNormGrads, NormEditGrads
+from .operators import KERNEL_DTYPES, bits, not_plain, register_fakes
 
 NAME = "cpu"
 
 _LIBRARY = Path(__file__).parent.parent / "lib" / "libred_kernels_cpu.so"
-_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ops: Any = torch.ops.red_kernels
 
 
@@ -41,11 +41,9 @@ def unsupported(x: Tensor) -> str | None:
         return _error
     if x.device.type != "cpu":
         return f"x is on {x.device}, and these kernels run on the CPU"
-    if x.dtype not in _TYPES:
+    if x.dtype not in KERNEL_DTYPES:
         return f"x has dtype {x.dtype}, and these kernels take float32, bfloat16 and float16"
-    if type(x) is not Tensor and not isinstance(x, _PLAIN_SUBCLASSES):
-        return f"x is a {type(x).__name__}, and these kernels take plain tensors"
-    return None
+    return not_plain(x)
 
 
 def edit_forward(
@@ -70,7 +68,7 @@ def edit_backward(
     n_edits: int,
     needs: tuple[bool, bool, bool],
 ) -> EditGrads:
-    return EditGrads(*_ops.edit_backward.default(dz, x, scale, edit_ids, seed, dropout_p, n_edits, _bits(needs)))
+    return EditGrads(*_ops.edit_backward.default(dz, x, scale, edit_ids, seed, dropout_p, n_edits, bits(needs)))
 
 
 def edit_norm_forward(
@@ -114,7 +112,7 @@ def edit_norm_backward(
     return EditNormGrads(
         *_ops.edit_norm_backward.default(
             dy, dz, z, x, residual, scale, bias, weight, edit_ids, seed, mean, rstd,
-            dropout_p, weight_offset, n_edits, _bits(needs),
+            dropout_p, weight_offset, n_edits, bits(needs),
         )
     )  # fmt: skip
 
@@ -148,7 +146,7 @@ def norm_edit_backward(
 ) -> NormEditGrads:
     return NormEditGrads(
         *_ops.norm_edit_backward.default(
-            dy, x, weight, norm_bias, scale, edit_ids, mean, rstd, weight_offset, n_edits, _bits(needs)
+            dy, x, weight, norm_bias, scale, edit_ids, mean, rstd, weight_offset, n_edits, bits(needs)
         )
     )
 
@@ -186,10 +184,6 @@ def trim_memory() -> int:
 def kept_memory() -> int:
     """Bytes of freed outputs that are kept for reuse (at most RED_KERNELS_CPU_POOL_MB, by default an eighth of all)."""
     return _handle().red_kernels_cpu_kept()
-
-
-def _bits(needs: tuple[bool, ...]) -> int:
-    return sum(1 << place for place, need in enumerate(needs) if need)
 
 
 def _handle() -> ctypes.CDLL:
@@ -230,66 +224,8 @@ def _check_setting(dll: ctypes.CDLL) -> str | None:
     return None
 
 
-def _register_fakes() -> None:
-    """Shapes without arithmetic, for torch.compile and tensors on the meta device."""
-
-    def edit_forward(x: Tensor, *rest: Any) -> Any:
-        return _like(x)
-
-    def edit_backward(
-        dz: Tensor, x: Any, scale: Any, edit_ids: Tensor | None, seed: Any, dropout_p: Any, n_edits: int, needs: int
-    ) -> Any:
-        vector = _sum_like(dz, edit_ids, n_edits)
-        return _asked(needs, (_like, vector, vector), dz)
-
-    def edit_norm_forward(x: Tensor, *rest: Any) -> Any:
-        centered, keep_z = rest[-2:]
-        return _like(x), _like(x) if keep_z else None, _statistic(x) if centered else None, _statistic(x)
-
-    def edit_norm_backward(dy: Tensor, *rest: Any) -> Any:
-        edit_ids, n_edits, needs = rest[7], rest[-2], rest[-1]
-        edits, norm = _sum_like(dy, edit_ids, n_edits), _sum_like(dy, None, 1)
-        return _asked(needs, (_like, _like, edits, edits, norm, norm), dy)
-
-    def norm_edit_forward(x: Tensor, *rest: Any) -> Any:
-        return _like(x), _statistic(x) if rest[-1] else None, _statistic(x)
-
-    def norm_edit_backward(dy: Tensor, *rest: Any) -> Any:
-        edit_ids, n_edits, needs = rest[4], rest[-2], rest[-1]
-        edits, norm = _sum_like(dy, edit_ids, n_edits), _sum_like(dy, None, 1)
-        return _asked(needs, (_like, norm, norm, edits, edits), dy)
-
-    for fake in (
-        edit_forward,
-        edit_backward,
-        edit_norm_forward,
-        edit_norm_backward,
-        norm_edit_forward,
-        norm_edit_backward,
-    ):
-        torch.library.register_fake(f"red_kernels::{fake.__name__}", fake)
-
-
-def _like(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _statistic(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[:-1], dtype=torch.float32)
-
-
-def _sum_like(x: Tensor, edit_ids: Tensor | None, n_edits: int) -> Any:
-    shape = (x.shape[-1],) if edit_ids is None else (n_edits, x.shape[-1])
-    return lambda like: like.new_empty(shape, dtype=torch.float32)
-
-
-def _asked(needs: int, makers: tuple[Any, ...], like: Tensor) -> tuple[Tensor | None, ...]:
-    return tuple(make(like) if needs >> place & 1 else None for place, make in enumerate(makers))
-
-
-_PLAIN_SUBCLASSES = (torch.nn.Parameter,)
 _dll, _error = _load()
 _wrong_setting = None if _dll is None else _check_setting(_dll)
 if _error is None:
-    _register_fakes()
+    register_fakes("red_kernels")
     _error = _wrong_setting

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...reference import EditGrads, EditNormGrads, NormEditGrads
-from . import edit, norm, rules, sums, wide
+from . import rules
+from .kernels import edit, norm, sums, wide
 from .launch import Kernel, architecture
 
 _edit_forward, _edit_backward = Kernel(edit.edit_forward), Kernel(edit.edit_backward)
@@ -239,8 +240,8 @@ def _backward(
         return dx, dresidual, *found
     chip, size = architecture(dy), dy.element_size()
     tile = rules.norm_backward(d, size, chip, sum(needs[2:]))
-    slab = None if tile is not None else rules.wide_backward(d, size, chip)
-    slabs = 1 if slab is None else -(-d // slab.chunk)
+    slab = rules.wide_backward(d, size, chip)
+    slabs = 1 if tile is not None else -(-d // slab.chunk)
     work = _work(dy, rows, tile or slab, slabs, edit_ids, n_edits, needs[2], needs[3])
     norm_lines = tuple(_lines(dy, work.programs) if need else None for need in needs[4:])
     drop = _dropout(seed, dropout_p)
@@ -252,7 +253,6 @@ def _backward(
         constants = (d, tile.rows, tile.chunk, tile.chunks, edit_last)
         _norm_backward((work.programs, 1, 1), (*inputs, *saved, *results), numbers, constants, tile.warps)
     else:
-        assert slab is not None
         row = rules.wide_norm(d, size, chip)
         averages = torch.empty((2, rows), dtype=torch.float32, device=dy.device)
         _wide_averages(
@@ -308,7 +308,9 @@ def _work(
     return _Work(programs, ids, order, offsets, owners, -(-rows // workers), lines)
 
 
-def _finish(work: _Work, norm_lines: tuple[Tensor | None, ...], like: Tensor, n_edits: int) -> tuple[Tensor | None, ...]:
+def _finish(
+    work: _Work, norm_lines: tuple[Tensor | None, ...], like: Tensor, n_edits: int
+) -> tuple[Tensor | None, ...]:
     """Add up what the programs left: the gradients of scale and bias, and those of the norm's vectors."""
     d = like.shape[-1]
     tile = rules.finish(d, architecture(like))
@@ -332,15 +334,11 @@ def _finish(work: _Work, norm_lines: tuple[Tensor | None, ...], like: Tensor, n_
     ins, outs = [t for t in plain if t is not None], [t for t in plain_outs if t is not None]
     if ins:
         rest = [None] * (4 - len(ins))
-        _add_lines(
-            (slabs, len(ins), 1), (*ins, *rest, *outs, *rest), (work.programs,), constants, tile.warps
-        )
+        _add_lines((slabs, len(ins), 1), (*ins, *rest, *outs, *rest), (work.programs,), constants, tile.warps)
     return *edit_outs, *plain_outs
 
 
-def _no_sums(
-    like: Tensor, needs: tuple[bool, ...], edit_ids: Tensor | None, n_edits: int
-) -> tuple[Tensor | None, ...]:
+def _no_sums(like: Tensor, needs: tuple[bool, ...], edit_ids: Tensor | None, n_edits: int) -> tuple[Tensor | None, ...]:
     """The column sums of no rows."""
     shape = (like.shape[-1],) if edit_ids is None else (n_edits, like.shape[-1])
     return tuple(torch.zeros(shape, dtype=torch.float32, device=like.device) if need else None for need in needs)
@@ -374,5 +372,3 @@ def _dropout(seed: Tensor | None, dropout_p: float) -> tuple[int, float]:
     if threshold == 2**32:  # nothing is kept, and no word of 32 bits says so
         return 0, 0.0
     return threshold, 1.0 / (1.0 - dropout_p)
-
-

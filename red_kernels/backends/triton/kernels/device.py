@@ -14,6 +14,7 @@ import triton.language as tl
 
 RUNTIME = ["rows", "edits", "length", "threshold", "lines"]  # arguments that nothing is compiled for
 
+
 @triton.jit
 def load(p, row, live, first, D: tl.constexpr, CHUNK: tl.constexpr):
     """A piece of the rows as stored; 0 beyond them."""

@@ -1,0 +1,44 @@
+"""Which backend runs a tensor on a GPU, and why one cannot be used here."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_OLDEST = (3, 6)
+
+
+def choose(x: Tensor) -> ModuleType | None:
+    """The fastest backend that takes ``x``, a tensor on a GPU; None if there is none."""
+    if TRITON is not None and TRITON.unsupported(x) is None:
+        return TRITON
+    return None
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The Triton backend, or why it is missing, with the remedy. Triton is imported only where it can be used."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpreted and not torch.cuda.is_available():
+        return None, (
+            "torch finds no GPU here; remedy: a GPU and a torch built for it, or TRITON_INTERPRET=1 to run the kernels "
+            "on the CPU, slowly, to check them"
+        )
+    try:
+        import triton as package
+    except ImportError as error:
+        return None, f"Triton cannot be imported ({error}); remedy: pip install 'triton>=3.6'"
+    version = tuple(int(part) for part in package.__version__.split(".")[:2])
+    if version < _OLDEST:
+        return None, f"Triton is {package.__version__}, expected 3.6 or later; remedy: pip install --upgrade triton"
+    try:
+        from . import triton
+    except Exception as error:  # whatever a future Triton changes must not keep the package from being imported
+        return None, f"the kernels do not load ({type(error).__name__}: {error}); remedy: pip install 'triton<3.10'"
+    return triton, None
+
+
+CUDA_MISSING = "this version has no CUDA kernels; remedy: use 'triton', 'cpu' or 'reference'"
+TRITON, TRITON_MISSING = _load()
