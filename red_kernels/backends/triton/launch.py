@@ -20,7 +20,10 @@ from .rules import Architecture
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 Grid = tuple[int, int, int]
-Recorder = Callable[["Kernel", Grid, tuple[Tensor | None, ...], tuple[Any, ...], tuple[Any, ...], int], None]
+# Called with what a kernel was called with, the kernel first: see Kernel.__call__.
+Recorder = Callable[
+    ["Kernel", Grid, tuple[Tensor | None, ...], tuple[Any, ...], tuple[Any, ...], int, int | None], None
+]
 
 _recorder: Recorder | None = None
 
@@ -29,7 +32,8 @@ class Kernel:
     """A Triton kernel whose parameters are tensors, then numbers, then constants.
 
     Calling it with a grid, tensors (None for what is absent), numbers, constants and the number of warps runs it on the
-    device and the current stream of the first tensor. All tensors must be contiguous and on one device.
+    device and the current stream of the first tensor; ``stages`` is the depth of its pipelined loop, if it has one. All
+    tensors must be contiguous and on one device.
     """
 
     def __init__(self, function: Any) -> None:
@@ -48,16 +52,17 @@ class Kernel:
         numbers: tuple[Any, ...],
         constants: tuple[Any, ...],
         warps: int,
+        stages: int | None = None,
     ) -> None:
         if _recorder is not None:
-            _recorder(self, grid, tensors, numbers, constants, warps)
+            _recorder(self, grid, tensors, numbers, constants, warps, stages)
             return
         first = tensors[0]
         assert first is not None
         device = first.get_device()
         if device != _current_device():
             with torch.cuda.device(device):
-                self(grid, tensors, numbers, constants, warps)
+                self(grid, tensors, numbers, constants, warps, stages)
             return
         addresses: list[int | None] = []
         types: list[torch.dtype | None] = []
@@ -71,11 +76,12 @@ class Kernel:
                 together |= address
                 addresses.append(address)
                 types.append(t.dtype)
-        key = (device, constants, warps, *types)
+        key = (device, constants, warps, stages, *types)
         compiled = None if together & 15 else self._compiled.get(key)
         runtime = triton.knobs.runtime
         if compiled is None or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
-            compiled = self.function[grid](*tensors, *numbers, *constants, num_warps=warps, **_OPTIONS)
+            options = _OPTIONS if stages is None else {**_OPTIONS, "num_stages": stages}
+            compiled = self.function[grid](*tensors, *numbers, *constants, num_warps=warps, **options)
             if not together & 15 and compiled is not None:
                 self._compiled[key] = compiled
             return
