@@ -194,7 +194,8 @@ def _remember(ctx: Any, backend: str, dropout_p: float, scale: Tensor | None, bi
     ctx.backend = backend
     ctx.dropout_p = dropout_p
     ctx.vectors = (None if scale is None else scale.dtype, None if bias is None else bias.dtype)
-    ctx.n_edits = next((v.shape[0] for v in (scale, bias) if v is not None and v.dim() == 2), 1)
+    first = scale if scale is not None else bias
+    ctx.n_edits = 1 if first is None or first.dim() == 1 else first.shape[0]
     ctx.set_materialize_grads(False)
 
 

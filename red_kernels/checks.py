@@ -31,7 +31,7 @@ def same_shape(other: Tensor, x: Tensor, name: str) -> None:
 
 def norm_vector(vector: Tensor | None, x: Tensor, name: str) -> None:
     """Raise unless ``vector`` is None or a floating ``(d,)`` on the device of ``x``."""
-    if vector is not None:
+    if vector is not None and not _fits(vector, x.shape[-1], x.device):
         _vector(vector, x, name)
         if vector.dim() != 1 or vector.shape[0] != x.shape[-1]:
             raise ValueError(f"{name} has shape {tuple(vector.shape)}, expected ({x.shape[-1]},), the width of x")
@@ -40,8 +40,9 @@ def norm_vector(vector: Tensor | None, x: Tensor, name: str) -> None:
 def edit_vectors(x: Tensor, scale: Tensor | None, bias: Tensor | None, edit_ids: Tensor | None) -> None:
     """Raise unless scale and bias are None, ``(d,)``, or ``(n, d)`` with integer ``edit_ids`` for each row."""
     if edit_ids is None:
+        d, device = x.shape[-1], x.device
         for name, vector in (("scale", scale), ("bias", bias)):
-            if vector is None:
+            if vector is None or _fits(vector, d, device):
                 continue
             if isinstance(vector, Tensor) and vector.dim() == 2:
                 raise ValueError(
@@ -81,6 +82,17 @@ def _edit_ids(edit_ids: Tensor, x: Tensor, vectors: Tensor | None) -> None:
         low, high = int(edit_ids.min()), int(edit_ids.max())
         if low < 0 or high >= vectors.shape[0]:
             raise IndexError(f"edit_ids has values from {low} to {high}, expected 0 to {vectors.shape[0] - 1}")
+
+
+def _fits(vector: Tensor, d: int, device: torch.device) -> bool:
+    """Whether a vector is all right, in few steps: what is wrong is found out after."""
+    return (
+        isinstance(vector, Tensor)
+        and vector.dtype in ACTIVATION_DTYPES
+        and vector.dim() == 1
+        and vector.shape[0] == d
+        and vector.device == device
+    )
 
 
 def _vector(vector: Tensor, x: Tensor, name: str) -> None:

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import harness, norms
+import red_kernels as rk
+from benchmarks import harness, host_cost, norms
 
 QUICK = "--widths 64 --rows 16 --dtypes bf16 --seconds 0.01 --inputs warm --operations edit_add_layer_norm"
 
@@ -68,3 +69,17 @@ def test_calls_are_interleaved():
     assert set(times) == {"a", "b"}
     with pytest.raises(ValueError, match="calls is empty"):
         harness.interleave({}, seconds=1.0)
+
+
+def test_host_cost_without_a_launch(tmp_path, capsys):
+    """Every operation is timed up to the launch; afterwards the backend is missing as before."""
+    before = rk.available_backends()
+    output = tmp_path / "host.json"
+    host_cost.main(["--rows", "4", "--width", "64", "--seconds", "0.001", "--output", str(output)])
+    found = json.loads(output.read_text())["seconds"]
+    (name,) = (name for name in found if name.startswith("triton"))
+    forwards = {"edit", "edit_add", "edit_add_rms_norm", "edit_add_layer_norm", "rms_norm_edit", "layer_norm_edit"}
+    assert set(found[name]) == forwards | {f"{forward}, with backward" for forward in forwards}
+    assert all(0 < timing["low"] <= timing["median"] for timing in found[name].values())
+    assert "edit_add_layer_norm" in capsys.readouterr().out
+    assert rk.available_backends() == before

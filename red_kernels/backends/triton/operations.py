@@ -187,13 +187,16 @@ def _forward(
     edit_last: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Both forwards with a norm: ``(y, z, mean, rstd)``."""
-    x, residual, scale, bias = _dense(x), _maybe(residual), _maybe(scale), _maybe(bias)
-    weight, norm_bias, edit_ids = _maybe(weight), _maybe(norm_bias), _maybe(edit_ids)
+    for t in (x, residual, scale, bias, weight, norm_bias, edit_ids):
+        if t is not None and not t.is_contiguous():
+            x, residual, scale, bias = _dense(x), _maybe(residual), _maybe(scale), _maybe(bias)
+            weight, norm_bias, edit_ids = _maybe(weight), _maybe(norm_bias), _maybe(edit_ids)
+            break
     d = x.shape[-1]
     rows = x.numel() // d
     y = torch.empty_like(x)
     z = torch.empty_like(x) if keep_z else None
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    rstd = _statistic(x)
     mean = torch.empty_like(rstd) if centered else None
     if rows:
         tensors = (x, residual, scale, bias, weight, norm_bias, edit_ids, seed, y, z, mean, rstd)
@@ -344,8 +347,16 @@ def _no_sums(like: Tensor, needs: tuple[bool, ...], edit_ids: Tensor | None, n_e
     return tuple(torch.zeros(shape, dtype=torch.float32, device=like.device) if need else None for need in needs)
 
 
+def _statistic(x: Tensor) -> Tensor:
+    """A number for each row. Sizes one by one take half the host time that a torch.Size does."""
+    sizes = x.shape[:-1]
+    if not sizes:
+        return torch.empty((), dtype=torch.float32, device=x.device)
+    return torch.empty(*sizes, dtype=torch.float32, device=x.device)
+
+
 def _lines(like: Tensor, count: int) -> Tensor:
-    return torch.empty((count, like.shape[-1]), dtype=torch.float32, device=like.device)
+    return torch.empty(count, like.shape[-1], dtype=torch.float32, device=like.device)
 
 
 def _dense(t: Tensor) -> Tensor:

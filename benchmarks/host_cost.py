@@ -1,0 +1,170 @@
+"""What a call costs the host: Python, checks, autograd, allocation, and everything up to the launch.
+
+    python -m benchmarks.host_cost [--rows 512] [--width 768] [--output FILE]
+
+Where there is a GPU the Triton kernels are launched and not waited for. Elsewhere the launch itself is stubbed out, and
+tensors on the CPU stand for those on a GPU. Beside them the CPU backend, which computes, and PyTorch's own norms: at
+4 x 64 elements, where their time is host time too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+import red_kernels as rk
+from red_kernels._files import write_files
+
+from .harness import Timing, environment, interleave
+
+CALLS = 200  # in a row, for one measurement
+TINY = (4, 64)
+
+
+class _Launched:
+    """Stands for a compiled kernel."""
+
+    function = packed_metadata = None
+
+    @staticmethod
+    def run(*arguments: Any) -> None:
+        """Where the launch would be."""
+
+
+class _AllCompiled(dict[Any, Any]):
+    def get(self, key: Any, default: Any = None) -> Any:
+        return _Launched
+
+
+@contextmanager
+def stubbed() -> Iterator[None]:
+    """Run the Triton backend on CPU tensors up to each launch and no further. Results are whatever was in memory."""
+    from red_kernels import backends
+    from red_kernels.backends import triton
+    from red_kernels.backends.triton import launch, operations, rules
+
+    patches: list[Any] = [mock.patch.object(kernel, "_compiled", _AllCompiled()) for kernel in operations.KERNELS]
+    patches += [
+        mock.patch.object(triton, "_device", "cpu"),
+        mock.patch.dict(backends._MODULES, {"triton": triton}),
+        mock.patch.object(backends, "_missing", return_value=None),
+    ]
+    for patch in patches:
+        patch.start()
+    try:
+        with launch.pretending(rules.Architecture("sm_90", 32, 132)):
+            yield
+    finally:
+        for patch in reversed(patches):
+            patch.stop()
+
+
+def calls(rows: int, width: int, device: str) -> dict[str, Callable[[], object]]:
+    """Every operation with edit vectors that ask for gradients, forward and forward with backward."""
+    x, residual = (torch.randn(rows, width, device=device).requires_grad_() for _ in range(2))
+    scale, bias = (torch.randn(width, device=device).requires_grad_() for _ in range(2))
+    weight, norm_bias = (torch.randn(width, device=device) for _ in range(2))
+    forwards: dict[str, Callable[[], Any]] = {
+        "edit": lambda: rk.edit(x, scale, bias),
+        "edit_add": lambda: rk.edit_add(x, residual, scale, bias),
+        "edit_add_rms_norm": lambda: rk.edit_add_rms_norm(x, residual, scale, bias, weight),
+        "edit_add_layer_norm": lambda: rk.edit_add_layer_norm(x, residual, scale, bias, weight, norm_bias),
+        "rms_norm_edit": lambda: rk.rms_norm_edit(x, weight, scale, bias),
+        "layer_norm_edit": lambda: rk.layer_norm_edit(x, weight, norm_bias, scale, bias),
+    }
+    upstream = torch.randn(rows, width, device=device)
+
+    def both(forward: Callable[[], Any]) -> Callable[[], object]:
+        def call() -> object:
+            found = forward()
+            results = found if isinstance(found, tuple) else (found,)
+            return torch.autograd.grad(results, [x, scale, bias], [upstream] * len(results))
+
+        return call
+
+    return forwards | {f"{name}, with backward": both(forward) for name, forward in forwards.items()}
+
+
+def torchs() -> dict[str, Callable[[], object]]:
+    """PyTorch's own norms at a size where the host decides."""
+    x, weight = torch.randn(TINY, requires_grad=True), torch.randn(TINY[1])
+    return {
+        "torch rms_norm": lambda: F.rms_norm(x, TINY[1:], weight),
+        "torch layer_norm": lambda: F.layer_norm(x, TINY[1:], weight, weight),
+    }
+
+
+def measure(rows: int, width: int, seconds: float) -> dict[str, dict[str, Timing]]:
+    """Seconds of one call, by implementation and operation."""
+    found: dict[str, dict[str, Timing]] = {"torch, 4 x 64": _time(torchs(), seconds)}
+    if rk.available_backends()["cpu"] is None:
+        with rk.backend("cpu"):
+            found["cpu, 4 x 64"] = _time(calls(*TINY, "cpu"), seconds)
+    if torch.cuda.is_available():
+        with rk.backend("triton"):
+            found[f"triton, {rows} x {width}"] = _time(calls(rows, width, "cuda"), seconds)
+        torch.cuda.synchronize()
+    else:
+        _keep_memory()
+        with stubbed(), rk.backend("triton"):
+            found[f"triton, {rows} x {width}, launch stubbed out"] = _time(calls(rows, width, "cpu"), seconds)
+    return found
+
+
+def _time(some: dict[str, Callable[[], object]], seconds: float) -> dict[str, Timing]:
+    def repeated(call: Callable[[], object]) -> Callable[[int], object]:
+        def run(number: int) -> None:
+            for _ in range(CALLS):
+                call()
+
+        return run
+
+    timings = interleave({name: repeated(call) for name, call in some.items()}, seconds=seconds)
+    return {name: Timing(t.median / CALLS, t.low / CALLS, t.high / CALLS) for name, t in timings.items()}
+
+
+def _keep_memory() -> None:
+    """Have malloc keep what is freed, as a GPU's allocator does; else each large tensor is a call of the system."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        return
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print a table, and write the result where asked."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_cost", description=str(__doc__).split("\n")[0])
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each implementation")
+    parser.add_argument("--output", type=Path, help="a JSON file for the result")
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    found = measure(chosen.rows, chosen.width, chosen.seconds)
+    table = Table("implementation", "operation", "median us", "quartiles us")
+    for implementation, timings in found.items():
+        for name, t in timings.items():
+            table.add_row(implementation, name, f"{t.median * 1e6:.1f}", f"{t.low * 1e6:.1f} to {t.high * 1e6:.1f}")
+    Console(file=sys.stdout).print(table)
+    if chosen.output:
+        results = {key: {name: t.json() for name, t in timings.items()} for key, timings in found.items()}
+        text = json.dumps({"environment": environment(), "seconds": results}, indent=1) + "\n"
+        write_files(chosen.output.parent, {chosen.output.name: text.encode()})
+
+
+if __name__ == "__main__":
+    main()
