@@ -7,7 +7,8 @@ The factories reason from the register file; a table that ``red-kernels bench --
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+
+from .tuned import slabs, tuned, whole_rows
 
 VECTOR_BYTES = 16  # the widest access of a thread
 MOST_WARPS = 16
@@ -64,7 +65,7 @@ def _pieces(width: int, chunk: int) -> int:
     return -(-width // chunk)
 
 
-@lru_cache(None)
+@tuned(RowTile, whole_rows(), optional=True)
 def norm_forward(width: int, itemsize: int, architecture: Architecture) -> RowTile | None:
     """A row in fp32 and what is loaded for it; None where that exceeds the registers of a program."""
     if width > 16384:
@@ -72,7 +73,7 @@ def norm_forward(width: int, itemsize: int, architecture: Architecture) -> RowTi
     return RowTile(*_row_tile(width, itemsize, architecture, 32))
 
 
-@lru_cache(None)
+@tuned(RowTile, whole_rows(persistent=True), optional=True)
 def norm_backward(width: int, itemsize: int, architecture: Architecture, sums: int) -> RowTile | None:
     """Beside a row of each of four inputs, ``sums`` column sums; None where they exceed the registers of a program."""
     rows, chunk, chunks, warps = _row_tile(width, itemsize, architecture, 24)
@@ -82,19 +83,19 @@ def norm_backward(width: int, itemsize: int, architecture: Architecture, sums: i
     return RowTile(rows, chunk, chunks, warps, programs=16 // warps if held <= 16 else 12 // warps)
 
 
-@lru_cache(None)
+@tuned(SlabTile, slabs())
 def edit_forward(width: int, itemsize: int, architecture: Architecture) -> SlabTile:
     """Two vectors of 16 bytes for each thread and input."""
     return _slab(width, itemsize, architecture, 16, 0)
 
 
-@lru_cache(None)
+@tuned(SlabTile, slabs(persistent=True))
 def edit_backward(width: int, itemsize: int, architecture: Architecture) -> SlabTile:
     """As forward, with two column sums for each element of the tile."""
     return _slab(width, itemsize, architecture, 16, 4)
 
 
-@lru_cache(None)
+@tuned(SlabTile, slabs(persistent=True))
 def wide_backward(width: int, itemsize: int, architecture: Architecture) -> SlabTile:
     """Rows too wide to hold: their statistics come from a kernel before."""
     return _slab(width, itemsize, architecture, 16, 4)
@@ -107,14 +108,14 @@ def _slab(width: int, itemsize: int, architecture: Architecture, held: int, prog
     return SlabTile(rows, chunk, warps, programs)
 
 
-@lru_cache(None)
+@tuned(RowTile, whole_rows(one_row=True))
 def wide_norm(width: int, itemsize: int, architecture: Architecture) -> RowTile:
     """Rows too wide to hold, one for each program, piece by piece."""
     chunk = min(architecture.warp * MOST_WARPS * VECTOR_BYTES // itemsize, power_of_two(width))
     return RowTile(1, chunk, _pieces(width, chunk), MOST_WARPS)
 
 
-@lru_cache(None)
+@tuned(SlabTile, slabs())
 def finish(width: int, architecture: Architecture) -> SlabTile:
     """The sum of what a few hundred programs left: many small programs, so that each has few lines after one another."""
     return SlabTile(32, min(64, power_of_two(width)), 4)

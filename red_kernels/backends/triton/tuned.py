@@ -1,0 +1,357 @@
+"""Tables of measured launch rules, which go before the factories of :mod:`.rules`.
+
+``red-kernels bench --tune`` measures a table on a device and writes it: a JSON file for one architecture. It is part of
+the package as ``tables/sm_90.json``, or is named by the variable RED_KERNELS_TRITON_TABLE, and is then used in place of
+the package's. A table is read once, at the first use of a rule on such a device, and checked whole: a wrong one raises
+ValueError. ``tables/README.md`` says what the fields mean.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import lru_cache, wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar, cast
+
+VARIABLE = "RED_KERNELS_TRITON_TABLE"
+FORMAT = 1
+FOLDER = Path(__file__).parent / "tables"
+MOST_THREADS = 1024  # of a program
+MOST_ELEMENTS = 1 << 20  # of a tile, Triton's own limit
+DTYPES = ("float32", "bfloat16", "float16")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Check = Callable[[Any, Mapping[str, int], int], "str | None"]
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A factory, and what is known of the tiles that may take the place of its own.
+
+    ``parameters`` are the names of its arguments but for the architecture: with the name, the key of a table's entries.
+    ``optional`` says that it may return None, ``check(tile, key, warp)`` what is wrong with a tile, or None.
+    """
+
+    name: str
+    factory: Callable[..., Any]
+    tile: type
+    parameters: tuple[str, ...]
+    optional: bool
+    check: Check
+
+
+RULES: dict[str, Rule] = {}  # by name; filled where the factories are
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was read from a file: tiles by ``(rule, *key)``, and where the fused matmul wins by (dtype, m, n, k)."""
+
+    path: Path
+    architecture: str
+    warp: int
+    device: str
+    date: str
+    versions: Mapping[str, str | None]
+    tiles: Mapping[Key, Any]
+    linear_wins: frozenset[tuple[str, int, int, int]]
+
+
+def whole_rows(*, persistent: bool = False, one_row: bool = False) -> Check:
+    """The check of a RowTile: it has to hold the width exactly, for none of its pieces may lie beyond it."""
+
+    def check(tile: Any, key: Mapping[str, int], warp: int) -> str | None:
+        width = key["width"]
+        if tile.chunk * tile.chunks < width:
+            return f"{tile.chunks} pieces of {tile.chunk} columns cannot hold the width {width}"
+        if tile.chunk * (tile.chunks - 1) >= width:
+            return f"the last of {tile.chunks} pieces of {tile.chunk} columns lies beyond the width {width}"
+        if one_row and tile.rows != 1:
+            return f"rows is {tile.rows}, and these kernels take one row at a time"
+        return _common(tile, width, warp, persistent)
+
+    return check
+
+
+def slabs(*, persistent: bool = False) -> Check:
+    """The check of a SlabTile; any number of slabs holds the width."""
+
+    def check(tile: Any, key: Mapping[str, int], warp: int) -> str | None:
+        return _common(tile, key["width"], warp, persistent)
+
+    return check
+
+
+def tuned(tile: type, check: Check, *, optional: bool = False) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorate a factory: a table goes before it. What is found is kept in a cache: a warmed call costs as before."""
+
+    def decorate(factory: Callable[P, T]) -> Callable[P, T]:
+        signature = inspect.signature(factory)
+        parameters = tuple(name for name in signature.parameters if name != "architecture")
+        rule = RULES[factory.__name__] = Rule(factory.__name__, factory, tile, parameters, optional, check)
+
+        @lru_cache(None)
+        @wraps(factory)
+        def found(*arguments: P.args, **named: P.kwargs) -> T:
+            values = signature.bind(*arguments, **named).arguments
+            if _forced is not None:
+                return _forced[rule.name] if rule.name in _forced else factory(*arguments, **named)
+            architecture = values["architecture"]
+            table = table_for(architecture.name, architecture.warp)
+            key = (rule.name, *(values[name] for name in parameters))
+            return table.tiles[key] if table is not None and key in table.tiles else factory(*arguments, **named)
+
+        _caches.append(found.cache_clear)
+        return cast(Callable[P, T], found)
+
+    return decorate
+
+
+def linear_wins(dtype: str, m: int, n: int, k: int, architecture: Any) -> bool:
+    """Whether the fused matmul was measured to beat the composed form for ``(m, k) @ (n, k).T``.
+
+    ``dtype`` is a name such as 'bfloat16'; ``m`` stands for its bucket, see :func:`bucket`.
+    """
+    if _forced is not None:
+        return False
+    table = table_for(architecture.name, architecture.warp)
+    return table is not None and (dtype, bucket(m), n, k) in table.linear_wins
+
+
+def bucket(m: int) -> int:
+    """The number of rows that stands for ``m`` in ``linear_wins``: the least power of two that is not below it."""
+    return 1 << max(0, m - 1).bit_length()
+
+
+@lru_cache(None)
+def table_for(architecture: str, warp: int) -> Table | None:
+    """The table for devices of an architecture: the user's own, else the package's, else None.
+
+    Raises ValueError if the file is no table for this architecture, and FileNotFoundError if the user's does not exist.
+    """
+    own = os.environ.get(VARIABLE)
+    path = Path(own) if own else FOLDER / f"{architecture}.json"
+    if own and not path.is_file():
+        raise FileNotFoundError(f"{VARIABLE}: there is no file {own!r}")
+    if not path.is_file():
+        return None
+    source = f"{VARIABLE}: {own}" if own else str(path)
+    table = parse(path.read_bytes(), source, path)
+    if table.architecture != architecture:
+        raise ValueError(f"{source} is a table for {table.architecture!r}, and this device is {architecture!r}")
+    if table.warp != warp:
+        raise ValueError(f"{source} is a table for warps of {table.warp} threads, and this device has {warp}")
+    return table
+
+
+@contextmanager
+def forcing(tiles: Mapping[str, Any]) -> Iterator[None]:
+    """In a ``with`` block rules give the tiles named here, whatever their arguments, and else their factories' own.
+
+    For measuring: no table is looked at, and no other thread may launch kernels meanwhile.
+    """
+    global _forced
+    unknown = sorted(set(tiles) - set(RULES))
+    if unknown:
+        raise ValueError(f"tiles got {', '.join(unknown)}, expected names out of {', '.join(RULES)}")
+    before, _forced = _forced, dict(tiles)
+    _clear()
+    try:
+        yield
+    finally:
+        _forced = before
+        _clear()
+
+
+def forget() -> None:
+    """Forget tables and tiles: files and the variable are read again at the next use."""
+    table_for.cache_clear()
+    _clear()
+
+
+def parse(text: str | bytes, source: str, path: Path) -> Table:
+    """Read a table from JSON. Raises ValueError naming ``source``, the entry, what came and what was expected."""
+    try:
+        content = json.loads(text, object_pairs_hook=_once)
+    except ValueError as error:
+        raise ValueError(f"{source}: cannot be read as JSON: {error}") from None
+    found = _fields(content, source, _TABLE)
+    if found["format"] != FORMAT:
+        raise ValueError(f"{source}: format is {found['format']}, and this version reads {FORMAT}")
+    versions = _fields(found["versions"], f"{source}: versions", _VERSIONS)
+    tiles: dict[Key, Any] = {}
+    for number, entry in enumerate(found["entries"]):
+        key, tile = _entry(entry, f"{source}: entry {number}", found["warp"])
+        if key in tiles:
+            raise ValueError(f"{source}: entry {number}: a second one for {key}")
+        tiles[key] = tile
+    wins: set[tuple[str, int, int, int]] = set()
+    for number, entry in enumerate(found["linear_wins"]):
+        win = _win(entry, f"{source}: linear_wins {number}")
+        if win in wins:
+            raise ValueError(f"{source}: linear_wins {number}: a second one for {win}")
+        wins.add(win)
+    return Table(
+        path, found["architecture"], found["warp"], found["device"], found["date"], versions, tiles, frozenset(wins)
+    )
+
+
+def tile_error(rule: Rule, tile: Any, key: Mapping[str, int], warp: int) -> str | None:
+    """What is wrong with a tile for a rule's arguments ``key`` on a device with ``warp`` threads in a warp, or None."""
+    if tile is None:
+        return None if rule.optional else "tile is null, and this rule needs one"
+    return rule.check(tile, key, warp)
+
+
+def _common(tile: Any, width: int, warp: int, persistent: bool) -> str | None:
+    for name in ("rows", "chunk", "warps"):
+        value = getattr(tile, name)
+        if value < 1 or value & (value - 1):
+            return f"{name} is {value}, expected a power of two"
+    if tile.chunk < min(4, bucket(width)):
+        return f"chunk is {tile.chunk}, and dropout takes columns by fours"
+    if tile.warps * warp > MOST_THREADS:
+        return f"{tile.warps} warps of {warp} threads are more than {MOST_THREADS}"
+    if tile.rows * tile.chunk > MOST_ELEMENTS:
+        return f"{tile.rows} rows of {tile.chunk} columns are more than {MOST_ELEMENTS} elements"
+    if persistent and tile.programs < 1:
+        return f"programs is {tile.programs}, expected 1 or more in a persistent grid"
+    if not persistent and tile.programs:
+        return f"programs is {tile.programs}, expected 0: there is a program for each tile"
+    return None
+
+
+def _entry(entry: Any, where: str, warp: int) -> tuple[Key, Any]:
+    name = entry.get("rule") if isinstance(entry, dict) else None
+    rule = RULES.get(name) if isinstance(name, str) else None
+    if rule is None:
+        if isinstance(entry, dict) and name is not None:
+            raise ValueError(f"{where}: rule is {name!r}, expected one of {', '.join(RULES)}")
+        raise ValueError(f"{where}: no rule is named, expected an object with one of {', '.join(RULES)}")
+    where = f"{where} ({name})"
+    found = _fields(entry, where, {"rule": str, **dict.fromkeys(rule.parameters, int), **_MEASURED})
+    key = {parameter: found[parameter] for parameter in rule.parameters}
+    for parameter, value in key.items():
+        if value < 0 or (value == 0 and parameter in ("width", "itemsize")):
+            raise ValueError(f"{where}: {parameter} is {value}, expected a positive number")
+    where = f"{where}, {', '.join(f'{parameter} {value}' for parameter, value in key.items())}"
+    tile = _tile(rule, found["tile"], f"{where}: tile")
+    _tile(rule, found["default"], f"{where}: default")
+    reason = tile_error(rule, tile, key, warp)
+    if reason is not None:
+        raise ValueError(f"{where}: {reason}")
+    _times(found, where, _CASE)
+    return (rule.name, *key.values()), tile
+
+
+def _win(entry: Any, where: str) -> tuple[str, int, int, int]:
+    found = _fields(entry, where, {"dtype": str, "m": int, "n": int, "k": int, "ratio": float, "measured": list})
+    dtype, m, n, k = found["dtype"], found["m"], found["n"], found["k"]
+    if dtype not in DTYPES:
+        raise ValueError(f"{where}: dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    for name, value in (("m", m), ("n", n), ("k", k)):
+        if value < 1:
+            raise ValueError(f"{where}: {name} is {value}, expected a positive number")
+    if m != bucket(m):
+        raise ValueError(f"{where}: m is {m}, expected a power of two, which stands for the numbers above its half")
+    _times(found, where, _CASE)
+    return dtype, m, n, k
+
+
+def _tile(rule: Rule, value: Any, where: str) -> Any:
+    if value is None and rule.optional:
+        return None
+    return rule.tile(**_fields(value, where, {field.name: int for field in fields(rule.tile)}))
+
+
+def _times(found: Mapping[str, Any], where: str, case: Mapping[str, type]) -> None:
+    """Check what was measured. It is for people, but a file that is wrong here was not written by the search."""
+    if not found["ratio"] > 0:
+        raise ValueError(f"{where}: ratio is {found['ratio']}, expected a positive number")
+    if not found["measured"]:
+        raise ValueError(f"{where}: measured is empty")
+    for number, value in enumerate(found["measured"]):
+        place = f"{where}: measured {number}"
+        measured = _fields(value, place, case)
+        for name in ("microseconds", "default_microseconds"):
+            _fields(measured[name], f"{place}: {name}", _QUARTILES)
+
+
+def _fields(value: Any, where: str, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an object, which has to have exactly those expected, of their types."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: got {json.dumps(value)[:60]}, expected an object with {', '.join(expected)}")
+    for name in value:
+        if name not in expected:
+            raise ValueError(f"{where}: unknown field {name!r}, expected {', '.join(expected)}")
+    for name, kind in expected.items():
+        if name not in value:
+            raise ValueError(f"{where}: {name} is missing")
+        if not _is(value[name], kind):
+            raise ValueError(f"{where}: {name} is {json.dumps(value[name])[:60]}, expected {_NAMES[kind]}")
+    return dict(value)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"a field is given twice among {', '.join(name for name, _ in pairs)}")
+    return found
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind is object:
+        return True
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _clear() -> None:
+    for clear in _caches:
+        clear()
+
+
+_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+    object: "anything",
+    str | None: "a text or null",
+}
+_TABLE = {
+    "format": int,
+    "architecture": str,
+    "warp": int,
+    "device": str,
+    "multiprocessors": int,
+    "versions": dict,
+    "date": str,
+    "measuring": str,
+    "entries": list,
+    "linear_wins": list,
+}
+_VERSIONS: dict[str, Any] = {"torch": str, "triton": str, "red_kernels": str, "commit": str | None}
+_MEASURED: dict[str, Any] = {"tile": object, "default": object, "ratio": float, "measured": list}
+_CASE = {
+    "operation": str,
+    "dtype": str,
+    "rows": int,
+    "microseconds": dict,
+    "default_microseconds": dict,
+    "ratio": float,
+}
+_QUARTILES = {"low": float, "median": float, "high": float}
+_forced: dict[str, Any] | None = None
+_caches: list[Callable[[], None]] = []
