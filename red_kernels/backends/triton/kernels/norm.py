@@ -125,11 +125,14 @@ def norm_backward(
         live = place < rows
         row = tl.load(order + place, mask=live, other=0) if SORTED else place
         id = tl.load(ids + place, mask=live, other=0) if ids is not None else None
-        held = ()  # all inputs are on their way before any is used: x too, which is needed only after the row's sums
+        held = ()
         for c in tl.static_range(CHUNKS):
             held = held + (_inputs(dy, dz, z, x, residual, row, live, c * CHUNK, D, CHUNK),)
         scaled = tl.load(rstd + row, mask=live, other=0.0)
         middle = tl.load(mean + row, mask=live, other=0.0) if mean is not None else None
+        # All inputs are on their way before any is waited for: x and dz too, which are needed only after the row's sums.
+        # Without this barrier the assembler moves their loads down to there, to save registers.
+        tl.debug_barrier()
         if SORTED:
             done = live & (id != current)
             line = line_of(current, changes, edits, ROWS)
