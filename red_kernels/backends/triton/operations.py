@@ -315,10 +315,7 @@ def _finish(
     work: _Work, norm_lines: tuple[Tensor | None, ...], like: Tensor, n_edits: int
 ) -> tuple[Tensor | None, ...]:
     """Add up what the programs left: the gradients of scale and bias, and those of the norm's vectors."""
-    d = like.shape[-1]
-    tile = rules.finish(d, architecture(like))
-    slabs = -(-d // tile.chunk)
-    constants = (d, tile.rows, tile.chunk)
+    d, chip = like.shape[-1], architecture(like)
     edit_outs: tuple[Tensor | None, ...] = ()
     plain = (*work.edit_lines, *norm_lines)
     if work.order is not None:
@@ -326,18 +323,26 @@ def _finish(
         edit_outs = tuple(None if t is None else _lines(like, n_edits) for t in work.edit_lines)
         ins, outs = [t for t in work.edit_lines if t is not None], [t for t in edit_outs if t is not None]
         rest = [None] * (2 - len(ins))
+        tile = rules.finish_edits(d, chip)
         _add_edits(
-            (n_edits, slabs, len(ins)),
+            (n_edits, -(-d // tile.chunk), len(ins)),
             (*ins, *rest, work.owners, work.offsets, *outs, *rest),
             (n_edits, work.length),
-            constants,
+            (d, tile.rows, tile.chunk),
             tile.warps,
         )
     plain_outs = tuple(None if t is None else torch.empty(d, dtype=torch.float32, device=like.device) for t in plain)
     ins, outs = [t for t in plain if t is not None], [t for t in plain_outs if t is not None]
     if ins:
         rest = [None] * (4 - len(ins))
-        _add_lines((slabs, len(ins), 1), (*ins, *rest, *outs, *rest), (work.programs,), constants, tile.warps)
+        tile = rules.finish(d, chip)
+        _add_lines(
+            (-(-d // tile.chunk), len(ins), 1),
+            (*ins, *rest, *outs, *rest),
+            (work.programs,),
+            (d, tile.rows, tile.chunk),
+            tile.warps,
+        )
     return *edit_outs, *plain_outs
 
 

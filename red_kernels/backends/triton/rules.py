@@ -117,5 +117,11 @@ def wide_norm(width: int, itemsize: int, architecture: Architecture) -> RowTile:
 
 @tuned(SlabTile, slabs())
 def finish(width: int, architecture: Architecture) -> SlabTile:
-    """The sum of what a few hundred programs left: many small programs, so that each has few lines after one another."""
-    return SlabTile(32, min(64, power_of_two(width)), 4)
+    """The sum of the few hundred lines that programs left: nearly all of them in flight at once, in many programs."""
+    return SlabTile(256, min(32, power_of_two(width)), 8)
+
+
+@tuned(SlabTile, slabs())
+def finish_edits(width: int, architecture: Architecture) -> SlabTile:
+    """The same for each of many edits, most of which have a few lines."""
+    return SlabTile(32, min(128, power_of_two(width)), 4)
