@@ -90,6 +90,16 @@ class Kernel:
             *addresses, *numbers, *constants,
         )  # fmt: skip
 
+    def compiled(
+        self, tensors: tuple[Tensor | None, ...], constants: tuple[Any, ...], warps: int, stages: int | None = None
+    ) -> Any:
+        """What calls with such aligned tensors and these constants run, to look at its spills; None before the first
+        call, and in the interpreter."""
+        first = tensors[0]
+        assert first is not None
+        types = [None if t is None else t.dtype for t in tensors]
+        return self._compiled.get((first.get_device(), constants, warps, stages, *types))
+
 
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:

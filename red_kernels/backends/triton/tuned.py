@@ -102,6 +102,7 @@ def tuned(tile: type, check: Check, *, optional: bool = False) -> Callable[[Call
         def found(*arguments: P.args, **named: P.kwargs) -> T:
             values = signature.bind(*arguments, **named).arguments
             if _forced is not None:
+                _asked.append((rule.name, *(values[name] for name in parameters)))
                 return _forced[rule.name] if rule.name in _forced else factory(*arguments, **named)
             architecture = values["architecture"]
             table = table_for(architecture.name, architecture.warp)
@@ -152,21 +153,23 @@ def table_for(architecture: str, warp: int) -> Table | None:
 
 
 @contextmanager
-def forcing(tiles: Mapping[str, Any]) -> Iterator[None]:
+def forcing(tiles: Mapping[str, Any]) -> Iterator[list[Key]]:
     """In a ``with`` block rules give the tiles named here, whatever their arguments, and else their factories' own.
 
-    For measuring: no table is looked at, and no other thread may launch kernels meanwhile.
+    The list that comes with the block grows by each ``(rule, *arguments)`` that is asked for, once. This is for measuring:
+    no table is looked at, and no other thread may launch kernels meanwhile.
     """
-    global _forced
+    global _forced, _asked
     unknown = sorted(set(tiles) - set(RULES))
     if unknown:
         raise ValueError(f"tiles got {', '.join(unknown)}, expected names out of {', '.join(RULES)}")
-    before, _forced = _forced, dict(tiles)
+    before = _forced, _asked
+    _forced, _asked = dict(tiles), []
     _clear()
     try:
-        yield
+        yield _asked
     finally:
-        _forced = before
+        _forced, _asked = before
         _clear()
 
 
@@ -354,4 +357,5 @@ _CASE = {
 }
 _QUARTILES = {"low": float, "median": float, "high": float}
 _forced: dict[str, Any] | None = None
+_asked: list[Key] = []
 _caches: list[Callable[[], None]] = []
