@@ -138,10 +138,8 @@ def _architecture(device: int) -> Architecture:
     if device < 0:  # the interpreter: few programs, so that each has several tiles
         return Architecture("interpreter", 32, 2)
     properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        name = properties.gcnArchName.split(":")[0]
-    else:
-        name = f"sm_{properties.major}{properties.minor}"
+    amd = properties.gcnArchName.split(":")[0] if torch.version.hip else None
+    name = amd or f"sm_{properties.major}{properties.minor}"
     return Architecture(name, properties.warp_size, properties.multi_processor_count)
 
 

@@ -1,7 +1,7 @@
 """The six operations on the kernels: what is allocated, which tile, which grid. No arithmetic.
 
-Arguments and results are those of :mod:`red_kernels.reference`. Inputs that are not contiguous are copied first. Nothing
-here waits for the device, and every size is known from shapes, so that CUDA graphs can capture it.
+Arguments and results are those of :mod:`red_kernels.reference`. Inputs that are not contiguous are copied first.
+Nothing here waits for the device, and every size is known from shapes, so that CUDA graphs can capture it.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """What the kernels share: device functions that load, edit, drop and sum pieces of rows.
 
-A tile is ``ROWS`` rows by ``CHUNK`` columns from ``first`` on. A kernel that needs whole rows holds each in several such
-pieces, a tuple: 5,120 columns take five pieces of 1,024 and not 8,192 lanes.
+A tile is ``ROWS`` rows by ``CHUNK`` columns from ``first`` on. A kernel that needs whole rows holds each in several
+such pieces, a tuple: 5,120 columns take five pieces of 1,024 and not 8,192 lanes.
 
-Sums over rows are kept in fp32 in a buffer ``(sums, lines, D)``. A plain sum has one line for each program. With edit_ids
-the rows are taken in the order of their ids, each row of a tile (a worker) having a stretch of that order, so that a
-worker meets an edit once. There is then a line for each edit, for those that begin and end within one worker, and behind
-them two for each worker: for its first and its last edit, which its neighbours may share.
+Sums over rows are kept in fp32 in a buffer ``(lines, D)``. A plain sum has one line for each program. With edit_ids the
+rows are taken in the order of their ids, each row of a tile (a worker) having a stretch of that order, so that a worker
+meets an edit once. There is then a line for each edit, for those that begin and end within one worker, and behind them
+two for each worker: for its first and its last edit, which its neighbours may share.
 """
 
 import triton
@@ -152,7 +152,7 @@ def places(tile, length, ROWS: tl.constexpr, SORTED: tl.constexpr):
 
 @triton.jit
 def flush(sums, total, line, done, first, D: tl.constexpr, CHUNK: tl.constexpr):
-    """Write the sums of the workers that are ``done`` with an edit to its ``line``, if it has one; return what goes on."""
+    """Write the sums of workers that are ``done`` with an edit to its ``line``, if it has one; return what is left."""
     store(sums, total, tl.where(line < 0, 0, line), done & (line >= 0), first, D, CHUNK)
     return tl.where(done[:, None], 0.0, total)
 
@@ -194,8 +194,10 @@ def first_edit(ids, rows, length, ROWS: tl.constexpr):
 
 @triton.jit
 def line_of(edit, changes, edits, ROWS: tl.constexpr):
-    """Where a worker's sum for ``edit`` goes, after so many ``changes`` of edit: its first line, or that of the edit, or
-    -1 where there is no such edit."""
+    """Where a worker's sum for ``edit`` goes: after no ``changes`` of edit its first line, then the edit's own.
+
+    -1 where there is no such edit.
+    """
     worker = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     return tl.where(changes == 0, edits + 2 * worker, tl.where(edit < edits, edit, -1))
 

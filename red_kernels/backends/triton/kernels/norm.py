@@ -1,8 +1,8 @@
 """Norms with an edit before or behind them, for rows that fit into the registers of a program.
 
 One pair of kernels serves LayerNorm and RMSNorm (``mean`` or not) and both places of the edit: ``z = residual +
-dropout(scale * x + bias)``, ``y = norm(z)``, or with ``EDIT_LAST`` ``y = scale * norm(x) + bias``. Whatever is absent is
-None, and is compiled away. Formulas: :mod:`red_kernels.reference`.
+dropout(scale * x + bias)``, ``y = norm(z)``, or with ``EDIT_LAST`` ``y = scale * norm(x) + bias``. Whatever is absent
+is None, and is compiled away. Formulas: :mod:`red_kernels.reference`.
 """
 
 import triton
@@ -103,8 +103,8 @@ def norm_backward(
 ):  # fmt: skip
     """A persistent grid. ``dscale`` to ``dnorm_bias`` are the buffers of column sums, None for those not asked for.
 
-    With ``order`` the rows are taken in the order of their ``ids``, which are sorted; ids without order are as they came,
-    and serve where no sum is kept for each edit.
+    With ``order`` the rows are taken in the order of their ``ids``, which are sorted. Ids without order are as they
+    came, and serve where no sum is kept for each edit.
     """
     SORTED: tl.constexpr = order is not None
     if dscale is not None:
@@ -130,8 +130,8 @@ def norm_backward(
             held = held + (_inputs(dy, dz, z, x, residual, row, live, c * CHUNK, D, CHUNK),)
         scaled = tl.load(rstd + row, mask=live, other=0.0)
         middle = tl.load(mean + row, mask=live, other=0.0) if mean is not None else None
-        # All inputs are on their way before any is waited for: x and dz too, which are needed only after the row's sums.
-        # Without this barrier the assembler moves their loads down to there, to save registers.
+        # All inputs are on their way before any is waited for: x and dz too, needed only after the row's sums. Without
+        # this barrier the assembler moves their loads down to there, to save registers.
         tl.debug_barrier()
         if SORTED:
             done = live & (id != current)

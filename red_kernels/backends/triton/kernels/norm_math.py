@@ -7,7 +7,8 @@ from .device import edited, load_edit, load_vector
 
 
 @triton.jit
-def affine(normed, weight, norm_bias, weight_offset, first, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+def affine(normed, weight, norm_bias, weight_offset, first,
+           D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """``normed * (weight_offset + weight) + norm_bias``."""
     if weight is not None:
         normed = normed * (load_vector(weight, first, D, ROWS, CHUNK) + weight_offset)

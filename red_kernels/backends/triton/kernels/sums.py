@@ -1,4 +1,4 @@
-"""The last step of column sums: one deterministic kernel adds the lines that the programs left, for all sums at once."""
+"""The last step of column sums: one deterministic kernel adds the lines that programs left, for all sums at once."""
 
 import triton
 import triton.language as tl
@@ -48,7 +48,8 @@ def add_edits(
 ):  # fmt: skip
     """One or two buffers ``(lines, D)`` to as many ``(edits, D)``: each edit's line, or what its workers share.
 
-    See :mod:`.device`. ``offsets`` says where each edit's rows begin in their order. The grid is (edits, slabs, buffers).
+    See :mod:`.device`. ``offsets`` says where each edit's rows begin in their order. The grid is (edits, slabs,
+    buffers).
     """
     sums = _which(tl.program_id(2), first_in, second_in, None, None)
     out = _which(tl.program_id(2), first_out, second_out, None, None)

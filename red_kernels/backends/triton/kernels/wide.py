@@ -1,8 +1,8 @@
 """Norms with an edit before or behind them, for rows too wide for the registers of a program: piece by piece.
 
-The same arguments and results as in :mod:`.norm`. Forward, a program goes over its row twice, the second time through the
-cache. Backward, one kernel makes the two averages of each row that its gradient needs, and with these every column is by
-itself, as in :mod:`.edit`: 8 passes over an activation rather than 6.
+The same arguments and results as in :mod:`.norm`. Forward, a program goes over its row twice, the second time through
+the cache. Backward, one kernel makes the two averages of each row that its gradient needs, and with these every column
+is by itself, as in :mod:`.edit`: 8 passes over an activation rather than 6.
 """
 
 import triton
