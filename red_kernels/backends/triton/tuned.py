@@ -27,7 +27,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Check = Callable[[Any, Mapping[str, int], int], "str | None"]
+Check = Callable[[Any, Mapping[str, Any], int], "str | None"]
 Key = tuple[Any, ...]
 
 
@@ -35,14 +35,14 @@ Key = tuple[Any, ...]
 class Rule:
     """A factory, and what is known of the tiles that may take the place of its own.
 
-    ``parameters`` are the names of its arguments but for the architecture: with the name, the key of a table's entries.
+    ``parameters`` are its arguments but for the architecture, int or str: with the name, the key of a table's entries.
     ``optional`` says that it may return None, ``check(tile, key, warp)`` what is wrong with a tile, or None.
     """
 
     name: str
     factory: Callable[..., Any]
     tile: type
-    parameters: tuple[str, ...]
+    parameters: Mapping[str, type]
     optional: bool
     check: Check
 
@@ -67,7 +67,7 @@ class Table:
 def whole_rows(*, persistent: bool = False, one_row: bool = False) -> Check:
     """The check of a RowTile: it has to hold the width exactly, for none of its pieces may lie beyond it."""
 
-    def check(tile: Any, key: Mapping[str, int], warp: int) -> str | None:
+    def check(tile: Any, key: Mapping[str, Any], warp: int) -> str | None:
         width = key["width"]
         if tile.chunk * tile.chunks < width:
             return f"{tile.chunks} pieces of {tile.chunk} columns cannot hold the width {width}"
@@ -83,18 +83,33 @@ def whole_rows(*, persistent: bool = False, one_row: bool = False) -> Check:
 def slabs(*, persistent: bool = False) -> Check:
     """The check of a SlabTile; any number of slabs holds the width."""
 
-    def check(tile: Any, key: Mapping[str, int], warp: int) -> str | None:
+    def check(tile: Any, key: Mapping[str, Any], warp: int) -> str | None:
         return _common(tile, key["width"], warp, persistent)
 
     return check
+
+
+def blocks(tile: Any, key: Mapping[str, Any], warp: int) -> str | None:
+    """The check of a LinearTile."""
+    for name in ("block_m", "block_n", "block_k", "group", "warps"):
+        if not _power_of_two(getattr(tile, name)):
+            return f"{name} is {getattr(tile, name)}, expected a power of two"
+    for name in ("block_m", "block_n", "block_k"):
+        if getattr(tile, name) < 16:
+            return f"{name} is {getattr(tile, name)}, and a matrix product takes 16 and more"
+    if tile.splits < 0 or tile.block_n >> tile.splits < 16:
+        return f"splits is {tile.splits}, and {tile.block_n} columns are split into pieces of 16 and more"
+    if tile.stages < 1:
+        return f"stages is {tile.stages}, expected 1 or more"
+    return _size(tile.warps, tile.block_m, tile.block_n, warp)
 
 
 def tuned(tile: type, check: Check, *, optional: bool = False) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorate a factory: a table goes before it. What is found is kept in a cache: a warmed call costs as before."""
 
     def decorate(factory: Callable[P, T]) -> Callable[P, T]:
-        signature = inspect.signature(factory)
-        parameters = tuple(name for name in signature.parameters if name != "architecture")
+        signature = inspect.signature(factory, eval_str=True)
+        parameters = {name: p.annotation for name, p in signature.parameters.items() if name != "architecture"}
         rule = RULES[factory.__name__] = Rule(factory.__name__, factory, tile, parameters, optional, check)
 
         @lru_cache(None)
@@ -156,7 +171,7 @@ def table_for(architecture: str, warp: int) -> Table | None:
 def forcing(tiles: Mapping[str, Any]) -> Iterator[list[Key]]:
     """In a ``with`` block rules give the tiles named here, whatever their arguments, and else their factories' own.
 
-    The list that comes with the block grows by each ``(rule, *arguments)`` that is asked for, once. This is for measuring:
+    The list that comes with the block grows by each ``(rule, *arguments)`` that is asked for, once. This is to measure:
     no table is looked at, and no other thread may launch kernels meanwhile.
     """
     global _forced, _asked
@@ -206,7 +221,7 @@ def parse(text: str | bytes, source: str, path: Path) -> Table:
     )
 
 
-def tile_error(rule: Rule, tile: Any, key: Mapping[str, int], warp: int) -> str | None:
+def tile_error(rule: Rule, tile: Any, key: Mapping[str, Any], warp: int) -> str | None:
     """What is wrong with a tile for a rule's arguments ``key`` on a device with ``warp`` threads in a warp, or None."""
     if tile is None:
         return None if rule.optional else "tile is null, and this rule needs one"
@@ -215,20 +230,27 @@ def tile_error(rule: Rule, tile: Any, key: Mapping[str, int], warp: int) -> str 
 
 def _common(tile: Any, width: int, warp: int, persistent: bool) -> str | None:
     for name in ("rows", "chunk", "warps"):
-        value = getattr(tile, name)
-        if value < 1 or value & (value - 1):
-            return f"{name} is {value}, expected a power of two"
+        if not _power_of_two(getattr(tile, name)):
+            return f"{name} is {getattr(tile, name)}, expected a power of two"
     if tile.chunk < min(4, bucket(width)):
         return f"chunk is {tile.chunk}, and dropout takes columns by fours"
-    if tile.warps * warp > MOST_THREADS:
-        return f"{tile.warps} warps of {warp} threads are more than {MOST_THREADS}"
-    if tile.rows * tile.chunk > MOST_ELEMENTS:
-        return f"{tile.rows} rows of {tile.chunk} columns are more than {MOST_ELEMENTS} elements"
     if persistent and tile.programs < 1:
         return f"programs is {tile.programs}, expected 1 or more in a persistent grid"
     if not persistent and tile.programs:
         return f"programs is {tile.programs}, expected 0: there is a program for each tile"
+    return _size(tile.warps, tile.rows, tile.chunk, warp)
+
+
+def _size(warps: int, rows: int, columns: int, warp: int) -> str | None:
+    if warps * warp > MOST_THREADS:
+        return f"{warps} warps of {warp} threads are more than {MOST_THREADS}"
+    if rows * columns > MOST_ELEMENTS:
+        return f"{rows} rows of {columns} columns are more than {MOST_ELEMENTS} elements"
     return None
+
+
+def _power_of_two(value: int) -> bool:
+    return value > 0 and not value & (value - 1)
 
 
 def _entry(entry: Any, where: str, warp: int) -> tuple[Key, Any]:
@@ -239,10 +261,10 @@ def _entry(entry: Any, where: str, warp: int) -> tuple[Key, Any]:
             raise ValueError(f"{where}: rule is {name!r}, expected one of {', '.join(RULES)}")
         raise ValueError(f"{where}: no rule is named, expected an object with one of {', '.join(RULES)}")
     where = f"{where} ({name})"
-    found = _fields(entry, where, {"rule": str, **dict.fromkeys(rule.parameters, int), **_MEASURED})
+    found = _fields(entry, where, {"rule": str, **rule.parameters, **_MEASURED})
     key = {parameter: found[parameter] for parameter in rule.parameters}
     for parameter, value in key.items():
-        if value < 0 or (value == 0 and parameter in ("width", "itemsize")):
+        if isinstance(value, int) and value < (0 if parameter == "sums" else 1):
             raise ValueError(f"{where}: {parameter} is {value}, expected a positive number")
     where = f"{where}, {', '.join(f'{parameter} {value}' for parameter, value in key.items())}"
     tile = _tile(rule, found["tile"], f"{where}: tile")
