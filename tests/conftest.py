@@ -1,17 +1,68 @@
-"""What all tests share: one random seed, and the implementations that operations are tested on."""
+"""What all tests share: one random seed, the implementations that operations are tested on, and which cases run.
+
+With RED_KERNELS_TEST_ON (see ``op_cases.py``) only tests of implementations run: those that take the fixture
+``implementation`` or are marked ``implementations``; all others are the same whatever the variable says.
+
+Triton's interpreter needs a millisecond and more for each program of a kernel. There a test with several parameters
+runs on as few of its cases as have every pair of values of two parameters (every operation with every dtype, every shape
+with every operation, ...), without those marked ``nightly``. ``make test-nightly`` runs all.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
-from op_cases import IMPLEMENTATIONS, Implementation
+from op_cases import IMPLEMENTATIONS, INTERPRETED, TEST_ALL, TEST_ON, Implementation
+
+if INTERPRETED:
+    import interpreter
+
+    interpreter.mend()
 
 # The same examples in every run: a failure is there again when it is looked for.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, print_blob=False)
 settings.load_profile("fixed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "implementations: the test goes through the implementations by itself")
+    config.addinivalue_line("markers", "nightly: too slow in Triton's interpreter for a run of each change")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept = list(items)
+    if TEST_ON is not None:
+        kept = [item for item in kept if _of_implementations(item)]
+    if INTERPRETED and not TEST_ALL:
+        kept = _pairs(item for item in kept if item.get_closest_marker("nightly") is None)
+    left = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in left])
+    items[:] = kept
+
+
+def _of_implementations(item: pytest.Item) -> bool:
+    return (
+        "implementation" in getattr(item, "fixturenames", ()) or item.get_closest_marker("implementations") is not None
+    )
+
+
+def _pairs(items: Iterator[pytest.Item]) -> list[pytest.Item]:
+    """Those items, in their order, that have a pair of values of their test's parameters which none before them had."""
+    seen: dict[object, set[object]] = {}
+    kept = []
+    for item in items:
+        call = getattr(item, "callspec", None)
+        values = sorted(call.indices.items()) if call is not None else []
+        pairs = set(itertools.combinations(values, 2)) or {tuple(values)}
+        before = seen.setdefault((item.path, getattr(item, "originalname", item.name)), set())
+        if not pairs <= before:
+            kept.append(item)
+            before |= pairs
+    return kept
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,15 @@
-"""The operations as tests see them: their tensors, the fused call, and the composition a user would write."""
+"""The operations as tests see them: their tensors, the fused call, and the composition a user would write.
+
+Tests make their tensors on the CPU. For an implementation that runs on a GPU, :func:`call` (and so ``fused`` and
+``run``) moves them there as they lie in memory, and results and gradients back.
+
+The variable RED_KERNELS_TEST_ON, a backend's name, leaves only that implementation, and RED_KERNELS_TEST_ALL=1 has
+every case run in Triton's interpreter, where else a part does; see ``conftest.py``.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import red_kernels as rk
+from red_kernels import backends
 from red_kernels.backends import native
 
 Tensors = dict[str, Any]  # tensors, and None for what is absent
@@ -36,12 +45,32 @@ WITH_WEIGHT_OFFSET = ("edit_add_rms_norm", "rms_norm_edit")
 EPS = 1e-5
 
 
+# Triton's interpreter runs the kernels on CPU tensors.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TEST_ON = os.environ.get("RED_KERNELS_TEST_ON") or None
+TEST_ALL = os.environ.get("RED_KERNELS_TEST_ALL") == "1"
+
+
+def device_of(backend: str | None) -> str:
+    """Where the tensors of a backend are."""
+    return "cuda" if backend == "triton" and not INTERPRETED else "cpu"
+
+
 @dataclass(frozen=True)
 class Implementation:
     """A backend, and for the compiled one an instruction set."""
 
     backend: str
     instruction_set: str | None = None
+
+    @property
+    def device(self) -> str:
+        return device_of(self.backend)
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is made of kernels of this project, which fix the order of every sum."""
+        return self.backend != "reference"
 
     def __str__(self) -> str:
         return self.backend if self.instruction_set is None else f"{self.backend}-{self.instruction_set}"
@@ -59,7 +88,16 @@ class Implementation:
 COMPILED = tuple(
     Implementation("cpu", name) for name in (native.instruction_sets() if native.load_error() is None else ())
 )
-IMPLEMENTATIONS = (Implementation("reference"), *COMPILED)
+TRITON = (Implementation("triton"),) if rk.available_backends()["triton"] is None else ()
+IMPLEMENTATIONS = tuple(
+    implementation
+    for implementation in (Implementation("reference"), *COMPILED, *TRITON)
+    if TEST_ON in (None, implementation.backend)
+)
+if not IMPLEMENTATIONS:
+    raise ValueError(
+        f"RED_KERNELS_TEST_ON is {TEST_ON!r}, expected a backend that can be used: {rk.available_backends()}"
+    )
 
 
 def arguments(
@@ -92,12 +130,46 @@ def arguments(
     return found
 
 
+class _Moved(torch.autograd.Function):
+    """A tensor on another device, with its strides, its place in its storage, and all that lies around it there."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, device: str) -> Tensor:
+        ctx.home = t.device.type
+        whole = t.new_empty(0).set_(t.untyped_storage()).to(device)
+        return whole.new_empty(0).set_(whole.untyped_storage(), t.storage_offset(), t.size(), t.stride())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _Moved.apply(grads[0], ctx.home), None
+
+
+def moved(value: Any, device: str) -> Any:
+    """A tensor on another device, laid out as it was, with gradients flowing back; anything else as it is."""
+    return _Moved.apply(value, device) if isinstance(value, Tensor) and value.device.type != device else value
+
+
+def call(function: Callable[..., Any], *values: Any, **options: Any) -> Any:
+    """Call an operation with CPU tensors on the device of the backend that was asked for, the results back on the CPU.
+
+    Tensors that are elsewhere are used where they are.
+    """
+    device = device_of(backends.forced_backend())
+    tensors = [value for value in (*values, *options.values()) if isinstance(value, Tensor)]
+    if device == "cpu" or any(t.device.type != "cpu" for t in tensors):
+        return function(*values, **options)
+    found = function(
+        *(moved(value, device) for value in values), **{name: moved(value, device) for name, value in options.items()}
+    )
+    return tuple(moved(t, "cpu") for t in found) if isinstance(found, tuple) else moved(found, "cpu")
+
+
 def fused(operation: str, tensors: Tensors, **options: Any) -> Any:
     """The public operation."""
     values = [tensors[name] for name in ARGUMENTS[operation]]
     if "norm" in operation:
         values.append(options.pop("eps", EPS))
-    return getattr(rk, operation)(*values, **options)
+    return call(getattr(rk, operation), *values, **options)
 
 
 def eager(
