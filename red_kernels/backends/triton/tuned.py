@@ -23,7 +23,7 @@ FORMAT = 1
 FOLDER = Path(__file__).parent / "tables"
 MOST_THREADS = 1024  # of a program
 MOST_ELEMENTS = 1 << 20  # of a tile, Triton's own limit
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "tf32", "bfloat16", "float16")  # of matrix products: tf32 is float32 multiplied as TF32
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -133,7 +133,7 @@ def tuned(tile: type, check: Check, *, optional: bool = False) -> Callable[[Call
 def linear_wins(dtype: str, m: int, n: int, k: int, architecture: Any) -> bool:
     """Whether the fused matmul was measured to beat the composed form for ``(m, k) @ (n, k).T``.
 
-    ``dtype`` is a name such as 'bfloat16'; ``m`` stands for its bucket, see :func:`bucket`.
+    ``dtype`` is one of ``DTYPES``; ``m`` stands for its bucket, see :func:`bucket`.
     """
     if _forced is not None:
         return False
