@@ -4,8 +4,9 @@ With RED_KERNELS_TEST_ON (see ``op_cases.py``) only tests of implementations run
 ``implementation`` or are marked ``implementations``; all others are the same whatever the variable says.
 
 Triton's interpreter needs a millisecond and more for each program of a kernel. There a test with several parameters
-runs on as few of its cases as have every pair of values of two parameters (every operation with every dtype, every shape
-with every operation, ...), without those marked ``nightly``. ``make test-nightly`` runs all.
+runs on as few of its cases as have every pair of values of two parameters (every operation with every dtype, every
+shape with every operation, ...), without those marked ``nightly``. ``make test-nightly`` runs all but those marked
+``not_interpreted``.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ settings.load_profile("fixed")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "implementations: the test goes through the implementations by itself")
+    config.addinivalue_line("markers", "not_interpreted: large only for what other implementations do with much memory")
     config.addinivalue_line("markers", "nightly: too slow in Triton's interpreter for a run of each change")
 
 
@@ -37,6 +39,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = list(items)
     if TEST_ON is not None:
         kept = [item for item in kept if _of_implementations(item)]
+    if INTERPRETED:
+        kept = [item for item in kept if item.get_closest_marker("not_interpreted") is None]
     if INTERPRETED and not TEST_ALL:
         kept = _pairs(item for item in kept if item.get_closest_marker("nightly") is None)
     left = set(kept)

@@ -3,8 +3,8 @@
 ``mend()`` changes the interpreter of the Triton installed, 3.6 to 3.9, in place:
 
 - bfloat16. The interpreter turns fp32 into bfloat16 by cutting bits off, and a NaN whose bits are all in the low half
-  into infinity. A GPU rounds to the nearest number, ties to even (``cvt.rn.bf16.f32``). A kernel held to a rounding step
-  would be judged by an error of the interpreter's own.
+  into infinity. A GPU rounds to the nearest number, ties to even (``cvt.rn.bf16.f32``). A kernel held to a rounding
+  step would be judged by an error of the interpreter's own.
 - Sums. numpy adds the rows of an array one after another, which loses more digits than a GPU's tree of additions.
 - Bounds. Every address that a kernel reads or writes must lie within one of the tensors that it was given. The
   interpreter would read and write wherever it is told.

@@ -229,10 +229,10 @@ def outputs_of(result: Tensor | tuple[Tensor | None, ...]) -> tuple[Tensor, ...]
     return tuple(t for t in (result if isinstance(result, tuple) else (result,)) if t is not None)
 
 
-def leaves(tensors: Tensors, dtype: torch.dtype | None = None) -> Tensors:
-    """Copies that ask for gradients, in another dtype if one is given."""
+def leaves(tensors: Tensors, dtype: torch.dtype | None = None, device: str | None = None) -> Tensors:
+    """Copies that ask for gradients, in another dtype or on another device if one is given."""
     return {
-        name: None if t is None else t.detach().to(dtype or t.dtype, copy=True).requires_grad_()
+        name: None if t is None else t.detach().to(device or t.device, dtype or t.dtype, copy=True).requires_grad_()
         for name, t in tensors.items()
     }
 

@@ -12,21 +12,26 @@ from op_cases import (
     WITH_DROPOUT,
     WITH_NORM_BEHIND,
     Implementation,
+    Results,
+    Tensors,
     arguments,
     assert_as_good_as,
+    call,
+    device_of,
     eager,
     fused,
     leaves,
     outputs_of,
     run,
     same_bits,
-    truth,
     upstream,
+    widened,
 )
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import red_kernels as rk
+from red_kernels import backends
 from red_kernels.functional import EditAddFunction
 
 SEED = 0x1234_5678_9ABC_DEF
@@ -34,7 +39,21 @@ SEED = 0x1234_5678_9ABC_DEF
 
 def mask_of(shape: tuple[int, ...], p: float, seed: int = SEED, dtype: torch.dtype = torch.float32) -> Tensor:
     """The factors in use, from an edit that does nothing else."""
-    return EditAddFunction.apply(torch.ones(shape, dtype=dtype), None, None, None, None, torch.tensor([seed]), p)
+    x = torch.ones(shape, dtype=dtype)
+    return call(EditAddFunction.apply, x, None, None, None, None, torch.tensor([seed]), p)
+
+
+def drawn_factor(number: int, p: float, shape: tuple[int, ...]) -> Tensor:
+    """The factors of the first operation after ``torch.manual_seed(number)``, which are left to it as they were."""
+    torch.manual_seed(number)
+    seed = torch.randint(0, 2**62, (1,), device=device_of(backends.forced_backend())).cpu()
+    torch.manual_seed(number)
+    return rk.reference.dropout_factor(seed, p, torch.ones(shape).double())
+
+
+def exact(operation: str, tensors: Tensors, grads: tuple[Tensor, ...], **options: Any) -> Results:
+    """The composition in fp64."""
+    return run(eager, operation, widened(tensors), tuple(g.double() for g in grads), **options)
 
 
 # Known answers of Philox4x32-10, published with Random123 (kat_vectors).
@@ -102,13 +121,9 @@ def test_error_at_most_that_of_eager(
     tensors, grads = arguments(operation, shape, dtype, edits=edits), upstream(shape, dtype)
     options: dict[str, Any] = {} if edits is None else {"edit_ids": torch.arange(65) % 3}
     draws = {"dropout_p": p, "training": True, **options}
-    torch.manual_seed(5)
-    seed = torch.randint(0, 2**62, (1,))
-    factor = rk.reference.dropout_factor(seed, p, torch.ones(shape).double())
-    torch.manual_seed(5)
+    factor = drawn_factor(5, p, shape)
     found = run(fused, operation, tensors, grads, **draws)
-    torch.manual_seed(5)
-    expected = truth(operation, tensors, grads, **draws)
+    expected = exact(operation, tensors, grads, factor=factor, **options)
     assert_as_good_as(found, run(eager, operation, tensors, grads, factor=factor, **options), expected)
 
 
@@ -117,12 +132,9 @@ def test_the_mask_is_made_again_without_z(operation: str, implementation: Implem
     shape = (33, 130)
     tensors, grads = arguments(operation, shape), upstream(shape, torch.float32, number=1)
     draws = {"dropout_p": 0.5, "training": True, "need_z": False}
-    torch.manual_seed(5)
+    factor = drawn_factor(5, 0.5, shape)
     found = run(fused, operation, tensors, grads, **draws)
-    torch.manual_seed(5)
-    expected = truth(operation, tensors, grads, **draws)
-    seed = (torch.manual_seed(5), torch.randint(0, 2**62, (1,)))[1]
-    factor = rk.reference.dropout_factor(seed, 0.5, torch.ones(shape).double())
+    expected = exact(operation, tensors, grads, factor=factor, need_z=False)
     assert_as_good_as(found, run(eager, operation, tensors, grads, factor=factor, need_z=False), expected)
 
 
@@ -147,9 +159,10 @@ def test_reproducible_from_torchs_seed(operation: str, implementation: Implement
 def test_no_dropout(operation: str, options: dict[str, Any], implementation: Implementation) -> None:
     """In evaluation, and with p = 0: no element is dropped and no random number is used up."""
     tensors, grads = arguments(operation, (33, 130)), upstream((33, 130), torch.float32)
-    before = torch.get_rng_state()
+    states = (torch.get_rng_state, torch.cuda.get_rng_state)[: 2 if implementation.device == "cuda" else 1]
+    before = [state() for state in states]
     assert same_bits(run(fused, operation, tensors, grads, **options), run(fused, operation, tensors, grads))
-    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(state(), value) for state, value in zip(states, before, strict=True))
 
 
 @pytest.mark.parametrize("operation", WITH_DROPOUT)
@@ -165,7 +178,7 @@ def test_everything_dropped(operation: str, implementation: Implementation) -> N
 def test_dropped_elements_do_not_hide_what_is_no_number(value: float, implementation: Implementation) -> None:
     """As in torch's own dropout, where a dropped element is one times zero."""
     x = torch.full((3, 37), value)
-    dropped = rk.edit_add(x, torch.zeros(3, 37), dropout_p=1.0, training=True)
+    dropped = call(rk.edit_add, x, torch.zeros(3, 37), dropout_p=1.0, training=True)
     assert torch.equal(dropped.isnan(), torch.nn.functional.dropout(x, 1.0).isnan())
     assert bool(dropped.isnan().all())
 
@@ -175,7 +188,9 @@ def test_dropped_elements_do_not_hide_what_is_no_number(value: float, implementa
 def test_activation_checkpointing_makes_the_same_mask(
     operation: str, reentrant: bool, implementation: Implementation
 ) -> None:
-    tensors, grads = arguments(operation, (33, 130)), upstream((33, 130), torch.float32)
+    device = implementation.device  # checkpointing keeps the generator's state of the devices of its arguments
+    tensors = leaves(arguments(operation, (33, 130)), device=device)
+    grads = tuple(g.to(device) for g in upstream((33, 130), torch.float32))
     calls = 0
 
     def block(*values: Tensor) -> tuple[Tensor, ...]:
@@ -188,7 +203,7 @@ def test_activation_checkpointing_makes_the_same_mask(
         torch.manual_seed(3)
         asking = leaves(tensors)
         results = wrapped(*asking.values())
-        torch.rand(5)  # the generator has gone on when the backward comes
+        torch.rand(5, device=device)  # the generator has gone on when the backward comes
         torch.autograd.backward(results, grads[: len(results)])
         found.append([*results, *(t.grad for t in asking.values())])
     assert calls == 3, "the checkpointed block ran again"
@@ -196,7 +211,7 @@ def test_activation_checkpointing_makes_the_same_mask(
 
 
 def test_the_mask_is_not_stored(implementation: Implementation) -> None:
-    tensors = leaves(arguments("edit_add", (33, 130)))
+    tensors = leaves(arguments("edit_add", (33, 130)), device=implementation.device)
     sizes: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         fused("edit_add", tensors, dropout_p=0.5, training=True)

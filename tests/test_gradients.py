@@ -15,6 +15,8 @@ from op_cases import (
     Implementation,
     Tensors,
     arguments,
+    call,
+    device_of,
     fused,
     leaves,
     outputs_of,
@@ -24,7 +26,7 @@ from op_cases import (
 from torch import Tensor
 
 import red_kernels as rk
-from red_kernels import functional
+from red_kernels import backends, functional
 
 
 def _check(operation: str, tensors: Tensors, **options: Any) -> None:
@@ -122,7 +124,8 @@ def test_nothing_asks(operation: str, implementation: Implementation) -> None:
 
 def _saved(operation: str, tensors: Tensors, asking: tuple[str, ...], **options: Any) -> set[str]:
     """Which of the tensors a backward for ``asking`` keeps; 'z' and 'statistic' for what is made."""
-    given = {name: t.clone().requires_grad_(name in asking) for name, t in tensors.items()}
+    device = device_of(backends.forced_backend())
+    given = {name: t.to(device, copy=True).requires_grad_(name in asking) for name, t in tensors.items()}
     kept: list[Tensor] = []
 
     def keep(t: Tensor) -> Tensor:
@@ -175,7 +178,7 @@ def test_only_one_of_the_results_is_used(operation: str, implementation: Impleme
 
 @pytest.mark.parametrize("operation", WITH_NORM_BEHIND)
 def test_z_changed_before_the_backward(operation: str, implementation: Implementation) -> None:
-    y, z = fused(operation, leaves(arguments(operation, (5, 37))))
+    y, z = fused(operation, leaves(arguments(operation, (5, 37)), device=implementation.device))
     with torch.no_grad():
         z.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -184,7 +187,7 @@ def test_z_changed_before_the_backward(operation: str, implementation: Implement
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_second_derivative(operation: str, implementation: Implementation) -> None:
-    tensors = leaves(arguments(operation, (5, 37)))
+    tensors = leaves(arguments(operation, (5, 37)), device=implementation.device)
     results = outputs_of(fused(operation, tensors))
     first = torch.autograd.grad(sum(t.square().sum() for t in results), list(tensors.values()), create_graph=True)
     expected = run(fused, operation, tensors, tuple(2 * t.detach() for t in results))
@@ -206,7 +209,7 @@ def test_second_derivative(operation: str, implementation: Implementation) -> No
 def test_create_graph_without_a_second_derivative(implementation: Implementation) -> None:
     """A gradient that depends on nothing that asks is a constant."""
     x, scale = torch.randn(5, 37), torch.randn(37, requires_grad=True)
-    (first,) = torch.autograd.grad(rk.edit(x, scale).sum(), scale, create_graph=True)
+    (first,) = torch.autograd.grad(call(rk.edit, x, scale).sum(), scale, create_graph=True)
     assert not first.requires_grad
 
 
@@ -247,14 +250,15 @@ def test_one_tensor_in_several_places(operation: str, implementation: Implementa
 def test_leaf_gradients_do_not_share_memory(operation: str, implementation: Implementation) -> None:
     """Where the gradients of x and of the residual are one tensor, changing one of them must not change the other."""
     tensors = arguments(operation, (5, 37)) | {"scale": None}
-    asking = leaves(tensors)
+    asking = leaves(tensors, device=implementation.device)
     results = outputs_of(fused(operation, asking))
-    grads = upstream((5, 37), torch.float32)[: len(results)]
+    grads = [g.to(implementation.device) for g in upstream((5, 37), torch.float32)[: len(results)]]
+    before = [g.clone() for g in grads]
     torch.autograd.backward(results, grads)
     kept = {name: t.grad.clone() for name, t in asking.items() if t is not None}
     asking["x"].grad.zero_()
     assert all(torch.equal(asking[name].grad, value) for name, value in kept.items() if name != "x")
-    assert all(map(torch.equal, grads, upstream((5, 37), torch.float32)))
+    assert all(map(torch.equal, grads, before))
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -274,7 +278,7 @@ def test_functional_call(implementation: Implementation) -> None:
             self.scale = torch.nn.Parameter(torch.ones(37))
 
         def forward(self, x: Tensor) -> Tensor:
-            return rk.edit(x, self.scale)
+            return call(rk.edit, x, self.scale)
 
     x, scale = torch.randn(5, 37), torch.randn(37, requires_grad=True)
     torch.func.functional_call(Site(), {"scale": scale}, (x,)).sum().backward()

@@ -41,7 +41,7 @@ if INTERPRETED:
 
 
 def _special() -> torch.Tensor:
-    """fp32 numbers at which rounding may go wrong, of both signs: ties, carries, overflow, subnormals, infinity, NaN."""
+    """fp32 numbers where rounding may go wrong, of both signs: ties, carries, overflow, subnormals, infinity, NaN."""
     bits = [
         0x00000000, 0x00000001, 0x00007FFF, 0x00008000, 0x00008001, 0x00018000, 0x007FFFFF, 0x00800000, 0x3F800000,
         0x3F807FFF, 0x3F808000, 0x3F808001, 0x3F817FFF, 0x3F818000, 0x3F818001, 0x3FFFFFFF, 0x7F7F7FFF, 0x7F7F8000,

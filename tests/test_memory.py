@@ -16,6 +16,7 @@ from op_cases import (
     Tensors,
     arguments,
     fused,
+    leaves,
     outputs_of,
     run,
     same_bits,
@@ -26,8 +27,14 @@ from torch import Tensor
 import red_kernels as rk
 from red_kernels.backends import native
 
-# Small outputs; outputs that end within a vector and take pooled memory; outputs large enough to go past the cache.
-SIZES = [(3, 37), (600, 577), (1100, 2048)]
+# Small outputs; several tiles of kernels; outputs that end within a vector and take pooled memory; outputs large enough
+# to go past the cache.
+SIZES = [
+    (3, 37),
+    (33, 577),
+    pytest.param((600, 577), marks=pytest.mark.nightly),
+    pytest.param((1100, 2048), marks=pytest.mark.not_interpreted),
+]
 compiled_only = pytest.mark.skipif(native.load_error() is not None, reason=f"no CPU kernels: {native.load_error()}")
 
 
@@ -120,8 +127,9 @@ def test_nothing_is_read_beside_the_inputs(
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_inputs_are_never_written(operation: str, shape: tuple[int, int], implementation: Implementation) -> None:
     tensors, grads = arguments(operation, shape), upstream(shape, torch.float32)
-    before = {name: t.clone() for name, t in tensors.items()}
-    asking = {name: t.requires_grad_() for name, t in tensors.items()}
+    asking = leaves(tensors, device=implementation.device)
+    grads = tuple(g.to(implementation.device) for g in grads)
+    before = {name: t.detach().clone() for name, t in asking.items()}
     results = outputs_of(fused(operation, asking, **_options(operation, shape[0])))
     saved = [t.detach().clone() for t in results]
     upstream_before = [g.clone() for g in grads]
@@ -133,7 +141,15 @@ def test_inputs_are_never_written(operation: str, shape: tuple[int, int], implem
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("shape", [(199, 769), (700, 1024)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (33, 130),
+        pytest.param((199, 769), marks=pytest.mark.nightly),
+        pytest.param((700, 1024), marks=pytest.mark.not_interpreted),
+    ],
+    ids=str,
+)
 def test_same_bits_twice_and_for_any_number_of_threads(
     shape: tuple[int, int], operation: str, dtype: torch.dtype, implementation: Implementation, threads: None
 ) -> None:
@@ -166,7 +182,7 @@ def test_same_bits_for_any_number_of_threads_with_edit_ids(operation: str, threa
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_results_share_no_memory(operation: str, dtype: torch.dtype, implementation: Implementation) -> None:
-    tensors = arguments(operation, (6, 4, 37), dtype)
+    tensors = {name: t.to(implementation.device) for name, t in arguments(operation, (6, 4, 37), dtype).items()}
     for given in (tensors, {name: t if name == "x" else None for name, t in tensors.items()}):
         results = outputs_of(fused(operation, given))
         present = [t for t in given.values() if t is not None]
