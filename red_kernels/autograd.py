@@ -189,6 +189,31 @@ class LinearEditFunction(Function):
         return _first_order(ctx, _linear_edit_backward, grads)
 
 
+class LinearEditInferenceFunction(Function):
+    """:class:`LinearEditFunction` where no gradient is asked for: in one kernel, if the backend has one that wins.
+
+    A Function for the sake of what goes over Functions: forward-mode derivatives and vmap say that they cannot.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        linear_bias: Tensor | None,
+        residual: Tensor | None,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        edit_ids: Tensor | None,
+    ) -> Tensor:
+        fused = getattr(choose(x), "linear_edit_forward", None)
+        z = None if fused is None else fused(x, weight, linear_bias, residual, scale, bias, edit_ids)
+        if z is None:
+            h = F.linear(x, weight, linear_bias)
+            z = choose(h).edit_forward(h, residual, scale, bias, edit_ids, None, 0.0)
+        return z
+
+
 def _remember(ctx: Any, backend: str, dropout_p: float, scale: Tensor | None, bias: Tensor | None) -> None:
     """What every backward needs beside its tensors. The backend by name: autograd's threads do not share the choice."""
     ctx.backend = backend

@@ -26,6 +26,7 @@ from .autograd import (
     EditFunction,
     LayerNormEditFunction,
     LinearEditFunction,
+    LinearEditInferenceFunction,
     RMSNormEditFunction,
 )
 
@@ -191,8 +192,9 @@ def linear_edit(
     """``residual + scale * (x @ weight.T + linear_bias) + bias``.
 
     ``x`` is ``(..., k)``, ``weight`` ``(d, k)``, ``linear_bias`` ``(d,)`` and ``residual`` ``(..., d)``. Composed of
-    torch's own matrix product and :func:`edit_add`; under autocast the product runs in the autocast dtype. Errors: see
-    the module.
+    torch's own matrix product and :func:`edit_add`; under autocast the product runs in the autocast dtype. Where no
+    gradient is asked for, a backend may do all of it in one kernel, which does not round the product on the way.
+    Errors: see the module.
     """
     checks.activation(x)
     checks.activation(weight, "weight")
@@ -218,7 +220,10 @@ def linear_edit(
                 raise TypeError(f"{name} has dtype {tensor.dtype}, expected that of x, {x.dtype}")
     if residual is not None and residual.dtype != x.dtype:
         return edit_add(F.linear(x, weight, linear_bias), residual, scale, bias, edit_ids=edit_ids)
-    return LinearEditFunction.apply(x, weight, linear_bias, residual, scale, bias, _ids(edit_ids))
+    tensors = (x, weight, linear_bias, residual, scale, bias)
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    kind_of = LinearEditFunction if recorded or torch.compiler.is_compiling() else LinearEditInferenceFunction
+    return kind_of.apply(*tensors, _ids(edit_ids))
 
 
 def _ids(edit_ids: Tensor | None) -> Tensor | None:

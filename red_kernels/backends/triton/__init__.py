@@ -18,6 +18,7 @@ from ...reference import EditGrads, EditNormGrads, NormEditGrads
 from ..operators import KERNEL_DTYPES, SCHEMAS, bits, flags, not_plain, register_fakes
 from . import operations
 from .launch import INTERPRETED
+from .linear import linear_edit_forward as linear_edit_forward  # the one thing that a backend may lack
 
 NAME = "triton"
 NAMESPACE = "red_kernels_triton"

@@ -1,17 +1,18 @@
 """How many rows, columns and threads a program of each kernel takes: frozen dataclasses made by named factories.
 
 The factories reason from the register file; a table that ``red-kernels bench --tune`` measured goes before them
-(:mod:`.tuned`). None of them looks at the number of rows, so a kernel is compiled once for all of them.
+(:mod:`.tuned`). None looks at the number of rows but :func:`linear`, so a kernel is compiled once for all of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .tuned import slabs, tuned, whole_rows
+from .tuned import blocks, slabs, tuned, whole_rows
 
 VECTOR_BYTES = 16  # the widest access of a thread
 MOST_WARPS = 16
+SHARED_KIB = {"sm_75": 64, "sm_80": 163, "sm_87": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227, "gfx950": 160}
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,23 @@ class SlabTile:
     chunk: int
     warps: int
     programs: int = 0  # for each multiprocessor, all slabs together; 0 for one program for each tile
+
+
+@dataclass(frozen=True)
+class LinearTile:
+    """A block of a matrix product, ``block_k`` terms of its sums at a time, ``stages`` of these on their way.
+
+    ``group`` rows of blocks are taken together. What comes behind the product is done in ``2 ** splits`` pieces side by
+    side.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group: int
+    splits: int
+    warps: int
+    stages: int
 
 
 def power_of_two(n: int) -> int:
@@ -125,3 +143,39 @@ def finish(width: int, architecture: Architecture) -> SlabTile:
 def finish_edits(width: int, architecture: Architecture) -> SlabTile:
     """The same for each of many edits, most of which have a few lines."""
     return SlabTile(32, min(128, power_of_two(width)), 4)
+
+
+@tuned(LinearTile, blocks)
+def linear(rows: int, width: int, depth: int, itemsize: int, precision: str, architecture: Architecture) -> LinearTile:
+    """``(rows, depth) @ (width, depth).T``; the first rule that looks at the rows, and so takes a power of two of them.
+
+    Few rows take few lanes and long pieces: they wait for the weight. The columns are as many as let a multiprocessor
+    load least: a block loads ``block_m + block_n`` numbers for each term of its sums, and the busiest multiprocessor
+    has one block after another. Small blocks where registers run short: in fp32 without TF32, which has no tensor cores
+    on NVIDIA, and where rows do not begin at vectors.
+    """
+    exact = itemsize == 4 and precision == "ieee"
+    small = exact or bool(width * itemsize % VECTOR_BYTES or depth * itemsize % VECTOR_BYTES)
+    block_m = max(16, min(rows, 128)) if not small else 16 if rows <= 16 else 64
+    along = 128 if block_m > 16 else 256 if small else 512  # bytes
+    block_k = max(16, min(along // itemsize, power_of_two(depth)))
+    nvidia = not architecture.name.startswith("gfx")
+    room = SHARED_KIB.get(architecture.name, 99 if nvidia else 64) * 1024 // (block_k * itemsize)
+    stages = 3 if nvidia else 1  # at least; AMD's first stage waits in registers
+
+    def loads(block_n: int) -> int:
+        count = _pieces(rows, block_m) * _pieces(width, block_n)
+        return _pieces(count, architecture.multiprocessors) * (block_m + block_n)
+
+    most = 64 if small else 256 if block_m == 128 and itemsize == 2 else min(128, block_m * 4)
+    fit = [n for n in (256, 128, 64, 32, 16) if n <= most and (block_m + n) * stages <= room]
+    block_n = min(fit, key=loads)  # the largest of the best
+    return LinearTile(
+        block_m,
+        block_n,
+        block_k,
+        group=8,
+        splits=max(0, block_n.bit_length() - 7),  # 64 columns and more to a piece
+        warps=8 if block_m == 128 and block_n >= 64 else 4,
+        stages=min(4, room // (block_m + block_n)) if nvidia else 2,
+    )

@@ -1,0 +1,123 @@
+"""A linear layer with its edit as one kernel, for inference: what is allocated, which tile, and when it is used.
+
+A matrix product of our own is up against those of the vendor's libraries, which differ from device to device. So this
+kernel is used only where a table (:mod:`.tuned`) says that it was measured to win; as long as nobody has measured,
+there is no such place. :func:`force` overrules the tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..operators import not_plain
+from . import rules, tuned
+from .kernels import linear
+from .launch import Kernel, architecture
+
+_MOST_ROWS = 8192  # more of them take the same tile
+
+_linear_edit = Kernel(linear.linear_edit)
+KERNELS = (_linear_edit,)
+
+_forced: bool | None = None
+
+
+def linear_edit_forward(
+    x: Tensor,
+    weight: Tensor,
+    linear_bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    edit_ids: Tensor | None,
+) -> Tensor | None:
+    """``residual + scale * (x @ weight.T + linear_bias) + bias``, or None where the composed form is to be used.
+
+    ``x``, ``weight``, ``linear_bias`` and ``residual`` have one dtype. The product stays in fp32 until the result is
+    rounded, which the composed form's does not. A row whose ``edit_ids`` chooses no edit is NaN.
+    """
+    d, k = weight.shape
+    rows = x.numel() // k
+    use = _forced
+    if use is None:
+        tensors = (x, weight, linear_bias, residual, scale, bias, edit_ids)
+        use = wins(architecture(x), rows, d, k, x.dtype) and all(map(_as_measured, tensors))
+    # other kinds of weights (quantised, distributed) know themselves how they are multiplied
+    if not use or not_plain(weight) or (linear_bias is not None and not_plain(linear_bias)):
+        return None
+    return run(x, weight, linear_bias, residual, scale, bias, edit_ids)
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    linear_bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    edit_ids: Tensor | None,
+) -> Tensor:
+    """Start the kernel, wherever it wins or not. Inputs that are not contiguous are copied first."""
+    inputs = tuple(
+        t if t is None or t.is_contiguous() else t.contiguous()
+        for t in (x, weight, linear_bias, residual, scale, bias, edit_ids)
+    )
+    d, k = weight.shape
+    rows = x.numel() // k
+    z = x.new_empty(*x.shape[:-1], d)
+    if rows:
+        chip, precision = architecture(x), _precision(x.dtype, architecture(x))
+        edits = next((t.shape[0] for t in (scale, bias) if t is not None), 1)
+        tile = rules.linear(min(tuned.bucket(rows), _MOST_ROWS), d, k, x.element_size(), precision, chip)
+        blocks = -(-rows // tile.block_m) * -(-d // tile.block_n)
+        _linear_edit(
+            (min(blocks, chip.multiprocessors), 1, 1),
+            (*inputs, z),
+            (rows, edits),
+            (d, k, tile.block_m, tile.block_n, tile.block_k, tile.group, tile.splits, precision),
+            tile.warps,
+            tile.stages,
+        )
+    return z
+
+
+def wins(chip: rules.Architecture, m: int, n: int, k: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel was measured to beat the composed form for ``(m, k) @ (n, k).T`` on such a device.
+
+    float32 with TF32 allowed is the table's dtype 'tf32', as it is another matter than float32.
+    """
+    if not m:
+        return False
+    name = "tf32" if _precision(dtype, chip) == "tf32" else str(dtype).removeprefix("torch.")
+    return tuned.linear_wins(name, m, n, k, chip)
+
+
+@contextmanager
+def force(use: bool) -> Iterator[None]:
+    """In a ``with`` block :func:`red_kernels.linear_edit` uses the kernel wherever it can be used, or nowhere.
+
+    For tests and measurements: it holds for all threads.
+    """
+    global _forced
+    before, _forced = _forced, use
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _precision(dtype: torch.dtype, chip: rules.Architecture) -> str:
+    """How fp32 is multiplied: as torch's own products are on this device."""
+    if dtype != torch.float32 or chip.name.startswith("gfx"):  # there TF32 is experimental
+        return "ieee"
+    # The only one of torch's names for this setting that can always be read: it has the last word, whichever was set.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _as_measured(t: Tensor | None) -> bool:
+    """Whether a tensor lies in memory as those do that are measured."""
+    return t is None or (t.is_contiguous() and t.data_ptr() % rules.VECTOR_BYTES == 0)
