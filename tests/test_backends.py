@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -342,6 +344,75 @@ def test_instruction_sets() -> None:
     with pytest.raises(RuntimeError, match="'mmx', expected one that this processor can run: base"):
         native.use_instruction_set("mmx").__enter__()
     assert native.instruction_set() == before
+
+
+ANOTHER_TRITON = {
+    "none": ("raise ModuleNotFoundError(\"No module named 'triton'\")", "Triton cannot be imported .*No module named"),
+    "unloadable": ("raise OSError('libtriton.so: no such file')", "Triton cannot be imported .*OSError: libtriton.so"),
+    # which Python also makes of any folder of this name where there is no other
+    "without a version": ("", "Triton cannot be imported .*AttributeError"),
+    "old": ("__version__ = '3.5.1'", "Triton is 3.5.1, expected 3.6 or later"),
+    "empty": ("__version__ = '3.9.0'", r"the kernels do not load \(.*Error: "),
+}
+
+
+@pytest.mark.parametrize("which", ANOTHER_TRITON)
+def test_import_with_another_triton(which: str, tmp_path: Path) -> None:
+    """The package loads and works without Triton's kernels, and says why and what to do."""
+    source, reason = ANOTHER_TRITON[which]
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text(source)
+    code = """
+import torch, red_kernels as rk
+print(rk.available_backends()["triton"])
+assert rk.edit(torch.ones(2, 3), torch.full((3,), 2.0)).eq(2).all()
+try:
+    rk.backend("triton").__enter__()
+except RuntimeError as error:
+    print(error)
+"""
+    done = _run(code, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    said, raised = done.stdout.splitlines()
+    assert re.fullmatch(f"{reason}.*; remedy: pip install .*", said), said
+    assert raised == f"rk.backend: the backend 'triton' is missing: {said}"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
+def test_without_a_gpu_triton_is_not_imported() -> None:
+    """It takes a second, and nothing would come of it."""
+    code = 'import sys, red_kernels as rk; print("triton" in sys.modules, rk.available_backends()["triton"])'
+    done = _run(code, TRITON_INTERPRET="0")
+    assert re.match(
+        "False torch finds no GPU here; remedy: a GPU and a torch built for it, or TRITON_INTERP", done.stdout
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_in_the_interpreter() -> None:
+    """The kernels run on CPU tensors, if they are asked for: never of themselves."""
+    code = """
+import torch, red_kernels as rk
+from red_kernels import backends
+assert rk.available_backends()["triton"] is None
+x, scale = torch.randn(3, 5, requires_grad=True), torch.randn(5)
+assert backends.choose(x).NAME != "triton"
+with rk.backend("triton"):
+    assert backends.choose(x).NAME == "triton"
+    y = rk.edit(x, scale)
+assert torch.equal(y, x * scale)
+y.sum().backward()
+assert torch.equal(x.grad, scale.expand(3, 5))
+with rk.backend("triton"):
+    for other, reason in ((x.double(), "x has dtype torch.float64"), (x.to("meta"), "x is on meta")):
+        try:
+            rk.edit(other)
+        except ValueError as error:
+            assert f"the backend 'triton' was asked for, but {reason}" in str(error), error
+            print("said")
+"""
+    done = _run(code, TRITON_INTERPRET="1")
+    assert done.stdout == "said\nsaid\n", done.stderr
 
 
 @pytest.fixture

@@ -26,16 +26,20 @@ def _load() -> tuple[ModuleType | None, str | None]:
             "torch finds no GPU here; remedy: a GPU and a torch built for it, or TRITON_INTERPRET=1 to run the kernels "
             "on the CPU, slowly, to check them"
         )
+    # Whatever a Triton is like, one that is broken or from the future included, it must not keep the package from being
+    # imported: hence every Exception.
     try:
         import triton as package
-    except ImportError as error:
-        return None, f"Triton cannot be imported ({error}); remedy: pip install 'triton>=3.6'"
-    version = tuple(int(part) for part in package.__version__.split(".")[:2])
+
+        version = tuple(int(part) for part in package.__version__.split(".")[:2])
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        return None, f"Triton cannot be imported ({reason}); remedy: pip install --force-reinstall 'triton>=3.6,<3.10'"
     if version < _OLDEST:
         return None, f"Triton is {package.__version__}, expected 3.6 or later; remedy: pip install --upgrade triton"
     try:
         from . import triton
-    except Exception as error:  # whatever a future Triton changes must not keep the package from being imported
+    except Exception as error:
         return None, f"the kernels do not load ({type(error).__name__}: {error}); remedy: pip install 'triton<3.10'"
     return triton, None
 
