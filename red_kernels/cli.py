@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ._version import __version__
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="red-kernels", description="Fused kernels for RED, representation editing.")
     parser.add_argument("--version", action="version", version=f"red-kernels {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="info | finetune")
+    commands = parser.add_subparsers(required=True, metavar="info | finetune | bench")
     info = commands.add_parser("info", help="show the backends, the machine and the versions of what is installed")
     info.set_defaults(run=_info)
     finetune = commands.add_parser(
@@ -48,7 +49,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     finetune.set_defaults(run=_finetune)
     _add_finetune_options(finetune)
-    for command in (info, finetune):
+    bench = commands.add_parser(
+        "bench",
+        help="search the launch rules of the GPU at hand (--tune)",
+        description="Search the launch rules of the Triton kernels on the GPU at hand, and store those that beat the "
+        "rules of this version by more than the noise.",
+    )
+    bench.set_defaults(run=_bench)
+    _add_bench_options(bench)
+    for command in (info, finetune, bench):
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
 
@@ -116,6 +125,53 @@ def _add_finetune_options(parser: argparse.ArgumentParser) -> None:
     again.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
 
 
+def _add_bench_options(parser: argparse.ArgumentParser) -> None:
+    unset = argparse.SUPPRESS  # what is left out takes the default that tuning.job.Settings names
+    parser.add_argument("--tune", action="store_true", help="search, and write a table of launch rules")
+    parser.add_argument(
+        "--output", type=Path, default=unset, metavar="FILE", help="the table (default: ARCHITECTURE.json)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    parser.add_argument(
+        "--operations",
+        nargs="+",
+        default=unset,
+        metavar="NAME",
+        help="whose rules to search (default: edit_add edit_add_rms_norm edit_add_layer_norm linear_edit)",
+    )
+    parser.add_argument(
+        "--widths",
+        nargs="+",
+        type=int,
+        default=unset,
+        metavar="N",
+        help="hidden sizes (default: 768 1024 2048 3072 4096 5120 8192 16384)",
+    )
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        default=unset,
+        metavar="NAME",
+        help="of the activations: fp32, bf16, fp16 (default: bf16 fp32; the two half types share their rules)",
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        type=int,
+        default=unset,
+        metavar="N",
+        help="numbers of rows to judge a rule by; it is one rule for all (default: 512 4096)",
+    )
+    parser.add_argument(
+        "--sums",
+        nargs="+",
+        type=int,
+        default=unset,
+        metavar="N",
+        help="how many vectors have gradients, out of scale, bias and a norm's two (default: 2)",
+    )
+
+
 def _layers(text: str) -> tuple[int, ...]:
     """`0-5,8` as (0, 1, 2, 3, 4, 5, 8)."""
     layers: list[int] = []
@@ -138,6 +194,28 @@ def _info(options: argparse.Namespace) -> int:
     from .integrations.info import show_info
 
     show_info(Console())
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    if not options.tune:
+        raise ValueError(
+            "red-kernels bench has one job in this version: red-kernels bench --tune, the search for launch rules on a "
+            "GPU. The benchmark of the CPU kernels is in a checkout of the sources: make bench, or python -m "
+            "benchmarks.norms"
+        )
+    require("rich", "red-kernels bench")
+    from rich.console import Console
+
+    from .tuning import require_gpu
+
+    require_gpu()
+    from .tuning.job import Settings, tune
+
+    known = {field.name for field in dataclasses.fields(Settings)}
+    values: dict[str, Any] = {name: value for name, value in vars(options).items() if name in known}
+    values.update({name: tuple(value) for name, value in values.items() if isinstance(value, list)})
+    tune(Settings(**values), Console())
     return 0
 
 

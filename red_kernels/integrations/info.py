@@ -8,6 +8,7 @@ from importlib import metadata
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .._version import __version__
@@ -17,7 +18,7 @@ _PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "gg
 
 
 def show_info(console: Console) -> None:
-    """Print the backends with the reason a missing one is missing, the choice per device, settings and versions.
+    """Print the backends with their state or why they are missing, the choice per device, settings and versions.
 
     A setting that cannot be followed is shown with the reason, not raised.
     """
@@ -28,6 +29,8 @@ def show_info(console: Console) -> None:
         state = "available" if reason is None else reason
         if name == "cpu" and reason is None:
             state += f"; instruction set {native.instruction_set()} of {', '.join(native.instruction_sets())}"
+        if name == "triton" and reason is None:
+            state += _triton_state()
         backends.add_row(name, state)
     console.print(backends)
 
@@ -61,6 +64,30 @@ def _chosen(device: str) -> str:
         return choose(torch.empty(1, device=device)).NAME
     except (ValueError, RuntimeError) as error:  # what was asked for, and why it cannot be followed
         return f"none: {error}"
+
+
+def _triton_state() -> str:
+    """Triton's version, and for each kind of device whether measured launch rules are in use there."""
+    import triton
+
+    from ..backends.triton import launch, tuned
+
+    devices = ["cpu"] if launch.INTERPRETED else [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    state = f"; Triton {triton.__version__}" + (", interpreted on the CPU" if launch.INTERPRETED else "")
+    for chip in dict.fromkeys(launch.architecture(torch.empty(0, device=device)) for device in devices):
+        try:
+            table = tuned.table_for(chip.name, chip.warp)
+        except (ValueError, OSError) as error:
+            state += f"; {chip.name}: launch rules cannot be used: {error}"
+            continue
+        if table is None:
+            state += f"; {chip.name}: no table of measured launch rules"
+        else:
+            state += (
+                f"; {chip.name}: {len(table.tiles)} measured launch rules, and {len(table.linear_wins)} sizes at which "
+                f"the fused matmul wins, from {table.path}, measured on {table.device} at {table.date}"
+            )
+    return escape(state)
 
 
 def _settings() -> list[tuple[str, str]]:
