@@ -18,8 +18,6 @@ from . import rules, tuned
 from .kernels import linear
 from .launch import Kernel, architecture
 
-_MOST_ROWS = 8192  # more of them take the same tile
-
 _linear_edit = Kernel(linear.linear_edit)
 KERNELS = (_linear_edit,)
 
@@ -72,7 +70,7 @@ def run(
     if rows:
         chip, precision = architecture(x), _precision(x.dtype, architecture(x))
         edits = next((t.shape[0] for t in (scale, bias) if t is not None), 1)
-        tile = rules.linear(min(tuned.bucket(rows), _MOST_ROWS), d, k, x.element_size(), precision, chip)
+        tile = rules.linear(tuned.bucket(rows), d, k, x.element_size(), precision, chip)
         blocks = -(-rows // tile.block_m) * -(-d // tile.block_n)
         _linear_edit(
             (min(blocks, chip.multiprocessors), 1, 1),
@@ -90,8 +88,6 @@ def wins(chip: rules.Architecture, m: int, n: int, k: int, dtype: torch.dtype) -
 
     float32 with TF32 allowed is the table's dtype 'tf32', as it is another matter than float32.
     """
-    if not m:
-        return False
     name = "tf32" if _precision(dtype, chip) == "tf32" else str(dtype).removeprefix("torch.")
     return tuned.linear_wins(name, m, n, k, chip)
 
