@@ -242,7 +242,8 @@ def _backward(
         found = (*_no_sums(dy, needs[2:4], edit_ids, n_edits), *_no_sums(dy, needs[4:], None, 1))
         return dx, dresidual, *found
     chip, size = architecture(dy), dy.element_size()
-    tile = rules.norm_backward(d, size, chip, sum(needs[2:]))
+    by_edit = edit_ids is not None and any(needs[2:4])
+    tile = rules.norm_backward(d, size, chip, sum(needs[2:]) + (seed is not None) + (z is None) + 2 * by_edit)
     slab = rules.wide_backward(d, size, chip)
     slabs = 1 if tile is not None else -(-d // slab.chunk)
     work = _work(dy, rows, tile or slab, slabs, edit_ids, n_edits, needs[2], needs[3])

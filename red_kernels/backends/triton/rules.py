@@ -73,6 +73,11 @@ def _row_tile(width: int, itemsize: int, architecture: Architecture, most: int) 
     along = 1
     while along < MOST_WARPS and _pieces(width, architecture.warp * along * vector) * vector > most:
         along *= 2
+    return _rows_of(width, vector, architecture, along)
+
+
+def _rows_of(width: int, vector: int, architecture: Architecture, along: int) -> tuple[int, int, int, int]:
+    """rows, chunk, chunks and warps, with ``along`` warps side by side along a row."""
     chunk = min(architecture.warp * along * vector, power_of_two(width))
     warps = max(4, along)
     rows = max(1, min(warps * architecture.warp * vector // chunk, 64))
@@ -93,35 +98,66 @@ def norm_forward(width: int, itemsize: int, architecture: Architecture) -> RowTi
 
 @tuned(RowTile, whole_rows(persistent=True), optional=True)
 def norm_backward(width: int, itemsize: int, architecture: Architecture, sums: int) -> RowTile | None:
-    """Beside a row of each of four inputs, ``sums`` column sums; None where they exceed the registers of a program."""
-    rows, chunk, chunks, warps = _row_tile(width, itemsize, architecture, 24)
-    held = chunks * chunk * rows // (warps * architecture.warp)  # elements of a tile for each thread
-    if held > 24 or held * max(sums, 2) * warps * architecture.warp > 16384:
+    """Beside a row of each of four inputs, ``sums`` column sums; None where they exceed the registers of a program.
+
+    Whatever takes as many registers counts as a sum: dropout, making z again, and twice over the edits of edit_ids. Of
+    16 elements and four sums a thread spills nothing, in up to 8 warps. 24 elements for those widths that would leave
+    more than a quarter of the lanes idle, or 16 warps, which have 128 registers a thread, allow three.
+    """
+    vector, most = VECTOR_BYTES // itemsize, 4
+    found = _fitting(width, vector, architecture, 16)
+    if found is None:
+        found, most = _fitting(width, vector, architecture, 24), 3
+    if found is None and itemsize == 2 and width <= MOST_WARPS * 16 * 32 and architecture.warp == 32:
+        found = _rows_of(width, vector, architecture, MOST_WARPS)
+    if found is None or sums > most:
         return None
-    return RowTile(rows, chunk, chunks, warps, programs=16 // warps if held <= 16 else 12 // warps)
+    rows, chunk, chunks, warps = found
+    # as many programs as fit with the registers of what is usually asked for
+    together = 8 if most == 3 else 16 if rows == 1 and itemsize == 2 and architecture.warp == 32 else 12
+    return RowTile(rows, chunk, chunks, warps, programs=max(1, together // warps))
+
+
+def _fitting(width: int, vector: int, architecture: Architecture, most: int) -> tuple[int, int, int, int] | None:
+    """rows, chunk, chunks and warps with at most ``most`` elements of a row for each thread, of 8 warps at most.
+
+    None if there are none; of 16 elements, if more than a quarter of the lanes would be idle.
+    """
+    along = 1
+    while along <= 8:
+        chunk = architecture.warp * along * vector
+        lanes = _pieces(width, chunk) * chunk
+        if lanes <= most * architecture.warp * along and (most > 16 or along == 1 or 3 * lanes <= 4 * width):
+            return _rows_of(width, vector, architecture, along)
+        along *= 2
+    return None
 
 
 @tuned(SlabTile, slabs())
 def edit_forward(width: int, itemsize: int, architecture: Architecture) -> SlabTile:
     """Two vectors of 16 bytes for each thread and input."""
-    return _slab(width, itemsize, architecture, 16, 0)
+    return _slab(width, itemsize, architecture, 16, 4, 0)
 
 
 @tuned(SlabTile, slabs(persistent=True))
 def edit_backward(width: int, itemsize: int, architecture: Architecture) -> SlabTile:
     """As forward, with two column sums for each element of the tile."""
-    return _slab(width, itemsize, architecture, 16, 4)
+    return _slab(width, itemsize, architecture, 16, 4, 4)
 
 
 @tuned(SlabTile, slabs(persistent=True))
 def wide_backward(width: int, itemsize: int, architecture: Architecture) -> SlabTile:
-    """Rows too wide to hold: their statistics come from a kernel before."""
-    return _slab(width, itemsize, architecture, 16, 4)
+    """Rows too wide to hold: their statistics come from a kernel before.
+
+    One vector of each input for a thread: that much spills nothing whatever is asked for, four column sums, dropout,
+    edit_ids and z made again included. Rather more programs than more vectors.
+    """
+    programs = 3 if architecture.warp == 32 else 2
+    return _slab(width, itemsize, architecture, VECTOR_BYTES // itemsize, 8, programs)
 
 
-def _slab(width: int, itemsize: int, architecture: Architecture, held: int, programs: int) -> SlabTile:
-    vector, warps = VECTOR_BYTES // itemsize, 4
-    chunk = min(architecture.warp * vector, power_of_two(width))
+def _slab(width: int, itemsize: int, architecture: Architecture, held: int, warps: int, programs: int) -> SlabTile:
+    chunk = min(architecture.warp * VECTOR_BYTES // itemsize, power_of_two(width))
     rows = max(1, min(warps * architecture.warp * held // chunk, 64))
     return SlabTile(rows, chunk, warps, programs)
 

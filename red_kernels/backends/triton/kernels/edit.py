@@ -70,13 +70,14 @@ def edit_backward(
         h = load(x, row, live, first, D, CHUNK) if x is not None else g
         if SORTED:
             done = live & (id != current)
-            line = line_of(current, changes, edits, ROWS)
-            if dscale is not None:
-                sum_scale = flush(dscale, sum_scale, line, done, first, D, CHUNK)
-            if dbias is not None:
-                sum_bias = flush(dbias, sum_bias, line, done, first, D, CHUNK)
-            changes += done.to(tl.int32)
-            current = tl.where(live, id, current)
+            if tl.max(done.to(tl.int32), axis=0) > 0:  # seldom: then the sums change threads to be written
+                line = line_of(current, changes, edits, ROWS)
+                if dscale is not None:
+                    sum_scale = flush(dscale, sum_scale, line, done, first, D, CHUNK)
+                if dbias is not None:
+                    sum_bias = flush(dbias, sum_bias, line, done, first, D, CHUNK)
+                changes += done.to(tl.int32)
+                current = tl.where(live, id, current)
         gx, edit = edit_gradient(g.to(tl.float32), scale, id, edits, seed, threshold, factor, row, first,
                                  D, ROWS, CHUNK, dx is not None)  # fmt: skip
         if dscale is not None:

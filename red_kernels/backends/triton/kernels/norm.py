@@ -135,13 +135,14 @@ def norm_backward(
         tl.debug_barrier()
         if SORTED:
             done = live & (id != current)
-            line = line_of(current, changes, edits, ROWS)
-            if dscale is not None:
-                sum_scale = flush_row(dscale, sum_scale, line, done, D, CHUNK, CHUNKS)
-            if dbias is not None:
-                sum_bias = flush_row(dbias, sum_bias, line, done, D, CHUNK, CHUNKS)
-            changes += done.to(tl.int32)
-            current = tl.where(live, id, current)
+            if tl.max(done.to(tl.int32), axis=0) > 0:  # seldom: then the sums change threads to be written
+                line = line_of(current, changes, edits, ROWS)
+                if dscale is not None:
+                    sum_scale = flush_row(dscale, sum_scale, line, done, D, CHUNK, CHUNKS)
+                if dbias is not None:
+                    sum_bias = flush_row(dbias, sum_bias, line, done, D, CHUNK, CHUNKS)
+                changes += done.to(tl.int32)
+                current = tl.where(live, id, current)
 
         products = tl.zeros([ROWS, CHUNK], tl.float32)
         plain = tl.zeros([ROWS, CHUNK], tl.float32)

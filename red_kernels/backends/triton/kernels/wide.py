@@ -38,6 +38,7 @@ def wide_forward(
     id = tl.load(ids + row) if ids is not None else None
     squares = tl.zeros([1, CHUNK], tl.float32)
     spread = tl.zeros([1], tl.float32)
+    near = tl.zeros([1], tl.float32)
     middle = tl.zeros([1], tl.float32)
     count = tl.zeros([1], tl.float32)
     for first in range(0, D, CHUNK):
@@ -54,19 +55,21 @@ def wide_forward(
                 store(z, v, row, live, first, D, CHUNK)
         if mean is not None:
             # Mean and squared distances of the piece, joined to those so far (Chan et al. 1983): no digits are lost to
-            # a large mean.
+            # a large mean, as means are counted from that of the first piece.
             inside = (first + tl.arange(0, CHUNK) < D)[None, :]
             n = tl.sum(tl.where(inside, 1.0, 0.0), axis=1)
             average = tl.sum(tl.where(inside, v, 0.0), axis=1) / n
+            near = tl.where(count == 0, average, near)
             v = tl.where(inside, v - average[:, None], 0.0)
             lost = tl.sum(v, axis=1) / n
-            away = average + lost - middle
+            away = average - near + lost - middle
             spread += tl.sum(v * v, axis=1) - n * lost * lost + away * away * (count * n / (count + n))
             middle += away * (n / (count + n))
             count += n
         else:
             squares += v * v
     if mean is not None:
+        middle = near + middle
         tl.store(mean + row, middle)
     else:
         spread = tl.sum(squares, axis=1)
@@ -153,13 +156,14 @@ def wide_backward(
         c2 = tl.load(averages + rows + row, mask=live, other=0.0)
         if SORTED:
             done = live & (id != current)
-            line = line_of(current, changes, edits, ROWS)
-            if dscale is not None:
-                sum_scale = flush(dscale, sum_scale, line, done, first, D, CHUNK)
-            if dbias is not None:
-                sum_bias = flush(dbias, sum_bias, line, done, first, D, CHUNK)
-            changes += done.to(tl.int32)
-            current = tl.where(live, id, current)
+            if tl.max(done.to(tl.int32), axis=0) > 0:  # seldom: then the sums change threads to be written
+                line = line_of(current, changes, edits, ROWS)
+                if dscale is not None:
+                    sum_scale = flush(dscale, sum_scale, line, done, first, D, CHUNK)
+                if dbias is not None:
+                    sum_bias = flush(dbias, sum_bias, line, done, first, D, CHUNK)
+                changes += done.to(tl.int32)
+                current = tl.where(live, id, current)
         v = stream(v, h, r, scale, bias, id, edits, seed, threshold, factor, row, first, D, ROWS, CHUNK,
                    z is not None, residual is not None)  # fmt: skip
         normed, gy, weighted = norm_terms(g, v, scale, weight, id, edits, weight_offset, middle, scaled, first,
