@@ -18,7 +18,20 @@ from .backends import by_name, choose
 Saved = tuple[Any, ...]  # what save_for_backward was given
 
 
-class EditFunction(Function):
+class _Operation(Function):
+    """A Function that is applied without torch's search for dead functorch wrappers: a third of what ``apply`` costs.
+
+    There can be such only where a function under ``vmap`` or ``grad`` let a tensor of its own escape.
+    """
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*arguments)
+        return super(Function, cls).apply(*arguments)
+
+
+class EditFunction(_Operation):
     """``apply(x, scale, bias, edit_ids) -> y``; see :func:`red_kernels.edit`."""
 
     @staticmethod
@@ -30,7 +43,7 @@ class EditFunction(Function):
         return _first_order(ctx, _edit_backward, grads)
 
 
-class EditAddFunction(Function):
+class EditAddFunction(_Operation):
     """``apply(x, residual, scale, bias, edit_ids, seed, dropout_p) -> z``; see :func:`red_kernels.edit_add`.
 
     ``seed`` is an int64 tensor of one element on the device of ``x``, or None for no dropout.
@@ -55,7 +68,7 @@ class EditAddFunction(Function):
         return dx, grads[0] if ctx.needs_input_grad[1] else None, dscale, dbias, None, None, None
 
 
-class EditAddRMSNormFunction(Function):
+class EditAddRMSNormFunction(_Operation):
     """``apply(x, residual, scale, bias, weight, edit_ids, seed, dropout_p, eps, weight_offset, need_z) -> (y, z)``."""
 
     @staticmethod
@@ -83,7 +96,7 @@ class EditAddRMSNormFunction(Function):
         return *found[:5], None, None, None, None, None, None
 
 
-class EditAddLayerNormFunction(Function):
+class EditAddLayerNormFunction(_Operation):
     """``apply(x, residual, scale, bias, weight, norm_bias, edit_ids, seed, dropout_p, eps, need_z) -> (y, z)``."""
 
     @staticmethod
@@ -110,7 +123,7 @@ class EditAddLayerNormFunction(Function):
         return *_first_order(ctx, _edit_norm_backward, grads), None, None, None, None, None
 
 
-class RMSNormEditFunction(Function):
+class RMSNormEditFunction(_Operation):
     """``apply(x, weight, scale, bias, edit_ids, eps, weight_offset) -> y``; see :func:`red_kernels.rms_norm_edit`."""
 
     @staticmethod
@@ -134,7 +147,7 @@ class RMSNormEditFunction(Function):
         return dx, dweight, dscale, dbias, None, None, None
 
 
-class LayerNormEditFunction(Function):
+class LayerNormEditFunction(_Operation):
     """``apply(x, weight, norm_bias, scale, bias, edit_ids, eps) -> y``; see :func:`red_kernels.layer_norm_edit`."""
 
     @staticmethod
@@ -156,7 +169,7 @@ class LayerNormEditFunction(Function):
         return *_first_order(ctx, _norm_edit_backward, grads), None, None
 
 
-class LinearEditFunction(Function):
+class LinearEditFunction(_Operation):
     """``apply(x, weight, linear_bias, residual, scale, bias, edit_ids) -> z``; see :func:`red_kernels.linear_edit`."""
 
     @staticmethod
@@ -189,7 +202,7 @@ class LinearEditFunction(Function):
         return _first_order(ctx, _linear_edit_backward, grads)
 
 
-class LinearEditInferenceFunction(Function):
+class LinearEditInferenceFunction(_Operation):
     """:class:`LinearEditFunction` where no gradient is asked for: in one kernel, if the backend has one that wins.
 
     A Function for the sake of what goes over Functions: forward-mode derivatives and vmap say that they cannot.

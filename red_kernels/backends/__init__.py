@@ -83,7 +83,7 @@ def choose(x: Tensor) -> Any:
     """
     name = forced_backend()
     if name is None:
-        if x.device.type == "cuda":
+        if x.is_cuda:
             return gpu.choose(x) or reference
         if native.unsupported(x) is None:
             return native

@@ -30,7 +30,7 @@ _tracing = torch.compiler.is_compiling
 
 def unsupported(x: Tensor) -> str | None:
     """Why the kernels cannot take an activation, or None."""
-    if x.device.type != _device:
+    if not (x.is_cuda if _device == "cuda" else x.device.type == _device):
         where = "in Triton's interpreter, on the CPU" if INTERPRETED else "on a GPU"
         return f"x is on {x.device}, and these kernels run {where}"
     if x.dtype not in KERNEL_DTYPES:

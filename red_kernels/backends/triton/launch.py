@@ -64,22 +64,15 @@ class Kernel:
             with torch.cuda.device(device):
                 self(grid, tensors, numbers, constants, warps, stages)
             return
-        addresses: list[int | None] = []
-        types: list[torch.dtype | None] = []
+        addresses = [None if t is None else t.data_ptr() for t in tensors]
+        types = [None if t is None else t.dtype for t in tensors]
         together = 0
-        for t in tensors:
-            if t is None:
-                addresses.append(None)
-                types.append(None)
-            else:
-                address = t.data_ptr()
+        for address in addresses:
+            if address:
                 together |= address
-                addresses.append(address)
-                types.append(t.dtype)
         key = (device, constants, warps, stages, *types)
         compiled = None if together & 15 else self._compiled.get(key)
-        runtime = triton.knobs.runtime
-        if compiled is None or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
+        if compiled is None or _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls:
             options = _OPTIONS if stages is None else {**_OPTIONS, "num_stages": stages}
             compiled = self.function[grid](*tensors, *numbers, *constants, num_warps=warps, **options)
             if not together & 15 and compiled is not None:
@@ -153,6 +146,7 @@ def _no_stream(device: int) -> int:
 
 # Multiply-adds are contracted, said here because Triton 3.9 warns where it is left open.
 _OPTIONS = {"enable_fp_fusion": True}
+_runtime = triton.knobs.runtime
 _architectures: dict[int, Architecture] = {}
 _on_gpu = torch.cuda.is_available() and not INTERPRETED
 _current_device: Callable[[], int] = torch._C._cuda_getDevice if _on_gpu else _no_device
