@@ -28,7 +28,8 @@ class _Operation(Function):
     def apply(cls, *arguments: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return super().apply(*arguments)
-        return super(Function, cls).apply(*arguments)
+        base: Any = super(Function, cls)
+        return base.apply(*arguments)
 
 
 class EditFunction(_Operation):
