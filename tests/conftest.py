@@ -60,7 +60,7 @@ def _pairs(items: Iterator[pytest.Item]) -> list[pytest.Item]:
     kept = []
     for item in items:
         call = getattr(item, "callspec", None)
-        values = sorted(call.indices.items()) if call is not None else []
+        values = [(name, repr(value)) for name, value in sorted(call.params.items())] if call is not None else []
         pairs = set(itertools.combinations(values, 2)) or {tuple(values)}
         before = seen.setdefault((item.path, getattr(item, "originalname", item.name)), set())
         if not pairs <= before:
@@ -79,3 +79,14 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[Implementation]:
     """Every backend available here, the compiled one with each instruction set, in use during the test."""
     with request.param.in_use():
         yield request.param
+
+
+@pytest.fixture
+def empty_is_nan() -> Iterator[None]:
+    """torch fills what it allocates with NaN."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before

@@ -259,6 +259,11 @@ def truth(name: str, tensors: Tensors, grads: tuple[Tensor, ...], **options: Any
         return run(fused, name, widened(tensors), tuple(g.double() for g in grads), **options)
 
 
+def exact(operation: str, tensors: Tensors, grads: tuple[Tensor, ...], **options: Any) -> Results:
+    """The composition in fp64."""
+    return run(eager, operation, widened(tensors), tuple(g.double() for g in grads), **options)
+
+
 def widened(tensors: Tensors) -> Tensors:
     """The same numbers in fp64."""
     return {name: None if t is None else t.double() for name, t in tensors.items()}
@@ -297,6 +302,14 @@ def assert_as_good_as(found: Results, peer: Results, expected: Results, of_peer:
 
 def _mean(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
+
+
+def drawn_factor(number: int, p: float, shape: tuple[int, ...]) -> Tensor:
+    """The dropout factors of the first operation that is called next: the generators are seeded with ``number``."""
+    torch.manual_seed(number)
+    seed = torch.randint(0, 2**62, (1,), device=device_of(backends.forced_backend())).cpu()
+    torch.manual_seed(number)
+    return rk.reference.dropout_factor(seed, p, torch.ones(shape).double())
 
 
 def stacked(trials: list[Results]) -> Results:

@@ -12,26 +12,23 @@ from op_cases import (
     WITH_DROPOUT,
     WITH_NORM_BEHIND,
     Implementation,
-    Results,
-    Tensors,
     arguments,
     assert_as_good_as,
     call,
-    device_of,
+    drawn_factor,
     eager,
+    exact,
     fused,
     leaves,
     outputs_of,
     run,
     same_bits,
     upstream,
-    widened,
 )
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import red_kernels as rk
-from red_kernels import backends
 from red_kernels.functional import EditAddFunction
 
 SEED = 0x1234_5678_9ABC_DEF
@@ -41,19 +38,6 @@ def mask_of(shape: tuple[int, ...], p: float, seed: int = SEED, dtype: torch.dty
     """The factors in use, from an edit that does nothing else."""
     x = torch.ones(shape, dtype=dtype)
     return call(EditAddFunction.apply, x, None, None, None, None, torch.tensor([seed]), p)
-
-
-def drawn_factor(number: int, p: float, shape: tuple[int, ...]) -> Tensor:
-    """The factors of the first operation after ``torch.manual_seed(number)``, which are left to it as they were."""
-    torch.manual_seed(number)
-    seed = torch.randint(0, 2**62, (1,), device=device_of(backends.forced_backend())).cpu()
-    torch.manual_seed(number)
-    return rk.reference.dropout_factor(seed, p, torch.ones(shape).double())
-
-
-def exact(operation: str, tensors: Tensors, grads: tuple[Tensor, ...], **options: Any) -> Results:
-    """The composition in fp64."""
-    return run(eager, operation, widened(tensors), tuple(g.double() for g in grads), **options)
 
 
 # Known answers of Philox4x32-10, published with Random123 (kat_vectors).

@@ -45,17 +45,6 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def _empty_is_nan() -> Iterator[None]:
-    """torch fills what it allocates with NaN."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = before
-
-
 def _options(operation: str, rows: int) -> dict[str, Any]:
     return {"dropout_p": 0.25, "training": True} if operation in WITH_DROPOUT and rows % 2 else {}
 
@@ -65,7 +54,7 @@ def _seeded(operation: str, tensors: Tensors, grads: tuple[Tensor, ...], **optio
     return run(fused, operation, tensors, grads, **options)
 
 
-@pytest.mark.usefixtures("_empty_is_nan")
+@pytest.mark.usefixtures("empty_is_nan")
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_element_is_written(operation: str, shape: tuple[int, int], implementation: Implementation) -> None:
