@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from op_cases import (
     ARGUMENTS,
     DTYPES,
+    EPS,
+    HALVES,
     INTERPRETED,
     OPERATIONS,
     TRITON,
@@ -284,6 +287,19 @@ def test_large_mean(operation: str, kind: str) -> None:
     tensors = arguments(operation, shape, mean=1000.0)
     options = {"need_z": False} if operation in WITH_NORM_BEHIND else {}
     _held(kind, operation, tensors, upstream(shape, torch.float32, number=1), **options)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("kind", ["pieces", "wide"])
+@pytest.mark.parametrize("operation", WITH_NORM_BEHIND)
+def test_y_is_the_norm_of_the_z_returned(operation: str, kind: str, dtype: torch.dtype) -> None:
+    """Of ``z`` as it is rounded, which shows where its mean is large."""
+    tensors = arguments(operation, (ROWS, D), dtype, mean=100.0) | {"weight": None, "norm_bias": None}
+    with _tiles(kind):
+        y, z = fused(operation, tensors)
+    norm = F.layer_norm if "layer" in operation else F.rms_norm
+    of_z = [norm(t, (D,), eps=EPS) for t in (z, z.double())]
+    assert_as_good_as({"y": y}, {"y": of_z[0]}, {"y": of_z[1]})
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 31, 32, 33, 127, 128, 129])
