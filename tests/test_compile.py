@@ -10,10 +10,12 @@ import torch
 from op_cases import (
     ARGUMENTS,
     DTYPES,
+    IMPLEMENTATIONS,
     OPERATIONS,
     WITH_DROPOUT,
     WITH_NORM_BEHIND,
     arguments,
+    device_of,
     fused,
     leaves,
     outputs_of,
@@ -27,9 +29,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import red_kernels as rk
 from red_kernels.backends import native
+from red_kernels.backends.operators import SCHEMAS, flags
 
 compiled_only = pytest.mark.skipif(native.load_error() is not None, reason=f"no CPU kernels: {native.load_error()}")
-BACKENDS = [name for name, reason in rk.available_backends().items() if reason is None]
+BACKENDS = list(dict.fromkeys(implementation.backend for implementation in IMPLEMENTATIONS))
+NAMESPACES = {"cpu": "red_kernels", "triton": "red_kernels_triton"}  # of the operators of a backend
 
 
 @pytest.fixture(autouse=True)
@@ -82,12 +86,22 @@ def _samples(name: str) -> list[tuple[Any, ...]]:
 OPERATORS = [f"{what}_{way}" for what in ("edit", "edit_norm", "norm_edit") for way in ("forward", "backward")]
 
 
-@compiled_only
+with_operators = pytest.mark.parametrize("backend", [name for name in BACKENDS if name in NAMESPACES])
+
+
+def _operator(backend: str, name: str) -> tuple[Any, list[tuple[Any, ...]]]:
+    """A registered operator and its samples, on the backend's device."""
+    device = device_of(backend)
+    samples = [tuple(t.to(device) if isinstance(t, Tensor) else t for t in sample) for sample in _samples(name)]
+    return getattr(getattr(torch.ops, NAMESPACES[backend]), name).default, samples
+
+
+@pytest.mark.implementations
+@with_operators
 @pytest.mark.parametrize("name", OPERATORS)
-def test_opcheck(name: str) -> None:
+def test_opcheck(name: str, backend: str) -> None:
     """Schemas tell the truth about writing and sharing, fake implementations about shapes, dtypes and strides."""
-    operator = getattr(torch.ops.red_kernels, name).default
-    samples = _samples(name)
+    operator, samples = _operator(backend, name)
     for number, sample in enumerate(samples):
         # The dynamic trace takes most of the time and differs only in what is absent.
         utils = ["test_schema", "test_faketensor", "test_autograd_registration"]
@@ -96,11 +110,42 @@ def test_opcheck(name: str) -> None:
         torch.library.opcheck(operator, sample, test_utils=utils)
 
 
-@compiled_only
+@pytest.mark.implementations
+@with_operators
 @pytest.mark.parametrize("name", OPERATORS)
-def test_results_not_asked_for_are_none(name: str) -> None:
-    operator = getattr(torch.ops.red_kernels, name).default
-    for sample in _samples(name):
+def test_schemas_are_those_in_python(name: str, backend: str) -> None:
+    """Those of the compiled library too, which are written down once more, in C++."""
+    (written,) = (schema for schema in SCHEMAS if schema.startswith(f"{name}("))
+    operator, _ = _operator(backend, name)
+    assert operator._schema == torch._C.parse_schema(f"{NAMESPACES[backend]}::{written}")
+
+
+@pytest.mark.implementations
+@with_operators
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_are_the_reference(name: str, backend: str) -> None:
+    """Each result and None of an operator is that of the reference's function, so their arguments have one order."""
+    operator, samples = _operator(backend, name)
+    for sample in samples:
+        given = list(sample)
+        if name.endswith("backward"):
+            given[-1] = flags(given[-1], len(operator._schema.returns))
+        expected = getattr(rk.reference, name)(*given)
+        results, others = ((r,) if isinstance(r, Tensor) else tuple(r) for r in (operator(*sample), expected))
+        assert [t is None for t in results] == [t is None for t in others]
+        for t, other in zip(results, others, strict=True):
+            if t is not None:
+                # An argument in another's place changes numbers by their own size; how exact they are is told elsewhere.
+                close = {torch.float32: 1e-4, torch.bfloat16: 2.0**-7}[t.dtype]
+                assert bool(((t - other).abs() <= close * (1 + other.abs())).all())
+
+
+@pytest.mark.implementations
+@with_operators
+@pytest.mark.parametrize("name", OPERATORS)
+def test_results_not_asked_for_are_none(name: str, backend: str) -> None:
+    operator, samples = _operator(backend, name)
+    for sample in samples:
         real = operator(*sample)
         meta = operator(*(t.to("meta") if isinstance(t, Tensor) else t for t in sample))
         real, meta = ((r,) if isinstance(r, Tensor) else r for r in (real, meta))
@@ -109,10 +154,20 @@ def test_results_not_asked_for_are_none(name: str) -> None:
         ]
 
 
+def _trial(
+    operation: str, backend: str, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """Tensors of an operation and gradients from above on the device of a backend: a trace is of one device."""
+    device = device_of(backend)
+    tensors = {name: t.to(device) for name, t in arguments(operation, (6, 37), dtype, **options).items()}
+    return tensors, tuple(g.to(device) for g in upstream((6, 37), dtype))
+
+
+@pytest.mark.implementations
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_compiled_forward_and_backward(operation: str, backend: str) -> None:
-    tensors, grads = arguments(operation, (6, 37), torch.bfloat16), upstream((6, 37), torch.bfloat16)
+    tensors, grads = _trial(operation, backend, torch.bfloat16)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(name: str, given: dict[str, Tensor], **options: Any) -> Any:
@@ -157,13 +212,16 @@ def test_compiled_once_for_any_number_of_rows(operation: str) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.implementations
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_compiled_with_edit_ids(operation: str) -> None:
-    tensors, grads = arguments(operation, (6, 37), edits=3), upstream((6, 37), torch.float32)
-    ids = torch.tensor([2, 0, 0, 2, 2, 2])
+def test_compiled_with_edit_ids(operation: str, backend: str) -> None:
+    tensors, grads = _trial(operation, backend, edits=3)
+    ids = torch.tensor([2, 0, 0, 2, 2, 2], device=device_of(backend))
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-    found = run(compiled, operation, tensors, grads, edit_ids=ids)
-    assert same_bits(found, run(fused, operation, tensors, grads, edit_ids=ids))
+    with rk.backend(backend):
+        found = run(compiled, operation, tensors, grads, edit_ids=ids)
+        assert same_bits(found, run(fused, operation, tensors, grads, edit_ids=ids))
 
 
 @compiled_only
