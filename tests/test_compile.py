@@ -135,7 +135,7 @@ def test_operators_are_the_reference(name: str, backend: str) -> None:
         assert [t is None for t in results] == [t is None for t in others]
         for t, other in zip(results, others, strict=True):
             if t is not None:
-                # An argument in another's place changes numbers by their own size; how exact they are is told elsewhere.
+                # An argument in another's place changes numbers by their own size; other tests say how exact they are.
                 close = {torch.float32: 1e-4, torch.bfloat16: 2.0**-7}[t.dtype]
                 assert bool(((t - other).abs() <= close * (1 + other.abs())).all())
 
