@@ -58,6 +58,8 @@ def stubbed() -> Iterator[None]:
     patches: list[Any] = [mock.patch.object(kernel, "_compiled", _AllCompiled()) for kernel in operations.KERNELS]
     patches += [
         mock.patch.object(triton, "_device", "cpu"),
+        mock.patch.object(launch, "_current_device", launch._no_device),
+        mock.patch.object(launch, "_current_stream", launch._no_stream),
         mock.patch.dict(backends._MODULES, {"triton": triton}),
         mock.patch.object(backends, "_missing", return_value=None),
     ]

@@ -1,7 +1,8 @@
 """Which implementation runs an operation: the one place where backends are listed and chosen.
 
 A backend is a module with ``NAME``, ``unsupported(x)`` (why it cannot take an activation, or None) and the six
-functions of :mod:`red_kernels.reference`, with the same arguments and results.
+functions of :mod:`red_kernels.reference`, with the same arguments and results. It may also have
+``linear_edit_forward``: all of :func:`red_kernels.linear_edit`, without gradients, or None where it is better composed.
 """
 
 from __future__ import annotations
@@ -116,7 +117,9 @@ def forced_backend() -> str | None:
 
 
 def _missing(name: str) -> str | None:
-    return {"triton": gpu.TRITON_MISSING, "cuda": gpu.CUDA_MISSING, "cpu": native.load_error()}.get(name)
+    if name == "triton":
+        return gpu.triton_missing()
+    return {"cuda": gpu.CUDA_MISSING, "cpu": native.load_error()}.get(name)
 
 
 def _require(name: str, source: str) -> None:

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 _OLDEST = (3, 6)
+_NO_GPU = (
+    "torch finds no GPU here; remedy: a GPU and a torch built for it, or TRITON_INTERPRET=1 to run the kernels on the "
+    "CPU, slowly, to check them"
+)
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def choose(x: Tensor) -> ModuleType | None:
@@ -18,14 +23,21 @@ def choose(x: Tensor) -> ModuleType | None:
     return None
 
 
+def triton_missing() -> str | None:
+    """Why the Triton kernels cannot be used here, with the remedy, or None."""
+    if TRITON is not None and not _INTERPRETED and not torch.cuda.is_available():
+        return _NO_GPU
+    return _MISSING
+
+
 def _load() -> tuple[ModuleType | None, str | None]:
-    """The Triton backend, or why it is missing, with the remedy. Triton is imported only where it can be used."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not interpreted and not torch.cuda.is_available():
-        return None, (
-            "torch finds no GPU here; remedy: a GPU and a torch built for it, or TRITON_INTERPRET=1 to run the kernels "
-            "on the CPU, slowly, to check them"
-        )
+    """The Triton backend, or why it is missing, with the remedy. Triton is imported only where it could be used.
+
+    Whether there is a GPU is not asked: that starts the driver, and a process that imports this could then not be
+    forked, nor choose among its GPUs.
+    """
+    if not _INTERPRETED and torch.version.cuda is None and torch.version.hip is None:
+        return None, _NO_GPU
     # Whatever a Triton is like, one that is broken or from the future included, it must not keep the package from being
     # imported: hence every Exception.
     try:
@@ -45,4 +57,4 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 CUDA_MISSING = "this version has no CUDA kernels; remedy: use 'triton', 'cpu' or 'reference'"
-TRITON, TRITON_MISSING = _load()
+TRITON, _MISSING = _load()

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...reference import EditGrads, EditNormGrads, NormEditGrads
 from ..operators import KERNEL_DTYPES, SCHEMAS, bits, flags, not_plain, register_fakes
 from . import operations
-from .launch import INTERPRETED
+from .launch import INTERPRETED, unusable
 from .linear import linear_edit_forward as linear_edit_forward  # the one thing that a backend may lack
 
 NAME = "triton"
@@ -35,6 +35,10 @@ def unsupported(x: Tensor) -> str | None:
         return f"x is on {x.device}, and these kernels run {where}"
     if x.dtype not in KERNEL_DTYPES:
         return f"x has dtype {x.dtype}, and these kernels take float32, bfloat16 and float16"
+    if x.is_cuda:
+        reason = unusable(x.get_device())
+        if reason is not None:
+            return f"x is on {x.device}, and {reason}"
     return not_plain(x)
 
 

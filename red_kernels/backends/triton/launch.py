@@ -34,10 +34,14 @@ class Kernel:
     Calling it with a grid, tensors (None for what is absent), numbers, constants and the number of warps runs it on the
     device and the current stream of the first tensor; ``stages`` is the depth of its pipelined loop, if it has one. All
     tensors must be contiguous and on one device.
+
+    ``registers`` for each thread are allowed on NVIDIA, if given. By itself the assembler spills some where one more
+    program fits on a multiprocessor then.
     """
 
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function: Any, registers: int | None = None) -> None:
         self.function = function
+        self.registers = registers
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     @property
@@ -70,11 +74,13 @@ class Kernel:
         for address in addresses:
             if address:
                 together |= address
+        # Triton compiles for AMD by whether every offset fits into 32 bits; what is kept here is for those that do.
+        if _amd and any(t is not None and t.untyped_storage().nbytes() >= 2**31 for t in tensors):
+            together |= 1
         key = (device, constants, warps, stages, *types)
         compiled = None if together & 15 else self._compiled.get(key)
-        if compiled is None or _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls:
-            options = _OPTIONS if stages is None else {**_OPTIONS, "num_stages": stages}
-            compiled = self.function[grid](*tensors, *numbers, *constants, num_warps=warps, **options)
+        if compiled is None or not _direct or _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls:
+            compiled = self.function[grid](*tensors, *numbers, *constants, **self.options(warps, stages, _amd))
             if not together & 15 and compiled is not None:
                 self._compiled[key] = compiled
             return
@@ -82,6 +88,16 @@ class Kernel:
             *grid, _current_stream(device), compiled.function, compiled.packed_metadata, None, None, None,
             *addresses, *numbers, *constants,
         )  # fmt: skip
+
+    def options(self, warps: int, stages: int | None, amd: bool) -> dict[str, Any]:
+        """What Triton is told to compile the kernel with."""
+        # Multiply-adds are contracted, said here because Triton 3.9 warns where it is left open.
+        found: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": True}
+        if stages is not None:
+            found["num_stages"] = stages
+        if self.registers is not None and not amd:
+            found["maxnreg"] = min(self.registers, 65536 // (32 * warps))
+        return found
 
     def compiled(
         self, tensors: tuple[Tensor | None, ...], constants: tuple[Any, ...], warps: int, stages: int | None = None
@@ -114,6 +130,13 @@ def architecture(x: Tensor) -> Architecture:
     return found
 
 
+def unusable(device: int) -> str | None:
+    """Why Triton cannot run on a GPU, or None. Looked at once for each; not while torch.compile traces."""
+    if device not in _unusable and not torch.compiler.is_compiling():
+        _unusable[device] = _why_unusable(device)
+    return _unusable.get(device)
+
+
 @contextmanager
 def pretending(pretended: Architecture) -> Iterator[None]:
     """Take the rules of another architecture for CPU tensors in a ``with`` block, to compile for it or to test them."""
@@ -125,6 +148,17 @@ def pretending(pretended: Architecture) -> Iterator[None]:
         _architectures.pop(-1)
         if before is not None:
             _architectures[-1] = before
+
+
+def _why_unusable(device: int) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if not _amd and capability < _LEAST_CAPABILITY:
+        return f"its compute capability is {capability}, and Triton needs {_LEAST_CAPABILITY}"
+    try:
+        triton.runtime.driver.active.get_current_target()  # which builds its driver with a C compiler, the first time
+    except Exception as error:
+        return f"Triton does not start there ({type(error).__name__}: {error}); remedy: install a C compiler"
+    return None
 
 
 def _architecture(device: int) -> Architecture:
@@ -144,10 +178,13 @@ def _no_stream(device: int) -> int:
     return 0
 
 
-# Multiply-adds are contracted, said here because Triton 3.9 warns where it is left open.
-_OPTIONS = {"enable_fp_fusion": True}
 _runtime = triton.knobs.runtime
+# `CompiledKernel.run` takes the same arguments in all of these; with a later Triton its own launch is used.
+_direct = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 10)
 _architectures: dict[int, Architecture] = {}
-_on_gpu = torch.cuda.is_available() and not INTERPRETED
+_unusable: dict[int, str | None] = {}
+_LEAST_CAPABILITY = (7, 5)
+_amd = torch.version.hip is not None
+_on_gpu = (torch.version.cuda or torch.version.hip) is not None and not INTERPRETED
 _current_device: Callable[[], int] = torch._C._cuda_getDevice if _on_gpu else _no_device
 _current_stream: Callable[[int], int] = torch._C._cuda_getCurrentRawStream if _on_gpu else _no_stream

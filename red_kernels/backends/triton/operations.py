@@ -19,13 +19,15 @@ from .launch import Kernel, architecture
 _edit_forward, _edit_backward = Kernel(edit.edit_forward), Kernel(edit.edit_backward)
 _norm_forward, _norm_backward = Kernel(norm.norm_forward), Kernel(norm.norm_backward)
 _wide_forward, _wide_averages = Kernel(wide.wide_forward), Kernel(wide.wide_averages)
-_wide_backward = Kernel(wide.wide_backward)
+_wide_backward = Kernel(wide.wide_backward, registers=255)
 _add_lines, _add_edits = Kernel(sums.add_lines), Kernel(sums.add_edits)
 
 KERNELS = (
     _edit_forward, _edit_backward, _norm_forward, _norm_backward,
     _wide_forward, _wide_averages, _wide_backward, _add_lines, _add_edits,
 )  # fmt: skip
+
+_LEAST_STRETCH = 16  # rows of a worker, but for the last ones
 
 
 def edit_forward(
@@ -299,10 +301,12 @@ def _work(
     need_bias: bool,
 ) -> _Work:
     programs = max(1, min(tile.programs * architecture(like).multiprocessors // slabs, -(-rows // tile.rows)))
-    ids = None if edit_ids is None else edit_ids.reshape(-1)
+    ids = None if edit_ids is None else _dense(edit_ids).reshape(-1)
     if ids is None or not (need_scale or need_bias):
         lines = (_lines(like, programs) if need_scale else None, _lines(like, programs) if need_bias else None)
         return _Work(programs, ids, None, None, None, 0, lines)
+    # A worker has some rows, so that not every row has a line of its own to be written and read.
+    programs = min(programs, -(-rows // (tile.rows * _LEAST_STRETCH)))
     ids, order = torch.sort(ids, stable=True)
     offsets = torch.searchsorted(ids, torch.arange(n_edits + 1, dtype=ids.dtype, device=ids.device))
     workers = programs * tile.rows

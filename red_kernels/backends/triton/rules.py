@@ -12,6 +12,7 @@ from .tuned import blocks, slabs, tuned, whole_rows
 
 VECTOR_BYTES = 16  # the widest access of a thread
 MOST_WARPS = 16
+MOST_SLABS = 65535  # the second size of a grid
 SHARED_KIB = {"sm_75": 64, "sm_80": 163, "sm_87": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227, "gfx950": 160}
 
 
@@ -102,14 +103,14 @@ def norm_backward(width: int, itemsize: int, architecture: Architecture, sums: i
 
     Whatever takes as many registers counts as a sum: dropout, making z again, and twice over the edits of edit_ids. Of
     16 elements and four sums a thread spills nothing, in up to 8 warps. 24 elements for those widths that would leave
-    more than a quarter of the lanes idle, or 16 warps, which have 128 registers a thread, allow three.
+    more than a quarter of the lanes idle allow three, and 16 warps, which have 128 registers a thread, two.
     """
     vector, most = VECTOR_BYTES // itemsize, 4
     found = _fitting(width, vector, architecture, 16)
     if found is None:
         found, most = _fitting(width, vector, architecture, 24), 3
     if found is None and itemsize == 2 and width <= MOST_WARPS * 16 * 32 and architecture.warp == 32:
-        found = _rows_of(width, vector, architecture, MOST_WARPS)
+        found, most = _rows_of(width, vector, architecture, MOST_WARPS), 2
     if found is None or sums > most:
         return None
     rows, chunk, chunks, warps = found
@@ -152,21 +153,23 @@ def wide_backward(width: int, itemsize: int, architecture: Architecture) -> Slab
     One vector of each input for a thread: that much spills nothing whatever is asked for, four column sums, dropout,
     edit_ids and z made again included. Rather more programs than more vectors.
     """
-    programs = 3 if architecture.warp == 32 else 2
-    return _slab(width, itemsize, architecture, VECTOR_BYTES // itemsize, 8, programs)
+    return _slab(width, itemsize, architecture, VECTOR_BYTES // itemsize, 8, 2)
 
 
 def _slab(width: int, itemsize: int, architecture: Architecture, held: int, warps: int, programs: int) -> SlabTile:
     chunk = min(architecture.warp * VECTOR_BYTES // itemsize, power_of_two(width))
+    chunk = max(chunk, power_of_two(_pieces(width, MOST_SLABS)))
     rows = max(1, min(warps * architecture.warp * held // chunk, 64))
     return SlabTile(rows, chunk, warps, programs)
 
 
 @tuned(RowTile, whole_rows(one_row=True))
 def wide_norm(width: int, itemsize: int, architecture: Architecture) -> RowTile:
-    """Rows too wide to hold, one for each program, piece by piece."""
-    chunk = min(architecture.warp * MOST_WARPS * VECTOR_BYTES // itemsize, power_of_two(width))
-    return RowTile(1, chunk, _pieces(width, chunk), MOST_WARPS)
+    """Rows too wide to hold, one for each program, piece by piece, by as many warps as have a whole vector each."""
+    vector = VECTOR_BYTES // itemsize
+    warps = min(MOST_WARPS, power_of_two(_pieces(width, architecture.warp * vector)))
+    chunk = min(architecture.warp * warps * vector, power_of_two(width))
+    return RowTile(1, chunk, _pieces(width, chunk), warps)
 
 
 @tuned(SlabTile, slabs())
@@ -178,7 +181,8 @@ def finish(width: int, architecture: Architecture) -> SlabTile:
 @tuned(SlabTile, slabs())
 def finish_edits(width: int, architecture: Architecture) -> SlabTile:
     """The same for each of many edits, most of which have a few lines."""
-    return SlabTile(32, min(128, power_of_two(width)), 4)
+    chunk = max(min(128, power_of_two(width)), power_of_two(_pieces(width, MOST_SLABS)))
+    return SlabTile(32, chunk, 4)
 
 
 @tuned(LinearTile, blocks)

@@ -12,6 +12,7 @@ two for each worker: for its first and its last edit, which its neighbours may s
 import triton
 import triton.language as tl
 
+NO_ROW = tl.constexpr(-2)
 RUNTIME = ["rows", "edits", "length", "threshold", "lines"]  # arguments that nothing is compiled for
 
 
@@ -66,14 +67,23 @@ def load_vector(p, first, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constex
 
 
 @triton.jit
+def load_ids(ids, place, live):
+    """The edits of some rows: -1 where there is no such edit, for all that are negative, and NO_ROW for no row.
+
+    Beyond the rows no edit must be read: what is in it, if it is no number, would get into the sums.
+    """
+    return tl.where(live, tl.maximum(tl.load(ids + place, mask=live, other=0), -1), NO_ROW)
+
+
+@triton.jit
 def load_edit(p, ids, edits, first, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """A piece of an edit vector in fp32; with ``ids`` of each row's own edit, NaN where there is no such edit."""
+    """A piece of an edit vector in fp32; with ``ids`` of each row's own edit: NaN where there is none, 0 for no row."""
     if ids is None:
         return load_vector(p, first, D, ROWS, CHUNK)
     else:
         known = (ids >= 0) & (ids < edits)
-        value = load(p, tl.where(known, ids, 0), ids == ids, first, D, CHUNK)
-        return tl.where(known[:, None], value.to(tl.float32), float("nan"))
+        value = load(p, tl.where(known, ids, 0), known, first, D, CHUNK)
+        return tl.where((known | (ids == NO_ROW))[:, None], value.to(tl.float32), float("nan"))
 
 
 @triton.jit
@@ -189,7 +199,7 @@ def finish_row(sums, totals, edits, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: 
 def first_edit(ids, rows, length, ROWS: tl.constexpr):
     """The edit that each worker begins with; -1 where it has no row."""
     place = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)) * length
-    return tl.load(ids + place, mask=place < rows, other=-1)
+    return tl.maximum(tl.load(ids + place, mask=place < rows, other=-1), -1)
 
 
 @triton.jit

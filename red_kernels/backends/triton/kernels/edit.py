@@ -16,6 +16,7 @@ from .device import (
     flush,
     line_of,
     load,
+    load_ids,
     places,
     store,
     store_edits,
@@ -33,7 +34,7 @@ def edit_forward(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * CHUNK
     live = row < rows
-    id = tl.load(ids + row, mask=live, other=0) if ids is not None else None
+    id = load_ids(ids, row, live) if ids is not None else None
     h = load(x, row, live, first, D, CHUNK)
     r = load(residual, row, live, first, D, CHUNK) if residual is not None else None
     h = edited(h, scale, bias, id, edits, seed, threshold, factor, row, first, D, ROWS, CHUNK)
@@ -65,7 +66,7 @@ def edit_backward(
         place = places(tile, length, ROWS, SORTED)
         live = place < rows
         row = tl.load(order + place, mask=live, other=0) if SORTED else place
-        id = tl.load(ids + place, mask=live, other=0) if ids is not None else None
+        id = load_ids(ids, place, live) if ids is not None else None
         g = load(dz, row, live, first, D, CHUNK)
         h = load(x, row, live, first, D, CHUNK) if x is not None else g
         if SORTED:

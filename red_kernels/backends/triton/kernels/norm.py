@@ -17,6 +17,7 @@ from .device import (
     flush_row,
     line_of,
     load,
+    load_ids,
     load_row,
     places,
     store_edits,
@@ -37,7 +38,7 @@ def norm_forward(
     """One tile for each program: reads x and residual once, writes y and, where asked for, z as it is rounded."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < rows
-    id = tl.load(ids + row, mask=live, other=0) if ids is not None else None
+    id = load_ids(ids, row, live) if ids is not None else None
     xs = load_row(x, row, live, D, CHUNK, CHUNKS)
     rs = load_row(residual, row, live, D, CHUNK, CHUNKS) if residual is not None else None
     zs = ()
@@ -124,7 +125,7 @@ def norm_backward(
         place = places(tile, length, ROWS, SORTED)
         live = place < rows
         row = tl.load(order + place, mask=live, other=0) if SORTED else place
-        id = tl.load(ids + place, mask=live, other=0) if ids is not None else None
+        id = load_ids(ids, place, live) if ids is not None else None
         held = ()
         for c in tl.static_range(CHUNKS):
             held = held + (_inputs(dy, dz, z, x, residual, row, live, c * CHUNK, D, CHUNK),)

@@ -17,6 +17,7 @@ from .device import (
     flush,
     line_of,
     load,
+    load_ids,
     places,
     store,
     store_edits,
@@ -35,7 +36,7 @@ def wide_forward(
     """One row for each program."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     live = row < rows
-    id = tl.load(ids + row) if ids is not None else None
+    id = load_ids(ids, row, live) if ids is not None else None
     squares = tl.zeros([1, CHUNK], tl.float32)
     spread = tl.zeros([1], tl.float32)
     near = tl.zeros([1], tl.float32)
@@ -101,7 +102,7 @@ def wide_averages(
     """One row for each program: the averages of ``g * normed`` and of ``g``, g the weighted gradient: ``(2, rows)``."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     live = row < rows
-    id = tl.load(ids + row) if ids is not None else None
+    id = load_ids(ids, row, live) if ids is not None else None
     scaled = tl.load(rstd + row)
     middle = tl.load(mean + row) if mean is not None else None
     products = tl.zeros([1, CHUNK], tl.float32)
@@ -144,7 +145,7 @@ def wide_backward(
         place = places(tile, length, ROWS, SORTED)
         live = place < rows
         row = tl.load(order + place, mask=live, other=0) if SORTED else place
-        id = tl.load(ids + place, mask=live, other=0) if ids is not None else None
+        id = load_ids(ids, place, live) if ids is not None else None
         g = load(dy, row, live, first, D, CHUNK)
         g2 = load(dz, row, live, first, D, CHUNK) if dz is not None else g
         v = load(z, row, live, first, D, CHUNK) if z is not None else g
