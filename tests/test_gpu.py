@@ -1,45 +1,324 @@
-"""What a GPU has to confirm: the operations on CUDA tensors. Run by `make test-gpu`; skipped where there is none."""
+"""What only a GPU can show of the operations. Run by `make test-gpu`, with all other tests of operations on that GPU.
+
+Skipped where there is none.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
+from op_cases import (
+    DTYPES,
+    OPERATIONS,
+    WITH_DROPOUT,
+    Results,
+    Tensors,
+    arguments,
+    assert_as_good_as,
+    eager,
+    exact,
+    fused,
+    moved,
+    outputs_of,
+    run,
+    same_bits,
+    stacked,
+    upstream,
+)
+from torch import Tensor
 
 import red_kernels as rk
+from red_kernels import backends
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
 
+DEVICE = "cuda"
+SHAPE = (199, 769)
+Trial = tuple[Tensors, tuple[Tensor, ...], dict[str, Any]]
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("width", [768, 4096])
-def test_fused_norm_on_the_gpu_equals_the_cpu(dtype: torch.dtype, width: int) -> None:
-    """Same numbers as on the CPU in fp64, to a rounding of the dtype, values and gradients."""
-    torch.manual_seed(0)
-    wide = [torch.randn(199, width, dtype=torch.float64).to(dtype).double() for _ in range(4)]
-    vectors = [torch.randn(width, dtype=torch.float64).float().double() for _ in range(3)]
+
+def _trial(
+    operation: str, shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch.bfloat16, *, edits: int | None = None,
+    device: str = DEVICE, seed: int = 0,
+) -> Trial:  # fmt: skip
+    """Tensors, gradients from above and options of an operation, on the GPU."""
+    tensors = {name: t.to(device) for name, t in arguments(operation, shape, dtype, edits=edits, seed=seed).items()}
+    grads = tuple(g.to(device) for g in upstream(shape, dtype, seed=seed))
+    if edits is None:
+        return tensors, grads, {}
+    draw = torch.Generator().manual_seed(seed)
+    return tensors, grads, {"edit_ids": torch.randint(0, edits, shape[:-1], generator=draw).to(device)}
+
+
+def _run(operation: str, trial: Trial) -> Results:
+    return run(fused, operation, trial[0], trial[1], **trial[2])
+
+
+def _held(operation: str, *trials: tuple[Trial, Results]) -> None:
+    """The error of results is at most that of PyTorch's operations on the CPU and a step."""
     results = []
-    for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
-        x, residual = (t.to(device, kind).requires_grad_() for t in wide[:2])
-        scale, bias, weight = (
-            v.to(device, torch.float64 if kind == torch.float64 else torch.float32).requires_grad_() for v in vectors
-        )
-        y, z = rk.edit_add_rms_norm(x, residual, scale, bias, weight)
-        torch.autograd.backward((y, z), [t.to(device, kind) for t in wide[2:]])
-        results.append([y, z, x.grad, residual.grad, scale.grad, bias.grad, weight.grad])
-    for exact, found in zip(*results, strict=True):
-        error = (found.cpu().double() - exact).norm() / exact.norm()
-        assert error <= 2 * torch.finfo(dtype).eps
+    for (tensors, grads, options), found in trials:
+        tensors = {name: t.cpu() for name, t in tensors.items()}
+        grads = tuple(g.cpu() for g in grads)
+        options = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in options.items()}
+        of_both = (run(eager, operation, tensors, grads, **options), exact(operation, tensors, grads, **options))
+        results.append(({name: value.detach().cpu() for name, value in found.items()}, *of_both))
+    assert_as_good_as(*(stacked(list(of)) for of in zip(*results, strict=True)))
 
 
-def test_dropout_mask_on_the_gpu_is_that_of_the_cpu() -> None:
-    """The words depend on the seed and the place only, not on the device."""
+def test_kernels_are_chosen() -> None:
+    """For what they can take, without being asked for."""
+    assert rk.available_backends()["triton"] is None
+    for dtype in DTYPES:
+        assert backends.choose(torch.ones(3, 5, device=DEVICE, dtype=dtype)).NAME == "triton"
+    assert backends.choose(torch.ones(3, 5, device=DEVICE, dtype=torch.float64)).NAME == "reference"
+    with rk.backend("triton"), pytest.raises(ValueError, match="x is on cpu, and these kernels run on a GPU"):
+        rk.edit(torch.ones(3, 5))
+
+
+def test_tests_move_tensors_as_they_lie() -> None:
+    """What carries the tests' tensors to the GPU keeps strides and surroundings, and gradients come back."""
+    whole = torch.arange(24.0).view(4, 6)
+    for t in (whole[:, 1:5], whole[1:, ::2], whole.t(), whole[0].expand(5, 6)):
+        there = moved(t, DEVICE)
+        assert (there.stride(), there.storage_offset()) == (t.stride(), t.storage_offset())
+        assert torch.equal(there.cpu(), t)
+    leaf = torch.ones(3, requires_grad=True)
+    (moved(leaf, DEVICE) * torch.tensor([1.0, 2.0, 3.0], device=DEVICE)).sum().backward()
+    assert torch.equal(leaf.grad, torch.tensor([1.0, 2.0, 3.0]))
+
+
+def test_dropout_words_on_the_gpu_are_those_of_the_cpu() -> None:
+    """They depend on the seed and the place only, not on the device."""
     seed = torch.tensor([0x0123456789ABCDEF])
     expected = rk.reference.philox_words(seed, 33, 130)
-    assert torch.equal(rk.reference.philox_words(seed.cuda(), 33, 130).cpu(), expected)
+    assert torch.equal(rk.reference.philox_words(seed.to(DEVICE), 33, 130).cpu(), expected)
 
 
-def test_operations_run_on_the_device_of_the_tensor() -> None:
-    """Also where it is not the current device."""
-    last = torch.device("cuda", torch.cuda.device_count() - 1)
-    x = torch.ones(3, 8, device=last)
-    assert rk.edit(x, torch.full((8,), 2.0, device=last)).device == last
+@pytest.mark.parametrize("edits", [None, 7])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_same_bits_every_time(operation: str, dtype: torch.dtype, edits: int | None) -> None:
+    """The first time as Triton starts a kernel, then as it is started here."""
+    trial = _trial(operation, (4099, 769), dtype, edits=edits)
+    first = _run(operation, trial)
+    assert all(same_bits(_run(operation, trial), first) for _ in range(3))
+
+
+@pytest.mark.parametrize("width", [1, 2, 13, 96, 1023, 6144, 12288, 16385, 32768, 65536])
+@pytest.mark.parametrize("operation", ["edit_add", "edit_add_layer_norm", "rms_norm_edit"])
+def test_every_width(operation: str, width: int) -> None:
+    # Few numbers have no mean error: many trials have.
+    trials = [_trial(operation, (5, width), torch.float32, seed=seed) for seed in range(32 if width < 100 else 1)]
+    if width <= 2 and "norm" in operation:
+        # RMSNorm of one element, LayerNorm of two, are signs, and their gradients differences of equals. An eps of the
+        # elements' size leaves digits to compare.
+        for _, _, options in trials:
+            options["eps"] = 1.0
+    _held(operation, *((trial, _run(operation, trial)) for trial in trials))
+
+
+@pytest.mark.parametrize("edits", [None, 70_000])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_more_rows_than_a_grid_is_high(operation: str, edits: int | None) -> None:
+    """And more edits: 65,535 is the largest second and third dimension of a grid."""
+    trial = _trial(operation, (70_001, 40), edits=edits)
+    _held(operation, (trial, _run(operation, trial)))
+
+
+@pytest.mark.parametrize("edits", [None, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_odd_addresses(operation: str, dtype: torch.dtype, edits: int | None) -> None:
+    """Every tensor one element behind where it could be read by vectors."""
+
+    def odd(t: Tensor) -> Tensor:
+        flat = t.new_empty(t.numel() + 1)[1:]
+        return flat.copy_(t.reshape(-1)).view(t.shape)
+
+    tensors, grads, options = _trial(operation, SHAPE, dtype, edits=edits)
+    asking = {name: odd(t).requires_grad_() for name, t in tensors.items()}
+    results = outputs_of(fused(operation, asking, **{name: odd(t) for name, t in options.items()}))
+    gradients = torch.autograd.grad(results, list(asking.values()), [odd(g) for g in grads[: len(results)]])
+    names = [*("y", "z")[: len(results)], *(f"d {name}" for name in asking)]
+    found = dict(zip(names, (*results, *gradients), strict=True))
+    _held(operation, ((tensors, grads, options), found))
+
+
+@pytest.mark.parametrize(
+    ("operation", "width"),
+    [("edit_add", 4096), ("edit_add_layer_norm", 4096), ("edit_add_layer_norm", 32768), ("rms_norm_edit", 4096)],
+)
+def test_more_elements_than_32_bits_count(operation: str, width: int) -> None:
+    """The last rows are those of a call of their own, and the sums over rows, of which only the last are not zero."""
+    torch.cuda.empty_cache()
+    rows, few, dtype = 2**31 // width + 5, 64, torch.bfloat16
+    needed, free = 12 * rows * width * dtype.itemsize, torch.cuda.mem_get_info()[0]
+    if free < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of GPU memory, and {free >> 30} are free")
+    tensors, grads, _ = _trial(operation, (few, width), dtype)
+
+    def behind_zeros(t: Tensor) -> Tensor:
+        wide = torch.zeros(rows, width, dtype=dtype, device=DEVICE)
+        wide[-few:] = t
+        return wide
+
+    asking = {
+        name: (behind_zeros(t) if name in ("x", "residual") else t.clone()).requires_grad_()
+        for name, t in tensors.items()
+    }
+    results = outputs_of(fused(operation, asking))
+    grads = grads[: len(results)]
+    gradients = torch.autograd.grad(results, list(asking.values()), [behind_zeros(g) for g in grads])
+    names = [*("y", "z")[: len(results)], *(f"d {name}" for name in asking)]
+    found = {
+        name: value[-few:] if value.shape[0] == rows else value
+        for name, value in zip(names, (*results, *gradients), strict=True)
+    }
+    expected = run(fused, operation, tensors, grads)
+    for name, value in found.items():
+        if value.shape[0] == few:
+            assert torch.equal(value, expected[name]), name
+    _held(operation, ((tensors, grads, {}), found))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU here")
+@pytest.mark.parametrize("edits", [None, 3])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_device_that_is_not_the_current_one(operation: str, edits: int | None) -> None:
+    last = f"cuda:{torch.cuda.device_count() - 1}"
+    expected = _run(operation, _trial(operation, edits=edits, device="cuda:0"))
+    with torch.cuda.device(0):
+        found = _run(operation, _trial(operation, edits=edits, device=last))
+        assert torch.cuda.current_device() == 0
+    for name, value in found.items():
+        assert str(value.device) == last, name
+        if torch.cuda.get_device_name(last) == torch.cuda.get_device_name(0):
+            assert torch.equal(value.cpu(), expected[name].cpu()), name
+
+
+@pytest.mark.parametrize("edits", [None, 3])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_stream_that_is_not_the_default(operation: str, edits: int | None) -> None:
+    """Its inputs come late on that stream: whoever reads them from another finds NaN."""
+    tensors, grads, options = trial = _trial(operation, edits=edits)
+    expected = _run(operation, trial)
+    late = {name: torch.full_like(t, float("nan")) for name, t in tensors.items()}
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # cycles: tens of milliseconds
+        for name, t in tensors.items():
+            late[name].copy_(t)
+        found = run(fused, operation, late, grads, **options)
+    stream.synchronize()
+    assert same_bits(found, expected)
+
+
+@pytest.fixture
+def _no_synchronisation() -> Iterator[None]:
+    """What makes the host wait for the GPU is an error from here on."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("_no_synchronisation")
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("edits", [None, 3])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_host_never_waits(operation: str, edits: int | None, dropout: bool) -> None:
+    tensors, grads, options = _trial(operation, edits=edits)
+    if dropout and operation in WITH_DROPOUT:
+        options |= {"dropout_p": 0.5, "training": True}
+    run(fused, operation, tensors, grads, **options)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    run(fused, operation, tensors, grads, **options)
+
+
+@pytest.mark.parametrize("edits", [None, 3])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_cuda_graphs(operation: str, edits: int | None) -> None:
+    """Forward and backward are captured once; on other numbers the graph gives the bits of a plain call."""
+    tensors, grads, options = trial = _trial(operation, edits=edits)
+    graph, found = _captured(operation, trial)
+    for seed in (1, 2):
+        others, other_grads, other_options = _trial(operation, edits=edits, seed=seed)
+        expected = run(fused, operation, others, other_grads, **other_options)
+        for t, other in zip((*tensors.values(), *grads, *options.values()),
+                            (*others.values(), *other_grads, *other_options.values()), strict=True):  # fmt: skip
+            t.copy_(other)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same_bits(found, expected)
+
+
+@pytest.mark.parametrize("operation", WITH_DROPOUT)
+def test_cuda_graphs_with_dropout(operation: str) -> None:
+    """Each replay drops other elements, the same ones forward and backward."""
+    tensors, grads, _ = _trial(operation, dtype=torch.float32)
+    tensors |= {"scale": None, "bias": None, "x": torch.ones_like(tensors["x"])}
+    tensors["residual"] = torch.zeros_like(tensors["x"])
+    grads = (torch.zeros_like(grads[0]), torch.ones_like(grads[0])) if "norm" in operation else (torch.ones(()),)
+    grads = tuple(g.to(DEVICE).expand(SHAPE) for g in grads)
+    graph, found = _captured(operation, (tensors, grads, {"dropout_p": 0.5, "training": True}))
+    seen = []
+    for _ in range(2):
+        graph.replay()
+        torch.cuda.synchronize()
+        z = found["z"] if "norm" in operation else found["y"]
+        assert torch.equal(z, found["d x"])
+        seen.append((z != 0).clone())
+    assert 0.4 < float(seen[0].float().mean()) < 0.6  # hundreds of standard deviations
+    assert not torch.equal(*seen)
+
+
+def _captured(operation: str, trial: Trial) -> tuple[torch.cuda.CUDAGraph, Results]:
+    """A graph of forward and backward, and where it puts their results."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            _run(operation, trial)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = _run(operation, trial)
+    return graph, found
+
+
+@pytest.mark.parametrize("edits", [None, 3])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_compiled_by_inductor_once_for_all_numbers_of_rows(operation: str, edits: int | None) -> None:
+    """Between operations of PyTorch's own, in one graph: the same bits as those around a plain call."""
+    torch._dynamo.reset()
+
+    def around(name: str, given: Tensors, **options: Any) -> tuple[Tensor, ...]:
+        return tuple(t * 2 for t in outputs_of(fused(name, given | {"x": given["x"] * 2}, **options)))
+
+    compiled = torch.compile(around, fullgraph=True)
+    for rows in (64, 65, 1000, 4099):
+        tensors, grads, options = _trial(operation, (rows, 768), torch.float32, edits=edits)
+        expected = run(around, operation, tensors, grads, **options)
+        asking = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+        for t in (*(t for name, t in asking.items() if name in ("x", "residual")), *options.values()):
+            torch._dynamo.mark_dynamic(t, 0)
+        with torch.compiler.set_stance("default" if rows == 64 else "fail_on_recompile"):
+            results = compiled(operation, asking, **options)
+        found = torch.autograd.grad(results, list(asking.values()), grads[: len(results)])
+        for value, other in zip((*results, *found), expected.values(), strict=True):
+            assert torch.equal(value, other), rows
+
+
+@pytest.mark.parametrize("autocast", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_autocast_leaves_the_operations_alone(operation: str, dtype: torch.dtype, autocast: torch.dtype) -> None:
+    """They round once, to the dtype of what they are given: there is nothing for autocast to choose."""
+    trial = _trial(operation, dtype=dtype)
+    plain = _run(operation, trial)
+    with torch.autocast("cuda", autocast):
+        assert same_bits(_run(operation, trial), plain)
