@@ -50,7 +50,7 @@ test: lint $(OLDEST)/done
 	$(BIN)/python -m pytest
 	$(INTERPRETED) $(BIN)/python -m pytest -n 2
 	PYTHONPATH=$(OLDEST) $(INTERPRETED) $(BIN)/python -m pytest -n 2 tests/test_triton_kernels.py tests/test_interpreter.py
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_ahead_of_time.py -k "patched_model and sm_90"
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_ahead_of_time.py -k oldest
 
 test-nightly: lint $(OLDEST)/done
 	RED_KERNELS_TEST_ALL=1 $(BIN)/python -m pytest tests/test_ahead_of_time.py
