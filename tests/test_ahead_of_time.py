@@ -61,7 +61,15 @@ def options(width: int, dtype: str) -> list[Case]:
 
 WIDEST = 32768  # beyond the registers of a program, forward too
 USUAL = [(target, width) for target in TARGETS for width in (*WIDTHS, WIDEST)]
-OPTIONS = [("fp32", 768), ("fp32", 4096), ("bf16", 768), ("bf16", 8192), ("fp16", 2048)]
+OPTIONS = [
+    ("sm_90", "fp32", 768),
+    ("sm_90", "fp32", 4096),
+    ("sm_90", "bf16", 768),
+    ("sm_90", "bf16", 8192),
+    ("sm_90", "fp16", 2048),
+    ("gfx942", "bf16", 768),
+]
+EVERYTHING = list(itertools.product([*TARGETS, *LARGE_TENSORS], [*WIDTHS, WIDEST], DTYPES))
 
 
 @pytest.mark.parametrize(
@@ -70,29 +78,29 @@ OPTIONS = [("fp32", 768), ("fp32", 4096), ("bf16", 768), ("bf16", 8192), ("fp16"
 )
 def test_kernels_of_a_patched_model(pool: Executor, target: str, width: int) -> None:
     products = ahead_of_time.linear_cases((width,)) if width in WIDTHS else []
-    check(pool, [*ahead_of_time.usual_cases((width,)), *products], target)
+    reports = check(pool, [*ahead_of_time.usual_cases((width,)), *products], target)
+    # AMD's scalar registers: those put aside lie in vector registers, not in memory. Other options have some.
+    assert not [str(report.program) for report in reports if report.resources.scalar_spills]
 
 
-@pytest.mark.parametrize(("dtype", "width"), OPTIONS)
-def test_options(pool: Executor, dtype: str, width: int) -> None:
-    check(pool, options(width, dtype), "sm_90")
+@pytest.mark.parametrize(("target", "dtype", "width"), OPTIONS)
+def test_options(pool: Executor, target: str, dtype: str, width: int) -> None:
+    check(pool, options(width, dtype), target)
 
 
 @pytest.mark.skipif(not TEST_ALL, reason="an hour; RED_KERNELS_TEST_ALL=1 runs it")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [*WIDTHS, WIDEST])
-@pytest.mark.parametrize("target", [*TARGETS, *LARGE_TENSORS])
+@pytest.mark.parametrize(("target", "width", "dtype"), EVERYTHING if TEST_ALL else EVERYTHING[:1])
 def test_everything(pool: Executor, target: str, width: int, dtype: str) -> None:
     check(pool, ahead_of_time.all_cases((width,), (dtype,)), target)
 
 
-def check(pool: Executor, cases: Iterable[Case], target: str) -> None:
+def check(pool: Executor, cases: Iterable[Case], target: str) -> list[Report]:
     wanted = ahead_of_time.programs_of(cases, [target])
     assert wanted
-    found = {
-        str(report.program): wrong for report in pool.map(ahead_of_time.build, wanted) if (wrong := faults(report))
-    }
+    reports = list(pool.map(ahead_of_time.build, wanted))
+    found = {str(report.program): wrong for report in reports if (wrong := faults(report))}
     assert not found, "\n".join(f"{program}: {'; '.join(wrong)}" for program, wrong in found.items())
+    return reports
 
 
 def faults(report: Report) -> list[str]:
@@ -101,14 +109,11 @@ def faults(report: Report) -> list[str]:
     # The matrix product brings its result into rows. Half vectors beside fp32 activations come in pieces of their own.
     if report.conversions.in_loops and program.kernel != "linear_edit" and (activations != "*fp32" or scale == "*fp32"):
         found.append(f"{report.conversions.in_loops} layout conversions at every turn of a loop")
-    # Rows in the order of their edits have many addresses for AMD's scalar registers; the lanes of a vector hold some.
-    if report.resources.scalar_spills and "order" not in program.tensors:
-        found.append(f"{report.resources.scalar_spills} scalar registers put aside")
     return found
 
 
 def test_every_kernel_is_compiled() -> None:
-    cases = [case for dtype, width in OPTIONS for case in options(width, dtype)]
+    cases = [case for _, dtype, width in OPTIONS for case in options(width, dtype)]
     compiled = {program.kernel for program in ahead_of_time.programs_of(cases, ["sm_90"])}
     usual = [*ahead_of_time.usual_cases((*WIDTHS, WIDEST)), *ahead_of_time.linear_cases()]
     for target in TARGETS:
