@@ -9,35 +9,39 @@ import pytest
 import torch
 from op_cases import INTERPRETED, moved
 
-pytestmark = [
-    pytest.mark.implementations,
-    pytest.mark.skipif(not INTERPRETED, reason="not in Triton's interpreter: TRITON_INTERPRET is not 1"),
-]
-if INTERPRETED:
-    import interpreter
-    import triton
-    import triton.language as tl
+if not INTERPRETED:
+    pytest.skip("not in Triton's interpreter: TRITON_INTERPRET is not 1", allow_module_level=True)
 
-    @triton.jit
-    def _convert(source, target, N: tl.constexpr):
-        place = tl.arange(0, N)
-        tl.store(target + place, tl.load(source + place).to(target.dtype.element_ty))
+import interpreter
+import triton
+import triton.language as tl
 
-    @triton.jit
-    def _add(source, target, ROWS: tl.constexpr, CHUNK: tl.constexpr, AXIS: tl.constexpr):
-        place = tl.arange(0, ROWS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-        total = tl.sum(tl.load(source + place), axis=AXIS)
-        tl.store(target + tl.arange(0, total.shape[0]), total)
+pytestmark = pytest.mark.implementations
 
-    @triton.jit
-    def _reach(source, target, first_read, first_written, N: tl.constexpr):
-        place = tl.arange(0, N)
-        value = tl.load(source + first_read + place)
-        tl.store(target + first_written + place, value)
 
-    @triton.jit
-    def _last_wins(target):
-        tl.store(target, tl.program_id(0) * 10 + tl.program_id(1))
+@triton.jit
+def _convert(source, target, N: tl.constexpr):
+    place = tl.arange(0, N)
+    tl.store(target + place, tl.load(source + place).to(target.dtype.element_ty))
+
+
+@triton.jit
+def _add(source, target, ROWS: tl.constexpr, CHUNK: tl.constexpr, AXIS: tl.constexpr):
+    place = tl.arange(0, ROWS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    total = tl.sum(tl.load(source + place), axis=AXIS)
+    tl.store(target + tl.arange(0, total.shape[0]), total)
+
+
+@triton.jit
+def _reach(source, target, first_read, first_written, N: tl.constexpr):
+    place = tl.arange(0, N)
+    value = tl.load(source + first_read + place)
+    tl.store(target + first_written + place, value)
+
+
+@triton.jit
+def _last_wins(target):
+    tl.store(target, tl.program_id(0) * 10 + tl.program_id(1))
 
 
 def _special() -> torch.Tensor:

@@ -43,16 +43,17 @@ from torch import Tensor
 
 from red_kernels import checks
 
-pytestmark = [
-    pytest.mark.implementations,
-    pytest.mark.skipif(not TRITON, reason="no Triton backend here: neither a GPU nor TRITON_INTERPRET=1"),
-]
-interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter: TRITON_INTERPRET=1")
-if TRITON:
-    from red_kernels.backends.triton import launch, tuned
-    from red_kernels.backends.triton.rules import Architecture, RowTile, SlabTile
+if not TRITON:
+    pytest.skip("no Triton backend here: neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
+
+from red_kernels.backends.triton import launch, tuned
+from red_kernels.backends.triton.rules import Architecture, RowTile, SlabTile
+
 if INTERPRETED:
     import interpreter
+
+pytestmark = pytest.mark.implementations
+interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter: TRITON_INTERPRET=1")
 
 ROWS, D = 13, 70  # of activations: with pieces of 32 columns two, and one that has six
 KINDS = ("own", "whole", "pieces", "even pieces", "wide")
