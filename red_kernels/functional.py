@@ -28,6 +28,7 @@ from .autograd import (
     LinearEditFunction,
     LinearEditInferenceFunction,
     RMSNormEditFunction,
+    apply,
 )
 
 __all__ = [
@@ -57,7 +58,7 @@ def edit(
     """
     checks.activation(x)
     checks.edit_vectors(x, scale, bias, edit_ids)
-    return EditFunction.apply(x, scale, bias, _ids(edit_ids))
+    return apply(EditFunction, x, scale, bias, _ids(edit_ids))
 
 
 def edit_add(
@@ -76,7 +77,7 @@ def edit_add(
     under activation checkpointing drops the same elements. Errors: see the module.
     """
     x, residual, edit_ids, seed = _edit_arguments(x, residual, scale, bias, edit_ids, dropout_p, training)
-    return EditAddFunction.apply(x, residual, scale, bias, edit_ids, seed, dropout_p)
+    return apply(EditAddFunction, x, residual, scale, bias, edit_ids, seed, dropout_p)
 
 
 def edit_add_rms_norm(
@@ -104,8 +105,8 @@ def edit_add_rms_norm(
     checks.norm_vector(weight, x, "weight")
     checks.epsilon(eps)
     checks.number(weight_offset, "weight_offset")
-    return EditAddRMSNormFunction.apply(
-        x, residual, scale, bias, weight, edit_ids, seed, dropout_p, eps, weight_offset, need_z
+    return apply(
+        EditAddRMSNormFunction, x, residual, scale, bias, weight, edit_ids, seed, dropout_p, eps, weight_offset, need_z
     )
 
 
@@ -133,8 +134,8 @@ def edit_add_layer_norm(
     checks.norm_vector(weight, x, "weight")
     checks.norm_vector(norm_bias, x, "norm_bias")
     checks.epsilon(eps)
-    return EditAddLayerNormFunction.apply(
-        x, residual, scale, bias, weight, norm_bias, edit_ids, seed, dropout_p, eps, need_z
+    return apply(
+        EditAddLayerNormFunction, x, residual, scale, bias, weight, norm_bias, edit_ids, seed, dropout_p, eps, need_z
     )
 
 
@@ -154,7 +155,7 @@ def rms_norm_edit(
     checks.norm_vector(weight, x, "weight")
     checks.epsilon(eps)
     checks.number(weight_offset, "weight_offset")
-    return RMSNormEditFunction.apply(x, weight, scale, bias, _ids(edit_ids), eps, weight_offset)
+    return apply(RMSNormEditFunction, x, weight, scale, bias, _ids(edit_ids), eps, weight_offset)
 
 
 def layer_norm_edit(
@@ -176,7 +177,7 @@ def layer_norm_edit(
     checks.norm_vector(weight, x, "weight")
     checks.norm_vector(norm_bias, x, "norm_bias")
     checks.epsilon(eps)
-    return LayerNormEditFunction.apply(x, weight, norm_bias, scale, bias, _ids(edit_ids), eps)
+    return apply(LayerNormEditFunction, x, weight, norm_bias, scale, bias, _ids(edit_ids), eps)
 
 
 def linear_edit(
@@ -223,7 +224,7 @@ def linear_edit(
     tensors = (x, weight, linear_bias, residual, scale, bias)
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     kind_of = LinearEditFunction if recorded or torch.compiler.is_compiling() else LinearEditInferenceFunction
-    return kind_of.apply(*tensors, _ids(edit_ids))
+    return apply(kind_of, *tensors, _ids(edit_ids))
 
 
 def _ids(edit_ids: Tensor | None) -> Tensor | None:
