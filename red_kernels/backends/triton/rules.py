@@ -197,7 +197,7 @@ def linear(rows: int, width: int, depth: int, itemsize: int, precision: str, arc
     exact = itemsize == 4 and precision == "ieee"
     small = exact or bool(width * itemsize % VECTOR_BYTES or depth * itemsize % VECTOR_BYTES)
     block_m = max(16, min(rows, 128)) if not small else 16 if rows <= 16 else 64
-    along = 128 if block_m > 16 else 256 if small else 512  # bytes
+    along = 128 if block_m > 16 or small else 512  # bytes
     block_k = max(16, min(along // itemsize, power_of_two(depth)))
     nvidia = not architecture.name.startswith("gfx")
     room = SHARED_KIB.get(architecture.name, 99 if nvidia else 64) * 1024 // (block_k * itemsize)
@@ -216,6 +216,6 @@ def linear(rows: int, width: int, depth: int, itemsize: int, precision: str, arc
         block_k,
         group=8,
         splits=max(0, block_n.bit_length() - 7),  # 64 columns and more to a piece
-        warps=8 if block_m == 128 and block_n >= 64 else 4,
+        warps=8 if block_m == 128 else 4,
         stages=min(4, room // (block_m + block_n)) if nvidia else 2,
     )
