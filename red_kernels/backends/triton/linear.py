@@ -40,14 +40,15 @@ def linear_edit_forward(
     """
     d, k = weight.shape
     rows = x.numel() // k
-    use = _forced
-    if use is None:
-        tensors = (x, weight, linear_bias, residual, scale, bias, edit_ids)
-        use = wins(architecture(x), rows, d, k, x.dtype) and all(map(_as_measured, tensors))
-    # other kinds of weights (quantised, distributed) know themselves how they are multiplied
-    if not use or not_plain(weight) or (linear_bias is not None and not_plain(linear_bias)):
+    if not (wins(architecture(x), rows, d, k, x.dtype) if _forced is None else _forced):
         return None
-    return run(x, weight, linear_bias, residual, scale, bias, edit_ids)
+    # other kinds of weights (quantised, distributed) know themselves how they are multiplied
+    if not_plain(weight) or (linear_bias is not None and not_plain(linear_bias)):
+        return None
+    tensors = (x, weight, linear_bias, residual, scale, bias, edit_ids)
+    if _forced is None and not all(map(_as_measured, tensors)):
+        return None
+    return run(*tensors)
 
 
 def run(
