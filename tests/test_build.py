@@ -17,6 +17,19 @@ from red_kernels.backends import native
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = "red_kernels/lib/libred_kernels_cpu.so"
+CUDA_LIBRARY = "red_kernels/lib/libred_kernels_cuda.so"
+# A compiler of CUDA that makes empty objects in no time, and knows two GPUs.
+QUICK_NVCC = """#!/bin/sh
+for word in "$@"; do
+  case $word in
+    --version) echo quick; exit;;
+    --list-gpu-code) echo sm_80; echo sm_90; exit;;
+    -shared) shared=-shared;;
+    *.so|*.tmp) out=$word;;
+  esac
+done
+echo 'int red_quick_nvcc;' | {compiler} -x c -fPIC ${{shared:--c}} -o "$out" -
+"""
 NO_TORCH = """
 import builtins
 _import = builtins.__import__
@@ -44,8 +57,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _environment(**changes: str | None) -> dict[str, str]:
-    found = {k: v for k, v in os.environ.items() if not k.startswith("RED_KERNELS") and k not in ("CXX", "PYTHONPATH")}
-    return found | {k: v for k, v in changes.items() if v is not None}
+    """Without the CUDA kernels, which take minutes, unless ``changes`` says otherwise."""
+    unwanted = ("CXX", "NVCC", "CUDA_HOME", "PYTHONPATH")
+    found = {k: v for k, v in os.environ.items() if not k.startswith("RED_KERNELS") and k not in unwanted}
+    return found | {"RED_KERNELS_CUDA": "0"} | {k: v for k, v in changes.items() if v is not None}
 
 
 def _run(*command: str, folder: Path, **changes: str | None) -> str:
@@ -56,9 +71,15 @@ def _run(*command: str, folder: Path, **changes: str | None) -> str:
     return done.stdout + done.stderr
 
 
+def _program(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
 @pytest.fixture(scope="module")
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built by a Python that cannot import torch."""
+    """Both libraries, built by a Python that cannot import torch."""
     if native.load_error() is not None:
         pytest.skip(f"no CPU kernels: {native.load_error()}")
     folder, torchless = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("torchless")
@@ -70,13 +91,12 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
     if found is None:
         pytest.skip("no C++ compiler")
-    compiler = torchless / "c++"  # in a fifth of the time
-    compiler.write_text(f'#!/bin/sh\nexec {found} "$@" -O0\n')
-    compiler.chmod(0o755)
+    compiler = _program(torchless / "c++", f'#!/bin/sh\nexec {found} "$@" -O0\n')  # in a fifth of the time
     _run(
         "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(folder),
         folder=source, PYTHONPATH=str(torchless), RED_KERNELS_REQUIRE_CPU="1",
-        CXX=str(compiler),
+        CXX=str(compiler), NVCC=str(_program(torchless / "nvcc", QUICK_NVCC.format(compiler=found))),
+        RED_KERNELS_CUDA="1", RED_KERNELS_ARCHS="80 90",
     )  # fmt: skip
     (built,) = folder.glob("*.whl")
     return built
@@ -86,14 +106,15 @@ def test_wheel_is_for_every_python(wheel: Path) -> None:
     assert re.fullmatch(r"red_kernels-[^-]+-py3-none-(?!any)\w+\.whl", wheel.name), wheel.name
 
 
-def test_wheel_holds_the_package_and_its_library(wheel: Path) -> None:
+def test_wheel_holds_the_package_and_its_libraries(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert LIBRARY in names
+    assert {LIBRARY, CUDA_LIBRARY} <= set(names)
+    assert len([name for name in names if name.endswith(".so")]) == 2
     assert "red_kernels/py.typed" in names
     assert "red_kernels/backends/native.py" in names
     packages = {name.split("/")[0] for name in names}
     assert {name for name in packages if not name.endswith(".dist-info")} == {"red_kernels"}
-    assert not [name for name in names if name.endswith((".cpp", ".h", ".missing", ".tmp"))]
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".cu", ".cuh", ".o", ".missing", ".tmp"))]
 
 
 def test_installed_wheel_runs(wheel: Path, tmp_path: Path) -> None:
@@ -115,8 +136,8 @@ def test_sdist_holds_what_a_build_needs(source: Path, tmp_path: Path) -> None:
     sources = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*") if path.is_file()}
     assert sources
     assert sources <= names
-    assert {"setup.py", "pyproject.toml", "red_kernels/reference.py", "tests/test_build.py"} <= names
-    assert not [name for name in names if name.endswith((".so", ".missing"))]
+    assert {"setup.py", "csrc/build.py", "pyproject.toml", "red_kernels/reference.py", "tests/test_build.py"} <= names
+    assert not [name for name in names if name.endswith((".so", ".missing", ".o"))]
 
 
 def test_installation_without_a_compiler(source: Path, tmp_path: Path) -> None:
@@ -151,9 +172,7 @@ def test_a_build_that_must_have_the_library(source: Path, tmp_path: Path) -> Non
 
 def test_a_compiler_that_fails(source: Path, tmp_path: Path) -> None:
     """The reason is kept, and an earlier library does not stay behind."""
-    compiler = tmp_path / "g++"
-    compiler.write_text("#!/bin/sh\necho 'fatal error: out of transistors' >&2\nexit 1\n")
-    compiler.chmod(0o755)
+    compiler = _program(tmp_path / "g++", "#!/bin/sh\necho 'fatal error: out of transistors' >&2\nexit 1\n")
     library = tmp_path / "build" / LIBRARY
     library.parent.mkdir(parents=True)
     library.write_bytes(b"old")
@@ -163,6 +182,107 @@ def test_a_compiler_that_fails(source: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert not library.exists()
     assert "out of transistors" in library.with_name("cpu.missing").read_text()
+
+
+def _build_cuda(source: Path, folder: Path, **changes: str | None) -> subprocess.CompletedProcess[str]:
+    """A build into ``folder`` that lacks the CPU kernels, to be quick."""
+    none = _program(folder / "no-c++", "#!/bin/sh\nexit 1\n")
+    return subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder)],
+        cwd=source,
+        env=_environment(CXX=str(none), **changes),
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def without_nvcc(source: Path, tmp_path: Path) -> Path:
+    """Sources that look for nvcc in a folder that is not there; a PATH without it is up to the test."""
+    folder = tmp_path / "without_nvcc"
+    shutil.copytree(source, folder)
+    build = folder / "csrc/build.py"
+    text = build.read_text()
+    assert text.count('TOOLKITS = ("/usr/local/cuda",)') == 1
+    build.write_text(text.replace('TOOLKITS = ("/usr/local/cuda",)', 'TOOLKITS = ("/nowhere/cuda",)'))
+    return folder
+
+
+def test_no_nvcc_leaves_the_reason(without_nvcc: Path, tmp_path: Path) -> None:
+    library = tmp_path / CUDA_LIBRARY
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"old")
+    done = _build_cuda(without_nvcc, tmp_path, RED_KERNELS_CUDA="", PATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    reason = library.with_name("cuda.missing").read_text()
+    assert reason.startswith("nvcc was not found; remedy: install the CUDA toolkit")
+    assert f"the CUDA kernels are left out: {reason}" in done.stderr
+    assert not library.exists()
+
+
+def test_cuda_kernels_that_are_asked_for(without_nvcc: Path, tmp_path: Path) -> None:
+    done = _build_cuda(without_nvcc, tmp_path, RED_KERNELS_CUDA="1", PATH=str(tmp_path))
+    assert done.returncode != 0
+    assert "nvcc was not found; remedy: install the CUDA toolkit" in done.stderr
+
+
+def test_cuda_kernels_that_are_not_wanted(source: Path, tmp_path: Path) -> None:
+    trap = _program(tmp_path / "nvcc", f"#!/bin/sh\ntouch {tmp_path}/called\nexit 1\n")
+    done = _build_cuda(source, tmp_path, RED_KERNELS_CUDA="0", NVCC=str(trap))
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "called").exists()
+    assert "RED_KERNELS_CUDA=0" in (tmp_path / CUDA_LIBRARY).with_name("cuda.missing").read_text()
+
+
+@pytest.mark.parametrize("asked", ["", "1"])
+def test_nvcc_that_fails(asked: str, source: Path, tmp_path: Path) -> None:
+    text = "#!/bin/sh\n[ $1 = --list-gpu-code ] && exec echo sm_90\n"
+    nvcc = _program(tmp_path / "nvcc", f"{text}echo 'x.cu(1): error: out of warps' >&2\necho '1 error' >&2\nexit 1\n")
+    done = _build_cuda(source, tmp_path, RED_KERNELS_CUDA=asked, RED_KERNELS_ARCHS="90", NVCC=str(nvcc))
+    assert (done.returncode != 0) == (asked == "1")
+    missing = (tmp_path / CUDA_LIBRARY).with_name("cuda.missing")
+    said = done.stderr if asked else missing.read_text()
+    assert re.search(
+        r"nvcc failed on csrc/cuda/\w+\.cu: x\.cu\(1\): error: out of warps; remedy: see the build's", said
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"RED_KERNELS_CUDA": "yes"}, "RED_KERNELS_CUDA is 'yes'; expected 1"),
+        ({"RED_KERNELS_ARCHS": "Hopper"}, "RED_KERNELS_ARCHS (or --archs) is 'Hopper', with 'Hopper'; expected a list"),
+        ({"RED_KERNELS_ARCHS": "100"}, "does not know sm_100, only sm_80, sm_90; remedy: a newer CUDA toolkit"),
+        ({"NVCC": "/nowhere/nvcc"}, "NVCC is '/nowhere/nvcc', and that is no program"),
+    ],
+)
+def test_wrong_settings_are_errors(wrong: dict[str, str], expected: str, source: Path, tmp_path: Path) -> None:
+    """Also where the CUDA kernels are not asked for: a wish that cannot be met is never passed over."""
+    nvcc = _program(tmp_path / "nvcc", QUICK_NVCC.format(compiler="false"))
+    done = _build_cuda(source, tmp_path, **({"RED_KERNELS_CUDA": "", "NVCC": str(nvcc)} | wrong))
+    assert done.returncode != 0
+    assert expected in done.stderr
+    assert not (tmp_path / CUDA_LIBRARY).exists()
+
+
+def test_editable_install_follows_the_last_build(source: Path, tmp_path: Path) -> None:
+    """A library that was left out does not stay behind from before, nor a reason when there is a library."""
+    compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path / "source"
+    shutil.copytree(source, folder)
+    quick = _program(tmp_path / "nvcc", QUICK_NVCC.format(compiler=compiler))
+    none = _program(tmp_path / "no-c++", "#!/bin/sh\nexit 1\n")
+    library, lib = folder / CUDA_LIBRARY, (folder / CUDA_LIBRARY).parent
+    for asked in ("1", "0", "1"):
+        _run(
+            "setup.py", "build_ext", "--inplace", folder=folder,
+            CXX=str(none), NVCC=str(quick), RED_KERNELS_CUDA=asked, RED_KERNELS_ARCHS="80;9.0+PTX",
+        )  # fmt: skip
+        assert library.is_file() == (asked == "1")
+        assert (lib / "cuda.missing").is_file() == (asked == "0")
+        assert (lib / "cpu.missing").is_file()
 
 
 def _dynamic_symbols(*options: str) -> list[str]:
