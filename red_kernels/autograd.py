@@ -182,7 +182,7 @@ class LinearEditFunction(Function):
         edit_ids: Tensor | None,
     ) -> Tensor:
         h = F.linear(x, weight, linear_bias)
-        backend = choose(h)
+        backend = choose(h, "edit")
         _remember(ctx, backend.NAME, 0.0, scale, bias)
         need = ctx.needs_input_grad
         ctx.linear = (weight.dtype, None if linear_bias is None else linear_bias.dtype)
@@ -217,11 +217,11 @@ class LinearEditInferenceFunction(Function):
         bias: Tensor | None,
         edit_ids: Tensor | None,
     ) -> Tensor:
-        fused = getattr(choose(x), "linear_edit_forward", None)
+        fused = getattr(choose(x, "linear_edit"), "linear_edit_forward", None)
         z = None if fused is None else fused(x, weight, linear_bias, residual, scale, bias, edit_ids)
         if z is None:
             h = F.linear(x, weight, linear_bias)
-            z = choose(h).edit_forward(h, residual, scale, bias, edit_ids, None, 0.0)
+            z = choose(h, "edit").edit_forward(h, residual, scale, bias, edit_ids, None, 0.0)
         return z
 
 
@@ -246,7 +246,7 @@ def _edit_forward(
     dropout_p: float,
     places: tuple[int, int, int],
 ) -> Tensor:
-    backend = choose(x)
+    backend = choose(x, "edit")
     _remember(ctx, backend.NAME, dropout_p, scale, bias)
     need = ctx.needs_input_grad
     ctx.needs = tuple(need[place] for place in places)
@@ -294,7 +294,7 @@ def _edit_norm_forward(
 ) -> tuple[Tensor, Tensor | None]:
     x, residual, scale, bias, weight, norm_bias, edit_ids, seed = tensors
     assert x is not None
-    backend = choose(x)
+    backend = choose(x, "edit_norm")
     _remember(ctx, backend.NAME, dropout_p, scale, bias)
     y, z, mean, rstd = backend.edit_norm_forward(
         x, residual, scale, bias, weight, norm_bias, edit_ids, seed, dropout_p, eps, weight_offset, centered, need_z
@@ -355,7 +355,7 @@ def _norm_edit_forward(
 ) -> Tensor:
     x, weight, norm_bias, scale, bias, edit_ids = tensors
     assert x is not None
-    backend = choose(x)
+    backend = choose(x, "norm_edit")
     _remember(ctx, backend.NAME, 0.0, scale, bias)
     y, mean, rstd = backend.norm_edit_forward(x, weight, norm_bias, scale, bias, edit_ids, eps, weight_offset, centered)
     ctx.needs = needs

@@ -6,7 +6,7 @@ With RED_KERNELS_TEST_ON (see ``op_cases.py``) only tests of implementations run
 Triton's interpreter needs a millisecond and more for each program of a kernel. There a test with several parameters
 runs on as few of its cases as have every pair of values of two parameters (every operation with every dtype, every
 shape with every operation, ...), without those marked ``nightly``. ``make test-nightly`` runs all but those marked
-``not_interpreted``.
+``not_interpreted``. The emulator of the CUDA kernels is quicker: all cases run there, but those so marked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
-from op_cases import IMPLEMENTATIONS, INTERPRETED, TEST_ALL, TEST_ON, Implementation
+from op_cases import EMULATED, IMPLEMENTATIONS, INTERPRETED, TEST_ALL, TEST_ON, Implementation
 
 if INTERPRETED:
     import interpreter
@@ -41,6 +41,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = [item for item in kept if _of_implementations(item)]
     if INTERPRETED:
         kept = [item for item in kept if item.get_closest_marker("not_interpreted") is None]
+    if EMULATED:
+        kept = [item for item in kept if item.get_closest_marker("not_interpreted") is None or not _emulated(item)]
     if INTERPRETED and not TEST_ALL:
         kept = _pairs(item for item in kept if item.get_closest_marker("nightly") is None)
     left = set(kept)
@@ -52,6 +54,13 @@ def _of_implementations(item: pytest.Item) -> bool:
     return (
         "implementation" in getattr(item, "fixturenames", ()) or item.get_closest_marker("implementations") is not None
     )
+
+
+def _emulated(item: pytest.Item) -> bool:
+    """Whether the CUDA kernels run in it, in the emulator."""
+    call = getattr(item, "callspec", None)
+    implementation = None if call is None else call.params.get("implementation")
+    return TEST_ON == "cuda" or getattr(implementation, "backend", None) == "cuda"
 
 
 def _pairs(items: Iterator[pytest.Item]) -> list[pytest.Item]:

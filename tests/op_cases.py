@@ -4,7 +4,8 @@ Tests make their tensors on the CPU. For an implementation that runs on a GPU, :
 ``run``) moves them there as they lie in memory, and results and gradients back.
 
 The variable RED_KERNELS_TEST_ON, a backend's name, leaves only that implementation, and RED_KERNELS_TEST_ALL=1 has
-every case run in Triton's interpreter, where else a part does; see ``conftest.py``.
+every case run in Triton's interpreter, where else a part does; see ``conftest.py``. The CUDA kernels run on CPU tensors
+where RED_KERNELS_CUDA_EMULATED is the path of their library for the emulator.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 import red_kernels as rk
 from red_kernels import backends
-from red_kernels.backends import native
+from red_kernels.backends import cuda, native
 
 Tensors = dict[str, Any]  # tensors, and None for what is absent
 Results = dict[str, Tensor]
@@ -47,13 +48,14 @@ EPS = 1e-5
 
 # Triton's interpreter runs the kernels on CPU tensors.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = cuda.EMULATED  # and these the CUDA kernels
 TEST_ON = os.environ.get("RED_KERNELS_TEST_ON") or None
 TEST_ALL = os.environ.get("RED_KERNELS_TEST_ALL") == "1"
 
 
 def device_of(backend: str | None) -> str:
     """Where the tensors of a backend are."""
-    return "cuda" if backend == "triton" and not INTERPRETED else "cpu"
+    return "cuda" if (backend == "triton" and not INTERPRETED) or (backend == "cuda" and not EMULATED) else "cpu"
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,10 @@ COMPILED = tuple(
     Implementation("cpu", name) for name in (native.instruction_sets() if native.load_error() is None else ())
 )
 TRITON = (Implementation("triton"),) if rk.available_backends()["triton"] is None else ()
+CUDA = (Implementation("cuda"),) if rk.available_backends()["cuda"] is None else ()
 IMPLEMENTATIONS = tuple(
     implementation
-    for implementation in (Implementation("reference"), *COMPILED, *TRITON)
+    for implementation in (Implementation("reference"), *COMPILED, *TRITON, *CUDA)
     if TEST_ON in (None, implementation.backend)
 )
 if not IMPLEMENTATIONS:

@@ -285,9 +285,11 @@ def test_backend_that_cannot_take_a_tensor(x: Tensor, reason: str) -> None:
         rk.edit(x)
 
 
-SHOW = (
-    "import torch, red_kernels as rk; from red_kernels import backends; print(backends.choose(torch.ones(1, 1)).NAME)"
-)
+SHOW = """
+import torch
+from red_kernels import backends
+print(backends.choose(torch.ones(1, 1), "edit").NAME)
+"""
 
 
 def test_environment_chooses_the_backend() -> None:
@@ -396,9 +398,9 @@ import torch, red_kernels as rk
 from red_kernels import backends
 assert rk.available_backends()["triton"] is None
 x, scale = torch.randn(3, 5, requires_grad=True), torch.randn(5)
-assert backends.choose(x).NAME != "triton"
+assert backends.choose(x, "edit").NAME != "triton"
 with rk.backend("triton"):
-    assert backends.choose(x).NAME == "triton"
+    assert backends.choose(x, "edit").NAME == "triton"
     y = rk.edit(x, scale)
 assert torch.equal(y, x * scale)
 y.sum().backward()
@@ -425,7 +427,7 @@ def _without_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_the_library() -> None:
     """What an installation without a compiler does."""
     assert rk.available_backends()["cpu"] == "it was never built; remedy: build it"
-    assert backends.choose(torch.empty(1)) is rk.reference
+    assert backends.choose(torch.empty(1), "edit") is rk.reference
     x, scale = torch.randn(3, 5), torch.randn(5)
     assert torch.equal(rk.edit(x, scale), x * scale)
     with pytest.raises(RuntimeError, match="the backend 'cpu' is missing: it was never built; remedy: build it"):

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from . import gpu, native
+from . import cuda, gpu, native
 
 _NAMES = ("triton", "cuda", "cpu", "reference")
 _ENVIRONMENT = "RED_KERNELS_BACKEND"
@@ -45,7 +45,7 @@ class _Blocks:
 _thread = threading.local()
 _FROM_ENVIRONMENT = os.environ.get(_ENVIRONMENT) or None
 
-_MODULES: dict[str, Any] = {"cpu": native, "reference": reference}
+_MODULES: dict[str, Any] = {"cuda": cuda, "cpu": native, "reference": reference}
 if gpu.TRITON is not None:
     _MODULES["triton"] = gpu.TRITON
 
@@ -76,8 +76,10 @@ def backend(name: str) -> Iterator[None]:
         blocks.remove(entry)
 
 
-def choose(x: Tensor) -> Any:
-    """The backend module for an activation: the one asked for, else the fastest that takes ``x``.
+def choose(x: Tensor, operation: str) -> Any:
+    """The backend module for an operation on ``x``: the one asked for, else the fastest that takes ``x``.
+
+    ``operation`` is "edit", "edit_norm", "norm_edit" or "linear_edit", for the table in ``choice.py``.
 
     Raises RuntimeError if the one asked for is missing, and ValueError if it cannot take ``x``, or if
     RED_KERNELS_BACKEND or RED_KERNELS_CPU has a value that is none of those expected.
@@ -85,7 +87,7 @@ def choose(x: Tensor) -> Any:
     name = forced_backend()
     if name is None:
         if x.is_cuda:
-            return gpu.choose(x) or reference
+            return gpu.choose(x, operation) or reference
         if native.unsupported(x) is None:
             return native
         native.check_setting()
@@ -119,7 +121,9 @@ def forced_backend() -> str | None:
 def _missing(name: str) -> str | None:
     if name == "triton":
         return gpu.triton_missing()
-    return {"cuda": gpu.CUDA_MISSING, "cpu": native.load_error()}.get(name)
+    if name == "cuda":
+        return cuda.load_error()
+    return native.load_error() if name == "cpu" else None
 
 
 def _require(name: str, source: str) -> None:

@@ -8,6 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import choice, cuda
+
 _OLDEST = (3, 6)
 _NO_GPU = (
     "torch finds no GPU here; remedy: a GPU and a torch built for it, or TRITON_INTERPRET=1 to run the kernels on the "
@@ -16,10 +18,15 @@ _NO_GPU = (
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def choose(x: Tensor) -> ModuleType | None:
-    """The fastest backend that takes ``x``, a tensor on a GPU; None if there is none."""
-    if TRITON is not None and TRITON.unsupported(x) is None:
-        return TRITON
+def choose(x: Tensor, operation: str) -> ModuleType | None:
+    """The backend for an operation on ``x``, a tensor on a GPU: the table's choice, or the other if that cannot take
+    ``x``; None if neither can."""
+    order = _ONLY
+    if order is None:  # both: there is something to choose
+        order = _ORDERS[choice.preferred(operation, x.numel(), x.shape[-1], cuda.capability(x.get_device())).backend]
+    for module in order:
+        if module.unsupported(x) is None:
+            return module
     return None
 
 
@@ -56,5 +63,13 @@ def _load() -> tuple[ModuleType | None, str | None]:
     return triton, None
 
 
-CUDA_MISSING = "this version has no CUDA kernels; remedy: use 'triton', 'cpu' or 'reference'"
+def _orders() -> tuple[dict[str, tuple[ModuleType, ...]], tuple[ModuleType, ...] | None]:
+    """The backends to try for each that may be preferred; and those there are, where that is not both."""
+    kernels = cuda if cuda.usable() else None
+    there = {"cuda": (kernels, TRITON), "triton": (TRITON, kernels)}
+    orders = {name: tuple(module for module in order if module is not None) for name, order in there.items()}
+    return orders, None if len(orders["cuda"]) == 2 else orders["cuda"]
+
+
 TRITON, _MISSING = _load()
+_ORDERS, _ONLY = _orders()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the activations that kernels take
 
-# Those of csrc/ops.cpp, which registers them for the CPU in the namespace red_kernels.
+# Those of csrc/ops.cpp, which defines them in the namespace red_kernels and implements them for the CPU.
 SCHEMAS = (
     "edit_forward(Tensor x, Tensor? residual, Tensor? scale, Tensor? bias, Tensor? edit_ids, Tensor? seed, "
     "float dropout_p) -> Tensor",
@@ -35,7 +35,12 @@ SCHEMAS = (
 
 def bits(needs: tuple[bool, ...]) -> int:
     """The ``needs`` of an operator from a flag for each gradient."""
-    return sum(1 << place for place, need in enumerate(needs) if need)
+    found, place = 0, 1
+    for need in needs:
+        if need:
+            found |= place
+        place <<= 1
+    return found
 
 
 def flags(needs: int, count: int) -> tuple[bool, ...]:

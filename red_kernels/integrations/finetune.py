@@ -168,7 +168,9 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     config = RedConfig(position=settings.position, kind=settings.kind, layers=settings.layers, sites=settings.sites)
     classification = settings.task == "classification"
     device = torch.device(settings.device or "cpu")
-    choose(torch.empty(1, device=device, dtype=DTYPES[str(settings.dtype)]))  # a backend that cannot be had is said now
+    choose(
+        torch.empty(1, device=device, dtype=DTYPES[str(settings.dtype)]), "edit"
+    )  # one that cannot be had is said now
     documents = load_documents(str(settings.data), settings.columns, classification, settings.held_out, settings.subset)
     labels = label_numbers(documents) if classification else None
     split = split_documents(documents, settings.held_out)

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .._version import __version__
-from ..backends import available_backends, choose, native
+from ..backends import available_backends, choice, choose, cuda, forced_backend, native
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "gguf", "peft", "datasets", "matplotlib")
 
@@ -29,17 +29,19 @@ def show_info(console: Console) -> None:
         state = "available" if reason is None else reason
         if name == "cpu" and reason is None:
             state += f"; instruction set {native.instruction_set()} of {', '.join(native.instruction_sets())}"
+        if name == "cuda" and reason is None:
+            state += f"; built for {cuda.architectures()}"
         if name == "triton" and reason is None:
             state += _triton_state()
         backends.add_row(name, state)
     console.print(backends)
 
-    choice = Table(title="Chosen for")
+    chosen = Table(title="Chosen for")
     for heading in ("device", "backend"):
-        choice.add_column(heading, overflow="fold")
+        chosen.add_column(heading, overflow="fold")
     for device, label in _devices():
-        choice.add_row(label, _chosen(device))
-    console.print(choice)
+        chosen.add_row(label, _chosen(device))
+    console.print(chosen)
 
     if _settings():
         settings = Table(title="Settings")
@@ -61,9 +63,14 @@ def show_info(console: Console) -> None:
 
 def _chosen(device: str) -> str:
     try:
-        return choose(torch.empty(1, device=device)).NAME
+        name = choose(torch.empty(1, device=device), "edit").NAME
+        asked = forced_backend() is not None
     except (ValueError, RuntimeError) as error:  # what was asked for, and why it cannot be followed
         return f"none: {error}"
+    there = [other for other in ("cuda", "triton") if available_backends()[other] is None]
+    if device == "cpu" or asked or len(there) < 2:
+        return name
+    return "\n".join(f"{row.backend}: {row.where}" for row in choice.TABLE) + "\n(the first that fits)"
 
 
 def _triton_state() -> str:

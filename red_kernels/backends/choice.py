@@ -1,0 +1,90 @@
+"""Which of the two backends of an NVIDIA GPU runs an operation: one table, where it matters, and why.
+
+Nothing of it was measured on a GPU yet: every cause says what it was reasoned from. ``rk.backend`` and the variable
+RED_KERNELS_BACKEND choose for themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_KERNELS = ("edit", "edit_norm", "norm_edit")
+_NO_LIMIT = 1 << 63
+
+
+@dataclass(frozen=True)
+class Row:
+    """A choice: ``backend`` for some operations, numbers of elements of an activation, widths and architectures.
+
+    Ranges hold their first number and not their second. ``capabilities`` are compute capabilities.
+    """
+
+    backend: str
+    cause: str
+    operations: tuple[str, ...] = _KERNELS
+    elements: tuple[int, int] = (0, _NO_LIMIT)
+    widths: tuple[int, int] = (0, _NO_LIMIT)
+    capabilities: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (1 << 31, 0))
+
+    @property
+    def where(self) -> str:
+        """When the row applies, in words: "edit_norm norm_edit, width >= 8193, compute capability >= 9.0"."""
+        words = [" ".join(self.operations)]
+        first, last = ((f"{major}.{minor}") for major, minor in self.capabilities)
+        for name, low, high, known in (
+            ("elements", *self.elements, self.elements),
+            ("width", *self.widths, self.widths),
+            ("compute capability", first, last, self.capabilities),
+        ):
+            if known[0] not in (0, (0, 0)):
+                words.append(f"{name} >= {low}")
+            if known[1] not in (_NO_LIMIT, (1 << 31, 0)):
+                words.append(f"{name} < {high}")
+        return ", ".join(words)
+
+
+# The first row that fits is taken. An operation's backward runs on the backend of its forward.
+TABLE = (
+    Row(
+        "cuda",
+        "reasoned: below 4 million elements a kernel runs for less than about 10 us on an H200, so that the host's "
+        "time shows; a launch of Triton's takes 13 us of it, this package's own way to launch its kernels about 6, a "
+        "C++ operator less",
+        elements=(0, 1 << 22),
+    ),
+    Row(
+        "cuda",
+        "reasoned: there a cluster of blocks holds the row, and a backward moves 6 times an activation; Triton's reads "
+        "it again and moves 8",
+        operations=("edit_norm", "norm_edit"),
+        widths=(8193, _NO_LIMIT),
+        capabilities=((9, 0), (1 << 31, 0)),
+    ),
+    Row(
+        "triton",
+        "reasoned: both move the same bytes, of rows wider than 8,192 too where there are no clusters (8 times an "
+        "activation in a backward), and Triton's launch rules can be tuned on the spot: red-kernels bench --tune",
+    ),
+    Row(
+        "triton",
+        "reasoned: it alone has a matrix product with the edit behind it; where that does not win, the edit is chosen "
+        "for by itself",
+        operations=("linear_edit",),
+    ),
+)
+
+
+def preferred(operation: str, elements: int, width: int, capability: tuple[int, int]) -> Row:
+    """The first row of the table that fits an operation on an activation of so many elements in rows of ``width``.
+
+    Raises ValueError for an operation that the table does not know.
+    """
+    for row in TABLE:
+        if (
+            operation in row.operations
+            and row.elements[0] <= elements < row.elements[1]
+            and row.widths[0] <= width < row.widths[1]
+            and row.capabilities[0] <= capability < row.capabilities[1]
+        ):
+            return row
+    raise ValueError(f"operation is {operation!r}, expected one of 'edit', 'edit_norm', 'norm_edit', 'linear_edit'")

@@ -1,0 +1,71 @@
+"""What the backends that are a compiled library have in common: loading it, and its operators as a backend's functions.
+
+Operators are called as torch registered them, with nothing of Python in between but, for a backward, the marks of what
+is needed. They are found once, here, and not at each call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .operators import SCHEMAS, bits, register_fakes
+
+_defined: list[torch.library.Library] = []  # kept: what they defined goes with them
+
+
+def load(library: Path, note: str, never_built: str) -> tuple[ctypes.CDLL | None, str | None]:
+    """A shared library, or why it is missing, with the remedy: the text of the file ``note`` that the build left beside
+    its place, else ``never_built``. Never raises."""
+    if not library.is_file():
+        missing = library.with_name(note)
+        return None, missing.read_text() if missing.is_file() else never_built
+    try:
+        return ctypes.CDLL(str(library)), None
+    except OSError as error:
+        return None, f"{library.name} does not load ({error}); remedy: install red-kernels again beside this torch"
+
+
+def ask(function: Any, *arguments: Any) -> str:
+    """Call a C function of a library that writes a text; raises RuntimeError with the text where it returns 0."""
+    text = ctypes.create_string_buffer(512)
+    good = function(*arguments, text, ctypes.c_size_t(len(text)))
+    if not good:
+        raise RuntimeError(text.value.decode())
+    return text.value.decode()
+
+
+def register(namespace: str) -> None:
+    """Complete the operators of a namespace, once, after the library was loaded that defines them.
+
+    Where none did, they are defined here: a library for another device only implements them.
+    """
+    if not hasattr(getattr(torch.ops, namespace), _name(SCHEMAS[0])):
+        library = torch.library.Library(namespace, "DEF")
+        for schema in SCHEMAS:
+            library.define(schema)
+        _defined.append(library)
+    register_fakes(namespace)
+
+
+def operations(namespace: str) -> tuple[Callable[..., Any], ...]:
+    """The six functions of a backend, in the order of ``SCHEMAS``: arguments and results as in
+    :mod:`red_kernels.reference`, several results as a plain tuple."""
+    operators = getattr(torch.ops, namespace)
+    found = [getattr(operators, _name(schema)).default for schema in SCHEMAS]
+    return tuple(_from_flags(operator) if "int needs" in str(operator._schema) else operator for operator in found)
+
+
+def _name(schema: str) -> str:
+    return schema[: schema.index("(")]
+
+
+def _from_flags(operator: Any) -> Callable[..., Any]:
+    def backward(*arguments: Any) -> Any:
+        return operator(*arguments[:-1], bits(arguments[-1]))
+
+    return backward

@@ -1,0 +1,181 @@
+"""The CUDA kernels of ``csrc/cuda``: loads the shared library, whose registered operators are the functions.
+
+These have the arguments and results of those in :mod:`red_kernels.reference`. For tests the variable
+RED_KERNELS_CUDA_EMULATED, the path of the same sources built for an emulator, has them run on CPU tensors: slowly, and
+where they are asked for only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import (
+    compiled,
+    native,  # noqa: F401 - the library of the CPU kernels defines the operators that this one implements, if it is there
+)
+from .operators import KERNEL_DTYPES, not_plain
+
+NAME = "cuda"
+_EMULATED_PATH = os.environ.get("RED_KERNELS_CUDA_EMULATED") or None
+EMULATED = _EMULATED_PATH is not None
+NAMESPACE = "red_kernels_emulated" if EMULATED else "red_kernels"
+
+_LIBRARY = Path(__file__).parent.parent / "lib" / "libred_kernels_cuda.so"
+_NO_GPU = (
+    "torch finds no GPU of NVIDIA's here; remedy: such a GPU and a torch built for CUDA, or another backend: 'triton', "
+    "'cpu' or 'reference'"
+)
+_NEVER_BUILT = (
+    "it was never built; remedy: pip install red-kernels with nvcc and torch installed, and RED_KERNELS_CUDA=1 to be "
+    "told what a build lacks"
+)
+
+
+class Code(NamedTuple):
+    """What a library holds for one architecture: machine code (``sm``), or PTX (``compute``) that a driver compiles.
+
+    ``suffix`` is "" for code that later chips run too, "f" for code of one family of chips, "a" for code of one chip.
+    """
+
+    kind: str
+    capability: tuple[int, int]
+    suffix: str
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Whether a device of that compute capability runs it."""
+        if self.suffix == "a":
+            return capability == self.capability
+        if self.suffix == "f" or self.kind == "sm":
+            return capability[0] == self.capability[0] and capability[1] >= self.capability[1]
+        return capability >= self.capability
+
+
+def parse_architectures(text: str) -> tuple[Code, ...]:
+    """``"sm_80 sm_90 compute_100"`` as what it names. Raises ValueError for anything else."""
+    found = []
+    for word in text.split():
+        parts = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", word)
+        if parts is None:
+            raise ValueError(f"the library says that it is for {text!r}, expected names such as sm_90 or compute_100")
+        found.append(Code(parts[1], (int(parts[2]), int(parts[3])), parts[4]))
+    return tuple(found)
+
+
+def load_error() -> str | None:
+    """Why the kernels cannot be used, with the remedy, or None."""
+    if _error is None and not EMULATED and not torch.cuda.is_available():
+        return _NO_GPU
+    return _error
+
+
+def usable() -> bool:
+    """Whether the library is there for tensors on a GPU. Asks for no GPU."""
+    return _error is None and not EMULATED
+
+
+def architectures() -> str:
+    """What the library was built for, such as "sm_80 sm_90 sm_100 compute_100"; "emulated" for the emulator's."""
+    return _architectures
+
+
+def unsupported(x: Tensor) -> str | None:
+    """Why the kernels cannot take an activation, or None."""
+    if _error is not None:
+        return _error
+    if not (x.device.type == "cpu" if EMULATED else x.is_cuda):
+        where = "in an emulator, on the CPU" if EMULATED else "on a GPU"
+        return f"x is on {x.device}, and these kernels run {where}"
+    if x.dtype not in KERNEL_DTYPES:
+        return f"x has dtype {x.dtype}, and these kernels take float32, bfloat16 and float16"
+    if not EMULATED:
+        reason = unusable(x.get_device())
+        if reason is not None:
+            return f"x is on {x.device}, and {reason}"
+    return not_plain(x)
+
+
+def unusable(device: int) -> str | None:
+    """Why the kernels cannot run on a GPU, or None. Looked at once for each, but while torch.compile traces."""
+    if device in _unusable:
+        return _unusable[device]
+    reason, found = None, capability(device)
+    if not any(code.runs_on(found) for code in _codes):
+        name = f"{found[0]}{found[1]}"
+        reason = (
+            f"its compute capability is {found[0]}.{found[1]}, while the library was built for {_architectures}; "
+            f"remedy: install red-kernels there with RED_KERNELS_ARCHS={name}, 80 or later"
+        )
+    if not torch.compiler.is_compiling():
+        _unusable[device] = reason
+    return reason
+
+
+def capability(device: int) -> tuple[int, int]:
+    """The compute capability of a GPU. Looked at once for each, but while torch.compile traces."""
+    found = _capabilities.get(device)
+    if found is None:
+        found = torch.cuda.get_device_capability(device)
+        if not torch.compiler.is_compiling():
+            _capabilities[device] = found
+    return found
+
+
+def skip_launches(on: bool) -> None:
+    """Have every operator return where it would launch its kernels, its results whatever was in memory; or no longer.
+
+    For measuring what a call costs the host where there is no GPU: only the emulator's library can. Raises RuntimeError
+    without it.
+    """
+    if _dll is None or not EMULATED:
+        raise RuntimeError(
+            f"launches are skipped in the emulator only: {_error or 'RED_KERNELS_CUDA_EMULATED is unset'}"
+        )
+    _dll.red_kernels_cuda_skip_launches(int(on))
+
+
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or why it is missing, with the remedy. It is loaded only where it could be used, without asking for
+    a GPU: see :func:`red_kernels.backends.gpu._load`."""
+    if _EMULATED_PATH is not None:
+        expected = "expected the path of libred_kernels_cuda_emulated.so; remedy: build it, or unset the variable"
+        return compiled.load(
+            Path(_EMULATED_PATH), "", f"RED_KERNELS_CUDA_EMULATED is {_EMULATED_PATH!r}, which is no file, {expected}"
+        )
+    if torch.version.cuda is None:
+        return None, _NO_GPU
+    return compiled.load(_LIBRARY, "cuda.missing", _NEVER_BUILT)
+
+
+def _ask_architectures(dll: ctypes.CDLL) -> tuple[str, tuple[Code, ...], str | None]:
+    """What a library was built for, as it says and as it is read; and why it is none of this version, or None."""
+    try:
+        text = compiled.ask(dll.red_kernels_cuda_architectures)
+        return text, () if EMULATED else parse_architectures(text), None
+    except (AttributeError, RuntimeError, ValueError) as error:
+        return "", (), f"{dll._name} is no library of this version ({error}); remedy: install red-kernels again"
+
+
+_unusable: dict[int, str | None] = {}
+_capabilities: dict[int, tuple[int, int]] = {}
+_architectures: str = ""
+_codes: tuple[Code, ...] = ()
+_dll, _error = _load()
+if _dll is not None:
+    _architectures, _codes, _error = _ask_architectures(_dll)
+if EMULATED:
+    compiled.register(NAMESPACE)
+(
+    edit_forward,
+    edit_backward,
+    edit_norm_forward,
+    edit_norm_backward,
+    norm_edit_forward,
+    norm_edit_backward,
+) = compiled.operations(NAMESPACE)
