@@ -2,9 +2,11 @@
 
     python -m benchmarks.host_cost [--rows 512] [--width 768] [--output FILE]
 
-Where there is a GPU the Triton kernels are launched and not waited for. Elsewhere the launch itself is stubbed out, and
-tensors on the CPU stand for those on a GPU. Beside them the CPU backend, which computes, and PyTorch's own norms: at
-4 x 64 elements, where their time is host time too.
+Where there is a GPU the Triton and the CUDA kernels are launched and not waited for. Elsewhere tensors on the CPU stand
+for those on a GPU: the launch itself is stubbed out of the Triton backend, and left out of the CUDA operators, if the
+variable RED_KERNELS_CUDA_EMULATED is the path of their library for the emulator, whose way from Python to the launch is
+compiled of the same code. Beside them the CPU backend, which computes, and PyTorch's own norms: at 4 x 64 elements,
+where their time is host time too. A forward with gradient is to cost at most twice a call of PyTorch's ``rms_norm``.
 """
 
 from __future__ import annotations
@@ -26,11 +28,17 @@ from rich.table import Table
 
 import red_kernels as rk
 from red_kernels._files import write_files
+from red_kernels.backends import cuda
 
 from .harness import Timing, environment, interleave
 
 CALLS = 200  # in a row, for one measurement
 TINY = (4, 64)
+LEFT_OUT = (
+    "Not in the figures of the CUDA operators without a GPU: cudaLaunchKernelEx itself, the guard of the device, the "
+    "question for the current stream, and what CUDA's caching allocator takes beyond malloc. And torch composes its "
+    "rms_norm of several kernels on the CPU: on a GPU, where it is one, it costs less."
+)
 
 
 class _Launched:
@@ -99,9 +107,19 @@ def calls(rows: int, width: int, device: str) -> dict[str, Callable[[], object]]
     return forwards | {f"{name}, with backward": both(forward) for name, forward in forwards.items()}
 
 
-def torchs() -> dict[str, Callable[[], object]]:
+@contextmanager
+def without_launches() -> Iterator[None]:
+    """Run the emulator's CUDA operators up to each launch and no further. Results are whatever was in memory."""
+    cuda.skip_launches(True)
+    try:
+        yield
+    finally:
+        cuda.skip_launches(False)
+
+
+def torchs(device: str) -> dict[str, Callable[[], object]]:
     """PyTorch's own norms at a size where the host decides."""
-    x, weight = torch.randn(TINY, requires_grad=True), torch.randn(TINY[1])
+    x, weight = torch.randn(TINY, device=device, requires_grad=True), torch.randn(TINY[1], device=device)
     return {
         "torch rms_norm": lambda: F.rms_norm(x, TINY[1:], weight),
         "torch layer_norm": lambda: F.layer_norm(x, TINY[1:], weight, weight),
@@ -110,19 +128,46 @@ def torchs() -> dict[str, Callable[[], object]]:
 
 def measure(rows: int, width: int, seconds: float) -> dict[str, dict[str, Timing]]:
     """Seconds of one call, by implementation and operation."""
-    found: dict[str, dict[str, Timing]] = {"torch, 4 x 64": _time(torchs(), seconds)}
-    if rk.available_backends()["cpu"] is None:
+    there = {name for name, reason in rk.available_backends().items() if reason is None}
+    found: dict[str, dict[str, Timing]] = {"torch, 4 x 64": _time(torchs("cpu"), seconds)}
+    if "cpu" in there:
         with rk.backend("cpu"):
             found["cpu, 4 x 64"] = _time(calls(*TINY, "cpu"), seconds)
     if torch.cuda.is_available():
-        with rk.backend("triton"):
-            found[f"triton, {rows} x {width}"] = _time(calls(rows, width, "cuda"), seconds)
-        torch.cuda.synchronize()
-    else:
-        _keep_memory()
-        with stubbed(), rk.backend("triton"):
-            found[f"triton, {rows} x {width}, launch stubbed out"] = _time(calls(rows, width, "cpu"), seconds)
+        found["torch on the GPU, 4 x 64"] = _time(torchs("cuda"), seconds)
+        for name in ("triton", "cuda"):
+            if name in there and not (name == "cuda" and cuda.EMULATED):
+                for shape in (TINY, (rows, width)):
+                    with rk.backend(name):
+                        found[f"{name}, {shape[0]} x {shape[1]}"] = _time(calls(*shape, "cuda"), seconds)
+                    torch.cuda.synchronize()
+        return found
+    _keep_memory()
+    if "cuda" in there:
+        for shape in (TINY, (rows, width)):
+            with without_launches(), rk.backend("cuda"):
+                found[f"cuda, {shape[0]} x {shape[1]}, launch left out"] = _time(calls(*shape, "cpu"), seconds)
+    with stubbed(), rk.backend("triton"):
+        found[f"triton, {rows} x {width}, launch stubbed out"] = _time(calls(rows, width, "cpu"), seconds)
     return found
+
+
+def ratios(found: dict[str, dict[str, Timing]]) -> dict[str, dict[str, float]]:
+    """Forwards with gradient at 4 x 64 over PyTorch's own ``rms_norm`` on the same device, by implementation."""
+    result = {}
+    for implementation, timings in found.items():
+        peer = found.get("torch, 4 x 64" if _on_cpu(implementation) else "torch on the GPU, 4 x 64")
+        if "4 x 64" in implementation and not implementation.startswith("torch") and peer is not None:
+            result[implementation] = {
+                name: timing.median / peer["torch rms_norm"].median
+                for name, timing in timings.items()
+                if not name.endswith("with backward")
+            }
+    return result
+
+
+def _on_cpu(implementation: str) -> bool:
+    return implementation.startswith("cpu") or implementation.endswith("out")
 
 
 def _time(some: dict[str, Callable[[], object]], seconds: float) -> dict[str, Timing]:
@@ -161,10 +206,19 @@ def main(arguments: list[str] | None = None) -> None:
     for implementation, timings in found.items():
         for name, t in timings.items():
             table.add_row(implementation, name, f"{t.median * 1e6:.1f}", f"{t.low * 1e6:.1f} to {t.high * 1e6:.1f}")
-    Console(file=sys.stdout).print(table)
+    over = Table("implementation", "forward with gradient", "times torch's rms_norm")
+    for implementation, values in ratios(found).items():
+        for name, ratio in values.items():
+            over.add_row(implementation, name, f"{ratio:.2f}")
+    console = Console(file=sys.stdout)
+    console.print(table)
+    console.print(over)
+    if any(name.startswith("cuda") and name.endswith("left out") for name in found):
+        console.print(LEFT_OUT)
     if chosen.output:
         results = {key: {name: t.json() for name, t in timings.items()} for key, timings in found.items()}
-        text = json.dumps({"environment": environment(), "seconds": results}, indent=1) + "\n"
+        said = {"environment": environment(), "seconds": results, "times_torch_rms_norm": ratios(found)}
+        text = json.dumps(said, indent=1) + "\n"
         write_files(chosen.output.parent, {chosen.output.name: text.encode()})
 
 

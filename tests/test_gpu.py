@@ -1,4 +1,5 @@
-"""What only a GPU can show of the operations. Run by `make test-gpu`, with all other tests of operations on that GPU.
+"""What only a GPU can show of the operations, with each backend that runs there. Run by `make test-gpu`, with all other
+tests of operations on that GPU.
 
 Skipped where there is none.
 """
@@ -32,6 +33,7 @@ from torch import Tensor
 
 import red_kernels as rk
 from red_kernels import backends
+from red_kernels.backends import choice, cuda
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
 
@@ -69,13 +71,41 @@ def _held(operation: str, *trials: tuple[Trial, Results]) -> None:
     assert_as_good_as(*(stacked(list(of)) for of in zip(*results, strict=True)))
 
 
+@pytest.fixture(params=("triton", "cuda"))
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both backends of a GPU, in use during the test."""
+    reason = rk.available_backends()[request.param]
+    if reason is not None:
+        pytest.skip(f"no backend {request.param!r}: {reason}")
+    with rk.backend(request.param):
+        yield request.param
+
+
+with_each_backend = pytest.mark.usefixtures("backend")
+
+
 def test_kernels_are_chosen() -> None:
-    """For what they can take, without being asked for."""
-    assert rk.available_backends()["triton"] is None
-    for dtype in DTYPES:
-        assert backends.choose(torch.ones(3, 5, device=DEVICE, dtype=dtype)).NAME == "triton"
-    assert backends.choose(torch.ones(3, 5, device=DEVICE, dtype=torch.float64)).NAME == "reference"
-    with rk.backend("triton"), pytest.raises(ValueError, match="x is on cpu, and these kernels run on a GPU"):
+    """For what they can take, without being asked for, as the table says."""
+    found = rk.available_backends()
+    assert found["triton"] is None
+    capability = torch.cuda.get_device_capability()
+    for shape in ((3, 5), (512, 768), (1024, 8192), (512, 16384)):
+        for operation in ("edit", "edit_norm", "norm_edit", "linear_edit"):
+            row = choice.preferred(operation, shape[0] * shape[1], shape[1], capability)
+            for dtype in DTYPES:
+                chosen = backends.choose(torch.empty(shape, device=DEVICE, dtype=dtype), operation).NAME
+                assert chosen == (row.backend if found[row.backend] is None else "triton"), (shape, operation, dtype)
+    assert backends.choose(torch.ones(3, 5, device=DEVICE, dtype=torch.float64), "edit").NAME == "reference"
+
+
+def test_the_library_was_built_for_this_gpu() -> None:
+    if not cuda.usable():
+        pytest.skip(f"no CUDA kernels: {cuda.load_error()}")
+    assert cuda.unusable(torch.cuda.current_device()) is None
+
+
+def test_tensors_elsewhere(backend: str) -> None:
+    with pytest.raises(ValueError, match="x is on cpu, and these kernels run on a GPU"):
         rk.edit(torch.ones(3, 5))
 
 
@@ -98,16 +128,18 @@ def test_dropout_words_on_the_gpu_are_those_of_the_cpu() -> None:
     assert torch.equal(rk.reference.philox_words(seed.to(DEVICE), 33, 130).cpu(), expected)
 
 
+@with_each_backend
 @pytest.mark.parametrize("edits", [None, 7])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_same_bits_every_time(operation: str, dtype: torch.dtype, edits: int | None) -> None:
-    """The first time as Triton starts a kernel, then as it is started here."""
+    """With Triton the first time as it starts a kernel, then as it is started here."""
     trial = _trial(operation, (4099, 769), dtype, edits=edits)
     first = _run(operation, trial)
     assert all(same_bits(_run(operation, trial), first) for _ in range(3))
 
 
+@with_each_backend
 @pytest.mark.parametrize("width", [1, 2, 13, 96, 1023, 6144, 12288, 16385, 32768, 65536])
 @pytest.mark.parametrize("operation", ["edit_add", "edit_add_layer_norm", "rms_norm_edit"])
 def test_every_width(operation: str, width: int) -> None:
@@ -121,6 +153,7 @@ def test_every_width(operation: str, width: int) -> None:
     _held(operation, *((trial, _run(operation, trial)) for trial in trials))
 
 
+@with_each_backend
 @pytest.mark.parametrize("edits", [None, 70_000])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_more_rows_than_a_grid_is_high(operation: str, edits: int | None) -> None:
@@ -129,6 +162,7 @@ def test_more_rows_than_a_grid_is_high(operation: str, edits: int | None) -> Non
     _held(operation, (trial, _run(operation, trial)))
 
 
+@with_each_backend
 @pytest.mark.parametrize("edits", [None, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -148,6 +182,7 @@ def test_odd_addresses(operation: str, dtype: torch.dtype, edits: int | None) ->
     _held(operation, ((tensors, grads, options), found))
 
 
+@with_each_backend
 @pytest.mark.parametrize(
     ("operation", "width"),
     [("edit_add", 4096), ("edit_add_layer_norm", 4096), ("edit_add_layer_norm", 32768), ("rms_norm_edit", 4096)],
@@ -185,6 +220,7 @@ def test_more_elements_than_32_bits_count(operation: str, width: int) -> None:
     _held(operation, ((tensors, grads, {}), found))
 
 
+@with_each_backend
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU here")
 @pytest.mark.parametrize("edits", [None, 3])
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -200,6 +236,7 @@ def test_a_device_that_is_not_the_current_one(operation: str, edits: int | None)
             assert torch.equal(value.cpu(), expected[name].cpu()), name
 
 
+@with_each_backend
 @pytest.mark.parametrize("edits", [None, 3])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_stream_that_is_not_the_default(operation: str, edits: int | None) -> None:
@@ -225,6 +262,7 @@ def _no_synchronisation() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
+@with_each_backend
 @pytest.mark.usefixtures("_no_synchronisation")
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("edits", [None, 3])
@@ -239,6 +277,7 @@ def test_the_host_never_waits(operation: str, edits: int | None, dropout: bool) 
     run(fused, operation, tensors, grads, **options)
 
 
+@with_each_backend
 @pytest.mark.parametrize("edits", [None, 3])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_cuda_graphs(operation: str, edits: int | None) -> None:
@@ -256,6 +295,7 @@ def test_cuda_graphs(operation: str, edits: int | None) -> None:
         assert same_bits(found, expected)
 
 
+@with_each_backend
 @pytest.mark.parametrize("operation", WITH_DROPOUT)
 def test_cuda_graphs_with_dropout(operation: str) -> None:
     """Each replay drops other elements, the same ones forward and backward."""
@@ -290,6 +330,7 @@ def _captured(operation: str, trial: Trial) -> tuple[torch.cuda.CUDAGraph, Resul
     return graph, found
 
 
+@with_each_backend
 @pytest.mark.parametrize("edits", [None, 3])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_compiled_by_inductor_once_for_all_numbers_of_rows(operation: str, edits: int | None) -> None:
@@ -313,6 +354,7 @@ def test_compiled_by_inductor_once_for_all_numbers_of_rows(operation: str, edits
             assert torch.equal(value, other), rows
 
 
+@with_each_backend
 @pytest.mark.parametrize("autocast", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS)

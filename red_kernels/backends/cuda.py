@@ -16,18 +16,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import (
-    compiled,
-    native,  # noqa: F401 - the library of the CPU kernels defines the operators that this one implements, if it is there
-)
+from . import compiled, native
 from .operators import KERNEL_DTYPES, not_plain
 
 NAME = "cuda"
 _EMULATED_PATH = os.environ.get("RED_KERNELS_CUDA_EMULATED") or None
 EMULATED = _EMULATED_PATH is not None
-NAMESPACE = "red_kernels_emulated" if EMULATED else "red_kernels"
+# On a GPU the operators of the CPU backend, which is imported first: its library defines what this one implements.
+NAMESPACE = "red_kernels_emulated" if EMULATED else native.NAMESPACE
 
 _LIBRARY = Path(__file__).parent.parent / "lib" / "libred_kernels_cuda.so"
+_OLDEST = (8, 0)
 _NO_GPU = (
     "torch finds no GPU of NVIDIA's here; remedy: such a GPU and a torch built for CUDA, or another backend: 'triton', "
     "'cpu' or 'reference'"
@@ -39,32 +38,24 @@ _NEVER_BUILT = (
 
 
 class Code(NamedTuple):
-    """What a library holds for one architecture: machine code (``sm``), or PTX (``compute``) that a driver compiles.
+    """What a library holds for a compute capability: machine code, or PTX, which a driver compiles for later ones."""
 
-    ``suffix`` is "" for code that later chips run too, "f" for code of one family of chips, "a" for code of one chip.
-    """
-
-    kind: str
     capability: tuple[int, int]
-    suffix: str
+    ptx: bool
 
-    def runs_on(self, capability: tuple[int, int]) -> bool:
-        """Whether a device of that compute capability runs it."""
-        if self.suffix == "a":
-            return capability == self.capability
-        if self.suffix == "f" or self.kind == "sm":
-            return capability[0] == self.capability[0] and capability[1] >= self.capability[1]
-        return capability >= self.capability
+    def runs_on(self, device: tuple[int, int]) -> bool:
+        """Whether a device of that compute capability runs it: machine code does on its own major number only."""
+        return device >= self.capability and (self.ptx or device[0] == self.capability[0])
 
 
 def parse_architectures(text: str) -> tuple[Code, ...]:
-    """``"sm_80 sm_90 compute_100"`` as what it names. Raises ValueError for anything else."""
+    """What ``"sm_80 sm_90 compute_100"`` names. Raises ValueError for anything else."""
     found = []
     for word in text.split():
-        parts = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", word)
+        parts = re.fullmatch(r"(sm|compute)_(\d+)(\d)", word)
         if parts is None:
-            raise ValueError(f"the library says that it is for {text!r}, expected names such as sm_90 or compute_100")
-        found.append(Code(parts[1], (int(parts[2]), int(parts[3])), parts[4]))
+            raise ValueError(f"it says that it is for {text!r}, expected names such as sm_90 or compute_100")
+        found.append(Code((int(parts[2]), int(parts[3])), parts[1] == "compute"))
     return tuple(found)
 
 
@@ -107,10 +98,11 @@ def unusable(device: int) -> str | None:
         return _unusable[device]
     reason, found = None, capability(device)
     if not any(code.runs_on(found) for code in _codes):
-        name = f"{found[0]}{found[1]}"
+        new = f"install red-kernels with RED_KERNELS_ARCHS={found[0]}{found[1]}"
+        remedy = new if found >= _OLDEST else "rk.backend('triton')"
         reason = (
-            f"its compute capability is {found[0]}.{found[1]}, while the library was built for {_architectures}; "
-            f"remedy: install red-kernels there with RED_KERNELS_ARCHS={name}, 80 or later"
+            f"its compute capability is {found[0]}.{found[1]}, expected {_OLDEST[0]}.{_OLDEST[1]} or later and one "
+            f"that the library was built for, {_architectures}; remedy: {remedy}"
         )
     if not torch.compiler.is_compiling():
         _unusable[device] = reason

@@ -30,7 +30,7 @@ def show_info(console: Console) -> None:
         if name == "cpu" and reason is None:
             state += f"; instruction set {native.instruction_set()} of {', '.join(native.instruction_sets())}"
         if name == "cuda" and reason is None:
-            state += f"; built for {cuda.architectures()}"
+            state += "; in an emulator, on CPU tensors" if cuda.EMULATED else f"; built for {cuda.architectures()}"
         if name == "triton" and reason is None:
             state += _triton_state()
         backends.add_row(name, state)
