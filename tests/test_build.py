@@ -12,12 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from build_tools import CUDA_LIBRARY, LIBRARY, ROOT, dynamic_symbols, program
 
 from red_kernels.backends import native
 
-ROOT = Path(__file__).parent.parent
-LIBRARY = "red_kernels/lib/libred_kernels_cpu.so"
-CUDA_LIBRARY = "red_kernels/lib/libred_kernels_cuda.so"
 # A compiler of CUDA that makes empty objects in no time, and knows two GPUs.
 QUICK_NVCC = """#!/bin/sh
 for word in "$@"; do
@@ -39,7 +37,6 @@ def _without_torch(name, *rest, **named):
     return _import(name, *rest, **named)
 builtins.__import__ = _without_torch
 """
-built_only = pytest.mark.skipif(native.load_error() is not None, reason=f"no CPU kernels: {native.load_error()}")
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +68,6 @@ def _run(*command: str, folder: Path, **changes: str | None) -> str:
     return done.stdout + done.stderr
 
 
-def _program(path: Path, text: str) -> Path:
-    path.write_text(text)
-    path.chmod(0o755)
-    return path
-
-
 @pytest.fixture(scope="module")
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both libraries, built by a Python that cannot import torch."""
@@ -91,11 +82,11 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
     if found is None:
         pytest.skip("no C++ compiler")
-    compiler = _program(torchless / "c++", f'#!/bin/sh\nexec {found} "$@" -O0\n')  # in a fifth of the time
+    compiler = program(torchless / "c++", f'#!/bin/sh\nexec {found} "$@" -O0\n')  # in a fifth of the time
     _run(
         "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(folder),
         folder=source, PYTHONPATH=str(torchless), RED_KERNELS_REQUIRE_CPU="1",
-        CXX=str(compiler), NVCC=str(_program(torchless / "nvcc", QUICK_NVCC.format(compiler=found))),
+        CXX=str(compiler), NVCC=str(program(torchless / "nvcc", QUICK_NVCC.format(compiler=found))),
         RED_KERNELS_CUDA="1", RED_KERNELS_ARCHS="80 90",
     )  # fmt: skip
     (built,) = folder.glob("*.whl")
@@ -172,7 +163,7 @@ def test_a_build_that_must_have_the_library(source: Path, tmp_path: Path) -> Non
 
 def test_a_compiler_that_fails(source: Path, tmp_path: Path) -> None:
     """The reason is kept, and an earlier library does not stay behind."""
-    compiler = _program(tmp_path / "g++", "#!/bin/sh\necho 'fatal error: out of transistors' >&2\nexit 1\n")
+    compiler = program(tmp_path / "g++", "#!/bin/sh\necho 'fatal error: out of transistors' >&2\nexit 1\n")
     library = tmp_path / "build" / LIBRARY
     library.parent.mkdir(parents=True)
     library.write_bytes(b"old")
@@ -186,7 +177,7 @@ def test_a_compiler_that_fails(source: Path, tmp_path: Path) -> None:
 
 def _build_cuda(source: Path, folder: Path, **changes: str | None) -> subprocess.CompletedProcess[str]:
     """A build into ``folder`` that lacks the CPU kernels, to be quick."""
-    none = _program(folder / "no-c++", "#!/bin/sh\nexit 1\n")
+    none = program(folder / "no-c++", "#!/bin/sh\nexit 1\n")
     return subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder)],
         cwd=source,
@@ -227,7 +218,7 @@ def test_cuda_kernels_that_are_asked_for(without_nvcc: Path, tmp_path: Path) -> 
 
 
 def test_cuda_kernels_that_are_not_wanted(source: Path, tmp_path: Path) -> None:
-    trap = _program(tmp_path / "nvcc", f"#!/bin/sh\ntouch {tmp_path}/called\nexit 1\n")
+    trap = program(tmp_path / "nvcc", f"#!/bin/sh\ntouch {tmp_path}/called\nexit 1\n")
     done = _build_cuda(source, tmp_path, RED_KERNELS_CUDA="0", NVCC=str(trap))
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "called").exists()
@@ -237,7 +228,7 @@ def test_cuda_kernels_that_are_not_wanted(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("asked", ["", "1"])
 def test_nvcc_that_fails(asked: str, source: Path, tmp_path: Path) -> None:
     text = "#!/bin/sh\n[ $1 = --list-gpu-code ] && exec echo sm_90\n"
-    nvcc = _program(tmp_path / "nvcc", f"{text}echo 'x.cu(1): error: out of warps' >&2\necho '1 error' >&2\nexit 1\n")
+    nvcc = program(tmp_path / "nvcc", f"{text}echo 'x.cu(1): error: out of warps' >&2\necho '1 error' >&2\nexit 1\n")
     done = _build_cuda(source, tmp_path, RED_KERNELS_CUDA=asked, RED_KERNELS_ARCHS="90", NVCC=str(nvcc))
     assert (done.returncode != 0) == (asked == "1")
     missing = (tmp_path / CUDA_LIBRARY).with_name("cuda.missing")
@@ -258,7 +249,7 @@ def test_nvcc_that_fails(asked: str, source: Path, tmp_path: Path) -> None:
 )
 def test_wrong_settings_are_errors(wrong: dict[str, str], expected: str, source: Path, tmp_path: Path) -> None:
     """Also where the CUDA kernels are not asked for: a wish that cannot be met is never passed over."""
-    nvcc = _program(tmp_path / "nvcc", QUICK_NVCC.format(compiler="false"))
+    nvcc = program(tmp_path / "nvcc", QUICK_NVCC.format(compiler="false"))
     done = _build_cuda(source, tmp_path, **({"RED_KERNELS_CUDA": "", "NVCC": str(nvcc)} | wrong))
     assert done.returncode != 0
     assert expected in done.stderr
@@ -272,8 +263,8 @@ def test_editable_install_follows_the_last_build(source: Path, tmp_path: Path) -
         pytest.skip("no C++ compiler")
     folder = tmp_path / "source"
     shutil.copytree(source, folder)
-    quick = _program(tmp_path / "nvcc", QUICK_NVCC.format(compiler=compiler))
-    none = _program(tmp_path / "no-c++", "#!/bin/sh\nexit 1\n")
+    quick = program(tmp_path / "nvcc", QUICK_NVCC.format(compiler=compiler))
+    none = program(tmp_path / "no-c++", "#!/bin/sh\nexit 1\n")
     library, lib = folder / CUDA_LIBRARY, (folder / CUDA_LIBRARY).parent
     for asked in ("1", "0", "1"):
         _run(
@@ -285,35 +276,32 @@ def test_editable_install_follows_the_last_build(source: Path, tmp_path: Path) -
         assert (lib / "cpu.missing").is_file()
 
 
-def _dynamic_symbols(*options: str) -> list[str]:
-    tool = shutil.which("nm")
-    if tool is None:
-        pytest.skip("nm (binutils) is not installed")
-    listed = subprocess.run([tool, "-D", *options, str(ROOT / LIBRARY)], capture_output=True, text=True, check=True)
-    return [line.split()[-1] for line in listed.stdout.splitlines()]
+libraries = pytest.mark.parametrize("library", [LIBRARY, CUDA_LIBRARY])
 
 
-@built_only
-def test_library_needs_no_python_and_no_c10() -> None:
+@libraries
+def test_library_needs_no_python_and_no_c10(library: str) -> None:
     """Only torch's stable C functions: no symbol of Python, of c10 or at."""
-    needed = _dynamic_symbols("--undefined-only")
+    needed = dynamic_symbols(library, "--undefined-only")
     assert any(name.startswith(("aoti_torch_", "torch_")) for name in needed)
     assert not [name for name in needed if re.match(r"_?Py[A-Z_]|_ZN\w*(3c10|2at)\w*", name)]
 
 
-@built_only
-def test_library_needs_no_newer_standard_library_than_torch_does() -> None:
+@libraries
+def test_library_needs_no_newer_standard_library_than_torch_does(library: str) -> None:
     """GLIBCXX_3.4.30 is GCC 12's; torch's own wheels are manylinux_2_28."""
     versions = {"GLIBCXX": (3, 4, 30), "GLIBC": (2, 34), "CXXABI": (1, 3, 13)}
-    for name in _dynamic_symbols("--undefined-only"):
+    for name in dynamic_symbols(library, "--undefined-only"):
         kind, _, version = name.rpartition("@")[2].partition("_")
         if kind in versions:
             assert tuple(map(int, version.split("."))) <= versions[kind], name
 
 
-@built_only
-def test_library_shows_only_its_own_functions() -> None:
-    shown = [name for name in _dynamic_symbols("--defined-only") if name.startswith("red_")]
-    assert len(shown) == 5
-    # What else is shown are templates of the standard library, which are weak.
-    assert not [name for name in _dynamic_symbols("--defined-only") if "3red" in name]
+@libraries
+def test_library_shows_only_its_own_functions(library: str) -> None:
+    defined = dynamic_symbols(library, "--defined-only")
+    shown = [name for name in defined if name.startswith("red_")]
+    assert shown
+    assert all(name.startswith(Path(library).stem.removeprefix("lib") + "_") for name in shown), shown
+    # What else is shown are templates of the standard library, which are weak: nothing of CUDA's library inside.
+    assert not [name for name in defined if re.match(r"(__)?cu(da)?[A-Z]", name) or "3red" in name]
