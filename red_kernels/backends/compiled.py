@@ -18,12 +18,11 @@ from .operators import SCHEMAS, bits, register_fakes
 _defined: list[torch.library.Library] = []  # kept: what they defined goes with them
 
 
-def load(library: Path, note: str, never_built: str) -> tuple[ctypes.CDLL | None, str | None]:
-    """A shared library, or why it is missing, with the remedy: the text of the file ``note`` that the build left beside
-    its place, else ``never_built``. Never raises."""
+def load(library: Path, note: Path | None, never_built: str) -> tuple[ctypes.CDLL | None, str | None]:
+    """A shared library, or why it is missing, with the remedy: what the build left in the file ``note``, else
+    ``never_built``."""
     if not library.is_file():
-        missing = library.with_name(note)
-        return None, missing.read_text() if missing.is_file() else never_built
+        return None, note.read_text() if note is not None and note.is_file() else never_built
     try:
         return ctypes.CDLL(str(library)), None
     except OSError as error:

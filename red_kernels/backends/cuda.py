@@ -138,11 +138,11 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if _EMULATED_PATH is not None:
         expected = "expected the path of libred_kernels_cuda_emulated.so; remedy: build it, or unset the variable"
         return compiled.load(
-            Path(_EMULATED_PATH), "", f"RED_KERNELS_CUDA_EMULATED is {_EMULATED_PATH!r}, which is no file, {expected}"
+            Path(_EMULATED_PATH), None, f"RED_KERNELS_CUDA_EMULATED is {_EMULATED_PATH!r}, which is no file, {expected}"
         )
     if torch.version.cuda is None:
         return None, _NO_GPU
-    return compiled.load(_LIBRARY, "cuda.missing", _NEVER_BUILT)
+    return compiled.load(_LIBRARY, _LIBRARY.with_name("cuda.missing"), _NEVER_BUILT)
 
 
 def _ask_architectures(dll: ctypes.CDLL) -> tuple[str, tuple[Code, ...], str | None]:

@@ -89,7 +89,7 @@ def _handle() -> ctypes.CDLL:
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     dll, error = compiled.load(
         _LIBRARY,
-        "cpu.missing",
+        _LIBRARY.with_name("cpu.missing"),
         "it was never built; remedy: pip install red-kernels with a C++ compiler and torch installed",
     )
     if dll is not None:
