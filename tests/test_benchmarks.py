@@ -95,6 +95,17 @@ def test_host_cost_without_a_launch(tmp_path):
     assert set(found[name]) == forwards | {f"{forward}, with backward" for forward in forwards}
     assert all(0 < timing["low"] <= timing["median"] for timing in found[name].values())
     assert "edit_add_layer_norm" in done.stdout
+    names = {name for name in found if not name.startswith("torch")}
+    there = {name for name in ("cpu", "cuda") if rk.available_backends()[name] is None}
+    assert {name.split(",")[0] for name in names} == {"triton", *there}
+    assert ("Not in the figures" in done.stdout) == ("cuda, 4 x 64, launch left out" in names)
+    over = json.loads(output.read_text())["times_torch_rms_norm"]
+    assert set(over) == names
+    for name, values in over.items():
+        assert set(values) == forwards
+        host = name.startswith("cpu") or not torch.cuda.is_available()
+        peer = found["torch, 4 x 64" if host else "torch on the GPU, 4 x 64"]["torch rms_norm"]["median"]
+        assert values["edit"] == pytest.approx(found[name]["edit"]["median"] / peer)
 
 
 def test_backend_without_a_launch_is_for_a_block_only():
