@@ -354,6 +354,18 @@ def test_compiled_by_inductor_once_for_all_numbers_of_rows(operation: str, edits
             assert torch.equal(value, other), rows
 
 
+def test_compiled_code_chooses_as_plain_calls_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it is the first to ask what GPU there is: in one graph, on both sides of a limit of the table."""
+    torch._dynamo.reset()
+    for kept in ("_capabilities", "_unusable"):
+        monkeypatch.setattr(cuda, kept, {})
+    compiled = torch.compile(rk.edit_add_layer_norm, fullgraph=True, dynamic=True)
+    for rows in (64, 1000, 8192, 512):
+        tensors, _, _ = _trial("edit_add_layer_norm", (rows, 1024))
+        for found, expected in zip(compiled(*tensors.values()), rk.edit_add_layer_norm(*tensors.values()), strict=True):
+            assert torch.equal(found, expected), rows
+
+
 @with_each_backend
 @pytest.mark.parametrize("autocast", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
