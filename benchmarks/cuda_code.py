@@ -64,6 +64,7 @@ class Code:
             if match := re.search(r"\bBSSY(?:\.\w+)* (B\d+), (?:`\()?(0x[0-9a-f]+)", text):
                 meeting.setdefault(match[1], set()).add(int(match[2], 16))
         found = {}
+        tables = []  # a `switch` goes to an address out of a table, which is not in the text
         for address, text in self.instructions.items():
             operation = _operation(text)
             always = not text.startswith("@")
@@ -75,7 +76,7 @@ class Code:
                 to = [int(target[1], 16)]
                 always = always and not re.search(r"^(?:BRA|JMP)\S* !?U?P\w", text)  # as in `BRA.U !UP0, 0x5e0`
             elif operation[0] in ("BRX", "JMX", "BRXU", "JMXU"):
-                raise ValueError(f"a branch of {self.name} to an address that it computes: {text}")
+                tables.append(address)
             elif operation[0] == "BSYNC":
                 barrier = re.search(r"\bB\d+", text)
                 to = sorted(meeting.get(barrier[0] if barrier else "", ()))
@@ -90,6 +91,13 @@ class Code:
             if unknown:
                 raise ValueError(f"a branch of {self.name} leaves it: {text}")
             found[address] = to
+        if tables:  # to where nothing else goes
+            called = {int(a, 16) for text in self.instructions.values() for a in re.findall(r"CALL\S* (0x\w+)", text)}
+            cases = set(addresses[1:]).difference(called, *found.values())
+            if not cases:
+                raise ValueError(f"{self.name} branches to an address that is not to be found")
+            for address in tables:
+                found[address] = sorted({*found[address], *cases})
         return found
 
 

@@ -124,7 +124,8 @@ def test_sdist_holds_what_a_build_needs(source: Path, tmp_path: Path) -> None:
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
-    sources = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*") if path.is_file()}
+    kinds = {".cpp", ".h", ".cu", ".cuh", ".py"}
+    sources = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*") if path.suffix in kinds}
     assert sources
     assert sources <= names
     assert {"setup.py", "csrc/build.py", "pyproject.toml", "red_kernels/reference.py", "tests/test_build.py"} <= names

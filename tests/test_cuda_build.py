@@ -258,6 +258,12 @@ def test_accesses_are_counted_by_width_and_loop() -> None:
     }
     assert sass(branch=("@!P1 BRA 0x30", "@!P1 BRA 0x60")).looping() == {0xA0}
     assert sass(branch=("     BRA 0xa0", "     BRA 0x60")).looping() == {0x30, 0x40, 0x50}  # from where nothing comes
+    table = sass(end=("STG.E desc[UR4][R2.64], R4", "BRX R8 -0x80"))  # a `switch` over what is behind it alone
+    assert table.looping() == {0x30, 0x40, 0x50, 0xA0}
+    again = sass(
+        end=("STG.E desc[UR4][R2.64], R4", "BRX R8 -0x80"), first=("EXIT ;", "BRA 0x20 ;"), last=("BRA 0xa0", "EXIT")
+    )
+    assert again.looping() == set(range(0x20, 0xA0, 0x10))
     together = sass(branch=("@P0 BRA 0x60", "BSSY B0, 0x60"), end=("STS.128 [R2], R4", "BSYNC B0"))
     assert 0x60 in together.looping()  # threads that wait there go on at 0x60
 
@@ -277,7 +283,7 @@ def test_narrow_accesses_are_found() -> None:
     ("old", "new", "reason"),
     [
         ("@P0 BRA 0x60", "@P0 BRA 0x6000", "leaves it"),
-        ("@P0 BRA 0x60", "@P0 BRX R2 -0x60", "that it computes"),
+        ("@P0 BRA 0x60", "@P0 BRX R2 -0x60", "not to be found"),
         ("@P0 BRA 0x60", "@P0 BRA R2", "not understood"),
         ("STS.128 [R2], R4", "UBLKCP.S.G [UR4], [UR6], UR8", "bulk copy"),
         ("EXIT", "NOP", "has no end"),
