@@ -26,17 +26,18 @@ GPUS = {80, 90, 100}
 # loads), with the reason.
 SPILLS: dict[tuple[str, int], tuple[int, int, int]] = {}
 
-# The least number of 128-bit accesses of a kernel: in all, or for each of its vectors (the first of its template's
-# numbers). 'read' are loads and copies to shared memory.
+# The least number of 128-bit accesses of a kernel, for each of what FOR_EACH says. 'read' are loads and copies to
+# shared memory.
 HOT: dict[str, dict[str, int]] = {
     "edit_forward": {"read": 8, "store": 4},  # x and residual, z, of four rows
-    "slab_backward": {"read": 4, "store": 4},  # dy and h, dx
+    "slab_backward": {"read": 2, "store": 1},  # dy and h, dx
     "norm_forward": {"read": 2, "store": 2},  # x and residual, z and y
     "norm_backward": {"read": 3, "store": 2},  # dy, z and h, dx and dresidual
     "wide_forward": {"read": 3, "store": 2},
     "row_averages": {"read": 3},
 }
-FOR_EACH_VECTOR = ("norm_forward", "norm_backward")  # these have no code for rows that are not aligned
+FOR_EACH = {"slab_backward": 1, "norm_forward": 0, "norm_backward": 0}  # that number of its template: rows, vectors
+ALIGNED = ("norm_forward", "norm_backward")  # these have no code for rows that are not aligned
 LOOPS = ("slab_backward", "norm_backward", "wide_forward", "row_averages")  # over rows or columns
 
 
@@ -110,16 +111,16 @@ def narrow(code: Code) -> list[str]:
     """What a hot kernel lacks of 128-bit accesses, and which it has that are too narrow."""
     name = cuda_code.kernel_name(code.name)
     found = code.accesses()
-    vectors = cuda_code.template_numbers(code.name)[0] if name in FOR_EACH_VECTOR else 1
+    times = cuda_code.template_numbers(code.name)[FOR_EACH[name]] if name in FOR_EACH else 1
     wrong = []
     for kind, least in HOT[name].items():
         kinds = ("load", "copy") if kind == "read" else (kind,)
         wide = Counter({a: n for a, n in found.items() if a.kind in kinds and a.bits >= 128})
-        if wide.total() < least * vectors:
-            wrong.append(f"{kind}: {wide.total()} of 128 bits, expected {least * vectors} or more")
+        if wide.total() < least * times:
+            wrong.append(f"{kind}: {wide.total()} of 128 bits, expected {least * times} or more")
         if name in LOOPS and not any(a.in_loop for a in wide):
             wrong.append(f"{kind}: none of 128 bits in a loop")
-    if name in FOR_EACH_VECTOR:  # an element by itself would have 16 bits in two of three dtypes
+    if name in ALIGNED:  # an element by itself would have 16 bits in two of three dtypes
         wrong += [f"{n} {a.kind}s of {a.bits} bits" for a, n in found.items() if a.bits < 32]
     return wrong
 
