@@ -9,6 +9,11 @@
 #include <optional>
 #include <tuple>
 
+// The namespace of whoever implements them: that of the device.
+#if !defined(RED_TARGET)
+#define RED_TARGET cpu
+#endif
+
 namespace red {
 
 using torch::stable::Tensor;
@@ -17,7 +22,7 @@ using OptionalTensor = std::optional<Tensor>;
 // `needs` has a bit for each result, the first result lowest.
 constexpr bool needed(int64_t needs, int result) { return (needs >> result) & 1; }
 
-namespace cpu {
+namespace RED_TARGET {
 
 Tensor edit_forward(Tensor x, OptionalTensor residual, OptionalTensor scale, OptionalTensor bias,
                     OptionalTensor edit_ids, OptionalTensor seed, double dropout_p);
@@ -45,5 +50,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_edit_backward(
     Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor norm_bias, OptionalTensor scale,
     OptionalTensor edit_ids, OptionalTensor mean, Tensor rstd, double weight_offset, int64_t n_edits, int64_t needs);
 
-}  // namespace cpu
+}  // namespace RED_TARGET
 }  // namespace red

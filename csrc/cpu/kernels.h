@@ -2,25 +2,9 @@
 // so that nothing compiled for a wide instruction set can be linked into code that runs everywhere.
 #pragma once
 
-#include <cstdint>
+#include "../types.h"
 
 namespace red {
-
-enum Type { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kTypes = 3 };
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-// An activation of `rows` rows; the stride between rows is in elements, the columns are adjacent. Null where absent.
-struct Rows {
-  const void* data = nullptr;
-  int64_t stride = 0;
-  explicit operator bool() const { return data != nullptr; }
-};
 
 // fp32 vectors, one for all rows (ids null) or one for each edit; an absent vector is filled with its neutral value.
 struct Vectors {

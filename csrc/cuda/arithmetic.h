@@ -1,0 +1,82 @@
+// The plain arithmetic of the kernels: no threads, no memory. Compiled by nvcc for a GPU, and by a C++ compiler for the
+// tests, which hold it to the fp64 reference (red_kernels/reference.py).
+#pragma once
+
+#include <cmath>
+
+#include "../types.h"
+
+#if defined(__CUDACC__)
+#define RED_BOTH __host__ __device__ __forceinline__
+#else
+#define RED_BOTH inline __attribute__((always_inline))
+#endif
+
+namespace red {
+namespace cuda {
+
+// 16 bytes, as they lie in memory.
+struct alignas(16) Raw {
+  uint32_t w[4];
+};
+
+struct Words {
+  uint32_t w[4];
+};
+
+RED_BOTH uint32_t high_word(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
+}
+
+// Philox4x32-10 (Salmon et al., SC 2011): the words of columns 4 * quad to 4 * quad + 3 of a row.
+RED_BOTH Words philox(int64_t seed, int64_t row, uint32_t quad) {
+  uint32_t c0 = quad, c1 = static_cast<uint32_t>(row), c2 = static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32);
+  uint32_t c3 = 0, k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+  for (int round = 0; round < 10; ++round) {
+    const uint32_t high0 = high_word(c0, 0xD2511F53u), low0 = c0 * 0xD2511F53u;
+    const uint32_t high1 = high_word(c2, 0xCD9E8D57u), low1 = c2 * 0xCD9E8D57u;
+    c0 = high1 ^ c1 ^ k0;
+    c1 = low1;
+    c2 = high0 ^ c3 ^ k1;
+    c3 = low0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+RED_BOTH float dropped(uint32_t word, uint32_t threshold, float factor) { return word >= threshold ? factor : 0.0f; }
+
+// The mean of d values: `first` of their plain sum, corrected by `lost`, the sum of the distances from it. The variance
+// about that mean, from the squared distances from `first`.
+struct Moments {
+  float mean, variance;
+};
+RED_BOTH Moments moments(float first, float lost, float squares, float d) {
+  const float shift = lost / d;
+  return {first + shift, squares / d - shift * shift};
+}
+
+// 1 / sqrt(v), correctly rounded.
+RED_BOTH float reciprocal_root(float v) {
+#if defined(__CUDA_ARCH__)
+  return __frsqrt_rn(v);
+#else
+  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(v)));
+#endif
+}
+
+// normed * weight + norm_bias
+RED_BOTH float affine(float normed, float weight, float norm_bias) { return normed * weight + norm_bias; }
+
+// The gradient of what was normed: `weighted` is that of the result times the weight; c1 and c2 are the averages over the
+// row of weighted * normed and of weighted (0 for RMSNorm).
+RED_BOTH float norm_gradient(float normed, float weighted, float rstd, float c1, float c2) {
+  return rstd * (weighted - normed * c1 - c2);
+}
+
+}  // namespace cuda
+}  // namespace red

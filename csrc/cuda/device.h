@@ -1,0 +1,257 @@
+// What the kernels are written in: 16-byte vectors, sums over a row's threads, copies into shared memory. Nothing but this
+// file and emulated.h knows whether a GPU runs them: with RED_EMULATED they are plain C++, for tests without a GPU.
+#pragma once
+
+#include "arguments.h"
+#include "arithmetic.h"
+
+#if defined(RED_EMULATED)
+#include "emulated.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define RED_DEVICE __device__ __forceinline__
+// A kernel for blocks of so many threads, and so many blocks on a multiprocessor.
+#define RED_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define RED_ARGUMENT const __grid_constant__
+#define RED_UNROLL _Pragma("unroll")
+#define RED_UNROLL4 _Pragma("unroll 4")
+#define RED_CLUSTERS (__CUDA_ARCH__ >= 900)
+#endif
+
+namespace red {
+namespace cuda {
+
+constexpr int kWarp = 32;
+
+// Elements of 16 bytes.
+template <class T>
+constexpr int kVector = static_cast<int>(16 / sizeof(T));
+
+#if !defined(RED_EMULATED)
+
+RED_DEVICE float widen(float v) { return v; }
+RED_DEVICE float widen(BFloat16 v) { return __uint_as_float(static_cast<uint32_t>(v.bits) << 16); }
+RED_DEVICE float widen(Float16 v) { return __half2float(__ushort_as_half(v.bits)); }
+// Two values in the type of the last argument, the first in the low half.
+RED_DEVICE uint32_t narrow_two(float low, float high, BFloat16) {
+  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+RED_DEVICE uint32_t narrow_two(float low, float high, Float16) {
+  const __half2 v = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+
+RED_DEVICE uint32_t bits_of(float v) { return __float_as_uint(v); }
+RED_DEVICE float not_a_number() { return __uint_as_float(0x7fffffffu); }
+
+RED_DEVICE Raw load16(const void* p) {
+  const uint4 v = *static_cast<const uint4*>(p);
+  return {{v.x, v.y, v.z, v.w}};
+}
+RED_DEVICE void store16(void* p, const Raw& v) { *static_cast<uint4*>(p) = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]); }
+
+RED_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+}
+
+// Starts to copy 16 bytes to shared memory. The thread that waits for it may read them, others after a barrier.
+RED_DEVICE void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+// Ends a group of copies; wait_copies<K>() waits for all but the last K groups.
+RED_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int K>
+RED_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(K) : "memory");
+}
+
+RED_DEVICE void block_barrier() { __syncthreads(); }
+// A barrier of `threads` threads of a block, those that use the same number, 1 to 15.
+RED_DEVICE void named_barrier(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// The sums of K values over a warp, in all of its threads.
+template <int K>
+RED_DEVICE void warp_sum(float (&v)[K]) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2)
+#pragma unroll
+    for (int k = 0; k < K; ++k) v[k] += __shfl_xor_sync(0xffffffffu, v[k], offset);
+}
+
+#if !defined(__CUDA_ARCH__) || RED_CLUSTERS
+RED_DEVICE int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+RED_DEVICE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Stores to the same place in the shared memory of another block of the cluster.
+RED_DEVICE void store_remote(float* shared, int rank, float v) {
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared)), remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(v) : "memory");
+}
+#else
+RED_DEVICE int cluster_rank() { return 0; }
+RED_DEVICE void cluster_barrier() {}
+RED_DEVICE void store_remote(float*, int, float) {}
+#endif
+
+#endif  // !RED_EMULATED
+
+// 16 bytes to fp32 and back, rounded to nearest.
+template <class T>
+RED_DEVICE void unpack(const Raw& raw, float (&v)[kVector<T>]) {
+  if constexpr (sizeof(T) == 4) {
+    RED_UNROLL for (int i = 0; i < 4; ++i) {
+      T bits;
+      __builtin_memcpy(&bits, &raw.w[i], 4);
+      v[i] = bits;
+    }
+  } else {
+    RED_UNROLL for (int i = 0; i < 4; ++i) {
+      v[2 * i] = widen(T{static_cast<uint16_t>(raw.w[i] & 0xffffu)});
+      v[2 * i + 1] = widen(T{static_cast<uint16_t>(raw.w[i] >> 16)});
+    }
+  }
+}
+
+template <class T>
+RED_DEVICE Raw pack(const float (&v)[kVector<T>]) {
+  Raw raw;
+  if constexpr (sizeof(T) == 4) {
+    RED_UNROLL for (int i = 0; i < 4; ++i) raw.w[i] = bits_of(v[i]);
+  } else {
+    RED_UNROLL for (int i = 0; i < 4; ++i) raw.w[i] = narrow_two(v[2 * i], v[2 * i + 1], T{});
+  }
+  return raw;
+}
+
+// A row of an activation.
+template <class T>
+RED_DEVICE const T* row_of(const Rows& rows, int64_t row) {
+  return static_cast<const T*>(rows.data) + row * rows.stride;
+}
+
+// One vector of a row from column `column` on, of `count` columns that exist: in one piece if `whole`, and otherwise one by
+// one, the missing ones 0.
+template <class T>
+RED_DEVICE Raw load_raw(const T* row, int64_t column, int64_t count, bool whole) {
+  if (whole) return load16(row + column);
+  T some[kVector<T>];
+  RED_UNROLL for (int i = 0; i < kVector<T>; ++i) {
+    some[i] = T{};
+    if (i < count) some[i] = row[column + i];
+  }
+  Raw raw;
+  __builtin_memcpy(&raw, some, 16);
+  return raw;
+}
+
+template <class T>
+RED_DEVICE void store_raw(void* data, int64_t row, int64_t d, int64_t column, int64_t count, bool whole, const Raw& raw) {
+  T* to = static_cast<T*>(data) + row * d + column;
+  if (whole) return store16(to, raw);
+  T some[kVector<T>];
+  __builtin_memcpy(some, &raw, 16);
+  RED_UNROLL for (int i = 0; i < kVector<T>; ++i)
+    if (i < count) to[i] = some[i];
+}
+
+// kVector<T> elements of a parameter from `column` on.
+template <class T>
+RED_DEVICE void load_vector(const Vectors& vectors, int64_t offset, int64_t column, int64_t count, bool whole,
+                            float (&v)[kVector<T>]) {
+  constexpr int kSize = kVector<T>;
+  const int64_t first = offset + column;
+  if (vectors.wide) {
+    const float* from = static_cast<const float*>(vectors.data);
+    if (whole) {
+      RED_UNROLL for (int i = 0; i < kSize; i += 4) {
+        float part[4];
+        unpack<float>(load16(from + first + i), part);
+        RED_UNROLL for (int j = 0; j < 4; ++j) v[i + j] = part[j];
+      }
+    } else {
+      RED_UNROLL for (int i = 0; i < kSize; ++i) v[i] = i < count ? from[first + i] : 0.0f;
+    }
+  } else {
+    unpack<T>(load_raw<T>(static_cast<const T*>(vectors.data), first, count, whole), v);
+  }
+}
+
+template <class T>
+RED_DEVICE void fill(float (&v)[kVector<T>], float value) {
+  RED_UNROLL for (int i = 0; i < kVector<T>; ++i) v[i] = value;
+}
+
+// An edit vector of a row: NaN where there is no edit of that id.
+template <class T>
+RED_DEVICE void load_edit(const Vectors& vectors, const Edit& edit, int64_t id, int64_t column, int64_t count, bool whole,
+                          float (&v)[kVector<T>]) {
+  if (id < 0 || id >= edit.edits) return fill<T>(v, not_a_number());
+  load_vector<T>(vectors, id * vectors.stride, column, count, whole, v);
+}
+
+// weight + weight_offset, or 1.
+template <class T>
+RED_DEVICE void load_weight(const Vectors& weight, float offset, int64_t column, int64_t count, bool whole,
+                            float (&v)[kVector<T>]) {
+  if (weight.data == nullptr) return fill<T>(v, 1.0f);
+  load_vector<T>(weight, 0, column, count, whole, v);
+  RED_UNROLL for (int i = 0; i < kVector<T>; ++i) v[i] += offset;
+}
+
+// Multiplies by the dropout factors of a row's columns.
+template <class T>
+RED_DEVICE void drop(const Dropout& dropout, int64_t seed, int64_t row, int64_t column, float (&v)[kVector<T>]) {
+  RED_UNROLL for (int i = 0; i < kVector<T>; i += 4) {
+    const Words words = philox(seed, row, static_cast<uint32_t>((column + i) / 4));
+    RED_UNROLL for (int j = 0; j < 4; ++j) v[i + j] *= dropped(words.w[j], dropout.threshold, dropout.factor);
+  }
+}
+
+// dropout(scale * x + bias) (RED eq. 1); `v` is x.
+template <class T>
+RED_DEVICE void apply_edit(const Edit& edit, int64_t id, int64_t seed, int64_t row, int64_t column, int64_t count,
+                           bool whole, float (&v)[kVector<T>]) {
+  float u[kVector<T>];
+  if (edit.scale.data != nullptr) {
+    load_edit<T>(edit.scale, edit, id, column, count, whole, u);
+    RED_UNROLL for (int i = 0; i < kVector<T>; ++i) v[i] *= u[i];
+  }
+  if (edit.bias.data != nullptr) {
+    load_edit<T>(edit.bias, edit, id, column, count, whole, u);
+    RED_UNROLL for (int i = 0; i < kVector<T>; ++i) v[i] += u[i];
+  }
+  if (edit.dropout.seed != nullptr) drop<T>(edit.dropout, seed, row, column, v);
+}
+
+// What the edit made of a row, with the residual: in fp32, `x` and `residual` as they lie in memory.
+template <class T>
+RED_DEVICE void edited(const Edit& edit, int64_t id, int64_t seed, int64_t row, int64_t column, int64_t count, bool whole,
+                       const Raw& x, const Raw& residual, bool added, float (&v)[kVector<T>]) {
+  unpack<T>(x, v);
+  apply_edit<T>(edit, id, seed, row, column, count, whole, v);
+  if (added) {
+    float r[kVector<T>];
+    unpack<T>(residual, r);
+    RED_UNROLL for (int i = 0; i < kVector<T>; ++i) v[i] = r[i] + v[i];
+  }
+}
+
+RED_DEVICE int64_t edit_id(const Edit& edit, int64_t row) { return edit.ids == nullptr ? 0 : edit.ids[row]; }
+RED_DEVICE int64_t dropout_seed(const Edit& edit) { return edit.dropout.seed == nullptr ? 0 : *edit.dropout.seed; }
+
+}  // namespace cuda
+}  // namespace red

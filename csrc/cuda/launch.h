@@ -1,0 +1,92 @@
+// Starting kernels: on a GPU, or in the emulator. Every launch is checked.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "rules.h"
+
+#if !defined(RED_EMULATED)
+#include <cuda_runtime.h>
+#endif
+
+namespace red {
+namespace cuda {
+
+struct Grid {
+  int64_t x = 1, y = 1, z = 1;
+};
+
+// A launch, and what is said of it if it fails.
+struct Launch {
+  const char* name;
+  Type type;
+  int64_t rows, d;
+  const Device* device;
+  void* stream;
+  Grid grid;
+  int threads_x, threads_y = 1;
+  int cluster = 1;
+  int64_t shared = 0;
+};
+
+inline std::string described(const Launch& l, const std::string& error) {
+  static const char* const types[] = {"float32", "bfloat16", "float16"};
+  const auto n = [](int64_t v) { return std::to_string(v); };
+  return "red_kernels: " + std::string(l.name) + " of " + types[l.type] + " " + n(l.rows) + " x " + n(l.d) +
+         " failed on device " + n(l.device->index) + " (compute capability " + n(l.device->capability / 10) + "." +
+         n(l.device->capability % 10) + "), grid " + n(l.grid.x) + " x " + n(l.grid.y) + " x " + n(l.grid.z) +
+         ", block " + n(l.threads_x) + " x " + n(l.threads_y) + ", cluster " + n(l.cluster) + ", " + n(l.shared) +
+         " bytes of shared memory: " + error;
+}
+
+inline void check_grid(const Launch& l) {
+  if (l.grid.x > 0x7fffffff || l.grid.y > 65535 || l.grid.z > 65535)
+    throw std::runtime_error(described(l, "the grid is larger than a GPU takes"));
+}
+
+#if defined(RED_EMULATED)
+
+void emulate(const Launch& l, void (*run)(const void*), const void* arguments);
+
+template <class A, void (*KERNEL)(const A)>
+void start(const Launch& l, const A& arguments) {
+  check_grid(l);
+  emulate(l, [](const void* a) { KERNEL(*static_cast<const A*>(a)); }, &arguments);
+}
+
+#else
+
+template <class A, void (*KERNEL)(const A)>
+void start(const Launch& l, const A& arguments) {
+  check_grid(l);
+  constexpr int64_t kPlain = 48 << 10;  // more has to be asked for, once on each device
+  constexpr int kDevices = 64;
+  static bool asked[kDevices] = {};
+  cudaError_t status = cudaSuccess;
+  if (l.shared > kPlain && !(l.device->index < kDevices && asked[l.device->index])) {
+    status = cudaFuncSetAttribute(reinterpret_cast<const void*>(KERNEL), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(l.device->shared));
+    if (status != cudaSuccess) throw std::runtime_error(described(l, cudaGetErrorString(status)));
+    if (l.device->index < kDevices) asked[l.device->index] = true;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(l.grid.x), static_cast<unsigned>(l.grid.y), static_cast<unsigned>(l.grid.z));
+  config.blockDim = dim3(l.threads_x, l.threads_y, 1);
+  config.dynamicSmemBytes = static_cast<size_t>(l.shared);
+  config.stream = static_cast<cudaStream_t>(l.stream);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = l.cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = l.cluster > 1 ? 1 : 0;
+  status = cudaLaunchKernelEx(&config, KERNEL, arguments);
+  if (status != cudaSuccess)
+    throw std::runtime_error(described(l, std::string(cudaGetErrorName(status)) + ": " + cudaGetErrorString(status)));
+}
+
+#endif
+
+}  // namespace cuda
+}  // namespace red

@@ -1,0 +1,304 @@
+// The backward of norms with an edit before or behind them, in one pass. Only for aligned rows; wide.cuh takes the others.
+//
+// A persistent grid: each group of threads takes one row after the other and keeps the column sums of its columns in
+// registers. All that a row needs (dy, dz, z, x, residual) is copied to shared memory together, `stages` rows ahead, by the
+// very threads that will read it, so that only the sums over a row make threads wait for each other. N vectors of 16 bytes
+// for each thread. FULL: also dropout, z made again, the gradients of the norm's own vectors, edit_ids, and
+// an edit behind the norm.
+#pragma once
+
+#include "kernels.h"
+#include "group.h"
+#include "sorted.h"
+
+namespace red {
+namespace cuda {
+
+constexpr int kBackwardThreads = 512, kFullBackwardThreads = 256;
+constexpr int kMostStages = 4;
+
+// Where the vectors of a thread lie in shared memory: [stage][array][k][thread of the block].
+struct Stages {
+  RED_DEVICE Stages(int stages, int arrays, int n)
+      : stages(stages), array_step(n * blockDim.x * blockDim.y), stage_step(array_step * arrays),
+        base_(reinterpret_cast<Raw*>(shared_memory() + Group::kFloats * sizeof(float))),
+        thread_(threadIdx.y * blockDim.x + threadIdx.x), threads_(blockDim.x * blockDim.y) {}
+  RED_DEVICE Raw* at(int stage, int array, int k) const {
+    return base_ + stage * stage_step + array * array_step + k * threads_ + thread_;
+  }
+
+  int stages, array_step, stage_step;
+
+ private:
+  Raw* base_;
+  int thread_, threads_;
+};
+
+RED_DEVICE void wait_all_but(int groups) {
+  if (groups <= 0)
+    wait_copies<0>();
+  else if (groups == 1)
+    wait_copies<1>();
+  else if (groups == 2)
+    wait_copies<2>();
+  else
+    wait_copies<3>();
+}
+
+// Starts the copies of a row's vectors, and counts the arrays in the order dy, dz, z, x, residual.
+template <class T, int N>
+RED_DEVICE void fetch(const NormBackward& a, const Columns<T>& column, const Stages& stages, int stage, int64_t row) {
+  int array = 0;
+  const Rows* inputs[5] = {&a.dy, &a.dz, &a.z, &a.x, &a.residual};
+  RED_UNROLL for (int i = 0; i < 5; ++i) {
+    if (!*inputs[i]) continue;
+    const T* from = row_of<T>(*inputs[i], row);
+    RED_UNROLL for (int k = 0; k < N; ++k)
+      if (column(k) < a.d) copy_async(stages.at(stage, array, k), from + column(k));
+    ++array;
+  }
+}
+
+template <class T, int N, int kSums>
+struct RowSums {
+  RED_DEVICE void clear(int sums) {
+    RED_UNROLL for (int s = 0; s < kSums; ++s)
+      RED_UNROLL for (int k = 0; k < N; ++k)
+        if (s < sums) fill<T>(v[s][k], 0.0f);
+  }
+  RED_DEVICE void store(float* lines, int64_t line, int64_t d, const Columns<T>& column, int s) const {
+    float* to = lines + line * d;
+    RED_UNROLL for (int k = 0; k < N; ++k)
+      RED_UNROLL for (int i = 0; i < kVector<T>; i += 4) {
+        const float part[4] = {v[s][k][i], v[s][k][i + 1], v[s][k][i + 2], v[s][k][i + 3]};
+        if (column(k) < d) store16(to + column(k) + i, pack<float>(part));
+      }
+  }
+
+  float v[kSums][N][kVector<T>];
+};
+
+template <class T, int N, bool CENTERED, bool FULL>
+RED_KERNEL(FULL ? kFullBackwardThreads : kBackwardThreads, 1) norm_backward(RED_ARGUMENT NormBackward a) {
+  constexpr int kSize = kVector<T>;
+  constexpr int kSums = FULL ? 4 : 2;
+  Group group(a.cluster, reinterpret_cast<float*>(shared_memory()));
+  const Columns<T> column(group, N);
+  const Stages stages(a.stages, a.arrays, N);
+  const bool again = FULL && !a.z;                              // z is made from x and residual
+  const int at_dz = 1, at_z = at_dz + bool(a.dz), at_x = at_z + !again, at_r = at_x + bool(a.x);
+  const int64_t groups = a.cluster > 1 ? 1 : blockDim.y, block = blockIdx.x / a.cluster;
+  const int64_t worker = block * groups + group.index, workers = gridDim.x / a.cluster * groups;
+  const bool sorted = FULL && a.deal.order != nullptr;
+  const int64_t seed = FULL ? dropout_seed(a.edit) : 0;
+  const float d = static_cast<float>(a.d);
+
+  RowSums<T, N, kSums> sums;
+  sums.clear(kSums);
+  const Places<true> all(a.deal, FULL ? a.rows : 0, worker, workers);
+  Places<FULL> here(a.deal, a.rows, worker, workers), ahead = here;
+  Current current(a.deal, sorted, all, worker, a.edit.edits);
+  for (int stage = 0; stage < a.stages - 1; ++stage, ahead.advance()) {
+    if (ahead.more()) fetch<T, N>(a, column, stages, stage, ahead.row());
+    commit_copies();
+  }
+  int stage = 0, free_stage = a.stages - 1;
+  int64_t row = 0, id = 0;
+  float rstd = 0.0f, mean = 0.0f;
+  if (here.more()) {
+    row = here.row();
+    if constexpr (FULL) id = sorted ? a.deal.sorted[here.place] : edit_id(a.edit, row);
+    rstd = a.rstd[row];
+    if constexpr (CENTERED) mean = a.mean[row];
+  }
+  while (here.more()) {
+    if (ahead.more()) fetch<T, N>(a, column, stages, free_stage, ahead.row());
+    commit_copies();
+    ahead.advance();
+    // What the next row needs besides, so that it need not be waited for then.
+    here.advance();
+    int64_t next_row = 0, next_id = 0;
+    float next_rstd = 0.0f, next_mean = 0.0f;
+    if (here.more()) {
+      next_row = here.row();
+      if constexpr (FULL) next_id = sorted ? a.deal.sorted[here.place] : edit_id(a.edit, next_row);
+      next_rstd = a.rstd[next_row];
+      if constexpr (CENTERED) next_mean = a.mean[next_row];
+    }
+    if (sorted && id != current.id) {
+      const int64_t line = current.line();
+      RED_UNROLL for (int s = 0; s < 2; ++s)
+        if (a.lines[s] != nullptr && line >= 0) sums.store(a.lines[s], line, a.d, column, s);
+      sums.clear(2);
+      current.next(id);
+    }
+    wait_all_but(a.stages - 1);
+
+    // What was normed, and the gradient of its result, times the weight.
+    const auto terms = [&](int k, float (&normed)[kSize], float (&g)[kSize], float (&weighted)[kSize]) {
+      unpack<T>(*stages.at(stage, 0, k), g);
+      if (again) {
+        const Raw x = *stages.at(stage, at_x, k), r = a.residual ? *stages.at(stage, at_r, k) : Raw{};
+        edited<T>(a.edit, id, seed, row, column(k), kSize, true, x, r, bool(a.residual), normed);
+      } else {
+        unpack<T>(*stages.at(stage, at_z, k), normed);
+      }
+      if (FULL && a.edit_last && a.edit.scale.data != nullptr) {
+        float u[kSize];
+        load_edit<T>(a.edit.scale, a.edit, id, column(k), kSize, true, u);
+        RED_UNROLL for (int i = 0; i < kSize; ++i) g[i] *= u[i];
+      }
+      float w[kSize];
+      load_weight<T>(a.weight, a.weight_offset, column(k), kSize, true, w);
+      RED_UNROLL for (int i = 0; i < kSize; ++i) {
+        normed[i] = (normed[i] - mean) * rstd;
+        weighted[i] = g[i] * w[i];
+      }
+    };
+
+    float c[2] = {0.0f, 0.0f};
+    RED_UNROLL for (int k = 0; k < N; ++k) {
+      if (column(k) >= a.d) continue;
+      float normed[kSize], g[kSize], weighted[kSize];
+      terms(k, normed, g, weighted);
+      RED_UNROLL for (int i = 0; i < kSize; ++i) {
+        c[0] += normed[i] * weighted[i];
+        c[1] += weighted[i];
+      }
+    }
+    if constexpr (CENTERED) {
+      group.sum(c);
+    } else {
+      float only[1] = {c[0]};
+      group.sum(only);
+      c[0] = only[0];
+      c[1] = 0.0f;
+    }
+    const float c1 = c[0] / d, c2 = c[1] / d;
+
+    RED_UNROLL for (int k = 0; k < N; ++k) {
+      if (column(k) >= a.d) continue;
+      float total[kSize], g[kSize], h[kSize];
+      {
+        float normed[kSize], weighted[kSize];
+        terms(k, normed, g, weighted);
+        if constexpr (FULL)
+          RED_UNROLL for (int i = 0; i < kSize; ++i) {
+            sums.v[2][k][i] += g[i] * normed[i];
+            sums.v[3][k][i] += g[i];
+          }
+        RED_UNROLL for (int i = 0; i < kSize; ++i) total[i] = norm_gradient(normed[i], weighted[i], rstd, c1, c2);
+        if (FULL && a.edit_last) {
+          float w[kSize], b[kSize];
+          load_weight<T>(a.weight, a.weight_offset, column(k), kSize, true, w);
+          fill<T>(b, -0.0f);
+          if (a.norm_bias.data != nullptr) load_vector<T>(a.norm_bias, 0, column(k), kSize, true, b);
+          RED_UNROLL for (int i = 0; i < kSize; ++i) h[i] = affine(normed[i], w[i], b[i]);
+          unpack<T>(*stages.at(stage, 0, k), g);
+        }
+      }
+      const int64_t at = row * a.d + column(k);
+      if (!(FULL && a.edit_last)) {
+        if (a.dz) {
+          unpack<T>(*stages.at(stage, at_dz, k), g);
+          RED_UNROLL for (int i = 0; i < kSize; ++i) total[i] += g[i];
+        }
+        if (a.dresidual != nullptr) store16(static_cast<T*>(a.dresidual) + at, pack<T>(total));
+        if (FULL && a.edit.dropout.seed != nullptr) drop<T>(a.edit.dropout, seed, row, column(k), total);
+        RED_UNROLL for (int i = 0; i < kSize; ++i) g[i] = total[i];
+        if (a.x)
+          unpack<T>(*stages.at(stage, at_x, k), h);
+        else
+          fill<T>(h, 0.0f);
+        if (a.dx != nullptr && a.edit.scale.data != nullptr) {
+          float u[kSize];
+          if constexpr (FULL)
+            load_edit<T>(a.edit.scale, a.edit, id, column(k), kSize, true, u);
+          else
+            load_vector<T>(a.edit.scale, 0, column(k), kSize, true, u);
+          RED_UNROLL for (int i = 0; i < kSize; ++i) total[i] *= u[i];
+        }
+      }
+      if (a.dx != nullptr) store16(static_cast<T*>(a.dx) + at, pack<T>(total));
+      RED_UNROLL for (int i = 0; i < kSize; ++i) {
+        sums.v[0][k][i] += g[i] * h[i];
+        sums.v[1][k][i] += g[i];
+      }
+    }
+    row = next_row, id = next_id, rstd = next_rstd, mean = next_mean;
+    stage = stage + 1 == a.stages ? 0 : stage + 1;
+    free_stage = free_stage + 1 == a.stages ? 0 : free_stage + 1;
+  }
+
+  if (sorted) {
+    RED_UNROLL for (int s = 0; s < 2; ++s)
+      if (a.lines[s] != nullptr) sums.store(a.lines[s], current.last_line(), a.d, column, s);
+    if (group.thread == 0 && group.rank == 0) current.store(a.deal.owners);
+  }
+  RED_UNROLL for (int s = 0; s < kSums; ++s) {
+    if (a.lines[s] == nullptr || (sorted && s < 2)) continue;
+    if (groups == 1) {
+      sums.store(a.lines[s], block, a.d, column, s);
+      continue;
+    }
+    // The sums of the block's groups, in order.
+    constexpr int kQuads = N * kSize / 4;
+    Raw* shared = stages.at(0, 0, 0) - (group.index * group.threads + group.thread);
+    const int threads = group.threads * blockDim.y, own = group.index * group.threads + group.thread;
+    block_barrier();  // all copies have been read
+    RED_UNROLL for (int q = 0; q < kQuads; ++q) {
+      const float part[4] = {sums.v[s][q * 4 / kSize][q * 4 % kSize], sums.v[s][q * 4 / kSize][q * 4 % kSize + 1],
+                             sums.v[s][q * 4 / kSize][q * 4 % kSize + 2], sums.v[s][q * 4 / kSize][q * 4 % kSize + 3]};
+      shared[q * threads + own] = pack<float>(part);
+    }
+    block_barrier();
+    for (int q = group.index; q < kQuads; q += blockDim.y) {
+      float total[4] = {0.0f, 0.0f, 0.0f, 0.0f}, part[4];
+      for (int g = 0; g < groups; ++g) {
+        unpack<float>(shared[q * threads + g * group.threads + group.thread], part);
+        RED_UNROLL for (int i = 0; i < 4; ++i) total[i] += part[i];
+      }
+      const int64_t c0 = column(q * 4 / kSize);
+      if (c0 < a.d) store16(a.lines[s] + block * a.d + c0 + q * 4 % kSize, pack<float>(total));
+    }
+  }
+}
+
+template <class T, int N, bool CENTERED, bool FULL>
+void start_norm_backward(const Launch& l, const NormBackward& a) {
+  constexpr int kMost = FULL ? kMostElementsFull : kMostElements;
+  if constexpr (N * kVector<T> <= kMost)
+    start<NormBackward, norm_backward<T, N, CENTERED, FULL>>(l, a);
+  else
+    throw std::logic_error(described(l, "it is not compiled for " + std::to_string(N) + " vectors"));
+}
+
+template <class T, bool CENTERED, bool FULL>
+void run_norm_backward_of(const Launch& l, int n, const NormBackward& a) {
+  switch (n) {
+    case 1:
+      return start_norm_backward<T, 1, CENTERED, FULL>(l, a);
+    case 2:
+      return start_norm_backward<T, 2, CENTERED, FULL>(l, a);
+    case 3:
+      return start_norm_backward<T, 3, CENTERED, FULL>(l, a);
+    case 4:
+      return start_norm_backward<T, 4, CENTERED, FULL>(l, a);
+    case 6:
+      return start_norm_backward<T, 6, CENTERED, FULL>(l, a);
+    case 8:
+      return start_norm_backward<T, 8, CENTERED, FULL>(l, a);
+  }
+  throw std::logic_error(described(l, "it is not compiled for " + std::to_string(n) + " vectors"));
+}
+
+template <class T>
+void run_norm_backward(const Launch& l, int n, bool centered, bool full, const NormBackward& a) {
+  if (full)
+    centered ? run_norm_backward_of<T, true, true>(l, n, a) : run_norm_backward_of<T, false, true>(l, n, a);
+  else
+    centered ? run_norm_backward_of<T, true, false>(l, n, a) : run_norm_backward_of<T, false, false>(l, n, a);
+}
+
+}  // namespace cuda
+}  // namespace red

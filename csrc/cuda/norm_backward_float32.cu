@@ -1,0 +1,9 @@
+#include "norm_backward.cuh"
+
+namespace red {
+namespace cuda {
+
+template void run_norm_backward<float>(const Launch&, int, bool, bool, const NormBackward&);
+
+}  // namespace cuda
+}  // namespace red

@@ -1,0 +1,9 @@
+#include "norm_forward.cuh"
+
+namespace red {
+namespace cuda {
+
+template void run_norm_forward<Float16>(const Launch&, int, bool, const NormForward&);
+
+}  // namespace cuda
+}  // namespace red
