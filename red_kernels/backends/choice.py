@@ -48,8 +48,8 @@ TABLE = (
     Row(
         "cuda",
         "reasoned: below 4 million elements a kernel runs for less than about 10 us on an H200, so that the host's "
-        "time shows; a launch of Triton's takes 13 us of it, this package's own way to launch its kernels about 6, a "
-        "C++ operator less",
+        "time shows; without launches an edit_add_rms_norm with its backward costs the host 52 us here and 71 with "
+        "Triton's kernels, of whose own launches each takes about 13 more where this package's cannot be used",
         elements=(0, 1 << 22),
     ),
     Row(
