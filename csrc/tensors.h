@@ -55,7 +55,7 @@ class Activation {
     const Tensor& source = copy_.has_value() ? *copy_ : *tensor;
     rows = {source.const_data_ptr(), stride};
     // A tensor without elements may have no memory; null means absent.
-    if (rows.data == nullptr) rows.data = &rows;
+    if (shape.rows == 0) rows.data = &rows;
   }
   Activation(const Activation&) = delete;
 

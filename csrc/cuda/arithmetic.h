@@ -69,6 +69,17 @@ RED_BOTH float reciprocal_root(float v) {
 #endif
 }
 
+// a * b, rounded: never part of a multiply-add. What is subtracted from itself later has to be the same number both times.
+RED_BOTH float product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  float v = a * b;
+  asm("" : "+m"(v));
+  return v;
+#endif
+}
+
 // normed * weight + norm_bias
 RED_BOTH float affine(float normed, float weight, float norm_bias) { return normed * weight + norm_bias; }
 

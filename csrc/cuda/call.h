@@ -9,6 +9,9 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+// In torch's own CUDA library, which a torch without CUDA lacks. Weak: the kernels' library loads there all the same.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
 namespace red {
 namespace cuda {
 
@@ -24,7 +27,8 @@ class OnDevice {
     if (before_ != index) check(cudaSetDevice(index));
     changed_ = before_ != index;
     device = &device_of(index);
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index, &stream) == AOTI_TORCH_SUCCESS,
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr &&
+                        aoti_torch_get_current_cuda_stream(index, &stream) == AOTI_TORCH_SUCCESS,
                     "red_kernels: torch has no current stream on device ", index);
 #endif
   }
@@ -48,9 +52,10 @@ class OnDevice {
 #endif
 };
 
-// One call of an operator: the shape of its activations, where it runs, and whether all of them are aligned.
+// One call of an operator: the shape of its activations, and where it runs. Where vectors of 16 bytes fill a row, all rows
+// are aligned: inputs that are not are copied. Otherwise no 16 bytes are taken to lie anywhere.
 struct Call {
-  explicit Call(const Tensor& x) : shape(x), on(x) { aligned = shape.d % vector_size(shape.type) == 0; }
+  explicit Call(const Tensor& x) : shape(x), on(x), aligned(shape.d % vector_size(shape.type) == 0) {}
 
   Launch launch(const char* name, Grid grid, int threads_x, int threads_y = 1) const {
     Launch l;
@@ -65,8 +70,8 @@ struct Call {
     l.threads_y = threads_y;
     return l;
   }
-  void align(const void* data, int64_t stride_bytes = 0) {
-    aligned = aligned && reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride_bytes % 16 == 0;
+  bool must_copy(const void* data, int64_t stride_bytes = 0) const {
+    return aligned && (reinterpret_cast<uintptr_t>(data) % 16 != 0 || stride_bytes % 16 != 0);
   }
   Tensor make_like() const {
     return torch::stable::empty(shape.like.sizes(), shape.like.scalar_type(), std::nullopt, shape.like.device());
@@ -91,21 +96,31 @@ struct Call {
 
   Shape shape;
   OnDevice on;
-  bool aligned;
+  const bool aligned;
 };
+
+inline Tensor copied(const Tensor& t) {
+  Tensor copy = torch::stable::empty(t.sizes(), t.scalar_type(), std::nullopt, t.device());
+  return torch::stable::copy_(copy, t);
+}
 
 // The rows of an activation, or none.
 class Input : public Activation {
  public:
-  Input(Call& call, const OptionalTensor& tensor, const char* name) : Activation(call.shape, tensor, name) {
-    if (rows) call.align(rows.data, rows.stride * static_cast<int64_t>(call.shape.like.element_size()));
+  Input(const Call& call, const OptionalTensor& tensor, const char* name) : Activation(call.shape, tensor, name) {
+    if (!rows || !call.must_copy(rows.data, rows.stride * static_cast<int64_t>(call.shape.like.element_size()))) return;
+    copy_ = copied(*tensor);
+    rows = {copy_->const_data_ptr(), call.shape.d};
   }
+
+ private:
+  std::optional<Tensor> copy_;
 };
 
 // A parameter: `count` vectors in fp32 or the type of the activations; others are converted.
 class Parameter {
  public:
-  Parameter(Call& call, const OptionalTensor& tensor, int64_t count, const char* name) {
+  Parameter(const Call& call, const OptionalTensor& tensor, int64_t count, const char* name) {
     if (!tensor.has_value()) return;
     const Shape& shape = call.shape;
     STD_TORCH_CHECK(tensor->device() == shape.like.device() && tensor->numel() == count * shape.d, "red_kernels: ", name,
@@ -116,9 +131,9 @@ class Parameter {
       kept_ = torch::stable::to(*kept_, ScalarType::Float);
       vectors.wide = true;
     }
+    if (call.must_copy(kept_->const_data_ptr())) kept_ = copied(*kept_);
     vectors.data = kept_->const_data_ptr();
     vectors.stride = shape.d;
-    call.align(vectors.data);
   }
   Parameter(const Parameter&) = delete;
 

@@ -74,6 +74,7 @@ RED_DEVICE void wait_copies() {
 RED_DEVICE void block_barrier() { __syncthreads(); }
 // A barrier of `threads` threads of a block, those that use the same number, 1 to 15.
 RED_DEVICE void named_barrier(int number, int threads) {
+  __syncwarp();  // a warp comes to it as one
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
@@ -93,6 +94,7 @@ RED_DEVICE int cluster_rank() {
   return rank;
 }
 RED_DEVICE void cluster_barrier() {
+  __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 // Stores to the same place in the shared memory of another block of the cluster.

@@ -125,14 +125,14 @@ RED_KERNEL(kSlabThreads, NORM ? 1 : 2) slab_backward(RED_ARGUMENT SlabBackward a
           if (a.edit_last && a.edit.scale.data != nullptr) {
             float u1[kSize];
             load_edit<T>(a.edit.scale, a.edit, ids[u], s.column, s.count, s.whole, u1);
-            RED_UNROLL for (int i = 0; i < kSize; ++i) gy[i] *= u1[i];
+            RED_UNROLL for (int i = 0; i < kSize; ++i) gy[i] = product(gy[i], u1[i]);
           }
           float total[kSize];
           RED_UNROLL for (int i = 0; i < kSize; ++i) {
             const float normed = (v[i] - mean) * rstd;
             sums.v[2][i] += gy[i] * normed;
             sums.v[3][i] += gy[i];
-            total[i] = norm_gradient(normed, gy[i] * w[i], rstd, c1, a.mean != nullptr ? c2 : 0.0f);
+            total[i] = norm_gradient(normed, product(gy[i], w[i]), rstd, c1, a.mean != nullptr ? c2 : 0.0f);
             if (a.edit_last) h[i] = affine(normed, w[i], b[i]);
           }
           if (a.edit_last) {
@@ -171,15 +171,19 @@ RED_KERNEL(kSlabThreads, NORM ? 1 : 2) slab_backward(RED_ARGUMENT SlabBackward a
       if (a.lines[k] != nullptr && s.count > 0) sums.store(a.lines[k], current.last_line(), a.d, s, k);
     if (blockIdx.y == 0 && s.lane == 0) current.store(a.deal.owners);
   }
-  // The sums of the block's slots, in order.
+  // The sums of the block's slots, in pairs: always in the same order, and few roundings deep.
   float* shared = reinterpret_cast<float*>(shared_memory());
   RED_UNROLL for (int k = 0; k < kSums; ++k) {
     if (a.lines[k] == nullptr || (sorted && k < 2)) continue;
     RED_UNROLL for (int i = 0; i < kSize; ++i) shared[i * kSlabThreads + threadIdx.x] = sums.v[k][i];
-    block_barrier();
+    for (int half = s.slots / 2; half > 0; half /= 2) {
+      block_barrier();
+      if (s.slot >= half) continue;
+      RED_UNROLL for (int i = 0; i < kSize; ++i)
+        shared[i * kSlabThreads + threadIdx.x] += shared[i * kSlabThreads + half * a.lanes + threadIdx.x];
+    }
     if (s.slot == 0) {
-      for (int slot = 1; slot < s.slots; ++slot)
-        RED_UNROLL for (int i = 0; i < kSize; ++i) sums.v[k][i] += shared[i * kSlabThreads + slot * a.lanes + s.lane];
+      RED_UNROLL for (int i = 0; i < kSize; ++i) sums.v[k][i] = shared[i * kSlabThreads + threadIdx.x];
       sums.store(a.lines[k], blockIdx.x, a.d, s, k);
     }
     block_barrier();

@@ -15,7 +15,7 @@ void run_slab_backward(const Launch& l, bool norm, const SlabBackward& a);
 template <class T>
 void run_norm_forward(const Launch& l, int n, bool centered, const NormForward& a);
 template <class T>
-void run_norm_backward(const Launch& l, int n, bool centered, bool full, const NormBackward& a);
+void run_norm_backward(const Launch& l, int n, bool centered, BackwardKind kind, const NormBackward& a);
 template <class T>
 void run_wide_forward(const Launch& l, const NormForward& a);
 template <class T>

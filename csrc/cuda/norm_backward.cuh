@@ -3,8 +3,7 @@
 // A persistent grid: each group of threads takes one row after the other and keeps the column sums of its columns in
 // registers. All that a row needs (dy, dz, z, x, residual) is copied to shared memory together, `stages` rows ahead, by the
 // very threads that will read it, so that only the sums over a row make threads wait for each other. N vectors of 16 bytes
-// for each thread. FULL: also dropout, z made again, the gradients of the norm's own vectors, edit_ids, and
-// an edit behind the norm.
+// for each thread. What kinds there are of it, and what each can do: see BackwardKind in rules.h.
 #pragma once
 
 #include "kernels.h"
@@ -14,7 +13,6 @@
 namespace red {
 namespace cuda {
 
-constexpr int kBackwardThreads = 512, kFullBackwardThreads = 256;
 constexpr int kMostStages = 4;
 
 // Where the vectors of a thread lie in shared memory: [stage][array][k][thread of the block].
@@ -78,25 +76,26 @@ struct RowSums {
   float v[kSums][N][kVector<T>];
 };
 
-template <class T, int N, bool CENTERED, bool FULL>
-RED_KERNEL(FULL ? kFullBackwardThreads : kBackwardThreads, 1) norm_backward(RED_ARGUMENT NormBackward a) {
+template <class T, int N, bool CENTERED, BackwardKind KIND>
+RED_KERNEL(32 * most_warps(KIND), 1) norm_backward(RED_ARGUMENT NormBackward a) {
   constexpr int kSize = kVector<T>;
+  constexpr bool OPTIONS = KIND != kPlain, FULL = KIND == kFull;
   constexpr int kSums = FULL ? 4 : 2;
   Group group(a.cluster, reinterpret_cast<float*>(shared_memory()));
   const Columns<T> column(group, N);
   const Stages stages(a.stages, a.arrays, N);
-  const bool again = FULL && !a.z;                              // z is made from x and residual
+  const bool again = OPTIONS && !a.z;  // z is made from x and residual
   const int at_dz = 1, at_z = at_dz + bool(a.dz), at_x = at_z + !again, at_r = at_x + bool(a.x);
   const int64_t groups = a.cluster > 1 ? 1 : blockDim.y, block = blockIdx.x / a.cluster;
   const int64_t worker = block * groups + group.index, workers = gridDim.x / a.cluster * groups;
-  const bool sorted = FULL && a.deal.order != nullptr;
-  const int64_t seed = FULL ? dropout_seed(a.edit) : 0;
+  const bool sorted = OPTIONS && a.deal.order != nullptr;
+  const int64_t seed = OPTIONS ? dropout_seed(a.edit) : 0;
   const float d = static_cast<float>(a.d);
 
   RowSums<T, N, kSums> sums;
   sums.clear(kSums);
-  const Places<true> all(a.deal, FULL ? a.rows : 0, worker, workers);
-  Places<FULL> here(a.deal, a.rows, worker, workers), ahead = here;
+  const Places<true> all(a.deal, OPTIONS ? a.rows : 0, worker, workers);
+  Places<OPTIONS> here(a.deal, a.rows, worker, workers), ahead = here;
   Current current(a.deal, sorted, all, worker, a.edit.edits);
   for (int stage = 0; stage < a.stages - 1; ++stage, ahead.advance()) {
     if (ahead.more()) fetch<T, N>(a, column, stages, stage, ahead.row());
@@ -107,7 +106,7 @@ RED_KERNEL(FULL ? kFullBackwardThreads : kBackwardThreads, 1) norm_backward(RED_
   float rstd = 0.0f, mean = 0.0f;
   if (here.more()) {
     row = here.row();
-    if constexpr (FULL) id = sorted ? a.deal.sorted[here.place] : edit_id(a.edit, row);
+    if constexpr (OPTIONS) id = sorted ? a.deal.sorted[here.place] : edit_id(a.edit, row);
     rstd = a.rstd[row];
     if constexpr (CENTERED) mean = a.mean[row];
   }
@@ -121,7 +120,7 @@ RED_KERNEL(FULL ? kFullBackwardThreads : kBackwardThreads, 1) norm_backward(RED_
     float next_rstd = 0.0f, next_mean = 0.0f;
     if (here.more()) {
       next_row = here.row();
-      if constexpr (FULL) next_id = sorted ? a.deal.sorted[here.place] : edit_id(a.edit, next_row);
+      if constexpr (OPTIONS) next_id = sorted ? a.deal.sorted[here.place] : edit_id(a.edit, next_row);
       next_rstd = a.rstd[next_row];
       if constexpr (CENTERED) next_mean = a.mean[next_row];
     }
@@ -146,13 +145,13 @@ RED_KERNEL(FULL ? kFullBackwardThreads : kBackwardThreads, 1) norm_backward(RED_
       if (FULL && a.edit_last && a.edit.scale.data != nullptr) {
         float u[kSize];
         load_edit<T>(a.edit.scale, a.edit, id, column(k), kSize, true, u);
-        RED_UNROLL for (int i = 0; i < kSize; ++i) g[i] *= u[i];
+        RED_UNROLL for (int i = 0; i < kSize; ++i) g[i] = product(g[i], u[i]);
       }
       float w[kSize];
       load_weight<T>(a.weight, a.weight_offset, column(k), kSize, true, w);
       RED_UNROLL for (int i = 0; i < kSize; ++i) {
         normed[i] = (normed[i] - mean) * rstd;
-        weighted[i] = g[i] * w[i];
+        weighted[i] = product(g[i], w[i]);
       }
     };
 
@@ -204,7 +203,7 @@ RED_KERNEL(FULL ? kFullBackwardThreads : kBackwardThreads, 1) norm_backward(RED_
           RED_UNROLL for (int i = 0; i < kSize; ++i) total[i] += g[i];
         }
         if (a.dresidual != nullptr) store16(static_cast<T*>(a.dresidual) + at, pack<T>(total));
-        if (FULL && a.edit.dropout.seed != nullptr) drop<T>(a.edit.dropout, seed, row, column(k), total);
+        if (OPTIONS && a.edit.dropout.seed != nullptr) drop<T>(a.edit.dropout, seed, row, column(k), total);
         RED_UNROLL for (int i = 0; i < kSize; ++i) g[i] = total[i];
         if (a.x)
           unpack<T>(*stages.at(stage, at_x, k), h);
@@ -212,7 +211,7 @@ RED_KERNEL(FULL ? kFullBackwardThreads : kBackwardThreads, 1) norm_backward(RED_
           fill<T>(h, 0.0f);
         if (a.dx != nullptr && a.edit.scale.data != nullptr) {
           float u[kSize];
-          if constexpr (FULL)
+          if constexpr (OPTIONS)
             load_edit<T>(a.edit.scale, a.edit, id, column(k), kSize, true, u);
           else
             load_vector<T>(a.edit.scale, 0, column(k), kSize, true, u);
@@ -264,40 +263,46 @@ RED_KERNEL(FULL ? kFullBackwardThreads : kBackwardThreads, 1) norm_backward(RED_
   }
 }
 
-template <class T, int N, bool CENTERED, bool FULL>
+template <class T, int N, bool CENTERED, BackwardKind KIND>
 void start_norm_backward(const Launch& l, const NormBackward& a) {
-  constexpr int kMost = FULL ? kMostElementsFull : kMostElements;
-  if constexpr (N * kVector<T> <= kMost)
-    start<NormBackward, norm_backward<T, N, CENTERED, FULL>>(l, a);
+  if constexpr (N * kVector<T> <= most_elements(KIND))
+    start<NormBackward, norm_backward<T, N, CENTERED, KIND>>(l, a);
   else
     throw std::logic_error(described(l, "it is not compiled for " + std::to_string(N) + " vectors"));
 }
 
-template <class T, bool CENTERED, bool FULL>
+template <class T, bool CENTERED, BackwardKind KIND>
 void run_norm_backward_of(const Launch& l, int n, const NormBackward& a) {
   switch (n) {
     case 1:
-      return start_norm_backward<T, 1, CENTERED, FULL>(l, a);
+      return start_norm_backward<T, 1, CENTERED, KIND>(l, a);
     case 2:
-      return start_norm_backward<T, 2, CENTERED, FULL>(l, a);
+      return start_norm_backward<T, 2, CENTERED, KIND>(l, a);
     case 3:
-      return start_norm_backward<T, 3, CENTERED, FULL>(l, a);
+      return start_norm_backward<T, 3, CENTERED, KIND>(l, a);
     case 4:
-      return start_norm_backward<T, 4, CENTERED, FULL>(l, a);
+      return start_norm_backward<T, 4, CENTERED, KIND>(l, a);
     case 6:
-      return start_norm_backward<T, 6, CENTERED, FULL>(l, a);
+      return start_norm_backward<T, 6, CENTERED, KIND>(l, a);
     case 8:
-      return start_norm_backward<T, 8, CENTERED, FULL>(l, a);
+      return start_norm_backward<T, 8, CENTERED, KIND>(l, a);
   }
   throw std::logic_error(described(l, "it is not compiled for " + std::to_string(n) + " vectors"));
 }
 
+template <class T, BackwardKind KIND>
+void run_norm_backward_kind(const Launch& l, int n, bool centered, const NormBackward& a) {
+  centered ? run_norm_backward_of<T, true, KIND>(l, n, a) : run_norm_backward_of<T, false, KIND>(l, n, a);
+}
+
 template <class T>
-void run_norm_backward(const Launch& l, int n, bool centered, bool full, const NormBackward& a) {
-  if (full)
-    centered ? run_norm_backward_of<T, true, true>(l, n, a) : run_norm_backward_of<T, false, true>(l, n, a);
+void run_norm_backward(const Launch& l, int n, bool centered, BackwardKind kind, const NormBackward& a) {
+  if (kind == kPlain)
+    run_norm_backward_kind<T, kPlain>(l, n, centered, a);
+  else if (kind == kOptions)
+    run_norm_backward_kind<T, kOptions>(l, n, centered, a);
   else
-    centered ? run_norm_backward_of<T, true, false>(l, n, a) : run_norm_backward_of<T, false, false>(l, n, a);
+    run_norm_backward_kind<T, kFull>(l, n, centered, a);
 }
 
 }  // namespace cuda

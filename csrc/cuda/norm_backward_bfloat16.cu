@@ -3,7 +3,7 @@
 namespace red {
 namespace cuda {
 
-template void run_norm_backward<BFloat16>(const Launch&, int, bool, bool, const NormBackward&);
+template void run_norm_backward<BFloat16>(const Launch&, int, bool, BackwardKind, const NormBackward&);
 
 }  // namespace cuda
 }  // namespace red

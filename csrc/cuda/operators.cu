@@ -65,8 +65,9 @@ void norm_backward(const Call& call, NormBackward a, ColumnSums& sums) {
   const Device& device = *call.on.device;
   a.arrays = 0;
   for (const Rows* rows : {&a.dy, &a.dz, &a.z, &a.x, &a.residual}) a.arrays += bool(*rows);
-  const bool full = a.edit_last || !a.z || a.edit.dropout.seed != nullptr || a.edit.ids != nullptr || sums.norm_wanted();
-  RowLayout layout = call.aligned ? norm_backward_layout(a.d, type, device, full, a.arrays) : RowLayout{};
+  const bool options = !a.z || a.edit.dropout.seed != nullptr || a.edit.ids != nullptr;
+  const BackwardKind kind = a.edit_last || sums.norm_wanted() ? kFull : options ? kOptions : kPlain;
+  RowLayout layout = call.aligned ? norm_backward_layout(a.d, type, device, kind, a.arrays) : RowLayout{};
   if (layout) {
     while (layout.groups > 1 && divide_up(a.rows, layout.groups) < device.multiprocessors) layout.groups /= 2;
     const int64_t blocks = programs(call, layout.groups, device.multiprocessors / layout.cluster, sums.sorted());
@@ -76,7 +77,7 @@ void norm_backward(const Call& call, NormBackward a, ColumnSums& sums) {
     Launch l = call.launch("norm_backward", {blocks * layout.cluster}, 32 * layout.warps, layout.groups);
     l.cluster = layout.cluster;
     l.shared = kGroupBytes + norm_backward_shared(layout, type, a.arrays);
-    call.dispatch([&](auto t) { run_norm_backward<decltype(t)>(l, layout.n, a.mean != nullptr, full, a); });
+    call.dispatch([&](auto t) { run_norm_backward<decltype(t)>(l, layout.n, a.mean != nullptr, kind, a); });
     return;
   }
   const Tensor averages = call.make_floats({2, a.rows});
@@ -102,7 +103,7 @@ void norm_backward(const Call& call, NormBackward a, ColumnSums& sums) {
 
 Tensor edit_forward(Tensor x, OptionalTensor residual, OptionalTensor scale, OptionalTensor bias,
                     OptionalTensor edit_ids, OptionalTensor seed, double dropout_p) {
-  Call call(x);
+  const Call call(x);
   const int64_t edits = count_edits(scale, bias);
   const Input xs(call, x, "x"), residuals(call, residual, "residual");
   const Ids ids(call, edit_ids);
@@ -127,7 +128,7 @@ Tensor edit_forward(Tensor x, OptionalTensor residual, OptionalTensor scale, Opt
 std::tuple<Tensor, Tensor, Tensor> edit_backward(Tensor dz, OptionalTensor x, OptionalTensor scale,
                                                  OptionalTensor edit_ids, OptionalTensor seed, double dropout_p,
                                                  int64_t n_edits, int64_t needs) {
-  Call call(dz);
+  const Call call(dz);
   STD_TORCH_CHECK(x.has_value() || !needed(needs, 1), "red_kernels: the gradient of scale needs x");
   if (!needed(needs, 0)) scale.reset();
   if (!needed(needs, 1)) x.reset();
@@ -151,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edit_norm_forward(
     Tensor x, OptionalTensor residual, OptionalTensor scale, OptionalTensor bias, OptionalTensor weight,
     OptionalTensor norm_bias, OptionalTensor edit_ids, OptionalTensor seed, double dropout_p, double eps,
     double weight_offset, bool centered, bool keep_z) {
-  Call call(x);
+  const Call call(x);
   const int64_t edits = count_edits(scale, bias);
   const Input xs(call, x, "x"), residuals(call, residual, "residual");
   const Ids ids(call, edit_ids);
@@ -174,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edit_norm_backward(
     Tensor dy, OptionalTensor dz, OptionalTensor z, OptionalTensor x, OptionalTensor residual, OptionalTensor scale,
     OptionalTensor bias, OptionalTensor weight, OptionalTensor edit_ids, OptionalTensor seed, OptionalTensor mean,
     Tensor rstd, double dropout_p, double weight_offset, int64_t n_edits, int64_t needs) {
-  Call call(dy);
+  const Call call(dy);
   const bool again = !z.has_value();  // then z is made again from what it was made of
   STD_TORCH_CHECK(x.has_value() || (!again && !needed(needs, 2)),
                   "red_kernels: the gradient of scale needs x, and so does a z that was not kept");
@@ -210,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_edit_forward(Tensor x, OptionalTensor we
                                                      OptionalTensor scale, OptionalTensor bias,
                                                      OptionalTensor edit_ids, double eps, double weight_offset,
                                                      bool centered) {
-  Call call(x);
+  const Call call(x);
   const int64_t edits = count_edits(scale, bias);
   const Input xs(call, x, "x");
   const Ids ids(call, edit_ids);
@@ -233,7 +234,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_edit_forward(Tensor x, OptionalTensor we
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_edit_backward(
     Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor norm_bias, OptionalTensor scale,
     OptionalTensor edit_ids, OptionalTensor mean, Tensor rstd, double weight_offset, int64_t n_edits, int64_t needs) {
-  Call call(dy);
+  const Call call(dy);
   const Input dys(call, dy, "dy"), xs(call, x, "x");
   const Ids ids(call, edit_ids);
   const Parameter scales(call, scale, n_edits, "scale"), none(call, std::nullopt, 0, "");

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <tuple>
 
 #include "../types.h"
 
@@ -25,67 +26,78 @@ struct RowLayout {
   explicit operator bool() const { return n > 0; }
 };
 
+// The kinds of norm_backward. Each costs more registers than the one before.
+enum BackwardKind {
+  kPlain,    // an edit before the norm, the same for all rows; the gradients of its two vectors
+  kOptions,  // also dropout, edit_ids, and z made again
+  kFull      // also the gradients of the norm's own vectors, and an edit behind the norm
+};
+constexpr int most_elements(BackwardKind kind) { return kind == kFull ? 16 : 32; }  // of a thread
+constexpr int most_warps(BackwardKind kind) { return kind == kPlain ? 16 : 8; }     // of a block
+
 // The numbers of vectors that kernels are compiled for.
 constexpr int kForwardVectors[] = {1, 2, 3, 4, 6, 8};
 constexpr int kBackwardVectors[] = {1, 2, 3, 4, 6, 8};
-constexpr int kMostElements = 32;      // of a thread in a backward with two column sums
-constexpr int kMostElementsFull = 16;  // with four
 constexpr int kMostCluster = 8;        // what every device with clusters can do
 
 constexpr int vector_size(Type type) { return type == kFloat32 ? 4 : 8; }
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The n and the warps that leave the fewest lanes idle; of two within 6 %, the one with `better(n, warps)`.
-template <int COUNT, class Better>
-RowLayout fit(int64_t vectors, const int (&choices)[COUNT], int most_n, int most_warps, const Better& better) {
-  RowLayout best;
-  for (const int n : choices) {
-    const int64_t warps = divide_up(vectors, 32 * n);
-    if (n > most_n || warps > most_warps) continue;
-    const int64_t lanes = warps * n, least = static_cast<int64_t>(best.warps) * best.n;
-    const bool close = lanes * 100 <= least * 106 && least * 100 <= lanes * 106;
-    if (!best || (close ? better(n, warps) > better(best.n, best.warps) : lanes < least)) {
+// Forward: the layout that leaves the fewest lanes idle; of those within 6 % the one with the fewest warps for each row, so
+// that few wait for each other. Blocks of 128 threads or more.
+inline RowLayout norm_forward_layout(int64_t d, Type type, const Device& device) {
+  constexpr int kMostWarps = 8;
+  const int64_t vectors = d / vector_size(type);
+  for (int cluster = 1; cluster <= (device.clusters ? kMostCluster : 1); cluster *= 2) {
+    RowLayout best;
+    for (const int n : kForwardVectors) {  // from few to many: the warps become fewer
+      const int64_t warps = divide_up(divide_up(vectors, cluster), 32 * n);
+      if (warps > kMostWarps || (best && warps * n * 100 > int64_t{best.n} * best.warps * 106)) continue;
       best.n = n;
       best.warps = static_cast<int>(warps);
     }
-  }
-  return best;
-}
-
-// Forward: few warps for each row, so that few wait for each other; blocks of 128 threads or more.
-inline RowLayout norm_forward_layout(int64_t d, Type type, const Device& device) {
-  const int64_t vectors = d / vector_size(type);
-  for (int cluster = 1; cluster <= (device.clusters ? kMostCluster : 1); cluster *= 2) {
-    RowLayout layout = fit(divide_up(vectors, cluster), kForwardVectors, 8, 8, [](int, int64_t warps) { return -warps; });
-    if (!layout) continue;
-    layout.cluster = cluster;
-    layout.groups = cluster > 1 ? 1 : std::max(1, 4 / layout.warps);
-    return layout;
+    if (!best) continue;
+    best.cluster = cluster;
+    best.groups = cluster > 1 ? 1 : std::max(1, 4 / best.warps);
+    return best;
   }
   return {};
 }
 
-// Backward: one warp for a row where its sums fit, else several; two groups or more in a block of 512 threads, so that one
-// computes while another waits; as many rows ahead as shared memory holds, 3 at most.
-inline RowLayout norm_backward_layout(int64_t d, Type type, const Device& device, bool full, int arrays) {
+// Backward: two rows ahead at least, three where shared memory holds them. Of the layouts that leave about as few lanes idle,
+// one with a warp for each row, as its warps never wait for each other; but many warps in any case, and in many groups, so
+// that some compute while others wait.
+inline RowLayout norm_backward_layout(int64_t d, Type type, const Device& device, BackwardKind kind, int arrays) {
   const int64_t vectors = d / vector_size(type);
-  const int most = (full ? kMostElementsFull : kMostElements) / vector_size(type);
-  const int most_warps = full ? 8 : 16;  // a thread with four sums takes more than 128 registers
-  const int wanted = 16 / vector_size(type);
-  const auto better = [&](int n, int64_t warps) {
-    return warps == 1 ? 3 : n <= wanted && warps <= 8 ? 2 : warps <= 8 ? 1 : 0;
-  };
+  const int most = most_warps(kind);
   for (int cluster = 1; cluster <= (device.clusters ? kMostCluster : 1); cluster *= 2) {
-    RowLayout layout = fit(divide_up(vectors, cluster), kBackwardVectors, most, most_warps, better);
-    if (!layout) continue;
-    layout.cluster = cluster;
-    const int64_t row = static_cast<int64_t>(layout.n) * layout.warps * 32 * 16 * arrays;  // bytes of a block's part
-    for (layout.groups = cluster > 1 ? 1 : std::max(1, most_warps / layout.warps);; layout.groups /= 2) {
-      layout.stages = static_cast<int>(std::min<int64_t>(3, (device.shared - 4096) / (row * layout.groups)));
-      if (layout.stages >= 2) return layout;
-      if (layout.groups == 1) break;
+    const int64_t part = divide_up(vectors, cluster);  // vectors of a block
+    int64_t least = INT64_MAX;
+    const auto warps_of = [&](int n) {
+      const int64_t warps = divide_up(part, 32 * n);
+      return n * vector_size(type) <= most_elements(kind) && warps <= most ? static_cast<int>(warps) : 0;
+    };
+    for (const int n : kBackwardVectors)
+      if (warps_of(n)) least = std::min<int64_t>(least, n * warps_of(n));
+    RowLayout best;
+    const auto rank = [&](const RowLayout& l) {
+      const int warps = l.groups * l.warps;
+      return std::make_tuple(bool(l), 2 * warps >= most, l.warps == 1, warps, l.groups);
+    };
+    for (const int n : kBackwardVectors) {
+      RowLayout layout;
+      layout.warps = warps_of(n);
+      if (!layout.warps || n * layout.warps * 100 > least * 106) continue;
+      layout.n = n;
+      layout.cluster = cluster;
+      const int64_t bytes = static_cast<int64_t>(n) * layout.warps * 32 * 16 * arrays;  // of one row ahead
+      for (layout.groups = cluster > 1 ? 1 : most / layout.warps; layout.groups > 0; --layout.groups) {
+        layout.stages = static_cast<int>(std::min<int64_t>(3, (device.shared - 4096) / (bytes * layout.groups)));
+        if (layout.stages >= 2) break;
+      }
+      if (layout.stages >= 2 && rank(layout) > rank(best)) best = layout;
     }
-    if (layout.stages == 1 && !(device.clusters && cluster < kMostCluster)) return layout;
+    if (best) return best;
   }
   return {};
 }

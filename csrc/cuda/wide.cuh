@@ -115,10 +115,10 @@ RED_KERNEL(kWideThreads, 1) row_averages(RED_ARGUMENT RowAverages a) {
     if (a.edit_last && a.edit.scale.data != nullptr) {
       float u[kSize];
       load_edit<T>(a.edit.scale, a.edit, id, p.column, p.count, p.whole, u);
-      RED_UNROLL for (int i = 0; i < kSize; ++i) w[i] *= u[i];
+      RED_UNROLL for (int i = 0; i < kSize; ++i) g[i] = product(g[i], u[i]);
     }
     RED_UNROLL for (int i = 0; i < kSize; ++i) {
-      const float weighted = i < p.count ? g[i] * w[i] : 0.0f;
+      const float weighted = i < p.count ? product(g[i], w[i]) : 0.0f;
       s[0] += weighted * ((v[i] - mean) * rstd);
       s[1] += weighted;
     }
