@@ -178,9 +178,9 @@ def build_cuda_library(target: Path, objects: Path = OBJECTS / "cuda", archs: Ar
         for source in _sources("*.cu")
     ]
     _compile(jobs, objects, torch)
-    # The functions of a torch with CUDA are looked up when they are first called: a torch without has none, and the
-    # library loads there too. They are in libtorch_cuda, which libtorch brings along where there is one.
-    options = "-Xlinker=-z,lazy,--exclude-libs,ALL,--no-as-needed"
+    # What only a torch with CUDA has is a weak symbol: a torch without has none of it, and the library loads there too.
+    # It is in libtorch_cuda, which libtorch brings along where there is one.
+    options = "-Xlinker=--exclude-libs,ALL,--no-as-needed"
     _link(
         [nvcc, *host, "-shared", "-cudart=static", "--no-device-link", options],
         target,
@@ -302,10 +302,11 @@ def _tools(programs: Iterable[str], torch: Path) -> str:
 
 
 def _sources(*patterns: str) -> list[Path]:
+    """Of the CUDA kernels, and their registration."""
     found = sorted(path for pattern in patterns for path in (ROOT / "csrc/cuda").glob(pattern))
     if not found:
         raise BuildError(f"csrc/cuda has no {' or '.join(patterns)}; remedy: install from complete sources")
-    return found
+    return [*found, ROOT / "csrc/ops.cu"]
 
 
 def _parsed(text: str) -> Architectures:

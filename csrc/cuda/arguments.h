@@ -6,10 +6,9 @@
 namespace red {
 namespace cuda {
 
-// fp32 vectors (wide) or vectors of the activations' type: one, or one for each edit, `stride` elements apart.
+// fp32 vectors (wide) or vectors of the activations' type: one, or one for each edit. Null where absent.
 struct Vectors {
   const void* data = nullptr;
-  int64_t stride = 0;
   bool wide = true;
 };
 
@@ -25,6 +24,7 @@ struct Edit {
   Vectors scale, bias;
   const int64_t* ids = nullptr;  // the edit of each row, null where all rows have the same
   int64_t edits = 1;             // how many there are; an id beyond them makes NaN
+  int64_t stride = 0;            // elements from one edit's vector to the next
   Dropout dropout;
 };
 

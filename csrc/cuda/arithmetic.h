@@ -80,6 +80,15 @@ RED_BOTH float product(float a, float b) {
 #endif
 }
 
+// a * b + c, rounded once.
+RED_BOTH float multiply_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
+#endif
+}
+
 // normed * weight + norm_bias
 RED_BOTH float affine(float normed, float weight, float norm_bias) { return normed * weight + norm_bias; }
 

@@ -8,6 +8,7 @@
 #include <array>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 
 // In torch's own CUDA library, which a torch without CUDA lacks. Weak: the kernels' library loads there all the same.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
@@ -15,26 +16,23 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace red {
 namespace cuda {
 
-// Makes the device of a tensor the current one, and goes back at the end.
+// Makes the device of a tensor the current one, if it is not, and goes back at the end.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& x) {
 #if defined(RED_EMULATED)
+    (void)x;
     device = &device_of(0);
 #else
     const int index = x.get_device_index();
-    check(cudaGetDevice(&before_));
-    if (before_ != index) check(cudaSetDevice(index));
-    changed_ = before_ != index;
+    int current = -1;
+    const cudaError_t status = cudaGetDevice(&current);
+    STD_TORCH_CHECK(status == cudaSuccess, "red_kernels: ", cudaGetErrorString(status));
+    if (current != index) guard_.emplace(index);
     device = &device_of(index);
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr &&
                         aoti_torch_get_current_cuda_stream(index, &stream) == AOTI_TORCH_SUCCESS,
                     "red_kernels: torch has no current stream on device ", index);
-#endif
-  }
-  ~OnDevice() {
-#if !defined(RED_EMULATED)
-    if (changed_) cudaSetDevice(before_);
 #endif
   }
   OnDevice(const OnDevice&) = delete;
@@ -42,13 +40,9 @@ class OnDevice {
   const Device* device = nullptr;
   void* stream = nullptr;
 
- private:
 #if !defined(RED_EMULATED)
-  static void check(cudaError_t status) {
-    STD_TORCH_CHECK(status == cudaSuccess, "red_kernels: ", cudaGetErrorString(status));
-  }
-  int before_ = 0;
-  bool changed_ = false;
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 #endif
 };
 
@@ -133,7 +127,6 @@ class Parameter {
     }
     if (call.must_copy(kept_->const_data_ptr())) kept_ = copied(*kept_);
     vectors.data = kept_->const_data_ptr();
-    vectors.stride = shape.d;
   }
   Parameter(const Parameter&) = delete;
 

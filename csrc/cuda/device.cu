@@ -41,7 +41,6 @@ Device read(int index) {
 }  // namespace
 
 const Device& device_of(int index) {
-  constexpr int kDevices = 64;
   static Device devices[kDevices];
   static std::once_flag once[kDevices];
   if (index < 0 || index >= kDevices)

@@ -15,7 +15,6 @@
 #define RED_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define RED_ARGUMENT const __grid_constant__
 #define RED_UNROLL _Pragma("unroll")
-#define RED_UNROLL4 _Pragma("unroll 4")
 #define RED_CLUSTERS (__CUDA_ARCH__ >= 900)
 #endif
 
@@ -57,12 +56,14 @@ RED_DEVICE unsigned char* shared_memory() {
   return memory;
 }
 
+// An address in shared memory as copies take it.
+using SharedAddress = uint32_t;
+RED_DEVICE SharedAddress shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
 // Starts to copy 16 bytes to shared memory. The thread that waits for it may read them, others after a barrier.
-RED_DEVICE void copy_async(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global)
-               : "memory");
+RED_DEVICE void copy_async(SharedAddress shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 // Ends a group of copies; wait_copies<K>() waits for all but the last K groups.
 RED_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -72,10 +73,24 @@ RED_DEVICE void wait_copies() {
 }
 
 RED_DEVICE void block_barrier() { __syncthreads(); }
-// A barrier of `threads` threads of a block, those that use the same number, 1 to 15.
-RED_DEVICE void named_barrier(int number, int threads) {
+// A barrier of the `threads` threads of a group of a block, which has GROUPS of them at most.
+template <int NUMBER>
+RED_DEVICE void numbered_barrier(int threads) {
+  asm volatile("bar.sync %0, %1;" ::"n"(NUMBER), "r"(threads) : "memory");
+}
+template <int GROUPS>
+RED_DEVICE void group_barrier(int group, int threads) {
   __syncwarp();  // a warp comes to it as one
-  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+  if constexpr (GROUPS == 1) {
+    numbered_barrier<1>(threads);
+  } else if constexpr (GROUPS == 2) {
+    if (group == 0)
+      numbered_barrier<1>(threads);
+    else
+      numbered_barrier<2>(threads);
+  } else {
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "r"(threads) : "memory");
+  }
 }
 
 // The sums of K values over a warp, in all of its threads.
@@ -87,26 +102,57 @@ RED_DEVICE void warp_sum(float (&v)[K]) {
     for (int k = 0; k < K; ++k) v[k] += __shfl_xor_sync(0xffffffffu, v[k], offset);
 }
 
+// Counts the bytes that the blocks of a cluster send to this one, phase by phase.
+using Arrivals = uint64_t;
+
 #if !defined(__CUDA_ARCH__) || RED_CLUSTERS
 RED_DEVICE int cluster_rank() {
   int rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
+// All that was stored before is seen behind it, in all blocks of the cluster.
 RED_DEVICE void cluster_barrier() {
   __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// Stores to the same place in the shared memory of another block of the cluster.
-RED_DEVICE void store_remote(float* shared, int rank, float v) {
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared)), remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(v) : "memory");
+RED_DEVICE void init_arrivals(Arrivals* arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
+                   shared_address(arrivals))
+               : "memory");
+}
+// By one thread, once in each phase: so many bytes make it complete, whether they come before or after.
+RED_DEVICE void expect_arrivals(Arrivals* arrivals, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrivals)), "r"(bytes)
+               : "memory");
+}
+// Stores to the same place in the shared memory of another block of the cluster, and counts it there.
+RED_DEVICE void send(float* shared, Arrivals* arrivals, int rank, float v) {
+  uint32_t remote, counter;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(shared)), "r"(rank));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counter) : "r"(shared_address(arrivals)), "r"(rank));
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(remote), "f"(v),
+               "r"(counter)
+               : "memory");
+}
+// Waits for the end of a phase, whose number is even (0) or odd (1).
+RED_DEVICE void await_arrivals(Arrivals* arrivals, int parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+        : "=r"(done)
+        : "r"(shared_address(arrivals)), "r"(parity)
+        : "memory");
+  } while (!done);
 }
 #else
 RED_DEVICE int cluster_rank() { return 0; }
 RED_DEVICE void cluster_barrier() {}
-RED_DEVICE void store_remote(float*, int, float) {}
+RED_DEVICE void init_arrivals(Arrivals*) {}
+RED_DEVICE void expect_arrivals(Arrivals*, int) {}
+RED_DEVICE void send(float*, Arrivals*, int, float) {}
+RED_DEVICE void await_arrivals(Arrivals*, int) {}
 #endif
 
 #endif  // !RED_EMULATED
@@ -170,48 +216,68 @@ RED_DEVICE void store_raw(void* data, int64_t row, int64_t d, int64_t column, in
     if (i < count) to[i] = some[i];
 }
 
-// kVector<T> elements of a parameter from `column` on.
-template <class T>
-RED_DEVICE void load_vector(const Vectors& vectors, int64_t offset, int64_t column, int64_t count, bool whole,
-                            float (&v)[kVector<T>]) {
-  constexpr int kSize = kVector<T>;
-  const int64_t first = offset + column;
-  if (vectors.wide) {
-    const float* from = static_cast<const float*>(vectors.data);
-    if (whole) {
-      RED_UNROLL for (int i = 0; i < kSize; i += 4) {
-        float part[4];
-        unpack<float>(load16(from + first + i), part);
-        RED_UNROLL for (int j = 0; j < 4; ++j) v[i + j] = part[j];
-      }
-    } else {
-      RED_UNROLL for (int i = 0; i < kSize; ++i) v[i] = i < count ? from[first + i] : 0.0f;
-    }
-  } else {
-    unpack<T>(load_raw<T>(static_cast<const T*>(vectors.data), first, count, whole), v);
-  }
-}
+// What is known of a parameter when a kernel is compiled: that it is there, in fp32 (kWide) or the activations' type
+// (kNarrow). With kAny it is asked each time.
+enum Known { kAny, kWide, kNarrow };
 
 template <class T>
 RED_DEVICE void fill(float (&v)[kVector<T>], float value) {
   RED_UNROLL for (int i = 0; i < kVector<T>; ++i) v[i] = value;
 }
 
-// An edit vector of a row: NaN where there is no edit of that id.
-template <class T>
-RED_DEVICE void load_edit(const Vectors& vectors, const Edit& edit, int64_t id, int64_t column, int64_t count, bool whole,
-                          float (&v)[kVector<T>]) {
-  if (id < 0 || id >= edit.edits) return fill<T>(v, not_a_number());
-  load_vector<T>(vectors, id * vectors.stride, column, count, whole, v);
+// kVector<T> elements of a parameter from `offset` on.
+template <class T, Known KNOWN = kAny>
+RED_DEVICE void load_vector(const Vectors& vectors, int64_t offset, int64_t count, bool whole, float (&v)[kVector<T>]) {
+  constexpr int kSize = kVector<T>;
+  if (KNOWN == kWide || (KNOWN == kAny && vectors.wide)) {
+    const float* from = static_cast<const float*>(vectors.data) + offset;
+    if (whole) {
+      RED_UNROLL for (int i = 0; i < kSize; i += 4) {
+        float part[4];
+        unpack<float>(load16(from + i), part);
+        RED_UNROLL for (int j = 0; j < 4; ++j) v[i + j] = part[j];
+      }
+    } else {
+      RED_UNROLL for (int i = 0; i < kSize; ++i) v[i] = i < count ? from[i] : 0.0f;
+    }
+  } else {
+    unpack<T>(load_raw<T>(static_cast<const T*>(vectors.data), offset, count, whole), v);
+  }
 }
 
 // weight + weight_offset, or 1.
-template <class T>
+template <class T, Known KNOWN = kAny>
 RED_DEVICE void load_weight(const Vectors& weight, float offset, int64_t column, int64_t count, bool whole,
                             float (&v)[kVector<T>]) {
-  if (weight.data == nullptr) return fill<T>(v, 1.0f);
-  load_vector<T>(weight, 0, column, count, whole, v);
+  if (KNOWN == kAny && weight.data == nullptr) return fill<T>(v, 1.0f);
+  load_vector<T, KNOWN>(weight, column, count, whole, v);
   RED_UNROLL for (int i = 0; i < kVector<T>; ++i) v[i] += offset;
+}
+
+// norm_bias, or nothing to add: +0 would lose the sign of a zero.
+template <class T>
+RED_DEVICE void load_norm_bias(const Vectors& norm_bias, int64_t column, int64_t count, bool whole,
+                               float (&v)[kVector<T>]) {
+  if (norm_bias.data == nullptr) return fill<T>(v, -0.0f);
+  load_vector<T>(norm_bias, column, count, whole, v);
+}
+
+// A row's own edit: where its vectors begin, and whether it exists.
+struct RowEdit {
+  RED_DEVICE RowEdit(const Edit& edit, int64_t id)
+      : known(id >= 0 && id < edit.edits), offset(known ? id * edit.stride : 0) {}
+  bool known;
+  int64_t offset;
+};
+
+// Multiplies by the scale of a row's edit, NaN if there is no such edit.
+template <class T>
+RED_DEVICE void apply_scale(const Edit& edit, const RowEdit& own, int64_t column, int64_t count, bool whole,
+                            float (&v)[kVector<T>]) {
+  if (edit.scale.data == nullptr) return;
+  float u[kVector<T>];
+  load_vector<T>(edit.scale, own.offset + column, count, whole, u);
+  RED_UNROLL for (int i = 0; i < kVector<T>; ++i) v[i] = own.known ? product(v[i], u[i]) : not_a_number();
 }
 
 // Multiplies by the dropout factors of a row's columns.
@@ -219,37 +285,45 @@ template <class T>
 RED_DEVICE void drop(const Dropout& dropout, int64_t seed, int64_t row, int64_t column, float (&v)[kVector<T>]) {
   RED_UNROLL for (int i = 0; i < kVector<T>; i += 4) {
     const Words words = philox(seed, row, static_cast<uint32_t>((column + i) / 4));
-    RED_UNROLL for (int j = 0; j < 4; ++j) v[i + j] *= dropped(words.w[j], dropout.threshold, dropout.factor);
+    RED_UNROLL for (int j = 0; j < 4; ++j)
+      v[i + j] = product(v[i + j], dropped(words.w[j], dropout.threshold, dropout.factor));
   }
 }
 
-// dropout(scale * x + bias) (RED eq. 1); `v` is x.
+// dropout(scale * x + bias) (RED eq. 1); `v` is x. Roundings are written out, so that every kernel makes the same bits.
 template <class T>
-RED_DEVICE void apply_edit(const Edit& edit, int64_t id, int64_t seed, int64_t row, int64_t column, int64_t count,
+RED_DEVICE void apply_edit(const Edit& edit, const RowEdit& own, int64_t seed, int64_t row, int64_t column, int64_t count,
                            bool whole, float (&v)[kVector<T>]) {
-  float u[kVector<T>];
-  if (edit.scale.data != nullptr) {
-    load_edit<T>(edit.scale, edit, id, column, count, whole, u);
-    RED_UNROLL for (int i = 0; i < kVector<T>; ++i) v[i] *= u[i];
+  float s[kVector<T>], b[kVector<T>];
+  const bool scaled = edit.scale.data != nullptr, biased = edit.bias.data != nullptr;
+  if (scaled) load_vector<T>(edit.scale, own.offset + column, count, whole, s);
+  if (biased) load_vector<T>(edit.bias, own.offset + column, count, whole, b);
+  if (scaled && biased) {
+    RED_UNROLL for (int i = 0; i < kVector<T>; ++i) v[i] = multiply_add(v[i], s[i], b[i]);
+  } else if (scaled) {
+    RED_UNROLL for (int i = 0; i < kVector<T>; ++i) v[i] = product(v[i], s[i]);
+  } else if (biased) {
+    RED_UNROLL for (int i = 0; i < kVector<T>; ++i) v[i] += b[i];
   }
-  if (edit.bias.data != nullptr) {
-    load_edit<T>(edit.bias, edit, id, column, count, whole, u);
-    RED_UNROLL for (int i = 0; i < kVector<T>; ++i) v[i] += u[i];
-  }
+  if (!own.known) fill<T>(v, not_a_number());
   if (edit.dropout.seed != nullptr) drop<T>(edit.dropout, seed, row, column, v);
+}
+
+// Adds the residual, as it lies in memory.
+template <class T>
+RED_DEVICE void add_raw(const Raw& residual, float (&v)[kVector<T>]) {
+  float r[kVector<T>];
+  unpack<T>(residual, r);
+  RED_UNROLL for (int i = 0; i < kVector<T>; ++i) v[i] = r[i] + v[i];
 }
 
 // What the edit made of a row, with the residual: in fp32, `x` and `residual` as they lie in memory.
 template <class T>
-RED_DEVICE void edited(const Edit& edit, int64_t id, int64_t seed, int64_t row, int64_t column, int64_t count, bool whole,
-                       const Raw& x, const Raw& residual, bool added, float (&v)[kVector<T>]) {
+RED_DEVICE void edited(const Edit& edit, const RowEdit& own, int64_t seed, int64_t row, int64_t column, int64_t count,
+                       bool whole, const Raw& x, const Raw& residual, bool added, float (&v)[kVector<T>]) {
   unpack<T>(x, v);
-  apply_edit<T>(edit, id, seed, row, column, count, whole, v);
-  if (added) {
-    float r[kVector<T>];
-    unpack<T>(residual, r);
-    RED_UNROLL for (int i = 0; i < kVector<T>; ++i) v[i] = r[i] + v[i];
-  }
+  apply_edit<T>(edit, own, seed, row, column, count, whole, v);
+  if (added) add_raw<T>(residual, v);
 }
 
 RED_DEVICE int64_t edit_id(const Edit& edit, int64_t row) { return edit.ids == nullptr ? 0 : edit.ids[row]; }

@@ -25,11 +25,12 @@ struct Slab {
   bool whole;
 };
 
-template <class T>
+// PLAIN: scale and bias in fp32, no dropout, no edit_ids.
+template <class T, bool PLAIN>
 RED_KERNEL(kSlabThreads, 3) edit_forward(RED_ARGUMENT EditForward a) {
   const Slab<T> s(a.d, a.aligned, a.lanes);
   if (s.count == 0) return;
-  const int64_t seed = dropout_seed(a.edit);
+  const int64_t seed = PLAIN ? 0 : dropout_seed(a.edit);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * s.slots * kEditRows + s.slot;
   Raw x[kEditRows], r[kEditRows];
   RED_UNROLL for (int u = 0; u < kEditRows; ++u) {
@@ -38,11 +39,23 @@ RED_KERNEL(kSlabThreads, 3) edit_forward(RED_ARGUMENT EditForward a) {
     x[u] = load_raw(row_of<T>(a.x, row), s.column, s.count, s.whole);
     if (a.residual) r[u] = load_raw(row_of<T>(a.residual, row), s.column, s.count, s.whole);
   }
+  float scale[kVector<T>], bias[kVector<T>];
+  if constexpr (PLAIN) {
+    load_vector<T, kWide>(a.edit.scale, s.column, s.count, s.whole, scale);
+    load_vector<T, kWide>(a.edit.bias, s.column, s.count, s.whole, bias);
+  }
   RED_UNROLL for (int u = 0; u < kEditRows; ++u) {
     const int64_t row = first + u * s.slots;
     if (row >= a.rows) continue;
     float v[kVector<T>];
-    edited<T>(a.edit, edit_id(a.edit, row), seed, row, s.column, s.count, s.whole, x[u], r[u], bool(a.residual), v);
+    unpack<T>(x[u], v);
+    if constexpr (PLAIN) {
+      RED_UNROLL for (int i = 0; i < kVector<T>; ++i) v[i] = multiply_add(v[i], scale[i], bias[i]);
+    } else {
+      const RowEdit own(a.edit, edit_id(a.edit, row));
+      apply_edit<T>(a.edit, own, seed, row, s.column, s.count, s.whole, v);
+    }
+    if (a.residual) add_raw<T>(r[u], v);
     store_raw<T>(a.z, row, a.d, s.column, s.count, s.whole, pack<T>(v));
   }
 }
@@ -77,8 +90,12 @@ RED_KERNEL(kSlabThreads, NORM ? 1 : 2) slab_backward(RED_ARGUMENT SlabBackward a
   SlabSums<T, kSums> sums;
   Places<true> places(a.deal, a.rows, worker, workers);
   Current current(a.deal, sorted, places, worker, a.edit.edits);
+  const bool scaled = a.edit.scale.data != nullptr, same = a.edit.ids == nullptr && !sorted;
+  float scale[kSize];
+  fill<T>(scale, 1.0f);
+  if (scaled && same && s.count > 0) load_vector<T>(a.edit.scale, s.column, s.count, s.whole, scale);
   if (s.count > 0) {
-    for (; places.more();) {
+    while (places.more()) {
       Raw dy[kRows], dz[kRows], z[kRows], x[kRows], r[kRows];
       int64_t rows[kRows], ids[kRows];
       bool live[kRows];
@@ -105,28 +122,26 @@ RED_KERNEL(kSlabThreads, NORM ? 1 : 2) slab_backward(RED_ARGUMENT SlabBackward a
           sums.clear(2);
           current.next(ids[u]);
         }
-        float g[kSize], h[kSize], w[kSize];
+        const RowEdit own(a.edit, same ? 0 : ids[u]);
+        if (scaled && !same) {
+          load_vector<T>(a.edit.scale, own.offset + s.column, s.count, s.whole, scale);
+          if (!own.known) fill<T>(scale, not_a_number());
+        }
+        float g[kSize], h[kSize];
         unpack<T>(dy[u], g);
         if (a.x) unpack<T>(x[u], h);
         if constexpr (NORM) {
-          float v[kSize], b[kSize];
+          float v[kSize], w[kSize], b[kSize];
           if (a.z)
             unpack<T>(z[u], v);
           else
-            edited<T>(a.edit, ids[u], seed, rows[u], s.column, s.count, s.whole, x[u], r[u], bool(a.residual), v);
+            edited<T>(a.edit, own, seed, rows[u], s.column, s.count, s.whole, x[u], r[u], bool(a.residual), v);
           const float rstd = a.rstd[rows[u]], mean = a.mean != nullptr ? a.mean[rows[u]] : 0.0f;
           const float c1 = a.averages[rows[u]], c2 = a.averages[a.rows + rows[u]];
           load_weight<T>(a.weight, a.weight_offset, s.column, s.count, s.whole, w);
-          fill<T>(b, -0.0f);
-          if (a.edit_last && a.norm_bias.data != nullptr)
-            load_vector<T>(a.norm_bias, 0, s.column, s.count, s.whole, b);
+          load_norm_bias<T>(a.norm_bias, s.column, s.count, s.whole, b);
           float gy[kSize];  // the gradient of the norm's result
-          RED_UNROLL for (int i = 0; i < kSize; ++i) gy[i] = g[i];
-          if (a.edit_last && a.edit.scale.data != nullptr) {
-            float u1[kSize];
-            load_edit<T>(a.edit.scale, a.edit, ids[u], s.column, s.count, s.whole, u1);
-            RED_UNROLL for (int i = 0; i < kSize; ++i) gy[i] = product(gy[i], u1[i]);
-          }
+          RED_UNROLL for (int i = 0; i < kSize; ++i) gy[i] = a.edit_last ? product(g[i], scale[i]) : g[i];
           float total[kSize];
           RED_UNROLL for (int i = 0; i < kSize; ++i) {
             const float normed = (v[i] - mean) * rstd;
@@ -157,10 +172,7 @@ RED_KERNEL(kSlabThreads, NORM ? 1 : 2) slab_backward(RED_ARGUMENT SlabBackward a
           sums.v[1][i] += g[i];
         }
         if (a.dx != nullptr) {
-          if (a.edit.scale.data != nullptr) {
-            load_edit<T>(a.edit.scale, a.edit, ids[u], s.column, s.count, s.whole, w);
-            RED_UNROLL for (int i = 0; i < kSize; ++i) g[i] *= w[i];
-          }
+          RED_UNROLL for (int i = 0; i < kSize; ++i) g[i] *= scale[i];
           store_raw<T>(a.dx, rows[u], a.d, s.column, s.count, s.whole, pack<T>(g));
         }
       }
@@ -191,8 +203,8 @@ RED_KERNEL(kSlabThreads, NORM ? 1 : 2) slab_backward(RED_ARGUMENT SlabBackward a
 }
 
 template <class T>
-void run_edit_forward(const Launch& l, const EditForward& a) {
-  start<EditForward, edit_forward<T>>(l, a);
+void run_edit_forward(const Launch& l, bool plain, const EditForward& a) {
+  plain ? start<EditForward, edit_forward<T, true>>(l, a) : start<EditForward, edit_forward<T, false>>(l, a);
 }
 
 template <class T>

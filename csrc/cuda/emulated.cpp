@@ -173,9 +173,14 @@ void barrier(int number, int threads) {
 void cluster_barrier() { wait(cluster, cluster_threads); }
 int cluster_rank() { return self->block->rank; }
 
-float* remote(float* shared, int rank) {
-  const ptrdiff_t offset = reinterpret_cast<unsigned char*>(shared) - self->block->shared;
-  return reinterpret_cast<float*>(self->block[rank - self->block->rank].shared + offset);
+unsigned char* remote(void* shared, int rank) {
+  const ptrdiff_t offset = static_cast<unsigned char*>(shared) - self->block->shared;
+  return self->block[rank - self->block->rank].shared + offset;
+}
+
+void pause(bool moved) {
+  progress += moved;
+  yield();
 }
 
 const float (*exchange(const float* v, int k))[4] {

@@ -13,7 +13,6 @@
 #define RED_KERNEL(threads, blocks) inline void
 #define RED_ARGUMENT const
 #define RED_UNROLL
-#define RED_UNROLL4
 
 namespace red {
 namespace cuda {
@@ -30,7 +29,10 @@ unsigned char* shared_memory();
 void barrier(int number, int threads);
 void cluster_barrier();
 int cluster_rank();
-float* remote(float* shared, int rank);
+// The place in another block's shared memory.
+unsigned char* remote(void* shared, int rank);
+// Lets the other threads of the cluster run; `moved` says that this one has got on.
+void pause(bool moved);
 // All threads of a warp leave K values, and get those of all: values[lane][k].
 const float (*exchange(const float* v, int k))[4];
 void copy_async(void* shared, const void* global);
@@ -90,6 +92,9 @@ inline void store16(void* p, const Raw& v) {
   std::memcpy(p, &v, 16);
 }
 
+using SharedAddress = unsigned char*;
+inline SharedAddress shared_address(void* shared) { return static_cast<unsigned char*>(shared); }
+
 using emulated::cluster_barrier;
 using emulated::cluster_rank;
 using emulated::commit_copies;
@@ -100,8 +105,41 @@ void wait_copies() {
   emulated::wait_copies(K);
 }
 inline void block_barrier() { emulated::barrier(0, static_cast<int>(blockDim.x * blockDim.y)); }
-inline void named_barrier(int number, int threads) { emulated::barrier(number, threads); }
-inline void store_remote(float* shared, int rank, float v) { *emulated::remote(shared, rank) = v; }
+template <int GROUPS>
+void group_barrier(int group, int threads) {
+  if (group >= GROUPS) throw "a block has more groups than its barriers are for";
+  emulated::barrier(1 + group, threads);
+}
+
+struct Arrivals {
+  int32_t bytes = 0;  // still to come; less than 0 where they came before they were expected
+  int16_t left = 0, phase = 0;
+};
+inline void complete(Arrivals* a) {
+  if (a->left != 0 || a->bytes != 0) return;
+  a->left = 1;
+  ++a->phase;
+}
+inline void init_arrivals(Arrivals* a) {
+  *a = {0, 1, 0};
+  emulated::pause(true);
+}
+inline void expect_arrivals(Arrivals* a, int bytes) {
+  emulated::pause(true);
+  a->bytes += bytes;
+  --a->left;
+  complete(a);
+}
+inline void send(float* shared, Arrivals* arrivals, int rank, float v) {
+  std::memcpy(emulated::remote(shared, rank), &v, sizeof v);
+  Arrivals* there = reinterpret_cast<Arrivals*>(emulated::remote(arrivals, rank));
+  there->bytes -= sizeof v;
+  complete(there);
+}
+inline void await_arrivals(const Arrivals* a, int parity) {
+  while ((a->phase & 1) == parity) emulated::pause(false);
+  emulated::pause(true);
+}
 
 template <int K>
 void warp_sum(float (&v)[K]) {

@@ -6,39 +6,51 @@
 namespace red {
 namespace cuda {
 
-// blockDim is (threads of a group, groups). With a cluster each block has one group, and its blocks share a row.
+// blockDim is (threads of a group, groups). With a cluster each block has one group, and its blocks share a row. GROUPS is how
+// many groups of several warps a block has at most: barriers that are counted when a kernel is compiled, as a
+// multiprocessor has only so many, and a kernel that might use any takes 16.
+template <int GROUPS>
 struct Group {
   RED_DEVICE Group(int cluster, float* sums)
       : thread(threadIdx.x), threads(blockDim.x), index(threadIdx.y), warps(blockDim.x / kWarp), cluster(cluster),
         rank(cluster > 1 ? cluster_rank() : 0), sums_(sums) {
-    // No block may write to another before that one runs.
-    if (cluster > 1) cluster_barrier();
+    if (cluster == 1) return;
+    if (thread == 0) {
+      init_arrivals(arrivals(0));
+      init_arrivals(arrivals(1));
+    }
+    cluster_barrier();  // no block may write to another before that one runs, and can count what arrives
   }
 
   static constexpr int kParts = 128;  // warps of a cluster at most
-  // Floats of shared memory for the sums of a block.
-  static constexpr int kFloats = 2 * 2 * kParts;
+  static constexpr int kSums = 2 * 2 * kParts;
+  // Floats of shared memory for the sums of a block, and for counting those that arrive.
+  static constexpr int kFloats = kSums + 4;
 
   // The sums of K values over the group and its cluster, in all threads, always in the same order. Two buffers in turn:
-  // who writes to one has passed a barrier since it was last read.
+  // who writes to one has got the sum after it was last read, for which all that read it had to send their parts.
   template <int K>
   RED_DEVICE void sum(float (&v)[K]) {
     warp_sum(v);
     const int parts = warps * cluster;
     if (parts == 1) return;
-    float* sums = sums_ + turn_ * (kFloats / 2);
-    turn_ ^= 1;
+    float* sums = sums_ + turn_ * (kSums / 2);
     const int lane = thread % kWarp, part = rank * warps + thread / kWarp;
     if (cluster > 1) {
+      // A cluster's barrier would wait for all that was stored before, and forget what the cache holds.
+      Arrivals* arriving = arrivals(turn_);
+      if (thread == 0) expect_arrivals(arriving, parts * K * static_cast<int>(sizeof(float)));
       if (lane < cluster)
-        RED_UNROLL for (int k = 0; k < K; ++k) store_remote(sums + k * kParts + part, lane, v[k]);
-      cluster_barrier();
+        RED_UNROLL for (int k = 0; k < K; ++k) send(sums + k * kParts + part, arriving, lane, v[k]);
+      await_arrivals(arriving, phases_ >> turn_ & 1);
+      phases_ ^= 1 << turn_;
     } else {
       sums += index * warps;
       if (lane == 0)
         RED_UNROLL for (int k = 0; k < K; ++k) sums[k * kParts + part] = v[k];
-      named_barrier(1 + index, threads);
+      group_barrier<GROUPS>(index, threads);
     }
+    turn_ ^= 1;
     RED_UNROLL for (int k = 0; k < K; ++k) {
       v[k] = 0.0f;
       for (int i = lane; i < parts; i += kWarp) v[k] += sums[k * kParts + i];
@@ -49,14 +61,17 @@ struct Group {
   int thread, threads, index, warps, cluster, rank;
 
  private:
+  RED_DEVICE Arrivals* arrivals(int turn) const { return reinterpret_cast<Arrivals*>(sums_ + kSums) + turn; }
+
   float* sums_;
-  int turn_ = 0;
+  int turn_ = 0, phases_ = 0;
 };
 
 // The vectors of a row that a thread has: the k-th begins at column(k).
 template <class T>
 struct Columns {
-  RED_DEVICE Columns(const Group& group, int n)
+  template <int GROUPS>
+  RED_DEVICE Columns(const Group<GROUPS>& group, int n)
       : first((group.rank * n * group.threads + group.thread) * kVector<T>), step(group.threads * kVector<T>) {}
   RED_DEVICE int operator()(int k) const { return first + k * step; }
 

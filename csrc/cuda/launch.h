@@ -1,6 +1,8 @@
 // Starting kernels: on a GPU, or in the emulator. Every launch is checked.
 #pragma once
 
+#include <array>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -12,6 +14,8 @@
 
 namespace red {
 namespace cuda {
+
+constexpr int kDevices = 64;  // of a machine at most
 
 struct Grid {
   int64_t x = 1, y = 1, z = 1;
@@ -28,6 +32,7 @@ struct Launch {
   int threads_x, threads_y = 1;
   int cluster = 1;
   int64_t shared = 0;
+  int* clusters = nullptr;  // where set, nothing is launched: it gets how many clusters the device can run at once
 };
 
 inline std::string described(const Launch& l, const std::string& error) {
@@ -52,6 +57,10 @@ void emulate(const Launch& l, void (*run)(const void*), const void* arguments);
 template <class A, void (*KERNEL)(const A)>
 void start(const Launch& l, const A& arguments) {
   check_grid(l);
+  if (l.clusters != nullptr) {
+    *l.clusters = l.device->multiprocessors / l.cluster;
+    return;
+  }
   emulate(l, [](const void* a) { KERNEL(*static_cast<const A*>(a)); }, &arguments);
 }
 
@@ -61,14 +70,13 @@ template <class A, void (*KERNEL)(const A)>
 void start(const Launch& l, const A& arguments) {
   check_grid(l);
   constexpr int64_t kPlain = 48 << 10;  // more has to be asked for, once on each device
-  constexpr int kDevices = 64;
-  static bool asked[kDevices] = {};
+  static std::atomic<bool> asked[kDevices] = {};
   cudaError_t status = cudaSuccess;
-  if (l.shared > kPlain && !(l.device->index < kDevices && asked[l.device->index])) {
+  if (l.shared > kPlain && !asked[l.device->index].load(std::memory_order_acquire)) {
     status = cudaFuncSetAttribute(reinterpret_cast<const void*>(KERNEL), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(l.device->shared));
     if (status != cudaSuccess) throw std::runtime_error(described(l, cudaGetErrorString(status)));
-    if (l.device->index < kDevices) asked[l.device->index] = true;
+    asked[l.device->index].store(true, std::memory_order_release);
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(l.grid.x), static_cast<unsigned>(l.grid.y), static_cast<unsigned>(l.grid.z));
@@ -81,6 +89,19 @@ void start(const Launch& l, const A& arguments) {
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
   config.numAttrs = l.cluster > 1 ? 1 : 0;
+  if (l.clusters != nullptr) {
+    // Asked once, while nothing of it changes: the answer takes as long as a launch.
+    static thread_local std::array<int64_t, 5> asked_for = {};
+    static thread_local int answer = 0;
+    const std::array<int64_t, 5> wanted = {l.device->index, l.threads_x, l.threads_y, l.cluster, l.shared};
+    if (asked_for != wanted) {
+      status = cudaOccupancyMaxActiveClusters(&answer, KERNEL, &config);
+      if (status != cudaSuccess) throw std::runtime_error(described(l, cudaGetErrorString(status)));
+      asked_for = wanted;
+    }
+    *l.clusters = answer;
+    return;
+  }
   status = cudaLaunchKernelEx(&config, KERNEL, arguments);
   if (status != cudaSuccess)
     throw std::runtime_error(described(l, std::string(cudaGetErrorName(status)) + ": " + cudaGetErrorString(status)));

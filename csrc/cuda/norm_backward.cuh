@@ -17,19 +17,24 @@ constexpr int kMostStages = 4;
 
 // Where the vectors of a thread lie in shared memory: [stage][array][k][thread of the block].
 struct Stages {
-  RED_DEVICE Stages(int stages, int arrays, int n)
-      : stages(stages), array_step(n * blockDim.x * blockDim.y), stage_step(array_step * arrays),
-        base_(reinterpret_cast<Raw*>(shared_memory() + Group::kFloats * sizeof(float))),
-        thread_(threadIdx.y * blockDim.x + threadIdx.x), threads_(blockDim.x * blockDim.y) {}
-  RED_DEVICE Raw* at(int stage, int array, int k) const {
-    return base_ + stage * stage_step + array * array_step + k * threads_ + thread_;
+  RED_DEVICE Stages(int arrays, int n)
+      : step_(blockDim.x * blockDim.y), array_step_(n * step_), stage_step_(arrays * array_step_),
+        own_(reinterpret_cast<Raw*>(shared_memory() + Group<1>::kFloats * sizeof(float)) + threadIdx.y * blockDim.x +
+             threadIdx.x),
+        address_(shared_address(own_)) {}
+  RED_DEVICE Raw* at(int stage, int array, int k) const { return own_ + offset(stage, array, k); }
+  RED_DEVICE SharedAddress address(int stage, int array, int k) const {
+    return address_ + offset(stage, array, k) * static_cast<int>(sizeof(Raw));
   }
 
-  int stages, array_step, stage_step;
-
  private:
-  Raw* base_;
-  int thread_, threads_;
+  RED_DEVICE int offset(int stage, int array, int k) const {
+    return stage * stage_step_ + array * array_step_ + k * step_;
+  }
+
+  int step_, array_step_, stage_step_;
+  Raw* own_;
+  SharedAddress address_;
 };
 
 RED_DEVICE void wait_all_but(int groups) {
@@ -44,15 +49,15 @@ RED_DEVICE void wait_all_but(int groups) {
 }
 
 // Starts the copies of a row's vectors, and counts the arrays in the order dy, dz, z, x, residual.
-template <class T, int N>
-RED_DEVICE void fetch(const NormBackward& a, const Columns<T>& column, const Stages& stages, int stage, int64_t row) {
+template <class T, int N, bool OPTIONS>
+RED_DEVICE void fetch(const NormBackward& a, const Columns<T>& column, int d, const Stages& stages, int stage, int64_t row) {
   int array = 0;
   const Rows* inputs[5] = {&a.dy, &a.dz, &a.z, &a.x, &a.residual};
-  RED_UNROLL for (int i = 0; i < 5; ++i) {
+  RED_UNROLL for (int i = 0; i < (OPTIONS ? 5 : 4); ++i) {
     if (!*inputs[i]) continue;
-    const T* from = row_of<T>(*inputs[i], row);
+    const T* from = row_of<T>(*inputs[i], row) + column.first;
     RED_UNROLL for (int k = 0; k < N; ++k)
-      if (column(k) < a.d) copy_async(stages.at(stage, array, k), from + column(k));
+      if (column(k) < d) copy_async(stages.address(stage, array, k), from + k * column.step);
     ++array;
   }
 }
@@ -64,7 +69,7 @@ struct RowSums {
       RED_UNROLL for (int k = 0; k < N; ++k)
         if (s < sums) fill<T>(v[s][k], 0.0f);
   }
-  RED_DEVICE void store(float* lines, int64_t line, int64_t d, const Columns<T>& column, int s) const {
+  RED_DEVICE void store(float* lines, int64_t line, int d, const Columns<T>& column, int s) const {
     float* to = lines + line * d;
     RED_UNROLL for (int k = 0; k < N; ++k)
       RED_UNROLL for (int i = 0; i < kVector<T>; i += 4) {
@@ -81,56 +86,58 @@ RED_KERNEL(32 * most_warps(KIND), 1) norm_backward(RED_ARGUMENT NormBackward a) 
   constexpr int kSize = kVector<T>;
   constexpr bool OPTIONS = KIND != kPlain, FULL = KIND == kFull;
   constexpr int kSums = FULL ? 4 : 2;
-  Group group(a.cluster, reinterpret_cast<float*>(shared_memory()));
+  Group<16> group(a.cluster, reinterpret_cast<float*>(shared_memory()));
   const Columns<T> column(group, N);
-  const Stages stages(a.stages, a.arrays, N);
+  const Stages stages(a.arrays, N);
+  const int d = static_cast<int>(a.d);
   const bool again = OPTIONS && !a.z;  // z is made from x and residual
   const int at_dz = 1, at_z = at_dz + bool(a.dz), at_x = at_z + !again, at_r = at_x + bool(a.x);
   const int64_t groups = a.cluster > 1 ? 1 : blockDim.y, block = blockIdx.x / a.cluster;
   const int64_t worker = block * groups + group.index, workers = gridDim.x / a.cluster * groups;
   const bool sorted = OPTIONS && a.deal.order != nullptr;
   const int64_t seed = OPTIONS ? dropout_seed(a.edit) : 0;
-  const float d = static_cast<float>(a.d);
 
   RowSums<T, N, kSums> sums;
   sums.clear(kSums);
   const Places<true> all(a.deal, OPTIONS ? a.rows : 0, worker, workers);
-  Places<OPTIONS> here(a.deal, a.rows, worker, workers), ahead = here;
+  Places<OPTIONS> here(a.deal, a.rows, worker, workers);
   Current current(a.deal, sorted, all, worker, a.edit.edits);
-  for (int stage = 0; stage < a.stages - 1; ++stage, ahead.advance()) {
-    if (ahead.more()) fetch<T, N>(a, column, stages, stage, ahead.row());
+  for (int stage = 0; stage < a.stages - 1; ++stage) {
+    if (here.more(stage)) fetch<T, N, OPTIONS>(a, column, d, stages, stage, here.row(stage));
     commit_copies();
   }
-  int stage = 0, free_stage = a.stages - 1;
-  int64_t row = 0, id = 0;
+  int stage = 0;
+  int64_t own_row = 0, id = 0;  // of the row at hand
   float rstd = 0.0f, mean = 0.0f;
   if (here.more()) {
-    row = here.row();
-    if constexpr (OPTIONS) id = sorted ? a.deal.sorted[here.place] : edit_id(a.edit, row);
-    rstd = a.rstd[row];
-    if constexpr (CENTERED) mean = a.mean[row];
+    own_row = here.row();
+    if constexpr (OPTIONS) id = sorted ? a.deal.sorted[here.place] : edit_id(a.edit, own_row);
+    rstd = a.rstd[own_row];
+    if constexpr (CENTERED) mean = a.mean[own_row];
   }
   while (here.more()) {
-    if (ahead.more()) fetch<T, N>(a, column, stages, free_stage, ahead.row());
+    const int64_t row = OPTIONS ? own_row : here.place;
+    const int free_stage = stage == 0 ? a.stages - 1 : stage - 1;
+    if (here.more(a.stages - 1)) fetch<T, N, OPTIONS>(a, column, d, stages, free_stage, here.row(a.stages - 1));
     commit_copies();
-    ahead.advance();
     // What the next row needs besides, so that it need not be waited for then.
     here.advance();
-    int64_t next_row = 0, next_id = 0;
+    int64_t next_id = 0;
     float next_rstd = 0.0f, next_mean = 0.0f;
     if (here.more()) {
-      next_row = here.row();
-      if constexpr (OPTIONS) next_id = sorted ? a.deal.sorted[here.place] : edit_id(a.edit, next_row);
-      next_rstd = a.rstd[next_row];
-      if constexpr (CENTERED) next_mean = a.mean[next_row];
+      own_row = here.row();
+      if constexpr (OPTIONS) next_id = sorted ? a.deal.sorted[here.place] : edit_id(a.edit, own_row);
+      next_rstd = a.rstd[own_row];
+      if constexpr (CENTERED) next_mean = a.mean[own_row];
     }
     if (sorted && id != current.id) {
       const int64_t line = current.line();
       RED_UNROLL for (int s = 0; s < 2; ++s)
-        if (a.lines[s] != nullptr && line >= 0) sums.store(a.lines[s], line, a.d, column, s);
+        if (a.lines[s] != nullptr && line >= 0) sums.store(a.lines[s], line, d, column, s);
       sums.clear(2);
       current.next(id);
     }
+    const RowEdit own(a.edit, id);
     wait_all_but(a.stages - 1);
 
     // What was normed, and the gradient of its result, times the weight.
@@ -138,17 +145,13 @@ RED_KERNEL(32 * most_warps(KIND), 1) norm_backward(RED_ARGUMENT NormBackward a) 
       unpack<T>(*stages.at(stage, 0, k), g);
       if (again) {
         const Raw x = *stages.at(stage, at_x, k), r = a.residual ? *stages.at(stage, at_r, k) : Raw{};
-        edited<T>(a.edit, id, seed, row, column(k), kSize, true, x, r, bool(a.residual), normed);
+        edited<T>(a.edit, own, seed, row, column(k), kSize, true, x, r, bool(a.residual), normed);
       } else {
         unpack<T>(*stages.at(stage, at_z, k), normed);
       }
-      if (FULL && a.edit_last && a.edit.scale.data != nullptr) {
-        float u[kSize];
-        load_edit<T>(a.edit.scale, a.edit, id, column(k), kSize, true, u);
-        RED_UNROLL for (int i = 0; i < kSize; ++i) g[i] = product(g[i], u[i]);
-      }
+      if (FULL && a.edit_last) apply_scale<T>(a.edit, own, column(k), kSize, true, g);
       float w[kSize];
-      load_weight<T>(a.weight, a.weight_offset, column(k), kSize, true, w);
+      load_weight<T, KIND == kPlain ? kNarrow : kAny>(a.weight, a.weight_offset, column(k), kSize, true, w);
       RED_UNROLL for (int i = 0; i < kSize; ++i) {
         normed[i] = (normed[i] - mean) * rstd;
         weighted[i] = product(g[i], w[i]);
@@ -157,7 +160,7 @@ RED_KERNEL(32 * most_warps(KIND), 1) norm_backward(RED_ARGUMENT NormBackward a) 
 
     float c[2] = {0.0f, 0.0f};
     RED_UNROLL for (int k = 0; k < N; ++k) {
-      if (column(k) >= a.d) continue;
+      if (column(k) >= d) continue;
       float normed[kSize], g[kSize], weighted[kSize];
       terms(k, normed, g, weighted);
       RED_UNROLL for (int i = 0; i < kSize; ++i) {
@@ -173,10 +176,10 @@ RED_KERNEL(32 * most_warps(KIND), 1) norm_backward(RED_ARGUMENT NormBackward a) 
       c[0] = only[0];
       c[1] = 0.0f;
     }
-    const float c1 = c[0] / d, c2 = c[1] / d;
+    const float width = static_cast<float>(d), c1 = c[0] / width, c2 = c[1] / width;
 
     RED_UNROLL for (int k = 0; k < N; ++k) {
-      if (column(k) >= a.d) continue;
+      if (column(k) >= d) continue;
       float total[kSize], g[kSize], h[kSize];
       {
         float normed[kSize], weighted[kSize];
@@ -190,13 +193,12 @@ RED_KERNEL(32 * most_warps(KIND), 1) norm_backward(RED_ARGUMENT NormBackward a) 
         if (FULL && a.edit_last) {
           float w[kSize], b[kSize];
           load_weight<T>(a.weight, a.weight_offset, column(k), kSize, true, w);
-          fill<T>(b, -0.0f);
-          if (a.norm_bias.data != nullptr) load_vector<T>(a.norm_bias, 0, column(k), kSize, true, b);
+          load_norm_bias<T>(a.norm_bias, column(k), kSize, true, b);
           RED_UNROLL for (int i = 0; i < kSize; ++i) h[i] = affine(normed[i], w[i], b[i]);
           unpack<T>(*stages.at(stage, 0, k), g);
         }
       }
-      const int64_t at = row * a.d + column(k);
+      const int64_t at = row * d + column(k);
       if (!(FULL && a.edit_last)) {
         if (a.dz) {
           unpack<T>(*stages.at(stage, at_dz, k), g);
@@ -209,13 +211,14 @@ RED_KERNEL(32 * most_warps(KIND), 1) norm_backward(RED_ARGUMENT NormBackward a) 
           unpack<T>(*stages.at(stage, at_x, k), h);
         else
           fill<T>(h, 0.0f);
-        if (a.dx != nullptr && a.edit.scale.data != nullptr) {
-          float u[kSize];
-          if constexpr (OPTIONS)
-            load_edit<T>(a.edit.scale, a.edit, id, column(k), kSize, true, u);
-          else
-            load_vector<T>(a.edit.scale, 0, column(k), kSize, true, u);
-          RED_UNROLL for (int i = 0; i < kSize; ++i) total[i] *= u[i];
+        if (a.dx != nullptr) {
+          if constexpr (OPTIONS) {
+            apply_scale<T>(a.edit, own, column(k), kSize, true, total);
+          } else {
+            float u[kSize];
+            load_vector<T, kWide>(a.edit.scale, column(k), kSize, true, u);
+            RED_UNROLL for (int i = 0; i < kSize; ++i) total[i] *= u[i];
+          }
         }
       }
       if (a.dx != nullptr) store16(static_cast<T*>(a.dx) + at, pack<T>(total));
@@ -224,20 +227,19 @@ RED_KERNEL(32 * most_warps(KIND), 1) norm_backward(RED_ARGUMENT NormBackward a) 
         sums.v[1][k][i] += g[i];
       }
     }
-    row = next_row, id = next_id, rstd = next_rstd, mean = next_mean;
+    id = next_id, rstd = next_rstd, mean = next_mean;
     stage = stage + 1 == a.stages ? 0 : stage + 1;
-    free_stage = free_stage + 1 == a.stages ? 0 : free_stage + 1;
   }
 
   if (sorted) {
     RED_UNROLL for (int s = 0; s < 2; ++s)
-      if (a.lines[s] != nullptr) sums.store(a.lines[s], current.last_line(), a.d, column, s);
+      if (a.lines[s] != nullptr) sums.store(a.lines[s], current.last_line(), d, column, s);
     if (group.thread == 0 && group.rank == 0) current.store(a.deal.owners);
   }
   RED_UNROLL for (int s = 0; s < kSums; ++s) {
     if (a.lines[s] == nullptr || (sorted && s < 2)) continue;
     if (groups == 1) {
-      sums.store(a.lines[s], block, a.d, column, s);
+      sums.store(a.lines[s], block, d, column, s);
       continue;
     }
     // The sums of the block's groups, in order.
@@ -252,13 +254,15 @@ RED_KERNEL(32 * most_warps(KIND), 1) norm_backward(RED_ARGUMENT NormBackward a) 
     }
     block_barrier();
     for (int q = group.index; q < kQuads; q += blockDim.y) {
-      float total[4] = {0.0f, 0.0f, 0.0f, 0.0f}, part[4];
-      for (int g = 0; g < groups; ++g) {
-        unpack<float>(shared[q * threads + g * group.threads + group.thread], part);
-        RED_UNROLL for (int i = 0; i < 4; ++i) total[i] += part[i];
+      float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      for (int g = 0; g < groups; g += 2) {  // in pairs, as they lose fewer digits
+        float one[4], other[4];
+        unpack<float>(shared[q * threads + g * group.threads + group.thread], one);
+        unpack<float>(g + 1 < groups ? shared[q * threads + (g + 1) * group.threads + group.thread] : Raw{}, other);
+        RED_UNROLL for (int i = 0; i < 4; ++i) total[i] += one[i] + other[i];
       }
-      const int64_t c0 = column(q * 4 / kSize);
-      if (c0 < a.d) store16(a.lines[s] + block * a.d + c0 + q * 4 % kSize, pack<float>(total));
+      const int c0 = column(q * 4 / kSize);
+      if (c0 < d) store16(a.lines[s] + block * d + c0 + q * 4 % kSize, pack<float>(total));
     }
   }
 }

@@ -7,10 +7,19 @@ namespace cuda {
 
 namespace {
 
-constexpr int kGroupBytes = 4 * 2 * 2 * 128;  // Group::kFloats: sums over a row
+constexpr int kGroupBytes = 4 * (2 * 2 * 128 + 4);  // of Group: sums over a row
 
-Edit edit_of(const Parameter& scale, const Parameter& bias, const Ids& ids, int64_t edits, const Dropout& dropout) {
-  return {scale.vectors, bias.vectors, ids.data, edits, dropout};
+Edit edit_of(const Call& call, const Parameter& scale, const Parameter& bias, const Ids& ids, int64_t edits,
+             const Dropout& dropout) {
+  return {scale.vectors, bias.vectors, ids.data, edits, call.shape.d, dropout};
+}
+
+// The vectors that a model has: an edit in fp32, a norm in the type of the activations.
+bool usual_edit(const Edit& edit) {
+  return edit.scale.data != nullptr && edit.scale.wide && edit.ids == nullptr && edit.dropout.seed == nullptr;
+}
+bool usual_weight(const Call& call, const Vectors& weight) {
+  return weight.data != nullptr && weight.wide == (call.shape.type == kFloat32);
 }
 
 // Both forwards with a norm.
@@ -23,11 +32,13 @@ void norm_forward(const Call& call, NormForward a) {
   const RowLayout layout = call.aligned ? norm_forward_layout(a.d, call.shape.type, *call.on.device) : RowLayout{};
   if (layout) {
     a.cluster = layout.cluster;
+    const bool plain = !a.edit_last && a.residual && usual_edit(a.edit) && a.edit.bias.data != nullptr && a.edit.bias.wide &&
+                       usual_weight(call, a.weight);
     Launch l = call.launch("norm_forward", {layout.cluster > 1 ? a.rows * layout.cluster : divide_up(a.rows, layout.groups)},
                            32 * layout.warps, layout.groups);
     l.cluster = layout.cluster;
     l.shared = kGroupBytes;
-    call.dispatch([&](auto type) { run_norm_forward<decltype(type)>(l, layout.n, a.mean != nullptr, a); });
+    call.dispatch([&](auto type) { run_norm_forward<decltype(type)>(l, layout.n, a.mean != nullptr, plain, a); });
   } else {
     Launch l = call.launch("wide_forward", {a.rows}, wide_threads(a.d, call.shape.type));
     l.shared = kGroupBytes;
@@ -65,19 +76,34 @@ void norm_backward(const Call& call, NormBackward a, ColumnSums& sums) {
   const Device& device = *call.on.device;
   a.arrays = 0;
   for (const Rows* rows : {&a.dy, &a.dz, &a.z, &a.x, &a.residual}) a.arrays += bool(*rows);
-  const bool options = !a.z || a.edit.dropout.seed != nullptr || a.edit.ids != nullptr;
-  const BackwardKind kind = a.edit_last || sums.norm_wanted() ? kFull : options ? kOptions : kPlain;
+  const bool plain = a.z && usual_edit(a.edit) && usual_weight(call, a.weight);
+  const BackwardKind kind = a.edit_last || sums.norm_wanted() ? kFull : plain ? kPlain : kOptions;
   RowLayout layout = call.aligned ? norm_backward_layout(a.d, type, device, kind, a.arrays) : RowLayout{};
+  Launch l = call.launch("norm_backward", {layout.cluster}, 32 * layout.warps, layout.groups);
+  const auto run = [&] {
+    call.dispatch([&](auto t) { run_norm_backward<decltype(t)>(l, layout.n, a.mean != nullptr, kind, a); });
+  };
+  int64_t most = device.multiprocessors;
   if (layout) {
     while (layout.groups > 1 && divide_up(a.rows, layout.groups) < device.multiprocessors) layout.groups /= 2;
-    const int64_t blocks = programs(call, layout.groups, device.multiprocessors / layout.cluster, sums.sorted());
-    a.cluster = layout.cluster;
+    a.cluster = l.cluster = layout.cluster;
     a.stages = layout.stages;
-    sums.prepare(blocks, blocks * layout.groups, a.deal, a.lines);
-    Launch l = call.launch("norm_backward", {blocks * layout.cluster}, 32 * layout.warps, layout.groups);
-    l.cluster = layout.cluster;
+    l.threads_y = layout.groups;
     l.shared = kGroupBytes + norm_backward_shared(layout, type, a.arrays);
-    call.dispatch([&](auto t) { run_norm_backward<decltype(t)>(l, layout.n, a.mean != nullptr, kind, a); });
+    if (layout.cluster > 1) {  // a cluster lies within one part of a GPU: fewer fit than there are multiprocessors for
+      int clusters = 0;
+      l.clusters = &clusters;
+      run();
+      l.clusters = nullptr;
+      most = std::min<int64_t>(most / layout.cluster, clusters);
+      if (most == 0) layout = {};
+    }
+  }
+  if (layout) {
+    const int64_t blocks = programs(call, layout.groups, most, sums.sorted());
+    sums.prepare(blocks, blocks * layout.groups, a.deal, a.lines);
+    l.grid.x = blocks * layout.cluster;
+    run();
     return;
   }
   const Tensor averages = call.make_floats({2, a.rows});
@@ -87,9 +113,9 @@ void norm_backward(const Call& call, NormBackward a, ColumnSums& sums) {
   row.edit = a.edit, row.weight = a.weight, row.weight_offset = a.weight_offset;
   row.mean = a.mean, row.rstd = a.rstd;
   row.averages = static_cast<float*>(averages.mutable_data_ptr());
-  Launch l = call.launch("row_averages", {a.rows}, wide_threads(a.d, type));
-  l.shared = kGroupBytes;
-  call.dispatch([&](auto t) { run_row_averages<decltype(t)>(l, row); });
+  Launch first = call.launch("row_averages", {a.rows}, wide_threads(a.d, type));
+  first.shared = kGroupBytes;
+  call.dispatch([&](auto t) { run_row_averages<decltype(t)>(first, row); });
   SlabBackward slab = {};
   slab.edit_last = a.edit_last;
   slab.dy = a.dy, slab.dz = a.dz, slab.z = a.z, slab.x = a.x, slab.residual = a.residual;
@@ -114,14 +140,15 @@ Tensor edit_forward(Tensor x, OptionalTensor residual, OptionalTensor scale, Opt
   a.rows = call.shape.rows, a.d = call.shape.d, a.aligned = call.aligned;
   a.lanes = slab_lanes(a.d, call.shape.type);
   a.x = xs.rows, a.residual = residuals.rows;
-  a.edit = edit_of(scales, biases, ids, edits, dropout_of(call, seed, dropout_p));
+  a.edit = edit_of(call, scales, biases, ids, edits, dropout_of(call, seed, dropout_p));
   a.z = data_of(z);
   constexpr int kThreads = 256, kRows = 4;  // see edit.cuh
   const Launch l = call.launch("edit_forward",
                                {divide_up(a.rows, kThreads / a.lanes * kRows),
                                 divide_up(a.d, a.lanes * vector_size(call.shape.type))},
                                kThreads);
-  call.dispatch([&](auto type) { run_edit_forward<decltype(type)>(l, a); });
+  const bool plain = usual_edit(a.edit) && a.edit.bias.data != nullptr && a.edit.bias.wide;
+  call.dispatch([&](auto type) { run_edit_forward<decltype(type)>(l, plain, a); });
   return z;
 }
 
@@ -140,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> edit_backward(Tensor dz, OptionalTensor x, Op
   if (call.shape.rows > 0) {
     SlabBackward a = {};
     a.dy = dzs.rows, a.x = xs.rows;
-    a.edit = edit_of(scales, none, ids, n_edits, dropout_of(call, seed, dropout_p));
+    a.edit = edit_of(call, scales, none, ids, n_edits, dropout_of(call, seed, dropout_p));
     a.dx = data_of(dx, needed(needs, 0));
     slab_backward(call, a, sums);
   }
@@ -162,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edit_norm_forward(
   Tensor mean = centered ? call.make_statistic() : Tensor(), rstd = call.make_statistic();
   NormForward a = {};
   a.x = xs.rows, a.residual = residuals.rows;
-  a.edit = edit_of(scales, biases, ids, edits, dropout_of(call, seed, dropout_p));
+  a.edit = edit_of(call, scales, biases, ids, edits, dropout_of(call, seed, dropout_p));
   a.weight = weights.vectors, a.norm_bias = norm_biases.vectors;
   a.weight_offset = static_cast<float>(weight_offset), a.eps = static_cast<float>(eps);
   a.y = data_of(y), a.z = data_of(z, keep_z);
@@ -197,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edit_norm_backward(
   if (call.shape.rows > 0) {
     NormBackward a = {};
     a.dy = dys.rows, a.dz = dzs.rows, a.z = zs.rows, a.x = xs.rows, a.residual = residuals.rows;
-    a.edit = edit_of(scales, biases, ids, n_edits, dropout_of(call, seed, dropout_p));
+    a.edit = edit_of(call, scales, biases, ids, n_edits, dropout_of(call, seed, dropout_p));
     a.weight = weights.vectors, a.weight_offset = static_cast<float>(weight_offset);
     a.mean = statistic(call, mean, "mean"), a.rstd = statistic(call, rstd, "rstd");
     a.dx = data_of(dx, need_dx), a.dresidual = data_of(dresidual, need_dresidual);
@@ -222,7 +249,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_edit_forward(Tensor x, OptionalTensor we
   NormForward a = {};
   a.edit_last = true;
   a.x = xs.rows;
-  a.edit = edit_of(scales, biases, ids, edits, {});
+  a.edit = edit_of(call, scales, biases, ids, edits, {});
   a.weight = weights.vectors, a.norm_bias = norm_biases.vectors;
   a.weight_offset = static_cast<float>(weight_offset), a.eps = static_cast<float>(eps);
   a.y = data_of(y);
@@ -246,7 +273,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_edit_backward(
     NormBackward a = {};
     a.edit_last = true;
     a.dy = dys.rows, a.z = xs.rows;
-    a.edit = edit_of(scales, none, ids, n_edits, {});
+    a.edit = edit_of(call, scales, none, ids, n_edits, {});
     a.weight = weights.vectors, a.norm_bias = norm_biases.vectors, a.weight_offset = static_cast<float>(weight_offset);
     a.mean = statistic(call, mean, "mean"), a.rstd = statistic(call, rstd, "rstd");
     a.dx = data_of(dx, need_dx);

@@ -38,7 +38,8 @@ constexpr int most_warps(BackwardKind kind) { return kind == kPlain ? 16 : 8; } 
 // The numbers of vectors that kernels are compiled for.
 constexpr int kForwardVectors[] = {1, 2, 3, 4, 6, 8};
 constexpr int kBackwardVectors[] = {1, 2, 3, 4, 6, 8};
-constexpr int kMostCluster = 8;        // what every device with clusters can do
+constexpr int kMostCluster = 8;  // what every device with clusters can do
+constexpr int64_t kOnTheWay = 48 << 10;  // bytes ahead of a backward's arithmetic that are enough for a multiprocessor
 
 constexpr int vector_size(Type type) { return type == kFloat32 ? 4 : 8; }
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -64,7 +65,7 @@ inline RowLayout norm_forward_layout(int64_t d, Type type, const Device& device)
   return {};
 }
 
-// Backward: two rows ahead at least, three where shared memory holds them. Of the layouts that leave about as few lanes idle,
+// Backward: as many rows ahead as hide memory's latency, where shared memory holds them, but one at least. Of the layouts that leave about as few lanes idle,
 // one with a warp for each row, as its warps never wait for each other; but many warps in any case, and in many groups, so
 // that some compute while others wait.
 inline RowLayout norm_backward_layout(int64_t d, Type type, const Device& device, BackwardKind kind, int arrays) {
@@ -92,7 +93,9 @@ inline RowLayout norm_backward_layout(int64_t d, Type type, const Device& device
       layout.cluster = cluster;
       const int64_t bytes = static_cast<int64_t>(n) * layout.warps * 32 * 16 * arrays;  // of one row ahead
       for (layout.groups = cluster > 1 ? 1 : most / layout.warps; layout.groups > 0; --layout.groups) {
-        layout.stages = static_cast<int>(std::min<int64_t>(3, (device.shared - 4096) / (bytes * layout.groups)));
+        const int64_t rows = bytes * layout.groups;
+        const int wanted = 2 * rows < kOnTheWay ? 4 : 3;
+        layout.stages = static_cast<int>(std::min<int64_t>(wanted, (device.shared - 4096) / rows));
         if (layout.stages >= 2) break;
       }
       if (layout.stages >= 2 && rank(layout) > rank(best)) best = layout;
@@ -119,7 +122,7 @@ inline int slab_lanes(int64_t d, Type type) {
 }
 
 inline int wide_threads(int64_t d, Type type) {
-  return static_cast<int>(std::min<int64_t>(512, divide_up(divide_up(d, vector_size(type)), 32) * 32));
+  return static_cast<int>(std::min<int64_t>(256, divide_up(divide_up(d, vector_size(type)), 32) * 32));
 }
 
 }  // namespace cuda

@@ -6,7 +6,7 @@
 namespace red {
 namespace cuda {
 
-// The rows of a worker, one after the other. Copies of it may run ahead. MAYBE_SORTED: they may be in the order of a Deal.
+// The rows of a worker, one after the other. MAYBE_SORTED: they may be in the order of a Deal.
 template <bool MAYBE_SORTED>
 struct Places {
   RED_DEVICE Places(const Deal& deal, int64_t rows, int64_t worker, int64_t workers)
@@ -21,8 +21,12 @@ struct Places {
       step = 1;
     }
   }
-  RED_DEVICE bool more() const { return place < end; }
-  RED_DEVICE int64_t row() const { return MAYBE_SORTED && order_ != nullptr ? order_[place] : place; }
+  // Whether there is a row, `ahead` of the present one, and which.
+  RED_DEVICE bool more(int ahead = 0) const { return place + ahead * step < end; }
+  RED_DEVICE int64_t row(int ahead = 0) const {
+    const int64_t at = place + ahead * step;
+    return MAYBE_SORTED && order_ != nullptr ? order_[at] : at;
+  }
   RED_DEVICE void advance() { place += step; }
 
   int64_t place, end, step;

@@ -8,56 +8,65 @@ namespace cuda {
 
 constexpr int kSumColumns = 32, kSumLines = 16;  // blockDim
 
-// The thread's part of a block's sum, added up over the lines in order; in the threads of the first line.
+// The sum over a block's lines of what its threads have, in pairs; in the threads of the first line.
 RED_DEVICE float add_up(float part) {
-  float* shared = reinterpret_cast<float*>(shared_memory());
-  shared[threadIdx.y * kSumColumns + threadIdx.x] = part;
-  block_barrier();
-  float total = 0.0f;
-  if (threadIdx.y == 0)
-    for (int i = 0; i < kSumLines; ++i) total += shared[i * kSumColumns + threadIdx.x];
-  return total;
+  float* shared = reinterpret_cast<float*>(shared_memory()) + threadIdx.y * kSumColumns + threadIdx.x;
+  *shared = part;
+  for (int half = kSumLines / 2; half > 0; half /= 2) {
+    block_barrier();
+    if (threadIdx.y < half) *shared += shared[half * kSumColumns];
+  }
+  return *shared;
 }
 
 // Grid: (pieces of the columns, sums).
 RED_KERNEL(kSumColumns * kSumLines, 1) add_lines(RED_ARGUMENT AddLines a) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kSumColumns + threadIdx.x;
   const float* lines = a.lines[blockIdx.y];
-  float part = 0.0f;
+  constexpr int kParts = 4;  // on their way at once
+  float parts[kParts] = {};
   if (column < a.d)
-    RED_UNROLL4 for (int64_t line = threadIdx.y; line < a.count; line += kSumLines) part += lines[line * a.d + column];
-  const float total = add_up(part);
+    for (int64_t line = threadIdx.y; line < a.count; line += kParts * kSumLines)
+      RED_UNROLL for (int i = 0; i < kParts; ++i)
+        if (line + i * kSumLines < a.count) parts[i] += lines[(line + i * kSumLines) * a.d + column];
+  const float total = add_up((parts[0] + parts[1]) + (parts[2] + parts[3]));
   if (threadIdx.y == 0 && column < a.d) a.out[blockIdx.y][column] = total;
 }
 
-// The first place of the sorted ids whose id is not below `id`.
-RED_DEVICE int64_t lower_bound(const int64_t* sorted, int64_t rows, int64_t id) {
-  int64_t low = 0, high = rows;
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (sorted[middle] < id)
-      low = middle + 1;
-    else
-      high = middle;
+// The first places of the sorted ids whose id is not below `id`, and not below the next: where its rows begin and end.
+RED_DEVICE void find_rows(const int64_t* sorted, int64_t rows, int64_t id, int64_t (&places)[2]) {
+  int64_t low[2] = {0, 0}, high[2] = {rows, rows};
+  while (low[0] < high[0] || low[1] < high[1]) {  // both searches at once: a step is a wait for memory
+    RED_UNROLL for (int i = 0; i < 2; ++i) {
+      if (low[i] >= high[i]) continue;
+      const int64_t middle = low[i] + (high[i] - low[i]) / 2;
+      if (sorted[middle] < id + i)
+        low[i] = middle + 1;
+      else
+        high[i] = middle;
+    }
   }
-  return low;
+  places[0] = low[0];
+  places[1] = low[1];
 }
 
 // Grid: (edits, pieces of the columns, sums). An edit has its own line, or those that its workers share; see Deal.
 RED_KERNEL(kSumColumns * kSumLines, 1) add_edits(RED_ARGUMENT AddLines a) {
   const int64_t id = blockIdx.x, column = static_cast<int64_t>(blockIdx.y) * kSumColumns + threadIdx.x;
   const float* lines = a.lines[blockIdx.z];
-  const int64_t begin = lower_bound(a.deal.sorted, a.rows, id), end = lower_bound(a.deal.sorted, a.rows, id + 1);
+  int64_t places[2];
+  find_rows(a.deal.sorted, a.rows, id, places);
+  const int64_t begin = places[0], end = places[1], length = a.deal.length;
   float part = 0.0f;
-  bool shared = false;
-  if (end > begin) {
-    const int64_t last = 2 * ((end - 1) / a.deal.length) + 2;
-    for (int64_t line = 2 * (begin / a.deal.length); line < last; ++line) {
-      if (a.deal.owners[line] != id) continue;
-      shared = true;  // in all threads alike
-      if (line % kSumLines == threadIdx.y && column < a.d) part += lines[(a.edits + line) * a.d + column];
+  if (end > begin && column < a.d) {
+    const int64_t first = begin / length, last = (end - 1) / length;  // workers
+    const int64_t stretch_end = (first + 1) * length < a.rows ? (first + 1) * length : a.rows;
+    if (first == last && begin > first * length && end < stretch_end) {
+      if (threadIdx.y == 0) part = lines[id * a.d + column];
+    } else {
+      for (int64_t line = 2 * first + threadIdx.y; line < 2 * last + 2; line += kSumLines)
+        if (a.deal.owners[line] == id) part += lines[(a.edits + line) * a.d + column];
     }
-    if (!shared && threadIdx.y == 0 && column < a.d) part = lines[id * a.d + column];
   }
   const float total = add_up(part);
   if (threadIdx.y == 0 && column < a.d) a.out[blockIdx.z][id * a.d + column] = total;

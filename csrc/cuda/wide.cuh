@@ -11,7 +11,7 @@
 namespace red {
 namespace cuda {
 
-constexpr int kWideThreads = 512;
+constexpr int kWideThreads = 256;
 
 template <class T>
 struct Piece {
@@ -22,10 +22,11 @@ struct Piece {
 };
 
 template <class T>
-RED_KERNEL(kWideThreads, 2) wide_forward(RED_ARGUMENT NormForward a) {
+RED_KERNEL(kWideThreads, 3) wide_forward(RED_ARGUMENT NormForward a) {
   constexpr int kSize = kVector<T>;
-  Group group(1, reinterpret_cast<float*>(shared_memory()));
-  const int64_t row = blockIdx.x, id = edit_id(a.edit, row), seed = dropout_seed(a.edit);
+  Group<1> group(1, reinterpret_cast<float*>(shared_memory()));
+  const int64_t row = blockIdx.x, seed = dropout_seed(a.edit);
+  const RowEdit own(a.edit, edit_id(a.edit, row));
   const int64_t first = static_cast<int64_t>(group.thread) * kSize, step = static_cast<int64_t>(group.threads) * kSize;
   const bool centered = a.mean != nullptr;
 
@@ -36,7 +37,7 @@ RED_KERNEL(kWideThreads, 2) wide_forward(RED_ARGUMENT NormForward a) {
     if (kept || a.edit_last) return unpack<T>(x, v);
     Raw r{};
     if (a.residual) r = load_raw(row_of<T>(a.residual, row), p.column, p.count, p.whole);
-    edited<T>(a.edit, id, seed, row, p.column, p.count, p.whole, x, r, bool(a.residual), v);
+    edited<T>(a.edit, own, seed, row, p.column, p.count, p.whole, x, r, bool(a.residual), v);
   };
 
   float s[1] = {0.0f};
@@ -83,19 +84,19 @@ RED_KERNEL(kWideThreads, 2) wide_forward(RED_ARGUMENT NormForward a) {
     float v[kSize], w[kSize], b[kSize];
     input(p, a.z != nullptr, v);
     load_weight<T>(a.weight, a.weight_offset, p.column, p.count, p.whole, w);
-    fill<T>(b, -0.0f);
-    if (a.norm_bias.data != nullptr) load_vector<T>(a.norm_bias, 0, p.column, p.count, p.whole, b);
+    load_norm_bias<T>(a.norm_bias, p.column, p.count, p.whole, b);
     RED_UNROLL for (int i = 0; i < kSize; ++i) v[i] = affine((v[i] - mean) * rstd, w[i], b[i]);
-    if (a.edit_last) apply_edit<T>(a.edit, id, seed, row, p.column, p.count, p.whole, v);
+    if (a.edit_last) apply_edit<T>(a.edit, own, seed, row, p.column, p.count, p.whole, v);
     store_raw<T>(a.y, row, a.d, p.column, p.count, p.whole, pack<T>(v));
   }
 }
 
 template <class T>
-RED_KERNEL(kWideThreads, 1) row_averages(RED_ARGUMENT RowAverages a) {
+RED_KERNEL(kWideThreads, 2) row_averages(RED_ARGUMENT RowAverages a) {
   constexpr int kSize = kVector<T>;
-  Group group(1, reinterpret_cast<float*>(shared_memory()));
-  const int64_t row = blockIdx.x, id = edit_id(a.edit, row), seed = dropout_seed(a.edit);
+  Group<1> group(1, reinterpret_cast<float*>(shared_memory()));
+  const int64_t row = blockIdx.x, seed = dropout_seed(a.edit);
+  const RowEdit own(a.edit, edit_id(a.edit, row));
   const int64_t step = static_cast<int64_t>(group.threads) * kSize;
   const float rstd = a.rstd[row], mean = a.mean != nullptr ? a.mean[row] : 0.0f;
   float s[2] = {0.0f, 0.0f};
@@ -109,14 +110,10 @@ RED_KERNEL(kWideThreads, 1) row_averages(RED_ARGUMENT RowAverages a) {
       const Raw x = load_raw(row_of<T>(a.x, row), p.column, p.count, p.whole);
       Raw r{};
       if (a.residual) r = load_raw(row_of<T>(a.residual, row), p.column, p.count, p.whole);
-      edited<T>(a.edit, id, seed, row, p.column, p.count, p.whole, x, r, bool(a.residual), v);
+      edited<T>(a.edit, own, seed, row, p.column, p.count, p.whole, x, r, bool(a.residual), v);
     }
     load_weight<T>(a.weight, a.weight_offset, p.column, p.count, p.whole, w);
-    if (a.edit_last && a.edit.scale.data != nullptr) {
-      float u[kSize];
-      load_edit<T>(a.edit.scale, a.edit, id, p.column, p.count, p.whole, u);
-      RED_UNROLL for (int i = 0; i < kSize; ++i) g[i] = product(g[i], u[i]);
-    }
+    if (a.edit_last) apply_scale<T>(a.edit, own, p.column, p.count, p.whole, g);
     RED_UNROLL for (int i = 0; i < kSize; ++i) {
       const float weighted = i < p.count ? product(g[i], w[i]) : 0.0f;
       s[0] += weighted * ((v[i] - mean) * rstd);

@@ -3,8 +3,8 @@
 #define RED_TARGET cuda
 #include <cstdio>
 
-#include "../ops.h"
-#include "../schemas.h"
+#include "ops.h"
+#include "schemas.h"
 
 #if defined(RED_EMULATED)
 #define RED_ARCHITECTURES "emulated"
