@@ -24,7 +24,7 @@ help:
 	@echo "make test      format, lint and type checks, the build (of the CUDA kernels too where there is nvcc), all tests"
 	@echo "make bench     the benchmark of the CPU kernels (about 4 minutes)"
 	@echo "make lint      the checks alone;  make format  mends what can be mended"
-	@echo "make test-nightly  all cases of the Triton kernels, in its interpreter and compiled for GPUs (hours)"
+	@echo "make test-nightly  all cases of the GPU kernels, emulated, interpreted and compiled (hours)"
 	@echo "make test-gpu  the tests of the operations on a machine with a GPU"
 	@echo "make memcheck, racecheck, initcheck  the CUDA kernels under compute-sanitizer, on a machine with a GPU"
 	@echo "make clean     remove what was built, and .venv"
@@ -74,7 +74,8 @@ test: lint $(OLDEST)/done $(EMULATOR) say-cuda
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_ahead_of_time.py -k oldest
 	@$(MAKE) --no-print-directory say-cuda
 
-test-nightly: lint $(OLDEST)/done
+test-nightly: lint $(OLDEST)/done $(EMULATOR)
+	RED_KERNELS_TEST_ALL=1 $(EMULATED) $(BIN)/python -m pytest -n 2
 	RED_KERNELS_TEST_ALL=1 $(BIN)/python -m pytest tests/test_ahead_of_time.py
 	RED_KERNELS_TEST_ALL=1 $(INTERPRETED) $(BIN)/python -m pytest -n 2
 	PYTHONPATH=$(OLDEST) RED_KERNELS_TEST_ALL=1 $(INTERPRETED) $(BIN)/python -m pytest -n 2

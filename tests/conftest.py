@@ -6,7 +6,8 @@ With RED_KERNELS_TEST_ON (see ``op_cases.py``) only tests of implementations run
 Triton's interpreter needs a millisecond and more for each program of a kernel. There a test with several parameters
 runs on as few of its cases as have every pair of values of two parameters (every operation with every dtype, every
 shape with every operation, ...), without those marked ``nightly``. ``make test-nightly`` runs all but those marked
-``not_interpreted``. The emulator of the CUDA kernels is quicker: all cases run there, but those so marked.
+``not_interpreted``.
+The emulator of the CUDA kernels is quicker: all cases run there, but of tests marked ``pairs`` the same few.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ settings.load_profile("fixed")
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "implementations: the test goes through the implementations by itself")
     config.addinivalue_line("markers", "not_interpreted: large only for what other implementations do with much memory")
+    config.addinivalue_line("markers", "pairs: in the emulator of the CUDA kernels only cases with a new pair of values")
     config.addinivalue_line("markers", "nightly: too slow in Triton's interpreter for a run of each change")
 
 
@@ -45,6 +47,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = [item for item in kept if item.get_closest_marker("not_interpreted") is None or not _emulated(item)]
     if INTERPRETED and not TEST_ALL:
         kept = _pairs(item for item in kept if item.get_closest_marker("nightly") is None)
+    if EMULATED and not TEST_ALL:
+        pairs = set(_pairs(item for item in kept if item.get_closest_marker("pairs") is not None))
+        kept = [item for item in kept if item in pairs or item.get_closest_marker("pairs") is None]
     left = set(kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in left])
     items[:] = kept

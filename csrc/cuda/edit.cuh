@@ -11,7 +11,7 @@ namespace red {
 namespace cuda {
 
 constexpr int kSlabThreads = 256;
-constexpr int kEditRows = 4, kNormSlabRows = 2;  // rows of a thread that are on their way at once
+constexpr int kEditRows = 4, kSlabRows = 3, kNormSlabRows = 2;  // rows of a thread that are on their way at once
 
 template <class T>
 struct Slab {
@@ -212,7 +212,7 @@ void run_slab_backward(const Launch& l, bool norm, const SlabBackward& a) {
   if (norm)
     start<SlabBackward, slab_backward<T, true, kNormSlabRows>>(l, a);
   else
-    start<SlabBackward, slab_backward<T, false, kEditRows>>(l, a);
+    start<SlabBackward, slab_backward<T, false, kSlabRows>>(l, a);
 }
 
 }  // namespace cuda
