@@ -33,7 +33,9 @@ settings.load_profile("fixed")
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "implementations: the test goes through the implementations by itself")
     config.addinivalue_line("markers", "not_interpreted: large only for what other implementations do with much memory")
-    config.addinivalue_line("markers", "pairs: in the emulator of the CUDA kernels only cases with a new pair of values")
+    config.addinivalue_line(
+        "markers", "pairs: in the emulator of the CUDA kernels only cases with a new pair of values"
+    )
     config.addinivalue_line("markers", "nightly: too slow in Triton's interpreter for a run of each change")
 
 

@@ -85,6 +85,7 @@ def built_for(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
         monkeypatch.setattr(cuda, "_architectures", text)
         monkeypatch.setattr(cuda, "_codes", cuda.parse_architectures(text))
+        monkeypatch.setattr(cuda, "_dll", SimpleNamespace(red_kernels_cuda_check=lambda *arguments: 1))
         for kept in ("_unusable", "_capabilities"):
             monkeypatch.setattr(cuda, kept, {})
         return asked
@@ -108,6 +109,21 @@ def test_a_device_that_the_library_was_not_built_for(built_for: Any) -> None:
                            "sm_80 compute_80; remedy: rk.backend('triton')")  # fmt: skip
     built_for("sm_80 compute_80", H200)
     assert cuda.unusable(0) is None
+
+
+def test_a_driver_that_does_not_load_the_kernels(built_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library is asked, and what it says is the reason."""
+    built_for("sm_90", H200)
+
+    def check(device: int, text: Any, size: Any) -> int:
+        text.value = b"the driver is older than cudart"
+        return 0
+
+    monkeypatch.setattr(cuda, "_dll", SimpleNamespace(red_kernels_cuda_check=check))
+    reason = cuda.unusable(1)
+    assert reason == (
+        "the kernels do not load (the driver is older than cudart); remedy: a newer driver, or rk.backend('triton')"
+    )
 
 
 def test_every_row_of_the_table_is_taken() -> None:

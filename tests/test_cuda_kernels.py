@@ -232,7 +232,12 @@ DEALT: dict[str, tuple[int, Tensor]] = {
 @pytest.mark.parametrize("d", [24, 70, 520, 8448])
 @pytest.mark.parametrize(
     ("operation", "kind"),
-    [("edit", ""), ("edit_add_layer_norm", "with edit_ids"), ("edit_add_layer_norm", "full"), ("rms_norm_edit", "with edit_ids")],
+    [
+        ("edit", ""),
+        ("edit_add_layer_norm", "with edit_ids"),
+        ("edit_add_layer_norm", "full"),
+        ("rms_norm_edit", "with edit_ids"),
+    ],
 )
 def test_edits_dealt_to_rows(operation: str, kind: str, d: int, dealt: str) -> None:
     edits, ids = DEALT[dealt]

@@ -29,7 +29,11 @@ Device read(int index) {
   device.shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   // A device that runs kernels made for an older one, from their PTX, has clusters, but these kernels do not.
   cudaFuncAttributes loaded = {};
-  const cudaError_t status = cudaFuncGetAttributes(&loaded, probe);
+  int current = index;
+  cudaError_t status = cudaGetDevice(&current);
+  if (status == cudaSuccess && current != index) status = cudaSetDevice(index);
+  if (status == cudaSuccess) status = cudaFuncGetAttributes(&loaded, probe);
+  if (current != index) cudaSetDevice(current);
   if (status != cudaSuccess)
     throw std::runtime_error("red_kernels: the CUDA kernels do not load on device " + std::to_string(index) +
                              " (compute capability " + std::to_string(device.capability / 10) + "." +

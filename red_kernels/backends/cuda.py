@@ -104,9 +104,22 @@ def unusable(device: int) -> str | None:
             f"its compute capability is {found[0]}.{found[1]}, expected {_OLDEST[0]}.{_OLDEST[1]} or later and one "
             f"that the library was built for, {_architectures}; remedy: {remedy}"
         )
+    elif not torch.compiler.is_compiling():
+        reason = _does_not_load(device)
     if not torch.compiler.is_compiling():
         _unusable[device] = reason
     return reason
+
+
+def _does_not_load(device: int) -> str | None:
+    """Why the driver does not load the kernels on a GPU, or None."""
+    if _dll is None:
+        return _error
+    try:
+        compiled.ask(_dll.red_kernels_cuda_check, device)
+    except (AttributeError, RuntimeError) as error:
+        return f"the kernels do not load ({error}); remedy: a newer driver, or rk.backend('triton')"
+    return None
 
 
 def capability(device: int) -> tuple[int, int]:
