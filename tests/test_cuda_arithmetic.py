@@ -36,6 +36,7 @@ void row_moments(float first, float lost, float squares, float d, float* to) {
 }
 float root(float v) { return reciprocal_root(v); }
 float times(float a, float b) { return product(a, b); }
+float fused(float a, float b, float c) { return multiply_add(a, b, c); }
 float line(float n, float w, float b) { return affine(n, w, b); }
 float gradient(float n, float g, float r, float c1, float c2) { return norm_gradient(n, g, r, c1, c2); }
 void backward(const float* dy, const float* z, const float* w, float mean, float rstd, int centered, int d, float* to) {
@@ -63,7 +64,14 @@ def arithmetic(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     assert done.returncode == 0, done.stderr
     dll = ctypes.CDLL(str(folder / "arithmetic.so"))
     f, u = ctypes.c_float, ctypes.c_uint32
-    for name, types in {"root": [f], "times": [f, f], "line": [f] * 3, "gradient": [f] * 5, "kept": [u, u, f]}.items():
+    for name, types in {
+        "root": [f],
+        "times": [f, f],
+        "fused": [f] * 3,
+        "line": [f] * 3,
+        "gradient": [f] * 5,
+        "kept": [u, u, f],
+    }.items():
         getattr(dll, name).argtypes, getattr(dll, name).restype = types, f
     dll.words.argtypes = [ctypes.c_int64, ctypes.c_int64, u, ctypes.POINTER(u)]
     dll.row_moments.argtypes = [f] * 4 + [ctypes.POINTER(f)]
@@ -131,6 +139,12 @@ def test_reciprocal_root(arithmetic: ctypes.CDLL) -> None:
 def test_products_are_rounded_by_themselves(arithmetic: ctypes.CDLL) -> None:
     a, b = torch.randn(500), torch.randn(500)
     assert torch.equal(_apply(arithmetic.times, a, b), (a * b).double())
+
+
+def test_multiply_add_rounds_once(arithmetic: ctypes.CDLL) -> None:
+    a, b, c = torch.randn(3, 500)
+    exact = a.double() * b.double() + c.double()  # the product is exact in fp64, the sum nearly
+    assert torch.equal(_apply(arithmetic.fused, a, b, c), exact.float().double())
 
 
 def test_affine(arithmetic: ctypes.CDLL) -> None:

@@ -1,19 +1,18 @@
 // The backward of norms with an edit before or behind them, in one pass. Only for aligned rows; wide.cuh takes the others.
 //
 // A persistent grid: each group of threads takes one row after the other and keeps the column sums of its columns in
-// registers. All that a row needs (dy, dz, z, x, residual) is copied to shared memory together, `stages` rows ahead, by the
-// very threads that will read it, so that only the sums over a row make threads wait for each other. N vectors of 16 bytes
-// for each thread. What kinds there are of it, and what each can do: see BackwardKind in rules.h.
+// registers. All that a row needs (dy, dz, z, x, residual) is copied to shared memory together, one row fewer ahead of the
+// arithmetic than there are stages, by the very threads that will read it, so that only the sums over a row make threads wait
+// for each other. N vectors of 16 bytes for each thread. What kinds there are of it, and what each can do: see BackwardKind
+// in rules.h.
 #pragma once
 
-#include "kernels.h"
 #include "group.h"
+#include "kernels.h"
 #include "sorted.h"
 
 namespace red {
 namespace cuda {
-
-constexpr int kMostStages = 4;
 
 // Where the vectors of a thread lie in shared memory: [stage][array][k][thread of the block].
 struct Stages {
@@ -37,6 +36,7 @@ struct Stages {
   SharedAddress address_;
 };
 
+// Waits for all groups of copies but the last 0 to 3.
 RED_DEVICE void wait_all_but(int groups) {
   if (groups <= 0)
     wait_copies<0>();
@@ -62,6 +62,7 @@ RED_DEVICE void fetch(const NormBackward& a, const Columns<T>& column, int d, co
   }
 }
 
+// The column sums of a thread: kSums for each of its columns.
 template <class T, int N, int kSums>
 struct RowSums {
   RED_DEVICE void clear(int sums) {

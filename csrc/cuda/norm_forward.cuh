@@ -7,8 +7,8 @@
 // Grid: (rows / groups of a block, or rows * blocks of a cluster). N vectors of 16 bytes for each thread.
 #pragma once
 
-#include "kernels.h"
 #include "group.h"
+#include "kernels.h"
 
 namespace red {
 namespace cuda {

@@ -28,8 +28,8 @@ struct RowLayout {
 
 // The kinds of norm_backward. Each costs more registers than the one before.
 enum BackwardKind {
-  kPlain,    // an edit before the norm, the same for all rows; the gradients of its two vectors
-  kOptions,  // also dropout, edit_ids, and z made again
+  kPlain,    // an edit before the norm, the same for all rows, and its gradients; the usual vectors (usual_edit)
+  kOptions,  // also any vectors, dropout, edit_ids, and z made again
   kFull      // also the gradients of the norm's own vectors, and an edit behind the norm
 };
 constexpr int most_elements(BackwardKind kind) { return kind == kFull ? 16 : 32; }  // of a thread
@@ -38,7 +38,7 @@ constexpr int most_warps(BackwardKind kind) { return kind == kPlain ? 16 : 8; } 
 // The numbers of vectors that kernels are compiled for.
 constexpr int kForwardVectors[] = {1, 2, 3, 4, 6, 8};
 constexpr int kBackwardVectors[] = {1, 2, 3, 4, 6, 8};
-constexpr int kMostCluster = 8;  // what every device with clusters can do
+constexpr int kMostCluster = 8;          // what every device with clusters can do
 constexpr int64_t kOnTheWay = 48 << 10;  // bytes ahead of a backward's arithmetic that are enough for a multiprocessor
 
 constexpr int vector_size(Type type) { return type == kFloat32 ? 4 : 8; }

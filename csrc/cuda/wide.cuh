@@ -5,8 +5,8 @@
 // slab_backward in edit.cuh. 8 passes over an activation rather than 6.
 #pragma once
 
-#include "kernels.h"
 #include "group.h"
+#include "kernels.h"
 
 namespace red {
 namespace cuda {

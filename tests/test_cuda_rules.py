@@ -1,0 +1,138 @@
+"""csrc/cuda/rules.h, compiled by the host: every layout holds its row, fits its device, and each n is in use."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from build_tools import ROOT
+
+COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+if COMPILER is None:
+    pytest.skip("no C++ compiler here: neither g++, c++ nor clang++ is on PATH", allow_module_level=True)
+
+SOURCE = """
+#include "csrc/cuda/rules.h"
+using namespace red;
+using namespace red::cuda;
+static Device device(int capability, int shared) { return {0, capability, 108, shared, capability >= 90}; }
+static void write(const RowLayout& l, int* to) {
+  to[0] = l.n, to[1] = l.warps, to[2] = l.groups, to[3] = l.cluster, to[4] = l.stages;
+}
+extern "C" {
+void forward(long d, int type, int capability, int shared, int* to) {
+  write(norm_forward_layout(d, static_cast<Type>(type), device(capability, shared)), to);
+}
+long backward(long d, int type, int capability, int shared, int kind, int arrays, int* to) {
+  const auto l = norm_backward_layout(d, static_cast<Type>(type), device(capability, shared),
+                                      static_cast<BackwardKind>(kind), arrays);
+  write(l, to);
+  return l ? norm_backward_shared(l, static_cast<Type>(type), arrays) : 0;
+}
+int lanes(long d, int type) { return slab_lanes(d, static_cast<Type>(type)); }
+int threads(long d, int type) { return wide_threads(d, static_cast<Type>(type)); }
+}
+"""
+VECTOR = {0: 4, 1: 8}  # elements of 16 bytes in fp32, and in bf16 and fp16
+DEVICES = [(80, 163 << 10), (86, 99 << 10), (90, 227 << 10), (100, 227 << 10)]
+KINDS = {0: (32, 16), 1: (32, 8), 2: (16, 8)}  # plain, options, full: elements of a thread and warps of a block at most
+WIDTHS = [*range(8, 4096, 8), *range(4096, 70_000, 136), 5120, 8192, 11008, 14336, 16384, 32768, 65536]
+
+
+class Layout(NamedTuple):
+    n: int
+    warps: int
+    groups: int
+    cluster: int
+    stages: int
+
+
+@pytest.fixture(scope="module")
+def rules(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder: Path = tmp_path_factory.mktemp("rules")
+    (folder / "rules.cpp").write_text(SOURCE)
+    command = [COMPILER, "-std=c++17", "-O2", "-shared", "-fPIC", f"-I{ROOT}", "-o", "rules.so", "rules.cpp"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    dll = ctypes.CDLL(str(folder / "rules.so"))
+    dll.backward.restype = ctypes.c_long
+    return dll
+
+
+def _layout(function: object, *arguments: int) -> tuple[Layout | None, int]:
+    to = (ctypes.c_int * 5)()
+    shared = function(ctypes.c_long(arguments[0]), *arguments[1:], to)  # type: ignore[operator]
+    return (Layout(*to) if to[0] else None), shared
+
+
+def holds(layout: Layout, d: int, size: int) -> bool:
+    """Whether the row fits, and half of the blocks of its cluster would not do."""
+    block = layout.n * layout.warps * 32 * size
+    return d <= layout.cluster * block and (layout.cluster == 1 or d > layout.cluster // 2 * block // 2)
+
+
+@pytest.mark.parametrize(("capability", "shared"), DEVICES)
+@pytest.mark.parametrize("dtype", VECTOR)
+def test_forward(rules: ctypes.CDLL, dtype: int, capability: int, shared: int) -> None:
+    seen, size = set(), VECTOR[dtype]
+    for d in WIDTHS:
+        layout, _ = _layout(rules.forward, d, dtype, capability, shared)
+        if layout is None:
+            assert d > 8 * 8 * 32 * size * (8 if capability >= 90 else 1)
+            continue
+        seen.add(layout.n)
+        assert holds(layout, d, size), (d, layout)
+        assert layout.warps * layout.groups <= 8
+        assert layout.cluster == 1 or (capability >= 90 and layout.groups == 1)
+        assert layout.warps == 1 or layout.groups <= 2  # the kernel has two barriers: kForwardGroups
+    assert seen == {1, 2, 3, 4, 6, 8}
+
+
+@pytest.mark.parametrize("arrays", [2, 4, 5])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("capability", "shared"), DEVICES)
+@pytest.mark.parametrize("dtype", VECTOR)
+def test_backward(rules: ctypes.CDLL, dtype: int, capability: int, shared: int, kind: int, arrays: int) -> None:
+    seen, size = set(), VECTOR[dtype]
+    elements, warps = KINDS[kind]
+    for d in WIDTHS:
+        layout, taken = _layout(rules.backward, d, dtype, capability, shared, kind, arrays)
+        if layout is None:
+            full = (
+                4096 if kind == 2 or dtype == 0 else 8192
+            )  # columns of a block, where shared memory holds four arrays
+            assert d > full * min(4, shared // (41 << 10)) // max(arrays, 4)
+            continue
+        seen.add(layout.n)
+        assert holds(layout, d, size), (d, layout)
+        assert layout.n * size <= elements
+        assert layout.warps * layout.groups <= warps
+        assert layout.cluster == 1 or (capability >= 90 and layout.groups == 1)
+        assert layout.cluster * layout.warps <= 128  # Group::kParts
+        assert 2 <= layout.stages <= 4  # wait_all_but knows of three groups that are left
+        assert taken + 2064 <= shared
+    assert seen <= {n for n in (1, 2, 3, 4, 6, 8) if n * size <= elements}
+
+
+def test_every_backward_that_is_compiled_is_used(rules: ctypes.CDLL) -> None:
+    for dtype, size in VECTOR.items():
+        for kind, (elements, _) in KINDS.items():
+            cases = ((d, c, s, a) for d in WIDTHS for c, s in DEVICES for a in (2, 3, 4, 5))
+            found = {_layout(rules.backward, d, dtype, c, s, kind, a)[0] for d, c, s, a in cases}
+            seen = {layout.n for layout in found if layout is not None}
+            assert seen == {n for n in (1, 2, 3, 4, 6, 8) if n * size <= elements}, (dtype, kind)
+
+
+@pytest.mark.parametrize("dtype", VECTOR)
+def test_slabs_and_pieces(rules: ctypes.CDLL, dtype: int) -> None:
+    for d in (1, 3, 7, 8, 9, 31, 64, 255, 256, 257, 4096, 65536, 1 << 20):
+        lanes, threads = rules.lanes(ctypes.c_long(d), dtype), rules.threads(ctypes.c_long(d), dtype)
+        vectors = -(-d // VECTOR[dtype])
+        assert lanes in (1, 2, 4, 8, 16, 32)
+        assert lanes == 32 or lanes >= vectors > lanes // 2
+        assert threads % 32 == 0
+        assert threads == 256 or vectors <= threads < vectors + 32
