@@ -316,14 +316,14 @@ def test_operators_called_directly_check_for_themselves() -> None:
     x, vector = torch.randn(4, D), torch.randn(D)
     for arguments_, message in [
         ((x, torch.randn(3, D), None, None, None, None, 0.0), "residual must have the shape of x"),
-        ((x, x.half(), None, None, None, None, 0.0), "residual must be on the CPU with the dtype of x"),
+        ((x, x.half(), None, None, None, None, 0.0), "residual must be on the device of x with its dtype"),
         ((x, None, torch.randn(D - 1), None, None, None, 0.0), "scale must be on the CPU with 1 x 37 elements"),
         ((x, None, None, torch.randn(D + 1), None, None, 0.0), "bias must be on the CPU with 1 x 37 elements"),
         ((x, None, vector.long(), None, None, None, 0.0), "scale has an unsupported dtype"),
         ((x.double(), None, vector, None, None, None, 0.0), "x has an unsupported dtype"),
         ((x, None, torch.randn(2, D), None, torch.tensor([0, 1, 2, 0]), None, 0.0), "edit_ids has the value 2"),
         ((x, None, torch.randn(2, D), None, torch.tensor([0, 1]), None, 0.0), "edit_ids must be int64"),
-        ((x, None, vector, None, None, torch.tensor([1]), 1.5), "dropout_p a probability"),
+        ((x, None, vector, None, None, torch.tensor([1]), 1.5), "dropout_p must be a probability"),
         ((x, None, vector, None, None, torch.tensor([1, 2]), 0.5), "seed must be one int64"),
     ]:
         with pytest.raises(RuntimeError, match=message):

@@ -410,6 +410,8 @@ def test_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_build_holds_the_tables(tmp_path: Path) -> None:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, tmp_path / name)
+    (tmp_path / "csrc").mkdir()
+    shutil.copy2(ROOT / "csrc/build.py", tmp_path / "csrc/build.py")
     shutil.copytree(
         ROOT / "red_kernels", tmp_path / "red_kernels", ignore=shutil.ignore_patterns("__pycache__", "*.so")
     )
