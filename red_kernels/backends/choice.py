@@ -48,7 +48,7 @@ TABLE = (
     Row(
         "cuda",
         "reasoned: below 4 million elements a kernel runs for less than about 10 us on an H200, so that the host's "
-        "time shows; without launches an edit_add_rms_norm with its backward costs the host 52 us here and 71 with "
+        "time shows; without launches an edit_add_rms_norm with its backward costs the host 52 us here and 68 with "
         "Triton's kernels, of whose own launches each takes about 13 more where this package's cannot be used",
         elements=(0, 1 << 22),
     ),
