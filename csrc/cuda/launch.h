@@ -58,7 +58,7 @@ template <class A, void (*KERNEL)(const A)>
 void start(const Launch& l, const A& arguments) {
   check_grid(l);
   if (l.clusters != nullptr) {
-    *l.clusters = l.device->multiprocessors / l.cluster;
+    *l.clusters = l.device->multiprocessors / l.cluster + 1;  // one at least
     return;
   }
   emulate(l, [](const void* a) { KERNEL(*static_cast<const A*>(a)); }, &arguments);

@@ -95,7 +95,7 @@ void norm_backward(const Call& call, NormBackward a, ColumnSums& sums) {
       l.clusters = &clusters;
       run();
       l.clusters = nullptr;
-      most = std::min<int64_t>(most / layout.cluster, clusters);
+      most = std::min<int64_t>(std::max<int64_t>(1, most / layout.cluster), clusters);
       if (most == 0) layout = {};
     }
   }
