@@ -376,18 +376,18 @@ _LIBRARIES: dict[str, tuple[Callable[..., None], Path]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Build one of the libraries of csrc.")
-    parser.add_argument("library", choices=_LIBRARIES)
+    parser.add_argument("kind", choices=_LIBRARIES)
     parser.add_argument("--output", type=Path, help="the library (default: where red_kernels or its tests look for it)")
     parser.add_argument("--objects", type=Path, help="folder of compiled files (default: build/csrc/...)")
     parser.add_argument("--archs", help="GPUs that 'cuda' is built for (default: RED_KERNELS_ARCHS, or those here)")
     given = parser.parse_args(arguments)
-    if given.archs is not None and given.library != "cuda":
-        parser.error(f"--archs is for 'cuda', not for {given.library!r}")
-    build, output = _LIBRARIES[given.library]
+    if given.archs is not None and given.kind != "cuda":
+        parser.error(f"--archs is for 'cuda', not for {given.kind!r}")
+    build, output = _LIBRARIES[given.kind]
     target = (given.output or output).resolve()
     try:
-        more = {"archs": architectures(given.archs)} if given.library == "cuda" else {}
-        build(target, (given.objects or OBJECTS / given.library).resolve(), **more)
+        more = {"archs": architectures(given.archs)} if given.kind == "cuda" else {}
+        build(target, (given.objects or OBJECTS / given.kind).resolve(), **more)
     except BuildError as error:
         print(f"build.py: {error}", file=sys.stderr)
         return 1

@@ -112,7 +112,7 @@ def test_backward(rules: ctypes.CDLL, dtype: int, capability: int, shared: int, 
         assert layout.n * size <= elements
         assert layout.warps * layout.groups <= warps
         assert layout.cluster == 1 or (capability >= 90 and layout.groups == 1)
-        assert layout.cluster * layout.warps <= 128  # Group::kParts
+        assert layout.cluster * layout.warps <= 128  # kGroupParts
         assert 2 <= layout.stages <= 4  # wait_all_but knows of three groups that are left
         assert taken + 2064 <= shared
     assert seen <= {n for n in (1, 2, 3, 4, 6, 8) if n * size <= elements}

@@ -76,7 +76,6 @@ std::array<Tensor, ColumnSums::kSums> ColumnSums::finish() {
     to.lines[place] = lines_[k];
     to.out[place++] = static_cast<float*>(outs_[k].mutable_data_ptr());
   }
-  constexpr int kColumns = 32, kLines = 16;  // of a block: see sums.cuh
   for (AddLines* a : {&plain, &apart}) {
     a->d = call_.shape.d;
     a->count = lines_count_;
@@ -84,10 +83,10 @@ std::array<Tensor, ColumnSums::kSums> ColumnSums::finish() {
     a->edits = edits_;
     a->deal = deal_;
   }
-  const int64_t pieces = divide_up(call_.shape.d, kColumns);
+  const int64_t pieces = divide_up(call_.shape.d, kSumColumns);
   const auto start = [&](const char* name, Grid grid) {
-    Launch l = call_.launch(name, grid, kColumns, kLines);
-    l.shared = kColumns * kLines * sizeof(float);
+    Launch l = call_.launch(name, grid, kSumColumns, kSumLines);
+    l.shared = kSumColumns * kSumLines * sizeof(float);
     return l;
   };
   if (plains > 0) run_add_lines(start("add_lines", {pieces, plains, 1}), plain);

@@ -10,8 +10,7 @@
 namespace red {
 namespace cuda {
 
-constexpr int kSlabThreads = 256;
-constexpr int kEditRows = 4, kSlabRows = 3, kNormSlabRows = 2;  // rows of a thread that are on their way at once
+constexpr int kSlabRows = 3, kNormSlabRows = 2;  // rows of a thread that are on their way at once, as kEditRows
 
 template <class T>
 struct Slab {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device.h"
+#include "rules.h"
 
 namespace red {
 namespace cuda {
@@ -22,10 +23,8 @@ struct Group {
     cluster_barrier();  // no block may write to another before that one runs, and can count what arrives
   }
 
-  static constexpr int kParts = 128;  // warps of a cluster at most
-  static constexpr int kSums = 2 * 2 * kParts;
-  // Floats of shared memory for the sums of a block, and for counting those that arrive.
-  static constexpr int kFloats = kSums + 4;
+  static constexpr int kSums = 2 * 2 * kGroupParts;  // two turns of two sums; behind them what counts those that arrive
+  static_assert(kGroupFloats == kSums + 2 * sizeof(Arrivals) / sizeof(float));
 
   // The sums of K values over the group and its cluster, in all threads, always in the same order. Two buffers in turn:
   // who writes to one has got the sum after it was last read, for which all that read it had to send their parts.
@@ -41,19 +40,19 @@ struct Group {
       Arrivals* arriving = arrivals(turn_);
       if (thread == 0) expect_arrivals(arriving, parts * K * static_cast<int>(sizeof(float)));
       if (lane < cluster)
-        RED_UNROLL for (int k = 0; k < K; ++k) send(sums + k * kParts + part, arriving, lane, v[k]);
+        RED_UNROLL for (int k = 0; k < K; ++k) send(sums + k * kGroupParts + part, arriving, lane, v[k]);
       await_arrivals(arriving, phases_ >> turn_ & 1);
       phases_ ^= 1 << turn_;
     } else {
       sums += index * warps;
       if (lane == 0)
-        RED_UNROLL for (int k = 0; k < K; ++k) sums[k * kParts + part] = v[k];
+        RED_UNROLL for (int k = 0; k < K; ++k) sums[k * kGroupParts + part] = v[k];
       group_barrier<GROUPS>(index, threads);
     }
     turn_ ^= 1;
     RED_UNROLL for (int k = 0; k < K; ++k) {
       v[k] = 0.0f;
-      for (int i = lane; i < parts; i += kWarp) v[k] += sums[k * kParts + i];
+      for (int i = lane; i < parts; i += kWarp) v[k] += sums[k * kGroupParts + i];
     }
     warp_sum(v);
   }

@@ -18,7 +18,7 @@ namespace cuda {
 struct Stages {
   RED_DEVICE Stages(int arrays, int n)
       : step_(blockDim.x * blockDim.y), array_step_(n * step_), stage_step_(arrays * array_step_),
-        own_(reinterpret_cast<Raw*>(shared_memory() + Group<1>::kFloats * sizeof(float)) + threadIdx.y * blockDim.x +
+        own_(reinterpret_cast<Raw*>(shared_memory() + kGroupBytes) + threadIdx.y * blockDim.x +
              threadIdx.x),
         address_(shared_address(own_)) {}
   RED_DEVICE Raw* at(int stage, int array, int k) const { return own_ + offset(stage, array, k); }

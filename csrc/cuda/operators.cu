@@ -7,8 +7,6 @@ namespace cuda {
 
 namespace {
 
-constexpr int kGroupBytes = 4 * (2 * 2 * 128 + 4);  // of Group: sums over a row
-
 Edit edit_of(const Call& call, const Parameter& scale, const Parameter& bias, const Ids& ids, int64_t edits,
              const Dropout& dropout) {
   return {scale.vectors, bias.vectors, ids.data, edits, call.shape.d, dropout};
@@ -58,12 +56,11 @@ void slab_backward(const Call& call, SlabBackward a, ColumnSums& sums) {
   a.d = call.shape.d;
   a.aligned = call.aligned;
   a.lanes = slab_lanes(a.d, call.shape.type);
-  constexpr int kThreads = 256;
-  const int64_t slots = kThreads / a.lanes, slabs = divide_up(a.d, a.lanes * vector_size(call.shape.type));
+  const int64_t slots = kSlabThreads / a.lanes, slabs = divide_up(a.d, a.lanes * vector_size(call.shape.type));
   const int64_t blocks = programs(call, slots, std::max<int64_t>(1, 4 * call.on.device->multiprocessors / slabs), sums.sorted());
   sums.prepare(blocks, blocks * slots, a.deal, a.lines);
-  Launch l = call.launch(norm ? "slab_backward with a norm" : "slab_backward", {blocks, slabs}, kThreads);
-  l.shared = kThreads * vector_size(call.shape.type) * static_cast<int64_t>(sizeof(float));
+  Launch l = call.launch(norm ? "slab_backward with a norm" : "slab_backward", {blocks, slabs}, kSlabThreads);
+  l.shared = kSlabThreads * vector_size(call.shape.type) * static_cast<int64_t>(sizeof(float));
   call.dispatch([&](auto type) { run_slab_backward<decltype(type)>(l, norm, a); });
 }
 
@@ -142,11 +139,10 @@ Tensor edit_forward(Tensor x, OptionalTensor residual, OptionalTensor scale, Opt
   a.x = xs.rows, a.residual = residuals.rows;
   a.edit = edit_of(call, scales, biases, ids, edits, dropout_of(call, seed, dropout_p));
   a.z = data_of(z);
-  constexpr int kThreads = 256, kRows = 4;  // see edit.cuh
   const Launch l = call.launch("edit_forward",
-                               {divide_up(a.rows, kThreads / a.lanes * kRows),
+                               {divide_up(a.rows, kSlabThreads / a.lanes * kEditRows),
                                 divide_up(a.d, a.lanes * vector_size(call.shape.type))},
-                               kThreads);
+                               kSlabThreads);
   const bool plain = usual_edit(a.edit) && a.edit.bias.data != nullptr && a.edit.bias.wide;
   call.dispatch([&](auto type) { run_edit_forward<decltype(type)>(l, plain, a); });
   return z;

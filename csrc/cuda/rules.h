@@ -41,6 +41,14 @@ constexpr int kBackwardVectors[] = {1, 2, 3, 4, 6, 8};
 constexpr int kMostCluster = 8;          // what every device with clusters can do
 constexpr int64_t kOnTheWay = 48 << 10;  // bytes ahead of a backward's arithmetic that are enough for a multiprocessor
 
+// What kernels and those who start them have to agree on.
+constexpr int kGroupParts = 128;                             // warps of a cluster at most
+constexpr int kGroupFloats = 2 * 2 * kGroupParts + 4;        // of shared memory, for the sums over a row: see group.h
+constexpr int kGroupBytes = kGroupFloats * static_cast<int>(sizeof(float));
+constexpr int kSlabThreads = 256, kEditRows = 4;             // of a block; rows of a thread of edit_forward
+constexpr int kWideThreads = 256;                            // of a block at most
+constexpr int kSumColumns = 32, kSumLines = 16;              // the block of add_lines and add_edits
+
 constexpr int vector_size(Type type) { return type == kFloat32 ? 4 : 8; }
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -122,7 +130,7 @@ inline int slab_lanes(int64_t d, Type type) {
 }
 
 inline int wide_threads(int64_t d, Type type) {
-  return static_cast<int>(std::min<int64_t>(256, divide_up(divide_up(d, vector_size(type)), 32) * 32));
+  return static_cast<int>(std::min<int64_t>(kWideThreads, divide_up(divide_up(d, vector_size(type)), 32) * 32));
 }
 
 }  // namespace cuda

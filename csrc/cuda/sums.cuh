@@ -2,11 +2,10 @@
 #pragma once
 
 #include "device.h"
+#include "rules.h"
 
 namespace red {
 namespace cuda {
-
-constexpr int kSumColumns = 32, kSumLines = 16;  // blockDim
 
 // The sum over a block's lines of what its threads have, in pairs; in the threads of the first line.
 RED_DEVICE float add_up(float part) {

@@ -11,8 +11,6 @@
 namespace red {
 namespace cuda {
 
-constexpr int kWideThreads = 256;
-
 template <class T>
 struct Piece {
   RED_DEVICE Piece(int64_t d, bool aligned, int64_t first)
