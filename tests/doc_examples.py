@@ -1,8 +1,8 @@
 """Running the examples of a page of the docs as they stand.
 
-Blocks that begin with ```` ```python ```` run in order in one namespace, in a temporary folder. What cannot run everywhere
-says so behind the word: ```` ```python gpu ```` runs where torch finds a GPU and is compiled elsewhere, so that its syntax
-is checked at least. Blocks of another language are left alone.
+Blocks that begin with ```` ```python ```` run in order in one namespace, in a temporary folder. What cannot run
+everywhere says so behind the word: ```` ```python gpu ```` runs where torch finds a GPU and is compiled elsewhere, so
+that its syntax is checked at least. Blocks of another language are left alone.
 """
 
 from __future__ import annotations
