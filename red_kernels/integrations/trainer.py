@@ -109,6 +109,9 @@ class RedTrainer(Trainer):
     A checkpoint gets its name only when it is complete, so the newest one can always be resumed from
     (`trainer.train(resume_from_checkpoint=...)` loads the edits into the model's own Parameters). Use it with a model
     patched by `rk.patch`. Weight decay pulls a scale toward 0, not toward 1: leave it at 0, Trainer's default.
+
+    It overrides only how checkpoints are written and read, so a trainer of another library gets the same by a class of
+    both, this one first: `class RedSFTTrainer(RedTrainer, SFTTrainer): ...`.
     """
 
     _staging: Path | None = None

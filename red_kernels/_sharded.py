@@ -1,0 +1,85 @@
+"""Vectors of which each process holds a part: taking them together, putting them back, and writing from one process.
+
+Sharded parameters are `torch.distributed.tensor.DTensor`s (FSDP2), recognised by their `device_mesh`. Those of
+DeepSpeed's ZeRO-3 are recognised too, but only DeepSpeed itself can gather them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["is_sharded", "placed_as", "refuse_partitioned", "whole", "write_from_one"]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds a part of the tensor only."""
+    return hasattr(tensor, "device_mesh")
+
+
+def refuse_partitioned(name: str, parameter: Tensor) -> None:
+    """Raise for a parameter whose values DeepSpeed's ZeRO-3 has taken away.
+
+    Raises:
+        ValueError: it is partitioned; the message says what to do.
+    """
+    stored = getattr(parameter, "ds_numel", None)
+    if stored is not None and stored != parameter.numel():
+        raise ValueError(
+            f"model: {name} is partitioned by DeepSpeed ZeRO-3; gather the vectors first: with "
+            "deepspeed.zero.GatheredParameters(vectors, modifier_rank=0): ... in all processes, and save or load in "
+            "process 0"
+        )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, detached, on its device. For a sharded one all processes of its mesh have to call it."""
+    gathered: Any = tensor.detach()
+    full: Tensor = gathered.full_tensor() if is_sharded(tensor) else gathered
+    return full
+
+
+def placed_as(value: Tensor, like: Tensor) -> Tensor:
+    """`value`, which all processes hold alike, on the device, in the dtype and with the sharding of `like`."""
+    value = value.to(device=like.device, dtype=like.dtype)
+    if not is_sharded(like):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = like
+    # Without a source each process takes its part of its own copy; nothing is sent.
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+
+def write_from_one(tensors: Iterable[Tensor], write: Callable[[], object]) -> None:
+    """Call `write` here, or, if any of `tensors` is sharded, in the first process of its mesh alone.
+
+    In that case all processes of the mesh have to call this, and it returns in all of them when the files are written.
+
+    Raises:
+        Exception: whatever `write` raises, in the process that called it.
+        RuntimeError: in the other processes, if `write` has raised.
+    """
+    meshes: list[Any] = [tensor.device_mesh for tensor in tensors if is_sharded(tensor)]  # type: ignore[attr-defined]
+    if not meshes:
+        write()
+        return
+    mesh = meshes[0]
+    first = int(mesh.mesh.min())
+    failure: BaseException | None = None
+    if dist.get_rank() == first:
+        try:
+            write()
+        except BaseException as error:  # the others are waiting
+            failure = error
+    failed = torch.tensor(int(failure is not None), device=mesh.device_type)
+    for group in mesh.get_all_groups():  # dimension by dimension, so that it reaches all of the mesh
+        dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise RuntimeError(f"process {first} could not write the edits; its own error says why")

@@ -1,0 +1,120 @@
+"""transformers' Trainer with a patched model: every way of running the model that its arguments offer, and resuming."""
+
+from __future__ import annotations
+
+import model_zoo as zoo
+import pytest
+import torch
+from stack_helpers import Losses, files, hold_training, listed, rows, same_vectors, training
+from transformers import Trainer, TrainingArguments
+
+from red_kernels.checkpoint import load_edits, saved_config
+from red_kernels.config import RedConfig
+from red_kernels.integrations.trainer import RedTrainer
+from red_kernels.integrations.trainer_callback import SaveEdits
+from red_kernels.patch import edit_parameters, patch
+
+pytest.importorskip("accelerate")
+STEPS, BATCH = 4, 4
+
+WAYS = {
+    "plain": {},
+    "accumulation": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": BATCH},
+    "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "autocast": {"bf16": True},
+    "compile": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+}
+
+
+def arguments(folder, **options):
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": BATCH,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "seed": 3,
+    }
+    return TrainingArguments(**{**defaults, **options})
+
+
+def trainer_of(model, optimizer, folder, kind=Trainer, name="llama", **options):
+    watch = Losses()
+    trainer = kind(
+        model=model,
+        args=arguments(folder, **options),
+        train_dataset=rows(name, STEPS * BATCH),
+        optimizers=(optimizer, None),
+        callbacks=[watch],
+    )
+    return trainer, watch
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_ways_of_training(name, way, tmp_path):
+    def train(model, optimizer, **options):
+        trainer, watch = trainer_of(model, optimizer, tmp_path, name=name, **options)
+        trainer.train()
+        return watch.losses
+
+    hold_training(
+        name,
+        lambda model, optimizer: train(model, optimizer, **WAYS[way]),
+        torch.bfloat16 if way == "autocast" else torch.float32,
+        exactly=train,  # one batch, nothing recomputed, nothing cast
+    )
+
+
+@pytest.mark.parametrize("kind", [Trainer, RedTrainer])
+def test_resuming(kind, tmp_path):
+    """A run that stopped half-way and went on ends as one that did not: each loss, each bit of the vectors."""
+
+    def run(folder, **options):
+        model = zoo.tiny("llama")
+        patch(model, RedConfig())
+        optimizer = torch.optim.AdamW(listed(edit_parameters(model)), lr=1e-2, weight_decay=0.0)
+        trainer, watch = trainer_of(
+            model, optimizer, folder, kind, save_strategy="steps", save_steps=2, lr_scheduler_type="linear"
+        )
+        trainer.train(**options)
+        return model, watch.losses
+
+    whole, losses = run(tmp_path)
+    checkpoint = tmp_path / f"checkpoint-{STEPS // 2}"
+    assert ("model.safetensors" in files(checkpoint)) == (kind is Trainer)
+    assert {"red_edits.safetensors", "red_config.json"} <= files(checkpoint) or kind is Trainer
+    resumed, later = run(tmp_path, resume_from_checkpoint=str(checkpoint))
+    assert later == losses[STEPS // 2 :]
+    assert len(later) == STEPS // 2
+    assert same_vectors(whole, resumed)
+
+
+def test_a_plain_checkpoint_is_saved_with_its_vectors(tmp_path):
+    """Trainer's own checkpoint holds the base model too; SaveEdits puts the edits beside it, as rk.save_edits does."""
+    model = zoo.tiny("llama")
+    patch(model, RedConfig())
+    trainer, _ = trainer_of(model, training(edit_parameters(model)), tmp_path, save_strategy="steps", save_steps=2)
+    trainer.add_callback(SaveEdits())
+    trainer.train()
+    other = zoo.tiny("llama")
+    last = tmp_path / f"checkpoint-{STEPS}"
+    patch(other, saved_config(last))
+    load_edits(other, last)
+    assert same_vectors(model, other)
+    patch(first := zoo.tiny("llama"), RedConfig())
+    load_edits(first, tmp_path / "checkpoint-2")
+    assert not same_vectors(model, first)
