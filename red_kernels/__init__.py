@@ -5,6 +5,16 @@ from ._version import __version__
 from .backends import available_backends, backend
 from .checkpoint import load_edits, save_edits, saved_config
 from .config import RedConfig
+from .edits import (
+    active_edit,
+    add_edit,
+    combine_edits,
+    delete_edit,
+    disable_edits,
+    edit_names,
+    switch_edit,
+    use_edits,
+)
 from .functional import (
     edit,
     edit_add,
@@ -14,6 +24,7 @@ from .functional import (
     linear_edit,
     rms_norm_edit,
 )
+from .models import register_family
 from .patch import edit_parameters, patch, unpatch
 from .report import PatchReport
 
@@ -21,12 +32,18 @@ __all__ = [
     "PatchReport",
     "RedConfig",
     "__version__",
+    "active_edit",
+    "add_edit",
     "available_backends",
     "backend",
+    "combine_edits",
+    "delete_edit",
+    "disable_edits",
     "edit",
     "edit_add",
     "edit_add_layer_norm",
     "edit_add_rms_norm",
+    "edit_names",
     "edit_parameters",
     "functional",
     "layer_norm_edit",
@@ -34,8 +51,11 @@ __all__ = [
     "load_edits",
     "patch",
     "reference",
+    "register_family",
     "rms_norm_edit",
     "save_edits",
     "saved_config",
+    "switch_edit",
     "unpatch",
+    "use_edits",
 ]

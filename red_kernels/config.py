@@ -10,8 +10,21 @@ import torch
 
 __all__ = ["KINDS", "POSITIONS", "RedConfig"]
 
-POSITIONS = ("ffn",)
-KINDS: dict[str, tuple[str, ...]] = {"all": ("scale", "bias"), "scaling": ("scale",), "bias": ("bias",)}
+# Each position by the places in a layer that it edits; what these are in an architecture, `models/` says.
+POSITIONS: dict[str, tuple[str, ...]] = {
+    "ffn": ("ffn",),
+    "attn": ("attn",),
+    "ffn_attn": ("attn", "ffn"),
+    "res": ("res",),
+    "res_with_attn": ("attn_res", "res"),
+    "more": ("qkv", "attn", "ffn"),
+}
+KINDS: dict[str, tuple[str, ...]] = {
+    "all": ("scale", "bias"),
+    "scaling": ("scale",),
+    "bias": ("bias",),
+    "ln": ("scale", "bias", "norm_weight", "norm_bias"),
+}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -20,8 +33,12 @@ class RedConfig:
     """Which sites of a model are edited, and how (RED, arXiv 2402.15179).
 
     Attributes:
-        position: where the edit lies; `"ffn"` is the output of each FFN's last projection.
-        kind: `"all"` (`scale * h + bias`), `"scaling"` (`scale * h`) or `"bias"` (`h + bias`).
+        position: where the edits lie. `"ffn"`: the output of each FFN's last projection; `"attn"`: of each attention's
+            output projection; `"ffn_attn"`: both; `"res"`: the residual stream behind each FFN (behind its norm in
+            post-norm layers); `"res_with_attn"`: behind each attention as well; `"more"` (RED++): the query, key and
+            value projections (one where they are one) and both of `"ffn_attn"`.
+        kind: `"all"` (`scale * h + bias`), `"scaling"` (`scale * h`), `"bias"` (`h + bias`) or `"ln"`
+            (`LayerNorm(scale * h + bias)` with a trainable LayerNorm, which is not the identity at the start).
         layers: indices of the layers to edit, a range or any iterable of integers from 0; None for all. They count the
             layers of a stack, in an encoder-decoder model those of the encoder and of the decoder alike. Kept as a
             sorted tuple.
@@ -41,7 +58,7 @@ class RedConfig:
     sites: str | Iterable[str] | None = field(default=None)
 
     def __post_init__(self) -> None:
-        if self.position not in POSITIONS:
+        if self.position not in tuple(POSITIONS):
             raise ValueError(f"position: got {self.position!r}, supported: {_listed(POSITIONS)}")
         if self.kind not in tuple(KINDS):
             raise ValueError(f"kind: got {self.kind!r}, supported: {_listed(KINDS)}")
@@ -56,8 +73,13 @@ class RedConfig:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The vectors that `kind` has: `"scale"`, `"bias"` or both."""
+        """The vectors that `kind` has, out of `"scale"`, `"bias"`, `"norm_weight"` and `"norm_bias"`."""
         return KINDS[self.kind]
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The places in a layer that `position` edits."""
+        return POSITIONS[self.position]
 
 
 def _indices(layers: Iterable[int]) -> tuple[int, ...]:

@@ -14,45 +14,71 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .functional import edit
+from .functional import edit, edit_add_layer_norm
+from .selection import DEFAULT, Selection, Vectors
 
-__all__ = ["NAME", "RedEdit", "call_unedited", "edit_hook", "plain_only"]
+__all__ = [
+    "INSIDE",
+    "NAME",
+    "NORM_EPS",
+    "EditVectors",
+    "RedEdit",
+    "applied_inside",
+    "call_unedited",
+    "edit_hook",
+    "edited_output",
+    "plain_only",
+    "skips_dropout",
+]
 
 NAME = "red_edit"  # the child's name in the site: state_dict keys are `<site>.red_edit.scale`
+NORM_EPS = 1e-5  # of the LayerNorm of kind "ln", torch's default
+INSIDE = "_red_kernels_inside"  # in a layer whose forward applies an edit that no hook could: the path of its site
+_STARTS: tuple[tuple[str, float], ...] = (("scale", 1.0), ("bias", 0.0), ("norm_weight", 1.0), ("norm_bias", 0.0))
 
 
-class RedEdit(nn.Module):
-    """RED's vectors at one site: `scale * h + bias` (arXiv 2402.15179), the identity at the start.
+class EditVectors(nn.Module):
+    """The vectors of one edit at one site, each of shape `(width,)`; the identity at the start, but for kind `"ln"`.
 
     `model.half()`, `model.to(torch.bfloat16)` and the like leave fp32 vectors in fp32: in half precision an update
     smaller than half a rounding step at 1.0 is lost.
 
     Args:
         width: of the site's output.
-        parts: `"scale"`, `"bias"` or both.
+        parts: which of `"scale"`, `"bias"`, `"norm_weight"` and `"norm_bias"` there are.
         dtype, device: of the vectors.
     """
 
     scale: nn.Parameter | None
     bias: nn.Parameter | None
+    norm_weight: nn.Parameter | None
+    norm_bias: nn.Parameter | None
 
     def __init__(
         self, width: int, parts: tuple[str, ...], dtype: torch.dtype, device: torch.device | str | None
     ) -> None:
         super().__init__()
-        for part, start in (("scale", torch.ones), ("bias", torch.zeros)):
-            value = nn.Parameter(start(width, dtype=dtype, device=device)) if part in parts else None
-            self.register_parameter(part, value)
+        for part, start in _STARTS:
+            value = torch.full((width,), start, dtype=dtype, device=device) if part in parts else None
+            self.register_parameter(part, None if value is None else nn.Parameter(value))
 
     def reset_parameters(self) -> None:
-        """Back to the identity, for instance after `to_empty` has given a meta model its memory."""
+        """Back to the start, for instance after `to_empty` has given a meta model its memory."""
         with torch.no_grad():
-            if self.scale is not None:
-                self.scale.fill_(1.0)
-            if self.bias is not None:
-                self.bias.zero_()
+            for part, start in _STARTS:
+                vector = self._parameters[part]
+                if vector is not None:
+                    vector.fill_(start)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RedEdit:
+    def vectors(self) -> Vectors:
+        """The vectors as they are now."""
+        own = self._parameters
+        try:
+            return Vectors(own["scale"], own["bias"], own["norm_weight"], own["norm_bias"])
+        except KeyError:  # FSDP 1 puts views of its flat parameter in their place
+            return Vectors(self.scale, self.bias, self.norm_weight, self.norm_bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EditVectors:
         def keeping_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             if moved.dtype.itemsize < min(4, tensor.dtype.itemsize):
@@ -62,22 +88,127 @@ class RedEdit(nn.Module):
         super()._apply(keeping_precision, recurse)
         return self
 
+
+class RedEdit(EditVectors):
+    """RED's edits of one site: `scale * h + bias` (arXiv 2402.15179), or `LayerNorm` of that (kind `"ln"`).
+
+    The edit named `"default"` is in the module's own Parameters, further ones are children of their names; `selection`
+    says which is applied.
+
+    Args:
+        width, parts, dtype, device: as for `EditVectors`.
+        selection: shared by all sites of a model.
+        own: with False there is no edit yet, and one named `"default"` is a child like others.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        parts: tuple[str, ...],
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        selection: Selection | None = None,
+        *,
+        own: bool = True,
+    ) -> None:
+        super().__init__(width, parts if own else (), dtype, device)
+        self.width, self.parts, self.own = width, parts, own
+        self.selection = Selection() if selection is None else selection
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the edits, in the order they came."""
+        return ((DEFAULT,) if self.own else ()) + tuple(self._modules)
+
+    def has(self, name: str | None) -> bool:
+        """Whether there is an edit of this name."""
+        return name in self._modules or (self.own and name == DEFAULT)
+
+    def holder(self, name: str) -> EditVectors:
+        """The module whose Parameters are an edit's vectors. Raises KeyError for a name that is not there."""
+        if self.own and name == DEFAULT:
+            return self
+        found = self._modules[name]
+        assert isinstance(found, EditVectors)
+        return found
+
+    def add(self, name: str, dtype: torch.dtype, device: torch.device | str | None) -> EditVectors:
+        """Add an edit, the identity at the start. Raises ValueError for a name that is taken or cannot be one."""
+        check_name(name)
+        if self.has(name):
+            raise ValueError(f"name: there is an edit {name!r} already")
+        added = EditVectors(self.width, self.parts, dtype, device)
+        added.train(self.training)
+        self.add_module(name, added)
+        return added
+
+    def named(self, name: str | None) -> Vectors | None:
+        """The vectors of an edit; None where this site has none of that name."""
+        holder: Any = self._modules.get(name) if name is not None else None
+        if holder is None:
+            if not self.own or name != DEFAULT:
+                return None
+            holder = self
+        found: Vectors = holder.vectors()
+        return found
+
+    def applied(self, hidden: Tensor) -> Vectors | None:
+        """What is applied to `hidden` now; None for nothing."""
+        selection = self.selection
+        if selection._rows or selection._stale:
+            rows = selection.rows(self.training)
+            if rows is not None:
+                return rows.vectors(self, hidden)
+        return self.named(selection.active)
+
     def forward(self, hidden: Tensor) -> Tensor:
         """`hidden` of shape `(..., width)`, edited, in its dtype. Raises TypeError for what is no tensor."""
+        if not isinstance(hidden, Tensor):
+            raise TypeError(f"the output of an edited module must be one tensor, got {type(hidden).__name__}")
+        applied = self.applied(hidden)
+        if applied is None:
+            return hidden
         if plain_only() or type(hidden) is not Tensor:
-            if not isinstance(hidden, Tensor):
-                raise TypeError(f"the output of an edited module must be one tensor, got {type(hidden).__name__}")
-            return reference.edit_forward(hidden, None, self.scale, self.bias, None, None, 0.0)
-        return edit(hidden, self.scale, self.bias)
+            return _plain(hidden, applied)
+        scale, bias, norm_weight, norm_bias, ids = applied
+        if norm_weight is None:
+            return edit(hidden, scale, bias, edit_ids=ids)
+        if ids is not None:  # the rows' norms differ: their vectors are an edit behind a norm without any
+            normed, _ = edit_add_layer_norm(hidden, None, scale, bias, None, None, NORM_EPS, edit_ids=ids, need_z=False)
+            return edit(normed, norm_weight, norm_bias, edit_ids=ids)
+        return edit_add_layer_norm(hidden, None, scale, bias, norm_weight, norm_bias, NORM_EPS, need_z=False)[0]
 
     def extra_repr(self) -> str:
-        shown = [name for name in ("scale", "bias") if self._parameters.get(name) is not None]
-        width = next((p.shape[0] for p in self._parameters.values() if p is not None), 0)
-        return f"{width}, {' and '.join(shown)}"
+        names = ", ".join(self.names)
+        return f"{self.width}, {' and '.join(self.parts)}" + ("" if names == DEFAULT else f", edits: {names}")
+
+
+def check_name(name: object) -> None:
+    """Raises TypeError or ValueError for what cannot be the name of an edit."""
+    if not isinstance(name, str):
+        raise TypeError(f"name: got {name!r}, expected a string")
+    if not name or "." in name or hasattr(RedEdit, name) or name in dict(_STARTS) or name in _TAKEN:
+        raise ValueError(f"name: got {name!r}, which cannot be the name of an edit; take letters and digits")
+
+
+_TAKEN = ("width", "parts", "own", "selection", "training")
+
+
+def _plain(hidden: Tensor, applied: Vectors) -> Tensor:
+    scale, bias, norm_weight, norm_bias, ids = applied
+    edited = reference.edit_forward(hidden, None, scale, bias, ids, None, 0.0)
+    if norm_weight is None:
+        return edited
+    width = (edited.shape[-1],)
+    normed = nn.functional.layer_norm(edited.to(norm_weight.dtype), width, eps=NORM_EPS)
+    return reference.edit_forward(normed, None, norm_weight, norm_bias, ids, None, 0.0).to(hidden.dtype)
 
 
 class _Deferred(threading.local):
     edit: RedEdit | None = None  # the edit that the caller applies itself
+    dropout: nn.Module | None = None  # the dropout behind it, which the caller applies as well
+    output: tuple[RedEdit, Tensor] | None = None  # an edit that is in this output already
+    inside: RedEdit | None = None  # an edit that the forward of its layer has applied
 
 
 _deferred = _Deferred()
@@ -93,20 +224,69 @@ def plain_only() -> bool:
 
 
 def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
-    """The forward hook of an edited module."""
-    own = module._modules[NAME]
-    assert own is not None
-    if not torch.compiler.is_compiling() and _deferred.edit is own:
-        _deferred.edit = None
+    """The forward hook of an edited module; of a module that returns a tuple, the first of it is edited."""
+    own = module._modules.get(NAME)
+    compiling = torch.compiler.is_compiling()
+    if INSIDE in module.__dict__ and not compiling:
+        _check_inside(module)
+    if own is None:
         return None
+    first = output[0] if type(output) is tuple and output else output
+    if not compiling:
+        if _deferred.edit is own:
+            _deferred.edit = None
+            return None
+        done, _deferred.output = _deferred.output, None
+        if done is not None and done[0] is own and done[1] is first:
+            return None
     # Called as a module: hooks that bring its parameters to the device must fire.
-    return own(output)
+    edited = own(first)
+    return edited if first is output else (edited, *output[1:])
 
 
-def call_unedited(module: nn.Module, own: RedEdit, *args: Any) -> Any:
-    """Call a module that ends in the site of `own`, leaving out the edit: the caller applies it."""
-    _deferred.edit = own
+def _check_inside(layer: nn.Module) -> None:
+    applied, _deferred.inside = _deferred.inside, None
+    site: Any = layer
+    for part in layer.__dict__[INSIDE]:
+        site = site._modules[part]
+    if applied is None or applied is not site._modules[NAME]:
+        raise RuntimeError(
+            f"the forward of this {type(layer).__name__} was replaced after patching, and the new one leaves out the edit "
+            "behind the residual add of its attention; replace it before patching"
+        )
+
+
+def call_unedited(
+    module: nn.Module, own: RedEdit | None, *args: Any, without: nn.Module | None = None, **kwargs: Any
+) -> Any:
+    """Call a module that ends in the site of `own`, leaving out the edit: the caller applies it. With None, just call.
+
+    `without` is a dropout between the site and the module's end that is left out as well, with the edit.
+    """
+    if own is None:
+        return module(*args, **kwargs)
+    _deferred.edit, _deferred.dropout = own, without
     try:
-        return module(*args)
+        return module(*args, **kwargs)
     finally:
-        _deferred.edit = None
+        _deferred.edit = _deferred.dropout = None
+
+
+def skips_dropout(dropout: nn.Module) -> bool:
+    """Whether this call of a dropout is to be left out."""
+    if _deferred.dropout is not dropout:
+        return False
+    _deferred.dropout = None
+    return True
+
+
+def edited_output(own: RedEdit | None, output: Tensor) -> Tensor:
+    """Tell the hook of a block, whose forward has applied its edit to what it returns, to leave that alone."""
+    if own is not None:
+        _deferred.output = own, output
+    return output
+
+
+def applied_inside(own: RedEdit) -> None:
+    """Tell the hook of a layer that its forward has applied the edit that no hook could."""
+    _deferred.inside = own

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .config import KINDS
-from .plan import _output_width
+from .plan import output_width
 
 __all__ = ["NaiveEdits", "naive_edit"]
 
@@ -103,7 +103,7 @@ def naive_edit(
     for site in names:
         if site not in modules:
             raise ValueError(f"sites: the model has no module {site!r}")
-        width, device = _output_width(modules[site]), next((own.device for own in modules[site].parameters()), None)
+        width, device = output_width(modules[site]), next((own.device for own in modules[site].parameters()), None)
         if width is None or device is None:
             raise ValueError(f"sites: {site!r} is a {type(modules[site]).__name__}, whose output width cannot be told")
         start = {"scale": torch.ones, "bias": torch.zeros}

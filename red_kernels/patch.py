@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from .config import RedConfig
-from .edit_module import NAME, RedEdit, edit_hook
+from .edit_module import INSIDE, NAME, RedEdit, edit_hook
 from .models.fingerprint import BASE
 from .patched import is_patched, patch_block, patch_norm, patch_stack, unpatch_module
-from .plan import Plan, make_plan, wrapper_of
+from .plan import Plan, PlannedSite, make_plan, wrapper_of
 from .report import PatchReport, count_parameters, listed
+from .selection import DEFAULT, Selection
 
-__all__ = ["edit_config", "edit_parameters", "patch", "unpatch"]
+__all__ = ["attach", "edit_config", "edit_modules", "edit_parameters", "fuse", "patch", "unpatch"]
 
 _STATE = "_red_kernels_state"  # the attribute of the patched model that holds its _State
 
@@ -55,8 +56,9 @@ def patch(model: nn.Module, config: RedConfig | None = None) -> PatchReport:
     if not isinstance(config, RedConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a RedConfig")
     plan = make_plan(model, config)
+    selection = Selection()
     with torch.inference_mode(False):  # what is made in inference mode can never be trained
-        edits = [RedEdit(site.width, config.parts, config.dtype, site.device) for site in plan.sites]
+        edits = [RedEdit(site.width, config.parts, config.dtype, site.device, selection) for site in plan.sites]
 
     state = _State(config)
     for name, parameter in model.named_parameters():
@@ -64,10 +66,8 @@ def patch(model: nn.Module, config: RedConfig | None = None) -> PatchReport:
             state.were_trainable.add(name)
             parameter.requires_grad_(False)
     for site, edit in zip(plan.sites, edits, strict=True):
-        edit.train(site.module.training)
-        site.module.add_module(NAME, edit)
-        site.module.register_forward_hook(edit_hook)
-    _fuse(plan)
+        attach(site, edit)
+    fuse(plan)
     model.__dict__[_STATE] = state
     for text in plan.warnings:
         warnings.warn(text, stacklevel=2)
@@ -115,17 +115,40 @@ def edit_config(model: nn.Module) -> RedConfig:
     return configs[0]
 
 
-def edit_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """The vectors of a patched model: site name to `"scale"` and/or `"bias"`, in the model's order.
+def edit_parameters(model: nn.Module, name: str | None = None) -> dict[str, dict[str, nn.Parameter]]:
+    """The vectors of a patched model: site name to the parts of the edit (`"scale"`, `"bias"`, ...), in the model's order.
+
+    Args:
+        model: a patched model.
+        name: of the edit; None for the active one, or where edits are disabled for the one that a patch makes.
+
+    Raises:
+        ValueError: the model is not patched, or has no edit of that name.
+    """
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    names: dict[str, None] = {}
+    for site, own in edit_modules(model).items():
+        wanted = (own.selection.active or DEFAULT) if name is None else name
+        names.update(dict.fromkeys(own.names))
+        if own.has(wanted):
+            parameters = own.holder(wanted)._parameters
+            found[site] = {part: parameters[part] for part in own.parts if parameters.get(part) is not None}  # type: ignore[misc]
+    if not found:
+        raise ValueError(f"name: got {name!r}, expected one of the model's edits: {', '.join(map(repr, names))}")
+    return found
+
+
+def edit_modules(model: nn.Module) -> dict[str, RedEdit]:
+    """The modules that hold the vectors, by the name of their site.
 
     Raises:
         ValueError: the model is not patched.
     """
-    found: dict[str, dict[str, nn.Parameter]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, RedEdit):
-            parts = {part: p for part, p in module._parameters.items() if p is not None}
-            found[name.removesuffix(NAME).removesuffix(".")] = parts
+    found = {
+        name.removesuffix(NAME).removesuffix("."): module
+        for name, module in model.named_modules()
+        if isinstance(module, RedEdit)
+    }
     if not found:
         raise ValueError(
             f"model: this {type(model).__name__} is not patched; call rk.patch(model, rk.RedConfig()) first"
@@ -133,16 +156,26 @@ def edit_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     return found
 
 
-def _fuse(plan: Plan) -> None:
-    for site in plan.sites:
-        if site.block is None:
-            continue
-        block, layout, link = site.block
-        patch_block(block, layout, link)
-        if site.norm is not None and not is_patched(site.norm):
-            patch_norm(site.norm)
-        if site.stack is not None and not is_patched(site.stack):
-            patch_stack(site.stack)
+def attach(site: PlannedSite, edit: RedEdit) -> None:
+    """Give a site its vectors and the hook that applies them."""
+    edit.train(site.module.training)
+    site.module.add_module(NAME, edit)
+    hooked = site.module
+    if site.layer is not None:
+        hooked = site.layer
+        hooked.__dict__[INSIDE] = site.path
+    if edit_hook not in hooked._forward_hooks.values():
+        hooked.register_forward_hook(edit_hook)
+
+
+def fuse(plan: Plan) -> None:
+    """Make the planned blocks run their fused forwards."""
+    for block in plan.blocks:
+        patch_block(block.module, block.layout, block.link)
+        if block.norm is not None and not is_patched(block.norm):
+            patch_norm(block.norm)
+        if block.stack is not None and not is_patched(block.stack):
+            patch_stack(block.stack)
 
 
 def _take_back(holder: nn.Module, state: _State) -> list[str]:
@@ -154,6 +187,7 @@ def _take_back(holder: nn.Module, state: _State) -> list[str]:
             del hooks[key]
         if isinstance(module._modules.get(NAME), RedEdit):
             del module._modules[NAME]
+        module.__dict__.pop(INSIDE, None)
     parameters = dict(holder.named_parameters())
     for name in state.were_trainable & parameters.keys():
         parameters[name].requires_grad_(True)

@@ -4,38 +4,81 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .edit_module import NAME, RedEdit, plain_only
-from .models import LAYOUTS, Layout, child_at
+from .edit_module import NAME, RedEdit, plain_only, skips_dropout
+from .models import LAYOUTS, Edits, Layout, Point, child_at
 from .models.compose import LINK, may_defer
 from .models.description import walk
-from .models.fingerprint import BASE, CAPTURED, class_fingerprint
+from .models.fingerprint import BASE, CAPTURED, class_fingerprint, fingerprint
 from .models.handoff import TAKES_NOTES, NextNorm, running, take_note
 from .models.norms import globally_hooked, unobserved
 
-__all__ = ["is_patched", "patch_block", "patch_norm", "patch_stack", "recognised", "unknown_forward", "unpatch_module"]
+__all__ = [
+    "is_patched",
+    "patch_block",
+    "patch_norm",
+    "patch_stack",
+    "recognised",
+    "recognised_point",
+    "unknown_forward",
+    "unpatch_module",
+]
 
-_NORM, _STACK = "", "stack"  # the keys of patched norms and stacks, where patched layers have their layout's
+_NORM, _STACK, _DROPOUT = "", "stack", "dropout"  # the keys of what is no block, where that has its layout's
 _classes: dict[tuple[type, str, Callable[..., Any]], type[nn.Module]] = {}
 
 
 def recognised(layout: Layout, block: nn.Module) -> str | None:
     """None where a block is laid out as described; else what is different, for the report."""
-    for path, known in layout.known.items():
-        module = child_at(block, path)
-        if module is None:
-            return f"{type(block).__name__} has no {path}"
-        different = unknown_forward(module, known)
-        if different is not None:
-            return different
+    different = unknown_forward(block, layout.known)
+    if different is not None:
+        return different
+    if layout.when is not None and _attribute(block, layout.when[0]) != layout.when[1]:
+        return f"{type(block).__name__} has another {layout.when[0]}"
     for path in layout.dropouts:
-        if type(child_at(block, path)) is not nn.Dropout:
+        if not _is_dropout(child_at(block, path)):
             return f"{type(block).__name__}.{path} is no nn.Dropout"
     return None
+
+
+def recognised_point(point: Point, block: nn.Module) -> str | None:
+    """None where all between `outer` and the site of a point is as described; else what is different."""
+    for path, known in point.known.items():
+        at, _, method = path.partition(":")
+        module = child_at(block, at)
+        if module is None:
+            return f"{type(block).__name__} has no {at}"
+        if method:
+            function = getattr(type(module), method, None)
+            found = None if function is None else fingerprint(function)
+            different = None if found in known else f"{type(module).__name__}.{method} is not one that is known"
+        else:
+            different = unknown_forward(module, known)
+        if different is not None:
+            return different
+    if point.dropout and not _is_dropout(child_at(block, point.dropout), nn.Identity):
+        return f"{type(block).__name__}.{point.dropout} is no nn.Dropout"
+    return None
+
+
+def _is_dropout(module: nn.Module | None, *others: type) -> bool:
+    kind = type(module)
+    return getattr(kind, BASE, kind) in (nn.Dropout, *others)
+
+
+def _attribute(block: nn.Module, names: str) -> object:
+    value: object = None
+    for name in names.split(" or "):
+        value = block
+        for part in name.split("."):
+            value = getattr(value, part, None)
+        if value:
+            break
+    return value
 
 
 def unknown_forward(module: nn.Module, known: tuple[str, ...]) -> str | None:
@@ -51,6 +94,10 @@ def unknown_forward(module: nn.Module, known: tuple[str, ...]) -> str | None:
 
 def patch_block(block: nn.Module, layout: Layout, link: NextNorm | None) -> None:
     """Make a block run its layout's fused forward."""
+    for point in layout.points:
+        dropout: nn.Module | None = child_at(block, point.dropout) if point.dropout else None
+        if dropout is not None and type(dropout) is nn.Dropout:
+            dropout.__class__ = _patched_class(nn.Dropout, _DROPOUT)
     block.__class__ = _patched_class(type(block), layout.key)
     block.__dict__[LINK] = link
 
@@ -80,7 +127,7 @@ def unpatch_module(module: nn.Module) -> None:
 def _patched_class(base: type[nn.Module], key: str) -> type[nn.Module]:
     made = _classes.get((base, key, base.forward))
     if made is None:
-        makers = {_NORM: _norm_forward, _STACK: _stack_forward}
+        makers = {_NORM: _norm_forward, _STACK: _stack_forward, _DROPOUT: _dropout_forward}
         forward = makers[key](base) if key in makers else _block_forward(base, LAYOUTS[key])
         namespace = {
             "forward": forward,
@@ -132,10 +179,30 @@ def _stack_forward(base: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         current = base.forward
-        if current is not original or torch.compiler.is_compiling():
+        if current is not original or torch.compiler.is_compiling() or _collects(self, kwargs):
             return current(self, *args, **kwargs)
         with running(self):
             return current(self, *args, **kwargs)
+
+    return forward
+
+
+def _collects(stack: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether a stack's own forward hands out what lies between its layers, with gradients."""
+    if not torch.is_grad_enabled():
+        return False
+    asked = kwargs.get("output_hidden_states")
+    return bool(getattr(getattr(stack, "config", None), "output_hidden_states", False) if asked is None else asked)
+
+
+def _dropout_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    original = base.forward
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, input: Tensor) -> Any:
+        if not torch.compiler.is_compiling() and skips_dropout(self):
+            return input
+        return base.forward(self, input)
 
     return forward
 
@@ -147,37 +214,70 @@ def _block_forward(base: type[nn.Module], layout: Layout) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         current = base.forward
-        if current is original and not plain_only():
-            own = find(self)
-            if own is not None:
-                return fused(self, own, *args, **kwargs)
+        if current is original:
+            edits = find(self)
+            if edits is not None:
+                return fused(self, edits, *args, **kwargs)
         return current(self, *args, **kwargs)
 
     return forward
 
 
-def _finder(layout: Layout) -> Callable[[nn.Module], RedEdit | None]:
-    """A function from the block to the edit that its fused forward may apply, or None where the library's must run."""
-    outer_path = layout.outer.split(".")
-    # From the module that is called to the site it ends in; empty where it is the site.
-    site_path = [part for part in layout.site.removeprefix(layout.outer).split(".") if part]
-    known = layout.known.get(layout.outer)
-    dropouts = [path.split(".") for path in layout.dropouts]
+class _Path(NamedTuple):
+    """A `Point`, its paths in parts."""
 
-    def find(block: nn.Module) -> RedEdit | None:
-        if globally_hooked():
-            return None
-        outer = walk(block, outer_path)
-        site = walk(outer, site_path)
-        if outer is None or site is None or (known is not None and class_fingerprint(type(outer)) not in known):
-            return None
-        own = site._modules.get(NAME)
-        if type(own) is not RedEdit or not may_defer(outer, site, own):
-            return None
-        for path in dropouts:
+    place: str
+    outer: list[str]
+    inner: list[str]  # from the module that is called to the site it ends in; empty where it is the site
+    known: tuple[str, ...] | None  # fingerprints of that module's forward
+    dropout: list[str]
+    inside: bool
+
+
+def _finder(layout: Layout) -> Callable[[nn.Module], Edits | None]:
+    """A function from the block to the edits that its fused forward applies, or None where the library's must run."""
+    points = [
+        _Path(
+            point.place,
+            _parts(point.outer),
+            _parts(point.site.removeprefix(point.outer)),
+            point.known.get(point.outer),
+            _parts(point.dropout),
+            point.inside,
+        )
+        for point in layout.points
+    ]
+    dropouts = [_parts(path) for path in layout.dropouts]
+
+    def find(block: nn.Module) -> Edits | None:
+        usable = not (plain_only() or globally_hooked())
+        for path in dropouts if usable else ():
             dropout = walk(block, path)
-            if type(dropout) is not nn.Dropout or not unobserved(dropout):
-                return None
-        return own
+            usable = usable and _is_dropout(dropout) and dropout is not None and unobserved(dropout)
+        found: dict[str, RedEdit] = {}
+        for point in points:
+            outer = walk(block, point.outer)
+            site = walk(outer, point.inner)
+            own = None if site is None else site._modules.get(NAME)
+            if outer is None or site is None or type(own) is not RedEdit:
+                continue
+            if point.inside or (usable and _deferrable(block, outer, site, own, point)):
+                found[point.place] = own
+        return Edits(**found) if found else None
 
     return find
+
+
+def _deferrable(block: nn.Module, outer: nn.Module, site: nn.Module, own: RedEdit, point: _Path) -> bool:
+    if point.known is not None and class_fingerprint(type(outer)) not in point.known:
+        return False
+    if point.dropout:
+        dropout = walk(block, point.dropout)
+        if dropout is None or not _is_dropout(dropout, nn.Identity) or not unobserved(dropout):
+            return False
+    # The block is running, and whoever has hooks on it sees it return: only ours may stand behind the edit.
+    return may_defer(site if outer is block else outer, site, own)
+
+
+def _parts(path: str) -> list[str]:
+    return [part for part in path.split(".") if part]

@@ -13,27 +13,39 @@ from torch import nn
 
 from .config import RedConfig
 from .edit_module import RedEdit
-from .models import FAMILIES, Family, Layout, child_at, family_of
-from .models.fingerprint import unwrapped
-from .models.handoff import NextNorm, Step
+from .models import FAMILIES, Layout, Point, child_at, family_of, first_path
+from .models.handoff import NextNorm
 from .models.norms import norm_spec
-from .patched import recognised, unknown_forward
+from .next_norm import Place, next_norm, resolved, unusable
+from .patched import recognised, recognised_point
 from .report import SiteReport, listed
 
-__all__ = ["Plan", "PlannedSite", "make_plan", "wrapper_of"]
+__all__ = ["Plan", "PlannedBlock", "PlannedSite", "make_plan", "output_width", "wrapper_of"]
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """One site to edit; `block` is what to fuse it in, with `norm` and `stack` if the next layer's norm takes part."""
+    """One site to edit: by a hook on the module, or inside of the forward of `layer`, to which `path` is relative."""
 
     module: nn.Module
     width: int
     device: torch.device
     report: SiteReport
-    block: tuple[nn.Module, Layout, NextNorm | None] | None = None
+    layer: nn.Module | None = None
+    path: tuple[str, ...] = ()
+    norm: str = ""  # name in the module of the norm that its output ends in, to merge into
+    bias_flag: str = ""  # attribute of the model's config that gives this linear layer a bias
+
+
+@dataclass(frozen=True)
+class PlannedBlock:
+    """A block to fuse, with `norm` and `stack` where a norm behind it takes part."""
+
+    module: nn.Module
+    layout: Layout
+    link: NextNorm | None = None
     norm: nn.Module | None = None
     stack: nn.Module | None = None
 
@@ -43,19 +55,8 @@ class Plan:
     """All that `patch` is going to do."""
 
     sites: list[PlannedSite] = field(default_factory=list)
+    blocks: list[PlannedBlock] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A layer of a known family: in the list `stack.<key>`, at `index`."""
-
-    name: str
-    layer: nn.Module
-    family: Family
-    stack: nn.Module
-    list_key: str
-    index: int
 
 
 def make_plan(model: nn.Module, config: RedConfig) -> Plan:
@@ -104,7 +105,7 @@ def _plan_named(model: nn.Module, config: RedConfig) -> Plan:
     for name, module in modules.items():
         if name not in chosen:
             continue
-        width = _output_width(module)
+        width = output_width(module)
         if width is None:
             raise ValueError(
                 f"sites: {name!r} is a {type(module).__name__}, whose output is not known to be one tensor of a fixed "
@@ -140,27 +141,25 @@ def _plan_known(model: nn.Module, config: RedConfig) -> Plan:
             last = max(place.index for place in places)
             raise ValueError(f"layers: {missing} are not in this {type(model).__name__}, whose layers are 0 to {last}")
         places = [place for place in places if place.index in wanted]
-    lost: list[str] = []
-    for place in places:
-        site = child_at(place.layer, place.family.site)
-        if site is None:
-            lost.append(place.name)
-        else:
-            plan.sites.append(_planned(model, place, site))
+    chosen = [(place, _sites_of(place, config)) for place in places]
+    lost = {f"{place.name} (no {missing})" for place, (_, missing) in chosen if missing}
     if lost:
-        experts = [name for name in _experts(model) if any(name.startswith(f"{layer}.") for layer in lost)]
+        names = [place.name for place, (_, missing) in chosen if missing]
+        experts = [name for name in _experts(model) if any(name.startswith(f"{layer}.") for layer in names)]
         remark = f": the weights of all experts are one 3-D Parameter in {listed(experts)}" if experts else ""
         raise ValueError(
-            f"model: the layers {listed(lost)} have no {places[0].family.site} to edit{remark}; choose others by "
-            "layers=, or name modules by sites="
+            f"model: not all layers have what position {config.position!r} edits: {listed(sorted(lost))}{remark}; choose "
+            "others by layers=, or name modules by sites="
         )
+    for place, (sites, _) in chosen:
+        _plan_layer(plan, model, place, sites)
     lists = _unknown_lists(model)
     if lists:
         plan.warnings.append(f"not edited, as their layers are not known: {listed(lists)}")
     return plan
 
 
-def _places(model: nn.Module) -> Iterator[_Place]:
+def _places(model: nn.Module) -> Iterator[Place]:
     for stack_name, stack in model.named_modules():
         for list_key, children in stack.named_children():
             if not isinstance(children, nn.ModuleList):
@@ -169,10 +168,10 @@ def _places(model: nn.Module) -> Iterator[_Place]:
                 family = None if layer is None else family_of(type(layer))
                 if layer is not None and family is not None:
                     name = ".".join(part for part in (stack_name, list_key, key) if part)
-                    yield _Place(name, layer, family, stack, list_key, int(key))
+                    yield Place(name, layer, family, stack, list_key, int(key))
 
 
-def _unknown_layers(places: list[_Place]) -> dict[str, int]:
+def _unknown_layers(places: list[Place]) -> dict[str, int]:
     """Layers of unknown make in the lists of the known ones, such as a wrapper around one: their names and indices."""
     found: dict[str, int] = {}
     for place in places:
@@ -186,7 +185,7 @@ def _unknown_layers(places: list[_Place]) -> dict[str, int]:
 
 
 def _has_linear_layers(module: nn.Module) -> bool:
-    return any(_output_width(part) is not None for part in module.modules())
+    return any(output_width(part) is not None for part in module.modules())
 
 
 def _unknown_lists(model: nn.Module) -> list[str]:
@@ -206,116 +205,154 @@ def _unknown_lists(model: nn.Module) -> list[str]:
     return found
 
 
-def _planned(model: nn.Module, place: _Place, site: nn.Module) -> PlannedSite:
-    name = ".".join((place.name, *_resolved(place.layer, place.family.site)))
-    width = _output_width(site) or _stream_width(place)
-    if width is None:
-        raise ValueError(f"model: the width of the output of {name}, a {type(site).__name__}, cannot be told")
-    device = _device(site, model)
-    layout, reason = _layout(place)
-    if layout is None:
-        return PlannedSite(site, width, device, SiteReport(name, width, None, reason))
-    block = child_at(place.layer, layout.block)
-    assert block is not None
-    own_norm = _unusable(child_at(block, layout.norm), "its own norm") if layout.norm else ""
-    if own_norm:
-        report = SiteReport(name, width, layout.bare, own_norm)
-        return PlannedSite(site, width, device, report, (block, layout, None))
-    if "{next}" not in layout.fuses:
-        return PlannedSite(site, width, device, SiteReport(name, width, layout.fuses), (block, layout, None))
-    enters, found = _next_norm(place)
-    known = place.family.known
-    if layout.block:
-        found = unknown_forward(place.layer, known[""]) or found
-    if isinstance(found, str):
-        report = SiteReport(name, width, layout.alone, found)
-        return PlannedSite(site, width, device, report, (block, layout, None))
-    own = (place.list_key, str(place.index))
-    leaves = [Step((*own, *_resolved(place.layer, layout.block)) if layout.block else own, layout.known[""])]
-    if layout.block:
-        leaves.append(Step(own, known[""]))
-    *passed, norm = (tuple(path.split(".")) for path in enters)
-    steps = [Step(path, known[".".join(path[len(own) :])]) for path in passed]
-    link = NextNorm(tuple(leaves), tuple(steps), norm, layout.clamps_half)
-    spec = norm_spec(type(found))
-    assert spec is not None
-    of = "final" if len(enters) == 1 else "next layer's"
-    report = SiteReport(name, width, layout.fuses.format(next=f"{of} {spec.title}"))
-    return PlannedSite(site, width, device, report, (block, layout, link), found, place.stack)
+def _sites_of(place: Place, config: RedConfig) -> tuple[list[tuple[str, str]], str]:
+    """The place in the layer and the path of each site that a position edits there; and what is missing."""
+    sites: list[tuple[str, str]] = []
+    for kind in config.places:
+        entries = place.family.sites.get(kind)
+        if entries is None:
+            return (
+                [],
+                "residual stream behind its attention, which runs beside the FFN" if kind == "attn_res" else kind,
+            )
+        for entry in entries:
+            path = first_path(place.layer, entry)
+            if path is not None:
+                sites.append((kind, path))
+            elif not entry.endswith("?"):
+                return [], entry
+    order = {id(module): at for at, module in enumerate(place.layer.modules())}
+    sites.sort(key=lambda site: (site[0] == "res", order[id(child_at(place.layer, site[1]))]))
+    return sites, ""
 
 
-def _layout(place: _Place) -> tuple[Layout | None, str]:
-    """The layout of a layer, or why it has none that is known."""
-    reason = ""
+def _plan_layer(plan: Plan, model: nn.Module, place: Place, sites: list[tuple[str, str]]) -> None:
+    """Plan the sites of one layer, and the blocks of it that can be fused."""
+    layouts = _layouts(place)
+    blocks: dict[str, PlannedBlock] = {}
+    for kind, path in sites:
+        site = child_at(place.layer, path)
+        assert site is not None
+        inside = kind in place.family.inside
+        found, reason = _point(place, layouts, kind, path)
+        name = ".".join((place.name, *resolved(place.layer, path)))
+        if inside and found is None:
+            raise ValueError(
+                f"model: the residual stream behind the attention of {place.name} is no module's output, and only a known "
+                f"forward can edit it: {reason}; choose another position, or other layers by layers="
+            )
+        fused: str | None = None
+        if found is not None:
+            layout, point = found
+            if layout.block not in blocks:
+                blocks[layout.block] = _planned_block(place, layout)
+            fused, reason = _fused_with(blocks[layout.block], point, place)
+        remark = place.family.remarks.get(path, "")
+        report = SiteReport(name, _width(site, place, name), fused, "; ".join(filter(None, (reason, remark))))
+        plan.sites.append(
+            PlannedSite(
+                site,
+                report.width,
+                _device(site, model),
+                report,
+                layer=place.layer if inside else None,
+                path=tuple(resolved(place.layer, path)) if inside else (),
+                norm=_norm_inside(place, path),
+                bias_flag=place.family.bias_flags.get(path, ""),
+            )
+        )
+    plan.blocks.extend(blocks.values())
+
+
+def _norm_inside(place: Place, path: str) -> str:
+    norm = place.family.norms.get(path)
+    if norm is None:
+        return ""
+    return "." if norm == path else norm.removeprefix(path).removeprefix(".")
+
+
+def _layouts(place: Place) -> dict[str, tuple[Layout | None, str]]:
+    """The layout of each block of a layer by the block's path, or why it has none that is known."""
+    found: dict[str, tuple[Layout | None, str]] = {}
     if "forward" in place.layer.__dict__:
-        return None, f"the forward of {type(place.layer).__name__} was replaced"
+        reason = f"the forward of {type(place.layer).__name__} was replaced"
+        return {layout.block: (None, reason) for layout in place.family.layouts}
     for layout in place.family.layouts:
+        former, reason = found.get(layout.block, (None, ""))
         block = child_at(place.layer, layout.block)
-        if block is None:
-            reason = reason or f"{type(place.layer).__name__} has no {layout.block}"
-            continue
-        if layout.when is not None and getattr(block, layout.when[0], None) != layout.when[1]:
+        if former is not None or block is None:
             continue
         different = recognised(layout, block)
-        if different is None:
-            return layout, ""
-        reason = reason or different
-    return None, reason or f"no layout of {type(place.layer).__name__} is known"
+        found[layout.block] = (layout, "") if different is None else (None, reason or different)
+    return found
 
 
-def _next_norm(place: _Place) -> tuple[tuple[str, ...], nn.Module | str]:
-    """The modules that the layer's output passes until the next norm, named in the stack; and the norm, or why not."""
-    forward = unwrapped(type(place.stack).forward)
-    if "forward" in place.stack.__dict__ or not forward.__globals__["__name__"].startswith("transformers.models."):
-        return (), f"the forward of {type(place.stack).__name__} is not the library's own"
-    layers = place.stack._modules[place.list_key]
-    assert layers is not None
-    following = layers._modules.get(str(place.index + 1))
-    if following is not None:
-        prefix = f"{place.list_key}.{place.index + 1}"
-        enters = tuple(f"{prefix}.{path}" if path else prefix for path in place.family.first_norm)
-        if family_of(type(following)) is not place.family:
-            return (), f"the next layer is a {type(following).__name__}"
-        for path, known in place.family.known.items():
-            module = child_at(following, path)
-            different = unknown_forward(module, known) if module is not None else f"it has no {path}"
-            if different is not None:
-                return (), f"in the next layer: {different}"
-    elif place.family.final_norm is None:
-        return (), "no norm follows the last layer"
-    else:
-        enters = (place.family.final_norm,)
-    norm = child_at(place.stack, enters[-1]) if enters else None
-    if norm is None:
-        return (), "no norm follows the last layer" if following is None else "the next layer begins with no norm"
-    unusable = _unusable(norm, "the next norm")
-    return ((), unusable) if unusable else (enters, norm)
+def _point(
+    place: Place, layouts: dict[str, tuple[Layout | None, str]], kind: str, path: str
+) -> tuple[tuple[Layout, Point] | None, str]:
+    """The layout and its point by which a site is fused; else why it is not."""
+    reasons = []
+    described = False
+    for layout in place.family.layouts:
+        for point in layout.points:
+            if point.place != kind or ".".join(filter(None, (layout.block, point.site))) != path:
+                continue
+            described = True
+            known, reason = layouts.get(layout.block, (None, ""))
+            if known is None:
+                reasons.append(reason)
+            if known is not layout:
+                continue
+            block = child_at(place.layer, layout.block)
+            assert block is not None
+            different = recognised_point(point, block)
+            if different is None:
+                return (layout, point), ""
+            reasons.append(different)
+    if reasons or not described:
+        return None, next(filter(None, reasons), "")
+    if kind in place.family.inside:
+        return None, f"in this {type(place.layer).__name__} attention and FFN share one residual add"
+    return None, ""
 
 
-def _unusable(norm: nn.Module | None, what: str) -> str:
-    """Why a fused operation cannot stand in for a norm, or nothing."""
-    if norm is None:
-        return f"{what} is missing"
-    if "forward" in norm.__dict__:
-        return f"the forward of {what}, a {type(norm).__name__}, was replaced"
-    if norm_spec(type(norm)) is None:
-        return f"{type(norm).__name__}.forward is not one that is known"
-    return ""
+def _planned_block(place: Place, layout: Layout) -> PlannedBlock:
+    block = child_at(place.layer, layout.block)
+    assert block is not None
+    if not layout.hands_on:
+        return PlannedBlock(block, layout)
+    link, norm = next_norm(place, layout)
+    if link is None:
+        return PlannedBlock(block, layout)
+    assert isinstance(norm, nn.Module)
+    return PlannedBlock(block, layout, link, norm, place.stack)
 
 
-def _resolved(layer: nn.Module, path: str) -> list[str]:
-    """The parts of a path, `-1` replaced by the name it stands for."""
-    parts: list[str] = []
-    module: nn.Module | None = layer
-    for part in path.split("."):
-        if part == "-1" and module is not None:
-            part = next(reversed(module._modules), "")
-        parts.append(part)
-        module = None if module is None else module._modules.get(part)
-    return parts
+def _fused_with(block: PlannedBlock, point: Point, place: Place) -> tuple[str | None, str]:
+    """What a point's edit is fused with, and why not with more."""
+    if point.norm:
+        own_norm = unusable(child_at(block.module, point.norm), "its own norm")
+        if own_norm:
+            return point.bare, own_norm
+    if "{next}" not in point.fuses:
+        return point.fuses, point.note
+    if block.norm is None:
+        reason = next_norm(place, block.layout)[1]
+        return point.alone or None, str(reason)
+    spec = norm_spec(type(block.norm))
+    assert spec is not None and block.link is not None
+    of = "next sublayer's" if block.layout.then else "final" if not block.link.enters else "next layer's"
+    return point.fuses.format(next=f"{of} {spec.title}"), point.note
 
 
-def _output_width(module: nn.Module) -> int | None:
+def _width(site: nn.Module, place: Place, name: str) -> int:
+    width = output_width(site) or _stream_width(place)
+    if width is None:
+        raise ValueError(f"model: the width of the output of {name}, a {type(site).__name__}, cannot be told")
+    return width
+
+
+def output_width(module: nn.Module) -> int | None:
     """The width of a module's one output tensor, where it can be told: linear layers of any make, and norms."""
     for name in ("out_features", "nf"):
         width = getattr(module, name, None)
@@ -328,11 +365,11 @@ def _output_width(module: nn.Module) -> int | None:
     return None
 
 
-def _stream_width(place: _Place) -> int | None:
+def _stream_width(place: Place) -> int | None:
     """The width of the residual stream, by the layer's first norm: for a wrapped site that does not say its own."""
     for module in place.layer.modules():
         if norm_spec(type(module)) is not None:
-            return _output_width(module)
+            return output_width(module)
     return None
 
 
@@ -380,6 +417,6 @@ def _no_sites(model: nn.Module) -> str:
 
 def _linear_patterns(model: nn.Module) -> str:
     """The names of the linear layers, layer numbers replaced by `*`."""
-    names = [name for name, module in model.named_modules() if name and _output_width(module) is not None]
+    names = [name for name, module in model.named_modules() if name and output_width(module) is not None]
     patterns = dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names)
     return listed(list(patterns)) if patterns else "none"

@@ -1,4 +1,4 @@
-"""GPT-2 and OPT layers, BERT-like layers with a norm behind each sublayer, and ViT."""
+"""GPT-2 and OPT layers, and ViT: pre-norm layers with biases and dropout; OPT has a post-norm form too."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
-from ..edit_module import RedEdit, call_unedited
-from .compose import add_then_norm, edit_add_to_next, edit_then_norm
-from .description import Family, Layout
+from ..edit_module import call_unedited, edited_output
+from .compose import add_then_norm, behind, edit_add_to_next, edit_then_norm
+from .description import Edits, Family, Layout, Point
 
 __all__ = ["FAMILIES"]
 
 _GPT2, _OPT, _VIT = "9bbe2073f8394bdd", "e713efe33a94e16f", "04639e1c57979b6e"
+_TO_NEXT: dict[str, Any] = {"fuses": "dropout + residual add + {next}", "alone": "dropout + residual add"}
+_BEHIND = "LayerNorm behind the residual add"
 
 
 def _gpt2(
     layer: Any,
-    own: RedEdit,
+    edits: Edits,
     hidden_states: Tensor,
     past_key_values: Any = None,
     attention_mask: Tensor | None = None,
@@ -27,20 +29,27 @@ def _gpt2(
     **kwargs: Any,
 ) -> Tensor:
     residual = hidden_states
-    hidden_states = layer.ln_1(hidden_states)
-    hidden_states, _ = layer.attn(
-        hidden_states,
+    drop = layer.attn.resid_dropout
+    hidden_states, _ = call_unedited(
+        layer.attn,
+        edits.attn,
+        layer.ln_1(hidden_states),
         past_key_values=past_key_values,
         attention_mask=attention_mask,
         use_cache=use_cache,
+        without=drop,
         **kwargs,
     )
+    p, training = behind(edits.attn, drop)
+    own, after = edits.attn, edits.attn_res
     if encoder_hidden_states is not None:
         if not hasattr(layer, "crossattention"):
             raise ValueError(
                 "encoder_hidden_states was given to a layer without cross-attention (config.add_cross_attention)"
             )
-        hidden_states, residual = add_then_norm(hidden_states, residual, layer.ln_cross_attn)
+        hidden_states, residual = add_then_norm(
+            hidden_states, residual, layer.ln_cross_attn, p, training, own=own, after=after
+        )
         hidden_states, _ = layer.crossattention(
             hidden_states,
             past_key_values=past_key_values,
@@ -48,16 +57,18 @@ def _gpt2(
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
         )
-    hidden_states, residual = add_then_norm(hidden_states, residual, layer.ln_2)
-    # The FFN drops out its own output, behind the site: that belongs behind the edit.
-    mlp = layer.mlp
-    hidden_states = call_unedited(mlp.c_proj, own, mlp.act(mlp.c_fc(hidden_states)))
-    return edit_add_to_next(layer, hidden_states, residual, own, mlp.dropout.p, mlp.dropout.training)
+        own, after, p, training = None, None, 0.0, False
+    hidden_states, residual = add_then_norm(hidden_states, residual, layer.ln_2, p, training, own=own, after=after)
+    drop = layer.mlp.dropout
+    hidden_states = call_unedited(layer.mlp, edits.ffn, hidden_states, without=drop)
+    p, training = behind(edits.ffn, drop)
+    output = edit_add_to_next(layer, hidden_states, residual, edits.ffn, p, training, after=edits.res)
+    return edited_output(edits.res, output)
 
 
 def _opt_pre_norm(
     layer: Any,
-    own: RedEdit,
+    edits: Edits,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     past_key_values: Any = None,
@@ -66,7 +77,9 @@ def _opt_pre_norm(
     **kwargs: Any,
 ) -> Tensor:
     residual = hidden_states
-    hidden_states, _ = layer.self_attn(
+    hidden_states, _ = call_unedited(
+        layer.self_attn,
+        edits.attn,
         hidden_states=layer.self_attn_layer_norm(hidden_states),
         past_key_values=past_key_values,
         position_ids=position_ids,
@@ -74,14 +87,17 @@ def _opt_pre_norm(
         **kwargs,
     )
     p, training = layer.dropout, layer.training
-    hidden_states, residual = add_then_norm(hidden_states, residual, layer.final_layer_norm, p, training)
-    hidden_states = _opt_feed_forward(layer, own, hidden_states)
-    return edit_add_to_next(layer, hidden_states, residual, own, p, training)
+    hidden_states, residual = add_then_norm(
+        hidden_states, residual, layer.final_layer_norm, p, training, own=edits.attn, after=edits.attn_res
+    )
+    hidden_states = _opt_feed_forward(layer, edits, hidden_states)
+    output = edit_add_to_next(layer, hidden_states, residual, edits.ffn, p, training, after=edits.res)
+    return edited_output(edits.res, output)
 
 
 def _opt_post_norm(
     layer: Any,
-    own: RedEdit,
+    edits: Edits,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     past_key_values: Any = None,
@@ -90,7 +106,9 @@ def _opt_post_norm(
     **kwargs: Any,
 ) -> Tensor:
     residual = hidden_states
-    hidden_states, _ = layer.self_attn(
+    hidden_states, _ = call_unedited(
+        layer.self_attn,
+        edits.attn,
         hidden_states=hidden_states,
         past_key_values=past_key_values,
         position_ids=position_ids,
@@ -98,50 +116,79 @@ def _opt_post_norm(
         **kwargs,
     )
     p, training = layer.dropout, layer.training
-    residual = edit_then_norm(hidden_states, residual, None, layer.self_attn_layer_norm, p, training)
-    hidden_states = _opt_feed_forward(layer, own, residual)
-    return edit_then_norm(hidden_states, residual, own, layer.final_layer_norm, p, training)
+    residual = edit_then_norm(
+        hidden_states, residual, edits.attn, layer.self_attn_layer_norm, p, training, after=edits.attn_res
+    )
+    hidden_states = _opt_feed_forward(layer, edits, residual)
+    output = edit_then_norm(hidden_states, residual, edits.ffn, layer.final_layer_norm, p, training, after=edits.res)
+    return edited_output(edits.res, output)
 
 
-def _opt_feed_forward(layer: Any, own: RedEdit, hidden_states: Tensor) -> Tensor:
+def _opt_feed_forward(layer: Any, edits: Edits, hidden_states: Tensor) -> Tensor:
     # The library runs its FFN on rows; so do hooks on these modules find them.
     rows = layer.activation_fn(layer.fc1(hidden_states.reshape(-1, hidden_states.size(-1))))
-    return call_unedited(layer.fc2, own, rows).view(hidden_states.shape)
-
-
-def _post_norm_output(module: Any, own: RedEdit, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-    hidden_states = call_unedited(module.dense, own, hidden_states)
-    drop = module.dropout
-    return edit_then_norm(hidden_states, input_tensor, own, module.LayerNorm, drop.p, drop.training)
+    forwarded: Tensor = call_unedited(layer.fc2, edits.ffn, rows)
+    return forwarded.view(hidden_states.shape)
 
 
 def _vit(
-    layer: Any, own: RedEdit, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    layer: Any, edits: Edits, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Tensor:
     residual = hidden_states
     hidden_states = layer.layernorm_before(hidden_states)
-    hidden_states, _ = layer.attention(hidden_states, attention_mask, **kwargs)
+    hidden_states, _ = call_unedited(layer.attention, edits.attn, hidden_states, attention_mask, **kwargs)
     p, training = layer.dropout.p, layer.dropout.training
-    hidden_states, residual = add_then_norm(hidden_states, residual, layer.layernorm_after, p, training)
-    hidden_states = call_unedited(layer.mlp, own, hidden_states)
-    return edit_add_to_next(layer, hidden_states, residual, own, p, training)
+    hidden_states, residual = add_then_norm(
+        hidden_states, residual, layer.layernorm_after, p, training, own=edits.attn, after=edits.attn_res
+    )
+    hidden_states = call_unedited(layer.mlp, edits.ffn, hidden_states)
+    output = edit_add_to_next(layer, hidden_states, residual, edits.ffn, p, training, after=edits.res)
+    return edited_output(edits.res, output)
 
 
+_OPT_ATTENTION = {"self_attn": ("b302cb513c7595a0",)}
+_OPT_OWN_NORM: dict[str, Any] = {"fuses": "dropout + residual add + LayerNorm", "bare": "dropout + residual add"}
+_RES = Point("res", "", "", fuses="{next} behind the residual add", alone="")
 FAMILIES = (
     Family(
         name="GPT-2",
         layers=("GPT2Block",),
-        site="mlp.c_proj",
+        sites={
+            "ffn": ("mlp.c_proj",),
+            "attn": ("attn.c_proj", "crossattention.c_proj?"),
+            "qkv": ("attn.c_attn", "crossattention.q_attn?", "crossattention.c_attn?"),
+            "res": ("",),
+            "attn_res": ("attn",),
+        },
+        inside=("attn_res",),
         layouts=(
             Layout(
                 key="gpt2",
                 forward=_gpt2,
-                known={"": (_GPT2,), "mlp": ("793bcfd566f7f8b4",)},
-                site="mlp.c_proj",
-                outer="mlp",
-                dropouts=("mlp.dropout",),
-                fuses="dropout + residual add + {next}",
-                alone="dropout + residual add",
+                known=(_GPT2,),
+                points=(
+                    Point(
+                        "ffn",
+                        "mlp.c_proj",
+                        "mlp",
+                        known={"mlp": ("793bcfd566f7f8b4",)},
+                        dropout="mlp.dropout",
+                        **_TO_NEXT,
+                    ),
+                    Point(
+                        "attn",
+                        "attn.c_proj",
+                        "attn",
+                        known={"attn": ("89ad8c3a6092d1cd",)},
+                        dropout="attn.resid_dropout",
+                        fuses="dropout + residual add + LayerNorm",
+                        norm="ln_2",
+                        bare="dropout + residual add",
+                    ),
+                    Point("attn_res", "attn", "", fuses=_BEHIND, norm="ln_2", inside=True),
+                    _RES,
+                ),
+                hands_on=True,
             ),
         ),
         first_norm=("", "ln_1"),
@@ -151,67 +198,94 @@ FAMILIES = (
     Family(
         name="OPT",
         layers=("OPTDecoderLayer",),
-        site="fc2",
+        sites={
+            "ffn": ("fc2",),
+            "attn": ("self_attn.out_proj",),
+            "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "res": ("",),
+            "attn_res": ("self_attn",),
+        },
+        inside=("attn_res",),
         layouts=(
             Layout(
                 key="opt_pre_norm",
                 forward=_opt_pre_norm,
-                known={"": (_OPT,)},
-                site="fc2",
-                outer="fc2",
-                fuses="dropout + residual add + {next}",
-                alone="dropout + residual add",
+                known=(_OPT,),
+                points=(
+                    Point("ffn", "fc2", "fc2", **_TO_NEXT),
+                    Point(
+                        "attn",
+                        "self_attn.out_proj",
+                        "self_attn",
+                        known=_OPT_ATTENTION,
+                        norm="final_layer_norm",
+                        **_OPT_OWN_NORM,
+                    ),
+                    Point("attn_res", "self_attn", "", fuses=_BEHIND, norm="final_layer_norm", inside=True),
+                    _RES,
+                ),
+                hands_on=True,
                 when=("do_layer_norm_before", True),
             ),
             Layout(
                 key="opt_post_norm",
                 forward=_opt_post_norm,
-                known={"": (_OPT,)},
-                site="fc2",
-                outer="fc2",
-                fuses="dropout + residual add + LayerNorm",
-                bare="dropout + residual add",
-                norm="final_layer_norm",
+                known=(_OPT,),
+                points=(
+                    Point("ffn", "fc2", "fc2", norm="final_layer_norm", **_OPT_OWN_NORM),
+                    Point(
+                        "attn",
+                        "self_attn.out_proj",
+                        "self_attn",
+                        known=_OPT_ATTENTION,
+                        norm="self_attn_layer_norm",
+                        **_OPT_OWN_NORM,
+                    ),
+                    Point("attn_res", "self_attn", "", fuses="LayerNorm", norm="self_attn_layer_norm", inside=True),
+                    Point("res", "", "", fuses="LayerNorm", norm="final_layer_norm"),
+                ),
                 when=("do_layer_norm_before", False),
             ),
         ),
         first_norm=("", "self_attn_layer_norm"),
         known={"": (_OPT,)},
         final_norm="final_layer_norm",
-    ),
-    Family(
-        name="BERT, RoBERTa",
-        layers=("BertLayer", "RobertaLayer"),
-        site="output.dense",
-        layouts=(
-            Layout(
-                key="post_norm_output",
-                block="output",
-                forward=_post_norm_output,
-                known={"": ("dc2f966459a0afc8",)},
-                site="dense",
-                outer="dense",
-                dropouts=("dropout",),
-                fuses="dropout + residual add + LayerNorm",
-                bare="dropout + residual add",
-                norm="LayerNorm",
-            ),
+        bias_flags=dict.fromkeys(
+            ("fc2", "self_attn.out_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "enable_bias"
         ),
     ),
     Family(
         name="ViT",
         layers=("ViTLayer",),
-        site="mlp.fc2",
+        sites={
+            "ffn": ("mlp.fc2",),
+            "attn": ("attention.o_proj",),
+            "qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+            "res": ("",),
+            "attn_res": ("attention",),
+        },
+        inside=("attn_res",),
         layouts=(
             Layout(
                 key="vit",
                 forward=_vit,
-                known={"": (_VIT,), "mlp": ("06f472a6a2c912ad",)},
-                site="mlp.fc2",
-                outer="mlp",
+                known=(_VIT,),
+                points=(
+                    Point("ffn", "mlp.fc2", "mlp", known={"mlp": ("06f472a6a2c912ad",)}, **_TO_NEXT),
+                    Point(
+                        "attn",
+                        "attention.o_proj",
+                        "attention",
+                        known={"attention": ("b403d2f5588e6a34",)},
+                        fuses="dropout + residual add + LayerNorm",
+                        norm="layernorm_after",
+                        bare="dropout + residual add",
+                    ),
+                    Point("attn_res", "attention", "", fuses=_BEHIND, norm="layernorm_after", inside=True),
+                    _RES,
+                ),
                 dropouts=("dropout",),
-                fuses="dropout + residual add + {next}",
-                alone="dropout + residual add",
+                hands_on=True,
             ),
         ),
         first_norm=("", "layernorm_before"),

@@ -1,22 +1,36 @@
 """What the fused forwards are made of: each takes the fused operation where it may and the plain composition elsewhere.
 
-`own` is the site's `RedEdit`, or None where only the residual add and the norm are fused; `dropout` is the layer's
-dropout module, or None.
+`own` is the edit of `x`, and `after` that of the residual stream behind the addition (in `edit_then_norm`, of the norm's
+output); each is the site's `RedEdit`, or None for no edit. `p` and `training` are those of the dropout behind `own`.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
-from ..edit_module import RedEdit
-from ..functional import edit_add, edit_add_layer_norm, edit_add_rms_norm
+from ..edit_module import RedEdit, applied_inside, call_unedited, plain_only
+from ..functional import edit, edit_add, edit_add_layer_norm, edit_add_rms_norm, layer_norm_edit, rms_norm_edit
+from ..selection import Vectors
 from .handoff import NextNorm, leave_note
 from .norms import NormArguments, norm_arguments, unobserved
 
-__all__ = ["LINK", "add_then_norm", "edit_add_to_next", "edit_then_norm", "may_defer"]
+__all__ = ["LINK", "add", "add_then_norm", "behind", "edit_add_to_next", "edit_then_norm", "may_defer"]
 
-LINK = "_red_kernels_next"  # the attribute of a fused layer that holds its `NextNorm`
+LINK = "_red_kernels_next"  # the attribute of a fused block that holds its `NextNorm`
 _PLAIN = (Tensor, nn.Parameter)
+_NO_EDIT = Vectors(None, None)
+
+
+class _Sum(NamedTuple):
+    """`residual + dropout(edit(x))`, not computed yet."""
+
+    x: Tensor
+    residual: Tensor | None
+    vectors: Vectors
+    p: float
+    training: bool
 
 
 def may_defer(outer: nn.Module, site: nn.Module, own: RedEdit) -> bool:
@@ -32,84 +46,169 @@ def may_defer(outer: nn.Module, site: nn.Module, own: RedEdit) -> bool:
     return outer is site or unobserved(outer)
 
 
+def behind(own: RedEdit | None, dropout: nn.Dropout | nn.Identity) -> tuple[float, bool]:
+    """`p` and `training` of a dropout inside of what `call_unedited` calls: it is left out together with an edit only."""
+    if own is None or isinstance(dropout, nn.Identity):
+        return 0.0, False
+    return dropout.p, dropout.training
+
+
+def add(x: Tensor, residual: Tensor, own: RedEdit | None = None, p: float = 0.0, training: bool = False) -> Tensor:
+    """`residual + dropout(edit(x))`."""
+    return _computed(_sum(x, residual, own, None, p, training))
+
+
 def add_then_norm(
-    x: Tensor, residual: Tensor, norm: nn.Module, p: float = 0.0, training: bool = False
+    x: Tensor,
+    residual: Tensor,
+    norm: nn.Module,
+    p: float = 0.0,
+    training: bool = False,
+    *,
+    own: RedEdit | None = None,
+    after: RedEdit | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`z = residual + dropout(x)` and `norm(z)`, as `(norm(z), z)`."""
-    found = norm_arguments(norm, x, residual)
+    """`z = after(residual + dropout(edit(x)))` and `norm(z)`, as `(norm(z), z)`."""
+    if after is not None:
+        applied_inside(after)  # it may be one that no hook could apply
+    pending = _sum(x, residual, own, after, p, training)
+    found = norm_arguments(norm, pending.x, pending.residual)
     if found is None:
-        z = residual + (nn.functional.dropout(x, p, training) if training and p else x)
+        z = _computed(pending)
         return norm(z), z
-    normed, summed = _edit_add_norm(x, residual, None, found, p, training, True)
+    normed, summed = _normed(pending, found, True)
     assert summed is not None
     return normed, summed
 
 
 def edit_then_norm(
-    x: Tensor, residual: Tensor | None, own: RedEdit | None, norm: nn.Module, p: float = 0.0, training: bool = False
-) -> Tensor:
-    """`norm(residual + dropout(edit(x)))`, for norms right behind the site's own residual add, or without one."""
-    found = norm_arguments(norm, x, residual) if own is None or _vectors_fit(own, x) else None
-    if found is not None:
-        return _edit_add_norm(x, residual, own, found, p, training, False)[0]
-    if residual is not None:
-        return norm(_edit_add(x, residual, own, p, training))
-    return norm(x if own is None else own(x))
-
-
-def edit_add_to_next(
-    layer: nn.Module, x: Tensor, residual: Tensor, own: RedEdit | None, p: float = 0.0, training: bool = False
-) -> Tensor:
-    """`z = residual + dropout(edit(x))`, with `norm(z)` for the next layer as a note on it where that may be."""
-    link: NextNorm | None = layer.__dict__.get(LINK)
-    if link is not None and (own is None or _vectors_fit(own, x)):
-        found = link.arguments(layer, x, residual)
-        if found is not None:
-            norm, arguments = found
-            normed, z = _edit_add_norm(x, residual, own, arguments, p, training, True)
-            assert z is not None
-            leave_note(z, normed, norm)
-            return z
-    return _edit_add(x, residual, own, p, training)
-
-
-def _edit_add(x: Tensor, residual: Tensor, own: RedEdit | None, p: float, training: bool) -> Tensor:
-    if own is not None and type(residual) is Tensor and _vectors_fit(own, x):
-        scale, bias = own._parameters["scale"], own._parameters["bias"]
-        return edit_add(x, residual, scale, bias, dropout_p=p, training=training)
-    hidden = x if own is None else own(x)
-    return residual + (nn.functional.dropout(hidden, p, training) if training and p else hidden)
-
-
-def _edit_add_norm(
     x: Tensor,
     residual: Tensor | None,
     own: RedEdit | None,
-    norm: NormArguments,
-    p: float,
-    training: bool,
-    need_z: bool,
-) -> tuple[Tensor, Tensor | None]:
-    scale = bias = None
-    if own is not None:
-        scale, bias = own._parameters["scale"], own._parameters["bias"]
+    norm: nn.Module,
+    p: float = 0.0,
+    training: bool = False,
+    *,
+    after: RedEdit | None = None,
+) -> Tensor:
+    """`after(norm(residual + dropout(edit(x))))`, for norms behind the site's own residual add, or without one."""
+    if after is not None:
+        applied_inside(after)
+    pending = _sum(x, residual, own, None, p, training)
+    if after is None:
+        found = norm_arguments(norm, pending.x, pending.residual)
+        return norm(_computed(pending)) if found is None else _normed(pending, found, False)[0]
+    z = _computed(pending)
+    found, vectors = norm_arguments(norm, z, None, after), _vectors(after, z)
+    if found is None or vectors is None or vectors is _NO_EDIT:
+        # The edit may hang on the norm itself, which then leaves it out.
+        return after(call_unedited(norm, after, z))
+    (centered, _, offset), weight, norm_bias, eps = found
+    scale, bias, _, _, ids = vectors
+    if centered:
+        return layer_norm_edit(z, weight, norm_bias, scale, bias, eps, edit_ids=ids)
+    return rms_norm_edit(z, weight, scale, bias, eps, weight_offset=offset, edit_ids=ids)
+
+
+def edit_add_to_next(
+    block: nn.Module,
+    x: Tensor,
+    residual: Tensor,
+    own: RedEdit | None,
+    p: float = 0.0,
+    training: bool = False,
+    *,
+    after: RedEdit | None = None,
+) -> Tensor:
+    """`z = after(residual + dropout(edit(x)))`, with `norm(z)` for the next norm as a note on it where that may be."""
+    pending = _sum(x, residual, own, after, p, training)
+    link: NextNorm | None = block.__dict__.get(LINK)
+    if link is not None and not plain_only():
+        found = link.arguments(block, pending.x, pending.residual)
+        if found is not None:
+            norm, arguments = found
+            normed, z = _normed(pending, arguments, True)
+            assert z is not None
+            leave_note(z, normed, norm)
+            return z
+    return _computed(pending)
+
+
+def _sum(
+    x: Tensor, residual: Tensor | None, own: RedEdit | None, after: RedEdit | None, p: float, training: bool
+) -> _Sum:
+    """What is to be computed; all but its last addition is done where there is an edit behind that."""
+    x, vectors = _left_to_do(own, x)
+    pending = _Sum(x, residual, vectors, p, training)
+    if after is None:
+        return pending
+    z, vectors = _left_to_do(after, _computed(pending))
+    return _Sum(z, None, vectors, 0.0, False)
+
+
+def _left_to_do(own: RedEdit | None, x: Tensor) -> tuple[Tensor, Vectors]:
+    """`x` and the vectors that a fused operation has to apply to it; or `x` edited already, and none."""
+    if own is None:
+        return x, _NO_EDIT
+    vectors = _vectors(own, x)
+    return (own(x), _NO_EDIT) if vectors is None else (x, vectors)
+
+
+def _vectors(own: RedEdit, x: Tensor) -> Vectors | None:
+    """The vectors that a fused operation can take, `_NO_EDIT` where none apply; None where the module is to be called.
+
+    That is so for tensors that are not plain, such as sharded ones, and for edits that end in a norm of their own.
+    """
+    if type(x) is not Tensor or plain_only():
+        return None
+    vectors = own.applied(x)
+    if vectors is None:
+        return _NO_EDIT
+    for vector in vectors[:2]:
+        if vector is not None and type(vector) not in _PLAIN:
+            return None
+    return None if vectors.norm_weight is not None else vectors
+
+
+def _computed(pending: _Sum) -> Tensor:
+    x, residual, (scale, bias, _, _, ids), p, training = pending
+    edits = scale is not None or bias is not None
+    if residual is None:
+        return edit(x, scale, bias, edit_ids=ids) if edits else x
+    if edits and type(residual) is Tensor:
+        return edit_add(x, residual, scale, bias, dropout_p=p, training=training, edit_ids=ids)
+    if edits:
+        x = edit(x, scale, bias, edit_ids=ids)
+    return residual + (nn.functional.dropout(x, p, training) if training and p else x)
+
+
+def _normed(pending: _Sum, norm: NormArguments, need_z: bool) -> tuple[Tensor, Tensor | None]:
+    x, residual, (scale, bias, _, _, ids), p, training = pending
     (centered, _, offset), weight, norm_bias, eps = norm
     if centered:
         return edit_add_layer_norm(
-            x, residual, scale, bias, weight, norm_bias, eps, dropout_p=p, training=training, need_z=need_z
+            x,
+            residual,
+            scale,
+            bias,
+            weight,
+            norm_bias,
+            eps,
+            dropout_p=p,
+            training=training,
+            need_z=need_z,
+            edit_ids=ids,
         )
     return edit_add_rms_norm(
-        x, residual, scale, bias, weight, eps, weight_offset=offset, dropout_p=p, training=training, need_z=need_z
+        x,
+        residual,
+        scale,
+        bias,
+        weight,
+        eps,
+        weight_offset=offset,
+        dropout_p=p,
+        training=training,
+        need_z=need_z,
+        edit_ids=ids,
     )
-
-
-def _vectors_fit(own: RedEdit, x: Tensor) -> bool:
-    """Whether the vectors and `x` are plain tensors: not sharded, nor out of the module for now, as in FSDP 1."""
-    if type(x) is not Tensor:
-        return False
-    vectors = own._parameters
-    for name in ("scale", "bias"):
-        vector = vectors.get(name, own)  # `own` stands for one that is missing
-        if vector is not None and type(vector) not in _PLAIN:
-            return False
-    return True

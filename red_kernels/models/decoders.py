@@ -6,19 +6,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..edit_module import RedEdit, call_unedited
+from ..edit_module import call_unedited, edited_output
 from .compose import add_then_norm, edit_add_to_next, edit_then_norm
-from .description import Family, Layout
+from .description import Edits, Family, Layout, Point
 
 __all__ = ["FAMILIES"]
 
 _GATED_MLP = "10d6ac161076c54c"
 _PRE_NORM, _WITH_DROPOUT, _NORMS_AROUND = "77b982daba84680c", "0d441bd29df6766c", "420e1c6a99e20e50"
+_MIXTURE = "fdd799853333706e"
+_ATTENTION = (
+    "ab428cb97146feb6",
+    "89d1b6cb31180c35",
+    "e5c4ad3482773958",
+    "5c2c7b6c13abc371",
+    "bea845841b9e9d1a",
+    "03b9fca807486ea6",
+    "a9ce947798a7c80c",
+)
 
 
 def _pre_norm(
     layer: Any,
-    own: RedEdit,
+    edits: Edits,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
@@ -28,9 +38,10 @@ def _pre_norm(
     **kwargs: Any,
 ) -> Tensor:
     residual = hidden_states
-    hidden_states = layer.input_layernorm(hidden_states)
-    hidden_states, _ = layer.self_attn(
-        hidden_states=hidden_states,
+    hidden_states, _ = call_unedited(
+        layer.self_attn,
+        edits.attn,
+        hidden_states=layer.input_layernorm(hidden_states),
         attention_mask=attention_mask,
         position_ids=position_ids,
         past_key_values=past_key_values,
@@ -38,14 +49,45 @@ def _pre_norm(
         position_embeddings=position_embeddings,
         **kwargs,
     )
-    hidden_states, residual = add_then_norm(hidden_states, residual, layer.post_attention_layernorm)
-    hidden_states = call_unedited(layer.mlp, own, hidden_states)
-    return edit_add_to_next(layer, hidden_states, residual, own)
+    return _pre_norm_ffn(layer, edits, hidden_states, residual)
+
+
+def _mixture(
+    layer: Any,
+    edits: Edits,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> Tensor:
+    residual = hidden_states
+    hidden_states, _ = call_unedited(
+        layer.self_attn,
+        edits.attn,
+        hidden_states=layer.input_layernorm(hidden_states),
+        position_embeddings=position_embeddings,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        **kwargs,
+    )
+    return _pre_norm_ffn(layer, edits, hidden_states, residual)
+
+
+def _pre_norm_ffn(layer: Any, edits: Edits, attended: Tensor, residual: Tensor) -> Tensor:
+    hidden_states, residual = add_then_norm(
+        attended, residual, layer.post_attention_layernorm, own=edits.attn, after=edits.attn_res
+    )
+    hidden_states = call_unedited(layer.mlp, edits.ffn, hidden_states)
+    output = edit_add_to_next(layer, hidden_states, residual, edits.ffn, after=edits.res)
+    return edited_output(edits.res, output)
 
 
 def _pre_norm_with_dropout(
     layer: Any,
-    own: RedEdit,
+    edits: Edits,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
@@ -55,9 +97,10 @@ def _pre_norm_with_dropout(
     **kwargs: Any,
 ) -> Tensor:
     residual = hidden_states
-    hidden_states = layer.input_layernorm(hidden_states)
-    hidden_states, _ = layer.self_attn(
-        hidden_states=hidden_states,
+    hidden_states, _ = call_unedited(
+        layer.self_attn,
+        edits.attn,
+        hidden_states=layer.input_layernorm(hidden_states),
         attention_mask=attention_mask,
         position_ids=position_ids,
         past_key_values=past_key_values,
@@ -67,16 +110,23 @@ def _pre_norm_with_dropout(
     )
     drop: nn.Dropout = layer.resid_attn_dropout
     hidden_states, residual = add_then_norm(
-        hidden_states, residual, layer.post_attention_layernorm, drop.p, drop.training
+        hidden_states,
+        residual,
+        layer.post_attention_layernorm,
+        drop.p,
+        drop.training,
+        own=edits.attn,
+        after=edits.attn_res,
     )
-    hidden_states = call_unedited(layer.mlp, own, hidden_states)
+    hidden_states = call_unedited(layer.mlp, edits.ffn, hidden_states)
     drop = layer.resid_mlp_dropout
-    return edit_add_to_next(layer, hidden_states, residual, own, drop.p, drop.training)
+    output = edit_add_to_next(layer, hidden_states, residual, edits.ffn, drop.p, drop.training, after=edits.res)
+    return edited_output(edits.res, output)
 
 
 def _norms_around(
     layer: Any,
-    own: RedEdit,
+    edits: Edits,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     attention_mask: Tensor | None = None,
@@ -85,56 +135,110 @@ def _norms_around(
     **kwargs: Any,
 ) -> Tensor:
     residual = hidden_states
-    hidden_states = layer.input_layernorm(hidden_states)
-    hidden_states, _ = layer.self_attn(
-        hidden_states=hidden_states,
+    hidden_states, _ = call_unedited(
+        layer.self_attn,
+        edits.attn,
+        hidden_states=layer.input_layernorm(hidden_states),
         position_embeddings=position_embeddings,
         attention_mask=attention_mask,
         position_ids=position_ids,
         past_key_values=past_key_values,
         **kwargs,
     )
-    hidden_states = layer.post_attention_layernorm(hidden_states)
-    hidden_states, residual = add_then_norm(hidden_states, residual, layer.pre_feedforward_layernorm)
-    hidden_states = call_unedited(layer.mlp, own, hidden_states)
-    hidden_states = edit_then_norm(hidden_states, None, own, layer.post_feedforward_layernorm)
-    return edit_add_to_next(layer, hidden_states, residual, None)
+    hidden_states = edit_then_norm(hidden_states, None, edits.attn, layer.post_attention_layernorm)
+    hidden_states, residual = add_then_norm(
+        hidden_states, residual, layer.pre_feedforward_layernorm, after=edits.attn_res
+    )
+    hidden_states = call_unedited(layer.mlp, edits.ffn, hidden_states)
+    hidden_states = edit_then_norm(hidden_states, None, edits.ffn, layer.post_feedforward_layernorm)
+    output = edit_add_to_next(layer, hidden_states, residual, None, after=edits.res)
+    return edited_output(edits.res, output)
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_SITES = {
+    "ffn": ("mlp.down_proj",),
+    "attn": ("self_attn.o_proj",),
+    "qkv": _QKV,
+    "res": ("",),
+    "attn_res": ("self_attn",),
+}
+_EXPERTS = "the output of the whole block of experts, whose weights are one 3-D Parameter"
+
+
+def _points(
+    adds: str = "residual add", mlp: tuple[str, ...] = (_GATED_MLP,), norms_around: bool = False
+) -> tuple[Point, ...]:
+    """The edits of a layer that has its norms before the sublayers, or around them."""
+    attn_norm = "post_attention_layernorm"
+    own_norm: dict[str, Any] = {"fuses": "its own RMSNorm; then residual add + {next}", "alone": "its own RMSNorm"}
+    ffn: dict[str, Any] = own_norm if norms_around else {"fuses": f"{adds} + {{next}}", "alone": adds}
+    attn = "its own RMSNorm; then residual add + RMSNorm" if norms_around else f"{adds} + RMSNorm"
+    before_ffn = "pre_feedforward_layernorm" if norms_around else attn_norm
+    return (
+        Point(
+            "ffn",
+            "mlp.down_proj",
+            "mlp",
+            known={"mlp": mlp},
+            norm="post_feedforward_layernorm" if norms_around else "",
+            **ffn,
+        ),
+        Point("ffn", "mlp", "mlp", note=_EXPERTS, **ffn),
+        Point(
+            "attn",
+            "self_attn.o_proj",
+            "self_attn",
+            known={"self_attn": _ATTENTION},
+            fuses=attn,
+            norm=attn_norm,
+            bare=None if norms_around else adds,
+        ),
+        Point("attn_res", "self_attn", "", fuses="RMSNorm behind the residual add", norm=before_ffn, inside=True),
+        Point("res", "", "", fuses="{next} behind the residual add", alone=""),
+    )
 
 
 FAMILIES = (
     Family(
         name="Llama, Mistral, Qwen2, Qwen3",
         layers=("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"),
-        site="mlp.down_proj",
-        layouts=(
-            Layout(
-                key="pre_norm",
-                forward=_pre_norm,
-                known={"": (_PRE_NORM,), "mlp": (_GATED_MLP,)},
-                site="mlp.down_proj",
-                outer="mlp",
-                fuses="residual add + {next}",
-                alone="residual add",
-            ),
-        ),
+        sites=_SITES,
+        inside=("attn_res",),
+        layouts=(Layout(key="pre_norm", forward=_pre_norm, known=(_PRE_NORM,), points=_points(), hands_on=True),),
         first_norm=("", "input_layernorm"),
         known={"": (_PRE_NORM,)},
         final_norm="norm",
+        bias_flags={"mlp.down_proj": "mlp_bias", **dict.fromkeys(("self_attn.o_proj", *_QKV), "attention_bias")},
+    ),
+    Family(
+        name="Mixtral, Qwen2-MoE, Qwen3-MoE",
+        layers=("MixtralDecoderLayer", "Qwen2MoeDecoderLayer", "Qwen3MoeDecoderLayer"),
+        sites={**_SITES, "ffn": ("mlp.down_proj|mlp",)},
+        inside=("attn_res",),
+        layouts=(
+            Layout(key="mixture", forward=_mixture, known=(_MIXTURE,), points=_points(), hands_on=True),
+            Layout(key="pre_norm_mixture", forward=_pre_norm, known=(_PRE_NORM,), points=_points(), hands_on=True),
+        ),
+        first_norm=("", "input_layernorm"),
+        known={"": (_PRE_NORM, _MIXTURE)},
+        final_norm="norm",
+        bias_flags=dict.fromkeys(("self_attn.o_proj", *_QKV), "attention_bias"),
+        remarks={"mlp": _EXPERTS},
     ),
     Family(
         name="Phi-3",
         layers=("Phi3DecoderLayer",),
-        site="mlp.down_proj",
+        sites={**_SITES, "qkv": ("self_attn.qkv_proj",)},
+        inside=("attn_res",),
         layouts=(
             Layout(
                 key="pre_norm_with_dropout",
                 forward=_pre_norm_with_dropout,
-                known={"": (_WITH_DROPOUT,), "mlp": ("8fd1184e036c31a8",)},
-                site="mlp.down_proj",
-                outer="mlp",
+                known=(_WITH_DROPOUT,),
+                points=_points("dropout + residual add", ("8fd1184e036c31a8",)),
                 dropouts=("resid_attn_dropout", "resid_mlp_dropout"),
-                fuses="dropout + residual add + {next}",
-                alone="dropout + residual add",
+                hands_on=True,
             ),
         ),
         first_norm=("", "input_layernorm"),
@@ -144,21 +248,20 @@ FAMILIES = (
     Family(
         name="Gemma 2, Gemma 3",
         layers=("Gemma2DecoderLayer", "Gemma3DecoderLayer"),
-        site="mlp.down_proj",
+        sites=_SITES,
+        inside=("attn_res",),
         layouts=(
             Layout(
                 key="norms_around",
                 forward=_norms_around,
-                known={"": (_NORMS_AROUND,), "mlp": (_GATED_MLP,)},
-                site="mlp.down_proj",
-                outer="mlp",
-                fuses="its own RMSNorm; then residual add + {next}",
-                alone="its own RMSNorm",
-                norm="post_feedforward_layernorm",
+                known=(_NORMS_AROUND,),
+                points=_points(norms_around=True),
+                hands_on=True,
             ),
         ),
         first_norm=("", "input_layernorm"),
         known={"": (_NORMS_AROUND,)},
         final_norm="norm",
+        bias_flags=dict.fromkeys(("self_attn.o_proj", *_QKV), "attention_bias"),
     ),
 )

@@ -2,48 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-__all__ = ["Family", "Layout", "child_at", "walk"]
+if TYPE_CHECKING:
+    from ..edit_module import RedEdit
+
+__all__ = ["PLACES", "Edits", "Family", "Layout", "Point", "child_at", "first_path", "walk"]
+
+PLACES = ("ffn", "attn", "qkv", "res", "attn_res")
+
+
+class Edits(NamedTuple):
+    """What a fused forward applies itself; None where there is no edit, or where the site's hook applies it."""
+
+    ffn: RedEdit | None = None
+    attn: RedEdit | None = None
+    res: RedEdit | None = None
+    attn_res: RedEdit | None = None
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A layer whose edit can be fused, and the forward that does it.
+class Point:
+    """An edit that a fused forward applies itself.
 
-    Paths are relative to `block`, the module whose `forward` is replaced; `""` is the block itself.
+    Paths are relative to the layout's block; `""` is the block.
 
     Attributes:
-        key: the layout's name, by which pickled models find it again.
-        block: path from the layer to the block.
-        forward: `forward(block, own, *args, **kwargs)` with the site's `RedEdit` as `own`.
-        known: path to the fingerprints its module's `forward` may have, for all that the fused forward stands in for.
-        site: path from the block to the edited module.
+        place: the name in `Edits` by which the forward gets it.
+        site: path of the edited module; one of those that the family names for the place.
         outer: the module that is called for the site's unedited output: the site or one that ends in it.
-        dropouts: paths of `nn.Dropout` modules that the fused forward stands in for.
-        fuses: what the edit is fused with, for the report; `{next}` is the next layer's norm.
-        alone: the same where the next layer's norm is not to be had; empty where `fuses` does not need it.
-        norm: path of the layer's own norm that the edit is fused with; empty where there is none.
+        known: path to the fingerprints its module's `forward` may have, for all between `outer` and the site; `a:b` is
+            the method `b` of the module at `a`.
+        fuses: what the edit is fused with, for the report; `{next}` is the norm that comes next.
+        alone: the same where the next norm is not to be had; empty where `fuses` does not need it.
+        norm: path of the block's own norm that the edit is fused with; empty where there is none.
         bare: as `fuses`, where that norm is not to be had; None for nothing.
-        clamps_half: whether the layer clamps its output in float16, so that nobody sees the fused operation's.
-        when: an attribute of the block and the value it must have, where one forward has two layouts.
+        dropout: path of an `nn.Dropout` inside `outer`, behind the site, that the fused forward takes over.
+        inside: whether the forward itself has to apply the edit, as no module's output is the site.
+        note: for the report, beside what is fused.
     """
 
-    key: str
-    forward: Callable[..., Any]
-    known: dict[str, tuple[str, ...]]
+    place: str
     site: str
     outer: str
     fuses: str
     alone: str = ""
     norm: str = ""
     bare: str | None = None
+    known: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    dropout: str = ""
+    inside: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A block whose edits can be fused, and the forward that does it.
+
+    Attributes:
+        key: the layout's name, by which pickled models find it again.
+        block: path from the layer to the module whose `forward` is replaced; `""` is the layer. Other paths are relative
+            to that block.
+        forward: `forward(block, edits, *args, **kwargs)` with `Edits`.
+        known: the fingerprints that the block's `forward` may have.
+        points: the edits that it applies itself.
+        dropouts: paths of `nn.Dropout` modules that the fused forward stands in for.
+        then: path (from the layer) of the modules that the output passes until the next norm in the same layer, which
+            comes last; empty where that is the next layer's.
+        hands_on: whether the forward leaves the next norm's output as a note on its own output.
+        clamps_half: whether the layer clamps that output in float16, so that nobody sees the fused operation's.
+        when: a dotted attribute of the block, or `a or b`, and the value it must have, where one forward has two layouts.
+    """
+
+    key: str
+    forward: Callable[..., Any]
+    known: tuple[str, ...]
+    points: tuple[Point, ...]
     block: str = ""
     dropouts: tuple[str, ...] = ()
+    then: tuple[str, ...] = ()
+    hands_on: bool = False
     clamps_half: bool = False
     when: tuple[str, object] | None = None
 
@@ -54,22 +96,43 @@ class Family:
 
     Attributes:
         name: for messages.
-        layers: class names of the layer (a subclass is found by its base's name).
-        site: path from the layer to the FFN's last projection; `-1` is the last of a list.
-        layouts: those layouts of the layer that can be fused.
-        first_norm: path of the modules that a layer's input passes until its first norm, which comes last; empty in
-            post-norm layers.
+        layers: class names of the layer (a subclass is found by its base's name); one that others have too with the
+            end of its module's name before it, `modeling_x.Block`.
+        sites: place (`"ffn"`, `"attn"`, `"qkv"`, `"res"`, `"attn_res"`) to the paths of the edited modules in the layer.
+            `-1` is the last child of a list; `""` is the layer; `a|b` is the first of the two that is there; `a with b` is
+            `a` if that has a child `b`; a path that ends in `?` may be missing.
+        layouts: those layouts of the layer's blocks that can be fused.
+        inside: places whose edits no hook can apply, only a layout's forward.
+        first_norm: path of the modules that a layer's input passes until its first norm, which comes last and may be
+            `a|b`; empty in post-norm layers.
         known: each of those paths, but the norm's, to the fingerprints its module's `forward` may have.
         final_norm: name of the norm behind the last layer, beside the list of layers.
+        norms: path of a site to that of the norm in it by which its output ends: an edit there can be merged into it.
+        bias_flags: path of a site to the attribute of the model's config that gives that linear layer a bias.
+        remarks: path of a site to what the report says of it.
     """
 
     name: str
     layers: tuple[str, ...]
-    site: str
-    layouts: tuple[Layout, ...]
+    sites: dict[str, tuple[str, ...]]
+    layouts: tuple[Layout, ...] = ()
+    inside: tuple[str, ...] = ()
     first_norm: tuple[str, ...] = ()
-    known: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    known: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     final_norm: str | None = None
+    norms: dict[str, str] = field(default_factory=dict)
+    bias_flags: dict[str, str] = field(default_factory=dict)
+    remarks: dict[str, str] = field(default_factory=dict)
+
+
+def first_path(layer: nn.Module, paths: str) -> str | None:
+    """The first path of an entry of `Family.sites` that is there; None for none."""
+    for entry in paths.removesuffix("?").split("|"):
+        path, _, inner = entry.partition(" with ")
+        found = child_at(layer, path)
+        if found is not None and (not inner or child_at(found, inner) is not None):
+            return path
+    return None
 
 
 def child_at(module: nn.Module, path: str) -> nn.Module | None:

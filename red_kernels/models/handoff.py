@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..edit_module import edit_hook
+from ..selection import saved_tensor_hooks
 from .description import walk
 from .fingerprint import class_fingerprint
 from .norms import NormArguments, norm_arguments, unobserved
@@ -31,10 +33,6 @@ __all__ = ["TAKES_NOTES", "NextNorm", "Step", "leave_note", "running", "take_not
 
 TAKES_NOTES = "_red_kernels_takes_notes"  # set in the classes of norms that do
 _NOTE = "_red_kernels_note"
-# torch keeps no public way to ask; without this private one no note is ever made.
-_saved_tensor_hooks: Callable[[bool], Any] = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: "unknown"
-)
 
 
 class _Running(threading.local):
@@ -86,7 +84,7 @@ def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
         or note.weight is not norm._parameters.get("weight")
         or z.retains_grad
         or z._backward_hooks is not None
-        or _saved_tensor_hooks(True) is not None
+        or saved_tensor_hooks(True) is not None
         or not unobserved(norm)
     ):
         return None
@@ -119,7 +117,7 @@ class NextNorm:
     norm: tuple[str, ...]
     clamps_half: bool = False
 
-    def arguments(self, layer: nn.Module, x: Tensor, residual: Tensor) -> tuple[nn.Module, NormArguments] | None:
+    def arguments(self, layer: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[nn.Module, NormArguments] | None:
         """The norm to hand `norm(residual + x)` to, with what that takes; None where `z` must not carry a note."""
         stacks = _running.stacks
         stack = stacks[-1]() if stacks else None
@@ -129,9 +127,9 @@ class NextNorm:
         # Activation checkpointing: inside a saved-tensor hook `z` and `y` live and die apart; its reentrant form runs
         # the layers of a training model without gradients first.
         gradients = torch.is_grad_enabled()
-        if (layer.training and not gradients) or _saved_tensor_hooks(True) is not None:
+        if (layer.training and not gradients) or saved_tensor_hooks(True) is not None:
             return None
-        if self.clamps_half and (x.dtype == torch.float16 or residual.dtype == torch.float16):
+        if self.clamps_half and torch.float16 in (x.dtype, None if residual is None else residual.dtype):
             return None
         for step in self.leaves:
             module = walk(stack, step.path)
@@ -162,7 +160,9 @@ def _passes(module: nn.Module, known: tuple[str, ...], hooks: dict[int, Any], gr
 
 
 def _observes(hook: Callable[..., Any], gradients: bool) -> bool:
-    """Whether a hook may look at `z`: any may, but transformers' own, which stay once they have been needed."""
+    """Whether a hook may look at `z`: any may, but ours, and transformers' own, which stay once they have been needed."""
+    if hook is edit_hook:  # it knows what the fused forward has done
+        return False
     capturing = sys.modules.get("transformers.utils.output_capturing")
     collector = getattr(capturing, "_active_collector", None)
     if collector is None or getattr(hook, "__module__", None) != "transformers.utils.output_capturing":

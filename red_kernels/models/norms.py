@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 
+from ..edit_module import NAME, RedEdit, plain_only
 from .fingerprint import fingerprint, forward_of, unwrapped
 
 __all__ = ["NormArguments", "NormSpec", "globally_hooked", "norm_arguments", "norm_spec", "unobserved"]
@@ -41,6 +42,7 @@ _BY_FINGERPRINT = {
     "78ed4555aca3957b": NormSpec(False, "variance_epsilon", 0.0),  # Llama, Mistral, Qwen2, Qwen3, Phi-3
     "8d6c6d8edf142c35": NormSpec(False, "variance_epsilon", 0.0),  # T5
     "a8b9757d188ce3aa": NormSpec(False, "eps", 1.0),  # Gemma 2 and 3
+    "ddff79d9bb15672b": NormSpec(True, "variance_epsilon", 0.0),  # DeBERTa
 }
 _specs: dict[Callable[..., Any], NormSpec | None] = {}
 
@@ -67,10 +69,14 @@ def globally_hooked() -> bool:
     )
 
 
-def unobserved(module: nn.Module) -> bool:
-    """Whether a module's call is nothing but its class's `forward`: no hooks, no replaced or compiled `forward`."""
+def unobserved(module: nn.Module, own: RedEdit | None = None) -> bool:
+    """Whether a module's call is nothing but its class's `forward`: no hooks, no replaced or compiled `forward`.
+
+    The hook of an edit of its own, if it has that, does not count.
+    """
+    edited = own is not None and module._modules.get(NAME) is own
     return not (
-        module._forward_hooks
+        (len(module._forward_hooks) > 1 if edited else module._forward_hooks)
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -79,14 +85,18 @@ def unobserved(module: nn.Module) -> bool:
     )
 
 
-def norm_arguments(norm: nn.Module, x: Tensor, residual: Tensor | None) -> NormArguments | None:
+def norm_arguments(
+    norm: nn.Module, x: Tensor, residual: Tensor | None, own: RedEdit | None = None
+) -> NormArguments | None:
     """What a fused operation needs to stand in for `norm(residual + x)`, or None where it may not.
+
+    `own` is the norm's own edit, if the operation applies that too.
 
     It may not where somebody observes the norm or has replaced its `forward`, where the norm's parameters are no plain
     tensors beside `x` (sharded, quantised, offloaded), and where the norm would return another dtype than it gets.
     """
     spec = norm_spec(type(norm))
-    if spec is None or not unobserved(norm):
+    if spec is None or not unobserved(norm, own) or globally_hooked() or plain_only():
         return None
     parameters = norm._parameters
     dtype = x.dtype

@@ -1,4 +1,4 @@
-"""T5 blocks: the FFN is a sublayer of its own, last in the block, in the encoder and in the decoder."""
+"""T5 blocks: each sublayer is a module with a norm of its own, in the encoder and in the decoder."""
 
 from __future__ import annotations
 
@@ -6,39 +6,141 @@ from typing import Any
 
 from torch import Tensor
 
-from ..edit_module import RedEdit, call_unedited
+from ..edit_module import call_unedited, edited_output
 from .compose import edit_add_to_next
-from .description import Family, Layout
+from .description import Edits, Family, Layout, Point
 
 __all__ = ["FAMILIES"]
 
+_BLOCK, _SELF, _CROSS, _FEED_FORWARD = "667788cd056b5d74", "281276e33d2b555b", "4570fd114bce44f4", "e101fb6f37b8321d"
+_ATTENTION = ("f7ea60ea0208c6cd",)
+_FUSED: dict[str, Any] = {"fuses": "dropout + residual add + {next}", "alone": "dropout + residual add"}
+_BEHIND: dict[str, Any] = {"fuses": "{next} behind the residual add", "alone": ""}
 
-def _feed_forward(module: Any, own: RedEdit, hidden_states: Tensor) -> Tensor:
-    forwarded = call_unedited(module.DenseReluDense, own, module.layer_norm(hidden_states))
-    return edit_add_to_next(module, forwarded, hidden_states, own, module.dropout.p, module.dropout.training)
+
+def _feed_forward(module: Any, edits: Edits, hidden_states: Tensor) -> Tensor:
+    forwarded = call_unedited(module.DenseReluDense, edits.ffn, module.layer_norm(hidden_states))
+    return _ending(module, edits.ffn, edits.res, forwarded, hidden_states)
+
+
+def _self_attention(
+    module: Any,
+    edits: Edits,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, ...]:
+    attended, *others = call_unedited(
+        module.SelfAttention,
+        edits.attn,
+        module.layer_norm(hidden_states),
+        mask=attention_mask,
+        position_bias=position_bias,
+        past_key_values=past_key_values,
+        **kwargs,
+    )
+    return _ending(module, edits.attn, edits.attn_res, attended, hidden_states), *others
+
+
+def _cross_attention(
+    module: Any,
+    edits: Edits,
+    hidden_states: Tensor,
+    key_value_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, ...]:
+    attended, *others = call_unedited(
+        module.EncDecAttention,
+        edits.attn,
+        module.layer_norm(hidden_states),
+        mask=attention_mask,
+        key_value_states=key_value_states,
+        position_bias=position_bias,
+        past_key_values=past_key_values,
+        **kwargs,
+    )
+    return _ending(module, edits.attn, edits.attn_res, attended, hidden_states), *others
+
+
+def _ending(module: Any, own: Any, after: Any, hidden_states: Tensor, residual: Tensor) -> Tensor:
+    drop = module.dropout
+    return edited_output(
+        after, edit_add_to_next(module, hidden_states, residual, own, drop.p, drop.training, after=after)
+    )
 
 
 FAMILIES = (
     Family(
         name="T5",
         layers=("T5Block",),
-        site="layer.-1.DenseReluDense.wo",
+        sites={
+            "ffn": ("layer.-1.DenseReluDense.wo",),
+            "attn": ("layer.0.SelfAttention.o", "layer.1.EncDecAttention.o?"),
+            "qkv": (
+                *(f"layer.0.SelfAttention.{name}" for name in "qkv"),
+                *(f"layer.1.EncDecAttention.{name}?" for name in "qkv"),
+            ),
+            "res": ("layer.-1",),
+            "attn_res": ("layer.0", "layer.1 with EncDecAttention?"),
+        },
         layouts=(
             Layout(
                 key="t5_feed_forward",
                 block="layer.-1",
                 forward=_feed_forward,
-                known={"": ("e101fb6f37b8321d",), "DenseReluDense": ("b2d5a1266ac5ac9a", "5d673be012debc9b")},
-                site="DenseReluDense.wo",
-                outer="DenseReluDense",
+                known=(_FEED_FORWARD,),
+                points=(
+                    Point(
+                        "ffn",
+                        "DenseReluDense.wo",
+                        "DenseReluDense",
+                        known={"DenseReluDense": ("b2d5a1266ac5ac9a", "5d673be012debc9b")},
+                        **_FUSED,
+                    ),
+                    Point("res", "", "", **_BEHIND),
+                ),
                 dropouts=("dropout",),
-                fuses="dropout + residual add + {next}",
-                alone="dropout + residual add",
+                hands_on=True,
+                clamps_half=True,
+            ),
+            Layout(
+                key="t5_self_attention",
+                block="layer.0",
+                forward=_self_attention,
+                known=(_SELF,),
+                points=(
+                    Point("attn", "SelfAttention.o", "SelfAttention", known={"SelfAttention": _ATTENTION}, **_FUSED),
+                    Point("attn_res", "", "", **_BEHIND),
+                ),
+                dropouts=("dropout",),
+                then=("layer.1", "layer.1.layer_norm"),
+                hands_on=True,
+                clamps_half=True,
+            ),
+            Layout(
+                key="t5_cross_attention",
+                block="layer.1",
+                forward=_cross_attention,
+                known=(_CROSS,),
+                points=(
+                    Point(
+                        "attn", "EncDecAttention.o", "EncDecAttention", known={"EncDecAttention": _ATTENTION}, **_FUSED
+                    ),
+                    Point("attn_res", "", "", **_BEHIND),
+                ),
+                dropouts=("dropout",),
+                then=("layer.2", "layer.2.layer_norm"),
+                hands_on=True,
                 clamps_half=True,
             ),
         ),
         first_norm=("", "layer.0", "layer.0.layer_norm"),
-        known={"": ("667788cd056b5d74",), "layer.0": ("281276e33d2b555b",)},
+        known={"": (_BLOCK,), "layer.0": (_SELF,), "layer.1": (_CROSS, _FEED_FORWARD), "layer.2": (_FEED_FORWARD,)},
         final_norm="final_layer_norm",
     ),
 )

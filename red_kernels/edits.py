@@ -1,0 +1,207 @@
+"""Several named edits in one patched model: adding, switching, disabling, combining; and one for each row of a batch.
+
+Every edit has vectors of its own at every site (RED, arXiv 2402.15179, trains one). The one that `rk.patch` makes is named
+`"default"`. Exactly one is active, or none; `use_edits` chooses by row instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from .edit_module import check_name
+from .patch import edit_modules
+from .report import listed
+from .selection import DEFAULT, Rows, Selection
+
+__all__ = [
+    "active_edit",
+    "add_edit",
+    "combine_edits",
+    "delete_edit",
+    "disable_edits",
+    "edit_names",
+    "switch_edit",
+    "use_edits",
+]
+
+
+def edit_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of a patched model's edits, in the order they came. Raises ValueError where it is not patched."""
+    return tuple(dict.fromkeys(name for own in edit_modules(model).values() for name in own.names))
+
+
+def active_edit(model: nn.Module) -> str | None:
+    """The name of the active edit; None inside of `disable_edits`. Raises ValueError where the model is not patched."""
+    active = [selection.active for selection in _selections(model)]
+    if any(name != active[0] for name in active):
+        raise ValueError(f"model: its parts have different active edits, {listed(list(map(str, active)))}")
+    return active[0]
+
+
+def add_edit(model: nn.Module, name: str, copy_of: str | None = None) -> None:
+    """Add an edit, with trainable vectors that begin as the identity. It is not active until `switch_edit`.
+
+    Args:
+        model: a patched model.
+        name: of the new edit; no dots, and no name of an attribute.
+        copy_of: the name of an edit whose values it takes.
+
+    Raises:
+        TypeError, ValueError: the model is not patched, the name is taken or cannot be one, there is no such edit to
+            copy. Nothing is changed then.
+    """
+    modules = edit_modules(model)
+    check_name(name)
+    if name in edit_names(model):
+        raise ValueError(f"name: the model has an edit {name!r} already")
+    if copy_of is not None:
+        _check_there(model, copy_of, "copy_of")
+    with torch.inference_mode(False), torch.no_grad():
+        for own in modules.values():
+            like = next(iter(own.parameters()))
+            added = own.add(name, like.dtype, like.device)
+            if copy_of is not None and own.has(copy_of):
+                for part, vector in own.holder(copy_of)._parameters.items():
+                    target = added._parameters.get(part)
+                    if vector is not None and target is not None:
+                        target.copy_(vector)
+
+
+def switch_edit(model: nn.Module, name: str) -> None:
+    """Make an edit the active one. Its Parameters are its own: an optimizer keeps to those it was given.
+
+    Raises:
+        ValueError: the model is not patched, or has no edit of that name.
+    """
+    _check_there(model, name, "name")
+    for selection in _selections(model):
+        selection.active = name
+
+
+def delete_edit(model: nn.Module, name: str) -> None:
+    """Delete an edit that is neither active nor the one that the patch made.
+
+    Raises:
+        ValueError: the model is not patched, has no edit of that name, or it is one of these. Nothing is changed then.
+    """
+    _check_there(model, name, "name")
+    if name == active_edit(model):
+        raise ValueError(f"name: {name!r} is the active edit; switch to another one first")
+    modules = edit_modules(model).values()
+    if any(name == DEFAULT and own.own for own in modules):
+        raise ValueError(f"name: {name!r} is the edit that rk.patch made; rk.unpatch takes it away")
+    for own in modules:
+        own._modules.pop(name, None)
+
+
+@contextlib.contextmanager
+def disable_edits(model: nn.Module) -> Iterator[None]:
+    """Run the base model inside of the block: no edit is applied, whichever is active.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    selections = _selections(model)
+    former = [selection.active for selection in selections]
+    try:
+        for selection in selections:
+            selection.active = None
+        yield
+    finally:
+        for selection, name in zip(selections, former, strict=True):
+            selection.active = name
+
+
+def combine_edits(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
+    """Add an edit that is a weighted combination of others, by what each changes.
+
+    `scale = 1 + sum(w * (scale_i - 1))` and `bias = sum(w * bias_i)`: weights that add up to 1 give the weighted means,
+    a single weight below 1 weakens an edit, and -1 turns its direction around.
+
+    Args:
+        model: a patched model.
+        weights: name of an edit to its weight, any finite number.
+        name: of the new edit.
+
+    Raises:
+        TypeError, ValueError: the model is not patched, a name is unknown or taken, a weight is no finite number, or the
+            edits are of kind `"ln"`, whose norms do not add up. Nothing is changed then.
+    """
+    modules = edit_modules(model)
+    if not isinstance(weights, Mapping) or not weights:
+        raise TypeError(f"weights: got {weights!r}, expected a dict from names of edits to numbers")
+    for edit, weight in weights.items():
+        _check_there(model, edit, "weights")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise TypeError(f"weights: got {weight!r} for {edit!r}, expected a finite number")
+    if any("norm_weight" in own.parts for own in modules.values()):
+        raise ValueError("model: its edits are of kind 'ln'; LayerNorms cannot be combined by weights")
+    add_edit(model, name)
+    with torch.no_grad():
+        for own in modules.values():
+            there = [(own.holder(edit), weight) for edit, weight in weights.items() if own.has(edit)]
+            for part, target in own.holder(name)._parameters.items():
+                if target is None:
+                    continue
+                start = 1.0 if part == "scale" else 0.0
+                changed = sum(
+                    (weight * (_vector(holder, part).double() - start) for holder, weight in there),
+                    torch.zeros((), dtype=torch.float64, device=target.device),
+                )
+                target.copy_(start + changed)
+
+
+@contextlib.contextmanager
+def use_edits(model: nn.Module, ids: Sequence[str | None]) -> Iterator[None]:
+    """Inside of the block each row of a batch uses its own edit, in training and in `generate` alike.
+
+    The fused operations take the vectors of all edits in the batch together, and an id for each row. Where a tensor
+    has k times as many rows as there are ids (the beams of `generate`, tokens laid out in rows), each id serves k
+    rows in turn. It holds in the thread that enters the block. Under activation checkpointing the backward pass belongs
+    inside of the block too.
+
+    Args:
+        model: a patched model.
+        ids: for each row of the batch the name of its edit; None for a row without any.
+
+    Raises:
+        TypeError: ids is a single string or no sequence.
+        ValueError: the model is not patched, an edit is unknown, ids is empty; later, a batch with another number of rows.
+    """
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
+        raise TypeError(f"ids: got {type(ids).__name__}, expected a list with the name of an edit for each row")
+    if not ids:
+        raise ValueError("ids: got no name at all, expected one for each row of the batch")
+    for name in dict.fromkeys(ids):
+        if name is not None:
+            _check_there(model, name, "ids")
+    rows = Rows(ids)
+    entered: list[tuple[Selection, Rows | None]] = []
+    try:
+        for selection in _selections(model):
+            entered.append((selection, selection.enter(rows)))
+        yield
+    finally:
+        for selection, former in entered:
+            selection.leave(former)
+
+
+def _selections(model: nn.Module) -> list[Selection]:
+    return list({id(own.selection): own.selection for own in edit_modules(model).values()}.values())
+
+
+def _check_there(model: nn.Module, name: object, argument: str) -> None:
+    names = edit_names(model)
+    if name not in names:
+        raise ValueError(f"{argument}: got {name!r}, expected one of the model's edits: {', '.join(map(repr, names))}")
+
+
+def _vector(holder: nn.Module, part: str) -> nn.Parameter:
+    vector = holder._parameters[part]
+    assert vector is not None  # all edits of a model have the same parts
+    return vector
