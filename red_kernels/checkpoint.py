@@ -38,6 +38,7 @@ FORMAT = "red_kernels edits"
 FORMAT_VERSION = 1
 TENSORS_NAME = "red_edits.safetensors"
 CONFIG_NAME = "red_config.json"
+HEAD_NAME = "red_head.safetensors"  # what else a run has trained, by the model's names; integrations write and read it
 AUTHORS_NAME = "delta_vector.pth"
 
 _OWN_KEY = re.compile(r"(?P<site>.+)\.red_edit\.(?P<part>scale|bias)")
