@@ -2,6 +2,7 @@
 
 from . import functional, reference
 from ._version import __version__
+from .authors import export_authors
 from .backends import available_backends, backend
 from .checkpoint import load_edits, save_edits, saved_config
 from .config import RedConfig
@@ -45,6 +46,7 @@ __all__ = [
     "edit_add_rms_norm",
     "edit_names",
     "edit_parameters",
+    "export_authors",
     "functional",
     "layer_norm_edit",
     "linear_edit",

@@ -1,26 +1,28 @@
-"""The authors' checkpoints: files of their form, their own where they are at hand, and the matching of site names."""
+"""Checkpoints in the form of RED's authors, reading and writing, and the matching of site names."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import model_zoo
+import authors_forms
+import model_zoo as zoo
 import pytest
 import torch
 import transformers
 from checkpoint_helpers import WIDTH, assert_refused, authors_state, every_vector, patched, same, trained, values
-from transformers.initialization import no_init_weights
+from torch import Tensor, nn
 
+import red_kernels as rk
 from red_kernels._site_names import match_sites
-from red_kernels.checkpoint import AUTHORS_NAME, load_edits, save_edits
+from red_kernels.authors import CLASSIFIER_NAME, VECTORS_NAME, export_authors, inner_prefix
+from red_kernels.checkpoint import load_edits
 from red_kernels.config import RedConfig
-from red_kernels.patch import edit_parameters, patch
+from red_kernels.patch import edit_parameters, patch, unpatch
 
-OFFICIAL = Path(__file__).resolve().parents[1] / ".." / "shared" / "official"
+CASES = [(name, position) for name, positions in authors_forms.SITES.items() for position in positions]
 
-
-# ---- the authors' form
+# ---- reading
 
 
 @pytest.mark.parametrize(
@@ -31,17 +33,57 @@ def test_authors_form(name: str, prefix: str, as_folder: bool, tmp_path: Path) -
     source, target = trained(name), patched(name)
     state = authors_state(source, prefix)
     assert not prefix or not any(key.startswith(prefix) for key in state)
-    torch.save(state, tmp_path / AUTHORS_NAME)
+    torch.save(state, tmp_path / VECTORS_NAME)
     before = every_vector(target)
-    report = load_edits(target, tmp_path if as_folder else tmp_path / AUTHORS_NAME)
+    report = load_edits(target, tmp_path if as_folder else tmp_path / VECTORS_NAME)
     assert same(values(source), values(target))
     assert all(old is new for old, new in zip(before, every_vector(target), strict=True))
     assert set(report.loaded.values()) == set(edit_parameters(target))
 
 
+def _logits(model: nn.Module, name: str) -> Tensor:
+    batch = zoo.inputs(name, batch=16)  # a classifier gives two values a row: of a few, errors are left to chance
+    if name == "roberta":
+        del batch["labels"]
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+@pytest.mark.parametrize("kind", list(authors_forms.PARTS))
+@pytest.mark.parametrize(("name", "position"), CASES)
+def test_outputs_are_those_of_the_formulas(name: str, position: str, kind: str, tmp_path: Path) -> None:
+    """Against forward hooks that are driven by the file's names alone, and in float64."""
+    model, exact = zoo.tiny(name), zoo.exact(zoo.tiny(name), {}).model
+    raw = authors_forms.state(model, name, position, kind)
+    head = authors_forms.classifier() if name == "roberta" else None
+    authors_forms.write(tmp_path, raw, head)
+
+    def plainly(one: nn.Module) -> Tensor:
+        if head is not None:
+            one.load_state_dict({f"classifier.{key}": value for key, value in head.items()}, strict=False)
+        with authors_forms.composed(one, name, raw):
+            return _logits(one, name)
+
+    truth, unfused = plainly(exact), plainly(zoo.tiny(name))
+    patch(model, RedConfig(position=position, kind=kind))
+    report = load_edits(model, tmp_path)
+    assert {key.partition(".delta_vector.")[0] for key in raw} == set(report.loaded)
+    assert len(report.head) == (4 if head else 0)
+    zoo.assert_as_exact("logits", _logits(model, name), unfused, truth)
+    # Written again, all of it is the same.
+    export_authors(model, tmp_path / "again")
+    for file, wanted in ((VECTORS_NAME, raw), (CLASSIFIER_NAME, head)):
+        if wanted is not None:
+            written = torch.load(tmp_path / "again" / file, weights_only=True)
+            assert written.keys() == wanted.keys()
+            assert all(torch.equal(written[key], wanted[key]) for key in wanted)
+            assert all(written[key].dtype == torch.float32 for key in wanted)
+    assert (tmp_path / "again" / CLASSIFIER_NAME).exists() == (head is not None)
+
+
 def test_authors_half_precision_stays_exact_in_fp32(tmp_path: Path) -> None:
     source, target = trained(), patched()
-    torch.save(authors_state(source, dtype=torch.bfloat16), tmp_path / AUTHORS_NAME)
+    torch.save(authors_state(source, dtype=torch.bfloat16), tmp_path / VECTORS_NAME)
     load_edits(target, tmp_path)
     assert same([value.bfloat16().float() for value in values(source)], values(target))
 
@@ -49,8 +91,8 @@ def test_authors_half_precision_stays_exact_in_fp32(tmp_path: Path) -> None:
 def test_authors_names_with_more_than_the_model_has(tmp_path: Path) -> None:
     """A file named from a model with a head, loaded into the bare inner model."""
     source = trained("gpt2")
-    torch.save(authors_state(source), tmp_path / AUTHORS_NAME)
-    inner: Any = model_zoo.tiny("gpt2").transformer
+    torch.save(authors_state(source), tmp_path / VECTORS_NAME)
+    inner: Any = zoo.tiny("gpt2").transformer
     patch(inner, RedConfig())
     report = load_edits(inner, tmp_path)
     assert report.loaded["transformer.h.0.mlp.c_proj"] == "h.0.mlp.c_proj"
@@ -65,6 +107,7 @@ def test_authors_names_with_more_than_the_model_has(tmp_path: Path) -> None:
         (lambda value: value.int(), "torch.int32"),
         (lambda value: value.to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
         (lambda value: value.bool(), "torch.bool"),
+        (lambda value: value.to_sparse(), "torch.sparse_coo"),
         (lambda value: 3, "int, expected a floating-point tensor"),
         (lambda value: value[:, :-1], "width"),
     ],
@@ -73,94 +116,167 @@ def test_authors_form_gone_wrong(change: Any, match: str, tmp_path: Path) -> Non
     state: dict[str, Any] = authors_state(trained())
     last = list(state)[-1]
     state[last] = change(state[last])
-    torch.save(state, tmp_path / AUTHORS_NAME)
+    torch.save(state, tmp_path / VECTORS_NAME)
     assert_refused(tmp_path, match)
 
 
-def test_authors_norm_kind_isassert_refused(tmp_path: Path) -> None:
+def test_another_kind_is_refused(tmp_path: Path) -> None:
     state = authors_state(trained())
-    state["model.layers.0.mlp.down_proj.delta_vector.activation_ln.weight"] = torch.ones(1, WIDTH)
-    torch.save(state, tmp_path / AUTHORS_NAME)
-    assert_refused(tmp_path, "kind 'ln'")
+    state["model.layers.0.mlp.down_proj.delta_vector.activation_ln.weight"] = torch.ones(WIDTH)
+    torch.save(state, tmp_path / VECTORS_NAME)
+    assert_refused(
+        tmp_path, r"checkpoint only: model\.layers\.0\.mlp\.down_proj\.norm_weight; in the model only: nothing"
+    )
+    state["model.layers.0.mlp.down_proj.delta_vector.activation_ln.mean"] = torch.ones(WIDTH)
+    torch.save(state, tmp_path / VECTORS_NAME)
+    assert_refused(tmp_path, "not a file of edits: has model.layers.0.mlp.down_proj.delta_vector.activation_ln.mean")
 
 
-# ---- the authors' own files, where they are at hand
-
-ARCHITECTURES: dict[str, Any] = {
-    "roberta_base_mnli": lambda: transformers.RobertaForSequenceClassification(
-        transformers.RobertaConfig(vocab_size=50, intermediate_size=8, max_position_embeddings=20)
-    ),
-    "gpt2_medium_e2e": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=50, n_embd=1024, n_layer=24, n_head=16, n_inner=8, n_positions=20)
-    ),
-    "t5_base_qqp": lambda: transformers.T5ForConditionalGeneration(
-        transformers.T5Config(vocab_size=50, d_model=768, d_ff=8, num_layers=12, num_decoder_layers=12, num_heads=12)
-    ),
-    "llama2_7b_ultrafeedback": lambda: transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=50, hidden_size=4096, intermediate_size=8, num_hidden_layers=32, num_attention_heads=32
-        )
-    ),
-}
-PARAMETERS = {
-    "roberta_base_mnli": 18_432,
-    "gpt2_medium_e2e": 49_152,
-    "t5_base_qqp": 36_864,
-    "llama2_7b_ultrafeedback": 262_144,
-}
+# ---- the classifier head
 
 
-def _official(name: str) -> Path:
-    path = OFFICIAL / name / AUTHORS_NAME
-    if not path.exists():
-        pytest.skip(f"the authors' checkpoint {name} is not at hand")
-    return path
+def _head_file(folder: Path, head: dict[str, Any], name: str = "roberta") -> Path:
+    return authors_forms.write(folder, authors_forms.state(zoo.tiny(name), name, "ffn"), head)
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_official_checkpoints(name: str, tmp_path: Path) -> None:
-    """The real names and widths, with FFNs cut down and Llama's other weights on the meta device."""
-    path = _official(name)
-    big = name.startswith("llama")
-    with torch.device("meta" if big else "cpu"), no_init_weights():
-        model = ARCHITECTURES[name]()
-    patch(model, RedConfig())
-    if big:  # 32 layers of width 4096: only the vectors get memory
-        for parts in edit_parameters(model).values():
-            for part in parts:
-                assert parts[part].is_meta
-        for module in list(model.modules()):
-            if module.__class__.__name__ == "RedEdit":
-                module.to_empty(device="cpu")
-    report = load_edits(model, path)
-    raw = torch.load(path, map_location="cpu", weights_only=True)
-    assert sum(vector.numel() for vector in every_vector(model)) == PARAMETERS[name]
-    parameters = edit_parameters(model)
-    assert len(report.loaded) * 2 == len(raw)
-    for site, target in report.loaded.items():
-        for part, suffix in (("scale", "scaling"), ("bias", "bias")):
-            saved = raw[f"{site}.delta_vector.activation_{suffix}"]
-            assert torch.equal(parameters[target][part].detach(), saved[0].float())
-    save_edits(model, tmp_path)
-    assert load_edits(model, tmp_path).loaded == {site: site for site in parameters}
+def test_the_head_is_loaded_in_place(tmp_path: Path) -> None:
+    head = authors_forms.classifier()
+    model: Any = patched("roberta")
+    before = dict(model.classifier.named_parameters())
+    model.classifier.requires_grad_(True)
+    report = load_edits(model, _head_file(tmp_path, head))
+    assert report.head == tuple(f"classifier.{key}" for key in head)
+    assert "the classifier head: classifier.dense.weight" in str(report)
+    for key, parameter in model.classifier.named_parameters():
+        assert parameter is before[key]
+        assert parameter.requires_grad
+        assert torch.equal(parameter, head[key])
+
+
+def test_a_single_file_leaves_the_head_alone(tmp_path: Path) -> None:
+    model: Any = patched("roberta")
+    before = {key: value.clone() for key, value in model.classifier.state_dict().items()}
+    report = load_edits(model, _head_file(tmp_path, authors_forms.classifier()) / VECTORS_NAME)
+    assert report.head == ()
+    assert all(torch.equal(value, before[key]) for key, value in model.classifier.state_dict().items())
 
 
 @pytest.mark.parametrize(
-    ("name", "base"),
-    [("roberta_base_qnli_plusplus", "roberta_base_mnli"), ("gpt2_medium_e2e_plusplus", "gpt2_medium_e2e")],
+    ("head", "match"),
+    [
+        (authors_forms.classifier(labels=3), r"out_proj.weight has shape \(3, 32\), the model's .* \(2, 32\)"),
+        ({"weight": torch.ones(2, 32), "bias": torch.ones(2)}, "holds bias, weight, the model's .* has dense.bias"),
+        ({**authors_forms.classifier(), "dense.bias": torch.ones(32).int()}, "dense.bias is torch.int32"),
+        ({}, "empty"),
+    ],
 )
-def test_official_checkpoints_of_another_position_are_refused(name: str, base: str) -> None:
-    path = _official(name)
-    with torch.device("meta"):
-        model = ARCHITECTURES[base]()
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_head_that_does_not_fit_changes_nothing(head: Any, match: str, strict: bool, tmp_path: Path) -> None:
+    model = patched("roberta")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=match):
+        load_edits(model, _head_file(tmp_path, head), strict=strict)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_head_without_a_place(tmp_path: Path) -> None:
+    bare = transformers.RobertaModel(zoo.tiny("roberta").config)
+    patch(bare, RedConfig())
+    folder = _head_file(tmp_path, authors_forms.classifier())
+    with pytest.raises(ValueError, match=r"checkpoint only: classifier\.dense\.weight.*name delta_vector\.pth itself"):
+        load_edits(bare, folder)
+    report = load_edits(bare, folder, strict=False)
+    assert report.checkpoint_only == tuple(f"classifier.{key}" for key in authors_forms.classifier())
+    assert report.head == ()
+    assert len(report.loaded) == zoo.LAYERS
+
+
+# ---- writing
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [("roberta", "roberta"), ("bert", "bert"), ("vit", "vit"), ("gpt2", ""), ("llama", ""), ("opt", "")],
+)
+def test_names_are_those_of_the_inner_model(name: str, prefix: str, tmp_path: Path) -> None:
+    model = trained(name)
+    assert inner_prefix(model, edit_parameters(model)) == prefix
+    written = torch.load(export_authors(model, tmp_path) / VECTORS_NAME, weights_only=True)
+    wanted = authors_state(model, f"{prefix}." if prefix else "")
+    assert written.keys() == wanted.keys()
+    assert all(torch.equal(written[key], wanted[key]) and written[key].shape == (1, WIDTH) for key in wanted)
+    target = patched(name)
+    load_edits(target, tmp_path)
+    assert same(values(model), values(target))
+
+
+def test_names_inside_a_wrapper() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wrapped = zoo.tiny("roberta")
+
+    model = Wrapper()
     patch(model, RedConfig())
-    for parts in edit_parameters(model).values():
-        assert parts
-    for module in list(model.modules()):
-        if module.__class__.__name__ == "RedEdit":
-            module.to_empty(device="cpu")
-    with pytest.raises(ValueError, match=r"checkpoint only: .*model only: nothing"):
-        load_edits(model, path)
+    assert inner_prefix(model, edit_parameters(model)) == "wrapped.roberta"
+    assert inner_prefix(model, ["wrapped.roberta.encoder.layer.0", "other.dense"]) == ""
+    assert inner_prefix(nn.Sequential(nn.Linear(2, 2)), ["0"]) == ""
+    bare = zoo.tiny("roberta").roberta
+    assert inner_prefix(bare, ["encoder.layer.0.output.dense"]) == ""
+
+
+def test_a_head_of_another_make_is_written_and_read_too(tmp_path: Path) -> None:
+    source, target = trained("vit"), patched("vit")
+    with torch.no_grad():
+        source.classifier.weight.fill_(0.5)
+    export_authors(source, tmp_path)
+    assert set(torch.load(tmp_path / CLASSIFIER_NAME, weights_only=True)) == {"weight", "bias"}
+    assert load_edits(target, tmp_path).head == ("classifier.weight", "classifier.bias")
+    assert torch.equal(target.classifier.weight, source.classifier.weight)
+
+
+def test_files_hold_no_more_than_the_tensors(tmp_path: Path) -> None:
+    """A vector that is a view of something large is written by itself."""
+    model = trained("roberta")
+    large = torch.zeros(1_000_000)
+    site = model.get_submodule("roberta.encoder.layer.0.output.dense.red_edit")
+    site.scale.data = large[:WIDTH]
+    export_authors(model, tmp_path)
+    assert (tmp_path / VECTORS_NAME).stat().st_size < 100_000
+
+
+def test_a_former_head_does_not_stay_beside_new_vectors(tmp_path: Path) -> None:
+    export_authors(trained("roberta"), tmp_path)
+    before = (tmp_path / VECTORS_NAME).read_bytes()
+    with pytest.raises(ValueError, match=r"classifier\.pth of another model"):
+        export_authors(trained("llama"), tmp_path)
+    assert (tmp_path / VECTORS_NAME).read_bytes() == before
+
+
+def test_what_else_is_trained_is_named(tmp_path: Path) -> None:
+    model = trained("bert")
+    model.cls.predictions.bias.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"not saved, .*: cls\.predictions\.bias"):
+        export_authors(model, tmp_path)
+
+
+def test_models_without_edits_or_values(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not patched"):
+        export_authors(zoo.tiny("llama"), tmp_path / "none")
+    with pytest.raises(ValueError, match="meta device and has no values"):
+        export_authors(patched("llama").to("meta"), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_patching_again_brings_the_same_outputs(tmp_path: Path) -> None:
+    model = trained("roberta")
+    with_edits = _logits(model, "roberta")
+    rk.export_authors(model, tmp_path)
+    unpatch(model)
+    assert not torch.equal(_logits(model, "roberta"), with_edits)
+    patch(model, RedConfig())
+    load_edits(model, tmp_path)
+    assert torch.equal(_logits(model, "roberta"), with_edits)
 
 
 # ---- names

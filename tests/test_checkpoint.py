@@ -20,7 +20,8 @@ from checkpoint_helpers import WIDTH, assert_refused, authors_state, every_vecto
 from torch import nn
 
 from red_kernels import checkpoint
-from red_kernels.checkpoint import AUTHORS_NAME, CONFIG_NAME, TENSORS_NAME, load_edits, save_edits, saved_config
+from red_kernels.authors import VECTORS_NAME
+from red_kernels.checkpoint import CONFIG_NAME, TENSORS_NAME, load_edits, save_edits, saved_config
 from red_kernels.config import RedConfig
 from red_kernels.patch import edit_parameters, patch
 
@@ -215,10 +216,10 @@ def test_truncated_files(keep: int, tmp_path: Path) -> None:
     (tmp_path / TENSORS_NAME).write_bytes(content[:keep])
     assert_refused(tmp_path, "damaged")
 
-    torch.save(authors_state(model), tmp_path / AUTHORS_NAME)
-    content = (tmp_path / AUTHORS_NAME).read_bytes()
-    (tmp_path / AUTHORS_NAME).write_bytes(content[: keep if keep >= 0 else -200])
-    assert_refused(tmp_path / AUTHORS_NAME, "damaged")
+    torch.save(authors_state(model), tmp_path / VECTORS_NAME)
+    content = (tmp_path / VECTORS_NAME).read_bytes()
+    (tmp_path / VECTORS_NAME).write_bytes(content[: keep if keep >= 0 else -200])
+    assert_refused(tmp_path / VECTORS_NAME, "damaged")
 
 
 def test_damaged_description(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._files import write_files
-from ..checkpoint import load_edits, save_edits
+from ..checkpoint import HEAD_NAME, load_edits, save_edits
 from ..patch import edit_parameters
 
 __all__ = [
@@ -31,8 +31,6 @@ __all__ = [
     "load_trained",
     "save_trained",
 ]
-
-HEAD_NAME = "red_head.safetensors"
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _PARTIAL = ".partial-"

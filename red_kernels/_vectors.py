@@ -1,0 +1,72 @@
+"""The vectors of a checkpoint, sorted by site and checked: what files of every form are read into and written from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .report import listed
+
+__all__ = ["PARTS", "VECTOR_DTYPES", "SiteTensors", "by_layer", "collect", "in_order"]
+
+PARTS = ("scale", "bias", "norm_weight", "norm_bias")  # as files and reports list them
+VECTOR_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+SiteTensors = dict[str, dict[str, torch.Tensor]]  # site -> one of PARTS -> (width,)
+
+
+def collect(
+    path: Path, tensors: Mapping[str, Any], split: Callable[[str], tuple[str, str] | None], rows: tuple[str, ...] = ()
+) -> SiteTensors:
+    """Sort the tensors of a file by site, as `(width,)` vectors; any name, type or shape out of form is an error.
+
+    Args:
+        path: the file, for messages.
+        tensors: what it holds, by name.
+        split: a name as site and part; None for a name that is none of an edit's.
+        rows: the parts that are of shape `[1, width]` in the file; others there may be.
+    """
+    vectors: SiteTensors = {}
+    names = {key: split(key) for key in tensors}
+    foreign = [key for key, name in names.items() if name is None]
+    if foreign or not tensors:
+        raise ValueError(f"{path}: is not a file of edits: " + (f"has {listed(foreign)}" if foreign else "it is empty"))
+    for key, name in names.items():
+        assert name is not None  # foreign names were refused above
+        site, part = name
+        value = checked_tensor(path, key, tensors[key])
+        row = value.ndim == 2 and value.shape[0] == 1
+        fits = row if part in rows else value.ndim == 1 or (row and bool(rows))
+        if not fits:
+            expected = "[1, width]" if part in rows else "(width,)"
+            raise ValueError(f"{path}: {key} has shape {tuple(value.shape)}, expected {expected}")
+        if part in vectors.setdefault(site, {}):
+            raise ValueError(f"{path}: holds {site}.{part} twice")
+        vectors[site][part] = value.reshape(-1)
+    return in_order(vectors)
+
+
+def checked_tensor(path: Path, key: str, value: Any) -> torch.Tensor:
+    """`value`, detached, where it is a dense floating-point tensor; else an error that names it."""
+    if not isinstance(value, torch.Tensor) or value.dtype not in VECTOR_DTYPES:
+        got = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(f"{path}: {key} is {got}, expected a floating-point tensor of 16, 32 or 64 bits")
+    if value.layout is not torch.strided or value.is_meta:
+        raise ValueError(f"{path}: {key} is {value.layout} on {value.device}, expected a dense tensor with values")
+    return value.detach()
+
+
+def in_order(vectors: SiteTensors) -> SiteTensors:
+    """By layer, scale before bias: files keep no useful order."""
+    return {
+        site: {part: vectors[site][part] for part in PARTS if part in vectors[site]}
+        for site in sorted(vectors, key=by_layer)
+    }
+
+
+def by_layer(site: str) -> list[tuple[int, str]]:
+    """A key to sort site names by: layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in site.split(".")]

@@ -1,0 +1,187 @@
+"""Checkpoints in the form of RED's authors (arXiv 2402.15179): `delta_vector.pth`, and `classifier.pth` beside it.
+
+`delta_vector.pth` is a `torch.save`d dict from `<site>.delta_vector.activation_scaling` and `.activation_bias` to
+tensors of shape `[1, width]`; kind `ln` adds `<site>.delta_vector.activation_ln.weight` and `.bias`. `classifier.pth`
+is the state dict of the classifier head.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._files import write_files
+from ._vectors import SiteTensors, checked_tensor, collect
+from .edit_module import NAME
+from .patch import edit_parameters
+from .report import listed
+
+__all__ = ["CLASSIFIER_NAME", "VECTORS_NAME", "export_authors"]
+
+VECTORS_NAME = "delta_vector.pth"
+CLASSIFIER_NAME = "classifier.pth"
+HEAD = "classifier"  # the module of a model whose state the second file holds
+
+_CHILD = ".delta_vector."
+_KEYS = {
+    "scale": "activation_scaling",
+    "bias": "activation_bias",
+    "norm_weight": "activation_ln.weight",
+    "norm_bias": "activation_ln.bias",
+}
+_PARTS = {key: part for part, key in _KEYS.items()}
+_ROWS = ("scale", "bias")  # `[1, width]`; the norm's are as nn.LayerNorm has them
+# Inner models under these names are part of the authors' site names (`transformer.h.0`, `model.layers.0`). One under a
+# name of its own is not: `encoder.layer.0` where the model has `roberta.encoder.layer.0`.
+_COMMON_PREFIXES = ("model", "transformer")
+
+
+def export_authors(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
+    """Save an edit of a patched model in the form of RED's authors, `delta_vector.pth`.
+
+    Vectors are of shape `[1, width]` in their own dtype (the authors' are fp32, for Llama bf16), named from the inner
+    model as the authors' are. A classifier head, the module `classifier` of the model, goes to `classifier.pth` beside
+    them. Both files are written to temporary names, synced and renamed. `rk.load_edits` reads the folder back.
+
+    Args:
+        model: a model patched by `rk.patch`.
+        folder: where to save; made if missing. Files of an earlier save are replaced, others left alone.
+        name: which of the model's edits; None for the active one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the model is not patched or has no edit of this name; its vectors or its head are on the meta device
+            and have no values; the folder has a `classifier.pth` and the model no such head, so that the two files
+            would not belong together.
+        OSError: the folder cannot be written to (read-only, full, a file of that name); nothing is left behind.
+
+    Warns:
+        UserWarning: something else is trained beside the edits and the head, for which this form has no place.
+    """
+    parameters = edit_parameters(model, name)
+    vectors: SiteTensors = {
+        site: {part: _values(f"{site}.{part}", own) for part, own in parts.items()}
+        for site, parts in parameters.items()
+    }
+    head = classifier_of(model)
+    values = {key: _values(f"{HEAD}.{key}", own) for key, own in head.items()}
+    known = {id(own) for own in head.values()}
+    other = [
+        key
+        for key, own in model.named_parameters()
+        if own.requires_grad and id(own) not in known and NAME not in key.split(".")
+    ]
+    target = Path(folder)
+    write_authors(target, vectors, inner_prefix(model, parameters), values)
+    if other:
+        warnings.warn(f"not saved, as the authors' form has no place for it: {listed(other)}", stacklevel=2)
+    return target
+
+
+def write_authors(folder: Path, vectors: SiteTensors, prefix: str, head: Mapping[str, torch.Tensor]) -> None:
+    """Write both files, `prefix` taken off the site names; see `export_authors`."""
+    if not head and (folder / CLASSIFIER_NAME).exists():
+        raise ValueError(
+            f"folder: {str(folder)!r} has a {CLASSIFIER_NAME} of another model, and this one has no classifier head; "
+            "choose another folder or remove the file"
+        )
+    state = {
+        f"{authors_site(site, prefix)}{_CHILD}{_KEYS[part]}": value.reshape(1, -1) if part in _ROWS else value
+        for site, parts in vectors.items()
+        for part, value in parts.items()
+    }
+    contents = {VECTORS_NAME: _saved(state)}
+    if head:
+        contents[CLASSIFIER_NAME] = _saved(dict(head))
+    write_files(folder, contents)
+
+
+def authors_site(site: str, prefix: str) -> str:
+    """The authors' name of a site: `prefix` taken off, where it is in front."""
+    return site.removeprefix(f"{prefix}.") if prefix else site
+
+
+def read_vectors(path: Path) -> SiteTensors:
+    """Read a `delta_vector.pth`. Raises ValueError for a file that is damaged or of another form."""
+    return collect(path, _read(path), _split, _ROWS)
+
+
+def read_classifier(path: Path) -> dict[str, torch.Tensor]:
+    """Read a `classifier.pth`: parameter name to value. Raises ValueError for a damaged file or one without tensors."""
+    state = _read(path)
+    if not state:
+        raise ValueError(f"{path}: is not the state of a classifier head: it is empty")
+    return {key: checked_tensor(path, key, value) for key, value in state.items()}
+
+
+def inner_prefix(model: nn.Module, sites: Iterable[str]) -> str:
+    """What the site names of a model have in front of the authors' names; empty for nothing.
+
+    It is the name of a transformers model inside wrappers, and of the base model in that, as far as all sites are in
+    it, unless the base model is called `model` or `transformer`, which the authors keep.
+    """
+    for name, module in model.named_modules():
+        base = getattr(type(module), "base_model_prefix", None)  # the class's: wrappers pass on their model's
+        if isinstance(base, str):
+            if not base or base in _COMMON_PREFIXES or base not in module._modules:
+                base = ""
+            prefix = ".".join(part for part in (name, base) if part)
+            inside = all(site.startswith(f"{prefix}.") for site in sites)
+            return prefix if inside else ""
+    return ""
+
+
+def classifier_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model's classifier head by their names in it; nothing where there is no head of that name."""
+    for module in model.modules():
+        if isinstance(getattr(type(module), "base_model_prefix", None), str):
+            head = module._modules.get(HEAD)
+            break
+    else:
+        head = model._modules.get(HEAD)
+    copies = None if head is None else head._modules.get("modules_to_save")
+    if copies is not None:  # PEFT trains a copy
+        head = copies._modules[getattr(head, "active_adapter", "default")]
+    named = () if head is None else head.named_parameters()
+    return {name: own for name, own in named if NAME not in name.split(".")}
+
+
+def _values(name: str, parameter: torch.Tensor) -> torch.Tensor:
+    if parameter.is_meta:
+        raise ValueError(f"model: {name} is on the meta device and has no values to save")
+    # A copy: torch.save writes the whole storage that a tensor is a view of.
+    return parameter.detach().to("cpu", copy=True).contiguous()
+
+
+def _saved(state: dict[str, torch.Tensor]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def _split(key: str) -> tuple[str, str] | None:
+    site, found, name = key.rpartition(_CHILD)
+    part = _PARTS.get(name)
+    return (site, part) if found and site and part is not None else None
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    with path.open("rb") as file:
+        try:
+            # Their files were saved from cuda:0; weights_only keeps a foreign pickle from running code.
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{path}: is damaged or no checkpoint that torch.load reads safely: {reason}") from error
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise ValueError(f"{path}: expected a dict from names to tensors, got {type(state).__name__}")
+    return state
