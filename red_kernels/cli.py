@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="red-kernels", description="Fused kernels for RED, representation editing.")
     parser.add_argument("--version", action="version", version=f"red-kernels {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="info | finetune | bench")
+    commands = parser.add_subparsers(required=True, metavar="info | finetune | convert | bench")
     info = commands.add_parser("info", help="show the backends, the machine and the versions of what is installed")
     info.set_defaults(run=_info)
     finetune = commands.add_parser(
@@ -49,6 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     finetune.set_defaults(run=_finetune)
     _add_finetune_options(finetune)
+    convert = commands.add_parser(
+        "convert",
+        help="turn a checkpoint of RED's authors into a folder of save_edits, or the other way round",
+        description="Turn edits in the form of RED's authors (delta_vector.pth, and classifier.pth beside it) into a "
+        "folder of rk.save_edits, or such a folder into theirs; which way is told by what SOURCE holds.",
+    )
+    convert.set_defaults(run=_convert)
+    _add_convert_options(convert)
     bench = commands.add_parser(
         "bench",
         help="search the launch rules of the GPU at hand (--tune)",
@@ -57,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(run=_bench)
     _add_bench_options(bench)
-    for command in (info, finetune, bench):
+    for command in (info, finetune, convert, bench):
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
 
@@ -123,6 +131,18 @@ def _add_finetune_options(parser: argparse.ArgumentParser) -> None:
     again = run.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     again.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
+
+
+def _add_convert_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a folder, or one file of edits without the head beside it")
+    parser.add_argument("output", metavar="OUTPUT", help="the folder for the files of the other form")
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="the base model's hub id, folder or config.json (default: told from names alone)",
+    )
+    parser.add_argument("--position", help="where the edits lie, if it is not to be told")
+    parser.add_argument("--overwrite", action="store_true", help="replace files of an earlier conversion")
 
 
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
@@ -194,6 +214,13 @@ def _info(options: argparse.Namespace) -> int:
     from .integrations.info import show_info
 
     show_info(Console())
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from .integrations.convert import convert
+
+    print(convert(options.source, options.output, options.model, options.position, options.overwrite))
     return 0
 
 
