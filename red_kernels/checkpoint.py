@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from ._files import write_files
+from ._sharded import placed_as, refuse_partitioned, whole, write_from_one
 from ._site_names import match_sites
 from ._vectors import PARTS, SiteTensors, collect
 from ._version import __version__
@@ -78,6 +79,8 @@ def save_edits(model: nn.Module, folder: str | os.PathLike[str], name: str | Non
     """Save an edit of a patched model: a safetensors file and a JSON file, a few hundred kilobytes.
 
     Both files are written to temporary names, synced and renamed: a crash leaves the former files or the new ones.
+    Where each process holds a part of the vectors (FSDP2), all of them have to call this: the parts are gathered, and
+    the first process writes. Where each has all of them (DDP), call it in one.
 
     Args:
         model: a model patched by `rk.patch`.
@@ -93,9 +96,12 @@ def save_edits(model: nn.Module, folder: str | os.PathLike[str], name: str | Non
         OSError: the folder cannot be written to (read-only, full, a file of that name); nothing is left behind.
     """
     config = edit_config(model)
-    vectors = _values(edit_parameters(model, name))
+    parameters = edit_parameters(model, name)
+    vectors = _values(parameters)
     target = Path(folder)
-    write_files(target, own_files(config, vectors, base_model_name(model), inner_prefix(model, vectors)))
+    content = own_files(config, vectors, base_model_name(model), inner_prefix(model, vectors))
+    every = [own for parts in parameters.values() for own in parts.values()]
+    write_from_one(every, lambda: write_files(target, content))
     return target
 
 
@@ -104,7 +110,8 @@ def _values(parameters: dict[str, dict[str, nn.Parameter]]) -> SiteTensors:
         for part, parameter in parts.items():
             if parameter.is_meta:
                 raise ValueError(f"model: {site}.{part} is on the meta device and has no values to save")
-    return {site: {part: own.detach().cpu() for part, own in parts.items()} for site, parts in parameters.items()}
+            refuse_partitioned(f"{site}.{part}", parameter)
+    return {site: {part: whole(own).cpu() for part, own in parts.items()} for site, parts in parameters.items()}
 
 
 def own_files(config: RedConfig, vectors: SiteTensors, base_model: str | None, prefix: str) -> dict[str, bytes]:
@@ -241,8 +248,8 @@ def load_edits(
             f"{listed(model_only)}; {advice}"
         )
     # Devices and dtypes are settled first, so that running out of memory cannot leave half of the edits loaded.
-    staged = [(own, value.to(device=own.device, dtype=own.dtype)) for own, value in pairs]
-    moved = [value.to(parameters[site][part]) for site, part, value in fitting]
+    staged = [(own, placed_as(value, own)) for own, value in pairs]
+    moved = [placed_as(value, parameters[site][part]) for site, part, value in fitting]
     if new:
         assert name is not None
         add_edit(model, name)
@@ -296,6 +303,7 @@ def read(path: Path) -> Found:
 def _check_fits(source: Path, name: str, value: torch.Tensor, parameter: nn.Parameter) -> None:
     if parameter.is_meta:
         raise ValueError(f"model: {name} is on the meta device; give the model memory (to_empty) before loading edits")
+    refuse_partitioned(name, parameter)
     if value.shape != parameter.shape:
         raise ValueError(f"{source}: {name} has width {tuple(value.shape)}, the model's is {tuple(parameter.shape)}")
 
