@@ -5,16 +5,12 @@ Arguments: the rank, the port.
 
 from __future__ import annotations
 
-import gc
-import os
-import sys
-
 import model_zoo as zoo
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import in_group
 
 from red_kernels.config import RedConfig
 from red_kernels.models import compose
@@ -83,19 +79,6 @@ def main(how: str, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2], "WORLD_SIZE": "2", "RANK": sys.argv[1]})
-    dist.init_process_group("gloo")
-    try:
+    with in_group() as rank:
         for how in ("ddp", "fsdp layers", "fsdp whole"):
-            main(how, int(sys.argv[1]))
-        # While a wrapped model is still held by a cycle, so is its gloo group with its threads.
-        gc.collect()
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    # A gloo thread that lets go of its last tensor while the interpreter ends aborts the process (pytorch issue 190489,
-    # pull request 179291). All has been checked by now, and whatever failed has left by its exception.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+            main(how, rank)

@@ -10,12 +10,13 @@ import model_zoo as zoo
 import torch
 from patch_helpers import patched_and_peer
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from red_kernels.patch import edit_parameters
 
 Vectors = dict[str, dict[str, nn.Parameter]]
 RATE = 0.05
+STEPS, BATCH = 4, 4  # of a Trainer, unless said otherwise
 
 
 def rows(name: str, count: int, *, seed: int = 50) -> list[dict[str, Tensor]]:
@@ -32,6 +33,12 @@ def listed(vectors: Vectors) -> list[nn.Parameter]:
 def training(vectors: Vectors) -> torch.optim.Optimizer:
     """Momentum has a state to save, and unlike Adam's its step is as long as the gradient, rounding errors included."""
     return torch.optim.SGD(listed(vectors), lr=RATE, momentum=0.5)
+
+
+def as_parameters(peer: zoo.Unfused) -> None:
+    """Give a peer's model its vectors as Parameters: a Trainer sets the gradients of the model's own to zero."""
+    for index, vector in enumerate(listed(peer.vectors)):
+        peer.model.register_parameter(f"vector_{index}", vector)
 
 
 def hold_training(
@@ -52,8 +59,7 @@ def hold_training(
     """
     model, unfused, truth = patched_and_peer(name, **changes)
     for peer in (unfused, truth):
-        for index, vector in enumerate(listed(peer.vectors)):  # Trainer sets the gradients of the model's own to zero
-            peer.model.register_parameter(f"vector_{index}", vector)
+        as_parameters(peer)
     start = [vector.detach().clone() for vector in listed(edit_parameters(model))]
     wanted = (exactly or train)(truth.model, training(truth.vectors))
     plain = train(unfused.model, training(unfused.vectors))
@@ -85,6 +91,40 @@ class Losses(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs:
             self.losses.append(logs["loss"])
+
+
+def trainer_of(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
+    kind: type[Trainer] = Trainer,
+    name: str = "llama",
+    **options: Any,
+) -> tuple[Trainer, Losses]:
+    """A Trainer for a few steps on the CPU, and what it will say of them."""
+    arguments = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": BATCH,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "seed": 3,
+        **options,
+    }
+    watch = Losses()
+    trainer = kind(
+        model=model,
+        args=TrainingArguments(**arguments),
+        train_dataset=rows(name, STEPS * BATCH),
+        optimizers=(optimizer, None),
+        callbacks=[watch],
+    )
+    return trainer, watch
 
 
 def same_vectors(first: nn.Module, second: nn.Module) -> bool:

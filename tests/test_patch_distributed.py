@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import model_zoo as zoo
 import pytest
 import torch
 import torch.distributed
 from patch_helpers import loss_and_backward, patched_and_peer, watching
+from two_processes import run_pair
 
 from red_kernels.config import RedConfig
 from red_kernels.patch import edit_parameters, patch
-
-HERE = Path(__file__).resolve().parent
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 def test_two_processes():
     """DDP, and FSDP2 around each layer and around the whole; one pair of processes, as these take long to start."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "distributed_worker.py")]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), port],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=300)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    run_pair("distributed_worker.py")
 
 
 @pytest.mark.parametrize("offload", ["cpu", "disk"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import model_zoo as zoo
 import pytest
 import torch
-from stack_helpers import Losses, files, hold_training, listed, rows, same_vectors, training
-from transformers import Trainer, TrainingArguments
+from stack_helpers import BATCH, STEPS, files, hold_training, listed, same_vectors, trainer_of, training
+from transformers import Trainer
 
 from red_kernels.checkpoint import load_edits, saved_config
 from red_kernels.config import RedConfig
@@ -15,7 +15,6 @@ from red_kernels.integrations.trainer_callback import SaveEdits
 from red_kernels.patch import edit_parameters, patch
 
 pytest.importorskip("accelerate")
-STEPS, BATCH = 4, 4
 
 WAYS = {
     "plain": {},
@@ -25,35 +24,6 @@ WAYS = {
     "autocast": {"bf16": True},
     "compile": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
 }
-
-
-def arguments(folder, **options):
-    defaults = {
-        "output_dir": str(folder),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": BATCH,
-        "use_cpu": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "max_grad_norm": 0.0,
-        "lr_scheduler_type": "constant",
-        "seed": 3,
-    }
-    return TrainingArguments(**{**defaults, **options})
-
-
-def trainer_of(model, optimizer, folder, kind=Trainer, name="llama", **options):
-    watch = Losses()
-    trainer = kind(
-        model=model,
-        args=arguments(folder, **options),
-        train_dataset=rows(name, STEPS * BATCH),
-        optimizers=(optimizer, None),
-        callbacks=[watch],
-    )
-    return trainer, watch
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._files import write_files
+from .._sharded import is_sharded, placed_as, whole, write_from_one
 from ..checkpoint import HEAD_NAME, load_edits, save_edits
 from ..patch import edit_parameters
 
@@ -54,10 +55,10 @@ def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     if head:
         labels = getattr(getattr(model, "config", None), "id2label", None)
         content = safetensors.torch.save(
-            {name: own.detach().cpu().contiguous() for name, own in head.items()},
+            {name: whole(own).cpu().contiguous() for name, own in head.items()},
             metadata={"format": "pt", "id2label": json.dumps(labels)},
         )
-        write_files(target, {HEAD_NAME: content})
+        write_from_one(head.values(), lambda: write_files(target, {HEAD_NAME: content}))
     return target
 
 
@@ -87,7 +88,7 @@ def load_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     load_edits(model, folder)
     with torch.no_grad():
         for name, value in values.items():
-            head[name].copy_(value)
+            head[name].copy_(placed_as(value, head[name]))
 
 
 def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
@@ -113,6 +114,14 @@ class RedTrainer(Trainer):
     """
 
     _staging: Path | None = None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what was trained into a folder, by `save_trained`. All processes have to call this."""
+        model = self._inner_model()
+        if any(map(is_sharded, model.parameters())):
+            save_trained(model, str(output_dir or self.args.output_dir))  # which gathers it from all processes
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
@@ -152,9 +161,10 @@ class RedTrainer(Trainer):
         if best is not None and Path(best) == complete:
             self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(complete / "trainer_state.json"))
-        for path in complete.iterdir():
-            with path.open("r+b") as file:
-                os.fsync(file.fileno())
+        for path in complete.rglob("*"):
+            if path.is_file():
+                with path.open("r+b") as file:
+                    os.fsync(file.fileno())
         if final.exists():  # the same step, saved by an earlier run in this folder
             shutil.rmtree(final)
         os.replace(complete, final)
