@@ -99,7 +99,14 @@ class RedEdit(EditVectors):
         width, parts, dtype, device: as for `EditVectors`.
         selection: shared by all sites of a model.
         own: with False there is no edit yet, and one named `"default"` is a child like others.
+
+    Attributes:
+        of_tuple: whether the site may return a tuple, of which the first is edited, as layers do.
+        inside: whether no hook can apply the edit, only the forward of the layer.
     """
+
+    of_tuple = False
+    inside = False
 
     def __init__(
         self,
@@ -224,14 +231,15 @@ def plain_only() -> bool:
 
 
 def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
-    """The forward hook of an edited module; of a module that returns a tuple, the first of it is edited."""
+    """The forward hook of an edited module."""
     own = module._modules.get(NAME)
     compiling = torch.compiler.is_compiling()
     if INSIDE in module.__dict__ and not compiling:
         _check_inside(module)
     if own is None:
         return None
-    first = output[0] if type(output) is tuple and output else output
+    assert isinstance(own, RedEdit)
+    first = output[0] if own.of_tuple and type(output) is tuple else output
     if not compiling:
         if _deferred.edit is own:
             _deferred.edit = None
@@ -251,8 +259,8 @@ def _check_inside(layer: nn.Module) -> None:
         site = site._modules[part]
     if applied is None or applied is not site._modules[NAME]:
         raise RuntimeError(
-            f"the forward of this {type(layer).__name__} was replaced after patching, and the new one leaves out the edit "
-            "behind the residual add of its attention; replace it before patching"
+            f"the forward of this {type(layer).__name__} was replaced after patching, and the new one leaves out the "
+            "edit behind the residual add of its attention; replace it before patching"
         )
 
 
@@ -288,5 +296,6 @@ def edited_output(own: RedEdit | None, output: Tensor) -> Tensor:
 
 
 def applied_inside(own: RedEdit) -> None:
-    """Tell the hook of a layer that its forward has applied the edit that no hook could."""
-    _deferred.inside = own
+    """Tell the hook of a layer that its forward has applied this edit, if it is one that no hook could."""
+    if own.inside:
+        _deferred.inside = own

@@ -1,7 +1,7 @@
 """Several named edits in one patched model: adding, switching, disabling, combining; and one for each row of a batch.
 
-Every edit has vectors of its own at every site (RED, arXiv 2402.15179, trains one). The one that `rk.patch` makes is named
-`"default"`. Exactly one is active, or none; `use_edits` chooses by row instead.
+Every edit has vectors of its own at every site (RED, arXiv 2402.15179, trains one). The one that `rk.patch` makes is
+named `"default"`. Exactly one is active, or none; `use_edits` chooses by row instead.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def combine_edits(model: nn.Module, weights: Mapping[str, float], name: str) -> 
         name: of the new edit.
 
     Raises:
-        TypeError, ValueError: the model is not patched, a name is unknown or taken, a weight is no finite number, or the
-            edits are of kind `"ln"`, whose norms do not add up. Nothing is changed then.
+        TypeError, ValueError: the model is not patched, a name is unknown or taken, a weight is no finite number, or
+            the edits are of kind `"ln"`, whose norms do not add up. Nothing is changed then.
     """
     modules = edit_modules(model)
     if not isinstance(weights, Mapping) or not weights:
@@ -171,7 +171,8 @@ def use_edits(model: nn.Module, ids: Sequence[str | None]) -> Iterator[None]:
 
     Raises:
         TypeError: ids is a single string or no sequence.
-        ValueError: the model is not patched, an edit is unknown, ids is empty; later, a batch with another number of rows.
+        ValueError: the model is not patched, an edit is unknown, ids is empty; later, for a batch with another number
+            of rows.
     """
     if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
         raise TypeError(f"ids: got {type(ids).__name__}, expected a list with the name of an edit for each row")

@@ -116,7 +116,7 @@ def edit_config(model: nn.Module) -> RedConfig:
 
 
 def edit_parameters(model: nn.Module, name: str | None = None) -> dict[str, dict[str, nn.Parameter]]:
-    """The vectors of a patched model: site name to the parts of the edit (`"scale"`, `"bias"`, ...), in the model's order.
+    """The vectors of a patched model: site name to the edit's parts (`"scale"`, `"bias"`, ...), in the model's order.
 
     Args:
         model: a patched model.
@@ -159,6 +159,7 @@ def edit_modules(model: nn.Module) -> dict[str, RedEdit]:
 def attach(site: PlannedSite, edit: RedEdit) -> None:
     """Give a site its vectors and the hook that applies them."""
     edit.train(site.module.training)
+    edit.of_tuple, edit.inside = site.of_tuple, site.layer is not None
     site.module.add_module(NAME, edit)
     hooked = site.module
     if site.layer is not None:

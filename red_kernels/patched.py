@@ -97,19 +97,19 @@ def patch_block(block: nn.Module, layout: Layout, link: NextNorm | None) -> None
     for point in layout.points:
         dropout: nn.Module | None = child_at(block, point.dropout) if point.dropout else None
         if dropout is not None and type(dropout) is nn.Dropout:
-            dropout.__class__ = _patched_class(nn.Dropout, _DROPOUT)
-    block.__class__ = _patched_class(type(block), layout.key)
+            _subclass(dropout, _DROPOUT)
+    _subclass(block, layout.key)
     block.__dict__[LINK] = link
 
 
 def patch_norm(norm: nn.Module) -> None:
     """Make a norm take the notes that are left for it."""
-    norm.__class__ = _patched_class(type(norm), _NORM)
+    _subclass(norm, _NORM)
 
 
 def patch_stack(stack: nn.Module) -> None:
     """Make a stack of layers say while its forward runs: notes are left at no other time."""
-    stack.__class__ = _patched_class(type(stack), _STACK)
+    _subclass(stack, _STACK)
 
 
 def is_patched(module: nn.Module) -> bool:
@@ -122,6 +122,10 @@ def unpatch_module(module: nn.Module) -> None:
     if is_patched(module):
         module.__class__ = type(module).__dict__[BASE]
         module.__dict__.pop(LINK, None)
+
+
+def _subclass(module: nn.Module, key: str) -> None:
+    module.__class__ = _patched_class(type(module), key)
 
 
 def _patched_class(base: type[nn.Module], key: str) -> type[nn.Module]:
@@ -259,7 +263,7 @@ def _finder(layout: Layout) -> Callable[[nn.Module], Edits | None]:
             outer = walk(block, point.outer)
             site = walk(outer, point.inner)
             own = None if site is None else site._modules.get(NAME)
-            if outer is None or site is None or type(own) is not RedEdit:
+            if outer is None or site is None or not isinstance(own, RedEdit):
                 continue
             if point.inside or (usable and _deferrable(block, outer, site, own, point)):
                 found[point.place] = own

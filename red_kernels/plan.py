@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .config import RedConfig
-from .edit_module import RedEdit
+from .edit_module import NAME, RedEdit
 from .models import FAMILIES, Layout, Point, child_at, family_of, first_path
 from .models.handoff import NextNorm
 from .models.norms import norm_spec
@@ -20,7 +20,16 @@ from .next_norm import Place, next_norm, resolved, unusable
 from .patched import recognised, recognised_point
 from .report import SiteReport, listed
 
-__all__ = ["Plan", "PlannedBlock", "PlannedSite", "make_plan", "output_width", "wrapper_of"]
+__all__ = [
+    "Plan",
+    "PlannedBlock",
+    "PlannedSite",
+    "known_sites",
+    "make_plan",
+    "output_width",
+    "plan_edited",
+    "wrapper_of",
+]
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
@@ -35,6 +44,7 @@ class PlannedSite:
     report: SiteReport
     layer: nn.Module | None = None
     path: tuple[str, ...] = ()
+    of_tuple: bool = False  # whether the module may return a tuple, of which the first is edited
     norm: str = ""  # name in the module of the norm that its output ends in, to merge into
     bias_flag: str = ""  # attribute of the model's config that gives this linear layer a bias
 
@@ -120,12 +130,55 @@ def _plan_named(model: nn.Module, config: RedConfig) -> Plan:
 
 
 def _plan_known(model: nn.Module, config: RedConfig) -> Plan:
+    plan = Plan()
+    for place, sites in _chosen(model, config, plan.warnings):
+        _plan_layer(plan, model, place, sites)
+    lists = _unknown_lists(model)
+    if lists:
+        plan.warnings.append(f"not edited, as their layers are not known: {listed(lists)}")
+    return plan
+
+
+def known_sites(model: nn.Module, config: RedConfig) -> dict[str, str]:
+    """The sites that a position edits in the known layers, edited already or not, in the model's order.
+
+    Returns:
+        The name of each, and that of the norm in it by which its output ends; empty where there is none.
+
+    Raises:
+        ValueError: as `make_plan`, of the layers.
+    """
+    return {
+        ".".join((place.name, *resolved(place.layer, path))): _norm_inside(place, path)
+        for place, sites in _chosen(model, config, [])
+        for _, path in sites
+    }
+
+
+def plan_edited(model: nn.Module) -> Plan:
+    """How to fuse the edits that a model's sites have already; changes nothing. It has no sites of its own."""
+    plan = Plan()
+    for place in _places(model):
+        for path, (layout, _) in _layouts(place).items():
+            block = child_at(place.layer, path)
+            if layout is not None and block is not None and any(_edited(block, point) for point in layout.points):
+                plan.blocks.append(_planned_block(place, layout))
+    return plan
+
+
+def _edited(block: nn.Module, point: Point) -> bool:
+    site = child_at(block, point.site)
+    edited = site is not None and isinstance(site._modules.get(NAME), RedEdit)
+    return edited and recognised_point(point, block) is None
+
+
+def _chosen(model: nn.Module, config: RedConfig, warnings: list[str]) -> list[tuple[Place, list[tuple[str, str]]]]:
+    """The layers to edit, and the place in the layer and the path of each of their sites."""
     places = list(_places(model))
     if not places:
         raise ValueError(_no_sites(model))
     _only_one_name((place.layer, place.name) for place in places)
     wanted = None if config.layers is None else set(config.layers)
-    plan = Plan()
     unknown = _unknown_layers(places)
     asked = [name for name, index in unknown.items() if wanted is None or index in wanted]
     if asked:
@@ -134,7 +187,7 @@ def _plan_known(model: nn.Module, config: RedConfig) -> Plan:
             "others by layers=, or name modules by sites="
         )
     if unknown:
-        plan.warnings.append(f"not edited, as these layers are not known: {listed(list(unknown))}")
+        warnings.append(f"not edited, as these layers are not known: {listed(list(unknown))}")
     if wanted is not None:
         missing = sorted(wanted - {place.index for place in places})
         if missing:
@@ -148,15 +201,10 @@ def _plan_known(model: nn.Module, config: RedConfig) -> Plan:
         experts = [name for name in _experts(model) if any(name.startswith(f"{layer}.") for layer in names)]
         remark = f": the weights of all experts are one 3-D Parameter in {listed(experts)}" if experts else ""
         raise ValueError(
-            f"model: not all layers have what position {config.position!r} edits: {listed(sorted(lost))}{remark}; choose "
-            "others by layers=, or name modules by sites="
+            f"model: not all layers have what position {config.position!r} edits: {listed(sorted(lost))}{remark}; "
+            "choose others by layers=, or name modules by sites="
         )
-    for place, (sites, _) in chosen:
-        _plan_layer(plan, model, place, sites)
-    lists = _unknown_lists(model)
-    if lists:
-        plan.warnings.append(f"not edited, as their layers are not known: {listed(lists)}")
-    return plan
+    return [(place, sites) for place, (sites, _) in chosen]
 
 
 def _places(model: nn.Module) -> Iterator[Place]:
@@ -238,8 +286,8 @@ def _plan_layer(plan: Plan, model: nn.Module, place: Place, sites: list[tuple[st
         name = ".".join((place.name, *resolved(place.layer, path)))
         if inside and found is None:
             raise ValueError(
-                f"model: the residual stream behind the attention of {place.name} is no module's output, and only a known "
-                f"forward can edit it: {reason}; choose another position, or other layers by layers="
+                f"model: the residual stream behind the attention of {place.name} is no module's output, and only a "
+                f"known forward can edit it: {reason}; choose another position, or other layers by layers="
             )
         fused: str | None = None
         if found is not None:
@@ -257,6 +305,7 @@ def _plan_layer(plan: Plan, model: nn.Module, place: Place, sites: list[tuple[st
                 report,
                 layer=place.layer if inside else None,
                 path=tuple(resolved(place.layer, path)) if inside else (),
+                of_tuple=kind in ("res", "attn_res"),
                 norm=_norm_inside(place, path),
                 bias_flag=place.family.bias_flags.get(path, ""),
             )
@@ -335,14 +384,15 @@ def _fused_with(block: PlannedBlock, point: Point, place: Place) -> tuple[str | 
         if own_norm:
             return point.bare, own_norm
     if "{next}" not in point.fuses:
-        return point.fuses, point.note
+        return point.fuses, ""
     if block.norm is None:
         reason = next_norm(place, block.layout)[1]
         return point.alone or None, str(reason)
     spec = norm_spec(type(block.norm))
-    assert spec is not None and block.link is not None
+    assert spec is not None
+    assert block.link is not None
     of = "next sublayer's" if block.layout.then else "final" if not block.link.enters else "next layer's"
-    return point.fuses.format(next=f"{of} {spec.title}"), point.note
+    return point.fuses.format(next=f"{of} {spec.title}"), ""
 
 
 def _width(site: nn.Module, place: Place, name: str) -> int:
@@ -366,8 +416,9 @@ def output_width(module: nn.Module) -> int | None:
 
 
 def _stream_width(place: Place) -> int | None:
-    """The width of the residual stream, by the layer's first norm: for a wrapped site that does not say its own."""
-    for module in place.layer.modules():
+    """The width of the residual stream, by a norm of the layer: for a site that does not say its own."""
+    # Norms of queries and keys are deeper in and may be as narrow as a head.
+    for module in (*place.layer.children(), *place.layer.modules()):
         if norm_spec(type(module)) is not None:
             return output_width(module)
     return None

@@ -22,7 +22,7 @@ saved_tensor_hooks: Callable[[bool], Any] = getattr(
 
 
 class Vectors(NamedTuple):
-    """What is applied at one site: vectors of shape `(d,)`, or `(n, d)` with ids for the rows; None where there is none."""
+    """What is applied at one site: vectors of shape `(d,)`, or `(n, d)` with ids for the rows; None for none."""
 
     scale: Tensor | None
     bias: Tensor | None
@@ -34,8 +34,8 @@ class Vectors(NamedTuple):
 class Rows:
     """The edits of the rows of a batch.
 
-    Rows follow each other as in memory: where a tensor's first dimension is k times the batch (beams, or tokens laid out
-    in rows), each entry serves k of them in turn.
+    Rows follow each other as in memory: where a tensor's first dimension is k times the batch (beams, or tokens laid
+    out in rows), each entry serves k of them in turn.
 
     Args:
         ids: for each row of the batch the name of its edit, or None for no edit.
@@ -86,23 +86,19 @@ class Rows:
 
     def _stacked(self, own: RedEdit) -> Vectors:
         found = [own.named(name) for name in self.names]
-        example = next(vectors for vectors in found if vectors is not None)
 
         def stacked(part: int) -> Tensor | None:
-            like = example[part]
+            there = [None if vectors is None else vectors[part] for vectors in found]
+            like = next((vector for vector in there if vector is not None), None)
             if like is None:
                 return None
             none = torch.ones_like(like) if part == 0 else torch.zeros_like(like)
-            return torch.stack([none if vectors is None else _there(vectors[part]) for vectors in found])
+            return torch.stack([none if vector is None else vector for vector in there])
 
-        if example.norm_weight is not None and None in found:
-            raise ValueError("ids: a row without an edit cannot stand beside edits of kind 'ln' in one batch")
+        normed = {vectors is not None and vectors.norm_weight is not None for vectors in found}
+        if len(normed) > 1:
+            raise ValueError("ids: rows with edits of kind 'ln' and rows without cannot be in one batch")
         return Vectors(*(stacked(part) for part in range(4)))
-
-
-def _there(vector: Tensor | None) -> Tensor:
-    assert vector is not None  # all edits of a model have the same parts
-    return vector
 
 
 class Selection:
@@ -147,8 +143,8 @@ class Selection:
         if found is None and in_backward:  # layers are run again, perhaps in a thread of autograd's
             if self._stale or len(self._rows) > 1:
                 raise RuntimeError(
-                    "use_edits: under activation checkpointing the backward pass runs layers again; it has to be inside "
-                    "of the with block, and of one at a time"
+                    "use_edits: under activation checkpointing the backward pass runs layers again; it has to be "
+                    "inside of the with block, and of one at a time"
                 )
             found = next(iter(self._rows.values()), None)
         if not in_backward:

@@ -50,7 +50,9 @@ def test_report_says_what_is_run(name, monkeypatch):
     model = zoo.tiny(name)
     report = patch(model, RedConfig())
     assert [site.site for site in report.sites] == zoo.sites(name)
-    assert all(site.fused is not None and "Norm" in site.fused and not site.reason for site in report.sites)
+    assert all(site.fused is not None and "Norm" in site.fused for site in report.sites)
+    assert all(("whole block of experts" in site.reason) == (name in zoo.MIXTURES) for site in report.sites)
+    assert name in zoo.MIXTURES or not any(site.reason for site in report.sites)
     calls = []
     for operation in ("edit_add", "edit_add_rms_norm", "edit_add_layer_norm"):
         original = getattr(compose, operation)
@@ -67,9 +69,11 @@ def test_report_says_what_is_run(name, monkeypatch):
     assert "edit_add" not in edits
     assert len(watch.left) == (len(edits) if name in zoo.HANDING_ON else 0)
     assert watch.taken == watch.left
-    # In post-norm layers nothing else is fused; elsewhere the residual add of attention is, and with Gemma both inner norms.
+    # In post-norm layers nothing else is fused; elsewhere attention's residual add is, and with Gemma both inner norms.
     assert len(calls) == len(edits) * (
-        1 if name in ("bert", "roberta", "t5", "t5_gated") else 2 + 2 * name.startswith("gemma")
+        1
+        if name in ("bert", "roberta", "t5", "t5_gated", "deberta", "deberta_v2", *zoo.PARALLEL)
+        else 2 + 2 * name.startswith("gemma")
     )
 
 
@@ -123,13 +127,21 @@ def test_a_fresh_patch_is_the_identity(name):
 def test_descriptions_are_consistent():
     assert len(LAYOUTS) == sum(len(family.layouts) for family in FAMILIES)
     for family in FAMILIES:
-        assert tuple(family.known) == family.first_norm[:-1]
+        entries = {kind: "|".join(paths) for kind, paths in family.sites.items()}
+        assert set(family.inside) <= set(family.sites)
+        if family.first_norm:
+            assert set(family.first_norm[:-1]) <= set(family.known)
         for layout in family.layouts:
-            assert family.site == (f"{layout.block}.{layout.site}" if layout.block else layout.site)
-            assert layout.site == layout.outer or layout.site.startswith(layout.outer + ".")
-            assert bool(layout.alone) == ("{next}" in layout.fuses)
-            assert layout.alone == "" or family.first_norm
-            assert layout.bare is None or layout.norm
+            assert not layout.hands_on or family.first_norm or layout.then
+            for point in layout.points:
+                path = ".".join(filter(None, (layout.block, point.site)))
+                entry = entries[point.place].replace("?", "").replace(" with EncDecAttention", "")
+                assert path in entry.split("|")
+                assert not point.site or point.site == point.outer or point.site.startswith(point.outer)
+                assert not point.alone or "{next}" in point.fuses
+                assert layout.hands_on or "{next}" not in point.fuses
+                assert point.bare is None or point.norm
+                assert point.inside == (point.place in family.inside)
 
 
 def test_fingerprint_sees_what_is_done_only():

@@ -184,9 +184,9 @@ def refused(model, config, match, error=ValueError):
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"position": "attn"}, ValueError, "position: got 'attn', supported: 'ffn'"),
+        ({"position": "mlp"}, ValueError, "position: got 'mlp', supported: 'ffn', 'attn', 'ffn_attn', 'res'"),
         ({"position": None}, ValueError, "position"),
-        ({"kind": "ln"}, ValueError, "kind: got 'ln', supported: 'all', 'scaling', 'bias'"),
+        ({"kind": "norm"}, ValueError, "kind: got 'norm', supported: 'all', 'scaling', 'bias', 'ln'"),
         ({"kind": ["all"]}, ValueError, "kind"),
         ({"dtype": torch.int8}, ValueError, "dtype: got torch.int8"),
         ({"dtype": torch.float8_e4m3fn}, ValueError, "dtype"),
@@ -257,14 +257,14 @@ def test_layers_out_of_range():
 
 
 def test_experts_in_one_parameter_are_named():
-    config = transformers.MixtralConfig(
+    config = transformers.OlmoeConfig(
         vocab_size=61, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4,
+        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
-    model = transformers.MixtralForCausalLM(config)
+    model = transformers.OlmoeForCausalLM(config)
     experts = [name for name, module in model.named_modules() if name.endswith("experts")]
     assert len(experts) == 2
-    refused(model, RedConfig(), rf"MixtralForCausalLM has no layers that are known.*3-D Parameter in {experts[0]}")
+    refused(model, RedConfig(), rf"OlmoeForCausalLM has no layers that are known.*3-D Parameter in {experts[0]}")
     refused(model, RedConfig(sites="*.experts"), f"'{experts[0]}' is a .*3-D Parameter in {experts[0]}")
     with pytest.warns(UserWarning, match=f"not edited.*{experts[0]}, {experts[1]}"):
         report = patch(model, RedConfig(sites="*.o_proj"))
@@ -286,7 +286,9 @@ def test_experts_in_a_known_layer_are_named():
 
     model.model.layers[1].mlp = Block()
     refused(
-        model, RedConfig(), r"layers model.layers.1 have no mlp.down_proj.*3-D Parameter in model.layers.1.mlp.experts"
+        model,
+        RedConfig(),
+        r"not all layers have .*'ffn'.*: model.layers.1 \(no mlp.down_proj\).*3-D Parameter in model.layers.1.mlp.exp",
     )
     patch(model, RedConfig(layers=[0, 2]))
 

@@ -1,8 +1,8 @@
 """What the patch knows of each architecture: where the sites are, and how a layer's forward is fused.
 
 Each file describes layers of one shape. A fused forward stands in for a library's forward only where that is recognised
-by its fingerprint; where it is not, the site is edited all the same, unfused. Another package adds a family of its own by
-`register_family`.
+by its fingerprint; where it is not, the site is edited all the same, unfused. Another package adds a family of its own
+by `register_family`.
 """
 
 from __future__ import annotations

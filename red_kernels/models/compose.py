@@ -1,7 +1,8 @@
 """What the fused forwards are made of: each takes the fused operation where it may and the plain composition elsewhere.
 
-`own` is the edit of `x`, and `after` that of the residual stream behind the addition (in `edit_then_norm`, of the norm's
-output); each is the site's `RedEdit`, or None for no edit. `p` and `training` are those of the dropout behind `own`.
+`own` is the edit of `x`, and `after` that of the residual stream behind the addition (in `edit_then_norm`, of what the
+norm gives); each is the site's `RedEdit`, or None for no edit. `p` and `training` are those of the dropout behind
+`own`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def may_defer(outer: nn.Module, site: nn.Module, own: RedEdit) -> bool:
 
 
 def behind(own: RedEdit | None, dropout: nn.Dropout | nn.Identity) -> tuple[float, bool]:
-    """`p` and `training` of a dropout inside of what `call_unedited` calls: it is left out together with an edit only."""
+    """`p` and `training` of a dropout inside of what `call_unedited` calls: left out together with an edit only."""
     if own is None or isinstance(dropout, nn.Identity):
         return 0.0, False
     return dropout.p, dropout.training
@@ -70,7 +71,7 @@ def add_then_norm(
 ) -> tuple[Tensor, Tensor]:
     """`z = after(residual + dropout(edit(x)))` and `norm(z)`, as `(norm(z), z)`."""
     if after is not None:
-        applied_inside(after)  # it may be one that no hook could apply
+        applied_inside(after)
     pending = _sum(x, residual, own, after, p, training)
     found = norm_arguments(norm, pending.x, pending.residual)
     if found is None:

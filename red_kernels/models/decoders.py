@@ -167,9 +167,9 @@ _EXPERTS = "the output of the whole block of experts, whose weights are one 3-D 
 
 
 def _points(
-    adds: str = "residual add", mlp: tuple[str, ...] = (_GATED_MLP,), norms_around: bool = False
+    adds: str = "residual add", mlp: tuple[str, ...] = (_GATED_MLP,), norms_around: bool = False, experts: bool = False
 ) -> tuple[Point, ...]:
-    """The edits of a layer that has its norms before the sublayers, or around them."""
+    """The edits of a layer that has its norms before the sublayers, or around them; `experts` may stand for the FFN."""
     attn_norm = "post_attention_layernorm"
     own_norm: dict[str, Any] = {"fuses": "its own RMSNorm; then residual add + {next}", "alone": "its own RMSNorm"}
     ffn: dict[str, Any] = own_norm if norms_around else {"fuses": f"{adds} + {{next}}", "alone": adds}
@@ -184,7 +184,7 @@ def _points(
             norm="post_feedforward_layernorm" if norms_around else "",
             **ffn,
         ),
-        Point("ffn", "mlp", "mlp", note=_EXPERTS, **ffn),
+        *((Point("ffn", "mlp", "mlp", **ffn),) if experts else ()),
         Point(
             "attn",
             "self_attn.o_proj",
@@ -217,8 +217,14 @@ FAMILIES = (
         sites={**_SITES, "ffn": ("mlp.down_proj|mlp",)},
         inside=("attn_res",),
         layouts=(
-            Layout(key="mixture", forward=_mixture, known=(_MIXTURE,), points=_points(), hands_on=True),
-            Layout(key="pre_norm_mixture", forward=_pre_norm, known=(_PRE_NORM,), points=_points(), hands_on=True),
+            Layout(key="mixture", forward=_mixture, known=(_MIXTURE,), points=_points(experts=True), hands_on=True),
+            Layout(
+                key="pre_norm_mixture",
+                forward=_pre_norm,
+                known=(_PRE_NORM,),
+                points=_points(experts=True),
+                hands_on=True,
+            ),
         ),
         first_norm=("", "input_layernorm"),
         known={"": (_PRE_NORM, _MIXTURE)},

@@ -43,7 +43,6 @@ class Point:
         bare: as `fuses`, where that norm is not to be had; None for nothing.
         dropout: path of an `nn.Dropout` inside `outer`, behind the site, that the fused forward takes over.
         inside: whether the forward itself has to apply the edit, as no module's output is the site.
-        note: for the report, beside what is fused.
     """
 
     place: str
@@ -56,7 +55,6 @@ class Point:
     known: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     dropout: str = ""
     inside: bool = False
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,8 @@ class Layout:
 
     Attributes:
         key: the layout's name, by which pickled models find it again.
-        block: path from the layer to the module whose `forward` is replaced; `""` is the layer. Other paths are relative
-            to that block.
+        block: path from the layer to the module whose `forward` is replaced; `""` is the layer. Other paths are
+            relative to that block.
         forward: `forward(block, edits, *args, **kwargs)` with `Edits`.
         known: the fingerprints that the block's `forward` may have.
         points: the edits that it applies itself.
@@ -75,7 +73,8 @@ class Layout:
             comes last; empty where that is the next layer's.
         hands_on: whether the forward leaves the next norm's output as a note on its own output.
         clamps_half: whether the layer clamps that output in float16, so that nobody sees the fused operation's.
-        when: a dotted attribute of the block, or `a or b`, and the value it must have, where one forward has two layouts.
+        when: a dotted attribute of the block, or `a or b`, and the value it must have, where one forward has two
+            layouts.
     """
 
     key: str
@@ -98,9 +97,9 @@ class Family:
         name: for messages.
         layers: class names of the layer (a subclass is found by its base's name); one that others have too with the
             end of its module's name before it, `modeling_x.Block`.
-        sites: place (`"ffn"`, `"attn"`, `"qkv"`, `"res"`, `"attn_res"`) to the paths of the edited modules in the layer.
-            `-1` is the last child of a list; `""` is the layer; `a|b` is the first of the two that is there; `a with b` is
-            `a` if that has a child `b`; a path that ends in `?` may be missing.
+        sites: place (`"ffn"`, `"attn"`, `"qkv"`, `"res"`, `"attn_res"`) to the paths of the edited modules in the
+            layer. `-1` is the last child of a list; `""` is the layer; `a|b` is the first of the two that is there;
+            `a with b` is `a` if that has a child `b`; a path that ends in `?` may be missing.
         layouts: those layouts of the layer's blocks that can be fused.
         inside: places whose edits no hook can apply, only a layout's forward.
         first_norm: path of the modules that a layer's input passes until its first norm, which comes last and may be

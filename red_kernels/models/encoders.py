@@ -112,8 +112,10 @@ FAMILIES = (
         layers=("DebertaLayer", "DebertaV2Layer"),
         sites={
             **_BERT_SITES,
-            "qkv": ("attention.self.in_proj|attention.self.query_proj",)
-            + tuple(f"attention.self.{name}?" for name in ("key_proj", "value_proj")),
+            "qkv": (
+                "attention.self.in_proj|attention.self.query_proj",
+                *(f"attention.self.{name}?" for name in ("key_proj", "value_proj")),
+            ),
         },
         layouts=tuple(
             _output(f"deberta_{name}", block, place, behind_it)

@@ -160,7 +160,7 @@ def _passes(module: nn.Module, known: tuple[str, ...], hooks: dict[int, Any], gr
 
 
 def _observes(hook: Callable[..., Any], gradients: bool) -> bool:
-    """Whether a hook may look at `z`: any may, but ours, and transformers' own, which stay once they have been needed."""
+    """Whether a hook may look at `z`: any but ours may, and but transformers' own, which stay once they were needed."""
     if hook is edit_hook:  # it knows what the fused forward has done
         return False
     capturing = sys.modules.get("transformers.utils.output_capturing")
