@@ -1,0 +1,28 @@
+"""Liger's kernels and the patch in one model, whichever comes first; on a GPU, and in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("liger_kernel")
+pytest.importorskip("triton")
+HERE = Path(__file__).resolve().parent
+with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=with_gpu)])
+@pytest.mark.parametrize("order", ["before", "after", "class"])
+def test_liger(order, device):
+    """Losses and vectors of three steps as without Liger, its norms in use and none of ours in their place."""
+    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment["TRITON_INTERPRET"] = str(int(device == "cpu"))
+    command = [sys.executable, str(HERE / "liger_worker.py"), order, device]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
