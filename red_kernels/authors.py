@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ._files import write_files
+from ._sharded import refuse_partitioned, whole, write_from_one
 from ._vectors import SiteTensors, checked_tensor, collect
 from .edit_module import NAME
 from .patch import edit_parameters
@@ -48,7 +49,8 @@ def export_authors(model: nn.Module, folder: str | os.PathLike[str], name: str |
 
     Vectors are of shape `[1, width]` in their own dtype (the authors' are fp32, for Llama bf16), named from the inner
     model as the authors' are. A classifier head, the module `classifier` of the model, goes to `classifier.pth` beside
-    them. Both files are written to temporary names, synced and renamed. `rk.load_edits` reads the folder back.
+    them. Both files are written to temporary names, synced and renamed. `rk.load_edits` reads the folder back. For
+    models in several processes the same holds as for `rk.save_edits`.
 
     Args:
         model: a model patched by `rk.patch`.
@@ -81,7 +83,9 @@ def export_authors(model: nn.Module, folder: str | os.PathLike[str], name: str |
         if own.requires_grad and id(own) not in known and NAME not in key.split(".")
     ]
     target = Path(folder)
-    write_authors(target, vectors, inner_prefix(model, parameters), values)
+    prefix = inner_prefix(model, parameters)
+    every = [own for parts in parameters.values() for own in parts.values()]
+    write_from_one([*every, *head.values()], lambda: write_authors(target, vectors, prefix, values))
     if other:
         warnings.warn(f"not saved, as the authors' form has no place for it: {listed(other)}", stacklevel=2)
     return target
@@ -158,8 +162,9 @@ def classifier_of(model: nn.Module) -> dict[str, nn.Parameter]:
 def _values(name: str, parameter: torch.Tensor) -> torch.Tensor:
     if parameter.is_meta:
         raise ValueError(f"model: {name} is on the meta device and has no values to save")
+    refuse_partitioned(name, parameter)
     # A copy: torch.save writes the whole storage that a tensor is a view of.
-    return parameter.detach().to("cpu", copy=True).contiguous()
+    return whole(parameter).to("cpu", copy=True).contiguous()
 
 
 def _saved(state: dict[str, torch.Tensor]) -> bytes:

@@ -324,6 +324,7 @@ def _head_pairs(model: nn.Module, found: Found) -> tuple[list[tuple[nn.Parameter
     for key, value in found.head.items():
         if own[key].is_meta:
             raise ValueError(f"model: {HEAD}.{key} is on the meta device; give the model memory before loading")
+        refuse_partitioned(f"{HEAD}.{key}", own[key])
         if value.shape != own[key].shape:
             raise ValueError(
                 f"{source}: {key} has shape {tuple(value.shape)}, the model's classifier head {tuple(own[key].shape)}; "

@@ -12,6 +12,9 @@ import torch
 import transformers
 from checkpoint_helpers import WIDTH, assert_refused, authors_state, every_vector, patched, same, trained, values
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import red_kernels as rk
 from red_kernels._site_names import match_sites
@@ -277,6 +280,47 @@ def test_patching_again_brings_the_same_outputs(tmp_path: Path) -> None:
     patch(model, RedConfig())
     load_edits(model, tmp_path)
     assert torch.equal(_logits(model, "roberta"), with_edits)
+
+
+def test_a_sharded_model_is_gathered(tmp_path: Path) -> None:
+    """FSDP2, in a group of one process: vectors and head are DTensors."""
+    model, plain = trained("roberta"), patched("roberta")
+    wanted = values(model)
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        assert all(isinstance(vector, DTensor) for vector in every_vector(model))
+        export_authors(model, tmp_path)
+        load_edits(plain, tmp_path)
+        assert same(wanted, values(plain))
+        with torch.no_grad():
+            for parameter in (*every_vector(model), *model.classifier.parameters()):
+                parameter.zero_()
+        assert len(load_edits(model, tmp_path).head) == 4
+        assert same(wanted, [vector.full_tensor() for vector in every_vector(model)])
+        assert torch.equal(model.classifier.dense.weight.full_tensor(), plain.classifier.dense.weight)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_head_that_peft_trains(tmp_path: Path) -> None:
+    """PEFT keeps the original beside the copy it trains; the copy counts."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["query"], modules_to_save=["classifier"])
+    model = peft.get_peft_model(trained("roberta"), config)
+    assert inner_prefix(model, edit_parameters(model)) == "base_model.model.roberta"
+    copy = model.base_model.model.classifier.modules_to_save["default"]
+    with torch.no_grad():
+        copy.dense.weight.fill_(0.25)
+    with pytest.warns(UserWarning, match=r"not saved.*lora_A"):
+        export_authors(model, tmp_path)
+    state = torch.load(tmp_path / CLASSIFIER_NAME, weights_only=True)
+    assert set(state) == set(authors_forms.classifier())
+    assert torch.equal(state["dense.weight"], copy.dense.weight)
+    with torch.no_grad():
+        copy.dense.weight.zero_()
+    load_edits(model, tmp_path)
+    assert torch.equal(state["dense.weight"], copy.dense.weight)
 
 
 # ---- names
