@@ -25,11 +25,13 @@ from .functional import (
     linear_edit,
     rms_norm_edit,
 )
+from .merge import MergeReport, merge, unmerge
 from .models import register_family
 from .patch import edit_parameters, patch, unpatch
 from .report import PatchReport
 
 __all__ = [
+    "MergeReport",
     "PatchReport",
     "RedConfig",
     "__version__",
@@ -51,6 +53,7 @@ __all__ = [
     "layer_norm_edit",
     "linear_edit",
     "load_edits",
+    "merge",
     "patch",
     "reference",
     "register_family",
@@ -58,6 +61,7 @@ __all__ = [
     "save_edits",
     "saved_config",
     "switch_edit",
+    "unmerge",
     "unpatch",
     "use_edits",
 ]

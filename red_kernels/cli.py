@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="red-kernels", description="Fused kernels for RED, representation editing.")
     parser.add_argument("--version", action="version", version=f"red-kernels {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="info | finetune | convert | bench")
+    commands = parser.add_subparsers(required=True, metavar="info | finetune | merge | convert | bench")
     info = commands.add_parser("info", help="show the backends, the machine and the versions of what is installed")
     info.set_defaults(run=_info)
     finetune = commands.add_parser(
@@ -49,6 +49,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     finetune.set_defaults(run=_finetune)
     _add_finetune_options(finetune)
+    merge = commands.add_parser(
+        "merge",
+        help="merge saved edits into their base model, into a folder that transformers loads",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    merge.set_defaults(run=_merge)
+    _add_merge_options(merge)
     convert = commands.add_parser(
         "convert",
         help="turn a checkpoint of RED's authors into a folder of save_edits, or the other way round",
@@ -65,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(run=_bench)
     _add_bench_options(bench)
-    for command in (info, finetune, convert, bench):
+    for command in (info, finetune, merge, convert, bench):
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
 
@@ -131,6 +138,20 @@ def _add_finetune_options(parser: argparse.ArgumentParser) -> None:
     again = run.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     again.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
+
+
+def _add_merge_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="the base model: a folder or hub id")
+    parser.add_argument("--edits", required=True, metavar="FOLDER", help="a folder with saved edits")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the merged model goes")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="of the weights (auto: the base model's)",
+    )
+    parser.add_argument("--force", action="store_true", help="merge even what rounding would swallow")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
 
 
 def _add_convert_options(parser: argparse.ArgumentParser) -> None:
@@ -214,6 +235,24 @@ def _info(options: argparse.Namespace) -> int:
     from .integrations.info import show_info
 
     show_info(Console())
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from .integrations.merged_folder import merge_folder
+
+    report, notes = merge_folder(
+        options.model,
+        options.edits,
+        options.output,
+        dtype=options.dtype,
+        force=options.force,
+        overwrite=options.overwrite,
+    )
+    print(report)
+    for note in notes:
+        print(f"note: {note}")
+    print(f"wrote {options.output}: transformers.AutoModel...from_pretrained({options.output!r}) loads it")
     return 0
 
 

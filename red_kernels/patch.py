@@ -16,7 +16,7 @@ from .plan import Plan, PlannedSite, make_plan, wrapper_of
 from .report import PatchReport, count_parameters, listed
 from .selection import DEFAULT, Selection
 
-__all__ = ["attach", "edit_config", "edit_modules", "edit_parameters", "fuse", "patch", "unpatch"]
+__all__ = ["attach", "edit_config", "edit_modules", "edit_parameters", "fuse", "merge_targets", "patch", "unpatch"]
 
 _STATE = "_red_kernels_state"  # the attribute of the patched model that holds its _State
 
@@ -27,6 +27,7 @@ class _State:
 
     config: RedConfig
     were_trainable: set[str] = field(default_factory=set)
+    merges: dict[str, tuple[str, str]] = field(default_factory=dict)  # site to `PlannedSite.norm` and `.bias_flag`
 
 
 def patch(model: nn.Module, config: RedConfig | None = None) -> PatchReport:
@@ -60,7 +61,7 @@ def patch(model: nn.Module, config: RedConfig | None = None) -> PatchReport:
     with torch.inference_mode(False):  # what is made in inference mode can never be trained
         edits = [RedEdit(site.width, config.parts, config.dtype, site.device, selection) for site in plan.sites]
 
-    state = _State(config)
+    state = _State(config, merges={site.report.site: (site.norm, site.bias_flag) for site in plan.sites})
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             state.were_trainable.add(name)
@@ -136,6 +137,16 @@ def edit_parameters(model: nn.Module, name: str | None = None) -> dict[str, dict
     if not found:
         raise ValueError(f"name: got {name!r}, expected one of the model's edits: {', '.join(map(repr, names))}")
     return found
+
+
+def merge_targets(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """For each site the name in it of the norm that its edit can be merged into (`""` for the site itself), and the
+    attribute of the model's config that gives it a bias (`""` for none). Raises ValueError where it is not patched."""
+    return {
+        f"{name}.{site}" if name else site: target
+        for name, (_, state) in _patches(model).items()
+        for site, target in state.merges.items()
+    }
 
 
 def edit_modules(model: nn.Module) -> dict[str, RedEdit]:

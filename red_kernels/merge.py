@@ -1,0 +1,340 @@
+"""Merging edits into the weights, and taking that back.
+
+An edit of a linear layer's output (RED, arXiv 2402.15179) is a change of its weight and bias: with `h = W x + b`,
+`scale * h + bias = (scale * W) x + (scale * b + bias)`. Behind a norm it goes into the norm's own vectors in the same
+way. A merged model has no trace of RED left in its modules, and runs at the base model's speed.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import RedConfig
+from .edit_module import NAME, RedEdit
+from .edits import active_edit
+from .merge_report import MergeReport, SiteMerge
+from .models.fingerprint import BASE
+from .models.norms import NormSpec, norm_spec
+from .patch import edit_config, edit_modules, merge_targets, patch, unpatch
+from .plan import wrapper_of
+from .report import listed
+
+__all__ = ["MergeReport", "SiteMerge", "merge", "merged_config", "unmerge"]
+
+_MERGED = "_red_kernels_merged"  # the attribute of a merged model that holds its _Merged
+LOST = 0.5  # an edit of which more than this fraction is lost in rounding is swallowed
+
+
+@dataclass
+class _Merged:
+    """What `unmerge` needs. Names and not modules, so that it holds for a copy of the model too."""
+
+    config: RedConfig
+    edits: dict[str, RedEdit]
+    originals: dict[str, Tensor] | None  # parameters as they were, on the CPU; None if they were not to be kept
+    created: list[str]  # biases that there were not
+    attributes: dict[str, Any] = field(default_factory=dict)  # of the model's config, as they were
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where one site's edit goes: a linear layer or a norm, and how its weight lies."""
+
+    site: str
+    name: str  # of the module
+    module: nn.Module
+    own: RedEdit
+    norm: NormSpec | None
+    columns: bool  # whether the weight is (in, out) and not (out, in)
+    bias_flag: str
+
+    @property
+    def created(self) -> bool:
+        return "bias" in self.own.parts and self.module._parameters.get("bias") is None
+
+
+def merge(model: nn.Module, *, force: bool = False, loadable: bool = True, keep_original: bool = True) -> MergeReport:
+    """Merge the active edit into the weights, in place, and unpatch the model.
+
+    `W' = scale * W` and `b' = scale * b + bias` are computed in fp32 and rounded once. A linear layer without a bias
+    gets one; where an attribute of the model's config stands for that bias (the family's `bias_flags`), it is set, and
+    the other biases that it brings are added as zeros, so that the saved model loads by plain transformers.
+
+    Args:
+        model: a patched model; its active edit is merged, and `unmerge` brings back all it has.
+        force: merge even where more than half of an edit would be lost in rounding.
+        loadable: refuse to merge where plain transformers would have no place for a bias that the edit needs.
+        keep_original: keep the weights as they were, on the CPU, for `unmerge`.
+
+    Returns:
+        A `MergeReport` with the error of each layer's effective edit; `print` shows a table.
+
+    Raises:
+        ValueError: the model is not patched, or was wrapped since; its edits cannot be merged (kind `"ln"`, residual
+            streams of pre-norm layers, blocks of experts, quantised, shared, sharded or offloaded weights); an edit
+            would be lost in rounding (`force`); biases have no place (`loadable`). Nothing is changed then.
+    """
+    config = edit_config(model)
+    name = active_edit(model)
+    if name is None:
+        raise ValueError("model: its edits are disabled; merge outside of rk.disable_edits")
+    targets = _targets(model, name)
+    reports = [_measured(target, name) for target in targets]
+    swallowed = [site for site in reports if site.error > LOST]
+    if swallowed and not force:
+        shown = [f"{site.site} ({site.error:.0%} lost)" for site in swallowed]
+        raise ValueError(
+            f"model: rounding to {swallowed[0].dtype} would swallow the edit at {listed(shown)}: the weights are too "
+            "coarse for it; merge in float32 (model.float()), or pass force=True"
+        )
+    attributes, zeros, unplaced = _places_for_biases(model, targets)
+    if unplaced and loadable:
+        raise ValueError(
+            f"model: {type(model).__name__} has no place for the biases that the edits need ({unplaced}), and plain "
+            "transformers would drop them when it loads the saved model; edits of kind 'scaling' need none. For this "
+            "process alone merge with loadable=False"
+        )
+
+    originals: dict[str, Tensor] | None = {} if keep_original else None
+    if originals is not None:
+        for target in targets:
+            for part in ("weight", "bias"):
+                value = target.module._parameters.get(part)
+                if value is not None:
+                    originals[f"{target.name}.{part}"] = value.detach().to("cpu", copy=True)
+    created = [f"{target.name}.bias" for target in targets if target.created]
+    former = {key: getattr(_config_with(model, key), key) for key in attributes}
+    merged = _Merged(config, edit_modules(model), originals, created + sorted(zeros), former)
+    staged = [(target, _combined(target, name)) for target in targets]  # a full memory must not leave half of it
+    unpatch(model)
+    with torch.no_grad():
+        for target, (weight, bias) in staged:
+            _write(target.module, "weight", weight)
+            _write(target.module, "bias", bias)
+    for path, shape in zeros.items():
+        owner = model.get_submodule(path.rpartition(".")[0])
+        like = owner._parameters["weight"]
+        assert like is not None
+        owner.register_parameter("bias", nn.Parameter(like.new_zeros(shape), requires_grad=like.requires_grad))
+    for key, value in attributes.items():
+        setattr(_config_with(model, key), key, value)
+    model.__dict__[_MERGED] = merged
+    return MergeReport(type(model).__name__, name, tuple(reports), attributes, tuple(sorted(zeros)), unplaced)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Take a merge back: the weights are bit for bit what they were, and the model is patched with the same vectors.
+
+    Raises:
+        ValueError: the model was not merged here, is patched again, its weights were not kept, or have another shape or
+            dtype now. Nothing is changed then.
+    """
+    merged = model.__dict__.get(_MERGED)
+    if not isinstance(merged, _Merged):
+        raise ValueError(f"model: this {type(model).__name__} was not merged by rk.merge")
+    if merged.originals is None:
+        raise ValueError("model: was merged with keep_original=False; its former weights are gone")
+    if any(isinstance(module, RedEdit) for module in model.modules()):
+        raise ValueError(f"model: this {type(model).__name__} is patched; call rk.unpatch first")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, original in merged.originals.items():
+        now = parameters.get(name)
+        if now is None or now.shape != original.shape or now.dtype != original.dtype:
+            got = "is gone" if now is None else f"is {now.dtype} {tuple(now.shape)}"
+            raise ValueError(f"model: {name} {got}, expected {original.dtype} {tuple(original.shape)} as when merged")
+    with torch.no_grad():
+        for name, original in merged.originals.items():
+            parameters[name].copy_(original)
+    for name in merged.created:
+        model.get_submodule(name.rpartition(".")[0])._parameters["bias"] = None
+    for key, value in merged.attributes.items():
+        setattr(_config_with(model, key), key, value)
+    del model.__dict__[_MERGED]
+    patch(model, merged.config)
+    for site, own in merged.edits.items():
+        module = model.get_submodule(site)
+        fresh = module._modules[NAME]
+        assert isinstance(fresh, RedEdit)
+        device = next(fresh.parameters()).device
+        own.to(device).train(fresh.training)
+        module._modules[NAME] = own
+
+
+def merged_config(model: nn.Module) -> RedConfig | None:
+    """The config of the edits that are merged into a model; None where there are none."""
+    merged = model.__dict__.get(_MERGED)
+    return merged.config if isinstance(merged, _Merged) else None
+
+
+def _targets(model: nn.Module, name: str) -> list[_Target]:
+    """Where the edits go; raises ValueError for the first that has no place."""
+    users: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(path)
+    for path, module in model.named_modules():
+        wrapper = wrapper_of(module)
+        if wrapper is not None:
+            raise ValueError(f"model: has a {wrapper} at {path or 'its top'!r}; merge the model before wrapping it")
+    goes_to = merge_targets(model)
+    targets = []
+    for site, own in edit_modules(model).items():
+        if "norm_weight" in own.parts:
+            raise ValueError("model: its edits are of kind 'ln'; a LayerNorm behind a layer cannot go into its weights")
+        if not own.has(name):
+            continue
+        inner, flag = goes_to[site]
+        path = site if inner in ("", ".") else f"{site}.{inner}"
+        module = model.get_submodule(path)
+        targets.append(_target(site, path, module, own, flag, users))
+    return targets
+
+
+def _target(site: str, path: str, module: nn.Module, own: RedEdit, flag: str, users: dict[int, list[str]]) -> _Target:
+    kind = type(module).__name__
+    if own.inside or (own.of_tuple and path == site and norm_spec(type(module)) is None):
+        raise ValueError(
+            f"model: the edit at {site} is of the residual stream, which no layer's weights give; it cannot be merged"
+        )
+    weight = module._parameters.get("weight")
+    spec = norm_spec(type(module))
+    if weight is None or (spec is None and weight.dim() != 2):
+        raise ValueError(
+            f"model: {path} is a {kind} without a weight matrix of its own (a block of experts, or a wrapper such as "
+            "LoRA's: merge that first); its edit cannot be merged"
+        )
+    for part, value in module._parameters.items():
+        if value is None:
+            continue
+        if type(value) is not nn.Parameter or type(value.data) is not Tensor or not value.dtype.is_floating_point:
+            what = f"{type(value).__name__} of {value.dtype}"
+            raise ValueError(
+                f"model: {path}.{part} is a {what}: quantised or sharded weights cannot be scaled and rounded again "
+                "without a loss; load the base model in bfloat16 or float32 to merge"
+            )
+        if value.dtype.itemsize < 2:
+            raise ValueError(
+                f"model: {path}.{part} is {value.dtype}, quantised; load the base model in bfloat16 to merge"
+            )
+        if value.is_meta:
+            raise ValueError(
+                f"model: {path}.{part} is on the meta device (offloaded?); bring the weights back to merge"
+            )
+        if len(users[id(value)]) > 1:
+            raise ValueError(f"model: {listed(users[id(value)])} share one Parameter; an edit of one would change all")
+    if "weight" in getattr(module, "parametrizations", ()):
+        raise ValueError(f"model: {path} has a parametrized weight, which cannot be merged into")
+    columns = spec is None and weight.shape[0] != own.width
+    if spec is None and hasattr(module, "nf"):  # transformers' Conv1D keeps (in, out)
+        columns = True
+    target = _Target(site, path, module, own, spec, columns, flag)
+    if spec is not None and not spec.centered and "bias" in own.parts:
+        raise ValueError(f"model: {path} is a {kind}, which has no bias; only edits of kind 'scaling' merge into it")
+    return target
+
+
+def _combined(target: _Target, name: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+    """The merged weight and bias: in their own dtype, or unrounded in `dtype`."""
+    vectors = target.own.named(name)
+    assert vectors is not None
+    weight, bias = target.module._parameters["weight"], target.module._parameters.get("bias")
+    assert weight is not None
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    new_weight, new_bias = weight.detach().to(wide), None if bias is None else bias.detach().to(wide)
+    if vectors.scale is not None:
+        scale = vectors.scale.detach().to(device=weight.device, dtype=wide)
+        offset = 0.0 if target.norm is None else target.norm.offset
+        across = scale if target.columns or target.norm is not None else scale[:, None]
+        new_weight = across * (new_weight + offset) - offset
+        new_bias = None if new_bias is None else scale * new_bias
+    if vectors.bias is not None:
+        shift = vectors.bias.detach().to(device=weight.device, dtype=wide)
+        new_bias = shift.clone() if new_bias is None else new_bias + shift
+    if dtype is not None:
+        return new_weight.to(dtype), None if new_bias is None else new_bias.to(dtype)
+    return new_weight.to(weight.dtype), None if new_bias is None else new_bias.to(
+        (weight if bias is None else bias).dtype
+    )
+
+
+def _measured(target: _Target, name: str) -> SiteMerge:
+    """How much of the edit is lost when the merged weight and bias are rounded to their dtype."""
+    weight, bias = target.module._parameters["weight"], target.module._parameters.get("bias")
+    assert weight is not None
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    (exact_weight, exact_bias), (new_weight, new_bias) = _combined(target, name, wide), _combined(target, name)
+
+    def lost(exact: Tensor | None, rounded: Tensor | None, before: Tensor | None) -> float:
+        if exact is None or rounded is None:
+            return 0.0
+        change = exact.double() - (0.0 if before is None else before.detach().double())
+        size = float(change.norm())
+        return float((rounded.double() - exact.double()).norm()) / size if size else 0.0
+
+    return SiteMerge(
+        target.site,
+        target.name,
+        str(weight.dtype).removeprefix("torch."),
+        lost(exact_weight, new_weight, weight),
+        lost(exact_bias, new_bias, bias),
+        target.created,
+    )
+
+
+def _places_for_biases(
+    model: nn.Module, targets: list[_Target]
+) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], str]:
+    """Which attributes of the config give the layers their biases, what others these bring, and what has no place.
+
+    A model of that config, built on the meta device, says which parameters plain transformers would load.
+    """
+    created = [target for target in targets if target.created]
+    config = getattr(model, "config", None)
+    if not created or config is None or not hasattr(model, "save_pretrained"):
+        return {}, {}, ""
+    flags = {target.bias_flag for target in created if target.bias_flag}
+    flags = {flag for flag in flags if _config_with(model, flag) is not None}
+    changed = copy.deepcopy(config)
+    for flag in flags:
+        setattr(_holder(changed, flag), flag, True)
+    kind = getattr(type(model), BASE, type(model))
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        expected = {path: tuple(own.shape) for path, own in kind(changed).named_parameters(remove_duplicate=False)}
+    own_names = dict(model.named_parameters(remove_duplicate=False))
+    needed = [f"{target.name}.bias" for target in created]
+    unplaced = [path for path in needed if path not in expected]
+    if unplaced:
+        return {}, {}, listed(unplaced)
+    brought = {path: shape for path, shape in expected.items() if path not in own_names and path not in needed}
+    if not all(path.endswith(".bias") and f"{path.removesuffix('bias')}weight" in own_names for path in brought):
+        return {}, {}, listed([path for path in brought if not path.endswith(".bias")] or sorted(brought))
+    return dict.fromkeys(sorted(flags), True), brought, ""
+
+
+def _holder(config: Any, attribute: str) -> Any:
+    """The part of a config that has an attribute: itself, or what it holds for the text model; None for neither."""
+    if hasattr(config, attribute):
+        return config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    return text if text is not None and hasattr(text, attribute) else None
+
+
+def _config_with(model: Any, attribute: str) -> Any:
+    return _holder(model.config, attribute)
+
+
+def _write(module: nn.Module, part: str, value: Tensor | None) -> None:
+    """Write into a Parameter in place; make the one that is missing."""
+    if value is None:
+        return
+    target = module._parameters.get(part)
+    if target is None:
+        like = module._parameters["weight"]
+        assert like is not None
+        module.register_parameter(part, nn.Parameter(value, requires_grad=like.requires_grad))
+    else:
+        target.copy_(value)
