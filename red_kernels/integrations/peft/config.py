@@ -1,0 +1,88 @@
+"""The configuration of a RED adapter in PEFT."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from ...config import DTYPES, RedConfig
+
+__all__ = ["RedPeftConfig", "RedPeftType"]
+
+_DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+
+
+class RedPeftType(str, enum.Enum):
+    """The type of the method, beside PEFT's own `PeftType`, to which nothing can be added. It equals `"RED"`."""
+
+    RED = "RED"
+
+
+@dataclass
+class RedPeftConfig(PeftConfig):
+    """What a RED adapter edits, and how (RED, arXiv 2402.15179).
+
+    Attributes:
+        target_modules: names of the modules whose output is edited, as in PEFT: a list of names or of their ends, a
+            regular expression, or `"all-linear"`. None for those that `position` stands for.
+        exclude_modules: names of modules to leave alone, by the same rules.
+        position: `"ffn"`, `"attn"`, `"ffn_attn"`, `"res"`, `"res_with_attn"` or `"more"`, as in `rk.RedConfig`; used
+            where `target_modules` is None, for models of the known families. PEFT wraps the modules that it edits, so
+            the two of the residual stream are to be had only where that ends in a norm.
+        kind: `"all"`, `"scaling"`, `"bias"` or `"ln"`, as in `rk.RedConfig`.
+        layers_to_transform: index of a layer, or a list of them; None for all.
+        layers_pattern: name of the list of layers, or several, where PEFT cannot tell it; needs `target_modules`.
+        modules_to_save: names of modules to train and save as a whole beside the edits, such as a new head.
+        init_weights: whether an adapter begins as the identity. With False its vectors are random, for tests.
+        vector_dtype: of the vectors, `"float32"` by default. In half precision an update smaller than half a rounding
+            step at 1.0 is lost. With `autocast_adapter_dtype=False` PEFT asks for the dtype of the edited layer.
+
+    Raises:
+        TypeError, ValueError: a value out of those named here.
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of the modules to edit, or a regular expression; None for `position`."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of modules not to edit, or a regular expression."}
+    )
+    position: str = field(default="ffn", metadata={"help": "Where the edits lie if `target_modules` is None."})
+    kind: str = field(default="all", metadata={"help": "The vectors of an edit: 'all', 'scaling', 'bias' or 'ln'."})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to edit; None for all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers that `layers_to_transform` counts."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Names of modules to train and save as a whole beside the edits."}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "Whether an adapter begins as the identity."})
+    vector_dtype: str = field(default="float32", metadata={"help": "The dtype of the vectors."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type: Any = RedPeftType.RED
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
+        if self.vector_dtype not in _DTYPES:
+            raise ValueError(f"vector_dtype: got {self.vector_dtype!r}, supported: {', '.join(map(repr, _DTYPES))}")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern: got it without layers_to_transform, whose layers it names")
+        expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if self.layers_to_transform is not None and expression:
+            raise ValueError(
+                "layers_to_transform: PEFT does not use it where target_modules is a regular expression; name the "
+                "layers in that"
+            )
+        self.as_red_config()
+
+    def as_red_config(self) -> RedConfig:
+        """The same for the models of the known families. Raises what `rk.RedConfig` does."""
+        layers = self.layers_to_transform
+        return RedConfig(self.position, self.kind, (layers,) if isinstance(layers, int) else (layers or None))

@@ -1,0 +1,239 @@
+"""The tuner's layer: a module that edits what another one returns."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ...config import KINDS
+from ...edit_module import NAME, EditVectors, RedEdit, edit_hook
+from ...plan import output_width
+from ...selection import Selection, Vectors
+from .config import RedPeftConfig
+from .merged import mergeable, merged_tensors
+
+__all__ = ["RedAdapters", "RedLayer", "width_of"]
+
+
+class RedAdapters(RedEdit, nn.ModuleDict):
+    """A site's edits by the names of their adapters: the `red_edit` of a `RedLayer`.
+
+    Attributes:
+        active: the names of the adapters that are applied, one after another; those that are not here are passed over.
+        enabled: False inside of PEFT's `disable_adapter`.
+        merged: whether the base layer's weights hold edits already.
+    """
+
+    def __init__(self, width: int, selection: Selection) -> None:
+        super().__init__(width, KINDS["ln"], torch.float32, None, selection, own=False)
+        self.active: list[str] = []
+        self.enabled = True
+        self.merged = False
+
+    def add_adapter(self, name: str, kind: str, dtype: torch.dtype, device: torch.device | None) -> EditVectors:
+        """Add the vectors of an adapter, or new ones in their place. Raises ValueError for what cannot be a name."""
+        if not name or "." in name or name == NAME or (hasattr(self, name) and name not in self._modules):
+            raise ValueError(f"adapter_name: got {name!r}, which cannot be the name of an adapter; take another one")
+        added = EditVectors(self.width, KINDS[kind], dtype, device)
+        added.train(self.training)
+        self[name] = added
+        return added
+
+    def applied(self, hidden: Tensor) -> Vectors | None:
+        """What is applied to `hidden` now; None for nothing. Raises ValueError for LayerNorms one after another."""
+        selection = self.selection
+        if self.merged or not self.enabled:
+            return None
+        if selection._rows or selection._stale:
+            rows = selection.rows(self.training)
+            if rows is not None:
+                return rows.vectors(self, hidden)
+        if selection.active is None:
+            return None
+        found = [self.holder(name).vectors() for name in self.active if name in self._modules]
+        return found[0] if len(found) == 1 else _composed(found)
+
+    def extra_repr(self) -> str:
+        return f"{self.width}"
+
+
+class RedLayer(nn.Module, BaseTunerLayer):
+    """Edits the output of a module: `scale * h + bias` (RED, arXiv 2402.15179), for one or several adapters.
+
+    The edit is applied by a forward hook, or by the layer's fused forward behind it. The base layer is a black box;
+    only merging looks into it.
+
+    Args:
+        base_layer: a module with one output tensor of a fixed width: a linear layer of any make, a norm, an embedding.
+        adapter_name: of the first adapter.
+        config: that adapter's.
+        selection: shared by all layers of a model; that of `rk.use_edits`.
+
+    Raises:
+        ValueError: the width of the base layer's output cannot be told, or the adapter's name cannot be one.
+    """
+
+    adapter_layer_names = (NAME,)
+    other_param_names = ()
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: RedPeftConfig, selection: Selection | None = None
+    ) -> None:
+        super().__init__()
+        width = width_of(base_layer)
+        if width is None:
+            raise ValueError(f"base_layer: got a {type(base_layer).__name__}, whose output's width cannot be told")
+        self.base_layer = base_layer
+        self.in_features: int | None = _first(base_layer, "in_features", "nx", "num_embeddings") or width
+        self.out_features = width
+        self.red_edit = RedAdapters(width, Selection() if selection is None else selection)
+        self.merged_adapters: list[str] = []
+        self._base_tensors: dict[str, Tensor | None] = {}  # of the base layer, before merging
+        self.register_forward_hook(edit_hook)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    # PEFT sets these two by name; the edits have to know them, as the layer's fused forward asks those.
+
+    @property
+    def _active_adapter(self) -> list[str]:
+        return self.red_edit.active
+
+    @_active_adapter.setter
+    def _active_adapter(self, names: str | list[str]) -> None:
+        self.red_edit.active = [names] if isinstance(names, str) else list(names)
+
+    @property
+    def _disable_adapters(self) -> bool:
+        return not self.red_edit.enabled
+
+    @_disable_adapters.setter
+    def _disable_adapters(self, disabled: bool) -> None:
+        self.red_edit.enabled = not disabled
+
+    def update_layer(self, adapter_name: str, config: RedPeftConfig) -> None:
+        """Add an adapter. Raises ValueError for a name that cannot be one."""
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        dtype: torch.dtype = getattr(torch, config.vector_dtype)
+        with torch.inference_mode(False), torch.no_grad():
+            added = self.red_edit.add_adapter(adapter_name, config.kind, dtype, device)
+            if not config.init_weights:
+                for vector in added.parameters():
+                    vector.add_(torch.randn_like(vector), alpha=0.5)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the base layer returns; the edit follows in the hook, or behind this layer."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        return self.base_layer(x, *args, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters into the base layer: `scale * W` and `scale * b + bias` in fp32, rounded once.
+
+        Several compose in the order in which they are merged, from the original weights, which are kept.
+
+        Args:
+            safe_merge: raise where a value is not finite.
+            adapter_names: of the adapters; None for the active ones.
+
+        Raises:
+            ValueError: the base layer is quantised or of unknown make, an adapter's kind is `"ln"`, or a value is not
+                finite. Nothing is changed then.
+        """
+        chosen = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.red_edit]
+        if not chosen:
+            return
+        base = mergeable(self.base_layer, "base_layer")
+        names = [*self.merged_adapters, *chosen]
+        current = dict(base._parameters)
+        tensors = {name: None if held is None else held.data for name, held in current.items()}
+        original = {**tensors, **self._base_tensors}
+        merged = merged_tensors(base, original, self._vectors_of(names))
+        if safe_merge and not all(bool(tensor.isfinite().all()) for tensor in merged.values()):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(chosen)} seems to be broken")
+        for name, tensor in merged.items():
+            self._base_tensors.setdefault(name, tensors.get(name))
+            _set(base, name, tensor)
+        self.merged_adapters = names
+        self.red_edit.merged = True
+
+    def unmerge(self) -> None:
+        """Put the original weights back, bit for bit; a bias that merging has made goes."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.get_base_layer()
+        for name, tensor in self._base_tensors.items():
+            _set(base, name, tensor)
+        self._base_tensors = {}
+        self.merged_adapters = []
+        self.red_edit.merged = False
+
+    def check_merge(self, adapter_names: list[str] | None) -> None:
+        """Raises ValueError where `merge` would, but for values that are not finite; changes nothing."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        chosen = [name for name in names if name in self.red_edit]
+        if chosen:
+            base = mergeable(self.base_layer, "base_layer")
+            merged_tensors(base, dict.fromkeys(base._parameters), self._vectors_of(chosen))
+
+    def _vectors_of(self, names: Iterable[str]) -> Vectors:
+        found = _composed([self.red_edit.holder(name).vectors() for name in names])
+        assert found is not None
+        return found
+
+    def __repr__(self) -> str:
+        return "red." + super().__repr__()
+
+
+def width_of(module: nn.Module) -> int | None:
+    """The width of what a module returns; None where it cannot be told."""
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim
+    width = output_width(module)
+    return output_width(module.get_base_layer()) if width is None and isinstance(module, BaseTunerLayer) else width
+
+
+def _composed(found: list[Vectors]) -> Vectors | None:
+    """The one edit that does what several do one after another; None for none."""
+    if not found:
+        return None
+    if len(found) == 1:
+        return found[0]
+    if any(vectors.norm_weight is not None for vectors in found):
+        raise ValueError(
+            "adapter: got several at a time with one of kind 'ln', whose LayerNorm can only be applied alone"
+        )
+    scale, bias = _wide(found[0].scale), _wide(found[0].bias)
+    for vectors in found[1:]:
+        next_scale, next_bias = _wide(vectors.scale), _wide(vectors.bias)
+        if next_scale is not None:
+            scale = next_scale if scale is None else next_scale * scale
+            bias = None if bias is None else next_scale * bias
+        if next_bias is not None:
+            bias = next_bias if bias is None else bias + next_bias
+    return Vectors(scale, bias)
+
+
+def _wide(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.to(torch.promote_types(vector.dtype, torch.float32))
+
+
+def _first(module: nn.Module, *names: str) -> int | None:
+    return next((value for name in names if isinstance(value := getattr(module, name, None), int)), None)
+
+
+def _set(base: nn.Module, name: str, tensor: Tensor | None) -> None:
+    held = base._parameters[name]
+    if tensor is None:
+        base._parameters[name] = None
+    elif held is None:
+        base._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        held.data = tensor.to(held.device, held.dtype)

@@ -1,0 +1,255 @@
+"""The tuner: puts RED's layers into a model, fuses them, and takes them out again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ...edit_module import RedEdit
+from ...edits import use_edits
+from ...patch import fuse
+from ...patched import unpatch_module
+from ...plan import known_sites, plan_edited, wrapper_of
+from ...report import listed
+from ...selection import DEFAULT, Selection
+from .config import RedPeftConfig
+from .layer import RedLayer, width_of
+
+__all__ = ["RedModel"]
+
+_NO_ADAPTER = "__base__"  # PEFT's name for a row of a mixed batch without any
+
+
+class RedModel(BaseTuner):
+    """Edits a model as RED does (arXiv 2402.15179), by PEFT's rules: `peft.get_peft_model` makes one.
+
+    The base weights are frozen and stay as they are. Where a layer's forward is one that is known, the edit runs in
+    the same pass as the residual add and the norm behind it, as under `rk.patch`.
+    """
+
+    prefix = "red_edit"
+    tuner_layer_cls = RedLayer
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = _targets(self.model, peft_config)
+        return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        inside: list[str] = []
+        shared = None
+        parents: dict[str, nn.Module] = {}
+        for name, module in model.named_modules():
+            parents[name] = module
+            wrapper = wrapper_of(module)
+            if wrapper is not None:
+                where = f"in {name!r}" if name else "around it"
+                raise ValueError(f"model: has a {wrapper} {where}, which would not know the vectors; add them before")
+            if name.startswith(tuple(inside)):
+                continue
+            if isinstance(module, RedEdit):
+                raise ValueError(
+                    f"model: it is patched already (at {name}); call rk.unpatch before PEFT edits the same model"
+                )
+            if isinstance(module, RedLayer):
+                inside.append(f"{name}.")
+                shared = module.red_edit.selection
+            elif name and peft_config.target_modules != "all-linear":
+                found = self._check_target_module_exists(peft_config, name)
+                if found and not isinstance(found, _ExcludedModule):
+                    _check_target(module, name, parents[name.rpartition(".")[0]])
+        self.__dict__["_selection"] = Selection() if shared is None else shared
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, RedLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        _check_target(target, current_key, parent)
+        made = RedLayer(target, adapter_name, peft_config, self.__dict__["_selection"])
+        made.train(target.training)
+        if adapter_name not in self.active_adapters:
+            made.red_edit.requires_grad_(False)
+        self._replace_module(parent, target_name, made, target)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter's layers into the model, and fuse those that can be.
+
+        Raises:
+            ValueError: a target's output has no width that can be told, nothing is targeted, or the model is patched
+                or wrapped already. Nothing is changed then.
+        """
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        fuse(plan_edited(model))
+
+    def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
+        """Make adapters the active ones; several are applied one after another."""
+        super().set_adapter(adapter_name, *args, **kwargs)
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        self.__dict__["_selection"].active = names[0] if names else DEFAULT
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        config: Any = self.peft_config[adapter_name]
+        if autocast_adapter_dtype or config.vector_dtype != "float32":
+            return
+        for layer in self._layers():
+            _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+            if adapter_name in layer.red_edit and dtype is not None and dtype.is_floating_point:
+                for vector in layer.red_edit[adapter_name].parameters():
+                    vector.data = vector.data.to(dtype)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights, which are kept for `unmerge_adapter`.
+
+        Raises:
+            ValueError: one of the layers cannot be merged (`RedLayer.merge`). Nothing is changed then.
+        """
+        self._check_merge(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_merge(adapter_names)
+        else:
+            for layer in self._layers():
+                if layer.merged:
+                    layer.unmerge()
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        for module in model.modules():
+            unpatch_module(module)
+        return model
+
+    def _check_merge(self, adapter_names: list[str] | None) -> None:
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, RedLayer):
+                try:
+                    layer.check_merge(adapter_names)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+
+    def _layers(self) -> Iterator[RedLayer]:
+        return (module for module in self.model.modules() if isinstance(module, RedLayer))
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """While a batch with `adapter_names=` runs: each row has its own adapter, `"__base__"` for none."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        self._check_adapter_names(names, args, kwargs)
+        beams = kwargs.get("num_beams")
+        repeated = [name for name in names for _ in range(beams if isinstance(beams, int) and beams > 1 else 1)]
+        handles = []
+        encoder = _encoder(self.model)
+        of_encoder = set() if encoder is None else {id(module) for module in encoder.modules()}
+        try:
+            for module in self.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT's own, which ask for the argument
+                    own = names if id(module) in of_encoder else repeated
+                    hook = partial(_with_adapter_names, adapter_names=own)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            with use_edits(self.model, [None if name == _NO_ADAPTER else name for name in names]):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if isinstance(names, str) or not isinstance(names, (list, tuple)):
+            raise TypeError(f"adapter_names: got {type(names).__name__}, expected a list with a name for each row")
+        if self.training:
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode. To train so, use rk.use_edits."
+            )
+        known = {name for layer in self._layers() for name in layer.red_edit} | {_NO_ADAPTER}
+        unknown = sorted(set(names) - known)
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        if any(layer.merged for layer in self._layers()):
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim())
+        rows = next((len(value) for value in tensors), len(names))
+        if rows != len(names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {rows} respectively."
+            )
+
+
+def _with_adapter_names(
+    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _encoder(model: Any) -> nn.Module | None:
+    found = model.get_encoder() if hasattr(model, "get_encoder") else None
+    return None if found is model else found
+
+
+def _check_target(target: nn.Module, name: str, parent: nn.Module) -> None:
+    if width_of(target) is None:
+        raise ValueError(
+            f"target_modules: {name!r} is a {type(target).__name__}, whose output is not known to be one tensor of a "
+            "fixed width; name linear layers, norms or embeddings"
+        )
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError(
+            f"target_modules: {name!r} is inside of a {type(parent).__name__}, which takes its weights without calling "
+            "it, so that the edit would never be applied"
+        )
+
+
+def _targets(model: nn.Module, config: RedPeftConfig) -> set[str]:
+    """The modules that a position stands for, by the shortest ends of their names that no other module's name has."""
+    found: set[str] = set()
+    modules = {name: module for name, module in model.named_modules() if ".base_layer" not in name}
+    streams = []
+    for site, norm in known_sites(model, config.as_red_config()).items():
+        name = site if width_of(modules[site]) is not None else f"{site}.{norm}" if norm and norm != "." else ""
+        found.add(name)
+        if not name:
+            streams.append(site)
+    if streams:
+        raise ValueError(
+            f"position: {config.position!r} edits the output of {listed(streams)}, which PEFT cannot wrap; choose "
+            "another position, or use rk.patch"
+        )
+    if config.layers_to_transform is not None:
+        return found
+    others = [name for name in modules if name and name not in found]
+    return {_short(name, others) for name in found}
+
+
+def _short(name: str, others: list[str]) -> str:
+    parts = name.split(".")
+    for count in range(1, len(parts)):
+        end = ".".join(parts[-count:])
+        if not any(other == end or other.endswith(f".{end}") for other in others):
+            return end
+    return name
