@@ -6,6 +6,7 @@ BIN := .venv/bin
 # Triton's interpreter runs the kernels on the CPU; one core for each test is quickest there.
 INTERPRETED := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 RED_KERNELS_TEST_ON=triton
 OLDEST := $(CURDIR)/.venv/triton-3.6
+DEEPSPEED := $(CURDIR)/.venv/deepspeed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path '*/__pycache__/*')
 # The CUDA kernels take minutes to compile. The demo has them where there is a GPU for them; the tests have them wherever
 # there is nvcc, for three generations of GPUs, and they need no GPU for what they look at.
@@ -56,6 +57,11 @@ $(OLDEST)/done: .venv/torch
 	$(PIP) --target $(OLDEST) --upgrade --no-deps "triton==3.6.0" "numpy<2.4"
 	@touch $@
 
+# For its own tests only: wherever it is installed, other libraries import it, and with a torch for CUDA it asks for nvcc.
+$(DEEPSPEED)/done: .venv/torch
+	$(PIP) --target $(DEEPSPEED) --upgrade --no-deps --no-build-isolation deepspeed==0.19.8 einops hjson msgpack ninja psutil py-cpuinfo
+	@touch $@
+
 $(EMULATOR): .venv/test
 	$(BIN)/python csrc/build.py emulator --output $@
 	@touch $@
@@ -66,8 +72,9 @@ ifeq ($(NVCC_FOUND),)
 	@echo "*** sources on the CPU. Remedy: install the CUDA toolkit, or set CUDA_HOME or NVCC, then 'make clean test'."
 endif
 
-test: lint $(OLDEST)/done $(EMULATOR) say-cuda
+test: lint $(OLDEST)/done $(DEEPSPEED)/done $(EMULATOR) say-cuda
 	$(BIN)/python -m pytest
+	PYTHONPATH=$(DEEPSPEED) $(BIN)/python -m pytest tests/test_stacks_deepspeed.py
 	$(EMULATED) $(BIN)/python -m pytest -n 2
 	$(INTERPRETED) $(BIN)/python -m pytest -n 2
 	PYTHONPATH=$(OLDEST) $(INTERPRETED) $(BIN)/python -m pytest -n 2 tests/test_triton_kernels.py tests/test_interpreter.py
@@ -97,7 +104,7 @@ test-gpu: .venv/test say-cuda
 	$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'make test-gpu needs a GPU that torch can use')"
 	RED_KERNELS_TEST_ON=cuda $(BIN)/python -m pytest
 	RED_KERNELS_TEST_ON=triton $(BIN)/python -m pytest
-	$(BIN)/python -m pytest tests/test_gpu.py tests/test_tune.py
+	$(BIN)/python -m pytest tests/test_gpu.py tests/test_tune.py tests/test_stacks_liger.py tests/test_stacks_bases.py tests/test_docs_training.py
 
 # compute-sanitizer watches every access of the CUDA kernels: memcheck those out of bounds, racecheck those to shared memory
 # that nothing orders, initcheck reads of what was never written. torch's own memory pool is one large allocation, and
