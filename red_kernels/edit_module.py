@@ -161,12 +161,8 @@ class RedEdit(EditVectors):
 
     def applied(self, hidden: Tensor) -> Vectors | None:
         """What is applied to `hidden` now; None for nothing."""
-        selection = self.selection
-        if selection._rows or selection._stale:
-            rows = selection.rows(self.training)
-            if rows is not None:
-                return rows.vectors(self, hidden)
-        return self.named(selection.active)
+        rows = self.selection.rows(self.training)
+        return self.named(self.selection.active) if rows is None else rows.vectors(self, hidden)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`hidden` of shape `(..., width)`, edited, in its dtype. Raises TypeError for what is no tensor."""

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from .edit_module import check_name
+from .edit_module import RedEdit, check_name
 from .patch import edit_modules
+from .plan import wrapper_of
 from .report import listed
 from .selection import DEFAULT, Rows, Selection
 
@@ -52,10 +53,13 @@ def add_edit(model: nn.Module, name: str, copy_of: str | None = None) -> None:
         copy_of: the name of an edit whose values it takes.
 
     Raises:
-        TypeError, ValueError: the model is not patched, the name is taken or cannot be one, there is no such edit to
-            copy. Nothing is changed then.
+        TypeError, ValueError: the model is not patched, was wrapped for distributed training since, the name is taken
+            or cannot be one, there is no such edit to copy. Nothing is changed then.
     """
-    modules = edit_modules(model)
+    modules = _own_modules(model)
+    wrapper = next(filter(None, map(wrapper_of, model.modules())), None)
+    if wrapper is not None:
+        raise ValueError(f"model: has a {wrapper}, which would not know the new vectors; add edits before wrapping")
     check_name(name)
     if name in edit_names(model):
         raise ValueError(f"name: the model has an edit {name!r} already")
@@ -73,29 +77,34 @@ def add_edit(model: nn.Module, name: str, copy_of: str | None = None) -> None:
 
 
 def switch_edit(model: nn.Module, name: str) -> None:
-    """Make an edit the active one. Its Parameters are its own: an optimizer keeps to those it was given.
+    """Make an edit the active one; inside of `disable_edits` from its end on.
+
+    Its Parameters are its own: an optimizer keeps to those it was given. Inside of `use_edits` the rows' edits go on
+    being used.
 
     Raises:
         ValueError: the model is not patched, or has no edit of that name.
     """
+    _own_modules(model)
     _check_there(model, name, "name")
     for selection in _selections(model):
         selection.active = name
 
 
 def delete_edit(model: nn.Module, name: str) -> None:
-    """Delete an edit that is neither active nor the one that the patch made.
+    """Delete an edit that is neither active, nor used by a running `use_edits`, nor the one that the patch made.
 
     Raises:
         ValueError: the model is not patched, has no edit of that name, or it is one of these. Nothing is changed then.
     """
+    modules = _own_modules(model)
     _check_there(model, name, "name")
-    if name == active_edit(model):
-        raise ValueError(f"name: {name!r} is the active edit; switch to another one first")
-    modules = edit_modules(model).values()
-    if any(name == DEFAULT and own.own for own in modules):
+    used = next(filter(None, (selection.in_use(name) for selection in _selections(model))), "")
+    if used:
+        raise ValueError(f"name: cannot delete {name!r}: {used}")
+    if name == DEFAULT:
         raise ValueError(f"name: {name!r} is the edit that rk.patch made; rk.unpatch takes it away")
-    for own in modules:
+    for own in modules.values():
         own._modules.pop(name, None)
 
 
@@ -103,18 +112,21 @@ def delete_edit(model: nn.Module, name: str) -> None:
 def disable_edits(model: nn.Module) -> Iterator[None]:
     """Run the base model inside of the block: no edit is applied, whichever is active.
 
+    Rows of a `use_edits` around it are put aside in this thread; what other threads' rows use is left alone.
+
     Raises:
         ValueError: the model is not patched.
     """
-    selections = _selections(model)
-    former = [selection.active for selection in selections]
+    entered: list[tuple[Selection, Rows | None]] = []
     try:
-        for selection in selections:
-            selection.active = None
+        for selection in _selections(model):
+            entered.append((selection, selection.enter(None)))
+            selection.disabled += 1
         yield
     finally:
-        for selection, name in zip(selections, former, strict=True):
-            selection.active = name
+        for selection, former in entered:
+            selection.disabled -= 1
+            selection.leave(former)
 
 
 def combine_edits(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
@@ -132,7 +144,7 @@ def combine_edits(model: nn.Module, weights: Mapping[str, float], name: str) -> 
         TypeError, ValueError: the model is not patched, a name is unknown or taken, a weight is no finite number, or
             the edits are of kind `"ln"`, whose norms do not add up. Nothing is changed then.
     """
-    modules = edit_modules(model)
+    modules = _own_modules(model)
     if not isinstance(weights, Mapping) or not weights:
         raise TypeError(f"weights: got {weights!r}, expected a dict from names of edits to numbers")
     for edit, weight in weights.items():
@@ -171,8 +183,9 @@ def use_edits(model: nn.Module, ids: Sequence[str | None]) -> Iterator[None]:
 
     Raises:
         TypeError: ids is a single string or no sequence.
-        ValueError: the model is not patched, an edit is unknown, ids is empty; later, for a batch with another number
-            of rows.
+        ValueError: the model is not patched, an edit is unknown, ids is empty, or has None beside edits of kind
+            `"ln"`; later, for a batch with another number of rows.
+        RuntimeError: later, for a backward pass outside of the block under activation checkpointing.
     """
     if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
         raise TypeError(f"ids: got {type(ids).__name__}, expected a list with the name of an edit for each row")
@@ -182,6 +195,8 @@ def use_edits(model: nn.Module, ids: Sequence[str | None]) -> Iterator[None]:
         if name is not None:
             _check_there(model, name, "ids")
     rows = Rows(ids)
+    if None in rows.names and len(rows.names) > 1 and any("norm_weight" in own.parts for own in _own(model)):
+        raise ValueError("ids: rows with edits of kind 'ln' and rows without cannot be in one batch")
     entered: list[tuple[Selection, Rows | None]] = []
     try:
         for selection in _selections(model):
@@ -190,6 +205,18 @@ def use_edits(model: nn.Module, ids: Sequence[str | None]) -> Iterator[None]:
     finally:
         for selection, former in entered:
             selection.leave(former)
+
+
+def _own(model: nn.Module) -> list[RedEdit]:
+    return [own for own in edit_modules(model).values() if own.own]
+
+
+def _own_modules(model: nn.Module) -> dict[str, RedEdit]:
+    """As `edit_modules`, of a model that `rk.patch` has patched. Raises ValueError for edits of another tuner."""
+    modules = edit_modules(model)
+    if not all(own.own for own in modules.values()):
+        raise ValueError("model: its edits are adapters of a tuner such as PEFT's; add and switch them by that")
+    return modules
 
 
 def _selections(model: nn.Module) -> list[Selection]:

@@ -42,33 +42,36 @@ class Rows:
     """
 
     def __init__(self, ids: Sequence[str | None]) -> None:
-        self.names = list(dict.fromkeys(ids))
+        # Sorted: what is compiled for some edits serves every order of them.
+        self.names = sorted(set(ids), key=lambda name: (name is None, name or ""))
         place = {name: at for at, name in enumerate(self.names)}
         self.index = torch.tensor([place[name] for name in ids])
-        self.recomputed = False  # whether a layer under activation checkpointing has used them
+        self.modes: set[bool] = set()  # `training` of layers that have used them and that may be run again in backward
         self._ids: dict[tuple[torch.Size, torch.device], Tensor] = {}
-        self._banks: dict[int, tuple[RedEdit, list[tuple[int, int]], Vectors]] = {}
+        self._banks: dict[int, tuple[RedEdit, list[tuple[Tensor, int]], Vectors]] = {}
 
     def vectors(self, own: RedEdit, hidden: Tensor) -> Vectors | None:
         """What `own` applies to `hidden`; None where no row is edited."""
-        if len(self.names) == 1:
-            return own.named(self.names[0])
         if not any(own.has(name) for name in self.names):
             return None
+        if len(self.names) == 1:
+            self._each(hidden)
+            return own.named(self.names[0])
         return self._bank(own)._replace(ids=self._ids_for(hidden))
+
+    def _each(self, hidden: Tensor) -> int:
+        """How many rows of `hidden` each entry serves."""
+        batch, rows = self.index.shape[0], hidden.shape[0] if hidden.dim() > 1 else 0
+        if hidden.dim() < 2 or rows % batch:
+            raise ValueError(f"ids: got {batch} of them for a batch of {rows} rows; use_edits takes one for each row")
+        return rows // batch
 
     def _ids_for(self, hidden: Tensor) -> Tensor:
         shape = hidden.shape[:-1]
         key = (shape, hidden.device)
         ids = self._ids.get(key) if not torch.compiler.is_compiling() else None
         if ids is None:
-            batch = self.index.shape[0]
-            if not shape or shape[0] % batch:
-                raise ValueError(
-                    f"ids: got {batch} of them for a batch of {shape[0] if shape else 0} rows; use_edits takes one for "
-                    "each row"
-                )
-            ids = self.index.to(hidden.device).repeat_interleave(shape[0] // batch)
+            ids = self.index.to(hidden.device).repeat_interleave(self._each(hidden))
             ids = ids.reshape(-1, *(1,) * (len(shape) - 1)).expand(shape).contiguous()
             if not torch.compiler.is_compiling():
                 self._ids[key] = ids
@@ -78,9 +81,15 @@ class Rows:
         """The vectors of all names, one below the other; kept while nobody wants gradients and none has changed."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._stacked(own)
-        state = [(id(vector), vector._version) for vector in own.parameters() if not vector.is_inference()]
+        found = [vectors for vectors in map(own.named, self.names) if vectors is not None]
+        state = [
+            (vector, vector._version)
+            for vectors in found
+            for vector in vectors[:4]
+            if vector is not None and not vector.is_inference()
+        ]
         kept = self._banks.get(id(own))
-        if kept is None or kept[0] is not own or kept[1] != state:
+        if kept is None or kept[0] is not own or not _same(kept[1], state):
             kept = self._banks[id(own)] = own, state, self._stacked(own)
         return kept[2]
 
@@ -101,55 +110,109 @@ class Rows:
         return Vectors(*(stacked(part) for part in range(4)))
 
 
+def _same(kept: list[tuple[Tensor, int]], now: list[tuple[Tensor, int]]) -> bool:
+    return len(kept) == len(now) and all(a is b and at == to for (a, at), (b, to) in zip(kept, now, strict=True))
+
+
+class _Here(threading.local):
+    rows: Rows | None = None  # of the innermost block in this thread
+    plain = False  # whether what this thread ran last, and may run again in backward, ran without rows
+
+
 class Selection:
     """What all sites of one patched model share: the active edit, and the rows of `use_edits` in each thread.
 
+    A copy of the model, or one from a file, has its own: with the same edit chosen, and no block running.
+
     Attributes:
-        active: the name of the edit that is applied; None for none. A copy of the model has its own.
+        chosen: the name of the edit that is applied while edits are not disabled; None for none.
+        disabled: how many blocks of `disable_edits` are running.
     """
 
     def __init__(self) -> None:
-        self.active: str | None = DEFAULT
-        self._rows: dict[int, Rows] = {}
-        self._stale = False  # rows that a checkpointed layer has used were left, and no forward has run since
+        self._reset(DEFAULT)
+
+    def _reset(self, chosen: str | None) -> None:
+        self.chosen, self.disabled = chosen, 0
+        self._here = _Here()
+        self._rows: dict[int, Rows] = {}  # those of every thread, for autograd's own threads
+        self._blocks: list[Rows] = []
+        self._stale: set[bool] = set()  # modes of layers that ran in a block that was left; see `rows`
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"active": self.active}  # rows belong to a running block, not to a copy or a file
+        return {"chosen": self.chosen}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.active, self._rows, self._stale = state["active"], {}, False
+        self._reset(state["chosen"])
 
-    def enter(self, rows: Rows) -> Rows | None:
-        """Use `rows` in this thread from now on; returns those that were used."""
-        former = self._rows.get(threading.get_ident())
-        self._rows[threading.get_ident()] = rows
+    @property
+    def active(self) -> str | None:
+        """The name of the edit that is applied where no rows are; None for none."""
+        return None if self.disabled else self.chosen
+
+    @active.setter
+    def active(self, name: str | None) -> None:
+        self.chosen = name
+
+    def enter(self, rows: Rows | None) -> Rows | None:
+        """Use `rows` in this thread from now on, or none at all; returns those that were used."""
+        former = self._here.rows
+        self._set(rows)
+        self._here.plain = False
+        if rows is not None:
+            self._blocks.append(rows)
         return former
 
     def leave(self, former: Rows | None) -> None:
         """Use what was used before `enter`."""
-        left = self._rows.pop(threading.get_ident())
-        self._stale = left.recomputed
-        if former is not None:
-            self._rows[threading.get_ident()] = former
+        left = self._here.rows
+        if left is not None:
+            self._stale |= left.modes
+            self._blocks.remove(left)
+        self._set(former)
+
+    def _set(self, rows: Rows | None) -> None:
+        self._here.rows = rows
+        if rows is None:
+            self._rows.pop(threading.get_ident(), None)
+        else:
+            self._rows[threading.get_ident()] = rows
+
+    def in_use(self, name: str) -> str:
+        """What uses the edit of this name, for a message; empty for nothing."""
+        if name == self.chosen:
+            return "it is the active edit; switch to another one first"
+        return "rows of a running use_edits have it" if any(name in rows.names for rows in self._blocks) else ""
 
     def rows(self, training: bool) -> Rows | None:
-        """The rows that hold here, if any."""
+        """The rows that hold here, if any; `training` is the mode of the layer that asks.
+
+        Activation checkpointing runs layers again in the backward pass, on a GPU in a thread of autograd's, and that
+        has to use the same rows. Where it cannot be told which ones those are, it is refused.
+        """
+        found = self._here.rows
         if torch.compiler.is_compiling():
-            return next(iter(self._rows.values()), None)
-        if not self._rows and not self._stale:
+            if found is None and self._rows:
+                raise RuntimeError(
+                    "use_edits: a compiled model was called outside of the block that another thread is in"
+                )
+            return found
+        # Its reentrant form runs layers without gradients first, the other one under hooks for saved tensors.
+        if torch.is_grad_enabled() and saved_tensor_hooks(True) is None and not self._rows and not self._stale:
             return None
-        in_backward = torch._C._current_graph_task_id() != -1
-        found = self._rows.get(threading.get_ident())
-        if found is None and in_backward:  # layers are run again, perhaps in a thread of autograd's
-            if self._stale or len(self._rows) > 1:
+        if torch._C._current_graph_task_id() == -1:
+            if not torch.is_grad_enabled() or saved_tensor_hooks(True) is not None:
+                self._stale.discard(training)
+                if found is None:
+                    self._here.plain = True
+                else:
+                    found.modes.add(training)
+            return found
+        if found is None and not self._here.plain and (self._rows or training in self._stale):
+            if training in self._stale or len(self._rows) > 1:
                 raise RuntimeError(
                     "use_edits: under activation checkpointing the backward pass runs layers again; it has to be "
                     "inside of the with block, and of one at a time"
                 )
-            found = next(iter(self._rows.values()), None)
-        if not in_backward:
-            self._stale = False
-        checkpointed = saved_tensor_hooks(True) is not None or (training and not torch.is_grad_enabled())
-        if found is not None and checkpointed:
-            found.recomputed = True
+            found = next(iter(self._rows.values()))
         return found
