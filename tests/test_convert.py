@@ -15,10 +15,10 @@ from authors_forms import CLASSIFIER, VECTORS
 from checkpoint_helpers import every_vector, same, trained, values
 from torch import Tensor, nn
 
-from red_kernels import cli
+from red_kernels import _infer, cli, models
 from red_kernels.authors import export_authors
 from red_kernels.checkpoint import CONFIG_NAME, HEAD_NAME, TENSORS_NAME, load_edits, save_edits, saved_config
-from red_kernels.config import RedConfig
+from red_kernels.config import POSITIONS, RedConfig
 from red_kernels.integrations.convert import convert
 from red_kernels.patch import edit_parameters, patch
 
@@ -164,6 +164,28 @@ def test_a_kind_that_does_not_exist(tmp_path: Path) -> None:
     state = {key: value for key, value in state.items() if not key.endswith("activation_bias")}
     with pytest.raises(ValueError, match="no kind of edit has scale, norm_weight, norm_bias alone; kinds: 'all'"):
         convert(authors_forms.write(tmp_path / "source", state), tmp_path / "own")
+
+
+def test_names_that_say_two_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = models.Family(name="Other", layers=("OtherLayer",), sites={"attn": ("mlp.down_proj",)})
+    monkeypatch.setattr(_infer, "FAMILIES", [*models.FAMILIES, other])
+    with pytest.raises(ValueError, match=r"its sites are those of position 'ffn' of .*, 'attn' of Other; pass --model"):
+        convert(source(tmp_path), tmp_path / "own")
+    convert(tmp_path / "source", tmp_path / "own", position="attn")
+    assert saved_config(tmp_path / "own").position == "attn"
+
+
+@pytest.mark.parametrize("position", list(POSITIONS))
+@pytest.mark.parametrize("family", models.FAMILIES, ids=lambda family: family.name)
+def test_no_two_positions_of_known_families_have_the_same_names(family: models.Family, position: str) -> None:
+    if any(place not in family.sites for place in POSITIONS[position]):
+        pytest.skip(f"{family.name} has no position {position}")
+    entries = [entry for place in POSITIONS[position] for entry in family.sites[place]]
+    for chosen in (entries, [entry for entry in entries if not entry.endswith("?")] or entries):
+        paths = [entry.removesuffix("?").split("|")[0].partition(" with ")[0].replace("-1", "7") for entry in chosen]
+        names = [f"stack.{layer}.{path}".rstrip(".") for layer in range(2) for path in paths]
+        vectors = {name: {"scale": torch.ones(2)} for name in names}
+        assert _infer.config_from_names(Path("file"), vectors) == RedConfig(position=position, kind="scaling")
 
 
 def test_layers_that_differ_between_stacks(tmp_path: Path) -> None:
