@@ -24,7 +24,15 @@ from .patch import edit_config, edit_modules, merge_targets, patch, unpatch
 from .plan import wrapper_of
 from .report import listed
 
-__all__ = ["MergeReport", "SiteMerge", "merge", "merged_config", "unmerge"]
+__all__ = [
+    "MergeReport",
+    "SiteMerge",
+    "make_place",
+    "merge",
+    "merged_config",
+    "places_for_biases",
+    "unmerge",
+]
 
 _MERGED = "_red_kernels_merged"  # the attribute of a merged model that holds its _Merged
 LOST = 0.5  # an edit of which more than this fraction is lost in rounding is swallowed
@@ -92,7 +100,9 @@ def merge(model: nn.Module, *, force: bool = False, loadable: bool = True, keep_
             f"model: rounding to {swallowed[0].dtype} would swallow the edit at {listed(shown)}: the weights are too "
             "coarse for it; merge in float32 (model.float()), or pass force=True"
         )
-    attributes, zeros, unplaced = _places_for_biases(model, targets)
+    created = [target for target in targets if target.created]
+    flags = {target.bias_flag for target in created if target.bias_flag}
+    attributes, zeros, unplaced = places_for_biases(model, [f"{target.name}.bias" for target in created], flags)
     if unplaced and loadable:
         raise ValueError(
             f"model: {type(model).__name__} has no place for the biases that the edits need ({unplaced}), and plain "
@@ -107,22 +117,16 @@ def merge(model: nn.Module, *, force: bool = False, loadable: bool = True, keep_
                 value = target.module._parameters.get(part)
                 if value is not None:
                     originals[f"{target.name}.{part}"] = value.detach().to("cpu", copy=True)
-    created = [f"{target.name}.bias" for target in targets if target.created]
     former = {key: getattr(_config_with(model, key), key) for key in attributes}
-    merged = _Merged(config, edit_modules(model), originals, created + sorted(zeros), former)
+    made = [f"{target.name}.bias" for target in created] + sorted(zeros)
+    merged = _Merged(config, edit_modules(model), originals, made, former)
     staged = [(target, _combined(target, name)) for target in targets]  # a full memory must not leave half of it
     unpatch(model)
     with torch.no_grad():
         for target, (weight, bias) in staged:
             _write(target.module, "weight", weight)
             _write(target.module, "bias", bias)
-    for path, shape in zeros.items():
-        owner = model.get_submodule(path.rpartition(".")[0])
-        like = owner._parameters["weight"]
-        assert like is not None
-        owner.register_parameter("bias", nn.Parameter(like.new_zeros(shape), requires_grad=like.requires_grad))
-    for key, value in attributes.items():
-        setattr(_config_with(model, key), key, value)
+    make_place(model, attributes, zeros)
     model.__dict__[_MERGED] = merged
     return MergeReport(type(model).__name__, name, tuple(reports), attributes, tuple(sorted(zeros)), unplaced)
 
@@ -285,18 +289,21 @@ def _measured(target: _Target, name: str) -> SiteMerge:
     )
 
 
-def _places_for_biases(
-    model: nn.Module, targets: list[_Target]
+def places_for_biases(
+    model: nn.Module, needed: list[str], flags: set[str]
 ) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], str]:
     """Which attributes of the config give the layers their biases, what others these bring, and what has no place.
 
     A model of that config, built on the meta device, says which parameters plain transformers would load.
+
+    Args:
+        model: in which these biases are made, or have been.
+        needed: their names.
+        flags: attributes of the config that may give a place to them.
     """
-    created = [target for target in targets if target.created]
     config = getattr(model, "config", None)
-    if not created or config is None or not hasattr(model, "save_pretrained"):
+    if not needed or config is None or not hasattr(model, "save_pretrained"):
         return {}, {}, ""
-    flags = {target.bias_flag for target in created if target.bias_flag}
     flags = {flag for flag in flags if _config_with(model, flag) is not None}
     changed = copy.deepcopy(config)
     for flag in flags:
@@ -305,7 +312,6 @@ def _places_for_biases(
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         expected = {path: tuple(own.shape) for path, own in kind(changed).named_parameters(remove_duplicate=False)}
     own_names = dict(model.named_parameters(remove_duplicate=False))
-    needed = [f"{target.name}.bias" for target in created]
     unplaced = [path for path in needed if path not in expected]
     if unplaced:
         return {}, {}, listed(unplaced)
@@ -313,6 +319,17 @@ def _places_for_biases(
     if not all(path.endswith(".bias") and f"{path.removesuffix('bias')}weight" in own_names for path in brought):
         return {}, {}, listed([path for path in brought if not path.endswith(".bias")] or sorted(brought))
     return dict.fromkeys(sorted(flags), True), brought, ""
+
+
+def make_place(model: nn.Module, attributes: dict[str, Any], zeros: dict[str, tuple[int, ...]]) -> None:
+    """Set the attributes of the config that give layers their biases, and add as zeros the others that these bring."""
+    for path, shape in zeros.items():
+        owner = model.get_submodule(path.rpartition(".")[0])
+        like = owner._parameters["weight"]
+        assert like is not None
+        owner.register_parameter("bias", nn.Parameter(like.new_zeros(shape), requires_grad=like.requires_grad))
+    for key, value in attributes.items():
+        setattr(_config_with(model, key), key, value)
 
 
 def _holder(config: Any, attribute: str) -> Any:

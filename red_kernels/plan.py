@@ -17,13 +17,14 @@ from .models import FAMILIES, Layout, Point, child_at, family_of, first_path
 from .models.handoff import NextNorm
 from .models.norms import norm_spec
 from .next_norm import Place, next_norm, resolved, unusable
-from .patched import recognised, recognised_point
+from .patched import is_patched, recognised, recognised_point
 from .report import SiteReport, listed
 
 __all__ = [
     "Plan",
     "PlannedBlock",
     "PlannedSite",
+    "bias_flags",
     "known_sites",
     "make_plan",
     "output_width",
@@ -156,14 +157,25 @@ def known_sites(model: nn.Module, config: RedConfig) -> dict[str, str]:
 
 
 def plan_edited(model: nn.Module) -> Plan:
-    """How to fuse the edits that a model's sites have already; changes nothing. It has no sites of its own."""
+    """How to fuse the edits that a model's sites have already, but for blocks that are; changes nothing."""
     plan = Plan()
     for place in _places(model):
         for path, (layout, _) in _layouts(place).items():
             block = child_at(place.layer, path)
-            if layout is not None and block is not None and any(_edited(block, point) for point in layout.points):
+            if layout is None or block is None or is_patched(block):
+                continue
+            if any(_edited(block, point) for point in layout.points):
                 plan.blocks.append(_planned_block(place, layout))
     return plan
+
+
+def bias_flags(model: nn.Module) -> dict[str, str]:
+    """The linear layers to which an attribute of the model's config gives a bias, and that attribute."""
+    return {
+        ".".join((place.name, *resolved(place.layer, path))): flag
+        for place in _places(model)
+        for path, flag in place.family.bias_flags.items()
+    }
 
 
 def _edited(block: nn.Module, point: Point) -> bool:
