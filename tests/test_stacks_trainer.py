@@ -37,8 +37,16 @@ def _fresh_compiler():
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_ways_of_training(name, way, tmp_path):
     def train(model, optimizer, **options):
+        inputs = []
+        site = model.get_submodule(zoo.sites(name)[1])
+        if "torch_compile" not in options:
+            site.register_forward_pre_hook(lambda module, args: inputs.append(args[0].dtype))
         trainer, watch = trainer_of(model, optimizer, tmp_path, name=name, **options)
         trainer.train()
+        if "gradient_checkpointing" in options:
+            assert len(inputs) == 2 * STEPS, "nothing was recomputed"
+        if "bf16" in options and name != "t5":  # whose last projection is kept in float32
+            assert set(inputs) == {torch.bfloat16}
         return watch.losses
 
     hold_training(
