@@ -94,8 +94,10 @@ def _add_finetune_options(parser: argparse.ArgumentParser) -> None:
         help="of the base model (default: bf16, for classification fp32); the vectors are fp32",
     )
     model.add_argument("--device", default=unset, help="cpu or cuda (default: a GPU if there is one)")
-    model.add_argument("--position", default="ffn", help="where the edits lie")
-    model.add_argument("--kind", default="all", help="all (scale and bias), scaling or bias")
+    model.add_argument(
+        "--position", default="ffn", help="where the edits lie: ffn, attn, ffn_attn, res, res_with_attn or more"
+    )
+    model.add_argument("--kind", default="all", help="all (scale and bias), scaling, bias or ln")
     model.add_argument("--layers", type=_layers, default=unset, help="such as 0-5,8 (default: all layers)")
     model.add_argument(
         "--sites",

@@ -119,7 +119,7 @@ def test_wrong_layers(text: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["--held-out", "0.9"], "held_out: got 0.9"),
         (["--save-every", "0"], "save_every: got 0"),
         (["--position", "nowhere"], "position: got 'nowhere'"),
-        (["--kind", "ln"], "kind: got 'ln'"),
+        (["--kind", "other"], "kind: got 'other'"),
         (["--layers", "7"], "7"),
         (["--sites", "*.no_such_module"], "no_such_module"),
         (["--device", "tpu"], "device: got 'tpu'"),
