@@ -46,14 +46,12 @@ class RedAdapters(RedEdit, nn.ModuleDict):
 
     def applied(self, hidden: Tensor) -> Vectors | None:
         """What is applied to `hidden` now; None for nothing. Raises ValueError for LayerNorms one after another."""
-        selection = self.selection
+        rows = self.selection.rows(self.training)
         if self.merged or not self.enabled:
             return None
-        if selection._rows or selection._stale:
-            rows = selection.rows(self.training)
-            if rows is not None:
-                return rows.vectors(self, hidden)
-        if selection.active is None:
+        if rows is not None:
+            return rows.vectors(self, hidden)
+        if self.selection.active is None:
             return None
         found = [self.holder(name).vectors() for name in self.active if name in self._modules]
         return found[0] if len(found) == 1 else _composed(found)
@@ -182,6 +180,12 @@ class RedLayer(nn.Module, BaseTunerLayer):
         if chosen:
             base = mergeable(self.base_layer, "base_layer")
             merged_tensors(base, dict.fromkeys(base._parameters), self._vectors_of(chosen))
+
+    @property
+    def biased(self) -> bool:
+        """Whether the base layer had a bias of its own before anything was merged into it, or never can have one."""
+        held = self.get_base_layer()._parameters
+        return "bias" not in held or self._base_tensors.get("bias", held["bias"]) is not None
 
     def _vectors_of(self, names: Iterable[str]) -> Vectors:
         found = _composed([self.red_edit.holder(name).vectors() for name in names])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -14,9 +15,10 @@ from torch import nn
 
 from ...edit_module import RedEdit
 from ...edits import use_edits
+from ...merge import make_place, places_for_biases
 from ...patch import fuse
 from ...patched import unpatch_module
-from ...plan import known_sites, plan_edited, wrapper_of
+from ...plan import bias_flags, known_sites, plan_edited, wrapper_of
 from ...report import listed
 from ...selection import DEFAULT, Selection
 from .config import RedPeftConfig
@@ -136,9 +138,13 @@ class RedModel(BaseTuner):
             for layer in self._layers():
                 if layer.merged:
                     layer.unmerge()
+        without = [
+            name for name, layer in self.model.named_modules() if isinstance(layer, RedLayer) and not layer.biased
+        ]
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for module in model.modules():
             unpatch_module(module)
+        _place_biases(model, [name for name in without if getattr(model.get_submodule(name), "bias", None) is not None])
         return model
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
@@ -199,6 +205,20 @@ class RedModel(BaseTuner):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(names)} and {rows} respectively."
             )
+
+
+def _place_biases(model: nn.Module, names: list[str]) -> None:
+    """Let plain transformers load the biases that merging has made; a warning where it cannot."""
+    flags = bias_flags(model)
+    wanted = {flags[name] for name in names if name in flags}
+    attributes, zeros, unplaced = places_for_biases(model, [f"{name}.bias" for name in names], wanted)
+    make_place(model, attributes, zeros)
+    if unplaced:
+        warnings.warn(
+            f"{type(model).__name__} has no place for the biases that merging has made ({unplaced}): plain "
+            "transformers would drop them when it loads the saved model. Adapters of kind 'scaling' need none.",
+            stacklevel=4,
+        )
 
 
 def _with_adapter_names(
