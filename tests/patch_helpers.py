@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from red_kernels import patched
+from red_kernels import patched, reference
 from red_kernels.config import RedConfig
 from red_kernels.models import compose
 from red_kernels.patch import edit_parameters, patch
@@ -116,3 +116,11 @@ def without_gradients(model, batch):
 def in_inference_mode(model, batch):
     with torch.inference_mode():
         return {"logits": model(**batch).logits.clone()}
+
+
+def philox_dropout(x, p=0.5, training=True, inplace=False):
+    """torch's dropout with the mask of the fused operations, drawn from the same generator in the same order."""
+    if not training or p == 0.0:
+        return x
+    seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=x.device)
+    return x * reference.dropout_factor(seed, p, x).to(x.dtype)

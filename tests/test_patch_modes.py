@@ -17,13 +17,13 @@ from patch_helpers import (
     layers_of,
     loss_and_backward,
     patched_and_peer,
+    philox_dropout,
     watching,
     without_gradients,
 )
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from red_kernels import reference
 from red_kernels.config import RedConfig
 from red_kernels.models.handoff import _running
 from red_kernels.patch import edit_parameters, patch
@@ -36,18 +36,10 @@ def watch(monkeypatch):
     return watching(monkeypatch)
 
 
-def _philox_dropout(x, p=0.5, training=True, inplace=False):
-    """torch's dropout with the mask of the fused operations, drawn from the same generator in the same order."""
-    if not training or p == 0.0:
-        return x
-    seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=x.device)
-    return x * reference.dropout_factor(seed, p, x).to(x.dtype)
-
-
 @pytest.mark.parametrize("name", zoo.DROPPING)
 def test_dropout(name, monkeypatch):
     """The fused operation drops what plain dropout behind the edit would, and so does the rest of the layer."""
-    monkeypatch.setattr(nn.functional, "dropout", _philox_dropout)
+    monkeypatch.setattr(nn.functional, "dropout", philox_dropout)
 
     def run(model, batch):
         model.train()

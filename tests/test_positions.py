@@ -8,7 +8,7 @@ import model_zoo as zoo
 import position_cases as cases
 import pytest
 import torch
-from patch_helpers import batch_for, layers_of, loss_and_backward, watching
+from patch_helpers import batch_for, layers_of, loss_and_backward, philox_dropout, watching
 
 from red_kernels.config import KINDS, RedConfig
 from red_kernels.edit_module import RedEdit
@@ -50,7 +50,7 @@ def held_to_the_formulas(name, position, kind="all", dtype=torch.float32, dropou
 
 
 def compare_gradients(own, unfused, truth, dtype=torch.float32):
-    """Vectors of one attention together: a bias of its keys has no gradient but the noise of all others."""
+    """All vectors of a site together, and of the projections of one attention: a key's bias has no gradient but noise."""
     assert own.keys() == truth.keys()
     groups: dict[str, list[str]] = {}
     for key in truth:
@@ -58,7 +58,7 @@ def compare_gradients(own, unfused, truth, dtype=torch.float32):
         module, _, last = site.rpartition(".")
         query = last in ("q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v", "query_proj", "key_proj")
         query = query or last in ("value_proj", "q_lin", "k_lin", "v_lin")
-        groups.setdefault(f"{module}.qkv" if query else key, []).append(key)
+        groups.setdefault(f"{module}.qkv" if query else site, []).append(key)
     for group, keys in groups.items():
         zoo.assert_as_exact(
             group, *(torch.cat([found[key].flatten() for key in keys]) for found in (own, unfused, truth)), dtype
@@ -154,6 +154,22 @@ def test_compiled(name, position):
 
 def _decoder(name, batch):
     return {"decoder_input_ids": batch["input_ids"]} if name == "t5" else {}
+
+
+@pytest.mark.parametrize("position", ["attn", "ffn_attn", "res_with_attn"])
+@pytest.mark.parametrize("name", zoo.DROPPING)
+def test_dropout(name, position, monkeypatch):
+    """Dropout behind a site is applied once, behind the edit, where it is inside of attention too."""
+    if position == "res_with_attn" and name in zoo.PARALLEL:
+        return
+    monkeypatch.setattr(torch.nn.functional, "dropout", philox_dropout)
+
+    def run(model, batch):
+        model.train()
+        torch.manual_seed(11)
+        return loss_and_backward(model, batch)
+
+    held_to_the_formulas(name, position, dropout=0.3, run=run)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
