@@ -50,7 +50,7 @@ def held_to_the_formulas(name, position, kind="all", dtype=torch.float32, dropou
 
 
 def compare_gradients(own, unfused, truth, dtype=torch.float32):
-    """All vectors of a site together, and of the projections of one attention: a key's bias has no gradient but noise."""
+    """The vectors of a site together, and those of the projections of one attention: a key's bias has only noise."""
     assert own.keys() == truth.keys()
     groups: dict[str, list[str]] = {}
     for key in truth:
