@@ -116,7 +116,7 @@ def _same(kept: list[tuple[Tensor, int]], now: list[tuple[Tensor, int]]) -> bool
 
 class _Here(threading.local):
     rows: Rows | None = None  # of the innermost block in this thread
-    plain = False  # whether what this thread ran last, and may run again in backward, ran without rows
+    plain: frozenset[bool] = frozenset()  # modes of layers that ran without rows here, and may run again in backward
 
 
 class Selection:
@@ -158,7 +158,7 @@ class Selection:
         """Use `rows` in this thread from now on, or none at all; returns those that were used."""
         former = self._here.rows
         self._set(rows)
-        self._here.plain = False
+        self._here.plain = frozenset()
         if rows is not None:
             self._blocks.append(rows)
         return former
@@ -204,11 +204,11 @@ class Selection:
             if not torch.is_grad_enabled() or saved_tensor_hooks(True) is not None:
                 self._stale.discard(training)
                 if found is None:
-                    self._here.plain = True
+                    self._here.plain |= {training}
                 else:
                     found.modes.add(training)
             return found
-        if found is None and not self._here.plain and (self._rows or training in self._stale):
+        if found is None and training not in self._here.plain and (self._rows or training in self._stale):
             if training in self._stale or len(self._rows) > 1:
                 raise RuntimeError(
                     "use_edits: under activation checkpointing the backward pass runs layers again; it has to be "

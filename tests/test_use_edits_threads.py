@@ -1,0 +1,192 @@
+"""Rows with different edits where layers run twice: activation checkpointing, and where threads share a model."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from row_cases import ROWS, eager, hold, inputs, several, weighted
+
+import red_kernels as rk
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("position", ["ffn", "res_with_attn"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+def test_checkpointed_with_backward_inside(name, position, reentrant):
+    plain, model, values = several(name, position)
+    checkpointing(model, reentrant)
+    hold(name, position, plain, model, values, ROWS, eager(model, ROWS))
+
+
+def checkpointing(model, reentrant):
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("between", ["nothing", "inference", "another block"])
+def test_checkpointed_with_backward_outside(between, reentrant):
+    plain, model, values = several("llama")
+    checkpointing(model, reentrant)
+    batch = inputs("llama", len(ROWS))
+    with rk.use_edits(model, ROWS):
+        loss = weighted(model(**batch).logits)
+    if between == "inference":
+        with torch.no_grad():
+            model.eval()(**batch)
+            model.train()
+    if between == "another block":
+        with rk.use_edits(model, ROWS[::-1]), torch.no_grad():
+            model.eval()(**batch)
+            model.train()
+    with pytest.raises(RuntimeError, match="use_edits: under activation checkpointing the backward pass"):
+        loss.backward()
+    for vector in model.parameters():
+        vector.grad = None
+    # What comes after is as if that had not been.
+    hold("llama", "ffn", plain, model, values, ROWS, eager(model, ROWS))
+    for vector in model.parameters():
+        vector.grad = None
+
+    def run(batch):
+        logits = model(**batch).logits
+        weighted(logits).backward()
+        return logits
+
+    rk.switch_edit(model, "a")
+    hold("llama", "ffn", plain, model, values, ("a", "a"), run)
+
+
+def in_thread(function):
+    """Run it in another thread; what it raises is raised here."""
+    result: list = []
+
+    def run():
+        try:
+            result.append((function(), None))
+        except BaseException as error:
+            result.append((None, error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(timeout=60)
+    value, error = result[0]
+    if error is not None:
+        raise error
+    return value
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_with_backward_in_another_thread(reentrant):
+    """As on a GPU, where autograd's own threads run layers again. Two blocks at once cannot be told apart."""
+    plain, model, values = several("llama")
+    checkpointing(model, reentrant)
+
+    def run(batch):
+        with rk.use_edits(model, ROWS):
+            logits = model(**batch).logits
+            in_thread(weighted(logits).backward)
+        return logits
+
+    hold("llama", "ffn", plain, model, values, ROWS, run)
+    entered, done = threading.Event(), threading.Event()
+
+    def another():
+        with rk.use_edits(model, ["b", "a"]):
+            entered.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=another)
+    thread.start()
+    entered.wait(60)
+    try:
+        with rk.use_edits(model, ROWS):
+            loss = weighted(model(**inputs("llama", len(ROWS))).logits)
+            with pytest.raises(RuntimeError, match="use_edits: under activation checkpointing"):
+                in_thread(loss.backward)
+    finally:
+        done.set()
+        thread.join(60)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_training_without_rows_beside_a_block_in_another_thread(reentrant):
+    plain, model, values = several("llama")
+    checkpointing(model, reentrant)
+    rk.switch_edit(model, "a")
+    entered, done = threading.Event(), threading.Event()
+
+    def another():
+        with rk.use_edits(model, ["b", "default"]):
+            entered.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=another)
+
+    def run(batch):
+        logits = model(**batch).logits
+        thread.start()
+        entered.wait(60)
+        try:
+            weighted(logits).backward()
+        finally:
+            done.set()
+            thread.join(60)
+        return logits
+
+    hold("llama", "ffn", plain, model, values, ("a", "a"), run)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_threads_at_once(compiled):
+    """Each serves its own rows, its forward in the middle of the other's block."""
+    torch.compiler.reset()
+    _, model, _ = several("llama")
+    call = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    requests = {"one": ("a", "b", None), "two": ("b", "default", "a", "a")}
+    batches = {name: inputs("llama", len(rows), seed=len(rows)) for name, rows in requests.items()}
+    wanted = {}
+    for name, rows in requests.items():
+        with torch.no_grad(), rk.use_edits(model, rows):
+            wanted[name] = call(**batches[name]).logits
+    barrier = threading.Barrier(2, timeout=60)
+    found: dict[str, list] = {name: [] for name in requests}
+
+    def serve(name):
+        try:
+            for _ in range(5):
+                with torch.no_grad(), rk.use_edits(model, requests[name]):
+                    barrier.wait()
+                    found[name].append(call(**batches[name]).logits)
+                    barrier.wait()
+        except BaseException:
+            barrier.abort()
+            raise
+
+    threads = [threading.Thread(target=serve, args=(name,)) for name in requests]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for name in requests:
+        assert len(found[name]) == 5
+        assert all(torch.equal(logits, wanted[name]) for logits in found[name])
+
+
+def test_a_thread_without_a_block_has_the_active_edit():
+    _, model, _ = several("llama")
+    batch = inputs("llama", 3)
+    with torch.no_grad():
+        active = model(**batch).logits
+        with rk.use_edits(model, ["a", "b", None]):
+            assert not torch.allclose(model(**batch).logits, active)
+
+            def other():
+                with torch.no_grad():
+                    return model(**batch).logits
+
+            assert torch.equal(in_thread(other), active)
