@@ -89,6 +89,12 @@ class RedModel(BaseTuner):
             made.red_edit.requires_grad_(False)
         self._replace_module(parent, target_name, made, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:  # taken out again; PEFT would look for a weight in it, which a saved head may not have
+            setattr(parent, child_name, new_module)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put an adapter's layers into the model, and fuse those that can be.
 
