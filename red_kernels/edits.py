@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .edit_module import RedEdit, check_name
-from .patch import edit_modules
+from .patch import edit_modules, outer_modules
 from .plan import wrapper_of
 from .report import listed
 from .selection import DEFAULT, Rows, Selection
@@ -38,7 +38,7 @@ def edit_names(model: nn.Module) -> tuple[str, ...]:
 
 def active_edit(model: nn.Module) -> str | None:
     """The name of the active edit; None inside of `disable_edits`. Raises ValueError where the model is not patched."""
-    active = [selection.active for selection in _selections(model)]
+    active = [selection.active for selection in _selections(edit_modules(model))]
     if any(name != active[0] for name in active):
         raise ValueError(f"model: its parts have different active edits, {listed(list(map(str, active)))}")
     return active[0]
@@ -57,14 +57,14 @@ def add_edit(model: nn.Module, name: str, copy_of: str | None = None) -> None:
             or cannot be one, there is no such edit to copy. Nothing is changed then.
     """
     modules = _own_modules(model)
-    wrapper = next(filter(None, map(wrapper_of, model.modules())), None)
+    wrapper = next(filter(None, (wrapper_of(module) for _, module in outer_modules(model))), None)
     if wrapper is not None:
         raise ValueError(f"model: has a {wrapper}, which would not know the new vectors; add edits before wrapping")
     check_name(name)
-    if name in edit_names(model):
+    if any(own.has(name) for own in modules.values()):
         raise ValueError(f"name: the model has an edit {name!r} already")
     if copy_of is not None:
-        _check_there(model, copy_of, "copy_of")
+        _check_there(modules, copy_of, "copy_of")
     with torch.inference_mode(False), torch.no_grad():
         for own in modules.values():
             like = next(iter(own.parameters()))
@@ -85,9 +85,9 @@ def switch_edit(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: the model is not patched, or has no edit of that name.
     """
-    _own_modules(model)
-    _check_there(model, name, "name")
-    for selection in _selections(model):
+    modules = _own_modules(model)
+    _check_there(modules, name, "name")
+    for selection in _selections(modules):
         selection.active = name
 
 
@@ -98,7 +98,7 @@ def delete_edit(model: nn.Module, name: str) -> None:
         ValueError: the model is not patched, has no edit of that name, or it is one of these. Nothing is changed then.
     """
     modules = _own_modules(model)
-    _check_there(model, name, "name")
+    _check_there(modules, name, "name")
     used = next(filter(None, (selection.in_use(name) for selection in _selections(model))), "")
     if used:
         raise ValueError(f"name: cannot delete {name!r}: {used}")
@@ -119,7 +119,7 @@ def disable_edits(model: nn.Module) -> Iterator[None]:
     """
     entered: list[tuple[Selection, Rows | None]] = []
     try:
-        for selection in _selections(model):
+        for selection in _selections(edit_modules(model)):
             entered.append((selection, selection.enter(None)))
             selection.disabled += 1
         yield
@@ -148,7 +148,7 @@ def combine_edits(model: nn.Module, weights: Mapping[str, float], name: str) -> 
     if not isinstance(weights, Mapping) or not weights:
         raise TypeError(f"weights: got {weights!r}, expected a dict from names of edits to numbers")
     for edit, weight in weights.items():
-        _check_there(model, edit, "weights")
+        _check_there(modules, edit, "weights")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise TypeError(f"weights: got {weight!r} for {edit!r}, expected a finite number")
     if any("norm_weight" in own.parts for own in modules.values()):
@@ -191,24 +191,22 @@ def use_edits(model: nn.Module, ids: Sequence[str | None]) -> Iterator[None]:
         raise TypeError(f"ids: got {type(ids).__name__}, expected a list with the name of an edit for each row")
     if not ids:
         raise ValueError("ids: got no name at all, expected one for each row of the batch")
-    for name in dict.fromkeys(ids):
+    modules = edit_modules(model)
+    for name in ids:
         if name is not None:
-            _check_there(model, name, "ids")
+            _check_there(modules, name, "ids")
     rows = Rows(ids)
-    if None in rows.names and len(rows.names) > 1 and any("norm_weight" in own.parts for own in _own(model)):
+    normed = any(own.own and "norm_weight" in own.parts for own in modules.values())
+    if normed and None in rows.names and len(rows.names) > 1:
         raise ValueError("ids: rows with edits of kind 'ln' and rows without cannot be in one batch")
     entered: list[tuple[Selection, Rows | None]] = []
     try:
-        for selection in _selections(model):
+        for selection in _selections(modules):
             entered.append((selection, selection.enter(rows)))
         yield
     finally:
         for selection, former in entered:
             selection.leave(former)
-
-
-def _own(model: nn.Module) -> list[RedEdit]:
-    return [own for own in edit_modules(model).values() if own.own]
 
 
 def _own_modules(model: nn.Module) -> dict[str, RedEdit]:
@@ -219,14 +217,16 @@ def _own_modules(model: nn.Module) -> dict[str, RedEdit]:
     return modules
 
 
-def _selections(model: nn.Module) -> list[Selection]:
-    return list({id(own.selection): own.selection for own in edit_modules(model).values()}.values())
+def _selections(modules: Mapping[str, RedEdit]) -> list[Selection]:
+    return list({id(own.selection): own.selection for own in modules.values()}.values())
 
 
-def _check_there(model: nn.Module, name: object, argument: str) -> None:
-    names = edit_names(model)
-    if name not in names:
-        raise ValueError(f"{argument}: got {name!r}, expected one of the model's edits: {', '.join(map(repr, names))}")
+def _check_there(modules: Mapping[str, RedEdit], name: object, argument: str) -> None:
+    if not isinstance(name, str) or not any(own.has(name) for own in modules.values()):
+        names = dict.fromkeys(name for own in modules.values() for name in own.names)
+        raise ValueError(
+            f"{argument}: got {name!r}, expected one of the model's edits: {listed(list(map(repr, names)))}"
+        )
 
 
 def _vector(holder: nn.Module, part: str) -> nn.Parameter:

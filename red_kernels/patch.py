@@ -157,7 +157,7 @@ def edit_modules(model: nn.Module) -> dict[str, RedEdit]:
     """
     found = {
         name.removesuffix(NAME).removesuffix("."): module
-        for name, module in model.named_modules()
+        for name, module in outer_modules(model)
         if isinstance(module, RedEdit)
     }
     if not found:
@@ -165,6 +165,22 @@ def edit_modules(model: nn.Module) -> dict[str, RedEdit]:
             f"model: this {type(model).__name__} is not patched; call rk.patch(model, rk.RedConfig()) first"
         )
     return found
+
+
+def outer_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """As `named_modules`, but nothing inside of the modules that hold the vectors: there may be thousands of edits."""
+    found: dict[nn.Module, str] = {}
+
+    def collect(module: nn.Module, name: str) -> None:
+        if module in found:
+            return
+        found[module] = name
+        for key, child in () if isinstance(module, RedEdit) else module._modules.items():
+            if child is not None:
+                collect(child, f"{name}.{key}" if name else key)
+
+    collect(model, "")
+    return [(name, module) for module, name in found.items()]
 
 
 def attach(site: PlannedSite, edit: RedEdit) -> None:
