@@ -99,7 +99,7 @@ def delete_edit(model: nn.Module, name: str) -> None:
     """
     modules = _own_modules(model)
     _check_there(modules, name, "name")
-    used = next(filter(None, (selection.in_use(name) for selection in _selections(model))), "")
+    used = next(filter(None, (selection.in_use(name) for selection in _selections(modules))), "")
     if used:
         raise ValueError(f"name: cannot delete {name!r}: {used}")
     if name == DEFAULT:

@@ -16,7 +16,17 @@ from .plan import Plan, PlannedSite, make_plan, wrapper_of
 from .report import PatchReport, count_parameters, listed
 from .selection import DEFAULT, Selection
 
-__all__ = ["attach", "edit_config", "edit_modules", "edit_parameters", "fuse", "merge_targets", "patch", "unpatch"]
+__all__ = [
+    "attach",
+    "edit_config",
+    "edit_modules",
+    "edit_parameters",
+    "fuse",
+    "merge_targets",
+    "outer_modules",
+    "patch",
+    "unpatch",
+]
 
 _STATE = "_red_kernels_state"  # the attribute of the patched model that holds its _State
 
