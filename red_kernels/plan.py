@@ -32,7 +32,13 @@ __all__ = [
     "wrapper_of",
 ]
 
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+_WRAPPERS = (
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "FSDPModule",
+    "DeepSpeedEngine",
+    "PipelineEngine",
+)
 
 
 @dataclass(frozen=True)

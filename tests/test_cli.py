@@ -74,7 +74,7 @@ def test_settings_that_cannot_be_followed(variable: str, value: str, reason: str
     assert job.returncode == cli.EXIT_ERROR
     # Other packages may have said something before: torchao, when it is imported beside a torch without CUDA.
     assert job.stderr.splitlines()[-1].startswith(f"error: {reason}")
-    assert len(job.stderr.splitlines()) == 1
+    assert "Traceback" not in job.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -303,6 +303,13 @@ def test_wrapped_for_distributed_training():
         DistributedDataParallel(zoo.tiny("llama")), RedConfig(), "DistributedDataParallel around it.*before wrapping"
     )
 
+    class DeepSpeedEngine(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    refused(DeepSpeedEngine(zoo.tiny("llama")), RedConfig(), "DeepSpeedEngine around it.*before wrapping")
+
 
 # Unknown layouts: unfused, and named.
 

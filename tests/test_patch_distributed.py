@@ -83,3 +83,19 @@ def test_accelerate_hooks(name, when, monkeypatch):
     for key in exact:
         zoo.assert_as_exact(key, found[key], plain[key], exact[key])
     assert watch.taken == watch.left
+
+
+def test_accelerate_device_map(tmp_path, monkeypatch):
+    """Layers on the CPU and on disk by a device map compute what they did."""
+    accelerate = pytest.importorskip("accelerate")
+    model, unfused, truth = patched_and_peer("llama")
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu"}
+    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    watch = watching(monkeypatch)
+    with torch.no_grad():
+        found, plain, exact = (one(**zoo.inputs("llama")).logits for one in (model, unfused.model, truth.model))
+    zoo.assert_as_exact("logits", found, plain, exact)
+    assert watch.taken == watch.left
+    on_disk = [site for site, parts in edit_parameters(model).items() if any(v.is_meta for v in parts.values())]
+    assert on_disk == ["model.layers.1.mlp.down_proj"]

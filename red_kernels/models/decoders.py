@@ -12,7 +12,7 @@ from .description import Edits, Family, Layout, Point
 
 __all__ = ["FAMILIES"]
 
-_GATED_MLP = "10d6ac161076c54c"
+_GATED_MLP = ("10d6ac161076c54c", "d5657bd0bab71c68")  # the library's, and Liger's in its place
 _PRE_NORM, _WITH_DROPOUT, _NORMS_AROUND = "77b982daba84680c", "0d441bd29df6766c", "420e1c6a99e20e50"
 _MIXTURE = "fdd799853333706e"
 _ATTENTION = (
@@ -167,7 +167,7 @@ _EXPERTS = "the output of the whole block of experts, whose weights are one 3-D 
 
 
 def _points(
-    adds: str = "residual add", mlp: tuple[str, ...] = (_GATED_MLP,), norms_around: bool = False, experts: bool = False
+    adds: str = "residual add", mlp: tuple[str, ...] = _GATED_MLP, norms_around: bool = False, experts: bool = False
 ) -> tuple[Point, ...]:
     """The edits of a layer that has its norms before the sublayers, or around them; `experts` may stand for the FFN."""
     attn_norm = "post_attention_layernorm"
