@@ -25,6 +25,7 @@ __all__ = [
     "PlannedBlock",
     "PlannedSite",
     "bias_flags",
+    "device_of",
     "known_sites",
     "make_plan",
     "output_width",
@@ -129,7 +130,7 @@ def _plan_named(model: nn.Module, config: RedConfig) -> Plan:
                 f"width; name linear layers or norms{_experts_remark(module, name)}"
             )
         report = SiteReport(name, width, None, "named by sites=")
-        plan.sites.append(PlannedSite(module, width, _device(module, model), report))
+        plan.sites.append(PlannedSite(module, width, device_of(module, model), report))
     experts = _experts(model)
     if experts:
         plan.warnings.append(f"not edited, as their weights are one 3-D Parameter for all experts: {listed(experts)}")
@@ -319,7 +320,7 @@ def _plan_layer(plan: Plan, model: nn.Module, place: Place, sites: list[tuple[st
             PlannedSite(
                 site,
                 report.width,
-                _device(site, model),
+                device_of(site, model),
                 report,
                 layer=place.layer if inside else None,
                 path=tuple(resolved(place.layer, path)) if inside else (),
@@ -442,7 +443,8 @@ def _stream_width(place: Place) -> int | None:
     return None
 
 
-def _device(site: nn.Module, model: nn.Module) -> torch.device:
+def device_of(site: nn.Module, model: nn.Module) -> torch.device:
+    """Where the vectors of a site belong: beside its tensors, or without any beside the model's."""
     tensors = (*site.parameters(), *site.buffers())
     device = tensors[0].device if tensors else next((p.device for p in model.parameters()), torch.device("cpu"))
     hook = getattr(site, "_hf_hook", None)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...config import KINDS
 from ...edit_module import NAME, EditVectors, RedEdit, edit_hook
-from ...plan import output_width
+from ...plan import device_of, output_width
 from ...selection import Selection, Vectors
 from .config import RedPeftConfig
 from .merged import mergeable, merged_tensors
@@ -116,7 +116,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: RedPeftConfig) -> None:
         """Add an adapter. Raises ValueError for a name that cannot be one."""
-        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        device = device_of(self.base_layer, self.base_layer)
         dtype: torch.dtype = getattr(torch, config.vector_dtype)
         with torch.inference_mode(False), torch.no_grad():
             added = self.red_edit.add_adapter(adapter_name, config.kind, dtype, device)

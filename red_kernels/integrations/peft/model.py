@@ -90,10 +90,8 @@ class RedModel(BaseTuner):
         self._replace_module(parent, target_name, made, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if hasattr(new_module, "base_layer"):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:  # taken out again; PEFT would look for a weight in it, which a saved head may not have
-            setattr(parent, child_name, new_module)
+        # PEFT would also look for a weight in both, which a saved head may not have; the vectors are where they belong.
+        setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put an adapter's layers into the model, and fuse those that can be.
@@ -121,6 +119,13 @@ class RedModel(BaseTuner):
             if adapter_name in layer.red_edit and dtype is not None and dtype.is_floating_point:
                 for vector in layer.red_edit[adapter_name].parameters():
                     vector.data = vector.data.to(dtype)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter. Raises ValueError where there is none of that name, or it is merged."""
+        super().delete_adapter(adapter_name)
+        for layer in self._layers():  # PEFT passes over modules in whose names it finds the prefix
+            if adapter_name in layer.red_edit:
+                layer.delete_adapter(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base weights, which are kept for `unmerge_adapter`.
