@@ -7,6 +7,8 @@ by `register_family`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from . import classic, decoders, encoders, parallel, t5
 from .description import PLACES, Edits, Family, Layout, Point, child_at, first_path
 
@@ -39,19 +41,31 @@ def register_family(family: Family) -> None:
 
     Raises:
         TypeError: it is no `Family`.
-        ValueError: a layer's class or a layout's key is known already, a place does not exist or has no site.
+        ValueError: a layer's class or a layout's key is known already, a place does not exist or has no site, or a
+            layout has a point elsewhere.
     """
     if not isinstance(family, Family):
         raise TypeError(f"family: got {type(family).__name__}, expected a Family")
+    if isinstance(family.layers, str) or not family.layers:
+        raise ValueError(f"family: got layers {family.layers!r}, expected a tuple of class names")
     classes = [name.rpartition(".")[::2] for name in family.layers]
-    known = [name for _, name in classes if name in _BY_LAYER]
-    if known or not family.layers:
-        raise ValueError(f"family: the layers {', '.join(known) or '(none)'} are known already, or none was given")
+    names = [name for _, name in classes]
+    known = [name for name in names if name in _BY_LAYER or names.count(name) > 1]
+    if known:
+        raise ValueError(f"family: the layers {', '.join(known)} are known already, or come twice")
     wrong = [place for place in (*family.sites, *family.inside) if place not in PLACES]
     if wrong or not family.sites or not all(family.sites.values()):
         raise ValueError(f"family: got sites for {list(family.sites)}, expected paths for some of {list(PLACES)}")
     if any(isinstance(paths, str) for paths in family.sites.values()):
         raise ValueError(f"family: got sites {family.sites}, expected a tuple of paths for each place")
+    for layout in family.layouts:
+        for point in layout.points:
+            path = ".".join(filter(None, (layout.block, point.site)))
+            if point.place not in Edits._fields or path not in _paths(family.sites.get(point.place, ())):
+                raise ValueError(
+                    f"family: layout {layout.key!r} has a point for {point.place!r} at {path!r}, which is none of the "
+                    f"family's sites that a forward can apply: {family.sites}"
+                )
     keys = [layout.key for layout in family.layouts]
     taken = [key for key in keys if key in LAYOUTS or keys.count(key) > 1]
     if taken:
@@ -59,6 +73,10 @@ def register_family(family: Family) -> None:
     FAMILIES.append(family)
     LAYOUTS.update({layout.key: layout for layout in family.layouts})
     _BY_LAYER.update({name: (module, family) for module, name in classes})
+
+
+def _paths(entries: Iterable[str]) -> set[str]:
+    return {path.partition(" with ")[0] for entry in entries for path in entry.removesuffix("?").split("|")}
 
 
 def family_of(kind: type) -> Family | None:

@@ -1,0 +1,274 @@
+"""Families of other packages, and the counts of trainable parameters on the real configurations."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+
+import model_zoo as zoo
+import position_cases as cases
+import pytest
+import torch
+import toy_family as toy
+import transformers
+
+import red_kernels as rk
+from red_kernels import models
+from red_kernels.models import Family, Layout, Point, compose
+from red_kernels.patched import is_patched
+
+
+@pytest.fixture
+def families():
+    """Whatever a test registers is forgotten behind it."""
+    registries = (models.FAMILIES, models.LAYOUTS, models._BY_LAYER)
+    before = [copy.copy(registry) for registry in registries]
+    yield
+    models.FAMILIES[:] = before[0]
+    for registry, kept in zip(registries[1:], before[1:], strict=True):
+        registry.clear()
+        registry.update(kept)
+
+
+@pytest.fixture
+def registered(families):
+    toy.register()
+
+
+def run(model, x):
+    output = model(x)
+    (output * torch.linspace(-1, 1, toy.WIDTH, dtype=x.dtype)).sum().backward()
+    return output.detach()
+
+
+@pytest.mark.parametrize("position", ["ffn", "attn", "ffn_attn", "res"])
+@pytest.mark.parametrize("kind", ["all", "ln"])
+@pytest.mark.parametrize("layer", [toy.ToyLayer, toy.FusedLayer])
+def test_it_is_the_composition(layer, kind, position, registered, monkeypatch):
+    calls: list[str] = []
+    for name in ("edit_add", "edit_add_layer_norm"):
+        original = getattr(compose, name)
+        monkeypatch.setattr(compose, name, lambda *a, _f=original, _n=name, **o: calls.append(_n) or _f(*a, **o))
+    plain = toy.model(layer)
+    model = copy.deepcopy(plain)
+    report = rk.patch(model, rk.RedConfig(position=position, kind=kind))
+    fused = layer is toy.FusedLayer
+    assert all((site.fused is not None) == fused for site in report.sites)
+    assert {is_patched(one) for one in model.layers} == {fused}
+    values = cases.values(rk.edit_parameters(model))
+    wanted = {"ffn": ["layers.{}.down"], "attn": ["layers.{}.mixer"], "res": ["layers.{}"]}
+    wanted["ffn_attn"] = wanted["attn"] + wanted["ffn"]
+    assert set(values) == {site.format(at) for site in wanted[position] for at in range(toy.LAYERS)}
+    zoo.fill(rk.edit_parameters(model), values)
+    unfused, truth = zoo.Unfused(plain, values), zoo.exact(plain, values)
+    x = torch.randn(2, 5, toy.WIDTH)
+    found, peer, exact = run(model, x), run(unfused.model, x), run(truth.model, x.double())
+    zoo.assert_as_exact("output", found, peer, exact)
+    own, others, wanted_gradients = zoo.gradients(rk.edit_parameters(model)), unfused.gradients(), truth.gradients()
+    assert own.keys() == wanted_gradients.keys()
+    for key in own:
+        zoo.assert_as_exact(key, own[key], others[key], wanted_gradients[key])
+    if kind == "all":
+        assert ("edit_add" in calls) == (fused and "ffn" in position)
+        assert ("edit_add_layer_norm" in calls) == fused  # a fused forward takes the norm along without an edit too
+    assert fused or not calls
+
+
+def test_a_subclass_is_found_by_its_base(registered):
+    class Mine(toy.FusedLayer):
+        pass
+
+    model = toy.model(Mine)
+    assert all(site.fused for site in rk.patch(model).sites)
+
+
+def test_a_changed_forward_is_edited_unfused(registered):
+    class Changed(toy.FusedLayer):
+        def forward(self, x):
+            return super().forward(x) + 1.0
+
+    report = rk.patch(toy.model(Changed))
+    assert all(
+        site.fused is None and "Changed.forward is not one that is known" in site.reason for site in report.sites
+    )
+
+
+def test_a_place_that_the_family_lacks(registered):
+    model = toy.model(toy.ToyLayer)
+    with pytest.raises(ValueError, match=r"'more'.*layers.0 \(no qkv\)"):
+        rk.patch(model, rk.RedConfig(position="more"))
+    assert not any(hasattr(module, "red_edit") for module in model.modules())
+
+
+@pytest.mark.parametrize("layer", [toy.ToyLayer, toy.FusedLayer])
+def test_pickle_copy_and_unpatch(layer, registered):
+    model = toy.model(layer)
+    base = copy.deepcopy(model)
+    rk.patch(model, rk.RedConfig(position="ffn_attn"))
+    zoo.fill(rk.edit_parameters(model), cases.values(rk.edit_parameters(model)))
+    x = torch.randn(2, 5, toy.WIDTH)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(other(x), model(x))
+        assert type(other.layers[0]).__name__ == layer.__name__
+        rk.unpatch(other)
+        assert type(other.layers[0]) is layer
+        assert torch.equal(other(x), base(x))
+
+
+def test_rows_of_a_batch(registered):
+    model = toy.model(toy.FusedLayer)
+    rk.patch(model)
+    rk.add_edit(model, "a")
+    zoo.fill(rk.edit_parameters(model, "a"), cases.values(rk.edit_parameters(model, "a")))
+    x = torch.randn(3, 5, toy.WIDTH)
+    with torch.no_grad(), rk.use_edits(model, ["a", "default", None]):
+        found = model(x)
+    with torch.no_grad():
+        base = model(x)
+        rk.switch_edit(model, "a")
+        edited = model(x)
+    torch.testing.assert_close(found, torch.stack([edited[0], base[1], base[2]]))
+    assert not torch.allclose(found[0], base[0])
+
+
+def test_its_layouts_can_be_made_from_others(families):
+    """A layer that is laid out as one here: the layout again, under a key of its own."""
+    llama = next(family for family in models.FAMILIES if "LlamaDecoderLayer" in family.layers)
+    layouts = tuple(dataclasses.replace(layout, key=f"mine_{layout.key}") for layout in llama.layouts)
+    rk.register_family(dataclasses.replace(llama, name="Mine", layers=("MyDecoderLayer",), layouts=layouts))
+
+    class MyDecoderLayer(torch.nn.Module):  # not of a class that is known, but with its forward
+        forward = transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward
+
+    model = zoo.tiny("llama")
+    expected = zoo.tiny("llama")
+    for layer in model.model.layers:
+        layer.__class__ = MyDecoderLayer
+    fused = [[site.fused for site in rk.patch(one).sites] for one in (model, expected)]
+    assert fused[0] == fused[1]
+    with torch.no_grad():
+        assert torch.equal(model(**zoo.inputs("llama")).logits, expected(**zoo.inputs("llama")).logits)
+
+
+def _layout(**changes):
+    given = {"key": "new", "forward": toy.fused, "known": ("0" * 16,)}
+    return Layout(**{**given, "points": (Point("ffn", "down", "down", fuses="residual add"),), **changes})
+
+
+def _family(**changes):
+    return Family(**{"name": "New", "layers": ("NewLayer",), "sites": {"ffn": ("down",)}, **changes})
+
+
+@pytest.mark.parametrize(
+    ("family", "error", "match"),
+    [
+        ("llama", TypeError, "family: got str, expected a Family"),
+        (_family(layers=()), ValueError, "family: got layers ()"),
+        (_family(layers="NewLayer"), ValueError, "family: got layers 'NewLayer', expected a tuple"),
+        (_family(layers=("NewLayer", "BertLayer")), ValueError, "family: the layers BertLayer are known already"),
+        (
+            _family(layers=("a.NewLayer", "b.NewLayer")),
+            ValueError,
+            "NewLayer, NewLayer are known already, or come twice",
+        ),
+        (_family(sites={}), ValueError, "family: got sites for []"),
+        (_family(sites={"ffn": ()}), ValueError, "family: got sites for ['ffn']"),
+        (_family(sites={"mlp": ("down",)}), ValueError, "family: got sites for ['mlp'], expected paths for some of"),
+        (_family(inside=("stream",)), ValueError, "expected paths for some of"),
+        (_family(sites={"ffn": "down"}), ValueError, "expected a tuple of paths"),
+        (_family(layouts=(_layout(key="distilbert"),)), ValueError, "keys distilbert are taken"),
+        (_family(layouts=(_layout(), _layout())), ValueError, "keys new, new are taken"),
+        (
+            _family(layouts=(_layout(points=(Point("ffn", "up", "up", fuses=""),)),)),
+            ValueError,
+            "layout 'new' has a point for 'ffn' at 'up'",
+        ),
+        (
+            _family(layouts=(_layout(points=(Point("attn", "down", "down", fuses=""),)),)),
+            ValueError,
+            "layout 'new' has a point for 'attn' at 'down'",
+        ),
+        (_family(layouts=(_layout(block="ffn"),)), ValueError, "a point for 'ffn' at 'ffn.down'"),
+    ],
+)
+def test_what_cannot_be_registered(family, error, match, families):
+    before = [copy.copy(registry) for registry in (models.FAMILIES, models.LAYOUTS, models._BY_LAYER)]
+    with pytest.raises(error) as raised:
+        rk.register_family(family)
+    assert match in str(raised.value)
+    assert before == [models.FAMILIES, models.LAYOUTS, models._BY_LAYER]
+    rk.register_family(_family(layouts=(_layout(),)))  # the right one can be, once
+    with pytest.raises(ValueError, match="known already"):
+        rk.register_family(_family())
+
+
+_ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+_GPT2 = {"vocab_size": 50257, "n_positions": 1024}
+REAL = {
+    "roberta-base": lambda: transformers.RobertaForSequenceClassification(
+        transformers.RobertaConfig(
+            hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, **_ROBERTA
+        )
+    ),
+    "roberta-large": lambda: transformers.RobertaForSequenceClassification(
+        transformers.RobertaConfig(
+            hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, **_ROBERTA
+        )
+    ),
+    "t5-base": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=32128, d_model=768, d_ff=3072, d_kv=64, num_layers=12, num_decoder_layers=12, num_heads=12
+        )
+    ),
+    "gpt2-medium": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=1024, n_layer=24, n_head=16, **_GPT2)
+    ),
+    "gpt2-large": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=1280, n_layer=36, n_head=20, **_GPT2)
+    ),
+    "llama-2-7b": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=32000,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            max_position_embeddings=4096,
+        )
+    ),
+}
+TOTALS = {  # of the base models, so that the configurations are those of the published ones
+    "roberta-base": 124_647_170,
+    "roberta-large": 355_361_794,
+    "t5-base": 222_903_552,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "llama-2-7b": 6_738_415_616,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "position", "trained"),
+    [
+        ("roberta-base", "ffn", 18_432),
+        ("roberta-base", "more", 92_160),
+        ("roberta-large", "ffn", 49_152),
+        ("roberta-large", "more", 245_760),
+        ("t5-base", "ffn", 36_864),
+        ("gpt2-medium", "ffn", 49_152),
+        ("gpt2-medium", "more", 245_760),
+        ("gpt2-large", "ffn", 92_160),
+        ("gpt2-large", "more", 460_800),
+        ("llama-2-7b", "ffn", 262_144),
+    ],
+)
+def test_parameter_counts(name, position, trained):
+    with torch.device("meta"):
+        model = REAL[name]()
+    assert sum(parameter.numel() for parameter in model.parameters()) == TOTALS[name]
+    report = rk.patch(model, rk.RedConfig(position=position))
+    assert report.trainable == trained
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == trained
+    assert report.total == TOTALS[name] + trained
+    assert all(vector.is_meta for parts in rk.edit_parameters(model).values() for vector in parts.values())
