@@ -231,8 +231,8 @@ class _Path(NamedTuple):
     """A `Point`, its paths in parts."""
 
     place: str
-    outer: list[str]
-    inner: list[str]  # from the module that is called to the site it ends in; empty where it is the site
+    site: list[str]
+    outer: list[str]  # of the module that is called, which ends in the site
     known: tuple[str, ...] | None  # fingerprints of that module's forward
     dropout: list[str]
     inside: bool
@@ -243,8 +243,8 @@ def _finder(layout: Layout) -> Callable[[nn.Module], Edits | None]:
     points = [
         _Path(
             point.place,
+            _parts(point.site),
             _parts(point.outer),
-            _parts(point.site.removeprefix(point.outer)),
             point.known.get(point.outer),
             _parts(point.dropout),
             point.inside,
@@ -260,20 +260,22 @@ def _finder(layout: Layout) -> Callable[[nn.Module], Edits | None]:
             usable = usable and _is_dropout(dropout) and dropout is not None and unobserved(dropout)
         found: dict[str, RedEdit] = {}
         for point in points:
-            outer = walk(block, point.outer)
-            site = walk(outer, point.inner)
+            site: nn.Module | None = block
+            for part in point.site:  # no call: this runs for every layer, mostly to find nothing
+                site = None if site is None else site._modules.get(part)
             own = None if site is None else site._modules.get(NAME)
-            if outer is None or site is None or not isinstance(own, RedEdit):
+            if site is None or not isinstance(own, RedEdit):
                 continue
-            if point.inside or (usable and _deferrable(block, outer, site, own, point)):
+            if point.inside or (usable and _deferrable(block, site, own, point)):
                 found[point.place] = own
         return Edits(**found) if found else None
 
     return find
 
 
-def _deferrable(block: nn.Module, outer: nn.Module, site: nn.Module, own: RedEdit, point: _Path) -> bool:
-    if point.known is not None and class_fingerprint(type(outer)) not in point.known:
+def _deferrable(block: nn.Module, site: nn.Module, own: RedEdit, point: _Path) -> bool:
+    outer = walk(block, point.outer)
+    if outer is None or (point.known is not None and class_fingerprint(type(outer)) not in point.known):
         return False
     if point.dropout:
         dropout = walk(block, point.dropout)

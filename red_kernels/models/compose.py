@@ -139,7 +139,9 @@ def _sum(
     x: Tensor, residual: Tensor | None, own: RedEdit | None, after: RedEdit | None, p: float, training: bool
 ) -> _Sum:
     """What is to be computed; all but its last addition is done where there is an edit behind that."""
-    x, vectors = _left_to_do(own, x)
+    vectors = _NO_EDIT
+    if own is not None:
+        x, vectors = _left_to_do(own, x)
     pending = _Sum(x, residual, vectors, p, training)
     if after is None:
         return pending
@@ -147,10 +149,8 @@ def _sum(
     return _Sum(z, None, vectors, 0.0, False)
 
 
-def _left_to_do(own: RedEdit | None, x: Tensor) -> tuple[Tensor, Vectors]:
+def _left_to_do(own: RedEdit, x: Tensor) -> tuple[Tensor, Vectors]:
     """`x` and the vectors that a fused operation has to apply to it; or `x` edited already, and none."""
-    if own is None:
-        return x, _NO_EDIT
     vectors = _vectors(own, x)
     return (own(x), _NO_EDIT) if vectors is None else (x, vectors)
 
