@@ -6,9 +6,9 @@ nothing can be added without changing the class behind PEFT's back. So the entri
 enumeration of ours, which like PEFT's is a string and equals `"RED"`, as it stands in `adapter_config.json`. Nothing
 of PEFT is replaced.
 
-How this ages, tested with PEFT 0.21: what is needed of PEFT is looked for at the import, and a version that lacks any
-of it gives an ImportError that says what. Should PEFT have a method `RED` of its own one day, that is refused too. What
-no check sees: other keys in saved files (PEFT 0.21 builds them from `red_edit.<adapter>.<vector>` by cutting out the
+How this ages, tested with PEFT 0.21.0 to 0.21.2: what is needed of PEFT is looked for at the import, and a version that
+lacks any of it, as those before 0.21 do, gives an ImportError that says what. Should PEFT have a method `RED` of its own
+one day, that is refused too. What no check sees: other keys in saved files (PEFT 0.21 builds them from `red_edit.<adapter>.<vector>` by cutting out the
 adapter's name), other names of the two attributes by which PEFT switches adapters on and off (`RedLayer`), and
 another hook for mixed batches (`_enable_peft_forward_hooks`); the tests run PEFT's own suite against these.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from .._require import require
 
-require("peft", "red_kernels.integrations.peft", "'peft>=0.19'")
+require("peft", "red_kernels.integrations.peft", "'peft>=0.21'")
 
 from .config import RedPeftConfig, RedPeftType  # noqa: E402
 from .layer import RedAdapters, RedLayer  # noqa: E402

@@ -18,7 +18,15 @@ _DICTIONARIES: dict[str, Any] = {
     "PEFT_TYPE_TO_TUNER_MAPPING": RedModel,
     "PEFT_TYPE_TO_PREFIX_MAPPING": RedModel.prefix,
 }
-_TUNER = ("inject_adapter", "_prepare_model", "_prepare_adapter_config", "_replace_module", "_cast_adapter_dtype")
+_TUNER = (  # the first came with 0.21: before, PEFT knew by name of each method how it is saved
+    "_get_adapter_state_dict",
+    "_remap_adapter_state_dict_for_load",
+    "inject_adapter",
+    "_prepare_model",
+    "_prepare_adapter_config",
+    "_replace_module",
+    "_cast_adapter_dtype",
+)
 _LAYER = ("_active_adapter", "_disable_adapters", "_get_base_layer_device_and_dtype", "set_adapter", "merged_adapters")
 
 
@@ -34,7 +42,8 @@ def register() -> None:
     lacking += [f"BaseTunerLayer.{name}" for name in _LAYER if not hasattr(BaseTunerLayer, name)]
     if lacking:
         raise ImportError(
-            f"peft {peft.__version__} has no {', '.join(lacking)}, which RED as a method of PEFT is built on; 0.21 has"
+            f"peft {peft.__version__} has no {', '.join(lacking)}, which RED as a method of PEFT is built on; take "
+            "0.21 or later"
         )
     for name, value in _DICTIONARIES.items():
         held = found[name].get(RedPeftType.RED, value)
