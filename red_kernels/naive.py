@@ -6,14 +6,16 @@ the whole activation, before the model goes on with its own residual addition an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .config import KINDS
+from .edit_module import NORM_EPS
 from .plan import output_width
 
 __all__ = ["NaiveEdits", "naive_edit"]
@@ -38,17 +40,23 @@ class NaiveEdits:
             model.get_submodule(site).register_forward_hook(self._hook(parts)) for site, parts in parameters.items()
         ]
 
-    def _hook(self, parts: dict[str, nn.Parameter]) -> Callable[[nn.Module, object, torch.Tensor], torch.Tensor]:
+    def _hook(self, parts: dict[str, nn.Parameter]) -> Callable[[nn.Module, object, Any], Any]:
         scale, bias = parts.get("scale"), parts.get("bias")
+        norm_weight, norm_bias = parts.get("norm_weight"), parts.get("norm_bias")
 
-        def hook(module: nn.Module, arguments: object, output: torch.Tensor) -> torch.Tensor:
+        def hook(module: nn.Module, arguments: object, output: Any) -> Any:
             if not self.active:
                 return output
+            if isinstance(output, tuple):
+                return hook(module, arguments, output[0]), *output[1:]
             edited = output
             if scale is not None:
                 edited = edited * scale
             if bias is not None:
                 edited = edited + bias
+            if norm_weight is not None:
+                width = (edited.shape[-1],)
+                edited = nn.functional.layer_norm(edited.to(norm_weight.dtype), width, norm_weight, norm_bias, NORM_EPS)
             return edited.to(output.dtype)
 
         return hook
@@ -77,15 +85,20 @@ class NaiveEdits:
 
 
 def naive_edit(
-    model: nn.Module, sites: Iterable[str], kind: str = "all", dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    sites: Iterable[str],
+    kind: str = "all",
+    dtype: torch.dtype = torch.float32,
+    widths: Mapping[str, int] | None = None,
 ) -> NaiveEdits:
     """Edit the outputs of modules by `scale * h + bias`, in eager PyTorch, and freeze the base model.
 
     Args:
         model: the base model; it must not be patched.
-        sites: names of modules whose output is one tensor `(..., width)`: linear layers, transformers' `Conv1D`, norms.
-        kind: `"all"` (scale and bias), `"scaling"` or `"bias"`.
+        sites: names of modules whose output is one tensor `(..., width)`, or a tuple that begins with it.
+        kind: `"all"` (scale and bias), `"scaling"`, `"bias"` or `"ln"`.
         dtype: of the vectors. The output keeps the dtype of `h`, whatever this is.
+        widths: site to width, for modules other than linear layers, transformers' `Conv1D` and norms.
 
     Returns:
         The `NaiveEdits`, which holds the vectors and takes the edits off again.
@@ -104,8 +117,9 @@ def naive_edit(
         if site not in modules:
             raise ValueError(f"sites: the model has no module {site!r}")
         width, device = output_width(modules[site]), next((own.device for own in modules[site].parameters()), None)
+        width = (widths or {}).get(site, width)
         if width is None or device is None:
             raise ValueError(f"sites: {site!r} is a {type(modules[site]).__name__}, whose output width cannot be told")
-        start = {"scale": torch.ones, "bias": torch.zeros}
+        start = {"scale": torch.ones, "bias": torch.zeros, "norm_weight": torch.ones, "norm_bias": torch.zeros}
         parameters[site] = {part: nn.Parameter(start[part](width, dtype=dtype, device=device)) for part in KINDS[kind]}
     return NaiveEdits(model, parameters)

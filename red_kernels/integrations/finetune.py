@@ -21,7 +21,7 @@ from ..backends import choose
 from ..checkpoint import saved_config
 from ..config import RedConfig
 from ..naive import naive_edit
-from ..patch import edit_config, edit_parameters, patch
+from ..patch import edit_config, edit_modules, edit_parameters, patch
 from . import report
 from .base_models import DEFAULT_DTYPE, DEFAULT_MODEL, DTYPES, TASKS, BaseModel, load_base
 from .data import (
@@ -369,21 +369,24 @@ def _compare(fused: nn.Module, fresh: BaseModel, data: _Data, device: torch.devi
     sites = list(edit_parameters(fused))
     head = list(head_parameters(fused).values())
     vectors = [vector for parts in edit_parameters(fused).values() for vector in parts.values()]
-    with naive_edit(fresh.model, sites, edit_config(fused).kind) as naive:
+    # An edit inside of a layer's forward is no module's output: no hook can be its peer, and the floor alone stands.
+    inside = any(own.inside for own in edit_modules(fused).values())
+    widths = {site: own.width for site, own in edit_modules(fused).items()}
+    with naive_edit(fresh.model, sites, edit_config(fused).kind, widths=widths) as naive:
         fresh_head = train_head(fresh.model, fresh.new_parameters) if data.classification else []
         passing = pass_gradients(fresh.model, sites)
 
         def use(edited: bool) -> None:
             naive.active = edited
 
-        speeds = compare_speed(
-            {
-                FUSED: training_step(fused, batch, vectors + head, lambda: None),
-                EAGER: training_step(fresh.model, batch, naive.vectors() + fresh_head, lambda: use(True)),
-                FROZEN: training_step(fresh.model, batch, fresh_head, lambda: use(False)),
-            },
-            device,
-        )
+        steps = {
+            FUSED: training_step(fused, batch, vectors + head, lambda: None),
+            EAGER: training_step(fresh.model, batch, naive.vectors() + fresh_head, lambda: use(True)),
+            FROZEN: training_step(fresh.model, batch, fresh_head, lambda: use(False)),
+        }
+        if inside:
+            del steps[EAGER]
+        speeds = compare_speed(steps, device)
         for handle in passing:
             handle.remove()
     return speeds

@@ -179,9 +179,10 @@ def pass_gradients(model: nn.Module, sites: Iterable[str]) -> list[Any]:
     This is the floor for the training speed: the same backward passes, nothing to train.
     """
 
-    def hook(module: nn.Module, arguments: object, output: torch.Tensor) -> None:
-        if torch.is_grad_enabled() and not output.requires_grad:
-            output.requires_grad_()
+    def hook(module: nn.Module, arguments: object, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if torch.is_grad_enabled() and not first.requires_grad:
+            first.requires_grad_()
 
     return [model.get_submodule(site).register_forward_hook(hook) for site in sites]
 
