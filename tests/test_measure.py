@@ -143,7 +143,7 @@ def test_naive_edit_refuses() -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU())
     for sites, kind, message in (
         ([], "all", "got none"),
-        (["0"], "ln", "kind: got 'ln'"),
+        (["0"], "norm", "kind: got 'norm'"),
         (["0", "7"], "all", "no module '7'"),
         (["0", "1"], "all", "'1' is a ReLU"),
     ):
