@@ -7,8 +7,8 @@ enumeration of ours, which like PEFT's is a string and equals `"RED"`, as it sta
 of PEFT is replaced.
 
 How this ages, tested with PEFT 0.21.0 to 0.21.2: what is needed of PEFT is looked for at the import, and a version that
-lacks any of it, as those before 0.21 do, gives an ImportError that says what. Should PEFT have a method `RED` of its own
-one day, that is refused too. What no check sees: other keys in saved files (PEFT 0.21 builds them from
+lacks any of it, as those before 0.21 do, gives an ImportError that says what. Should PEFT have a method `RED` of its
+own one day, that is refused too. What no check sees: other keys in saved files (PEFT 0.21 builds them from
 `red_edit.<adapter>.<vector>` by cutting out the adapter's name), a `peft_type` that has to be a `PeftType`, and another
 hook for mixed batches (`_enable_peft_forward_hooks`); the tests run PEFT's own suite against these.
 """
