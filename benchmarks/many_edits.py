@@ -12,6 +12,8 @@ kept` stays in one block, as `generate` does between tokens. An optimizer's step
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.metadata
 import json
 import sys
 import warnings
@@ -285,6 +287,8 @@ def main(arguments: list[str] | None = None) -> None:
         import transformers
 
         versions = {"transformers": transformers.__version__}
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions["peft"] = importlib.metadata.version("peft")
         said = {"environment": environment() | versions | {"device": "cpu"}, "results": results}
         write_files(chosen.output.parent, {chosen.output.name: (json.dumps(said, indent=1) + "\n").encode()})
 
