@@ -106,3 +106,16 @@ def empty_is_nan() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.fixture
+def families() -> Iterator[None]:
+    """Whatever families the test registers are forgotten behind it."""
+    from red_kernels import models
+
+    before = list(models.FAMILIES), dict(models.LAYOUTS), dict(models._BY_LAYER)
+    yield
+    models.FAMILIES[:] = before[0]
+    for registry, kept in ((models.LAYOUTS, before[1]), (models._BY_LAYER, before[2])):
+        registry.clear()
+        registry.update(kept)

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounter
 
 import red_kernels as rk
+from red_kernels.integrations.peft import RedPeftConfig
 from red_kernels.patch import edit_modules
 
 NAME = "llama"
@@ -376,6 +377,26 @@ def test_with_lora_beside():
     rk.switch_edit(peft, "b")
     assert rk.active_edit(model) == "b"
     hold(logits(peft), values["b"])
+
+
+def test_adapters_of_a_tuner_are_left_to_it():
+    model = get_peft_model(zoo.tiny(NAME), RedPeftConfig(task_type="CAUSAL_LM"))
+    for call in (
+        lambda: rk.add_edit(model, "a"),
+        lambda: rk.switch_edit(model, "default"),
+        lambda: rk.delete_edit(model, "default"),
+        lambda: rk.combine_edits(model, {"default": 1.0}, "a"),
+    ):
+        with pytest.raises(ValueError, match="model: its edits are adapters of a tuner"):
+            call()
+    with torch.no_grad():
+        for parts in rk.edit_parameters(model, "default").values():
+            parts["bias"].add_(1.0)
+    edited = logits(model)
+    with rk.disable_edits(model):
+        hold(logits(model), None)
+    assert torch.equal(logits(model), edited)
+    assert not torch.allclose(edited, logits(zoo.tiny(NAME)))
 
 
 def test_hot_swap_without_recompiling():

@@ -20,18 +20,6 @@ from red_kernels.patched import is_patched
 
 
 @pytest.fixture
-def families():
-    """Whatever a test registers is forgotten behind it."""
-    registries = (models.FAMILIES, models.LAYOUTS, models._BY_LAYER)
-    before = [copy.copy(registry) for registry in registries]
-    yield
-    models.FAMILIES[:] = before[0]
-    for registry, kept in zip(registries[1:], before[1:], strict=True):
-        registry.clear()
-        registry.update(kept)
-
-
-@pytest.fixture
 def registered(families):
     toy.register()
 
