@@ -264,6 +264,25 @@ def test_weights_that_cannot_be_scaled():
         assert len(edit_parameters(model)) == zoo.LAYERS
 
 
+@pytest.mark.parametrize("by", ["bitsandbytes", "torchao"])
+def test_quantised_bases(by):
+    model = zoo.tiny("llama")
+    layer = model.model.layers[0].mlp
+    if by == "bitsandbytes":
+        bnb = pytest.importorskip("bitsandbytes")
+        packed = bnb.nn.Linear8bitLt(zoo.INNER, zoo.HIDDEN, bias=False, has_fp16_weights=False)
+        packed.weight = bnb.nn.Int8Params(layer.down_proj.weight.detach(), has_fp16_weights=False, requires_grad=False)
+        layer.down_proj = packed
+    else:
+        quantization = pytest.importorskip("torchao.quantization")
+        quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
+    patch(model, RedConfig())
+    weight = layer.down_proj.weight
+    with pytest.raises(ValueError, match=r"down_proj.weight is a .*quantised.*load the base model in bfloat16"):
+        rk.merge(model)
+    assert layer.down_proj.weight is weight
+
+
 def test_lora_on_the_site():
     peft = pytest.importorskip("peft")
     model = zoo.tiny("llama")
