@@ -123,6 +123,12 @@ def _plan_named(model: nn.Module, config: RedConfig) -> Plan:
     for name, module in modules.items():
         if name not in chosen:
             continue
+        parent, _, _ = name.rpartition(".")
+        if isinstance(modules[parent], nn.MultiheadAttention):
+            raise ValueError(
+                f"sites: {name!r} is inside of an nn.MultiheadAttention, which reads its weights without calling it: an "
+                "edit there would never be applied"
+            )
         width = output_width(module)
         if width is None:
             raise ValueError(

@@ -329,3 +329,10 @@ def test_vectors_that_are_no_parameters_for_the_time_being(name: str) -> None:
             setattr(own, part, view)
     results = [loss_and_backward(one, batch_for(one, name))["logits"] for one in (model, unfused.model, truth.model)]
     zoo.assert_as_exact("logits", *results[:3])
+
+
+def test_a_module_that_is_never_called():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"'0.out_proj' is inside of an nn.MultiheadAttention.*never be applied"):
+        patch(model, RedConfig(sites="*.out_proj"))
+    assert not hasattr(model[0].out_proj, "red_edit")
