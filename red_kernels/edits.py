@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from .edit_module import RedEdit, check_name
+from .module_facts import wrapper_of
 from .patch import edit_modules, outer_modules
-from .plan import wrapper_of
 from .report import listed
 from .selection import DEFAULT, Rows, Selection
 

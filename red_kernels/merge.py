@@ -20,8 +20,8 @@ from .edits import active_edit
 from .merge_report import MergeReport, SiteMerge
 from .models.fingerprint import BASE
 from .models.norms import NormSpec, norm_spec
+from .module_facts import wrapper_of
 from .patch import edit_config, edit_modules, merge_targets, patch, unpatch
-from .plan import wrapper_of
 from .report import listed
 
 __all__ = [

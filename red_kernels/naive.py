@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .config import KINDS
 from .edit_module import NORM_EPS
-from .plan import output_width
+from .module_facts import output_width
 
 __all__ = ["NaiveEdits", "naive_edit"]
 

@@ -11,8 +11,9 @@ from torch import nn
 from .config import RedConfig
 from .edit_module import INSIDE, NAME, RedEdit, edit_hook
 from .models.fingerprint import BASE
+from .module_facts import wrapper_of
 from .patched import is_patched, patch_block, patch_norm, patch_stack, unpatch_module
-from .plan import Plan, PlannedSite, make_plan, wrapper_of
+from .plan import Plan, PlannedSite, make_plan
 from .report import PatchReport, count_parameters, listed
 from .selection import DEFAULT, Selection
 

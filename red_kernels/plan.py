@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +14,7 @@ from .edit_module import NAME, RedEdit
 from .models import FAMILIES, Layout, Point, child_at, family_of, first_path
 from .models.handoff import NextNorm
 from .models.norms import norm_spec
+from .module_facts import device_of, experts_in, experts_remark, linear_patterns, output_width, wrapper_of
 from .next_norm import Place, next_norm, resolved, unusable
 from .patched import is_patched, recognised, recognised_point
 from .report import SiteReport, listed
@@ -25,21 +24,10 @@ __all__ = [
     "PlannedBlock",
     "PlannedSite",
     "bias_flags",
-    "device_of",
     "known_sites",
     "make_plan",
-    "output_width",
     "plan_edited",
-    "wrapper_of",
 ]
-
-_WRAPPERS = (
-    "DistributedDataParallel",
-    "FullyShardedDataParallel",
-    "FSDPModule",
-    "DeepSpeedEngine",
-    "PipelineEngine",
-)
 
 
 @dataclass(frozen=True)
@@ -102,11 +90,6 @@ def _only_one_name(named: Iterable[tuple[nn.Module, str]]) -> None:
             raise ValueError(f"model: {first} and {name} are the same module; one edit cannot be in both")
 
 
-def wrapper_of(module: nn.Module) -> str | None:
-    """The name of the class that has wrapped a module for distributed training, or None."""
-    return next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), None)
-
-
 def _plan_named(model: nn.Module, config: RedConfig) -> Plan:
     plan = Plan()
     assert config.sites is not None
@@ -117,7 +100,7 @@ def _plan_named(model: nn.Module, config: RedConfig) -> Plan:
         if not matched:
             raise ValueError(
                 f"sites: {pattern!r} matches no module of this {type(model).__name__}; its linear layers are "
-                f"{_linear_patterns(model)}"
+                f"{linear_patterns(model)}"
             )
         chosen.update(matched)
     for name, module in modules.items():
@@ -126,18 +109,18 @@ def _plan_named(model: nn.Module, config: RedConfig) -> Plan:
         parent, _, _ = name.rpartition(".")
         if isinstance(modules[parent], nn.MultiheadAttention):
             raise ValueError(
-                f"sites: {name!r} is inside of an nn.MultiheadAttention, which reads its weights without calling it: an "
-                "edit there would never be applied"
+                f"sites: {name!r} is inside of an nn.MultiheadAttention, which reads its weights without calling it: "
+                "an edit there would never be applied"
             )
         width = output_width(module)
         if width is None:
             raise ValueError(
                 f"sites: {name!r} is a {type(module).__name__}, whose output is not known to be one tensor of a fixed "
-                f"width; name linear layers or norms{_experts_remark(module, name)}"
+                f"width; name linear layers or norms{experts_remark(module, name)}"
             )
         report = SiteReport(name, width, None, "named by sites=")
         plan.sites.append(PlannedSite(module, width, device_of(module, model), report))
-    experts = _experts(model)
+    experts = experts_in(model)
     if experts:
         plan.warnings.append(f"not edited, as their weights are one 3-D Parameter for all experts: {listed(experts)}")
     return plan
@@ -223,7 +206,7 @@ def _chosen(model: nn.Module, config: RedConfig, warnings: list[str]) -> list[tu
     lost = {f"{place.name} (no {missing})" for place, (_, missing) in chosen if missing}
     if lost:
         names = [place.name for place, (_, missing) in chosen if missing]
-        experts = [name for name in _experts(model) if any(name.startswith(f"{layer}.") for layer in names)]
+        experts = [name for name in experts_in(model) if any(name.startswith(f"{layer}.") for layer in names)]
         remark = f": the weights of all experts are one 3-D Parameter in {listed(experts)}" if experts else ""
         raise ValueError(
             f"model: not all layers have what position {config.position!r} edits: {listed(sorted(lost))}{remark}; "
@@ -427,19 +410,6 @@ def _width(site: nn.Module, place: Place, name: str) -> int:
     return width
 
 
-def output_width(module: nn.Module) -> int | None:
-    """The width of a module's one output tensor, where it can be told: linear layers of any make, and norms."""
-    for name in ("out_features", "nf"):
-        width = getattr(module, name, None)
-        if isinstance(width, int) and width > 0:
-            return width
-    if isinstance(module, nn.LayerNorm) or norm_spec(type(module)) is not None:
-        weight = getattr(module, "weight", None)
-        shape: Any = weight.shape if isinstance(weight, torch.Tensor) else getattr(module, "normalized_shape", ())
-        return int(shape[-1]) if len(shape) == 1 else None
-    return None
-
-
 def _stream_width(place: Place) -> int | None:
     """The width of the residual stream, by a norm of the layer: for a site that does not say its own."""
     # Norms of queries and keys are deeper in and may be as narrow as a head.
@@ -449,37 +419,9 @@ def _stream_width(place: Place) -> int | None:
     return None
 
 
-def device_of(site: nn.Module, model: nn.Module) -> torch.device:
-    """Where the vectors of a site belong: beside its tensors, or without any beside the model's."""
-    tensors = (*site.parameters(), *site.buffers())
-    device = tensors[0].device if tensors else next((p.device for p in model.parameters()), torch.device("cpu"))
-    hook = getattr(site, "_hf_hook", None)
-    if device.type == "meta" and hook is not None:  # accelerate keeps the weights elsewhere and brings them here
-        for one in (hook, *getattr(hook, "hooks", ())):
-            execution = getattr(one, "execution_device", None)
-            if execution is not None:
-                return torch.device(execution)
-    return device
-
-
-def _experts(model: nn.Module) -> list[str]:
-    """Names of the modules whose weights are one 3-D Parameter for all experts."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if not hasattr(module, "kernel_size")  # a convolution
-        and any(p is not None and p.dim() == 3 and p.shape[0] > 1 for p in module._parameters.values())
-    ]
-
-
-def _experts_remark(module: nn.Module, name: str) -> str:
-    inner = [f"{name}.{inner}" if inner else name for inner in _experts(module)]
-    return f"; the weights of all experts are one 3-D Parameter in {listed(inner)}" if inner else ""
-
-
 def _no_sites(model: nn.Module) -> str:
     supported = "; ".join(family.name for family in FAMILIES)
-    experts = _experts(model)
+    experts = experts_in(model)
     remark = (
         f" The weights of all experts are one 3-D Parameter in {listed(experts)}: no module gives their output."
         if experts
@@ -488,12 +430,5 @@ def _no_sites(model: nn.Module) -> str:
     return (
         f"model: {type(model).__name__} has no layers that are known; supported: {supported}.{remark} For another "
         f"layout name the modules whose output is to be edited, as in RedConfig(sites='*.down_proj'); its linear "
-        f"layers are {_linear_patterns(model)}"
+        f"layers are {linear_patterns(model)}"
     )
-
-
-def _linear_patterns(model: nn.Module) -> str:
-    """The names of the linear layers, layer numbers replaced by `*`."""
-    names = [name for name, module in model.named_modules() if name and output_width(module) is not None]
-    patterns = dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names)
-    return listed(list(patterns)) if patterns else "none"

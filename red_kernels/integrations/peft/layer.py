@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...config import KINDS
 from ...edit_module import NAME, EditVectors, RedEdit, edit_hook
-from ...plan import device_of, output_width
+from ...module_facts import device_of, output_width
 from ...selection import Selection, Vectors
 from .config import RedPeftConfig
 from .merged import mergeable, merged_tensors

@@ -16,9 +16,10 @@ from torch import nn
 from ...edit_module import RedEdit
 from ...edits import use_edits
 from ...merge import make_place, places_for_biases
+from ...module_facts import wrapper_of
 from ...patch import fuse
 from ...patched import unpatch_module
-from ...plan import bias_flags, known_sites, plan_edited, wrapper_of
+from ...plan import bias_flags, known_sites, plan_edited
 from ...report import listed
 from ...selection import DEFAULT, Selection
 from .config import RedPeftConfig
