@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -31,6 +31,9 @@ class Vectors(NamedTuple):
     ids: Tensor | None = None
 
 
+_Seen = tuple[Mapping[str, "Tensor | None"], str, Tensor, int]  # where a vector hangs, and its version
+
+
 class Rows:
     """The edits of the rows of a batch.
 
@@ -48,7 +51,7 @@ class Rows:
         self.index = torch.tensor([place[name] for name in ids])
         self.modes: set[bool] = set()  # `training` of layers that have used them and that may be run again in backward
         self._ids: dict[tuple[torch.Size, torch.device], Tensor] = {}
-        self._banks: dict[int, tuple[RedEdit, list[tuple[Tensor, int]], Vectors]] = {}
+        self._banks: dict[int, tuple[RedEdit, list[_Seen], Vectors]] = {}
 
     def vectors(self, own: RedEdit, hidden: Tensor) -> Vectors | None:
         """What `own` applies to `hidden`; None where no row is edited."""
@@ -81,17 +84,17 @@ class Rows:
         """The vectors of all names, one below the other; kept while nobody wants gradients and none has changed."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._stacked(own)
-        found = [vectors for vectors in map(own.named, self.names) if vectors is not None]
-        state = [
-            (vector, vector._version)
-            for vectors in found
-            for vector in vectors[:4]
-            if vector is not None and not vector.is_inference()
-        ]
         kept = self._banks.get(id(own))
-        if kept is None or kept[0] is not own or not _same(kept[1], state):
-            kept = self._banks[id(own)] = own, state, self._stacked(own)
-        return kept[2]
+        if kept is not None and kept[0] is own and _as_they_were(kept[1]):
+            return kept[2]
+        state: list[_Seen] = [
+            (holder._parameters, part, vector, -1 if vector.is_inference() else vector._version)
+            for holder in (own.holder(name) for name in self.names if name is not None and own.has(name))
+            for part, vector in holder._parameters.items()
+            if vector is not None
+        ]
+        self._banks[id(own)] = own, state, self._stacked(own)
+        return self._banks[id(own)][2]
 
     def _stacked(self, own: RedEdit) -> Vectors:
         found = [own.named(name) for name in self.names]
@@ -110,8 +113,11 @@ class Rows:
         return Vectors(*(stacked(part) for part in range(4)))
 
 
-def _same(kept: list[tuple[Tensor, int]], now: list[tuple[Tensor, int]]) -> bool:
-    return len(kept) == len(now) and all(a is b and at == to for (a, at), (b, to) in zip(kept, now, strict=True))
+def _as_they_were(state: list[_Seen]) -> bool:
+    """Whether a bank still has the values of its vectors. Those made in inference mode do not say, so it has not."""
+    return bool(state) and all(
+        own.get(part) is vector and version >= 0 and vector._version == version for own, part, vector, version in state
+    )
 
 
 class _Here(threading.local):

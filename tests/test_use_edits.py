@@ -13,6 +13,7 @@ from row_cases import NAMES, ROWS, eager, hold, inputs, several, weighted
 import red_kernels as rk
 from red_kernels import edit_module
 from red_kernels.models import compose
+from red_kernels.selection import Rows
 
 FAMILIES = ("llama", "gpt2", "bert", "t5", "opt", "distilbert", "falcon")
 FUSED = (
@@ -267,13 +268,23 @@ def test_an_edit_in_use_is_not_deleted():
     assert rk.edit_names(model) == ("default",)
 
 
-def test_new_values_inside_of_a_block():
-    """What is kept between calls without gradients is not kept beyond a change."""
+def test_new_values_inside_of_a_block(monkeypatch):
+    """The vectors laid together are kept between calls without gradients, but not beyond a change."""
     _, model, values = several("llama")
     batch = inputs("llama", 2)
+    made = []
+    stacked = Rows._stacked
+    monkeypatch.setattr(Rows, "_stacked", lambda self, own: made.append(own) or stacked(self, own))
     with torch.no_grad(), rk.use_edits(model, ["a", "b"]):
         first = model(**batch).logits
         assert torch.equal(model(**batch).logits, first)
+        assert len(made) == zoo.LAYERS
+        holder = model.model.layers[1].mlp.down_proj.red_edit.b
+        holder.bias = torch.nn.Parameter(holder.bias + 1.0)
+        assert not torch.allclose(model(**batch).logits[1], first[1])
+        assert len(made) == zoo.LAYERS + 1
+        holder.bias = torch.nn.Parameter(holder.bias - 1.0)
+        first = model(**batch).logits
         zoo.fill(rk.edit_parameters(model, "a"), values["default"])
         changed = model(**batch).logits
     with torch.no_grad(), rk.use_edits(model, ["default", "b"]):
