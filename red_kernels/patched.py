@@ -245,7 +245,7 @@ def _finder(layout: Layout) -> Callable[[nn.Module], Edits | None]:
             point.place,
             _parts(point.site),
             _parts(point.outer),
-            point.known.get(point.outer),
+            point.known.get(point.outer) if point.outer else layout.known,
             _parts(point.dropout),
             point.inside,
         )
@@ -277,9 +277,12 @@ def _deferrable(block: nn.Module, site: nn.Module, own: RedEdit, point: _Path) -
     outer = walk(block, point.outer)
     if outer is None or (point.known is not None and class_fingerprint(type(outer)) not in point.known):
         return False
+    if outer is block and "forward" in block.__dict__:
+        return False  # what is wrapped around this forward may return something else, and that is to be edited
     if point.dropout:
         dropout = walk(block, point.dropout)
-        if dropout is None or not _is_dropout(dropout, nn.Identity) or not unobserved(dropout):
+        # A dropout that was put there after patching would not be left out.
+        if dropout is None or not (type(dropout) is nn.Identity or is_patched(dropout)) or not unobserved(dropout):
             return False
     # The block is running, and whoever has hooks on it sees it return: only ours may stand behind the edit.
     return may_defer(site if outer is block else outer, site, own)
