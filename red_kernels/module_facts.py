@@ -44,8 +44,9 @@ def device_of(site: nn.Module, model: nn.Module) -> torch.device:
     """Where the vectors of a site belong: beside its tensors, or without any beside the model's."""
     tensors = (*site.parameters(), *site.buffers())
     device = tensors[0].device if tensors else next((p.device for p in model.parameters()), torch.device("cpu"))
-    hook = getattr(site, "_hf_hook", None)
-    if device.type == "meta" and hook is not None:  # accelerate keeps the weights elsewhere and brings them here
+    # accelerate keeps the weights elsewhere, and brings them here for the call of the site or of a part of it
+    for module in site.modules() if device.type == "meta" else ():
+        hook = getattr(module, "_hf_hook", None)
         for one in (hook, *getattr(hook, "hooks", ())):
             execution = getattr(one, "execution_device", None)
             if execution is not None:

@@ -158,9 +158,10 @@ def _left_to_do(own: RedEdit, x: Tensor) -> tuple[Tensor, Vectors]:
 def _vectors(own: RedEdit, x: Tensor) -> Vectors | None:
     """The vectors that a fused operation can take, `_NO_EDIT` where none apply; None where the module is to be called.
 
-    That is so for tensors that are not plain, such as sharded ones, and for edits that end in a norm of their own.
+    That is so for tensors that are not plain, such as sharded ones, for edits that end in a norm of their own, and for
+    those with hooks, which may bring their vectors to the device.
     """
-    if type(x) is not Tensor or plain_only():
+    if type(x) is not Tensor or plain_only() or (own.inside and not unobserved(own)):
         return None
     vectors = own.applied(x)
     if vectors is None:
