@@ -204,7 +204,7 @@ def attach(site: PlannedSite, edit: RedEdit) -> None:
         hooked = site.layer
         hooked.__dict__[INSIDE] = site.path
     if edit_hook not in hooked._forward_hooks.values():
-        hooked.register_forward_hook(edit_hook)
+        hooked.register_forward_hook(edit_hook, prepend=True)
 
 
 def fuse(plan: Plan) -> None:
