@@ -87,3 +87,26 @@ def test_a_dropout_that_was_replaced_after_patching(name, position, monkeypatch)
         return {"logits": output.logits.detach()}
 
     held_to_the_formulas(name, position, run=run)
+
+
+@pytest.mark.parametrize("position", ["res", "res_with_attn"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "distilbert", "opt_post_norm", "t5"])
+def test_hooks_that_were_there_before_patching_see_the_edited_output(name, position):
+    """transformers' own, which collect hidden states, stay on the layers once they were needed."""
+    model = zoo.tiny(name)
+    plain = copy.deepcopy(model)
+    collected(model, name)
+    patch(model, RedConfig(position=position))
+    values = cases.values(edit_parameters(model))
+    zoo.fill(edit_parameters(model), values)
+    unfused, truth = peers(plain, name, position, values)
+    for at, states in enumerate(
+        zip(*(collected(one, name) for one in (model, unfused.model, truth.model)), strict=True)
+    ):
+        zoo.assert_as_exact(f"hidden states {at}", *states)
+
+
+def collected(model, name):
+    with torch.no_grad():
+        output = model(**zoo.inputs(name), output_hidden_states=True)
+    return output.encoder_hidden_states + output.decoder_hidden_states if name == "t5" else output.hidden_states
