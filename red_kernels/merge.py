@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .config import RedConfig
-from .edit_module import NAME, RedEdit
+from .edit_module import NAME, RedEdit, edit_hook
 from .edits import active_edit
 from .merge_report import MergeReport, SiteMerge
 from .models.fingerprint import BASE
+from .models.linears import linear_columns
 from .models.norms import NormSpec, norm_spec
 from .module_facts import wrapper_of
 from .patch import edit_config, edit_modules, merge_targets, patch, unpatch
@@ -191,14 +192,26 @@ def _targets(model: nn.Module, name: str) -> list[_Target]:
             raise ValueError("model: its edits are of kind 'ln'; a LayerNorm behind a layer cannot go into its weights")
         if not own.has(name):
             continue
+        if site not in goes_to:
+            raise ValueError(
+                f"model: {site} had another name when it was patched; take off what was put around it since (such as "
+                "LoRA) to merge"
+            )
         inner, flag = goes_to[site]
         path = site if inner in ("", ".") else f"{site}.{inner}"
-        module = model.get_submodule(path)
-        targets.append(_target(site, path, module, own, flag, users))
+        targets.append(_target(site, path, model, own, flag, users))
     return targets
 
 
-def _target(site: str, path: str, module: nn.Module, own: RedEdit, flag: str, users: dict[int, list[str]]) -> _Target:
+def _changed_before(owner: nn.Module, module: nn.Module) -> bool:
+    """Whether hooks between what a module computes and the edit, which hangs on `owner`, may change it."""
+    hooks = list(owner._forward_hooks.values())
+    before = hooks[: hooks.index(edit_hook)] if edit_hook in hooks else hooks
+    return bool(before or (module is not owner and module._forward_hooks))
+
+
+def _target(site: str, path: str, model: nn.Module, own: RedEdit, flag: str, users: dict[int, list[str]]) -> _Target:
+    owner, module = model.get_submodule(site), model.get_submodule(path)
     kind = type(module).__name__
     if own.inside or (own.of_tuple and path == site and norm_spec(type(module)) is None):
         raise ValueError(
@@ -232,9 +245,17 @@ def _target(site: str, path: str, module: nn.Module, own: RedEdit, flag: str, us
             raise ValueError(f"model: {listed(users[id(value)])} share one Parameter; an edit of one would change all")
     if "weight" in getattr(module, "parametrizations", ()):
         raise ValueError(f"model: {path} has a parametrized weight, which cannot be merged into")
-    columns = spec is None and weight.shape[0] != own.width
-    if spec is None and hasattr(module, "nf"):  # transformers' Conv1D keeps (in, out)
-        columns = True
+    columns = linear_columns(type(module)) if spec is None else False
+    if columns is None or ("forward" in module.__dict__ and not hasattr(module, "_hf_hook")):  # accelerate's may stay
+        raise ValueError(
+            f"model: the forward of {path}, a {kind}, is not one that is known to give W x + b and nothing else; its "
+            "edit cannot be merged"
+        )
+    if _changed_before(owner, module):
+        raise ValueError(
+            f"model: {path} has a forward hook that runs before the edit, and may change what is edited; remove it to "
+            "merge"
+        )
     target = _Target(site, path, module, own, spec, columns, flag)
     if spec is not None and not spec.centered and "bias" in own.parts:
         raise ValueError(f"model: {path} is a {kind}, which has no bias; only edits of kind 'scaling' merge into it")
@@ -309,6 +330,8 @@ def places_for_biases(
     for flag in flags:
         setattr(_holder(changed, flag), flag, True)
     kind = getattr(type(model), BASE, type(model))
+    if not isinstance(config, getattr(kind, "config_class", None) or ()):  # a wrapper, such as PEFT's
+        return {}, {}, listed(needed)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         expected = {path: tuple(own.shape) for path, own in kind(changed).named_parameters(remove_duplicate=False)}
     own_names = dict(model.named_parameters(remove_duplicate=False))

@@ -34,8 +34,8 @@ BY_FLAGS = {
 }
 
 
-def edited(name, position="ffn", kind="all", dtype=torch.float32):
-    model = zoo.tiny(name).to(dtype)
+def edited(name, position="ffn", kind="all", dtype=torch.float32, **changes):
+    model = zoo.tiny(name, **changes).to(dtype)
     plain = copy.deepcopy(model)
     patch(model, RedConfig(position=position, kind=kind))
     values = cases.values(edit_parameters(model))
@@ -289,6 +289,73 @@ def test_lora_on_the_site():
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj"]))
     patch(model, RedConfig())
     with pytest.raises(ValueError, match="LoRA"):
+        rk.merge(model)
+
+
+class Bent(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def test_layers_that_do_more_than_a_linear_layer():
+    def replaced(linear):
+        former = linear.forward
+        linear.forward = lambda x: former(x).relu()
+
+    def of_another_class(linear):
+        linear.__class__ = Bent
+
+    def hooked(linear):
+        linear.register_forward_hook(lambda module, args, output: output.relu(), prepend=True)
+
+    for change, match in (
+        (replaced, "the forward of 0, a Linear, is not one that is known"),
+        (of_another_class, "the forward of 0, a Bent, is not one that is known"),
+        (hooked, "forward hook that runs before the edit"),
+    ):
+        model = nn.Sequential(nn.Linear(4, 4))
+        patch(model, RedConfig(sites="0"))
+        zoo.fill(edit_parameters(model), cases.values(edit_parameters(model)))
+        change(model[0])
+        weight = model[0].weight.clone()
+        with pytest.raises(ValueError, match=match):
+            rk.merge(model)
+        assert torch.equal(model[0].weight, weight)
+        assert edit_parameters(model)
+
+
+def test_a_hook_behind_the_edit():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].register_forward_hook(lambda module, args, output: output.relu())
+    patch(model, RedConfig(sites="0"))
+    zoo.fill(edit_parameters(model), cases.values(edit_parameters(model)))
+    x = torch.randn(3, 4)
+    expected = model(x)
+    rk.merge(model)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_square_weights_that_lie_the_other_way():
+    """GPT-2's are (in, out); nothing but the class tells it where both are as wide."""
+    model, unfused, truth = edited("gpt2", "ffn_attn", n_inner=zoo.HIDDEN)
+    rk.merge(model)
+    zoo.assert_as_exact("logits", *(logits(one, "gpt2") for one in (model, unfused.model, truth.model)))
+
+
+def test_lora_put_on_after_patching():
+    peft = pytest.importorskip("peft")
+    model, *_ = edited("llama")
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    expected = logits(model, "llama")
+    with pytest.raises(ValueError, match=r"PeftModel has no place for the biases.*down_proj.bias"):
+        rk.merge(model)
+    rk.merge(model, loadable=False)
+    torch.testing.assert_close(logits(model, "llama"), expected)
+    rk.unmerge(model)
+    assert torch.equal(logits(model, "llama"), expected)
+    model, *_ = edited("llama")
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj"]))
+    with pytest.raises(ValueError, match=r"down_proj.base_layer had another name when it was patched"):
         rk.merge(model)
 
 
