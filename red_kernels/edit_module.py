@@ -269,11 +269,12 @@ def call_unedited(
     """
     if own is None:
         return module(*args, **kwargs)
+    outer = _deferred.edit, _deferred.dropout  # of a call that this one is inside of: a hook may run a model
     _deferred.edit, _deferred.dropout = own, without
     try:
         return module(*args, **kwargs)
     finally:
-        _deferred.edit = _deferred.dropout = None
+        _deferred.edit, _deferred.dropout = outer
 
 
 def skips_dropout(dropout: nn.Module) -> bool:

@@ -110,3 +110,22 @@ def collected(model, name):
     with torch.no_grad():
         output = model(**zoo.inputs(name), output_hidden_states=True)
     return output.encoder_hidden_states + output.decoder_hidden_states if name == "t5" else output.hidden_states
+
+
+def test_a_hook_inside_of_a_layer_that_runs_another_model():
+    """The edit of the layer around it is still left out at its site, and applied once."""
+
+    def run(model, batch):
+        other = zoo.tiny("gpt2")
+        patch(other, RedConfig(position="ffn_attn"))
+
+        def run_other(module, args):
+            logits(other, "gpt2")
+
+        for layer in layers_of(model):
+            layer.mlp.gate_proj.register_forward_pre_hook(run_other)
+        output = model(**batch)
+        output.loss.backward()
+        return {"logits": output.logits.detach()}
+
+    held_to_the_formulas("llama", "ffn", run=run)
