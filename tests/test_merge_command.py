@@ -79,3 +79,11 @@ def test_errors(folders, capsys, monkeypatch):
     monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", fails)
     assert main([*arguments, "--force"]) == 2
     assert sorted(os.listdir(path)) == ["base", "edits"]
+
+
+def test_a_trained_head_is_not_left_out_silently(folders, capsys):
+    path, arguments, _ = folders
+    (path / "edits" / "red_head.safetensors").write_bytes(b"")
+    assert main(arguments) == 2
+    assert "holds a trained head (red_head.safetensors)" in capsys.readouterr().err
+    assert sorted(os.listdir(path)) == ["base", "edits"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from ..checkpoint import load_edits, saved_config
+from ..checkpoint import HEAD_NAME, load_edits, saved_config
 from ..merge import MergeReport, merge
 from ..patch import patch
 
@@ -45,7 +45,8 @@ def merge_folder(
         The `MergeReport`, and notes on what else there is to know.
 
     Raises:
-        ValueError: an unknown dtype, edits that do not fit the model or cannot be merged.
+        ValueError: an unknown dtype, edits that do not fit the model, cannot be merged or have a trained head beside
+            them.
         FileExistsError: the output is there, without `overwrite`.
         FileNotFoundError, OSError: model or edits cannot be found, the output cannot be written; what was there stays.
     """
@@ -57,6 +58,11 @@ def merge_folder(
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"output: {str(target)!r} is a file, expected a folder")
     config = saved_config(edits)
+    if (Path(edits) / HEAD_NAME).exists():
+        raise ValueError(
+            f"edits: {str(edits)!r} holds a trained head ({HEAD_NAME}), which would be missing from the merged model; "
+            "load it into the model yourself, and merge that by rk.merge(model)"
+        )
     loaded = _load(model, DTYPES[dtype])
     patch(loaded, config)
     load_edits(loaded, edits)
