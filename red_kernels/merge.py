@@ -23,6 +23,7 @@ from .models.linears import linear_columns
 from .models.norms import NormSpec, norm_spec
 from .module_facts import wrapper_of
 from .patch import edit_config, edit_modules, merge_targets, patch, unpatch
+from .plan import make_plan
 from .report import listed
 
 __all__ = [
@@ -137,7 +138,7 @@ def unmerge(model: nn.Module) -> None:
 
     Raises:
         ValueError: the model was not merged here, is patched again, its weights were not kept, or have another shape or
-            dtype now. Nothing is changed then.
+            dtype now, or it cannot be patched as it was. Nothing is changed then.
     """
     merged = model.__dict__.get(_MERGED)
     if not isinstance(merged, _Merged):
@@ -152,6 +153,10 @@ def unmerge(model: nn.Module) -> None:
         if now is None or now.shape != original.shape or now.dtype != original.dtype:
             got = "is gone" if now is None else f"is {now.dtype} {tuple(now.shape)}"
             raise ValueError(f"model: {name} {got}, expected {original.dtype} {tuple(original.shape)} as when merged")
+    sites = {site.report.site for site in make_plan(model, merged.config).sites}
+    if sites != merged.edits.keys():
+        changed = sorted(sites ^ merged.edits.keys())
+        raise ValueError(f"model: its sites are not those that were merged: {listed(changed)} came or went since")
     with torch.no_grad():
         for name, original in merged.originals.items():
             parameters[name].copy_(original)

@@ -368,6 +368,18 @@ def test_errors_of_unmerge():
         rk.unmerge(model)
     model, *_ = edited("bert")
     rk.merge(model)
+    merged = logits(model, "bert")
+    layers = model.bert.encoder.layer
+    layers.append(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="not known"):
+        rk.unmerge(model)
+    layers[-1] = copy.deepcopy(layers[0])
+    with pytest.raises(ValueError, match=r"layer.3.output.dense came or went since"):
+        rk.unmerge(model)
+    del layers[-1]
+    assert torch.equal(logits(model, "bert"), merged)
+    rk.unmerge(model)
+    rk.merge(model)
     patch(model, RedConfig())
     with pytest.raises(ValueError, match="is patched"):
         rk.unmerge(model)
