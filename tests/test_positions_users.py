@@ -8,7 +8,7 @@ import model_zoo as zoo
 import position_cases as cases
 import pytest
 import torch
-from patch_helpers import layers_of, philox_dropout
+from patch_helpers import layers_of, loss_and_backward, philox_dropout
 from test_positions import held_to_the_formulas, peers
 from torch import nn
 
@@ -129,3 +129,30 @@ def test_a_hook_inside_of_a_layer_that_runs_another_model():
         return {"logits": output.logits.detach()}
 
     held_to_the_formulas("llama", "ffn", run=run)
+
+
+@pytest.mark.parametrize("name", ["vit", "neox_sequential", "phi3", "gpt2", "modernbert"])
+def test_hooks_on_dropouts_beside_an_edit_that_no_hook_applies(name):
+    def run(model, batch):
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.register_forward_hook(lambda module, args, output: output * 1.01)
+        return loss_and_backward(model, batch)
+
+    held_to_the_formulas(name, "res_with_attn", run=run)
+
+
+@pytest.mark.parametrize("name", ["vit", "phi3"])
+def test_dropouts_of_another_class_beside_an_edit_that_no_hook_applies(name):
+    class Halves(nn.Module):
+        def forward(self, x):
+            return 0.5 * x
+
+    def run(model, batch):
+        for layer in layers_of(model):
+            for key, module in list(layer.named_children()):
+                if isinstance(module, nn.Dropout):
+                    setattr(layer, key, Halves())
+        return loss_and_backward(model, batch)
+
+    held_to_the_formulas(name, "res_with_attn", run=run)

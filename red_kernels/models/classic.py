@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..edit_module import call_unedited, edited_output
-from .compose import add_then_norm, behind, edit_add_to_next, edit_then_norm
+from .compose import add_then_norm, behind, edit_add_to_next, edit_then_norm, left_of_dropout
 from .description import Edits, Family, Layout, Point
 
 __all__ = ["FAMILIES"]
@@ -137,11 +137,11 @@ def _vit(
     residual = hidden_states
     hidden_states = layer.layernorm_before(hidden_states)
     hidden_states, _ = call_unedited(layer.attention, edits.attn, hidden_states, attention_mask, **kwargs)
-    p, training = layer.dropout.p, layer.dropout.training
+    hidden_states, p, training = left_of_dropout(layer.dropout, hidden_states)
     hidden_states, residual = add_then_norm(
         hidden_states, residual, layer.layernorm_after, p, training, own=edits.attn, after=edits.attn_res
     )
-    hidden_states = call_unedited(layer.mlp, edits.ffn, hidden_states)
+    hidden_states, p, training = left_of_dropout(layer.dropout, call_unedited(layer.mlp, edits.ffn, hidden_states))
     output = edit_add_to_next(layer, hidden_states, residual, edits.ffn, p, training, after=edits.res)
     return edited_output(edits.res, output)
 

@@ -7,17 +7,27 @@ norm gives); each is the site's `RedEdit`, or None for no edit. `p` and `trainin
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ..edit_module import RedEdit, applied_inside, call_unedited, plain_only
 from ..functional import edit, edit_add, edit_add_layer_norm, edit_add_rms_norm, layer_norm_edit, rms_norm_edit
 from ..selection import Vectors
+from .fingerprint import BASE
 from .handoff import NextNorm, leave_note
-from .norms import NormArguments, norm_arguments, unobserved
+from .norms import NormArguments, globally_hooked, norm_arguments, unobserved
 
-__all__ = ["LINK", "add", "add_then_norm", "behind", "edit_add_to_next", "edit_then_norm", "may_defer"]
+__all__ = [
+    "LINK",
+    "add",
+    "add_then_norm",
+    "behind",
+    "edit_add_to_next",
+    "edit_then_norm",
+    "left_of_dropout",
+    "may_defer",
+]
 
 LINK = "_red_kernels_next"  # the attribute of a fused block that holds its `NextNorm`
 _PLAIN = (Tensor, nn.Parameter)
@@ -52,6 +62,19 @@ def behind(own: RedEdit | None, dropout: nn.Dropout | nn.Identity) -> tuple[floa
     if own is None or isinstance(dropout, nn.Identity):
         return 0.0, False
     return dropout.p, dropout.training
+
+
+def left_of_dropout(dropout: nn.Module, x: Tensor) -> tuple[Tensor, float, bool]:
+    """`x`, and `p` and `training` of the dropout of it that the caller is to apply.
+
+    Where somebody hooks the dropout, or it is no `nn.Dropout` any more, the module is called, and none is left: then no
+    edit of `x` waits to be applied before it, as a fused forward gets those edits only that no hook can apply.
+    """
+    kind = type(dropout)
+    if getattr(kind, BASE, kind) is nn.Dropout and unobserved(dropout) and not globally_hooked():
+        p: Any = dropout.p
+        return x, p, dropout.training
+    return dropout(x), 0.0, False
 
 
 def add(x: Tensor, residual: Tensor, own: RedEdit | None = None, p: float = 0.0, training: bool = False) -> Tensor:

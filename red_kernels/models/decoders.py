@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..edit_module import call_unedited, edited_output
-from .compose import add_then_norm, edit_add_to_next, edit_then_norm
+from .compose import add_then_norm, edit_add_to_next, edit_then_norm, left_of_dropout
 from .description import Edits, Family, Layout, Point
 
 __all__ = ["FAMILIES"]
@@ -108,19 +108,13 @@ def _pre_norm_with_dropout(
         position_embeddings=position_embeddings,
         **kwargs,
     )
-    drop: nn.Dropout = layer.resid_attn_dropout
+    hidden_states, p, training = left_of_dropout(layer.resid_attn_dropout, hidden_states)
     hidden_states, residual = add_then_norm(
-        hidden_states,
-        residual,
-        layer.post_attention_layernorm,
-        drop.p,
-        drop.training,
-        own=edits.attn,
-        after=edits.attn_res,
+        hidden_states, residual, layer.post_attention_layernorm, p, training, own=edits.attn, after=edits.attn_res
     )
     hidden_states = call_unedited(layer.mlp, edits.ffn, hidden_states)
-    drop = layer.resid_mlp_dropout
-    output = edit_add_to_next(layer, hidden_states, residual, edits.ffn, drop.p, drop.training, after=edits.res)
+    hidden_states, p, training = left_of_dropout(layer.resid_mlp_dropout, hidden_states)
+    output = edit_add_to_next(layer, hidden_states, residual, edits.ffn, p, training, after=edits.res)
     return edited_output(edits.res, output)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..edit_module import call_unedited, edited_output
-from .compose import add, add_then_norm, edit_add_to_next
+from .compose import add, add_then_norm, edit_add_to_next, left_of_dropout
 from .description import Edits, Family, Layout, Point
 
 __all__ = ["FAMILIES"]
@@ -55,19 +55,19 @@ def _neox_parallel(layer: Any, edits: Edits, hidden_states: Tensor, *args: Any, 
 
 def _neox_sequential(layer: Any, edits: Edits, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     attended = _neox_attention(layer, edits, hidden_states, *args, **kwargs)
-    drop = layer.post_attention_dropout
+    attended, p, training = left_of_dropout(layer.post_attention_dropout, attended)
     normed, residual = add_then_norm(
         attended,
         hidden_states,
         layer.post_attention_layernorm,
-        drop.p,
-        drop.training,
+        p,
+        training,
         own=edits.attn,
         after=edits.attn_res,
     )
     forwarded = call_unedited(layer.mlp, edits.ffn, normed)
-    drop = layer.post_mlp_dropout
-    output = edit_add_to_next(layer, forwarded, residual, edits.ffn, drop.p, drop.training, after=edits.res)
+    forwarded, p, training = left_of_dropout(layer.post_mlp_dropout, forwarded)
+    output = edit_add_to_next(layer, forwarded, residual, edits.ffn, p, training, after=edits.res)
     return edited_output(edits.res, output)
 
 
