@@ -122,6 +122,11 @@ class _Own(nn.Module):
         return x @ torch.ones(4, 8)
 
 
+class _Bent(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
 class _Scaled(nn.Embedding):
     def forward(self, ids):
         return 2.0 * super().forward(ids)
@@ -133,6 +138,7 @@ class _Scaled(nn.Embedding):
         (_quantised, {}, "int8"),
         (_Own, {}, "no known make"),
         (lambda: _Scaled(4, 8), {}, "no known make"),
+        (lambda: _Bent(4, 8), {}, "no known make"),
         (lambda: nn.Linear(4, 8), {"kind": "ln"}, "kind is 'ln'"),
         (rms_norm, {}, "no bias"),
     ],

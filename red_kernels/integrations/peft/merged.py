@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from ...models.linears import linear_columns
 from ...models.norms import norm_spec
 from ...selection import Vectors
 
@@ -21,8 +21,8 @@ def mergeable(module: nn.Module, what: str) -> nn.Module:
     kind = type(module)
     weight = getattr(module, "weight", None)
     # A subclass of an embedding may scale what it looks up.
-    known = isinstance(module, (nn.Linear, Conv1D)) or kind.forward is nn.Embedding.forward
-    if not known and norm_spec(kind) is None:
+    known = linear_columns(kind) is not None or norm_spec(kind) is not None or kind.forward is nn.Embedding.forward
+    if not known or ("forward" in module.__dict__ and not hasattr(module, "_hf_hook")):  # accelerate's may stay
         raise ValueError(f"{what}: a {kind.__name__} is of no known make, so that the edit cannot be merged into it")
     if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or not weight.is_floating_point():
         found = "no weight" if weight is None else f"{type(weight).__name__} of {weight.dtype}"
@@ -61,7 +61,7 @@ def merged_tensors(base: nn.Module, original: dict[str, Tensor | None], vectors:
         return {"weight": (edited if bias is None else edited + bias).to(weight.dtype)}
     if scale is not None:
         offset = 0.0 if spec is None else spec.offset
-        by_row = scale[:, None] if isinstance(base, nn.Linear) else scale
+        by_row = scale[:, None] if spec is None and not linear_columns(type(base)) else scale
         merged["weight"] = (by_row * (weight.to(wide) + offset) - offset).to(weight.dtype)
     own = original.get("bias")
     if own is not None or bias is not None:
