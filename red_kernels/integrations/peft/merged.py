@@ -20,16 +20,17 @@ def mergeable(module: nn.Module, what: str) -> nn.Module:
     """
     kind = type(module)
     weight = getattr(module, "weight", None)
-    # A subclass of an embedding may scale what it looks up.
-    known = linear_columns(kind) is not None or norm_spec(kind) is not None or kind.forward is nn.Embedding.forward
-    if not known or ("forward" in module.__dict__ and not hasattr(module, "_hf_hook")):  # accelerate's may stay
-        raise ValueError(f"{what}: a {kind.__name__} is of no known make, so that the edit cannot be merged into it")
-    if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or not weight.is_floating_point():
-        found = "no weight" if weight is None else f"{type(weight).__name__} of {weight.dtype}"
+    if isinstance(weight, Tensor) and (type(weight.data) is not Tensor or not weight.is_floating_point()):
+        found = f"{type(weight).__name__} of {weight.dtype}"
         raise ValueError(
             f"{what}: the edit cannot be merged into this {kind.__name__}, whose weight is {found}, expected a plain "
             "floating-point tensor: rounding to a quantised one would lose the edit"
         )
+    # A subclass of an embedding may scale what it looks up.
+    known = linear_columns(kind) is not None or norm_spec(kind) is not None or kind.forward is nn.Embedding.forward
+    replaced = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")  # accelerate's may stay
+    if weight is None or not known or replaced:
+        raise ValueError(f"{what}: a {kind.__name__} is of no known make, so that the edit cannot be merged into it")
     return module
 
 
