@@ -47,7 +47,7 @@ _COMMON_PREFIXES = ("model", "transformer")
 def export_authors(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
     """Save an edit of a patched model in the form of RED's authors, `delta_vector.pth`.
 
-    Vectors are of shape `[1, width]` in their own dtype (the authors' are fp32, for Llama bf16), named from the inner
+    Vectors are of shape `[1, width]` in their own dtype (the authors' are fp32 or bf16), named from the inner
     model as the authors' are. A classifier head, the module `classifier` of the model, goes to `classifier.pth` beside
     them. Both files are written to temporary names, synced and renamed. `rk.load_edits` reads the folder back. For
     models in several processes the same holds as for `rk.save_edits`.

@@ -336,3 +336,14 @@ def test_a_module_that_is_never_called():
     with pytest.raises(ValueError, match=r"'0.out_proj' is inside of an nn.MultiheadAttention.*never be applied"):
         patch(model, RedConfig(sites="*.out_proj"))
     assert not hasattr(model[0].out_proj, "red_edit")
+
+
+def test_a_site_that_returns_no_tensor():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None
+
+    model = nn.Sequential(Pair(4, 4))
+    patch(model, RedConfig(sites="0"))
+    with pytest.raises(TypeError, match="must be one tensor, got tuple"):
+        model(torch.ones(1, 4))
