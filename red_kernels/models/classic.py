@@ -8,13 +8,11 @@ from torch import Tensor
 
 from ..edit_module import call_unedited, edited_output
 from .compose import add_then_norm, behind, edit_add_to_next, edit_then_norm, left_of_dropout
-from .description import Edits, Family, Layout, Point
+from .description import RES, TO_NEXT, Edits, Family, Layout, Point, attention_points
 
 __all__ = ["FAMILIES"]
 
 _GPT2, _OPT, _VIT = "9bbe2073f8394bdd", "e713efe33a94e16f", "04639e1c57979b6e"
-_TO_NEXT: dict[str, Any] = {"fuses": "dropout + residual add + {next}", "alone": "dropout + residual add"}
-_BEHIND = "LayerNorm behind the residual add"
 
 
 def _gpt2(
@@ -146,9 +144,8 @@ def _vit(
     return edited_output(edits.res, output)
 
 
-_OPT_ATTENTION = {"self_attn": ("b302cb513c7595a0",)}
+_OPT_ATTENTION = ("b302cb513c7595a0",)
 _OPT_OWN_NORM: dict[str, Any] = {"fuses": "dropout + residual add + LayerNorm", "bare": "dropout + residual add"}
-_RES = Point("res", "", "", fuses="{next} behind the residual add", alone="")
 FAMILIES = (
     Family(
         name="GPT-2",
@@ -173,20 +170,12 @@ FAMILIES = (
                         "mlp",
                         known={"mlp": ("793bcfd566f7f8b4",)},
                         dropout="mlp.dropout",
-                        **_TO_NEXT,
+                        **TO_NEXT,
                     ),
-                    Point(
-                        "attn",
-                        "attn.c_proj",
-                        "attn",
-                        known={"attn": ("89ad8c3a6092d1cd",)},
-                        dropout="attn.resid_dropout",
-                        fuses="dropout + residual add + LayerNorm",
-                        norm="ln_2",
-                        bare="dropout + residual add",
+                    *attention_points(
+                        "attn.c_proj", "attn", ("89ad8c3a6092d1cd",), "ln_2", dropout="attn.resid_dropout"
                     ),
-                    Point("attn_res", "attn", "", fuses=_BEHIND, norm="ln_2", inside=True),
-                    _RES,
+                    RES,
                 ),
                 hands_on=True,
             ),
@@ -212,17 +201,9 @@ FAMILIES = (
                 forward=_opt_pre_norm,
                 known=(_OPT,),
                 points=(
-                    Point("ffn", "fc2", "fc2", **_TO_NEXT),
-                    Point(
-                        "attn",
-                        "self_attn.out_proj",
-                        "self_attn",
-                        known=_OPT_ATTENTION,
-                        norm="final_layer_norm",
-                        **_OPT_OWN_NORM,
-                    ),
-                    Point("attn_res", "self_attn", "", fuses=_BEHIND, norm="final_layer_norm", inside=True),
-                    _RES,
+                    Point("ffn", "fc2", "fc2", **TO_NEXT),
+                    *attention_points("self_attn.out_proj", "self_attn", _OPT_ATTENTION, "final_layer_norm"),
+                    RES,
                 ),
                 hands_on=True,
                 when=("do_layer_norm_before", True),
@@ -237,7 +218,7 @@ FAMILIES = (
                         "attn",
                         "self_attn.out_proj",
                         "self_attn",
-                        known=_OPT_ATTENTION,
+                        known={"self_attn": _OPT_ATTENTION},
                         norm="self_attn_layer_norm",
                         **_OPT_OWN_NORM,
                     ),
@@ -271,18 +252,9 @@ FAMILIES = (
                 forward=_vit,
                 known=(_VIT,),
                 points=(
-                    Point("ffn", "mlp.fc2", "mlp", known={"mlp": ("06f472a6a2c912ad",)}, **_TO_NEXT),
-                    Point(
-                        "attn",
-                        "attention.o_proj",
-                        "attention",
-                        known={"attention": ("b403d2f5588e6a34",)},
-                        fuses="dropout + residual add + LayerNorm",
-                        norm="layernorm_after",
-                        bare="dropout + residual add",
-                    ),
-                    Point("attn_res", "attention", "", fuses=_BEHIND, norm="layernorm_after", inside=True),
-                    _RES,
+                    Point("ffn", "mlp.fc2", "mlp", known={"mlp": ("06f472a6a2c912ad",)}, **TO_NEXT),
+                    *attention_points("attention.o_proj", "attention", ("b403d2f5588e6a34",), "layernorm_after"),
+                    RES,
                 ),
                 dropouts=("dropout",),
                 hands_on=True,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..edit_module import call_unedited, edited_output
 from .compose import add_then_norm, edit_add_to_next, edit_then_norm, left_of_dropout
-from .description import Edits, Family, Layout, Point
+from .description import RES, Edits, Family, Layout, Point
 
 __all__ = ["FAMILIES"]
 
@@ -189,7 +189,7 @@ def _points(
             bare=None if norms_around else adds,
         ),
         Point("attn_res", "self_attn", "", fuses="RMSNorm behind the residual add", norm=before_ffn, inside=True),
-        Point("res", "", "", fuses="{next} behind the residual add", alone=""),
+        RES,
     )
 
 

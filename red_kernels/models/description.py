@@ -11,7 +11,19 @@ from torch import nn
 if TYPE_CHECKING:
     from ..edit_module import RedEdit
 
-__all__ = ["PLACES", "Edits", "Family", "Layout", "Point", "child_at", "first_path", "walk"]
+__all__ = [
+    "PLACES",
+    "RES",
+    "TO_NEXT",
+    "Edits",
+    "Family",
+    "Layout",
+    "Point",
+    "attention_points",
+    "child_at",
+    "first_path",
+    "walk",
+]
 
 PLACES = ("ffn", "attn", "qkv", "res", "attn_res")
 
@@ -122,6 +134,39 @@ class Family:
     norms: dict[str, str] = field(default_factory=dict)
     bias_flags: dict[str, str] = field(default_factory=dict)
     remarks: dict[str, str] = field(default_factory=dict)
+
+
+# What pre-norm layers have alike: the FFN's edit goes into the next norm, and so does one of the whole layer's output.
+TO_NEXT: dict[str, Any] = {"fuses": "dropout + residual add + {next}", "alone": "dropout + residual add"}
+RES = Point("res", "", "", fuses="{next} behind the residual add")
+
+
+def attention_points(
+    site: str,
+    outer: str,
+    known: tuple[str, ...],
+    norm: str,
+    *,
+    adds: str = "dropout + residual add",
+    title: str = "LayerNorm",
+    dropout: str = "",
+) -> tuple[Point, Point]:
+    """The edits at an attention in front of the layer's own `norm`: of its output, and of the stream behind it.
+
+    `adds` and `title` are what the edit is fused with, for the report; the others are as for `Point`.
+    """
+    attention = Point(
+        "attn",
+        site,
+        outer,
+        known={outer: known},
+        fuses=f"{adds} + {title}",
+        norm=norm,
+        bare=adds,
+        dropout=dropout,
+    )
+    stream = Point("attn_res", outer, "", fuses=f"{title} behind the residual add", norm=norm, inside=True)
+    return attention, stream
 
 
 def first_path(layer: nn.Module, paths: str) -> str | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..edit_module import call_unedited, edited_output
 from .compose import add_then_norm, behind, edit_add_to_next, edit_then_norm
-from .description import Edits, Family, Layout, Point
+from .description import RES, Edits, Family, Layout, Point, attention_points
 
 __all__ = ["FAMILIES"]
 
@@ -193,24 +193,8 @@ FAMILIES = (
                         fuses="residual add + {next}",
                         alone="residual add",
                     ),
-                    Point(
-                        "attn",
-                        "attn.Wo",
-                        "attn",
-                        known={"attn": ("c8114e0a5adcff35",)},
-                        dropout="attn.out_drop",
-                        norm="mlp_norm",
-                        **_POST_NORM,
-                    ),
-                    Point(
-                        "attn_res",
-                        "attn",
-                        "",
-                        fuses="LayerNorm behind the residual add",
-                        norm="mlp_norm",
-                        inside=True,
-                    ),
-                    Point("res", "", "", fuses="{next} behind the residual add"),
+                    *attention_points("attn.Wo", "attn", ("c8114e0a5adcff35",), "mlp_norm", dropout="attn.out_drop"),
+                    RES,
                 ),
                 hands_on=True,
             ),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..edit_module import call_unedited, edited_output
 from .compose import add, add_then_norm, edit_add_to_next, left_of_dropout
-from .description import Edits, Family, Layout, Point
+from .description import RES, TO_NEXT, Edits, Family, Layout, Point, attention_points
 
 __all__ = ["FAMILIES"]
 
@@ -156,13 +156,10 @@ def _phi(
     return edited_output(edits.res, output)
 
 
-_TO_NEXT: dict[str, Any] = {"fuses": "dropout + residual add + {next}", "alone": "dropout + residual add"}
-_BEHIND = "LayerNorm behind the residual add"
-_RES = Point("res", "", "", fuses="{next} behind the residual add")
-_NEOX_FFN = Point("ffn", "mlp.dense_4h_to_h", "mlp", known={"mlp": ("a13b1d581c6f9854",)}, **_TO_NEXT)
-_NEOX_ATTENTION = {"attention": ("c3849d13e82cd27e",)}
-_FALCON_FFN = Point("ffn", "mlp.dense_4h_to_h", "mlp", known={"mlp": ("ae7c9da5e3e527d9",)}, **_TO_NEXT)
-_FALCON_ATTENTION = {"self_attention": ("dc1cf7922d3fec1c",)}
+_NEOX_FFN = Point("ffn", "mlp.dense_4h_to_h", "mlp", known={"mlp": ("a13b1d581c6f9854",)}, **TO_NEXT)
+_NEOX_ATTENTION = ("c3849d13e82cd27e",)
+_FALCON_FFN = Point("ffn", "mlp.dense_4h_to_h", "mlp", known={"mlp": ("ae7c9da5e3e527d9",)}, **TO_NEXT)
+_FALCON_ATTENTION = ("dc1cf7922d3fec1c",)
 _NEOX_DROPOUTS = ("post_attention_dropout", "post_mlp_dropout")
 
 FAMILIES = (
@@ -185,9 +182,13 @@ FAMILIES = (
                 points=(
                     _NEOX_FFN,
                     Point(
-                        "attn", "attention.dense", "attention", known=_NEOX_ATTENTION, fuses="dropout + residual add"
+                        "attn",
+                        "attention.dense",
+                        "attention",
+                        known={"attention": _NEOX_ATTENTION},
+                        fuses="dropout + residual add",
                     ),
-                    _RES,
+                    RES,
                 ),
                 dropouts=_NEOX_DROPOUTS,
                 hands_on=True,
@@ -199,17 +200,8 @@ FAMILIES = (
                 known=(_NEOX,),
                 points=(
                     _NEOX_FFN,
-                    Point(
-                        "attn",
-                        "attention.dense",
-                        "attention",
-                        known=_NEOX_ATTENTION,
-                        fuses="dropout + residual add + LayerNorm",
-                        norm="post_attention_layernorm",
-                        bare="dropout + residual add",
-                    ),
-                    Point("attn_res", "attention", "", fuses=_BEHIND, norm="post_attention_layernorm", inside=True),
-                    _RES,
+                    *attention_points("attention.dense", "attention", _NEOX_ATTENTION, "post_attention_layernorm"),
+                    RES,
                 ),
                 dropouts=_NEOX_DROPOUTS,
                 hands_on=True,
@@ -239,19 +231,10 @@ FAMILIES = (
                 known=(_FALCON,),
                 points=(
                     _FALCON_FFN,
-                    Point(
-                        "attn",
-                        "self_attention.dense",
-                        "self_attention",
-                        known=_FALCON_ATTENTION,
-                        fuses="dropout + residual add + LayerNorm",
-                        norm="post_attention_layernorm",
-                        bare="dropout + residual add",
+                    *attention_points(
+                        "self_attention.dense", "self_attention", _FALCON_ATTENTION, "post_attention_layernorm"
                     ),
-                    Point(
-                        "attn_res", "self_attention", "", fuses=_BEHIND, norm="post_attention_layernorm", inside=True
-                    ),
-                    _RES,
+                    RES,
                 ),
                 hands_on=True,
                 when=("config.parallel_attn or config.new_decoder_architecture", False),
@@ -266,10 +249,10 @@ FAMILIES = (
                         "attn",
                         "self_attention.dense",
                         "self_attention",
-                        known=_FALCON_ATTENTION,
+                        known={"self_attention": _FALCON_ATTENTION},
                         fuses="residual add, where hidden_dropout is off",
                     ),
-                    _RES,
+                    RES,
                 ),
                 hands_on=True,
             ),
@@ -296,7 +279,7 @@ FAMILIES = (
                 forward=_phi,
                 known=(_PHI,),
                 points=(
-                    Point("ffn", "mlp.fc2", "mlp", known={"mlp": ("06f472a6a2c912ad",)}, **_TO_NEXT),
+                    Point("ffn", "mlp.fc2", "mlp", known={"mlp": ("06f472a6a2c912ad",)}, **TO_NEXT),
                     Point(
                         "attn",
                         "self_attn.dense",
@@ -304,7 +287,7 @@ FAMILIES = (
                         known={"self_attn": ("f3140e3487ed78dc",)},
                         fuses="dropout + residual add",
                     ),
-                    _RES,
+                    RES,
                 ),
                 dropouts=("resid_dropout",),
                 hands_on=True,

@@ -8,14 +8,13 @@ from torch import Tensor
 
 from ..edit_module import call_unedited, edited_output
 from .compose import edit_add_to_next
-from .description import Edits, Family, Layout, Point
+from .description import RES, TO_NEXT, Edits, Family, Layout, Point
 
 __all__ = ["FAMILIES"]
 
 _BLOCK, _SELF, _CROSS, _FEED_FORWARD = "667788cd056b5d74", "281276e33d2b555b", "4570fd114bce44f4", "e101fb6f37b8321d"
 _ATTENTION = ("f7ea60ea0208c6cd",)
-_FUSED: dict[str, Any] = {"fuses": "dropout + residual add + {next}", "alone": "dropout + residual add"}
-_BEHIND: dict[str, Any] = {"fuses": "{next} behind the residual add", "alone": ""}
+_STREAM = Point("attn_res", "", "", fuses="{next} behind the residual add")
 
 
 def _feed_forward(module: Any, edits: Edits, hidden_states: Tensor) -> Tensor:
@@ -100,9 +99,9 @@ FAMILIES = (
                         "DenseReluDense.wo",
                         "DenseReluDense",
                         known={"DenseReluDense": ("b2d5a1266ac5ac9a", "5d673be012debc9b")},
-                        **_FUSED,
+                        **TO_NEXT,
                     ),
-                    Point("res", "", "", **_BEHIND),
+                    RES,
                 ),
                 dropouts=("dropout",),
                 hands_on=True,
@@ -114,8 +113,8 @@ FAMILIES = (
                 forward=_self_attention,
                 known=(_SELF,),
                 points=(
-                    Point("attn", "SelfAttention.o", "SelfAttention", known={"SelfAttention": _ATTENTION}, **_FUSED),
-                    Point("attn_res", "", "", **_BEHIND),
+                    Point("attn", "SelfAttention.o", "SelfAttention", known={"SelfAttention": _ATTENTION}, **TO_NEXT),
+                    _STREAM,
                 ),
                 dropouts=("dropout",),
                 then=("layer.1", "layer.1.layer_norm"),
@@ -129,9 +128,9 @@ FAMILIES = (
                 known=(_CROSS,),
                 points=(
                     Point(
-                        "attn", "EncDecAttention.o", "EncDecAttention", known={"EncDecAttention": _ATTENTION}, **_FUSED
+                        "attn", "EncDecAttention.o", "EncDecAttention", known={"EncDecAttention": _ATTENTION}, **TO_NEXT
                     ),
-                    Point("attn_res", "", "", **_BEHIND),
+                    _STREAM,
                 ),
                 dropouts=("dropout",),
                 then=("layer.2", "layer.2.layer_norm"),
