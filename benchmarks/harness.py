@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import os
 import platform
 import statistics
@@ -71,23 +72,81 @@ def geometric_mean(values: list[float]) -> float:
     return statistics.geometric_mean(values)
 
 
-def environment() -> dict[str, Any]:
-    """What a result depends on: processor, threads, versions and the commit."""
+PEERS = ("triton", "transformers", "peft", "liger-kernel", "quack-kernels", "flash-attn", "apex")
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a result depends on: device, clocks, threads, versions and the commit."""
     from red_kernels.backends import native
 
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    device = torch.device(device)
+    processor = _processor()
     return {
-        "processor": _processor(),
+        "device": processor if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "gpu": None if device.type == "cpu" else _gpu(device),
+        "processor": processor,
         "threads": torch.get_num_threads(),
         "instruction_set": None if native.load_error() else native.instruction_set(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
         "red_kernels": rk.__version__,
-        "commit": commit or None,
+        "versions": {name: version for name in PEERS if (version := _version(name)) is not None},
+        "commit": _commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _commit() -> str | None:
+    """Of the checkout; with a plus behind it where files that git knows were changed."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        if not commit:
+            return None
+        changed = subprocess.run(
+            [
+                *git,
+                "status",
+                "--porcelain",
+                "--untracked-files=no",
+                "--",
+                ":/red_kernels",
+                ":/csrc",
+                ":/benchmarks/*.py",
+            ],
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+    except OSError:  # no git
+        return None
+    return commit + ("+" if changed else "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    """Memory, driver, and the clocks as they are and at most, in MHz, as nvidia-smi tells them."""
+    properties = torch.cuda.get_device_properties(device)
+    found: dict[str, Any] = {
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "cache_bytes": properties.L2_cache_size,
+    }
+    names = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit")
+    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.splitlines()
+        values = lines[device.index or 0].split(", ")
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return found
+    return found | dict(zip(names, values, strict=False))
 
 
 def _processor() -> str:

@@ -1,0 +1,192 @@
+"""What every job of the suite has in common: its cases, its file of results, its progress, its end.
+
+A case is a dictionary of what tells it from the job's other cases. A job lists its cases in the order of their worth, and
+measures one at a time; each result is on the disk before the next is begun, so a run that ends early has lost nothing
+and can be resumed. The form of the file: docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from red_kernels._files import write_files
+
+from .harness import environment
+
+SCHEMA = 1
+Case = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a job is run.
+
+    Attributes:
+        device: where.
+        console: where tables go; progress goes to its own, on the standard error.
+        quick: a look in a minute or two: few and small cases, few rounds. The file says so.
+        deadline: no case is begun after this time of `time.monotonic`; None for no such time.
+        progress: the console of the progress bar.
+    """
+
+    device: torch.device
+    console: Console
+    quick: bool = False
+    deadline: float | None = None
+    progress: Console = field(default_factory=lambda: Console(stderr=True))
+
+    def in_time(self) -> bool:
+        """Whether another case may be begun."""
+        return self.deadline is None or time.monotonic() < self.deadline
+
+
+class ResultFile:
+    """The results of one job: a JSON file that is written anew, as a whole, after each case.
+
+    Args:
+        path: the file.
+        job: its name.
+        run: on whose device it is.
+        settings: what the job was asked for.
+        missing: implementation or method to the reason why it is not measured at all.
+        resume: keep the results that the file holds already.
+
+    Raises:
+        ValueError: the file to go on with is of another job, schema, device or commit, or was quick and this is not.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        job: str,
+        run: Run,
+        settings: Mapping[str, Any],
+        missing: Mapping[str, str],
+        *,
+        resume: bool = False,
+    ) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {
+            "schema": SCHEMA,
+            "job": job,
+            "quick": run.quick,
+            "environment": environment(run.device),
+            "settings": dict(settings),
+            "missing": dict(missing),
+            "complete": False,
+            "failed": [],
+            "cases": [],
+        }
+        if resume and path.is_file():
+            before = read(path)
+            for name in ("job", "quick"):
+                if before[name] != self.content[name]:
+                    raise ValueError(
+                        f"--resume: {path} has {name} {before[name]!r}, this run has {self.content[name]!r}"
+                    )
+            for name in ("device", "commit"):
+                old, new = before["environment"][name], self.content["environment"][name]
+                if old != new:
+                    raise ValueError(f"--resume: {path} was measured with {name} {old!r}, this is {new!r}")
+            self.content["cases"] = before["cases"]
+
+    @property
+    def cases(self) -> list[Case]:
+        """Everything measured so far."""
+        found: list[Case] = self.content["cases"]
+        return found
+
+    def has(self, case: Case) -> bool:
+        """Whether this case is among the results."""
+        return any(all(done.get(name) == value for name, value in case.items()) for done in self.cases)
+
+    def add(self, case: Case, found: Mapping[str, Any]) -> None:
+        """Add a result and write the file."""
+        self.cases.append({**case, **found})
+        self.write()
+
+    def fail(self, case: Case, error: BaseException) -> None:
+        """Say in the file that a case could not be measured."""
+        self.content["failed"].append({**case, "error": f"{type(error).__name__}: {str(error)[:500]}"})
+        self.write()
+
+    def write(self) -> None:
+        """Write the file, one line for each case."""
+        write_files(self.path.parent, {self.path.name: to_json(self.content).encode()})
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """One line for each case, so that a difference between two files can be read."""
+    lines = []
+    for name, value in content.items():
+        if isinstance(value, list) and value:
+            rows = ",\n".join(f"  {json.dumps(row)}" for row in value)
+            lines.append(f" {json.dumps(name)}: [\n{rows}\n ]")
+        else:
+            lines.append(f" {json.dumps(name)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file of results. Raises ValueError where it is none, or of another schema."""
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a file of results: {error}") from error
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise ValueError(f"{path} is not a file of results of schema {SCHEMA}")
+    return content
+
+
+def run_cases(
+    file: ResultFile, cases: Sequence[Case], measure: Callable[[Case], Mapping[str, Any]], run: Run, title: str
+) -> None:
+    """Measure the cases that the file does not have yet, in their order, with a progress bar.
+
+    A case that fails is named, in the file too, and the others go on; where all fail, the last error is raised. What is
+    left when the time is up is left: the file then is not `complete`, and says how many cases there are.
+    """
+    left = [case for case in cases if not file.has(case)]
+    file.content["planned"] = len(cases)
+    file.write()  # minutes of measuring must not end in results that cannot be written
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    failure: Exception | None = None
+    measured = 0
+    with Progress(*columns, TimeRemainingColumn(), console=run.progress) as progress:
+        bar = progress.add_task(title, total=len(cases), completed=len(cases) - len(left))
+        for case in left:
+            if not run.in_time():
+                break
+            progress.update(bar, description=f"{title}: {escape(name_of(case))}")
+            try:
+                file.add(case, measure(case))
+                measured += 1
+            except Exception as error:
+                failure = error
+                run.console.print(f"[red]{escape(name_of(case))} failed:[/] {escape(str(error)[:500])}")
+                file.fail(case, error)
+            if run.device.type == "cuda":
+                torch.cuda.empty_cache()
+            progress.advance(bar)
+    if failure is not None and not measured:
+        raise failure
+    file.content["complete"] = all(file.has(case) for case in cases)
+    file.write()
+    behind = len(cases) - sum(map(file.has, cases)) - len(file.content["failed"])
+    if behind > 0:
+        run.console.print(f"[yellow]{title}: the time is up; {behind} of {len(cases)} cases are left for --resume[/]")
+
+
+def name_of(case: Case) -> str:
+    """A case in a line."""
+    return ", ".join(str(value) for value in case.values())
