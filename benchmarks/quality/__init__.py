@@ -1,0 +1,1 @@
+"""Quality of the methods of fine-tuning under equal budgets."""

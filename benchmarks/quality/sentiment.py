@@ -1,0 +1,197 @@
+"""Rated movie-review sentences, out of the source distribution of vaderSentiment 3.3.2 on PyPI (MIT licence).
+
+C. J. Hutto and E. Gilbert had 10,605 sentences of reviews (Pang and Lee's, of rottentomatoes.com) rated from -4 to 4 by
+many people each. The archive is fetched through pip when it is first asked for and stays in the user's cache;
+nothing of it is part of this project, and nothing of it is unpacked on the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from red_kernels._files import write_files
+from red_kernels.integrations.data import Document, split_documents
+
+PROJECT, VERSION = "vaderSentiment", "3.3.2"
+ARCHIVE = f"{PROJECT}-{VERSION}.tar.gz"
+SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+SENTENCES = "movieReviewSnippets_GroundTruth.txt"
+TEST, VALIDATION = 0.2, 0.1  # of all sentences
+
+Labelled = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Sentiment:
+    """Sentences with their class, 1 for positive and 0 for negative.
+
+    Attributes:
+        train, validation, test: no sentence is in two of them, nor one that differs in case and punctuation only.
+        neutral: how many sentences were left out, because their mean rating is exactly 0.
+    """
+
+    train: list[Labelled]
+    validation: list[Labelled]
+    test: list[Labelled]
+    neutral: int
+
+
+def load(archive: Path | None = None) -> Sentiment:
+    """The sentences in three parts, the same in every run.
+
+    The file numbers its sentences and does not say which review or film one is of, so two of one review may be in
+    different parts. What can be told are repetitions, and those are kept together.
+
+    Args:
+        archive: the source distribution; by default the one that `fetch` finds or gets.
+
+    Raises:
+        OSError: pip cannot fetch the archive, or the cache cannot be written.
+        ValueError: the archive is another one than it should be, or does not hold the sentences.
+    """
+    path = archive or fetch()
+    return split(read_sentences(path.read_bytes(), path.name))
+
+
+def split(rated: Sequence[tuple[str, float]]) -> Sentiment:
+    """Divide rated sentences, each class in the same proportion: a test part of 20%, a validation part of 10%."""
+    labelled = [(text, int(rating > 0)) for text, rating in rated if rating != 0]
+    documents = [
+        Document(text, str(number), _letters(text), str(label)) for number, (text, label) in enumerate(labelled)
+    ]
+    tested = split_documents(documents, TEST)
+    validated = split_documents(tested.train, VALIDATION / (1 - TEST))
+
+    def pairs(chosen: Sequence[Document]) -> list[Labelled]:
+        return [labelled[int(document.name)] for document in chosen]
+
+    return Sentiment(
+        pairs(validated.train), pairs(validated.held_out), pairs(tested.held_out), len(rated) - len(labelled)
+    )
+
+
+def majority(train: Sequence[Labelled], judged: Sequence[Labelled]) -> tuple[float, float]:
+    """Accuracy and mean loss of knowing nothing but how frequent each class is among `train`.
+
+    The accuracy is that of always naming the more frequent class (the positive one where they are equal), from 0 to 1;
+    the loss is the cross-entropy of the frequencies, in nats.
+    """
+    positive = sum(label for _, label in train) / len(train)
+    guess = int(positive >= 0.5)
+    losses = [-math.log(positive if label else 1 - positive) for _, label in judged]
+    return sum(label == guess for _, label in judged) / len(judged), sum(losses) / len(losses)
+
+
+def read_sentences(archive: bytes, name: str = ARCHIVE) -> list[tuple[str, float]]:
+    """Sentence and mean rating of each line, in the file's order.
+
+    Args:
+        archive: a gzipped tar that has in `additional_resources` another, which has the file of sentences.
+        name: what to call it in an error.
+
+    Raises:
+        ValueError: there is no such archive, no such file, or a line is not a number, a rating and a sentence.
+    """
+    try:
+        for inner in _members(archive, lambda path: "additional_resources" in path.parts and path.suffix == ".gz"):
+            for content in _members(inner, lambda path: path.name == SENTENCES):
+                return _lines(content)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(f"{name}: is damaged or no source distribution of {PROJECT}: {error}") from error
+    raise ValueError(f"{name}: no archive in its additional_resources holds {SENTENCES}")
+
+
+def _members(archive: bytes, wanted: Callable[[PurePosixPath], bool]) -> list[bytes]:
+    """The contents of the regular files that are wanted, read in memory: no path of the archive is ever followed."""
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
+        files = [member for member in tar if member.isreg() and wanted(PurePosixPath(member.name))]
+        return [opened.read() for member in files if (opened := tar.extractfile(member)) is not None]
+
+
+def _lines(content: bytes) -> list[tuple[str, float]]:
+    try:
+        lines = content.decode("utf-8-sig").split("\n")  # not splitlines: a sentence may hold a control character
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{SENTENCES}: is not UTF-8 text: {error}") from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        fields = line.rstrip("\r").split("\t")
+        try:
+            _, rating, sentence = fields
+            value = float(rating)
+        except ValueError as error:
+            raise ValueError(f"{SENTENCES}, line {number}: expected an id, a rating and a sentence: {error}") from error
+        if not -4 <= value <= 4 or not sentence.strip():
+            raise ValueError(f"{SENTENCES}, line {number}: expected a rating from -4 to 4 and a sentence, got {line!r}")
+        found.append((sentence.strip(), value))
+    return found
+
+
+def _letters(text: str) -> str:
+    """What two repetitions of one sentence have in common."""
+    return " ".join(re.findall(r"\w+", text.lower())) or text
+
+
+def fetch() -> Path:
+    """The archive in the user's cache; pip gets it, where it is not there or damaged.
+
+    Raises:
+        OSError: pip fails (no network, no such version), or the cache cannot be written. The message says where a copy
+            that came another way can be put.
+        ValueError: what was fetched has another checksum.
+    """
+    kept = cache_folder() / ARCHIVE
+    if kept.is_file() and hashlib.sha256(kept.read_bytes()).hexdigest() == SHA256:
+        return kept
+    with tempfile.TemporaryDirectory() as fresh:
+        _download(Path(fresh), kept)
+        content = (Path(fresh) / ARCHIVE).read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != SHA256:
+        raise ValueError(f"{ARCHIVE}: has the SHA-256 {found}, expected {SHA256}; it was not kept")
+    write_files(kept.parent, {kept.name: content})
+    return kept
+
+
+def _download(folder: Path, kept: Path) -> None:
+    wanted = folder / "requirements.txt"
+    # pip runs the setup.py of what it downloads: with the hash it is checked before that, not only behind it.
+    wanted.write_text(f"{PROJECT}=={VERSION} --hash=sha256:{SHA256}\n")
+    options = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--require-hashes", "--quiet"]
+    options += ["--disable-pip-version-check", "--retries", "2", "--dest", str(folder), "--requirement", str(wanted)]
+    done = subprocess.run([sys.executable, "-m", "pip", "download", *options], capture_output=True, text=True)
+    if done.returncode == 0 and (folder / ARCHIVE).is_file():
+        return
+    errors = [line for line in done.stderr.splitlines() if "WARNING" not in line]  # those are its attempts
+    said = " ".join(" ".join(errors).split())[-600:] or "nothing"
+    if "do not match the hashes" in said.lower():
+        raise ValueError(f"{ARCHIVE}: is another one than it should be, with SHA-256 {SHA256}; pip says: {said}")
+    raise OSError(
+        f"pip cannot fetch the source distribution of {PROJECT} {VERSION}, which the sentiment task needs; a copy can "
+        f"be put at {kept}. pip says: {said}"
+    )
+
+
+def cache_folder() -> Path:
+    """Where the archive is kept: `red-kernels` in the folder that the system has for a user's caches."""
+    set_by_user = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(set_by_user):  # the XDG specification has a relative one ignored
+        return Path(set_by_user) / "red-kernels"
+    if sys.platform == "win32" and os.environ.get("LOCALAPPDATA"):
+        return Path(os.environ["LOCALAPPDATA"]) / "red-kernels" / "Cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "red-kernels"
+    return Path.home() / ".cache" / "red-kernels"

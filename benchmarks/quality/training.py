@@ -1,0 +1,129 @@
+"""What every method gets alike: the order of the data, the steps, the optimizer, and the search of a learning rate.
+
+A plain loop and not transformers' Trainer, for two reasons. The order of the data must not depend on how many random
+numbers a method has drawn while it was set up, as it does where a sampler draws from the global generator: here it is a
+function of the seed. And weights in half precision are trained by fp32 copies of them (as usual in mixed precision),
+without which full fine-tuning would lose every update smaller than a rounding step, and a comparison with it would be
+won for the wrong reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WARM_UP = 0.06  # of the steps
+
+
+def data_order(items: int, steps: int, batch: int, seed: int) -> list[list[int]]:
+    """The numbers of the items in each step's batch: whole passes over the data, each shuffled anew."""
+    if items < 1:
+        raise ValueError(f"items: got {items}, expected at least 1")
+    generator = torch.Generator().manual_seed(seed)
+    stream: list[int] = []
+    while len(stream) < steps * batch:
+        stream += torch.randperm(items, generator=generator).tolist()
+    return [stream[step * batch : (step + 1) * batch] for step in range(steps)]
+
+
+def train(
+    model: nn.Module, trained: Sequence[nn.Parameter], batches: Iterable[Mapping[str, Tensor]], steps: int, rate: float
+) -> list[float]:
+    """Train by AdamW without weight decay, the rate rising over the first 6% of the steps and then falling to 0.
+
+    Args:
+        model: returns `loss`; it is left in evaluation mode.
+        trained: what the optimizer steps. Those in half precision get fp32 copies, which are rounded back after a step.
+        batches: the model's inputs, one for each step.
+        steps: how many there are.
+        rate: the highest learning rate.
+
+    Returns:
+        The loss of each step, before it. The training ends early where one is not finite, with that one.
+    """
+    from transformers import get_scheduler
+
+    half = (torch.bfloat16, torch.float16)
+    stepped = [nn.Parameter(own.detach().float()) if own.dtype in half else own for own in trained]
+    copied = [(own, copy) for own, copy in zip(trained, stepped, strict=True) if copy is not own]
+    optimizer = torch.optim.AdamW(stepped, lr=rate, weight_decay=0.0)
+    schedule = get_scheduler("linear", optimizer, math.ceil(WARM_UP * steps), steps)
+    losses = []
+    model.train()
+    for batch in batches:
+        loss = model(**batch).loss
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            break
+        loss.backward()
+        for own, copy in copied:
+            copy.grad, own.grad = None if own.grad is None else own.grad.float(), None
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for own, copy in copied:
+                own.copy_(copy)
+    model.eval()
+    return losses
+
+
+@dataclass(frozen=True)
+class Search:
+    """The learning rates that were tried.
+
+    Attributes:
+        tried: rate to what `judge` said of it, in rising order.
+        chosen: the rate with the least loss.
+        at_edge: whether that is the lowest or the highest of all, so that a better one may lie beyond.
+        added: the rates that were tried beyond the grid.
+    """
+
+    tried: dict[float, Any]
+    chosen: float
+    at_edge: bool
+    added: tuple[float, ...]
+
+
+def search_rate(grid: Sequence[float], judge: Callable[[float], Any], extend: int) -> Search:
+    """Try the rates of a grid; while the best lies at an edge, try another beyond that edge.
+
+    Args:
+        grid: at least two rates, rising.
+        judge: rate to something with a `loss`; the lower the better. Not finite means that the training diverged.
+        extend: how many rates to try beyond the grid at most, each as far from the last as the last two are apart.
+
+    Raises:
+        ValueError: the grid is not as above.
+        RuntimeError: no rate has a finite loss.
+    """
+    check_grid("grid", grid)
+    tried = {rate: judge(rate) for rate in grid}
+    added: list[float] = []
+
+    def best() -> float:
+        finite = [rate for rate, found in tried.items() if math.isfinite(found.loss)]
+        if not finite:
+            raise RuntimeError(f"the training diverged with every learning rate that was tried: {sorted(tried)}")
+        return min(finite, key=lambda rate: tried[rate].loss)
+
+    while best() in (min(tried), max(tried)) and len(added) < extend:
+        rates = sorted(tried)
+        last, before = (rates[0], rates[1]) if best() == rates[0] else (rates[-1], rates[-2])
+        added.append(float(f"{last * last / before:.0e}"))
+        tried[added[-1]] = judge(added[-1])
+    chosen = best()
+    at_edge = chosen in (min(tried), max(tried))
+    return Search(dict(sorted(tried.items())), chosen, at_edge, tuple(added))
+
+
+def check_grid(name: str, grid: Sequence[float]) -> None:
+    """Raises ValueError, naming the argument, unless there are two rates or more, above 0 and rising."""
+    rising = all(low < high for low, high in zip(grid, grid[1:], strict=False))
+    if len(grid) < 2 or not rising or not grid[0] > 0 or not math.isfinite(grid[-1]):
+        raise ValueError(f"{name}: got {list(grid)}, expected at least two learning rates above 0, rising")
