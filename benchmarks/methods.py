@@ -161,10 +161,23 @@ def _frozen(model: nn.Module) -> Prepared:
 def _frozen_fused(model: nn.Module) -> Prepared:
     """The floor: edits disabled leave the fused residual additions and norms; the backward is the edited model's."""
     rk.patch(model)
-    pass_gradients(model, [next(iter(rk.edit_parameters(model)))])
+    _pass_gradients_unhooked(model.get_submodule(next(iter(rk.edit_parameters(model)))))
     for own in model.parameters():  # the vectors, which nothing reads
         own.requires_grad_(False)
     return Prepared(model, [], lambda: rk.disable_edits(model))
+
+
+def _pass_gradients_unhooked(site: Any) -> None:
+    """As `pass_gradients`, without a hook: with another hook than ours a site's output is not handed on to be fused."""
+    forward = site.forward
+
+    def passing(*arguments: Any, **options: Any) -> Any:
+        output = forward(*arguments, **options)
+        if torch.is_grad_enabled() and not output.requires_grad:
+            output.requires_grad_()
+        return output
+
+    site.forward = passing
 
 
 def _red(model: nn.Module) -> Prepared:

@@ -1,0 +1,278 @@
+"""The benchmarked methods: what each trains, that it begins as the frozen model, and that the floor is one."""
+
+from __future__ import annotations
+
+import builtins
+import functools
+
+import model_zoo as zoo
+import pytest
+import torch
+from torch import nn
+
+import red_kernels as rk
+from benchmarks import methods
+
+MODELS = ("roberta", "llama", "gpt2", "t5")
+EAGER = tuple(name for name in methods.METHODS if "compile" not in name and name != "linear-probe")
+D, F, LAYERS, RANK = zoo.HIDDEN, zoo.INNER, zoo.LAYERS, methods.RANK
+
+
+def step(prepared: methods.Prepared, batch: dict, rate: float) -> float:
+    optimizer = torch.optim.AdamW(prepared.trained, lr=rate, weight_decay=0.0) if prepared.trained else None
+    with prepared.active():
+        loss = prepared.model(**batch).loss
+        loss.backward()
+    if optimizer is not None:
+        optimizer.step()
+        optimizer.zero_grad()
+    return float(loss.detach())
+
+
+def stacks(kind: str) -> list[str]:
+    """One letter for each layer: those of a decoder behind an encoder have two attentions."""
+    return ["e"] * LAYERS + (["d"] * (LAYERS - 1) if kind == "t5" else [])
+
+
+def expected_count(kind: str, method: str) -> int | None:
+    """Written down by hand from the configurations: the trainable numbers of a method, or None for none here."""
+    layers = stacks(kind)
+    attentions = sum(2 if letter == "d" else 1 for letter in layers)
+    key = D // zoo.HEADS * 2 if kind == "llama" else D  # two heads for keys and values
+    if method in ("red", "naive"):
+        return len(layers) * 2 * D
+    if method.startswith("frozen"):
+        return 0
+    if method == "lora-qv":
+        if kind == "gpt2":
+            return LAYERS * RANK * (D + 3 * D)
+        return attentions * RANK * (D + D + D + key)
+    if method == "lora-all":
+        attention = RANK * (D + 3 * D + 2 * D) if kind == "gpt2" else RANK * (2 * 2 * D + 2 * (D + key))
+        return attentions * attention + len(layers) * RANK * (D + F) * (3 if kind == "llama" else 2)
+    if method == "ia3":
+        if kind == "gpt2":
+            return LAYERS * (3 * D + F)
+        # RoBERTa's default also matches the attention's output layer, whose input is of width D.
+        return attentions * 2 * key + len(layers) * F + (LAYERS * D if kind == "roberta" else 0)
+    if method == "bitfit" and kind in ("llama", "t5"):
+        attention = 2 * D + 2 * key
+        return attentions * attention + len(layers) * ((2 * F if kind == "llama" else F) + D)
+    return None
+
+
+@pytest.mark.parametrize("method", EAGER)
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_step_changes_what_the_method_trains_and_nothing_else(kind: str, method: str) -> None:
+    base = zoo.tiny(kind)
+    batch = zoo.inputs(kind)
+    with torch.no_grad():
+        before = base(**batch).logits
+    values = {name: own.detach().clone() for name, own in base.named_parameters()}
+    model = methods.sister(base)
+    if method in ("full", "bitfit"):
+        model = zoo.tiny(kind)  # these change the base's own weights
+    prepared = methods.prepare(method, model)
+    with prepared.active(), torch.no_grad():
+        truth = zoo.exact(base, {})
+        exactly = truth.model(**batch).logits
+        zoo.assert_as_exact(f"{kind} {method}", prepared.model(**batch).logits, before, exactly)
+
+    wanted = expected_count(kind, method)
+    if wanted is not None:
+        assert prepared.trainable == wanted
+    if method == "full":
+        assert prepared.trainable == sum(own.numel() for own in values.values())
+    if method == "bitfit" and kind in ("roberta", "gpt2"):
+        assert prepared.trainable == sum(own.numel() for name, own in values.items() if name.endswith(".bias"))
+
+    assert {id(own) for own in prepared.trained} == {
+        id(own) for own in prepared.model.parameters() if own.requires_grad
+    } or method == "naive"  # whose vectors are not in the model
+    whole = [*prepared.model.parameters(), *(prepared.trained if method == "naive" else [])]
+    old = [own.detach().clone() for own in whole]
+    trained = {id(own) for own in prepared.trained}
+    step(prepared, batch, 0.0)
+    step(prepared, batch, 1e-2)
+    names = {id(own): name for name, own in prepared.model.named_parameters()}
+    for own, former in zip(whole, old, strict=True):
+        changed = not torch.equal(own, former)
+        if id(own) not in trained:
+            assert not changed
+        elif "lora_A" not in names.get(id(own), ""):  # gets no gradient while its B is 0
+            assert changed, names.get(id(own))
+    if method not in ("full", "bitfit"):
+        assert all(torch.equal(own, values[name]) for name, own in base.named_parameters())
+
+
+def test_sisters_share_memory_and_nothing_else() -> None:
+    base = zoo.tiny("gpt2").requires_grad_(False)
+    other = methods.sister(base)
+    pairs = list(zip(base.named_parameters(), other.named_parameters(), strict=True))
+    assert pairs
+    for (name, own), (same, theirs) in pairs:
+        assert name == same
+        assert own is not theirs
+        assert own.data_ptr() == theirs.data_ptr()
+        assert not theirs.requires_grad
+    assert other.lm_head.weight is other.transformer.wte.weight  # tied as before
+    methods.prepare("red", other)
+    assert not any("red_edit" in name for name, _ in base.named_modules())
+    assert not any(own._forward_hooks for own in base.modules())
+
+
+def count(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
+    from red_kernels.models import compose
+
+    right, calls = getattr(compose, name), []
+
+    def counted(*args, **options):
+        calls.append("none" if args[2] is None and args[3] is None else "edit")
+        return right(*args, **options)
+
+    monkeypatch.setattr(compose, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("kind", "function"),
+    [("llama", "edit_add_rms_norm"), ("gpt2", "edit_add_layer_norm"), ("roberta", "edit_add_layer_norm")],
+)
+def test_the_floor_runs_the_same_fused_norms_without_edits(
+    kind: str, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, base = zoo.inputs(kind), zoo.tiny(kind)
+    calls = count(monkeypatch, function)
+    step(methods.prepare("red", methods.sister(base)), batch, 0.0)
+    ours = list(calls)
+    assert ours.count("edit") == LAYERS
+    calls.clear()
+    step(methods.prepare("frozen-fused", methods.sister(base)), batch, 0.0)
+    assert calls == ["none"] * len(ours)
+
+
+@pytest.mark.parametrize("method", ["frozen-fused", "frozen"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_floor_s_backward_goes_through_all_layers_behind_the_first_site(kind: str, method: str) -> None:
+    batch, base = zoo.inputs(kind), zoo.tiny(kind)
+    reached: dict[str, torch.Tensor] = {}
+
+    def record(model: nn.Module) -> None:
+        for site in zoo.sites(kind):
+            model.get_submodule(site).register_forward_hook(
+                lambda module, args, output, site=site: (
+                    output.register_hook(lambda gradient: reached.__setitem__(site, gradient.clone())) and None
+                )
+            )
+
+    gradients = []
+    for name in ("naive", method):
+        reached.clear()
+        model = methods.sister(base)
+        prepared = methods.prepare(name, model)
+        record(model)
+        step(prepared, batch, 0.0)
+        gradients.append(dict(reached))
+        assert not any(own.grad is not None for own in base.parameters())
+    assert gradients[0].keys() == gradients[1].keys() == set(zoo.sites(kind))
+    for site, expected in gradients[0].items():
+        assert gradients[1][site].abs().sum() > 0
+        bound = 64 * torch.finfo(torch.float32).eps * expected.norm()
+        assert (gradients[1][site] - expected).norm() <= bound
+
+
+def test_compiled_methods_compile_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    compiler = functools.partial(torch.compile, backend="aot_eager")
+
+    def compile(model, **options):
+        asked.append(options)
+        return compiler(model, **options)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    base, batch = zoo.tiny("llama"), zoo.inputs("llama")
+    losses = {}
+    for name in ("red", "red-compile", "naive-compile"):
+        prepared = methods.prepare(name, methods.sister(base))
+        losses[name] = step(prepared, batch, 0.0)
+        assert isinstance(prepared.model, torch._dynamo.OptimizedModule) == ("compile" in name)
+    assert asked == [{"dynamic": False}] * 2
+    assert max(losses.values()) - min(losses.values()) <= 16 * torch.finfo(torch.float32).eps * losses["red"]
+
+
+@pytest.mark.parametrize("method", [name for name in methods.QUALITY_METHODS if "compile" not in name])
+def test_a_head_is_trained_in_fp32_by_every_method(method: str) -> None:
+    base = zoo.tiny("roberta").bfloat16()
+    head = [name for name, _ in base.named_parameters() if name.startswith("classifier.")]
+    model = methods.sister(base)
+    own = dict(model.named_parameters())
+    prepared = methods.prepare(method, model, head=head)
+    assert {id(own[name]) for name in head} <= {id(each) for each in prepared.trained}
+    assert len({id(each) for each in prepared.trained}) == len(prepared.trained)
+    before = {name: own[name].detach().clone() for name in head}
+    step(prepared, zoo.inputs("roberta"), 1e-6)  # bf16 would lose a change as small as this
+    assert all(own[name].dtype == torch.float32 and not torch.equal(own[name], before[name]) for name in head)
+    if method == "linear-probe":
+        assert prepared.trainable == sum(own[name].numel() for name in head)
+
+
+def test_the_probe_of_a_language_model_is_its_untied_output_projection() -> None:
+    base = zoo.tiny("gpt2").bfloat16()
+    model = methods.sister(base)
+    prepared = methods.prepare("linear-probe", model)
+    embeddings = base.transformer.wte.weight.detach().clone()
+    assert prepared.trainable == embeddings.numel()
+    assert prepared.trained[0].dtype == torch.float32
+    step(prepared, zoo.inputs("gpt2"), 1e-2)
+    assert torch.equal(model.transformer.wte.weight, embeddings)
+    assert torch.equal(base.lm_head.weight, embeddings)
+    assert not torch.equal(model.lm_head.weight, embeddings)
+    assert base.config.tie_word_embeddings
+
+
+def test_other_families_get_explicit_names() -> None:
+    names = methods._named(methods.block_linears(zoo.tiny("distilbert")), methods._KEYS, methods._VALUES)
+    assert len(names) == 2 * LAYERS
+    prepared = methods.prepare("ia3", zoo.tiny("distilbert"))
+    assert prepared.trainable == LAYERS * (2 * D + F)
+    assert methods.prepare("lora-qv", zoo.tiny("neox")).trainable == LAYERS * RANK * (D + 3 * D)
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match=r"name: got 'adapters', expected one of 'frozen-fused'"):
+        methods.prepare("adapters", zoo.tiny("llama"))
+    with pytest.raises(ValueError, match=r"head: the model has no parameter 'score\.weight'"):
+        methods.prepare("red", zoo.tiny("llama"), head=["score.weight"])
+    with pytest.raises(ValueError, match="linear-probe trains nothing but the head"):
+        methods.prepare("linear-probe", zoo.tiny("roberta"))
+    with pytest.raises(ValueError, match="called as queries"):
+        methods._named({"0.first": nn.Linear(1, 1)}, methods._QUERIES, methods._VALUES)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(method.missing() is None for method in methods.METHODS.values())
+    import sys
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+        monkeypatch.delitem(sys.modules, name)
+    right = builtins.__import__
+
+    def absent(name, *args, **options):
+        if name.partition(".")[0] == "peft":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return right(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    import importlib
+
+    of_name = importlib.import_module
+    monkeypatch.setattr(
+        importlib, "import_module", lambda name, *args: absent(name) if name == "peft" else of_name(name, *args)
+    )
+    missing = {name: reason for name, method in methods.METHODS.items() if (reason := method.missing())}
+    assert missing.keys() == {"lora-qv", "lora-all", "ia3"}
+    assert all("pip install peft" in reason for reason in missing.values())
+    model = zoo.tiny("llama")
+    with pytest.raises(ModuleNotFoundError, match="pip install peft"):
+        methods.prepare("ia3", model)
+    assert rk.patch(model).trainable > 0  # nothing was done to it
