@@ -1,0 +1,1 @@
+"""Whole training steps: time, memory and trainable parameters of every method, and how they grow."""

@@ -1,0 +1,187 @@
+"""Whole training steps of every method on real configurations: time, peak memory, trainable parameters.
+
+A step is forward, backward, AdamW and the dropping of the gradients, in training mode. The steps of all methods are
+timed in turn in one process, on weights that they share. Only what a method trains is trained: a classification head
+stays as it is, in all methods alike but full fine-tuning. What the columns of the file mean: docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from red_kernels.integrations.base_models import DTYPES
+from red_kernels.naive import naive_edit
+
+from ..methods import METHODS, STEP_METHODS, Prepared, edited_sites, prepare, sister
+from ..runs import Case, ResultFile, Run, run_cases
+from .compare import compare
+from .models import batch_of, build, find
+
+JOB = "step"
+KEYS = ("model", "dtype", "batch", "length")
+Cases = tuple[tuple[str, str, int, int], ...]
+ON_CPU: Cases = (
+    ("SmolLM2-135M", "bf16", 4, 256),
+    ("MiniLM-L6", "fp32", 32, 128),
+    ("SmolLM2-135M", "bf16", 2, 512),
+    ("MiniLM-L6", "fp32", 16, 256),
+    ("SmolLM2-135M", "bf16", 8, 128),
+    ("MiniLM-L6", "fp32", 64, 64),
+)
+ON_GPU: Cases = (
+    ("Llama-2-7B", "bf16", 2, 2048),
+    ("RoBERTa-base", "bf16", 32, 512),
+    ("GPT-2-medium", "bf16", 16, 512),
+    ("T5-base", "bf16", 16, 512),
+    ("RoBERTa-large", "bf16", 32, 512),
+    ("Llama-2-7B", "bf16", 4, 2048),
+    ("RoBERTa-base", "bf16", 128, 128),
+    ("GPT-2-medium", "bf16", 8, 1024),
+    ("RoBERTa-large", "bf16", 128, 128),
+    ("GPT-2-medium", "bf16", 64, 128),
+    ("T5-base", "bf16", 64, 128),
+    ("Llama-2-7B", "bf16", 8, 2048),
+)
+QUICK: Cases = (("tiny-decoder", "bf16", 2, 16), ("tiny-encoder", "fp32", 2, 16))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        cases: `(model, dtype, batch, length)` in the order of their worth; None for those of the device.
+        methods: in the order of the results.
+        seconds: how long a case is timed, but for its least rounds; compiling and checking come before.
+        rounds: the least rounds.
+    """
+
+    cases: Cases | None = None
+    methods: tuple[str, ...] = STEP_METHODS
+    seconds: float = 60.0
+    rounds: int = 7
+
+    def __post_init__(self) -> None:
+        for name, dtype, batch, length in self.cases or ():
+            model = find(name)
+            if dtype not in DTYPES:
+                raise ValueError(f"cases: got the dtype {dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
+            if batch < 1:
+                raise ValueError(f"cases: got a batch of {batch} for {name}, expected at least 1")
+            if not 2 <= length <= model.longest:
+                raise ValueError(f"cases: got {length} tokens for {name}, expected 2 to {model.longest}")
+        for method in self.methods:
+            if method not in STEP_METHODS:
+                raise ValueError(f"methods: got {method!r}, expected some of {', '.join(map(repr, STEP_METHODS))}")
+        if not self.methods:
+            raise ValueError("methods: got none, expected at least one")
+        if not self.seconds >= 0:
+            raise ValueError(f"seconds: got {self.seconds}, expected 0 or more")
+        if self.rounds < 2:
+            raise ValueError(f"rounds: got {self.rounds}, expected at least 2: quartiles need them")
+
+
+def missing(run: Run) -> dict[str, str]:
+    """Method to the reason why it is not measured here at all."""
+    return {name: reason for name in STEP_METHODS if (reason := METHODS[name].missing()) is not None}
+
+
+def cases(settings: Settings, run: Run) -> list[Case]:
+    """The cases in the order of their worth."""
+    chosen = settings.cases
+    if chosen is None:
+        chosen = QUICK if run.quick else ON_GPU if run.device.type == "cuda" else ON_CPU
+    return [dict(zip(KEYS, case, strict=True)) for case in chosen]
+
+
+def measure(case: Case, settings: Settings, run: Run) -> dict[str, Any]:
+    """One case: the fields that docs/benchmarks.md names.
+
+    Raises:
+        ArithmeticError: a method does not compute what it should.
+        ModuleNotFoundError: the package that carries the model is missing.
+    """
+    model = find(case["model"])
+    base = build(model, case["dtype"], run.device)
+    batch = batch_of(base, model.task, case["batch"], case["length"], run.device)
+    methods, rest = choose(settings.methods, run)
+    makers = {name: functools.partial(_make, name, base) for name in methods}
+    found = compare(base, makers, naive, batch, run.device, *budget(settings.seconds, settings.rounds, run))
+    found["left_out"] |= rest
+    parameters = sum(own.numel() for own in base.parameters())
+    return {**found, "parameters": parameters, "tokens": batch["input_ids"].numel()}
+
+
+def _make(name: str, base: nn.Module) -> Prepared:
+    return prepare(name, sister(base))
+
+
+def naive(model: nn.Module, dtype: torch.dtype, rows: int) -> Prepared:
+    """The edited model that the others are held to, see `check`."""
+    sites = edited_sites(model)
+    return Prepared(model, naive_edit(model, sites, dtype=dtype, widths=sites).vectors())
+
+
+def choose(methods: tuple[str, ...], run: Run) -> tuple[list[str], dict[str, str]]:
+    """Those methods that are measured, and for the others the reason."""
+    absent = missing(run)
+    if run.quick:
+        absent |= {name: "a quick run compiles nothing" for name in methods if name.endswith("-compile")}
+    return [name for name in methods if name not in absent], {name: absent[name] for name in methods if name in absent}
+
+
+def budget(seconds: float, rounds: int, run: Run) -> tuple[float, int]:
+    """The seconds and the least rounds of a case; less of both in a quick run."""
+    return (min(seconds, 1.0), min(rounds, 3)) if run.quick else (seconds, rounds)
+
+
+def run_job(settings: Settings, run: Run, folder: Path, resume: bool) -> ResultFile:
+    """Measure all cases into `step.json` in a folder, and print a table for each.
+
+    Raises ValueError where the file to go on with is of another run, and what all cases raised where all have failed.
+    """
+    planned = cases(settings, run)
+    said = asdict(settings) | {"cases": [list(case.values()) for case in planned]}
+    file = ResultFile(folder / f"{JOB}.json", JOB, run, said, missing(run), resume=resume)
+    run_cases(file, planned, lambda case: measure(case, settings, run), run, "training steps")
+    print_results(file.content, run.console)
+    return file
+
+
+def print_results(content: Mapping[str, Any], console: Console) -> None:
+    """A table for each case; what was left out is in it, with the reason."""
+    for case in content["cases"]:
+        title = (
+            f"{case['model']}, {case['parameters']:,} parameters, {case['dtype']}, "
+            f"{case['batch']} x {case['length']} tokens"
+        )
+        console.print(table(case, title))
+
+
+def table(case: Mapping[str, Any], title: str) -> Table:
+    """The methods of one case; times are also given over that of our edit."""
+    found = Table("method", "median ms", "quartiles ms", "over ours", "peak MiB", "trained", title=title)
+    ours = case["seconds"].get("red", {}).get("median")
+    for name, method in METHODS.items():
+        if name in case["seconds"]:
+            time = case["seconds"][name]
+            found.add_row(
+                method.label,
+                f"{time['median'] * 1e3:.1f}",
+                f"{time['low'] * 1e3:.1f} to {time['high'] * 1e3:.1f}",
+                f"{time['median'] / ours:.2f}" if ours else "",
+                f"{case['peak_bytes'][name] / 2**20:.1f}",
+                f"{case['trainable'][name]:,}" if "trainable" in case else "",
+            )
+        elif name in case["left_out"]:
+            found.add_row(method.label, "left out", case["left_out"][name])
+    return found
