@@ -1,0 +1,72 @@
+"""Writes the figures of README.md and docs/performance.md from the files of results: `python -m benchmarks.report`.
+
+`--check` writes nothing and fails where the two disagree with the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from pathlib import Path
+
+from red_kernels._files import write_files
+
+from .documents import BEGIN, END, performance, put_block, readme_block
+from .results import load
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def documents(results: Path, root: Path) -> dict[Path, tuple[str, str]]:
+    """Each text's path, what it is and what it should be.
+
+    Raises:
+        ValueError: a file of results cannot be reported, or the README has not one pair of marks. Without any results
+            it needs none.
+        OSError: there is no README.
+    """
+    devices = load(results)
+    readme, page = root / "README.md", root / "docs" / "performance.md"
+    text = readme.read_text(encoding="utf-8")
+    found = {page: (page.read_text(encoding="utf-8") if page.is_file() else "", performance(devices, page.parent))}
+    if devices or BEGIN in text or END in text:
+        found[readme] = (text, put_block(text, readme_block(devices)))
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write, or compare; returns 1 where something disagrees or is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=str(__doc__).split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; show what disagrees, and fail if it does")
+    parser.add_argument("--results", type=Path, help="the folder with a folder for each device (benchmarks/results)")
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, help="the folder of README.md and docs/ (default: the sources')"
+    )
+    chosen = parser.parse_args(arguments)
+    results = chosen.results or chosen.root / "benchmarks" / "results"
+    try:
+        if not results.is_dir():
+            raise ValueError(f"--results: {results} is no folder")
+        found = documents(results, chosen.root)
+    except (ValueError, OSError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 1
+    differing = {path: texts for path, texts in found.items() if texts[0] != texts[1]}
+    for path, (old, new) in differing.items():
+        if not chosen.check:
+            write_files(path.parent, {path.name: new.encode()})
+            print(f"{path} written")
+            continue
+        name = path.relative_to(chosen.root)
+        lines = difflib.unified_diff(
+            old.splitlines(), new.splitlines(), f"{name}", f"{name} by make report", lineterm=""
+        )
+        print("\n".join(lines))
+    if not differing:
+        print("README.md and docs/performance.md agree with the results")
+    return 1 if chosen.check and differing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

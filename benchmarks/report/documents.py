@@ -1,0 +1,203 @@
+"""The two texts that are made from results: the figures in README.md, and docs/performance.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+from .figures import (
+    COPY,
+    FLOOR,
+    METHODS,
+    OPERATIONS,
+    OURS,
+    PEERS,
+    QUALITY_METHODS,
+    best_peer,
+    in_order,
+    method_figures,
+    peers_in,
+    rank,
+    size_class,
+    size_classes,
+    spread,
+)
+from .losses import comparisons, goals, incomplete, missed_goals, score
+from .results import Device
+from .tables import PROTOCOL, name_of, section
+from .text import NONE, ratios, table
+
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+SHOWN = ("frozen", "red", "red-compile", "naive", "naive-compile", "lora-qv", "lora-all", "full")
+SHOWN_MEMORY = ("red", "naive", "lora-all", "full")
+NOTHING = "Nothing has been measured in this form yet."
+HEAD = f"""\
+# Performance
+
+Written from `benchmarks/results/` by `make report`; what is changed by hand here is lost. Losses are in it as
+wins are: each device has a list of every one.
+
+{PROTOCOL}"""
+AGAIN = """\
+## To make it again
+
+On the machine to be measured, with nothing else running, `red-kernels bench all --output
+benchmarks/results/NAME` measures and draws (`ops`, `step` or `quality` in place of `all` for a part); on one
+with a GPU and little time `benchmarks/gpu_suite.sh FOLDER` tests and measures in parts. `make report` then
+writes this page and the README's table, `make report CHECK=1` only says whether they agree with the files, as
+the tests do."""
+
+
+def performance(devices: Sequence[Device], docs: Path) -> str:
+    """docs/performance.md, whole; ``docs`` is its folder."""
+    parts = [section(device, docs) for device in devices] or [NOTHING]
+    return "\n\n".join([HEAD, *parts, AGAIN]) + "\n"
+
+
+def readme_block(devices: Sequence[Device]) -> str:
+    """What stands between the README's marks: one table with a column for each device."""
+    if not devices:
+        return NOTHING
+    rows = [
+        row
+        for make in (_operation_rows, _step_rows, _quality_rows, _loss_rows)
+        for row in make(devices)
+        if any(cell != NONE for cell in row[1:])
+    ]
+    notes = [f"{device.name}: {' '.join(found)}" for device in devices if (found := incomplete(device))]
+    where = "; ".join(f"*{device.name}*: {_machine(device)}" for device in devices)
+    return "\n\n".join(
+        [
+            "Geometric means, least and greatest in brackets; in rows *over ours*, above 1 is in our favour. "
+            + where
+            + ".",
+            table(("", *(device.name for device in devices)), rows),
+            *notes,
+            "Every table, picture, loss and missing peer: [docs/performance.md](docs/performance.md); how it was "
+            "measured and how to measure again: [docs/benchmarks.md](docs/benchmarks.md).",
+        ]
+    )
+
+
+def put_block(text: str, block: str) -> str:
+    """A README with the block between its marks.
+
+    Raises ValueError where it has not exactly one of each mark, each on a line of its own, in order.
+    """
+    lines = text.split("\n")
+    places = [[number for number, line in enumerate(lines) if line.strip() == mark] for mark in (BEGIN, END)]
+    counts = [len(found) for found in places]
+    if counts != [1, 1] or places[0][0] > places[1][0]:
+        raise ValueError(
+            f"README.md has {counts[0]} lines {BEGIN!r} and {counts[1]} lines {END!r}, expected one of each, in order"
+        )
+    begin, end = places[0][0], places[1][0]
+    return "\n".join([*lines[: begin + 1], *block.split("\n"), *lines[end:]])
+
+
+def _machine(device: Device) -> str:
+    found = device.environment
+    gpu = found.get("gpu")
+    named = gpu.get("name") if isinstance(gpu, dict) else gpu
+    threads = "" if named else f", {found.get('threads')} threads"
+    return f"{named or found.get('processor')}{threads}, torch {found.get('torch')}"
+
+
+def _row(title: str, devices: Iterable[Device], cell: Callable[[Device], str]) -> tuple[str, ...]:
+    return (title, *map(cell, devices))
+
+
+def _over_ours(
+    device: Device, *, peer: str | None, operation: tuple[str, str] | None = None, largest: bool = False
+) -> str:
+    """Over cases of forward and backward with fresh inputs: the time of a peer (None: the best) over ours."""
+    cells = []
+    last = size_classes(device.gpu)[-1][1]
+    cases = [case for case in device.files.get("ops", {}).get("cases", []) if case["inputs"] == "fresh"]
+    for ours in OURS:
+        values = []
+        for case in cases:
+            seconds = case["seconds"].get("both", {})
+            other = best_peer(seconds) if peer is None else peer
+            if ours not in seconds or other not in seconds:
+                continue
+            if operation is not None and operation != (case["operation"], case["variant"]):
+                continue
+            if largest and size_class(case["rows"] * case["width"], device.gpu) != last:
+                continue
+            over = seconds[other]["median"] / seconds[ours]["median"]
+            values.append(1 / over if peer == COPY else over)
+        if values:
+            cells.append((ours, ratios(spread(values))))
+    return "; ".join(f"{ours} {text}" for ours, text in cells) if len(cells) > 1 else cells[0][1] if cells else NONE
+
+
+def _operation_rows(devices: Sequence[Device]) -> list[tuple[str, ...]]:
+    cases = [case for device in devices for case in device.files.get("ops", {}).get("cases", [])]
+    operations = sorted(
+        {(case["operation"], case["variant"]) for case in cases}, key=lambda key: (rank(key[0], OPERATIONS), key[1])
+    )
+    peers = in_order({peer for case in cases for peer in peers_in(case["seconds"].get("both", {}))}, PEERS)
+    return [
+        *(
+            _row(f"{name_of(*key)}: best peer over ours", devices, partial(_over_ours, peer=None, operation=key))
+            for key in operations
+        ),
+        *(_row(f"all operations: `{peer}` over ours", devices, partial(_over_ours, peer=peer)) for peer in peers),
+        _row(
+            "ours over copies of the least bytes, largest sizes",
+            devices,
+            partial(_over_ours, peer=COPY, largest=True),
+        ),
+    ]
+
+
+def _over_floor(device: Device, method: str, memory: bool) -> str:
+    values = []
+    for case in device.files.get("step", {}).get("cases", []):
+        for found in method_figures(case):
+            value = found.memory_over_floor if memory else found.over_floor
+            if found.method == method and value is not None:
+                values.append(value)
+    return ratios(spread(values))
+
+
+def _step_rows(devices: Sequence[Device]) -> list[tuple[str, ...]]:
+    cases = [case for device in devices for case in device.files.get("step", {}).get("cases", [])]
+    measured = in_order({method for case in cases for method in case["seconds"]}, METHODS)
+    methods = [method for method in SHOWN if method in measured]
+    rows = [
+        _row(f"training step over `{FLOOR}`: `{method}`", devices, partial(_over_floor, method=method, memory=False))
+        for method in methods
+    ]
+    return rows + [
+        _row(f"its peak memory: `{method}`", devices, partial(_over_floor, method=method, memory=True))
+        for method in SHOWN_MEMORY
+        if method in measured
+    ]
+
+
+def _scores(device: Device, task: str, methods: Sequence[str]) -> str:
+    cases = {case["method"]: case for case in device.files.get("quality", {}).get("cases", []) if case["task"] == task}
+    return ", ".join(f"{method} {score(cases[method])}" for method in methods if method in cases) or NONE
+
+
+def _quality_rows(devices: Sequence[Device]) -> list[tuple[str, ...]]:
+    cases = [case for device in devices for case in device.files.get("quality", {}).get("cases", [])]
+    tasks = {case["task"]: case["metric"] for case in cases}
+    methods = in_order({case["method"] for case in cases}, QUALITY_METHODS)
+    return [
+        _row(f"{task}, {tasks[task]}", devices, partial(_scores, task=task, methods=methods)) for task in sorted(tasks)
+    ]
+
+
+def _loss_rows(devices: Sequence[Device]) -> list[tuple[str, ...]]:
+    def lost(device: Device) -> str:
+        counts = comparisons(device)
+        return "; ".join(f"{name} {some} of {of}" for name, (some, of) in counts.items()) or NONE
+
+    def missed(device: Device) -> str:
+        return str(len(missed_goals(device))) if goals(device) else NONE
+
+    return [_row("losses beyond the spread", devices, lost), _row("goals missed", devices, missed)]
