@@ -4,11 +4,15 @@ What each computes is held to the same mathematics in twice the precision (fp64 
 error may be twice that of plain PyTorch in the model's dtype, and a rounding step. Errors are norms over all logits,
 and over the gradients of all scales and of all biases. The bound on the logits gives that on the loss: the gradient of
 a target's loss has a norm of at most sqrt(2), so the mean over n targets moves by at most sqrt(2 / n) times as much.
+
+A classifier has a handful of logits, whose error in plain PyTorch may be next to nothing by chance. There the error is
+that of what goes into the last linear layer, and the logits may be off by that layer's norm times as much.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,7 +22,7 @@ from torch import Tensor, nn
 
 from red_kernels.models.norms import norm_spec
 
-from ..methods import Prepared
+from ..methods import Prepared, sister
 
 EDITED = ("naive", "red", "red-compile", "naive-compile")
 TOKENS = 4096  # gradients are checked on the first rows, about as many: twice the precision takes more memory
@@ -29,6 +33,7 @@ class _Found(NamedTuple):
     logits: Tensor
     loss: Tensor
     gradients: Tensor | None  # of all vectors, in their order
+    head: tuple[Tensor, nn.Linear] | None  # what goes into a classifier's last linear layer, and that layer
 
 
 def check(base: nn.Module, prepared: Mapping[str, Prepared], naive: Naive, batch: Mapping[str, Tensor]) -> None:
@@ -53,8 +58,8 @@ def check(base: nn.Module, prepared: Mapping[str, Prepared], naive: Naive, batch
     twice = torch.float64 if dtype == torch.float32 else torch.float32
     exact = _exact(base, twice)
     plain = Prepared(base, [])
-    truth = _run(Prepared(exact, []), batch, False, False)
-    frozen = _run(plain, batch, False, False)
+    truth = _run(Prepared(exact, []), batch, False, False, watched=True)
+    frozen = _run(plain, batch, False, False, watched=True)
     for name, made in prepared.items():
         compiled = name.endswith("-compile")
         found = _run(made, batch, not (compiled and dropping), not dropping, backward=False)
@@ -73,14 +78,11 @@ def check(base: nn.Module, prepared: Mapping[str, Prepared], naive: Naive, batch
     generator = torch.Generator().manual_seed(0)
     values = start + 0.1 * torch.randn(start.shape, generator=generator, dtype=torch.float32).to(start)
     _fill(reference.trained, values)
-    truth = _run(reference, part, True, False)
+    truth = _run(reference, part, True, False, watched=True)
     del exact, reference
-    peer: _Found | None = None
-    if "naive" in edited and few == rows:
-        ours = edited.pop("naive")
-        peer = _edited(ours, values, start, part, True, False)
-    else:
-        peer = _edited(naive(_shared(base), torch.float32, few), values, start, part, True, False)
+    whole = few == rows and "naive" in edited
+    plain = edited.pop("naive") if whole else naive(sister(base), torch.float32, few)
+    peer = _edited(plain, values, start, part, True, False, watched=True)
     for name, made in edited.items():
         compiled = name.endswith("-compile")
         if compiled and few < rows:
@@ -90,7 +92,7 @@ def check(base: nn.Module, prepared: Mapping[str, Prepared], naive: Naive, batch
         for kind, where in (("scales", start == 1), ("biases", start == 0)):
             if found.gradients is not None:
                 own, theirs, right = (_chosen(each, where) for each in (found, peer, truth))
-                _bound(f"{name}: the gradients of all {kind}", own, theirs, right, dtype)
+                _bound(f"{name}: the gradients of all {kind}", own, right, _allowed(theirs, right, dtype))
 
 
 def _chosen(found: _Found, where: Tensor) -> Tensor:
@@ -98,29 +100,40 @@ def _chosen(found: _Found, where: Tensor) -> Tensor:
     return found.gradients[where]
 
 
-def _shared(base: nn.Module) -> nn.Module:
-    from ..methods import sister
-
-    return sister(base)
-
-
-def _run(made: Prepared, batch: Mapping[str, Tensor], gradients: bool, training: bool, backward: bool = True) -> _Found:
+def _run(
+    made: Prepared,
+    batch: Mapping[str, Tensor],
+    gradients: bool,
+    training: bool,
+    *,
+    backward: bool = True,
+    watched: bool = False,
+) -> _Found:
     """One forward, with `gradients` also a backward unless that is left out; the mode is given back."""
     was = made.model.training
     made.model.train(training)
+    heads: list[tuple[Tensor, nn.Linear]] = []
+    handles = []
+    if watched and batch["labels"].dim() == 1:
+        linears = [module for module in made.model.modules() if isinstance(module, nn.Linear)]
+        handles = [module.register_forward_pre_hook(functools.partial(_note_head, heads)) for module in linears]
     try:
         with made.active(), torch.set_grad_enabled(gradients):
             output = made.model(**batch)
             if gradients and backward:
                 output.loss.backward()
-        grads = None
-        if gradients and backward:
-            grads = torch.cat([_gradient(own) for own in made.trained])
-        return _Found(output.logits.detach(), output.loss.detach(), grads)
+        found = torch.cat([_gradient(own) for own in made.trained]) if gradients and backward else None
+        return _Found(output.logits.detach(), output.loss.detach(), found, heads[0] if heads else None)
     finally:
         made.model.train(was)
+        for handle in handles:
+            handle.remove()
         for own in made.trained:
             own.grad = None
+
+
+def _note_head(heads: list[tuple[Tensor, nn.Linear]], module: nn.Linear, arguments: tuple[Tensor, ...]) -> None:
+    heads[:] = [(arguments[0].detach(), module)]  # the last one called stays
 
 
 def _gradient(own: nn.Parameter) -> Tensor:
@@ -128,11 +141,17 @@ def _gradient(own: nn.Parameter) -> Tensor:
 
 
 def _edited(
-    made: Prepared, values: Tensor, start: Tensor, batch: Mapping[str, Tensor], gradients: bool, training: bool
+    made: Prepared,
+    values: Tensor,
+    start: Tensor,
+    batch: Mapping[str, Tensor],
+    gradients: bool,
+    training: bool,
+    watched: bool = False,
 ) -> _Found:
     _fill(made.trained, values)
     try:
-        return _run(made, batch, gradients, training)
+        return _run(made, batch, gradients, training, watched=watched)
     finally:
         _fill(made.trained, start)
 
@@ -150,23 +169,31 @@ def _fill(vectors: list[nn.Parameter], values: Tensor) -> None:
 def _hold(
     what: str, found: _Found, plain: _Found, truth: _Found, dtype: torch.dtype, batch: Mapping[str, Tensor]
 ) -> None:
-    bound = _bound(f"{what}: the logits", found.logits, plain.logits, truth.logits, dtype)
+    bound = _allowed(plain.logits, truth.logits, dtype)
+    if plain.head is not None and truth.head is not None:
+        (theirs, _), (right, head) = plain.head, truth.head
+        terms = right.abs() @ head.weight.abs().T + (0 if head.bias is None else head.bias.abs())
+        bound = float(torch.linalg.matrix_norm(head.weight, 2)) * _allowed(theirs, right, dtype)
+        bound += torch.finfo(dtype).eps * float(terms.norm())
+    _bound(f"{what}: the logits", found.logits, truth.logits, bound)
     labels = batch["labels"]
     targets = max(1, labels.numel() - (labels.shape[0] if labels.dim() > 1 else 0))  # at least: a decoder shifts them
-    right = float(truth.loss)
-    step = torch.finfo(found.loss.dtype).eps * abs(right)
-    allowed = 2 * abs(float(plain.loss) - right) + step + math.sqrt(2 / targets) * bound
-    error = abs(float(found.loss) - right)
+    loss = float(truth.loss)
+    step = torch.finfo(found.loss.dtype).eps * abs(loss)
+    allowed = 2 * abs(float(plain.loss) - loss) + step + math.sqrt(2 / targets) * bound
+    error = abs(float(found.loss) - loss)
     if not error <= allowed:
         raise ArithmeticError(f"{what}: the loss is off by {error:.3e}, allowed are {allowed:.3e}")
 
 
-def _bound(what: str, found: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
-    allowed = 2 * float((plain.to(truth.dtype) - truth).norm()) + torch.finfo(dtype).eps * float(truth.norm())
+def _allowed(plain: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
+    return 2 * float((plain.to(truth.dtype) - truth).norm()) + torch.finfo(dtype).eps * float(truth.norm())
+
+
+def _bound(what: str, found: Tensor, truth: Tensor, allowed: float) -> None:
     error = float((found.to(truth.dtype) - truth).norm())
     if not error <= allowed:
         raise ArithmeticError(f"{what} are off by {error:.3e}, allowed are {allowed:.3e}")
-    return allowed
 
 
 def _has_dropout(model: nn.Module) -> bool:

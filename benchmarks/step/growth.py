@@ -23,6 +23,7 @@ from red_kernels.integrations.base_models import DTYPES
 from ..methods import METHODS, Prepared, edited_sites, prepare, sister
 from ..runs import Case, ResultFile, Run, run_cases
 from . import job
+from .check import TOKENS
 from .compare import compare
 from .models import batch_of, build, llama
 
@@ -65,7 +66,7 @@ ON_GPU = Sizes(
     8,
     2048,
     64,
-    128,
+    64,
     {
         "layers": (2, 4, 8, 16, 32),
         "width": (512, 1024, 2048, 4096, 8192),
@@ -121,6 +122,8 @@ def _check_sizes(sizes: Sizes) -> None:
                 raise ValueError(f"sizes: got {value} tokens, expected a multiple of the length {sizes.length}")
             if axis == "edits" and value > sizes.batch:
                 raise ValueError(f"sizes: got {value} edits, the batch has {sizes.batch} rows")
+            if axis == "edits" and sizes.batch * sizes.length > TOKENS:  # the check takes fewer rows then
+                raise ValueError(f"sizes: got {sizes.batch} x {sizes.length} tokens, expected at most {TOKENS}")
     for width in (sizes.width, *sizes.axes.get("width", ())):
         if width < 64 or width % 64:
             raise ValueError(f"sizes: got the width {width}, expected a multiple of 64, the width of a head")
