@@ -56,10 +56,8 @@ def check(base: nn.Module, prepared: Mapping[str, Prepared], naive: Naive, batch
     dropping = _has_dropout(base)
     dtype = next(base.parameters()).dtype
     twice = torch.float64 if dtype == torch.float32 else torch.float32
-    exact = _exact(base, twice)
-    plain = Prepared(base, [])
-    truth = _run(Prepared(exact, []), batch, False, False, watched=True)
-    frozen = _run(plain, batch, False, False, watched=True)
+    truth = _run(Prepared(_exact(base, twice), []), batch, False, False, watched=True)
+    frozen = _run(Prepared(base, []), batch, False, False, watched=True)
     for name, made in prepared.items():
         compiled = name.endswith("-compile")
         found = _run(made, batch, not (compiled and dropping), not dropping, backward=False)
@@ -69,17 +67,17 @@ def check(base: nn.Module, prepared: Mapping[str, Prepared], naive: Naive, batch
     rows = next(iter(batch.values())).shape[0]
     tokens = batch["input_ids"].numel()
     few = max(1, rows * TOKENS // tokens) if tokens > TOKENS else rows
-    part = {name: value[:few] for name, value in batch.items()}
+    part = batch if few == rows else {name: value[:few] for name, value in batch.items()}
     edited = {name: prepared[name] for name in EDITED if name in prepared}
     if not edited:
         return
-    reference = naive(exact, twice, few)
+    reference = naive(_exact(base, twice), twice, few)  # made anew: kept so long it would be twice the model's memory
     start = _flat(reference.trained).clone()
     generator = torch.Generator().manual_seed(0)
     values = start + 0.1 * torch.randn(start.shape, generator=generator, dtype=torch.float32).to(start)
     _fill(reference.trained, values)
     truth = _run(reference, part, True, False, watched=True)
-    del exact, reference
+    del reference
     whole = few == rows and "naive" in edited
     plain = edited.pop("naive") if whole else naive(sister(base), torch.float32, few)
     peer = _edited(plain, values, start, part, True, False, watched=True)
@@ -197,10 +195,11 @@ def _bound(what: str, found: Tensor, truth: Tensor, allowed: float) -> None:
 
 
 def _has_dropout(model: nn.Module) -> bool:
-    config: Any = getattr(model, "config", None)
-    named = config.to_dict() if config is not None else {}
-    return any("drop" in name and isinstance(value, float) and value > 0 for name, value in named.items()) or any(
-        isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
+    """Whether a module is a dropout, or holds the probability of one, as attentions do."""
+    return any(
+        (isinstance(module, nn.Dropout) and module.p > 0)
+        or any("drop" in name and isinstance(value, float) and value > 0 for name, value in module.__dict__.items())
+        for module in model.modules()
     )
 
 

@@ -164,5 +164,5 @@ def batch_of(model: nn.Module, task: str, batch: int, length: int, device: torch
     if task == "classification":
         labels = torch.randint(0, config.num_labels, (batch,), generator=generator).to(device)
     else:
-        labels = ids if task == "causal-lm" else tokens(max(1, length // 4))
+        labels = ids.clone() if task == "causal-lm" else tokens(max(1, length // 4))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
