@@ -18,12 +18,13 @@ EMULATOR := $(CURDIR)/build/libred_kernels_cuda_emulated.so
 EMULATED := OMP_NUM_THREADS=1 RED_KERNELS_CUDA_EMULATED=$(EMULATOR) RED_KERNELS_TEST_ON=cuda
 PIP := $(BIN)/python -m pip install --quiet
 
-.PHONY: help demo test test-nightly test-gpu memcheck racecheck initcheck bench lint format clean say-cuda
+.PHONY: help demo test test-nightly test-gpu memcheck racecheck initcheck bench report lint format clean say-cuda
 
 help:
 	@echo "make demo      fine-tune a language model on fused kernels and show what came of it (into $(DEMO)/)"
 	@echo "make test      format, lint and type checks, the build (of the CUDA kernels too where there is nvcc), all tests"
 	@echo "make bench     the benchmark of the CPU kernels (about 4 minutes)"
+	@echo "make report    the README's figures and docs/performance.md, written from benchmarks/results/"
 	@echo "make lint      the checks alone;  make format  mends what can be mended"
 	@echo "make test-nightly  all cases of the GPU kernels, emulated, interpreted and compiled (hours)"
 	@echo "make test-gpu  the tests of the operations on a machine with a GPU"
@@ -99,6 +100,10 @@ format: .venv/test
 
 bench: .venv/test
 	$(BIN)/python -m benchmarks.norms --output benchmarks/results/cpu-latest.json
+
+# The README's figures and docs/performance.md, from benchmarks/results/; `make report CHECK=1` compares only.
+report: .venv/test
+	$(BIN)/python -m benchmarks.report $(if $(CHECK),--check)
 
 test-gpu: .venv/test say-cuda
 	$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'make test-gpu needs a GPU that torch can use')"

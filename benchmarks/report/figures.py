@@ -46,7 +46,7 @@ METHODS = (
     "bitfit",
     "full",
 )
-QUALITY_METHODS = ("base", "red", "naive", "lora", "ia3", "linear-probe", "full")
+QUALITY_METHODS = ("base", "red", "naive", "lora-all", "ia3", "linear-probe", "full")
 GROWN = ("layers", "width", "batch", "length", "edits")
 STEP_GOAL = 1.01  # of a step of ours over the frozen model with the same norms
 HOST_GOAL = 10e-6  # seconds of a forward call of the CUDA kernels at HOST_SHAPE
@@ -311,7 +311,7 @@ def case_of_step(case: dict[str, Any]) -> str:
 
 def case_of_growth(case: dict[str, Any]) -> str:
     """A case of growth in words."""
-    others = [f"{case[name]} {name}" for name in GROWN if case.get(name) is not None and name != case["axis"]]
+    others = [f"{name} {case[name]}" for name in GROWN if case.get(name) is not None and name != case["axis"]]
     return ", ".join([f"{case['axis']} {case['value']}", *others])
 
 
@@ -329,9 +329,9 @@ def growth_series(content: Content) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 def _fixed(case: dict[str, Any]) -> str:
-    # Batch or length are what makes the tokens more.
-    growing = {"tokens": ("batch", "length", "tokens")}.get(case["axis"], (case["axis"],))
-    return ", ".join(f"{case[name]} {name}" for name in GROWN if name not in growing and case.get(name) is not None)
+    # More tokens are a larger batch.
+    growing = {"tokens": ("batch", "tokens")}.get(case["axis"], (case["axis"],))
+    return ", ".join(f"{name} {case[name]}" for name in GROWN if name not in growing and case.get(name) is not None)
 
 
 def lower_is_better(metric: str) -> bool:

@@ -104,16 +104,21 @@ def _scores(cases: list[dict[str, Any]]) -> Iterator[tuple[Loss | None, str]]:
         for peer, other in methods.items():
             if own is None or peer in ("red", "base"):
                 continue
-            lower = lower_is_better(own["metric"])
-            ahead = (own["mean"] - other["mean"]) if lower else (other["mean"] - own["mean"])
             figures = f"{score(own)} against {score(other)}"
-            lost = ahead > own["spread"] + other["spread"]
+            if own["mean"] is None or other["mean"] is None:
+                lost = own["mean"] is None and other["mean"] is not None
+            else:
+                ahead = other["mean"] - own["mean"]
+                spread = (own["spread"] or 0) + (other["spread"] or 0)
+                lost = (-ahead if lower_is_better(own["metric"]) else ahead) > spread
             yield (Loss("quality", task, own["metric"], "red", peer, figures, None) if lost else None, "quality")
 
 
 def score(case: dict[str, Any]) -> str:
     """A mean score and its sample standard deviation over the seeds."""
-    return f"{case['mean']:.2f} ± {case['spread']:.2f}" if len(case["runs"]) > 1 else f"{case['mean']:.2f}"
+    if case["mean"] is None:
+        return "diverged"
+    return f"{case['mean']:.2f}" + ("" if case["spread"] is None else f" ± {case['spread']:.2f}")
 
 
 def goals(device: Device) -> list[tuple[Missed, bool]]:
@@ -154,6 +159,8 @@ def not_measured(device: Device) -> list[tuple[str, str, str]]:
             found[job, name, reason] = 0
         for case in content["cases"]:
             for name, reason in sorted(case.get("left_out", {}).items()):
+                if (job, name, reason) in found:
+                    continue  # it is missing everywhere
                 where = case.get("operation") or case.get("model") or case.get("task") or case.get("axis") or "?"
                 key = (job, f"{name} of {where}", reason)
                 found[key] = found.get(key, 0) + 1

@@ -69,7 +69,6 @@ LOOKS = {
     "red-compile": Look(SKY, "s", "//"),
     "naive": Look(GREY, "v", ".."),
     "naive-compile": Look(ORANGE, "D", "\\\\"),
-    "lora": Look(GREEN, "P", "--"),
     "lora-qv": Look(GREEN, "P", "--"),
     "lora-all": Look(RED, "X", "||"),
     "ia3": Look(PINK, "*", "++"),
@@ -255,7 +254,12 @@ def _steps(content: Content) -> list[tuple[str, Any]]:
     return [
         ("step-time.png", _step_figure(content, "Time of a training step", memory=False)),
         *(
-            [("step-memory.png", _step_figure(content, "Peak memory of a training step", memory=True))]
+            [
+                (
+                    "step-memory.png",
+                    _step_figure(content, "Peak memory of a training step beyond the base weights", memory=True),
+                )
+            ]
             if any(case.get("peak_bytes") for case in content["cases"])
             else []
         ),
@@ -350,15 +354,17 @@ def _quality(content: Content) -> list[tuple[str, Any]]:
         cases = {case["method"]: case for case in content["cases"] if case["task"] == task}
         metric = next(iter(cases.values()))["metric"]
         heights = {
-            name: (case["mean"], case["mean"] - case["spread"], case["mean"] + case["spread"])
+            name: (case["mean"], case["mean"] - (case["spread"] or 0), case["mean"] + (case["spread"] or 0))
             for name, case in cases.items()
+            if case["mean"] is not None and name != "base"  # so far off that the others could not be told apart
         }
         for place, name in enumerate(in_order(heights, QUALITY_METHODS)):
             value, low, high = heights[name]
             style = look(name)
             axis.errorbar(place, value, yerr=([value - low], [high - value]), color=BLACK, capsize=4, linewidth=1.2)
-            color = style.color if name != "base" else BLACK
-            axis.plot([place], [value], color=color, marker=style.marker, markersize=9, linestyle="none", zorder=3)
+            axis.plot(
+                [place], [value], color=style.color, marker=style.marker, markersize=7, linestyle="none", zorder=3
+            )
         axis.set_xticks(
             range(len(heights)), in_order(heights, QUALITY_METHODS), rotation=55, ha="right", rotation_mode="anchor"
         )
@@ -366,7 +372,9 @@ def _quality(content: Content) -> list[tuple[str, Any]]:
         better = "lower" if lower_is_better(metric) else "higher"
         unit = " (%)" if metric == "accuracy" else ""
         axis.set_ylabel(f"{metric}{unit}, {better} is better")
-        axis.set_title(task)
+        axis.set_title(
+            task + (f" (base: {cases['base']['mean']:.4g})" if cases.get("base", {}).get("mean") is not None else "")
+        )
     return [("quality.png", figure)]
 
 

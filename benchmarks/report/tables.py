@@ -74,7 +74,8 @@ greatest in brackets. *Best peer* takes whichever peer is fastest in each case. 
 that of the copies, so 1 is the floor. GB/s are the least bytes over our time."""
 STEPS = f"""\
 *Over the floor* is a method's median over that of `{FLOOR}`, the frozen model with the same fused norms and no
-edit, whose gradients pass through it as a trained edit's do."""
+edit, whose gradients pass through it as a trained edit's do. Memory is the peak of a step beyond the base weights: activations,
+gradients, and what the method adds."""
 
 
 def _pictures(device: Device, docs: Path, kind: str) -> list[str]:
@@ -242,7 +243,9 @@ def quality_tables(device: Device) -> list[str]:
                     f"`{case['method']}`",
                     score(case),
                     str(len(case["runs"])),
-                    NONE if case.get("chosen") is None else f"{case['chosen']:g} of {len(rates)}",
+                    NONE
+                    if case.get("chosen") is None
+                    else f"{case['chosen']:g} of {len(rates)}" + (", at the edge" if case.get("at_edge") else ""),
                     NONE if case.get("trainable") is None else f"{case['trainable']:,}",
                     budget,
                 )
