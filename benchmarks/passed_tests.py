@@ -1,0 +1,47 @@
+"""A pytest plugin for runs that are cut off: the names of tests that passed or were skipped go into a file at once.
+
+    PASSED_TESTS=FILE python -m pytest -p benchmarks.passed_tests
+
+The tests named in the file already are left out, so the next run goes on where this one ended.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+VARIABLE = "PASSED_TESTS"
+
+
+def _file() -> Path:
+    name = os.environ.get(VARIABLE)
+    if not name:
+        raise pytest.UsageError(f"{VARIABLE} is not set, expected the file that names of passed tests go into")
+    return Path(name)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    path = _file()
+    passed = set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
+    left_out = [item for item in items if item.nodeid in passed]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item.nodeid not in passed]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> Iterator[None]:
+    yield
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # the process that gave the worker its test hears of it too, and writes alone
+    state = _outcomes.setdefault(report.nodeid, [])
+    state.append(report.outcome)
+    if report.when == "teardown" and "failed" not in _outcomes.pop(report.nodeid):
+        with _file().open("a", encoding="utf-8") as file:
+            file.write(report.nodeid + "\n")
+
+
+_outcomes: dict[str, list[str]] = {}
