@@ -74,8 +74,8 @@ greatest in brackets. *Best peer* takes whichever peer is fastest in each case. 
 that of the copies, so 1 is the floor. GB/s are the least bytes over our time."""
 STEPS = f"""\
 *Over the floor* is a method's median over that of `{FLOOR}`, the frozen model with the same fused norms and no
-edit, whose gradients pass through it as a trained edit's do. Memory is the peak of a step beyond the base weights: activations,
-gradients, and what the method adds."""
+edit, whose gradients pass through it as a trained edit's do. Memory is the peak of a step beyond the base
+weights: activations, gradients, and what the method adds."""
 
 
 def _pictures(device: Device, docs: Path, kind: str) -> list[str]:
