@@ -1,8 +1,8 @@
 """What every job of the suite has in common: its cases, its file of results, its progress, its end.
 
-A case is a dictionary of what tells it from the job's other cases. A job lists its cases in the order of their worth, and
-measures one at a time; each result is on the disk before the next is begun, so a run that ends early has lost nothing
-and can be resumed. The form of the file: docs/benchmarks.md.
+A case is a dictionary of what tells it from the job's other cases. A job lists its cases in the order of their worth,
+and measures one at a time; each result is on the disk before the next is begun, so a run that ends early has lost
+nothing and can be resumed. The form of the file: docs/benchmarks.md.
 """
 
 from __future__ import annotations
