@@ -9,6 +9,7 @@ won for the wrong reason.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,6 +125,6 @@ def search_rate(grid: Sequence[float], judge: Callable[[float], Any], extend: in
 
 def check_grid(name: str, grid: Sequence[float]) -> None:
     """Raises ValueError, naming the argument, unless there are two rates or more, above 0 and rising."""
-    rising = all(low < high for low, high in zip(grid, grid[1:], strict=False))
+    rising = all(low < high for low, high in itertools.pairwise(grid))
     if len(grid) < 2 or not rising or not grid[0] > 0 or not math.isfinite(grid[-1]):
         raise ValueError(f"{name}: got {list(grid)}, expected at least two learning rates above 0, rising")
