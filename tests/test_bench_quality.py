@@ -277,6 +277,15 @@ def test_every_method_gets_the_same_and_the_test_part_last(settings, watched):
     )
 
 
+def test_a_seed_decides_all_that_is_drawn(settings):
+    """Adapters and dropout too, whatever was drawn before and whether or not the model is loaded already."""
+    pytest.importorskip("peft")
+    case = {"task": "sentiment", "method": "lora-all"}
+    first = job.measure(case, settings, a_run())
+    torch.rand(7)
+    assert job.measure(case, settings, a_run()) == first
+
+
 def test_no_text_is_in_two_parts(settings):
     for name in tasks.TASKS:
         everything = replace(settings.budget(name), length=50, validation=1000, test=1000)
