@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -102,7 +102,15 @@ class Wheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
+# The benchmark suite is a folder of its own in the sources, and is installed inside of the package.
+SUITE = "red_kernels.benchmarks"
+FOLDER = ROOT / "benchmarks"
+suite = {SUITE: FOLDER.name} if FOLDER.is_dir() else {}
+suite |= {f"{SUITE}.{name}": f"{FOLDER.name}/{name.replace('.', '/')}" for name in find_packages(str(FOLDER))}
+
 setup(
+    packages=[*find_packages(str(ROOT), include=["red_kernels*"]), *suite],
+    package_dir=suite,
     ext_modules=[Extension(f"red_kernels.lib.libred_kernels_{name}", sources=[]) for name in ("cpu", "cuda")],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
 )

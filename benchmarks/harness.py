@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -93,6 +94,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "red_kernels": rk.__version__,
         "versions": {name: version for name in PEERS if (version := _version(name)) is not None},
         "commit": _commit(),
+        "sources": _sources(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -121,6 +123,17 @@ def _commit() -> str | None:
     except OSError:  # no git
         return None
     return commit + ("+" if changed else "")
+
+
+def _sources() -> str:
+    """A short hash of what is measured and of what measures: the package, its compiled libraries, this folder."""
+    found = hashlib.sha256()
+    for folder in (Path(rk.__file__).parent, Path(__file__).parent):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".py", ".so") and "report" not in path.relative_to(folder).parts:
+                found.update(str(path.relative_to(folder)).encode())
+                found.update(path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _version(package: str) -> str | None:

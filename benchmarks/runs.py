@@ -62,7 +62,8 @@ class ResultFile:
         resume: keep the results that the file holds already.
 
     Raises:
-        ValueError: the file to go on with is of another job, schema, device or commit, or was quick and this is not.
+        ValueError: the file to go on with is of another job, schema or device, of other sources or settings, or was
+            quick and this is not.
     """
 
     def __init__(
@@ -94,10 +95,14 @@ class ResultFile:
                     raise ValueError(
                         f"--resume: {path} has {name} {before[name]!r}, this run has {self.content[name]!r}"
                     )
-            for name in ("device", "commit"):
-                old, new = before["environment"][name], self.content["environment"][name]
+            for name in ("device", "sources"):
+                old, new = before["environment"].get(name), self.content["environment"][name]
                 if old != new:
                     raise ValueError(f"--resume: {path} was measured with {name} {old!r}, this is {new!r}")
+            wanted = json.loads(json.dumps(self.content["settings"]))
+            if before["settings"] != wanted:
+                raise ValueError(f"--resume: {path} has the settings {before['settings']}, this run has {wanted}")
+            self.content |= {name: value for name, value in before.items() if name not in self.content}
             self.content["cases"] = before["cases"]
 
     @property
@@ -189,4 +194,4 @@ def run_cases(
 
 def name_of(case: Case) -> str:
     """A case in a line."""
-    return ", ".join(str(value) for value in case.values())
+    return ", ".join(str(value) for value in case.values() if value != "")

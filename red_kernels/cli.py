@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -66,9 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert_options(convert)
     bench = commands.add_parser(
         "bench",
-        help="search the launch rules of the GPU at hand (--tune)",
-        description="Search the launch rules of the Triton kernels on the GPU at hand, and store those that beat the "
-        "rules of this version by more than the noise.",
+        help="measure operations, training steps and quality; or search the launch rules of the GPU at hand (--tune)",
+        description="Measure this package beside its peers, into a folder of JSON files and pictures. Or, with --tune, "
+        "search the launch rules of the Triton kernels on the GPU at hand, and store those that beat the rules of this "
+        "version by more than the noise.",
     )
     bench.set_defaults(run=_bench)
     _add_bench_options(bench)
@@ -169,49 +171,76 @@ def _add_convert_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
-    unset = argparse.SUPPRESS  # what is left out takes the default that tuning.job.Settings names
-    parser.add_argument("--tune", action="store_true", help="search, and write a table of launch rules")
+    unset = argparse.SUPPRESS  # what is left out takes the default that the job's Settings name
     parser.add_argument(
-        "--output", type=Path, default=unset, metavar="FILE", help="the table (default: ARCHITECTURE.json)"
+        "job",
+        nargs="?",
+        choices=("ops", "step", "quality", "all"),
+        help="operations; training steps and their growth; quality of the methods; or all of them (default: ops)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    parser.add_argument("--tune", action="store_true", help="search launch rules, and write a table of them")
     parser.add_argument(
+        "--output",
+        type=Path,
+        default=unset,
+        metavar="FOLDER",
+        help="for results (default: bench-results); with --tune the file of the table (default: ARCHITECTURE.json)",
+    )
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--overwrite", action="store_true", help="replace what is there")
+    again.add_argument("--resume", action="store_true", help="go on with the results in the folder")
+    run = parser.add_argument_group("measuring")
+    run.add_argument("--quick", action="store_true", help="few and small cases; nothing may be concluded from them")
+    run.add_argument("--minutes", type=float, help="begin no case after so many; --resume measures the rest")
+    run.add_argument("--device", choices=("cpu", "cuda"), help="where (default: a GPU if there is one)")
+    ops = parser.add_argument_group("operations, and --tune")
+    ops.add_argument(
         "--operations",
         nargs="+",
         default=unset,
         metavar="NAME",
-        help="whose rules to search (default: edit_add edit_add_rms_norm edit_add_layer_norm linear_edit)",
+        help="which (default: all; with --tune edit_add edit_add_rms_norm edit_add_layer_norm linear_edit)",
     )
-    parser.add_argument(
+    ops.add_argument(
+        "--inputs",
+        nargs="+",
+        default=unset,
+        metavar="KIND",
+        help="fresh (beyond the cache) and warm, not with --tune (default: both)",
+    )
+    ops.add_argument(
+        "--seconds", type=float, default=unset, help="for each case on a CPU, not with --tune (default: 1)"
+    )
+    ops.add_argument(
         "--widths",
         nargs="+",
         type=int,
         default=unset,
         metavar="N",
-        help="hidden sizes (default: 768 1024 2048 3072 4096 5120 8192 16384)",
+        help="hidden sizes (default: those of real models)",
     )
-    parser.add_argument(
+    ops.add_argument(
         "--dtypes",
         nargs="+",
         default=unset,
         metavar="NAME",
-        help="of the activations: fp32, bf16, fp16 (default: bf16 fp32; the two half types share their rules)",
+        help="of the activations: fp32, bf16, fp16 (default: bf16 fp32)",
     )
-    parser.add_argument(
+    ops.add_argument(
         "--rows",
         nargs="+",
         type=int,
         default=unset,
         metavar="N",
-        help="numbers of rows to judge a rule by; it is one rule for all (default: 512 4096)",
+        help="numbers of rows (default: 512 4096; on a GPU 16384 too, but with --tune)",
     )
-    parser.add_argument(
+    ops.add_argument(
         "--sums",
         nargs="+",
         type=int,
         default=unset,
         metavar="N",
-        help="how many vectors have gradients, out of scale, bias and a norm's two (default: 2)",
+        help="with --tune: how many vectors have gradients, out of scale, bias and a norm's two (default: 2)",
     )
 
 
@@ -266,13 +295,17 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    if not options.tune:
-        raise ValueError(
-            "red-kernels bench has one job in this version: red-kernels bench --tune, the search for launch rules on a "
-            "GPU. The benchmark of the CPU kernels is in a checkout of the sources: make bench, or python -m "
-            "benchmarks.norms"
-        )
     require("rich", "red-kernels bench")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(options).items()}
+    return _tune(given) if options.tune else _measure(given)
+
+
+def _tune(given: dict[str, Any]) -> int:
+    if given["job"] is not None:
+        raise ValueError(f"--tune is a job of its own, got the job {given['job']} beside it")
+    for name in ("resume", "quick", "minutes", "device", "inputs", "seconds"):
+        if given.get(name):
+            raise ValueError(f"--{name}: the search for launch rules has no such option")
     from rich.console import Console
 
     from .tuning import require_gpu
@@ -281,10 +314,44 @@ def _bench(options: argparse.Namespace) -> int:
     from .tuning.job import Settings, tune
 
     known = {field.name for field in dataclasses.fields(Settings)}
-    values: dict[str, Any] = {name: value for name, value in vars(options).items() if name in known}
-    values.update({name: tuple(value) for name, value in values.items() if isinstance(value, list)})
-    tune(Settings(**values), Console())
+    tune(Settings(**{name: value for name, value in given.items() if name in known}), Console())
     return 0
+
+
+def _measure(given: dict[str, Any]) -> int:
+    if "sums" in given:
+        raise ValueError("--sums is for --tune, the search for launch rules")
+    from rich.console import Console
+
+    suite = _suite()
+    operations = ("operations", "inputs", "seconds", "widths", "dtypes", "rows")
+    request = suite.Request(
+        job=given["job"] or "ops",
+        output=given.get("output", Path("bench-results")),
+        options={name: given[name] for name in operations if name in given},
+        **{name: given[name] for name in ("device", "resume", "overwrite", "minutes", "quick")},
+    )
+    suite.run_suite(request, Console())
+    return 0
+
+
+def _suite() -> Any:
+    """The benchmark suite: installed as `red_kernels.benchmarks`; in a checkout the folder beside this package."""
+    name = f"{__package__}.benchmarks"
+    folder = Path(__file__).parents[1] / "benchmarks"
+    if name not in sys.modules and importlib.util.find_spec(name) is None:
+        spec = importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        if spec is None or spec.loader is None or not (folder / "suite.py").is_file():
+            raise ModuleNotFoundError(
+                f"the benchmark suite is not installed, and there is no {folder}: install red-kernels anew, or take a "
+                "checkout of its sources"
+            )
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return importlib.import_module(f"{name}.suite")
 
 
 def _finetune(options: argparse.Namespace) -> int:

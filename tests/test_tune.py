@@ -352,8 +352,9 @@ def test_info_says_whether_a_table_is_in_use(table: Any, state: str, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "red-kernels bench has one job in this version: red-kernels bench --tune"),
-        (["--output", "table.json"], "make bench, or python -m benchmarks.norms"),
+        (["--tune", "--quick"], "--quick: the search for launch rules has no such option"),
+        (["ops", "--tune"], "--tune is a job of its own, got the job ops"),
+        (["--sums", "2"], "--sums is for --tune"),
         (["--tune"], "measures the Triton kernels on a GPU, and torch .* finds none here"),
     ],
 )

@@ -1,0 +1,75 @@
+"""Inputs of the cases: the hidden sizes and rows of real models, and tensors beyond the last cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .operations import Arguments, Operation
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPU_CACHE_BYTES = 64 << 20
+
+
+def cache_bytes(device: torch.device) -> int:
+    """More than the last cache holds: four times that of a GPU."""
+    if device.type == "cpu":
+        return CPU_CACHE_BYTES
+    return 4 * int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+class Inputs:
+    """Sets of activations and gradients, and the vectors that the sets share.
+
+    Args:
+        operation: whose inputs they are.
+        rows, width: of the activations.
+        dtype: of activations and norm weights; edits are fp32.
+        fresh: as many sets as reach beyond the cache, at least two; else one.
+    """
+
+    def __init__(
+        self, operation: Operation, rows: int, width: int, dtype: torch.dtype, fresh: bool, device: torch.device
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=device)
+
+        self.operation = operation
+        bytes_of_set = (2 + operation.outputs) * rows * width * dtype.itemsize
+        count = max(2, -(-cache_bytes(device) // bytes_of_set)) if fresh else 1
+        scale = (1 + 0.1 * draw(width)).requires_grad_()
+        bias = (0.1 * draw(width)).requires_grad_()
+        weight, norm_bias = (1 + 0.1 * draw(width)).to(dtype), (0.1 * draw(width)).to(dtype)
+        self.sets: list[tuple[Arguments, list[Tensor]]] = []
+        for _ in range(count):
+            x, residual = (draw(rows, width).to(dtype).requires_grad_() for _ in range(2))
+            upstream = [draw(rows, width).to(dtype) for _ in range(operation.outputs)]
+            self.sets.append((Arguments(x, residual, scale, bias, weight, norm_bias), upstream))
+
+    def __getitem__(self, number: int) -> tuple[Arguments, list[Tensor]]:
+        """The arguments of a round, and the gradients of the results."""
+        return self.sets[number % len(self.sets)]
+
+
+class Copies:
+    """The floor: plain copies of as many bytes as an operation has to move, a read and a write for each activation
+    copied, out of the same sets."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._sources = [
+            [arguments.x.detach(), arguments.residual.detach(), *upstream] for arguments, upstream in inputs.sets
+        ]
+        most = -(-(inputs.operation.forward + inputs.operation.backward) // 2)
+        self._targets = [torch.empty_like(self._sources[0][0]) for _ in range(most)]
+
+    def copy(self, activations: int, number: int) -> None:
+        """Read and write `activations` of them in all."""
+        for place, target in enumerate(self._targets[: -(-activations // 2)]):
+            sources = self._sources[(number + place // 2) % len(self._sources)]
+            source = sources[place % len(sources)]
+            if place == activations // 2:  # an odd one at the end: half of it is read, half written
+                half = len(source) // 2
+                source, target = source[:half], target[:half]
+            target.copy_(source)

@@ -1,0 +1,270 @@
+"""The job `ops`: operations by implementations by inputs.
+
+What the file's fields mean: docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..harness import Timing
+from ..runs import Case, ResultFile, Run, run_cases
+from ..step.memory import peak_allocated
+from .check import differing
+from .clocks import FLOOR, PASSES, Candidate, Times, device_times, gradients, host_times, wall_times
+from .implementations import implementations
+from .inputs import DTYPES, Copies, Inputs
+from .operations import NAMES, OPERATIONS, Operation, find
+
+JOB = "ops"
+INPUTS = ("fresh", "warm")
+# Widths are those of MiniLM-L6, SmolLM2-135M, RoBERTa-base with GPT-2 and T5-base (768), RoBERTa-large with GPT-2
+# medium (1,024), Llama of 1B, 7B and 70B (2,048, 4,096, 8,192); on a GPU others between and above.
+Sizes = tuple[tuple[int, ...], tuple[int, ...]]  # widths and rows
+ON_CPU: Sizes = ((384, 576, 768, 1024, 2048, 4096, 8192), (512, 4096))
+ON_GPU: Sizes = ((4096, 1024, 8192, 768, 2048, 5120, 3072, 1536, 16384, 576), (16384, 4096, 512))
+QUICK: Sizes = ((64, 768), (64,))
+MOST_ON_CPU = 17_000_000  # elements of an activation
+MOST_ON_GPU = 135_000_000
+WARM_OPERATIONS = (("edit_add_rms_norm", ""), ("edit_add_layer_norm", ""))
+HOST_SHAPE = {"cpu": (4, 64), "cuda": (512, 768)}
+GPU_ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured; None is what suits the device.
+
+    Attributes:
+        operations: names of functions; a function's variants are all measured.
+        dtypes: of the activations.
+        widths, rows: sizes of the activations; pairs beyond the device's limit are left out.
+        inputs: `"fresh"` for all operations, `"warm"` for those of whole blocks.
+        seconds: how long the rounds of a case last on a CPU, at least seven rounds.
+        peak_memory: whether memory is measured.
+    """
+
+    operations: tuple[str, ...] = NAMES
+    dtypes: tuple[str, ...] = ("bf16", "fp32")
+    widths: tuple[int, ...] | None = None
+    rows: tuple[int, ...] | None = None
+    inputs: tuple[str, ...] = INPUTS
+    seconds: float = 1.0
+    peak_memory: bool = True
+
+    def __post_init__(self) -> None:
+        for field, known in (("operations", NAMES), ("dtypes", tuple(DTYPES)), ("inputs", INPUTS)):
+            for value in getattr(self, field):
+                if value not in known:
+                    raise ValueError(f"{field}: got {value!r}, expected some of {', '.join(known)}")
+        for field in ("widths", "rows"):
+            for value in getattr(self, field) or ():
+                if value < 1:
+                    raise ValueError(f"{field}: got {value}, expected positive numbers")
+        for field in ("operations", "dtypes", "widths", "rows", "inputs"):
+            values = getattr(self, field)
+            if values is not None and not values:
+                raise ValueError(f"{field}: got nothing, expected one value or more")
+        if not self.seconds >= 0:
+            raise ValueError(f"seconds: got {self.seconds}, expected 0 or more")
+
+
+def missing(run: Run) -> dict[str, str]:
+    """Implementation to the reason why it is not measured here at all."""
+    return {one.name: one.missing for one in implementations(run.device) if one.missing is not None}
+
+
+def cases(settings: Settings, run: Run) -> list[Case]:
+    """The cases in the order of their worth: of each size all operations, fresh inputs before warm ones."""
+    gpu = run.device.type == "cuda"
+    sizes = QUICK if run.quick else ON_GPU if gpu else ON_CPU
+    widths, rows = settings.widths or sizes[0], settings.rows or sizes[1]
+    most = MOST_ON_GPU if gpu else MOST_ON_CPU
+    keys = ("operation", "variant", "dtype", "width", "rows", "inputs")
+    found = [
+        dict(zip(keys, (*operation.key, dtype, width, count, inputs), strict=True))
+        for inputs, dtype, count, width in itertools.product(settings.inputs, settings.dtypes, rows, widths)
+        for operation in OPERATIONS
+        if operation.name in settings.operations
+        and width * count <= most
+        and (inputs == "fresh" or operation.key in WARM_OPERATIONS)
+    ]
+    if not found:
+        raise ValueError(f"widths and rows: every pair has more than the {most:,} elements that fit this device")
+    return found
+
+
+def candidates(
+    operation: Operation, device: torch.device, only: tuple[str, ...] | None = None
+) -> tuple[dict[str, Candidate], dict[str, str]]:
+    """Who computes an operation, and implementation to the reason why it does not. Missing ones are in neither."""
+    torch._dynamo.reset()
+    found, left_out = {}, {}
+    for one in implementations(device):
+        if one.missing is None and (only is None or one.name in only):
+            function = one.make(operation)
+            if isinstance(function, str):
+                left_out[one.name] = function
+            else:
+                found[one.name] = Candidate(function, one.active)
+    return found, left_out
+
+
+def measure(case: Case, settings: Settings, run: Run) -> dict[str, Any]:
+    """One case: the fields that docs/benchmarks.md names. Raises ArithmeticError where an implementation of ours, or
+    eager PyTorch, computes something else; another that does is left out."""
+    operation = find(case["operation"], case["variant"])
+    dtype = DTYPES[case["dtype"]]
+    inputs = Inputs(operation, case["rows"], case["width"], dtype, case["inputs"] == "fresh", run.device)
+    timed, left_out = prepared(operation, inputs, run.device)
+    copies = Copies(inputs)
+    if run.device.type == "cuda":
+        times, uncaptured = device_times(timed, inputs, copies, rounds=3 if run.quick else GPU_ROUNDS)
+        left_out |= uncaptured
+    else:
+        times = wall_times(timed, inputs, copies, seconds=0.0 if run.quick else settings.seconds)
+    passes = operation.passes()
+    moved = {name: passes[name] * case["rows"] * case["width"] * dtype.itemsize for name in PASSES}
+    ours = [one.name for one in implementations(run.device) if one.ours and one.name in times["both"]]
+    return {
+        "seconds": _json(times),
+        "bytes": moved,
+        "peak_bytes": _memory(timed, inputs, run.device) if settings.peak_memory else {},
+        "left_out": left_out,
+        "result": {name: result(times[name], ours, moved[name]) for name in PASSES},
+    }
+
+
+def prepared(
+    operation: Operation, inputs: Inputs, device: torch.device, only: tuple[str, ...] | None = None
+) -> tuple[dict[str, Candidate], dict[str, str]]:
+    """The implementations that run and agree, and the reasons of the others. `only`: which to look at, eager among
+    them, to which the others are held."""
+    found, left_out = candidates(operation, device, only)
+    for name, candidate in list(found.items()):
+        try:
+            with candidate.active():
+                gradients(operation, candidate.forward(inputs, 0), inputs, 0)
+        except Exception as error:
+            if name in _held(device):
+                raise
+            left_out[name] = f"failed: {type(error).__name__}: {str(error)[:200]}"
+            del found[name]
+    for name, reason in differing(found, inputs).items():
+        if name in _held(device):
+            raise ArithmeticError(f"{name}: {reason}")
+        left_out[name] = f"does not compute the same: {reason}"
+        del found[name]
+    return found, left_out
+
+
+def _held(device: torch.device) -> set[str]:
+    return {"eager"} | {one.name for one in implementations(device) if one.ours}
+
+
+def _memory(timed: Mapping[str, Candidate], inputs: Inputs, device: torch.device) -> dict[str, int]:
+    """Of forward and backward, beyond inputs and the gradients that come in."""
+
+    def step(candidate: Candidate) -> None:
+        with candidate.active():
+            gradients(inputs.operation, candidate.forward(inputs, 0), inputs, 0)
+
+    return {name: peak_allocated(functools.partial(step, one), device) for name, one in timed.items()}
+
+
+def result(times: Mapping[str, Timing], ours: list[str], moved: int) -> dict[str, dict[str, Any]]:
+    """Our implementations beside the best peer and the floor."""
+    found = {}
+    for name in ours:
+        own = times[name].median
+        peer = min((peer for peer in times if peer not in (*ours, FLOOR)), key=lambda peer: times[peer].median)
+        found[name] = {
+            "best_peer": peer,
+            "over_best_peer": times[peer].median / own,
+            "over_floor": own / times[FLOOR].median,
+            "gigabytes_per_second": moved / own / 1e9,
+        }
+    return found
+
+
+def host(settings: Settings, run: Run) -> list[dict[str, Any]]:
+    """Time on the host by call: of inputs so small that a CPU computes next to nothing, or not waited for on a GPU."""
+    rows, width = HOST_SHAPE[run.device.type]
+    found = []
+    for operation in OPERATIONS:
+        if operation.name in settings.operations:
+            inputs = Inputs(operation, rows, width, DTYPES[settings.dtypes[0]], False, run.device)
+            timed, _ = prepared(operation, inputs, run.device)
+            times = host_times(timed, inputs, seconds=0.0 if run.quick else settings.seconds)
+            key = {"operation": operation.name, "variant": operation.variant, "dtype": settings.dtypes[0]}
+            found.append({**key, "rows": rows, "width": width, "seconds": _json(times)})
+    return found
+
+
+def _json(times: Times) -> dict[str, dict[str, dict[str, float]]]:
+    return {name: {one: time.json() for one, time in of.items()} for name, of in times.items()}
+
+
+def run_job(settings: Settings, run: Run, folder: Path, resume: bool) -> ResultFile:
+    """Measure all cases into `ops.json` in a folder, and print the tables.
+
+    Raises ValueError where the file to go on with is of another run, and what all cases raised where all have failed.
+    """
+    planned = cases(settings, run)
+    file = ResultFile(folder / f"{JOB}.json", JOB, run, asdict(settings), missing(run), resume=resume)
+    if run.device.type == "cuda":
+        # A backward that may write into what its forward kept cannot be replayed.
+        torch._functorch.config.donated_buffer = False
+    if "host" not in file.content:
+        file.content["host"] = host(settings, run)
+    run_cases(file, planned, lambda case: measure(case, settings, run), run, "operations")
+    print_results(file.content, run.console)
+    return file
+
+
+def print_results(content: Mapping[str, Any], console: Console) -> None:
+    """A table for each operation, a line for each case, forward and backward together; and who is missing."""
+    operations: dict[str, list[Mapping[str, Any]]] = {}
+    for case in content["cases"]:
+        operations.setdefault(", ".join(filter(None, (case["operation"], case["variant"]))), []).append(case)
+    for label, found in operations.items():
+        title = f"{label}: forward + backward on {content['environment']['device']}, medians in ms"
+        console.print(_table(title, found))
+    if operations:
+        console.print(
+            "spread: of ours, between quartiles; x best: the best peer over ours; / copy: ours over the floor"
+        )
+    for name, reason in content["missing"].items():
+        console.print(f"not measured: {name}: {escape(reason)}")
+
+
+def _table(title: str, cases: Sequence[Mapping[str, Any]]) -> Table:
+    names = list(dict.fromkeys(name for case in cases for name in case["seconds"]["both"] if name != FLOOR))
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    table.add_column("dtype")
+    for name in ("rows x width", *names, FLOOR, "spread", "x best", "/ copy", "GB/s"):
+        table.add_column(name, justify="right")
+    for case in cases:
+        times, own = case["seconds"]["both"], case["result"]["both"]
+        first = next(iter(own), None)
+        figures = ["-"] * 4
+        if first is not None:
+            time, best = times[first], own[first]
+            figures = [f"{(time['high'] - time['low']) / time['median']:.0%}"]
+            figures += [f"{best['over_best_peer']:.2f}", f"{best['over_floor']:.2f}"]
+            figures += [f"{best['gigabytes_per_second']:.1f}"]
+        size = f"{case['rows']} x {case['width']}" + (" warm" if case["inputs"] == "warm" else "")
+        medians = [f"{times[name]['median'] * 1e3:.3g}" if name in times else "-" for name in (*names, FLOOR)]
+        table.add_row(case["dtype"], size, *medians, *figures)
+    return table

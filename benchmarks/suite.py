@@ -1,0 +1,148 @@
+"""`red-kernels bench [ops|step|quality|all] --output FOLDER`: the jobs, their files, tables and pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from .ops import job as ops
+from .quality import job as quality
+from .runs import ResultFile, Run
+from .step import growth
+from .step import job as step
+
+Job = Callable[[Run, Path, bool], ResultFile]
+JOBS = ("ops", "step", "quality")
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for.
+
+    Attributes:
+        job: one of `JOBS`, or all of them.
+        output: the folder for results and pictures.
+        device: `"cpu"` or `"cuda"`; None for a GPU where there is one.
+        resume: go on with what the folder holds, without what is measured already.
+        overwrite: replace what it holds.
+        minutes: no case is begun after so many.
+        quick: few and small cases, to see that all runs.
+        options: values for fields of `ops.Settings`.
+    """
+
+    job: str
+    output: Path
+    device: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    minutes: float | None = None
+    quick: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.job not in (*JOBS, ALL):
+            raise ValueError(f"job: got {self.job!r}, expected one of {', '.join((*JOBS, ALL))}")
+        if self.device not in (None, "cpu", "cuda"):
+            raise ValueError(f"--device: got {self.device!r}, expected cpu or cuda")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device: got 'cuda', and torch {torch.__version__} finds no GPU here")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume and --overwrite: got both, expected one of them at most")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"--minutes: got {self.minutes}, expected a number above 0")
+        if self.options and self.job in ("step", "quality"):
+            given = ", ".join(f"--{name}" for name in self.options)
+            raise ValueError(f"{given}: this is for the job ops, got the job {self.job}")
+
+    def settings(self) -> ops.Settings:
+        """Those of the operations. Raises ValueError for what is no such setting."""
+        known = {one.name for one in fields(ops.Settings)}
+        unknown = sorted(set(self.options) - known)
+        if unknown:
+            raise ValueError(f"options: got {', '.join(unknown)}, expected some of {', '.join(sorted(known))}")
+        return replace(ops.Settings(), **self.options)
+
+    def jobs(self) -> dict[str, Job]:
+        """File name, without its end, to what measures it, in the order of the runs."""
+        settings = self.settings()
+
+        def operations(run: Run, folder: Path, resume: bool) -> ResultFile:
+            return ops.run_job(settings, run, folder, resume)
+
+        def steps(run: Run, folder: Path, resume: bool) -> ResultFile:
+            return step.run_job(step.Settings(), run, folder, resume)
+
+        def growing(run: Run, folder: Path, resume: bool) -> ResultFile:
+            return growth.run_job(growth.Settings(), run, folder, resume)
+
+        def qualities(run: Run, folder: Path, resume: bool) -> ResultFile:
+            return quality.run_job(quality.Settings(), run, folder, resume)
+
+        of: dict[str, dict[str, Job]] = {
+            "ops": {ops.JOB: operations},
+            "step": {step.JOB: steps, growth.JOB: growing},
+            "quality": {quality.JOB: qualities},
+        }
+        names = JOBS if self.job == ALL else (self.job,)
+        return {file: job for name in names for file, job in of[name].items()}
+
+
+def run_suite(request: Request, console: Console) -> dict[str, ResultFile]:
+    """Run the jobs asked for; returns file name, without its end, to what was measured.
+
+    A job that cannot run at all is named, and the others go on.
+
+    Raises:
+        FileExistsError: the folder has results of these jobs, and neither `resume` nor `overwrite` was asked for.
+        OSError: the folder cannot be written to.
+        RuntimeError: a job could not run; raised at the end, with the reasons.
+    """
+    jobs = request.jobs()
+    there = [name for name in jobs if (request.output / f"{name}.json").exists()]
+    if there and not (request.resume or request.overwrite):
+        raise FileExistsError(
+            f"--output: {request.output} has results of {', '.join(there)}; --resume goes on with them, --overwrite "
+            "measures anew"
+        )
+    if request.output.exists() and not request.output.is_dir():
+        raise NotADirectoryError(f"--output: {request.output} is a file, expected a folder")
+    device = torch.device(request.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    deadline = None if request.minutes is None else time.monotonic() + 60 * request.minutes
+    run = Run(device, console, request.quick, deadline)
+    found: dict[str, ResultFile] = {}
+    failed: list[str] = []
+    for name, job in jobs.items():
+        try:
+            found[name] = job(run, request.output, request.resume)
+        except Exception as error:
+            if len(jobs) == 1:
+                raise
+            failed.append(f"{name}: {error}")
+            console.print(f"[red]{name} could not run:[/] {escape(str(error))}")
+    for path in draw(request.output, console):
+        console.print(f"wrote {path}")
+    for file in found.values():
+        console.print(f"wrote {file.path}" + ("" if file.content["complete"] else ", which is not complete"))
+    if failed:
+        raise RuntimeError("; ".join(failed))
+    return found
+
+
+def draw(folder: Path, console: Console) -> Sequence[Path]:
+    """The pictures of a folder of results; without matplotlib none, which is said."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        console.print("no pictures: they need the package 'matplotlib': pip install matplotlib")
+        return []
+    from .report.plots import write_plots
+
+    return write_plots(folder)
