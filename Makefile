@@ -2,6 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO ?= demo
+BENCH ?= bench-results
 BIN := .venv/bin
 # Triton's interpreter runs the kernels on the CPU; one core for each test is quickest there.
 INTERPRETED := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 RED_KERNELS_TEST_ON=triton
@@ -23,7 +24,7 @@ PIP := $(BIN)/python -m pip install --quiet
 help:
 	@echo "make demo      fine-tune a language model on fused kernels and show what came of it (into $(DEMO)/)"
 	@echo "make test      format, lint and type checks, the build (of the CUDA kernels too where there is nvcc), all tests"
-	@echo "make bench     the benchmark of the CPU kernels (about 4 minutes)"
+	@echo "make bench     the whole benchmark suite, into $(BENCH)/ (about an hour; goes on where it ended)"
 	@echo "make report    the README's figures and docs/performance.md, written from benchmarks/results/"
 	@echo "make lint      the checks alone;  make format  mends what can be mended"
 	@echo "make test-nightly  all cases of the GPU kernels, emulated, interpreted and compiled (hours)"
@@ -99,7 +100,7 @@ format: .venv/test
 	$(BIN)/ruff check --fix .
 
 bench: .venv/test
-	$(BIN)/python -m benchmarks.norms --output benchmarks/results/cpu-latest.json
+	$(BIN)/red-kernels bench all --output $(BENCH) --resume
 
 # The README's figures and docs/performance.md, from benchmarks/results/; `make report CHECK=1` compares only.
 report: .venv/test

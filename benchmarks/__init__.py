@@ -1,1 +1,1 @@
-"""Measurements of the kernels against named peers; see `python -m benchmarks.norms --help`."""
+"""Measurements beside named peers: `red-kernels bench`. How, and what the files hold: docs/benchmarks.md."""

@@ -147,6 +147,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     """Memory, driver, and the clocks as they are and at most, in MHz, as nvidia-smi tells them."""
     properties = torch.cuda.get_device_properties(device)
     found: dict[str, Any] = {
+        "name": torch.cuda.get_device_name(device),
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,

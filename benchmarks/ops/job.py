@@ -29,10 +29,10 @@ from .operations import NAMES, OPERATIONS, Operation, find
 
 JOB = "ops"
 INPUTS = ("fresh", "warm")
-# Widths are those of MiniLM-L6, SmolLM2-135M, RoBERTa-base with GPT-2 and T5-base (768), RoBERTa-large with GPT-2
-# medium (1,024), Llama of 1B, 7B and 70B (2,048, 4,096, 8,192); on a GPU others between and above.
+# Widths are those of RoBERTa-base, GPT-2 and T5-base (768), RoBERTa-large and GPT-2 medium (1,024), and Llama of 1B, 7B
+# and 70B (2,048, 4,096, 8,192); on a GPU others between and above.
 Sizes = tuple[tuple[int, ...], tuple[int, ...]]  # widths and rows
-ON_CPU: Sizes = ((384, 576, 768, 1024, 2048, 4096, 8192), (512, 4096))
+ON_CPU: Sizes = ((768, 1024, 2048, 4096, 8192), (512, 4096))
 ON_GPU: Sizes = ((4096, 1024, 8192, 768, 2048, 5120, 3072, 1536, 16384, 576), (16384, 4096, 512))
 QUICK: Sizes = ((64, 768), (64,))
 MOST_ON_CPU = 17_000_000  # elements of an activation
@@ -242,9 +242,7 @@ def print_results(content: Mapping[str, Any], console: Console) -> None:
         title = f"{label}: forward + backward on {content['environment']['device']}, medians in ms"
         console.print(_table(title, found))
     if operations:
-        console.print(
-            "spread: of ours, between quartiles; x best: the best peer over ours; / copy: ours over the floor"
-        )
+        console.print("spread: of ours, between quartiles; x best: the best peer over ours")
     for name, reason in content["missing"].items():
         console.print(f"not measured: {name}: {escape(reason)}")
 
@@ -252,9 +250,10 @@ def print_results(content: Mapping[str, Any], console: Console) -> None:
 def _table(title: str, cases: Sequence[Mapping[str, Any]]) -> Table:
     names = list(dict.fromkeys(name for case in cases for name in case["seconds"]["both"] if name != FLOOR))
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
-    table.add_column("dtype")
-    for name in ("rows x width", *names, FLOOR, "spread", "x best", "/ copy", "GB/s"):
-        table.add_column(name, justify="right")
+    table.add_column("dtype", no_wrap=True)
+    heads = [name.replace("-", "\n", 1) for name in (*names, FLOOR)]
+    for head in ("size", *heads, "spread", "x\nbest", "over\ncopy", "GB/s"):
+        table.add_column(head, justify="right", no_wrap=True)
     for case in cases:
         times, own = case["seconds"]["both"], case["result"]["both"]
         first = next(iter(own), None)
@@ -264,7 +263,7 @@ def _table(title: str, cases: Sequence[Mapping[str, Any]]) -> Table:
             figures = [f"{(time['high'] - time['low']) / time['median']:.0%}"]
             figures += [f"{best['over_best_peer']:.2f}", f"{best['over_floor']:.2f}"]
             figures += [f"{best['gigabytes_per_second']:.1f}"]
-        size = f"{case['rows']} x {case['width']}" + (" warm" if case["inputs"] == "warm" else "")
         medians = [f"{times[name]['median'] * 1e3:.3g}" if name in times else "-" for name in (*names, FLOOR)]
-        table.add_row(case["dtype"], size, *medians, *figures)
+        kind = case["dtype"] + (" warm" if case["inputs"] == "warm" else "")
+        table.add_row(kind, f"{case['rows']}x{case['width']}", *medians, *figures)
     return table

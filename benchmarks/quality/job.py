@@ -53,7 +53,7 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
         "full": (1e-5, 3e-5, 1e-4, 3e-4),
     },
 }
-SENTENCES = Budget("all-MiniLM-L6-v2", "fp32", 96, 16, 40, seeds=5, validation=512, test=1000)
+SENTENCES = Budget("all-MiniLM-L6-v2", "fp32", 96, 16, 40, seeds=3, validation=512, test=1000)
 TEXTS = Budget("SmolLM2-135M-Instruct", "bf16", 16, 4, 128, seeds=3, validation=24, test=64)
 
 

@@ -34,8 +34,6 @@ ON_CPU: Cases = (
     ("MiniLM-L6", "fp32", 32, 128),
     ("SmolLM2-135M", "bf16", 2, 512),
     ("MiniLM-L6", "fp32", 16, 256),
-    ("SmolLM2-135M", "bf16", 8, 128),
-    ("MiniLM-L6", "fp32", 64, 64),
 )
 ON_GPU: Cases = (
     ("Llama-2-7B", "bf16", 2, 2048),
@@ -67,7 +65,7 @@ class Settings:
 
     cases: Cases | None = None
     methods: tuple[str, ...] = STEP_METHODS
-    seconds: float = 60.0
+    seconds: float = 50.0
     rounds: int = 7
 
     def __post_init__(self) -> None:
