@@ -180,8 +180,8 @@ stage_host() { "$PYTHON" -m benchmarks.host_cost --seconds 3 --output "$FOUND/ho
 stage_ops() { bench ops "$1"; }
 stage_step() { bench step "$1"; }
 stage_tune() { "$PYTHON" -m red_kernels bench --tune --output "$FOUND/tune.json"; }
-stage_growth() { bench step "$1"; } # after its steps the job measures growth
-stage_remaining() { bench all "$1"; }
+stage_growth() { bench growth "$1"; }
+stage_remaining() { bench quality "$1"; }
 
 left_out() { # why a stage cannot be here at all, or nothing
     case $1 in
@@ -260,6 +260,17 @@ if [ -n "$DRY" ]; then
     exit 0
 fi
 
+part_of_rest() { # STAGE SHARE: its share of what is left, among the stages from it on that were cut off
+    local line stage share hash found=0 total=0
+    for line in "${STAGES[@]}"; do
+        read -r stage share hash <<<"$line"
+        [ "$stage" = "$1" ] && found=1
+        if [ $found = 1 ] && [ "$(state "$stage" 2)" = cut ]; then total=$((total + share)); fi
+    done
+    # In percent of all the time, as limit_of takes it; rounded up, so that nothing is left by the last.
+    say $(((100 * $2 * $(left) + total * TOTAL - 1) / (total * TOTAL)))
+}
+
 # First what was not begun, each within its share; then what was cut off, for as long as there is time.
 for turn in waiting cut; do
     for line in "${STAGES[@]}"; do
@@ -269,7 +280,7 @@ for turn in waiting cut; do
             set_state "$stage" "left-out" - 0 "$hash"
             continue
         fi
-        [ $turn = waiting ] || share=100
+        [ $turn = waiting ] || share=$(part_of_rest "$stage" "$share")
         limit=$(limit_of "$share")
         [ "$limit" -ge 1 ] || break
         run_stage "$stage" "$hash" "$limit"

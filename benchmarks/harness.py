@@ -64,7 +64,7 @@ def interleave(
 
 def timing(values: list[float]) -> Timing:
     """The median and quartiles of some seconds."""
-    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
     return Timing(median, low, high)
 
 
@@ -73,6 +73,7 @@ def geometric_mean(values: list[float]) -> float:
     return statistics.geometric_mean(values)
 
 
+_SOURCES = (".py", ".json", ".cpp", ".cu", ".cuh", ".h")
 PEERS = ("triton", "transformers", "peft", "liger-kernel", "quack-kernels", "flash-attn", "apex")
 
 
@@ -103,9 +104,11 @@ def _commit() -> str | None:
     """Of the checkout; with a plus behind it where files that git knows were changed."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        if not commit:
+        # The repository around an installed package is somebody else's.
+        ours = subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True)
+        if ours.returncode:
             return None
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         changed = subprocess.run(
             [
                 *git,
@@ -126,11 +129,19 @@ def _commit() -> str | None:
 
 
 def _sources() -> str:
-    """A short hash of what is measured and of what measures: the package, its compiled libraries, this folder."""
+    """A short hash of what is measured and of what measures: the package, its tables, its kernels, this folder.
+
+    The kernels' sources stand for the libraries, which no two compilations need to have alike; where there are no
+    sources, as in an installed package, the libraries themselves.
+    """
     found = hashlib.sha256()
-    for folder in (Path(rk.__file__).parent, Path(__file__).parent):
+    package = Path(rk.__file__).parent
+    kernels = package.parent / "csrc"
+    for folder in (package, Path(__file__).parent, kernels):
         for path in sorted(folder.rglob("*")):
-            if path.suffix in (".py", ".so") and "report" not in path.relative_to(folder).parts:
+            kinds = _SOURCES if folder == kernels or kernels.is_dir() else (*_SOURCES, ".so")
+            parts = path.relative_to(folder).parts
+            if path.suffix in kinds and not {"report", "results"} & set(parts) and path.is_file():
                 found.update(str(path.relative_to(folder)).encode())
                 found.update(path.read_bytes())
     return found.hexdigest()[:12]
@@ -153,14 +164,25 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "memory_bytes": properties.total_memory,
         "cache_bytes": properties.L2_cache_size,
     }
-    names = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit")
-    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
+    return found | _asked(device, "driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
+
+
+def clocks(device: torch.device) -> dict[str, str]:
+    """The clocks in MHz, the temperature and the reasons of throttling of a GPU as they are now."""
+    return _asked(device, "clocks.sm", "clocks.mem", "temperature.gpu", "clocks_event_reasons.active")
+
+
+def _asked(device: torch.device, *names: str) -> dict[str, str]:
+    """What nvidia-smi says of a GPU; nothing where it says nothing."""
+    properties = torch.cuda.get_device_properties(device)
+    # torch's numbers are not nvidia-smi's where CUDA_VISIBLE_DEVICES chooses.
+    which = f"--id=GPU-{properties.uuid}"
+    command = ["nvidia-smi", which, f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.splitlines()
-        values = lines[device.index or 0].split(", ")
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return found
-    return found | dict(zip(names, values, strict=False))
+        line = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(names, line.split(", "), strict=False))
 
 
 def _processor() -> str:

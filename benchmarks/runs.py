@@ -7,6 +7,7 @@ nothing and can be resumed. The form of the file: docs/benchmarks.md.
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from red_kernels._files import write_files
 
-from .harness import environment
+from .harness import clocks, environment
 
 SCHEMA = 1
+SAME = ("device", "threads", "instruction_set", "torch", "versions", "sources")  # of the environment, to go on
 Case = dict[str, Any]
 
 
@@ -62,7 +64,7 @@ class ResultFile:
         resume: keep the results that the file holds already.
 
     Raises:
-        ValueError: the file to go on with is of another job, schema or device, of other sources or settings, or was
+        ValueError: the file to go on with is of another job, schema, device, environment, sources or settings, or was
             quick and this is not.
     """
 
@@ -95,7 +97,7 @@ class ResultFile:
                     raise ValueError(
                         f"--resume: {path} has {name} {before[name]!r}, this run has {self.content[name]!r}"
                     )
-            for name in ("device", "sources"):
+            for name in SAME:
                 old, new = before["environment"].get(name), self.content["environment"][name]
                 if old != new:
                     raise ValueError(f"--resume: {path} was measured with {name} {old!r}, this is {new!r}")
@@ -103,7 +105,7 @@ class ResultFile:
             if before["settings"] != wanted:
                 raise ValueError(f"--resume: {path} has the settings {before['settings']}, this run has {wanted}")
             self.content |= {name: value for name, value in before.items() if name not in self.content}
-            self.content["cases"] = before["cases"]
+            self.content["cases"], self.content["failed"] = before["cases"], before["failed"]
 
     @property
     def cases(self) -> list[Case]:
@@ -115,13 +117,23 @@ class ResultFile:
         """Whether this case is among the results."""
         return any(all(done.get(name) == value for name, value in case.items()) for done in self.cases)
 
+    def failed(self, case: Case) -> bool:
+        """Whether this case could not be measured."""
+        return any(all(one.get(name) == value for name, value in case.items()) for one in self.content["failed"])
+
+    def _forget_failure(self, case: Case) -> None:
+        rest = [one for one in self.content["failed"] if any(one.get(name) != value for name, value in case.items())]
+        self.content["failed"] = rest
+
     def add(self, case: Case, found: Mapping[str, Any]) -> None:
         """Add a result and write the file."""
+        self._forget_failure(case)
         self.cases.append({**case, **found})
         self.write()
 
     def fail(self, case: Case, error: BaseException) -> None:
         """Say in the file that a case could not be measured."""
+        self._forget_failure(case)
         self.content["failed"].append({**case, "error": f"{type(error).__name__}: {str(error)[:500]}"})
         self.write()
 
@@ -158,10 +170,11 @@ def run_cases(
 ) -> None:
     """Measure the cases that the file does not have yet, in their order, with a progress bar.
 
-    A case that fails is named, in the file too, and the others go on; where all fail, the last error is raised. What is
-    left when the time is up is left: the file then is not `complete`, and says how many cases there are.
+    A case that fails is named, in the file too, and the others go on; where all fail, the last error is raised. One
+    that failed in a run before comes last. What is left when the time is up is left: the file then is not `complete`,
+    which it is when every case was measured or has failed.
     """
-    left = [case for case in cases if not file.has(case)]
+    left = sorted((case for case in cases if not file.has(case)), key=file.failed)
     file.content["planned"] = len(cases)
     file.write()  # minutes of measuring must not end in results that cannot be written
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -174,20 +187,25 @@ def run_cases(
                 break
             progress.update(bar, description=f"{title}: {escape(name_of(case))}")
             try:
-                file.add(case, measure(case))
+                found = dict(measure(case))
+                if run.device.type == "cuda":
+                    found["clocks"] = clocks(run.device)
+                file.add(case, found)
                 measured += 1
             except Exception as error:
-                failure = error
+                failure = error.with_traceback(None)  # which would keep all that the case has allocated
+                failure.__context__ = failure.__cause__ = None
                 run.console.print(f"[red]{escape(name_of(case))} failed:[/] {escape(str(error)[:500])}")
                 file.fail(case, error)
+            gc.collect()  # models that hold on to themselves
             if run.device.type == "cuda":
                 torch.cuda.empty_cache()
             progress.advance(bar)
-    if failure is not None and not measured:
-        raise failure
-    file.content["complete"] = all(file.has(case) for case in cases)
+    behind = sum(not (file.has(case) or file.failed(case)) for case in cases)
+    file.content["complete"] = not behind
     file.write()
-    behind = len(cases) - sum(map(file.has, cases)) - len(file.content["failed"])
+    if failure is not None and not measured and not file.cases:
+        raise failure
     if behind > 0:
         run.console.print(f"[yellow]{title}: the time is up; {behind} of {len(cases)} cases are left for --resume[/]")
 

@@ -20,6 +20,7 @@ from .step import job as step
 
 Job = Callable[[Run, Path, bool], ResultFile]
 JOBS = ("ops", "step", "quality")
+GROWTH = "growth"  # the second part of the steps, which can be run alone
 ALL = "all"
 
 
@@ -48,8 +49,8 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.job not in (*JOBS, ALL):
-            raise ValueError(f"job: got {self.job!r}, expected one of {', '.join((*JOBS, ALL))}")
+        if self.job not in (*JOBS, GROWTH, ALL):
+            raise ValueError(f"job: got {self.job!r}, expected one of {', '.join((*JOBS, GROWTH, ALL))}")
         if self.device not in (None, "cpu", "cuda"):
             raise ValueError(f"--device: got {self.device!r}, expected cpu or cuda")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -58,7 +59,7 @@ class Request:
             raise ValueError("--resume and --overwrite: got both, expected one of them at most")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"--minutes: got {self.minutes}, expected a number above 0")
-        if self.options and self.job in ("step", "quality"):
+        if self.options and self.job in ("step", GROWTH, "quality"):
             given = ", ".join(f"--{name}" for name in self.options)
             raise ValueError(f"{given}: this is for the job ops, got the job {self.job}")
 
@@ -89,6 +90,7 @@ class Request:
         of: dict[str, dict[str, Job]] = {
             "ops": {ops.JOB: operations},
             "step": {step.JOB: steps, growth.JOB: growing},
+            GROWTH: {growth.JOB: growing},
             "quality": {quality.JOB: qualities},
         }
         names = JOBS if self.job == ALL else (self.job,)
@@ -145,4 +147,8 @@ def draw(folder: Path, console: Console) -> Sequence[Path]:
         return []
     from .report.plots import write_plots
 
-    return write_plots(folder)
+    try:
+        return write_plots(folder)
+    except (ValueError, KeyError, OSError) as error:  # another file in the folder may be of another form
+        console.print(f"[red]no pictures:[/] {escape(str(error))}")
+        return []

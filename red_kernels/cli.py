@@ -175,8 +175,8 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "job",
         nargs="?",
-        choices=("ops", "step", "quality", "all"),
-        help="operations; training steps and their growth; quality of the methods; or all of them (default: ops)",
+        choices=("ops", "step", "growth", "quality", "all"),
+        help="operations; training steps and their growth, or that alone; quality; or all of them (default: ops)",
     )
     parser.add_argument("--tune", action="store_true", help="search launch rules, and write a table of them")
     parser.add_argument(

@@ -138,7 +138,7 @@ def test_fresh_inputs_reach_beyond_the_cache():
     given = made(operation, 512, 768, fresh=True)
     arguments, upstream = given[0]
     of_set = sum(t.nbytes for t in (arguments.x, arguments.residual, *upstream))
-    assert of_set * len(given.sets) >= inputs.CPU_CACHE_BYTES
+    assert of_set * len(given.sets) >= inputs.cache_bytes(CPU) >= 2 * inputs._last_cache()
     assert len({a.x.data_ptr() for a, _ in given.sets}) == len(given.sets)
     assert len(made(operation, 512, 768).sets) == 1
     assert len(made(operation, 4096, 8192, fresh=True).sets) == 2
@@ -181,7 +181,8 @@ def test_wall_times_are_of_one_loop():
     times = clocks.wall_times(
         {"a": slow(0.004, "a"), "b": slow(0.001, "b")}, given, inputs.Copies(given), seconds=0.0, least=3
     )
-    assert order == ["a", "b"] * (clocks.WARM_UPS + 3)
+    # Two rounds to warm up and three measured; with the copies, each takes every place in turn.
+    assert order == [*"ab", *"ba", *"ab", *"ba", *"ab"]
     assert list(times) == list(PASSES)
     for own in times.values():
         assert set(own) == {"a", "b", FLOOR}
@@ -190,6 +191,20 @@ def test_wall_times_are_of_one_loop():
         assert times["backward"][name].low >= 3 * seconds
         assert times["both"][name].low >= 4 * seconds
         assert times["forward"][name].median < times["backward"][name].median < times["both"][name].median
+
+
+def test_nobody_gets_the_inputs_of_the_one_before():
+    """Over the rounds, calls that follow each other take another set each, whoever makes them."""
+    operation = operations.find("edit", "")
+    given = made(operation, fresh=True)
+    taken = []
+
+    def noting(name):
+        return Candidate(lambda a: taken.append((name, a.x)) or (a.x * a.scale + a.bias,), contextlib.nullcontext)
+
+    clocks.wall_times({"a": noting("a"), "b": noting("b")}, given, inputs.Copies(given), seconds=0.0, least=3)
+    measured = taken[2 * clocks.WARM_UPS :]
+    assert len({x.data_ptr() for _, x in measured}) == len(measured) == 6
 
 
 def test_device_times_with_a_clock_of_the_host():

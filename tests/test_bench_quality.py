@@ -251,7 +251,7 @@ def test_every_method_gets_the_same_and_the_test_part_last(settings, watched):
     batches, heads = defaultdict(list), defaultdict(list)
     for method in ("red", "naive", "linear-probe", "full"):
         watched.clear()
-        job._task.cache_clear()
+        job._made.cache_clear()
         found = job.measure({"task": "sentiment", "method": method}, settings, run)
         searched = len(found["learning_rates"])
         assert [event[1] for event in watched if event[0] == "judge"] == ["validation"] * searched + ["test"] * 2

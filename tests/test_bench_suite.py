@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -179,9 +180,48 @@ def test_a_case_that_fails(tmp_path, run):
     content = read(tmp_path)
     assert [case["name"] for case in content["cases"]] == ["a", "c"]
     assert content["failed"] == [{"name": "b", "variant": "", "error": "RuntimeError: no memory"}]
-    assert not content["complete"]
+    assert content["complete"]  # nothing is left to be tried
     with pytest.raises(RuntimeError, match="no memory"):
         run_cases(file_of(tmp_path, run), CASES[1:2], measure, run, "title")
+
+
+def test_a_case_that_failed_before_comes_last(tmp_path, run):
+    order = []
+
+    def measure(case):
+        order.append(case["name"])
+        if case["name"] == "a" and len(order) == 1:
+            raise RuntimeError("no memory")
+        if case["name"] == "b" and len(order) == 2:
+            raise KeyboardInterrupt
+        return {"seconds": 1.0}
+
+    with pytest.raises(KeyboardInterrupt):
+        run_cases(file_of(tmp_path, run), CASES, measure, run, "title")
+    again = file_of(tmp_path, run, resume=True)
+    assert again.failed(CASES[0])
+    run_cases(again, CASES, measure, run, "title")
+    assert order == ["a", "b", "b", "c", "a"]
+    assert read(tmp_path)["failed"] == []
+    assert read(tmp_path)["complete"]
+
+
+def test_what_a_case_held_is_given_back(tmp_path, run):
+    """A failure keeps nothing of it alive, nor does a cycle."""
+    alive = []
+
+    class Held:
+        pass
+
+    def measure(case):
+        held = Held()
+        held.itself = held
+        alive.append(weakref.ref(held))
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        run_cases(file_of(tmp_path, run), CASES, measure, run, "title")
+    assert [one() for one in alive] == [None] * 3
 
 
 def test_time_that_is_up(tmp_path, run, capsys):

@@ -81,28 +81,37 @@ def _wall(
         for direction, value in zip(PASSES, values, strict=True):
             found[direction].setdefault(name, []).append(value / calls)
 
-    def one_round(number: int, counted: bool) -> None:
-        for name, candidate in candidates.items():
-            with candidate.active():
-                if cuda:
-                    torch.cuda.synchronize()
-                begin = time.perf_counter()
-                results = [candidate.forward(inputs, number + call) for call in range(calls)]
-                middle = time.perf_counter()
-                for call in range(calls):
-                    gradients(operation, results[call], inputs, number + call)
-                del results
-                end = time.perf_counter()
-            if counted:
-                note(name, begin, middle, end)
-        if copies is not None:
+    def call_in_turn(candidate: Candidate, first: int) -> tuple[float, float, float]:
+        with candidate.active():
+            if cuda:
+                torch.cuda.synchronize()
             begin = time.perf_counter()
-            copies.copy(operation.forward, number)
+            results = [candidate.forward(inputs, first + call) for call in range(calls)]
             middle = time.perf_counter()
-            copies.copy(operation.backward, number + 1)
-            end = time.perf_counter()
+            for call in range(calls):
+                gradients(operation, results[call], inputs, first + call)
+            del results
+            return begin, middle, time.perf_counter()
+
+    def copy(floor: Copies, number: int) -> tuple[float, float, float]:
+        begin = time.perf_counter()
+        floor.copy(operation.forward, number)
+        middle = time.perf_counter()
+        floor.copy(operation.backward, number)
+        return begin, middle, time.perf_counter()
+
+    names = [*candidates, *(() if copies is None else (FLOOR,))]
+
+    def one_round(number: int, counted: bool) -> None:
+        first = number % len(names)  # each has every place in a round equally often
+        for place, name in enumerate((*names[first:], *names[:first])):
+            turn = number * len(names) + place  # nobody gets the inputs that the one before has left in the cache
+            if name == FLOOR and copies is not None:
+                times = copy(copies, turn)
+            else:
+                times = call_in_turn(candidates[name], turn * calls)
             if counted:
-                note(FLOOR, begin, middle, end)
+                note(name, *times)
 
     for number in range(WARM_UPS):
         one_round(number, False)

@@ -5,6 +5,7 @@ What the file's fields mean: docs/benchmarks.md.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch._functorch import config as functorch_config
 
 from ..harness import Timing
 from ..runs import Case, ResultFile, Run, run_cases
@@ -188,28 +190,37 @@ def result(times: Mapping[str, Timing], ours: list[str], moved: int) -> dict[str
     found = {}
     for name in ours:
         own = times[name].median
-        peer = min((peer for peer in times if peer not in (*ours, FLOOR)), key=lambda peer: times[peer].median)
+        peers = [peer for peer in times if peer not in (*ours, FLOOR)]
+        peer = min(peers, key=lambda peer: times[peer].median, default=None)
         found[name] = {
             "best_peer": peer,
-            "over_best_peer": times[peer].median / own,
+            "over_best_peer": None if peer is None else times[peer].median / own,
             "over_floor": own / times[FLOOR].median,
             "gigabytes_per_second": moved / own / 1e9,
         }
     return found
 
 
-def host(settings: Settings, run: Run) -> list[dict[str, Any]]:
-    """Time on the host by call: of inputs so small that a CPU computes next to nothing, or not waited for on a GPU."""
+def add_host(file: ResultFile, settings: Settings, run: Run) -> None:
+    """Time on the host by call: of inputs so small that a CPU computes next to nothing, or not waited for on a GPU.
+
+    Operations that the file has already are left, and so is what the time does not suffice for.
+    """
     rows, width = HOST_SHAPE[run.device.type]
-    found = []
-    for operation in OPERATIONS:
-        if operation.name in settings.operations:
-            inputs = Inputs(operation, rows, width, DTYPES[settings.dtypes[0]], False, run.device)
-            timed, _ = prepared(operation, inputs, run.device)
-            times = host_times(timed, inputs, seconds=0.0 if run.quick else settings.seconds)
-            key = {"operation": operation.name, "variant": operation.variant, "dtype": settings.dtypes[0]}
-            found.append({**key, "rows": rows, "width": width, "seconds": _json(times)})
-    return found
+    found = file.content.setdefault("host", [])
+    chosen = [operation for operation in OPERATIONS if operation.name in settings.operations]
+    for operation in chosen:
+        key = {"operation": operation.name, "variant": operation.variant, "dtype": settings.dtypes[0]}
+        if any(all(one[name] == value for name, value in key.items()) for one in found) or not run.in_time():
+            continue
+        inputs = Inputs(operation, rows, width, DTYPES[settings.dtypes[0]], False, run.device)
+        timed, left_out = prepared(operation, inputs, run.device)
+        times = host_times(timed, inputs, seconds=0.0 if run.quick else settings.seconds)
+        found.append({**key, "rows": rows, "width": width, "seconds": _json(times), "left_out": left_out})
+        file.write()
+    if len(found) < len(chosen):
+        file.content["complete"] = False
+        file.write()
 
 
 def _json(times: Times) -> dict[str, dict[str, dict[str, float]]]:
@@ -223,12 +234,11 @@ def run_job(settings: Settings, run: Run, folder: Path, resume: bool) -> ResultF
     """
     planned = cases(settings, run)
     file = ResultFile(folder / f"{JOB}.json", JOB, run, asdict(settings), missing(run), resume=resume)
-    if run.device.type == "cuda":
-        # A backward that may write into what its forward kept cannot be replayed.
-        torch._functorch.config.donated_buffer = False
-    if "host" not in file.content:
-        file.content["host"] = host(settings, run)
-    run_cases(file, planned, lambda case: measure(case, settings, run), run, "operations")
+    # A compiled backward that writes into what its forward kept could not be replayed from a graph.
+    replayed = functorch_config.patch(donated_buffer=False) if run.device.type == "cuda" else contextlib.nullcontext()
+    with replayed:
+        run_cases(file, planned, lambda case: measure(case, settings, run), run, "operations")
+        add_host(file, settings, run)
     print_results(file.content, run.console)
     return file
 
@@ -261,7 +271,8 @@ def _table(title: str, cases: Sequence[Mapping[str, Any]]) -> Table:
         if first is not None:
             time, best = times[first], own[first]
             figures = [f"{(time['high'] - time['low']) / time['median']:.0%}"]
-            figures += [f"{best['over_best_peer']:.2f}", f"{best['over_floor']:.2f}"]
+            figures += ["-" if best["over_best_peer"] is None else f"{best['over_best_peer']:.2f}"]
+            figures += [f"{best['over_floor']:.2f}"]
             figures += [f"{best['gigabytes_per_second']:.1f}"]
         medians = [f"{times[name]['median'] * 1e3:.3g}" if name in times else "-" for name in (*names, FLOOR)]
         kind = case["dtype"] + (" warm" if case["inputs"] == "warm" else "")

@@ -135,9 +135,19 @@ def measure(case: Case, settings: Settings, run: Run) -> dict[str, Any]:
     return _method(case["method"], task, settings)
 
 
-@functools.lru_cache(maxsize=1)
 def _task(name: str, budget: Budget, device: torch.device) -> Task:
-    return make_task(name, budget, device)
+    found = _made(name, budget, device)
+    if isinstance(found, Exception):
+        raise found.with_traceback(None)
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def _made(name: str, budget: Budget, device: torch.device) -> Task | Exception:
+    try:
+        return make_task(name, budget, device)
+    except Exception as error:  # a network that is not there is asked once, not for every method
+        return error
 
 
 def _base(task: Task) -> dict[str, Any]:
@@ -225,7 +235,7 @@ def run_job(settings: Settings, run: Run, folder: Path, resume: bool) -> ResultF
     try:
         run_cases(file, here, lambda case: measure(case, settings, run), run, JOB)
     finally:
-        _task.cache_clear()
+        _made.cache_clear()
     print_results(file.content, run.console)
     return file
 

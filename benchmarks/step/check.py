@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -78,6 +79,7 @@ def check(base: nn.Module, prepared: Mapping[str, Prepared], naive: Naive, batch
     _fill(reference.trained, values)
     truth = _run(reference, part, True, False, watched=True)
     del reference
+    gc.collect()  # hooks hold it in a cycle
     whole = few == rows and "naive" in edited
     plain = edited.pop("naive") if whole else naive(sister(base), torch.float32, few)
     peer = _edited(plain, values, start, part, True, False, watched=True)
