@@ -151,9 +151,9 @@ def test_the_floor_copies_the_least_bytes(operation, monkeypatch):
     moved = []
     plain = torch.Tensor.copy_
     monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: moved.append(2 * self.nbytes) or plain(self, other))
-    for activations in (operation.forward, operation.backward):
+    for activations, backward in ((operation.forward, False), (operation.backward, True)):
         moved.clear()
-        copies.copy(activations, 3)
+        copies.copy(activations, 3, backward)
         assert sum(moved) == activations * given[0][0].x.nbytes
 
 

@@ -97,7 +97,7 @@ def _wall(
         begin = time.perf_counter()
         floor.copy(operation.forward, number)
         middle = time.perf_counter()
-        floor.copy(operation.backward, number)
+        floor.copy(operation.backward, number, backward=True)
         return begin, middle, time.perf_counter()
 
     names = [*candidates, *(() if copies is None else (FLOOR,))]
@@ -159,7 +159,9 @@ def device_times(
         measures.update({(direction, name): measure for direction, measure in of_one.items()})
     with stream():
         for direction, activations in operation.passes().items():
-            calls = [functools.partial(copies.copy, activations, number) for number in range(count)]
+            calls = [
+                functools.partial(copies.copy, activations, number, direction == "backward") for number in range(count)
+            ]
             for call in calls:
                 call()
             measures[direction, FLOOR] = clock(calls)

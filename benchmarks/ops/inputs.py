@@ -66,20 +66,22 @@ class Inputs:
 
 class Copies:
     """The floor: plain copies of as many bytes as an operation has to move, a read and a write for each activation
-    copied, out of the same sets."""
+    copied, out of the same sets: forward of what comes in first, backward of the gradients first."""
 
     def __init__(self, inputs: Inputs) -> None:
+        residual = inputs.operation.residual
         self._sources = [
-            [arguments.x.detach(), arguments.residual.detach(), *upstream] for arguments, upstream in inputs.sets
+            [arguments.x.detach(), *([arguments.residual.detach()] if residual else []), *upstream]
+            for arguments, upstream in inputs.sets
         ]
         most = -(-(inputs.operation.forward + inputs.operation.backward) // 2)
         self._targets = [torch.empty_like(self._sources[0][0]) for _ in range(most)]
 
-    def copy(self, activations: int, number: int) -> None:
+    def copy(self, activations: int, number: int, backward: bool = False) -> None:
         """Read and write `activations` of them in all."""
+        sources = self._sources[number % len(self._sources)]
         for place, target in enumerate(self._targets[: -(-activations // 2)]):
-            sources = self._sources[(number + place // 2) % len(self._sources)]
-            source = sources[place % len(sources)]
+            source = sources[(-1 - place if backward else place) % len(sources)]
             if place == activations // 2:  # an odd one at the end: half of it is read, half written
                 half = len(source) // 2
                 source, target = source[:half], target[:half]
