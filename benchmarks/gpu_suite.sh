@@ -85,7 +85,7 @@ STAGES=(
     "step 34 $OF_MEASURING"
     "tune 20 $OF_TUNING"
     "growth 20 $OF_MEASURING"
-    "remaining 100 $OF_MEASURING"
+    "remaining 20 $OF_MEASURING"
 )
 # The file of results that a stage makes, if any.
 file_of() {

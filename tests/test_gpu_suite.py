@@ -29,8 +29,9 @@ if [[ "$*" == *"--output"* ]]; then
     for i in "${{!words[@]}}"; do [ "${{words[i]}}" = --output ] && output=${{words[i + 1]}}; done
     case "$*" in
         *" bench ops "*) files=(ops) ;;
-        *" bench step "*) files=(step growth) ;;
-        *" bench all "*) files=(quality) ;;
+        *" bench step "*) files=(step) ;;
+        *" bench growth "*) files=(growth) ;;
+        *" bench quality "*) files=(quality) ;;
         *) files=() ;;
     esac
     for file in "${{files[@]}}"; do echo '{{"complete": true}}' >"$output/$file.json"; done
@@ -176,6 +177,18 @@ def test_without_time_nothing_more_is_begun(tree, tmp_path):
     assert not set(waiting) & set(begun(done))
     assert not [note for note in notes if " bench " in note]
     assert "call again" in done.stdout
+
+
+def test_what_was_cut_off_shares_what_is_left(tree, tmp_path):
+    """The first of them does not take all the time of every call."""
+    call(tree, "out", MINUTES="0.1", SLOW=" bench ")
+    found = status(tmp_path / "out")
+    assert found["ops"][0] == found["step"][0] == "cut"
+    done, _ = call(tree, "second", "out", MINUTES="0.2", SLOW=" bench ")
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("--- ")]
+    limits = {line[1].rstrip(","): int(line[-2]) for line in lines}
+    assert {"ops", "step"} <= set(limits)
+    assert limits["ops"] <= 12 // 2
 
 
 def test_results_of_other_sources_are_not_gone_on_with(tree, tmp_path):
