@@ -103,6 +103,7 @@ def test_wheel_holds_the_package_and_its_libraries(wheel: Path) -> None:
     assert len([name for name in names if name.endswith(".so")]) == 2
     assert "red_kernels/py.typed" in names
     assert "red_kernels/backends/native.py" in names
+    assert {"red_kernels/benchmarks/suite.py", "red_kernels/benchmarks/ops/implementations/quack.py"} <= set(names)
     packages = {name.split("/")[0] for name in names}
     assert {name for name in packages if not name.endswith(".dist-info")} == {"red_kernels"}
     assert not [name for name in names if name.endswith((".cpp", ".h", ".cu", ".cuh", ".o", ".missing", ".tmp"))]
@@ -113,9 +114,15 @@ def test_installed_wheel_runs(wheel: Path, tmp_path: Path) -> None:
     code = (
         "import torch, red_kernels as rk; assert rk.available_backends()['cpu'] is None, rk.available_backends();"
         "rk.backend('cpu').__enter__(); x = torch.randn(3, 5); assert torch.equal(rk.edit(x, x[0]), x * x[0]);"
-        "print(rk.__file__)"
+        "from red_kernels import cli; suite = cli._suite(); print(rk.__file__, suite.__name__, suite.__file__)"
     )
-    assert str(tmp_path) in _run("-c", code, folder=tmp_path, PYTHONPATH=str(tmp_path))
+    found = _run("-c", code, folder=tmp_path, PYTHONPATH=str(tmp_path)).split()
+    folder = tmp_path / "red_kernels"
+    assert found[-3:] == [
+        str(folder / "__init__.py"),
+        "red_kernels.benchmarks.suite",
+        str(folder / "benchmarks/suite.py"),
+    ]
 
 
 def test_sdist_holds_what_a_build_needs(source: Path, tmp_path: Path) -> None:
