@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from red_kernels._files import write_files
+from red_kernels._files import json_by_line, write_files
 
 from .harness import clocks, environment
 
@@ -139,19 +139,7 @@ class ResultFile:
 
     def write(self) -> None:
         """Write the file, one line for each case."""
-        write_files(self.path.parent, {self.path.name: to_json(self.content).encode()})
-
-
-def to_json(content: Mapping[str, Any]) -> str:
-    """One line for each case, so that a difference between two files can be read."""
-    lines = []
-    for name, value in content.items():
-        if isinstance(value, list) and value:
-            rows = ",\n".join(f"  {json.dumps(row)}" for row in value)
-            lines.append(f" {json.dumps(name)}: [\n{rows}\n ]")
-        else:
-            lines.append(f" {json.dumps(name)}: {json.dumps(value)}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
+        write_files(self.path.parent, {self.path.name: json_by_line(self.content).encode()})
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def write_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) -> None:
@@ -47,6 +49,18 @@ def write_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) -
                 error.errno, f"cannot write to the folder {str(target)!r}: {error.strerror or error}"
             ) from error
         raise
+
+
+def json_by_line(content: Mapping[str, Any]) -> str:
+    """JSON with a line for each entry of a list, for people who compare two files."""
+    lines = []
+    for name, value in content.items():
+        if isinstance(value, list) and value:
+            rows = ",\n".join(f"  {json.dumps(row)}" for row in value)
+            lines.append(f" {json.dumps(name)}: [\n{rows}\n ]")
+        else:
+            lines.append(f" {json.dumps(name)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _write_synced(path: Path, content: bytes) -> None:

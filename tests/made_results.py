@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from benchmarks.runs import to_json
+from red_kernels._files import json_by_line
 
 PEERS = {"eager": 4.0, "eager-fused": 2.5, "compile": 1.4, "compile-max-autotune": 1.35, "liger": 1.2}
 SIZES = [(512, 576), (2048, 576), (512, 2048), (2048, 2048), (8192, 2048), (8192, 4096), (8192, 8192)]
@@ -187,5 +187,5 @@ def write(folder, contents):
     """Write files of results into a folder, which is returned."""
     folder.mkdir(parents=True, exist_ok=True)
     for job, content in contents.items():
-        (folder / f"{job}.json").write_text(to_json(content))
+        (folder / f"{job}.json").write_text(json_by_line(content))
     return folder

@@ -15,9 +15,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import runs, suite
+from benchmarks import suite
 from benchmarks.runs import ResultFile, Run, run_cases
 from red_kernels import cli
+from red_kernels._files import json_by_line
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--quick", "--device", "cpu", "--operations", "edit", "--dtypes", "fp32", "--inputs", "fresh"]
@@ -252,6 +253,6 @@ def test_sources_tell_versions_apart(tmp_path, monkeypatch):
 
 
 def test_json_has_a_line_for_each_case():
-    text = runs.to_json({"schema": 1, "cases": [{"a": 1}, {"a": 2}]})
+    text = json_by_line({"schema": 1, "cases": [{"a": 1}, {"a": 2}]})
     assert json.loads(text) == {"schema": 1, "cases": [{"a": 1}, {"a": 2}]}
     assert [line.strip(" ,") for line in text.splitlines()][3:5] == ['{"a": 1}', '{"a": 2}']

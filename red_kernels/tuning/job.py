@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import time
@@ -20,7 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .._files import write_files
+from .._files import json_by_line, write_files
 from .._version import __version__
 from ..backends.triton import tuned
 from . import matmul, require_gpu
@@ -165,21 +164,9 @@ class _Table:
 
     def write(self) -> None:
         """Write the file, once it is known that it can be read again."""
-        text = _text(self.content)
+        text = json_by_line(self.content)
         tuned.parse(text, str(self.path), self.path)
         write_files(self.path.parent, {self.path.name: text.encode()})
-
-
-def _text(content: dict[str, Any]) -> str:
-    """As JSON with a line for each entry, for people who compare two files."""
-    lines = []
-    for name, value in content.items():
-        if isinstance(value, list) and value:
-            rows = ",\n".join(f"  {json.dumps(row)}" for row in value)
-            lines.append(f" {json.dumps(name)}: [\n{rows}\n ]")
-        else:
-            lines.append(f" {json.dumps(name)}: {json.dumps(value)}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _workloads(settings: Settings, bench: Bench) -> list[Workload]:
