@@ -52,12 +52,15 @@ def test_the_job_writes_what_it_measured(tmp_path, run):
 
 def test_resuming_measures_only_what_is_left(tmp_path, run, monkeypatch):
     other = ("tiny-decoder", "fp32", 1, 4)
-    job.run_job(job.Settings(cases=(CASE,), methods=("red",)), run, tmp_path, False)
-    before = json.loads((tmp_path / "step.json").read_text())["cases"]
+    settings = job.Settings(cases=(CASE, other), methods=("red",))
+    job.run_job(settings, run, tmp_path, False)
+    content = json.loads((tmp_path / "step.json").read_text())
+    before = content["cases"]
+    (tmp_path / "step.json").write_text(json.dumps(content | {"cases": before[:1], "complete": False}))
     asked = []
     measure = job.measure
     monkeypatch.setattr(job, "measure", lambda case, *rest: asked.append(case) or measure(case, *rest))
-    file = job.run_job(job.Settings(cases=(CASE, other), methods=("red",)), run, tmp_path, True)
+    file = job.run_job(settings, run, tmp_path, True)
     assert [tuple(case.values()) for case in asked] == [other]
     assert file.cases[0] == before[0]
     assert len(file.cases) == 2
