@@ -34,7 +34,9 @@ if [[ "$*" == *"--output"* ]]; then
         *" bench quality "*) files=(quality) ;;
         *) files=() ;;
     esac
-    for file in "${{files[@]}}"; do echo '{{"complete": true}}' >"$output/$file.json"; done
+    complete=true
+    if [ -n "${{INCOMPLETE:-}}" ]; then complete=false; fi
+    for file in "${{files[@]}}"; do echo "{{\\"complete\\": $complete}}" >"$output/$file.json"; done
     if [ ${{#files[@]}} = 0 ]; then echo '{{}}' >"$output"; fi
 fi
 exit 0
@@ -151,7 +153,7 @@ def test_a_failing_stage_is_named_and_later_ones_run(tree, tmp_path):
 
 
 def test_a_stage_is_cut_off_and_the_next_call_goes_on(tree, tmp_path):
-    done, _ = call(tree, "out", MINUTES="0.1", SLOW="bench ops")
+    done, _ = call(tree, "out", MINUTES="0.4", SLOW="bench ops")  # much more than the stand-ins need
     found = status(tmp_path / "out")
     assert found["ops"][0] == "cut"
     assert found["tests-cuda"] == ("done", "0")
@@ -181,14 +183,20 @@ def test_without_time_nothing_more_is_begun(tree, tmp_path):
 
 def test_what_was_cut_off_shares_what_is_left(tree, tmp_path):
     """The first of them does not take all the time of every call."""
-    call(tree, "out", MINUTES="0.1", SLOW=" bench ")
-    found = status(tmp_path / "out")
-    assert found["ops"][0] == found["step"][0] == "cut"
-    done, _ = call(tree, "second", "out", MINUTES="0.2", SLOW=" bench ")
+    done, _ = call(tree, "out", INCOMPLETE="1")
+    cut = ["ops", "step", "growth", "remaining"]
+    assert [stage for stage, (kind, _) in status(tmp_path / "out").items() if kind == "cut"] == cut
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("--- ")]
-    limits = {line[1].rstrip(","): int(line[-2]) for line in lines}
-    assert {"ops", "step"} <= set(limits)
-    assert limits["ops"] <= 12 // 2
+    limits = [(line[1].rstrip(","), int(line[-2])) for line in lines]
+    again = dict(limits[-4:])
+    assert list(again) == cut
+    shares = {"ops": 34, "step": 34, "growth": 20, "remaining": 20}
+    total = 9 * 60
+    for place, stage in enumerate(cut):
+        whole = sum(shares[other] for other in cut[place:])
+        # Of what is left, which is all but the little that the stand-ins took; percents are whole numbers.
+        assert again[stage] <= total * (shares[stage] / whole + 0.01)
+    assert again["ops"] < again["step"] < again["growth"] < again["remaining"]
 
 
 def test_results_of_other_sources_are_not_gone_on_with(tree, tmp_path):
