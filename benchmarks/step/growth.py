@@ -98,15 +98,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: got {self.dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
-        for method in self.methods:
-            if method not in METHODS_HERE:
-                raise ValueError(f"methods: got {method!r}, expected some of {', '.join(map(repr, METHODS_HERE))}")
-        if not self.methods:
-            raise ValueError("methods: got none, expected at least one")
-        if not self.seconds >= 0:
-            raise ValueError(f"seconds: got {self.seconds}, expected 0 or more")
-        if self.rounds < 2:
-            raise ValueError(f"rounds: got {self.rounds}, expected at least 2: quartiles need them")
+        job.check_timed(self.methods, METHODS_HERE, self.seconds, self.rounds)
         if self.sizes is not None:
             _check_sizes(self.sizes)
 

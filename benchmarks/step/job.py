@@ -77,15 +77,20 @@ class Settings:
                 raise ValueError(f"cases: got a batch of {batch} for {name}, expected at least 1")
             if not 2 <= length <= model.longest:
                 raise ValueError(f"cases: got {length} tokens for {name}, expected 2 to {model.longest}")
-        for method in self.methods:
-            if method not in STEP_METHODS:
-                raise ValueError(f"methods: got {method!r}, expected some of {', '.join(map(repr, STEP_METHODS))}")
-        if not self.methods:
-            raise ValueError("methods: got none, expected at least one")
-        if not self.seconds >= 0:
-            raise ValueError(f"seconds: got {self.seconds}, expected 0 or more")
-        if self.rounds < 2:
-            raise ValueError(f"rounds: got {self.rounds}, expected at least 2: quartiles need them")
+        check_timed(self.methods, STEP_METHODS, self.seconds, self.rounds)
+
+
+def check_timed(methods: tuple[str, ...], known: tuple[str, ...], seconds: float, rounds: int) -> None:
+    """Raises ValueError for settings by which nothing can be timed; the growth has the same."""
+    for method in methods:
+        if method not in known:
+            raise ValueError(f"methods: got {method!r}, expected some of {', '.join(map(repr, known))}")
+    if not methods:
+        raise ValueError("methods: got none, expected at least one")
+    if not seconds >= 0:
+        raise ValueError(f"seconds: got {seconds}, expected 0 or more")
+    if rounds < 2:
+        raise ValueError(f"rounds: got {rounds}, expected at least 2: quartiles need them")
 
 
 def missing(run: Run) -> dict[str, str]:
