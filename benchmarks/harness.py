@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -35,7 +36,7 @@ class Timing:
 def interleave(
     calls: Mapping[str, Callable[[int], object]], *, seconds: float, least: int = 7, most: int = 200
 ) -> dict[str, Timing]:
-    """Time every call in turn, round after round, for about ``seconds`` in all.
+    """Time every call once in a round, in another order each time, for about ``seconds`` in all.
 
     Each call gets the number of the round, to choose its inputs by. Two rounds go before the measured ones. What a call
     returns is dropped inside the timing: giving memory back is part of the cost. Raises ValueError without calls.
@@ -46,15 +47,16 @@ def interleave(
         for call in calls.values():
             call(warm_up)
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
     gc.collect()
     gc.disable()
     try:
         begin = time.perf_counter()
         number = 0
         while number < least or (number < most and time.perf_counter() - begin < seconds):
-            for name, call in calls.items():
+            for name in order.sample(list(calls), len(calls)):
                 start = time.perf_counter()
-                call(number)
+                calls[name](number)
                 times[name].append(time.perf_counter() - start)
             number += 1
     finally:
@@ -87,6 +89,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "device": processor if device.type == "cpu" else torch.cuda.get_device_name(device),
         "gpu": None if device.type == "cpu" else _gpu(device),
         "processor": processor,
+        "processor_mhz": _processor_clocks(),
         "threads": torch.get_num_threads(),
         "instruction_set": None if native.load_error() else native.instruction_set(),
         "python": platform.python_version(),
@@ -167,8 +170,10 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     return found | _asked(device, "driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
 
 
-def clocks(device: torch.device) -> dict[str, str]:
-    """The clocks in MHz, the temperature and the reasons of throttling of a GPU as they are now."""
+def clocks(device: torch.device) -> dict[str, Any]:
+    """The clocks in MHz as they are now; of a GPU the temperature and the reasons of throttling too."""
+    if device.type == "cpu":
+        return {"processor_mhz": _processor_clocks()}
     return _asked(device, "clocks.sm", "clocks.mem", "temperature.gpu", "clocks_event_reasons.active")
 
 
@@ -186,9 +191,18 @@ def _asked(device: torch.device, *names: str) -> dict[str, str]:
 
 
 def _processor() -> str:
+    names = _of_processors("model name")
+    return f"{names[0]}, {os.cpu_count()} cores" if names else platform.processor()
+
+
+def _processor_clocks() -> list[float]:
+    """Of each core, as Linux tells; a virtual machine mostly knows the nominal one."""
+    return [float(clock) for clock in _of_processors("cpu MHz")]
+
+
+def _of_processors(field: str) -> list[str]:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {os.cpu_count()} cores" if names else platform.processor()
+    except OSError:  # not Linux
+        return []
+    return [line.split(":", 1)[1].strip() for line in lines if line.startswith(field)]

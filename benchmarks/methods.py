@@ -39,11 +39,13 @@ class Prepared:
         model: what is called; it may be a wrapper of the model that came.
         trained: what the optimizer steps, the head included; empty for the frozen models without one.
         active: gives a context manager that each step has to run in, forward and backward.
+        held: what has to live as long as the model is used this way.
     """
 
     model: Any
     trained: list[nn.Parameter]
     active: Callable[[], AbstractContextManager[object]] = field(default=contextlib.nullcontext)
+    held: object = None
 
     @property
     def trainable(self) -> int:
@@ -164,7 +166,9 @@ def _frozen_fused(model: nn.Module) -> Prepared:
     _pass_gradients_unhooked(model.get_submodule(next(iter(rk.edit_parameters(model)))))
     for own in model.parameters():  # the vectors, which nothing reads
         own.requires_grad_(False)
-    return Prepared(model, [], lambda: rk.disable_edits(model))
+    disabled = contextlib.ExitStack()
+    disabled.enter_context(rk.disable_edits(model))  # for good: entering it is no part of a step
+    return Prepared(model, [], held=disabled)
 
 
 def _pass_gradients_unhooked(site: Any) -> None:
@@ -193,7 +197,7 @@ def _naive(model: nn.Module) -> Prepared:
 def _compiled(inner: Callable[[nn.Module], Prepared]) -> Callable[[nn.Module], Prepared]:
     def apply(model: nn.Module) -> Prepared:
         prepared = inner(model)
-        return Prepared(torch.compile(prepared.model, dynamic=False), prepared.trained, prepared.active)
+        return Prepared(torch.compile(prepared.model, dynamic=False), prepared.trained, prepared.active, prepared.held)
 
     return apply
 

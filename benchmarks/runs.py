@@ -175,10 +175,7 @@ def run_cases(
                 break
             progress.update(bar, description=f"{title}: {escape(name_of(case))}")
             try:
-                found = dict(measure(case))
-                if run.device.type == "cuda":
-                    found["clocks"] = clocks(run.device)
-                file.add(case, found)
+                file.add(case, {**measure(case), "clocks": clocks(run.device)})
                 measured += 1
             except Exception as error:
                 failure = error.with_traceback(None)  # which would keep all that the case has allocated

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import random
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -101,10 +102,11 @@ def _wall(
         return begin, middle, time.perf_counter()
 
     names = [*candidates, *(() if copies is None else (FLOOR,))]
+    order = random.Random(0)
 
     def one_round(number: int, counted: bool) -> None:
-        first = number % len(names)  # each has every place in a round equally often
-        for place, name in enumerate((*names[first:], *names[:first])):
+        # In a fixed order one would always run in the cache, full of writes to come, that the same other one leaves.
+        for place, name in enumerate(order.sample(names, len(names))):
             turn = number * len(names) + place  # nobody gets the inputs that the one before has left in the cache
             if name == FLOOR and copies is not None:
                 times = copy(copies, turn)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -79,11 +80,12 @@ def graph_clock(calls: Sequence[Call]) -> Callable[[], float]:
 
 
 def interleaved(measures: Mapping[Any, Callable[[], float]], rounds: int) -> dict[Any, list[float]]:
-    """Measure each in turn, round after round: its seconds in each. One more round goes before and is not counted."""
+    """Measure each once in a round, in another order each time: its seconds in each. A round before is not counted."""
     seconds: dict[Any, list[float]] = {name: [] for name in measures}
+    order = random.Random(0)
     for number in range(rounds + 1):
-        for name, measure in measures.items():
-            value = measure()
+        for name in order.sample(list(measures), len(measures)):
+            value = measures[name]()
             if number:
                 seconds[name].append(value)
     return seconds
