@@ -21,7 +21,10 @@ void norm_edit_forward_rows(const NormEditForward& p, int64_t begin, int64_t end
     const Statistics s = statistics<Centered>(held, p.d, first, p.eps);
     if (Centered) p.mean[i] = s.mean;
     p.rstd[i] = s.rstd;
+    const T* next_x = x + p.x.stride;
     sweep(p.d, [&](auto at, int64_t j, int) __attribute__((always_inline)) {
+      // This pass reads nothing from memory, so the next row can come in meanwhile.
+      __builtin_prefetch(next_x + j);
       const V normed = normalised<Centered>(at.load(held + j), s);
       const V h = normed * at.load(p.weight + j) + at.load(p.norm_bias + j);
       at.template store<Stream>(y + j, h * at.load(scale + j) + at.load(bias + j));
@@ -59,7 +62,11 @@ void norm_edit_backward_rows(const NormEditBackward& p, const Chunk& chunk, cons
     });
     if (!dx) continue;
     projection.finish<Centered>(p.d);
+    const int64_t next = chunk.row(k + 1 < chunk.end ? k + 1 : k);
+    const T *next_dy = row<T>(p.dy, next), *next_x = row<T>(p.x, next);
     sweep(p.d, [&](auto at, int64_t j, int) __attribute__((always_inline)) {
+      __builtin_prefetch(next_dy + j);
+      __builtin_prefetch(next_x + j);
       const V normed = normalised<Centered>(at.load(x + j), s);
       const V gradient = at.load(dy + j) * at.load(scale + j) * at.load(p.weight + j);
       at.template store<Stream>(dx + j, projection.apply<Centered>(gradient, normed, s));
