@@ -48,3 +48,4 @@ RED_EXPORT int red_kernels_cpu_runnable(char* text, size_t size) {
 
 RED_EXPORT size_t red_kernels_cpu_trim() { return red::trim(); }
 RED_EXPORT size_t red_kernels_cpu_kept() { return red::kept(); }
+RED_EXPORT int red_kernels_cpu_use_pool(int on) { return red::use_pool(on != 0); }

@@ -14,8 +14,10 @@ import torch
 from rich.console import Console
 from torch import nn
 
+import red_kernels as rk
 from benchmarks import methods, runs
 from benchmarks.step import check, compare, growth, job, memory, models
+from red_kernels.backends import native
 
 CPU = torch.device("cpu")
 EAGER = tuple(name for name in methods.STEP_METHODS if not name.endswith("-compile"))
@@ -115,6 +117,28 @@ def test_memory_is_exact():
     assert memory.peak_allocated(call, CPU) == (1 << 20) + (1 << 18)
     kept = torch.zeros(1000)
     assert memory.peak_allocated(lambda: kept.zero_(), CPU) == 0
+
+
+@pytest.mark.skipif(native.load_error() is not None, reason="the CPU kernels are not built")
+@pytest.mark.parametrize("rows", [64, 4096])  # the large outputs come from the kernels' own pool
+def test_the_memory_of_our_operations_is_counted(rows):
+    width, vectors = 256, 2 * 256 * 4
+    x = torch.randn(rows, width, requires_grad=True)
+    scale, bias = (torch.ones(width, requires_grad=True) for _ in range(2))
+    upstream = torch.randn(rows, width)
+    activation = rows * width * 4
+
+    def forward():
+        return rk.edit(x, scale, bias)
+
+    def both():
+        y = forward()
+        return y, torch.autograd.grad(y, (x, scale, bias), upstream)
+
+    with rk.backend("cpu"):
+        assert memory.peak_allocated(forward, CPU) == activation
+        lines = memory.peak_allocated(both, CPU) - 2 * activation - vectors
+    assert 0 < lines <= activation // 8  # of the column sums
 
 
 def test_the_memory_of_a_step_is_what_it_has_to_keep():

@@ -192,6 +192,23 @@ def test_pool_keeps_and_gives_back() -> None:
 
 
 @compiled_only
+def test_without_the_pool_memory_is_torchs_own() -> None:
+    native.trim_memory()
+    with rk.backend("cpu"):
+        with native.without_pool():
+            y = rk.edit(torch.randn(1024, 1024))
+            with native.without_pool():
+                pass
+            rk.edit(torch.randn(1024, 1024))
+        assert native.kept_memory() == 0
+        z = rk.edit(torch.randn(1024, 1024))
+        del y
+        assert native.kept_memory() == 0
+        del z
+        assert native.kept_memory() >= 4 << 20
+
+
+@compiled_only
 def test_a_view_keeps_pooled_memory_alive() -> None:
     with rk.backend("cpu"):
         row = rk.edit(torch.ones(1024, 1024))[5]

@@ -1,12 +1,13 @@
 """The memory of a training step, exactly, by one definition on a GPU and on a CPU.
 
 It is the bytes held at the peak of a step beyond the base weights: activations, gradients, and what the method adds,
-its parameters and the state of the optimizer. Counted is what torch's allocator hands out; scratch that a library takes
-by other means is not seen.
+its parameters and the state of the optimizer. Counted is what torch's allocator hands out, as the outputs of our CPU
+kernels do not come from their own pool meanwhile; scratch that a library takes by other means is not seen.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from red_kernels.backends import native
 
 
 def held_bytes(tensors: Iterable[Tensor], base: Iterable[Tensor]) -> int:
@@ -45,7 +48,9 @@ def peak_allocated(call: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces each profile on the standard error
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    torchs_own = contextlib.nullcontext() if native.load_error() else native.without_pool()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torchs_own, torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

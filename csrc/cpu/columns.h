@@ -2,8 +2,6 @@
 // Sums of few rows, then sums of those, then fp64: a plain fp32 sum down 64 rows loses more digits than eager PyTorch does.
 #pragma once
 
-#include <utility>
-
 #include "tensors.h"
 
 namespace red {
@@ -28,9 +26,8 @@ class ColumnSums {
   template <class Body>
   void run(const Body& body) {
     const int64_t d = shape_.d, width = padded(d);
-    partial_.reset(static_cast<float*>(acquire(std::max<size_t>(plan_.chunks.size() * count_ * width * 4, 64))));
-    STD_TORCH_CHECK(partial_ != nullptr, "red_kernels: out of memory for column sums");
-    const int64_t chunks = static_cast<int64_t>(plan_.chunks.size());
+    const int64_t chunks = static_cast<int64_t>(plan_.chunks.size()), lines = chunks * count_ * width;
+    partial_ = make({&lines, 1}, ScalarType::Float, 4);
     const int64_t grain = std::max<int64_t>(1, 16384 / d / 64);
     torch::stable::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
       std::vector<float> scratch(scratch_floats(d) + 16), block(count_ * width + 16);
@@ -77,10 +74,9 @@ class ColumnSums {
   }
 
  private:
-  struct Release {
-    void operator()(float* block) const { release(block); }
-  };
-  float* partial(int64_t chunk, int place) const { return partial_.get() + (chunk * count_ + place) * padded(shape_.d); }
+  float* partial(int64_t chunk, int place) const {
+    return floats(partial_) + (chunk * count_ + place) * padded(shape_.d);
+  }
 
   const Shape& shape_;
   int64_t edits_;
@@ -89,7 +85,7 @@ class ColumnSums {
   int count_ = 0;
   int place_[kSums] = {-1, -1, -1, -1};
   bool of_edits_[kSums] = {};
-  std::unique_ptr<float, Release> partial_;
+  Tensor partial_;  // a line of each sum for each chunk
 };
 
 }  // namespace cpu

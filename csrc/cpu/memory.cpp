@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdlib>
 #include <fstream>
@@ -132,11 +133,15 @@ Pool& pool() {
   return *pool;
 }
 
+std::atomic<bool> in_use{true};
+
 }  // namespace
 
 void* acquire(size_t bytes) { return pool().acquire(bytes); }
 void release(void* block) { pool().release(block); }
 size_t trim() { return pool().trim(); }
 size_t kept() { return pool().kept(); }
+bool use_pool(bool on) { return in_use.exchange(on); }
+bool pool_in_use() { return in_use.load(std::memory_order_relaxed); }
 
 }  // namespace red

@@ -19,5 +19,9 @@ void release(void* block);
 size_t trim();
 // Bytes kept for reuse.
 size_t kept();
+// Whether large outputs come from here, which they do unless it was switched off: then they are torch's own, and its
+// profiler counts them. Returns what was the case before.
+bool use_pool(bool on);
+bool pool_in_use();
 
 }  // namespace red

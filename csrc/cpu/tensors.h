@@ -108,7 +108,7 @@ inline Tensor make(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dt
   for (const int64_t size : sizes) count *= size;
   const size_t bytes = static_cast<size_t>(count) * element;
   const torch::stable::Device device(torch::headeronly::DeviceType::CPU);
-  if (bytes < kPooledBytes) return torch::stable::empty(sizes, dtype, std::nullopt, device);
+  if (bytes < kPooledBytes || !pool_in_use()) return torch::stable::empty(sizes, dtype, std::nullopt, device);
   std::vector<int64_t> strides(sizes.size(), 1);
   for (int64_t k = static_cast<int64_t>(sizes.size()) - 2; k >= 0; --k)
     strides[k] = strides[k + 1] * std::max<int64_t>(sizes[k + 1], 1);

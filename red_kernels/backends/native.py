@@ -79,6 +79,19 @@ def kept_memory() -> int:
     return _handle().red_kernels_cpu_kept()
 
 
+@contextmanager
+def without_pool() -> Iterator[None]:
+    """Take large outputs from torch's own allocator in a ``with`` block, in all threads.
+
+    That is slower, but torch's memory profiler counts what torch hands out, and does not see the pool.
+    """
+    before = _handle().red_kernels_cpu_use_pool(0)
+    try:
+        yield
+    finally:
+        _handle().red_kernels_cpu_use_pool(before)
+
+
 def _handle() -> ctypes.CDLL:
     if _error is not None:
         raise RuntimeError(f"the CPU kernels are missing: {_error}")
