@@ -29,10 +29,10 @@ OBJECTS = ROOT / "build" / "csrc"
 TORCH_TARGET = 0x020B000000000000  # the oldest torch that the libraries load in: 2.11
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra"]
 WITHOUT = ["-Wno-psabi", "-Wno-unused-parameter", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mprfchw"]
 X86_SETS = {
     "base": (4, []),
-    "avx2": (8, ["-mavx2", "-mfma", "-mf16c"]),
+    "avx2": (8, ["-mavx2", "-mfma", "-mf16c", "-mprfchw"]),
     "avx512": (16, AVX512),
     "avx512_bf16": (16, [*AVX512, "-mavx512bf16"]),
 }

@@ -17,6 +17,7 @@ void edit_norm_forward_rows(const EditNormForward& p, int64_t begin, int64_t end
     T *y = output<T>(p.y, p.d, i), *z = output<T>(p.z, p.d, i);
     Sum first;
     sweep(p.d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
+      prepare<Stream>(y + j);
       V h = edited(at, j, x, residual, scale, bias, factor);
       if (z) {
         h = rounded(T{}, h);
@@ -60,6 +61,8 @@ void edit_norm_backward_rows(const EditNormBackward& p, const Chunk& chunk, cons
     T *dx = output<T>(p.dx, p.d, i), *dresidual = output<T>(p.dresidual, p.d, i);
     Projection projection;
     sweep(p.d, [&](auto at, int64_t j, int unit) __attribute__((always_inline)) {
+      if (dresidual) prepare<Stream>(dresidual + j);
+      if (dx) prepare<Stream>(dx + j);
       V value;
       if constexpr (HasZ) {
         value = at.load(z + j);

@@ -14,6 +14,7 @@ void norm_edit_forward_rows(const NormEditForward& p, int64_t begin, int64_t end
     T* y = output<T>(p.y, p.d, i);
     Sum first;
     sweep(p.d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
+      prepare<Stream>(y + j);
       const V value = at.load(x + j);
       at.template store<false>(held + j, value);
       first.add(k, first_term<Centered>(value));
@@ -49,6 +50,7 @@ void norm_edit_backward_rows(const NormEditBackward& p, const Chunk& chunk, cons
     T* dx = output<T>(p.dx, p.d, i);
     Projection projection;
     sweep(p.d, [&](auto at, int64_t j, int unit) __attribute__((always_inline)) {
+      if (dx) prepare<Stream>(dx + j);
       const V normed = at.valid(normalised<Centered>(at.load(x + j), s)), gradient = at.load(dy + j);
       const V of_norm = gradient * at.load(scale + j);
       projection.add<Centered>(unit, of_norm * at.load(p.weight + j), normed);

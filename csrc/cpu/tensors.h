@@ -1,8 +1,6 @@
 // From tensors to the plain arguments of the CPU kernels: fp32 vectors, scratch, outputs.
 #pragma once
 
-#include <vector>
-
 #include "../tensors.h"
 #include "dispatch.h"
 #include "memory.h"
@@ -103,18 +101,15 @@ inline Dropout dropout_of(const OptionalTensor& seed, double p) {
 }
 
 // An uninitialised contiguous tensor, from the pool where it is large.
-inline Tensor make(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, size_t element) {
+inline Tensor make(Sizes sizes, ScalarType dtype, size_t element) {
   int64_t count = 1;
   for (const int64_t size : sizes) count *= size;
   const size_t bytes = static_cast<size_t>(count) * element;
   const torch::stable::Device device(torch::headeronly::DeviceType::CPU);
-  if (bytes < kPooledBytes || !pool_in_use()) return torch::stable::empty(sizes, dtype, std::nullopt, device);
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (int64_t k = static_cast<int64_t>(sizes.size()) - 2; k >= 0; --k)
-    strides[k] = strides[k + 1] * std::max<int64_t>(sizes[k + 1], 1);
+  if (bytes < kPooledBytes || !pool_in_use()) return make_empty(sizes, dtype, device);
   void* block = acquire(bytes);
   STD_TORCH_CHECK(block != nullptr, "red_kernels: out of memory for an output of ", bytes, " bytes");
-  return torch::stable::from_blob(block, sizes, strides, device, dtype, &release);
+  return torch::stable::from_blob(block, sizes, contiguous_strides(sizes), device, dtype, &release);
 }
 
 inline Tensor make_like(const Shape& shape) {
@@ -124,7 +119,7 @@ inline Tensor make_like(const Shape& shape) {
 // One fp32 value for each row.
 inline Tensor make_statistic(const Shape& shape) {
   const auto sizes = shape.like.sizes();
-  return make(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size() - 1), ScalarType::Float, 4);
+  return make({sizes.data(), sizes.size() - 1}, ScalarType::Float, 4);
 }
 
 inline float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }

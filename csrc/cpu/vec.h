@@ -156,6 +156,12 @@ RED_INLINE void fence() {
 #endif
 }
 
+// Brings a line that will be written into the cache meanwhile, as this core's own; past the cache nothing is to be brought.
+template <bool Stream, class T>
+RED_INLINE void prepare(const T* p) {
+  if constexpr (!Stream) __builtin_prefetch(p, 1);
+}
+
 struct Full {
   template <class T>
   RED_INLINE V load(const T* p) const {

@@ -38,7 +38,7 @@ void ColumnSums::prepare(int64_t blocks, int64_t workers, Deal& deal, float* (&l
   lines_count_ = blocks;
   edit_lines_count_ = edits_ + 2 * workers;
   if (sorted()) {
-    owners_ = torch::stable::empty({2 * workers}, ScalarType::Long, std::nullopt, call_.shape.like.device());
+    owners_ = make_empty({2 * workers}, ScalarType::Long, call_.shape.like.device());
     deal_.order = static_cast<const int64_t*>(order_->const_data_ptr());
     deal_.sorted = static_cast<const int64_t*>(sorted_->const_data_ptr());
     deal_.owners = static_cast<int64_t*>(owners_->mutable_data_ptr());

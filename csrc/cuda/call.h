@@ -7,7 +7,6 @@
 
 #include <array>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
 // In torch's own CUDA library, which a torch without CUDA lacks. Weak: the kernels' library loads there all the same.
@@ -68,10 +67,10 @@ struct Call {
     return aligned && (reinterpret_cast<uintptr_t>(data) % 16 != 0 || stride_bytes % 16 != 0);
   }
   Tensor make_like() const {
-    return torch::stable::empty(shape.like.sizes(), shape.like.scalar_type(), std::nullopt, shape.like.device());
+    return make_empty(shape.like.sizes(), shape.like.scalar_type(), shape.like.device());
   }
-  Tensor make_floats(torch::headeronly::IntHeaderOnlyArrayRef sizes) const {
-    return torch::stable::empty(sizes, ScalarType::Float, std::nullopt, shape.like.device());
+  Tensor make_floats(Sizes sizes) const {
+    return make_empty(sizes, ScalarType::Float, shape.like.device());
   }
   Tensor make_statistic() const {
     const auto sizes = shape.like.sizes();
@@ -94,7 +93,7 @@ struct Call {
 };
 
 inline Tensor copied(const Tensor& t) {
-  Tensor copy = torch::stable::empty(t.sizes(), t.scalar_type(), std::nullopt, t.device());
+  Tensor copy = make_empty(t.sizes(), t.scalar_type(), t.device());
   return torch::stable::copy_(copy, t);
 }
 
