@@ -7,37 +7,29 @@ from typing import Any
 from torch import Tensor
 
 from ..edit_module import call_unedited, edited_output
-from .compose import add_then_norm, behind, edit_add_to_next, edit_then_norm, left_of_dropout
+from .compose import CACHES, add_then_norm, behind, edit_add_to_next, edit_then_norm, given, left_of_dropout
 from .description import RES, TO_NEXT, Edits, Family, Layout, Point, attention_points
 
 __all__ = ["FAMILIES"]
 
-_GPT2, _OPT, _VIT = "9bbe2073f8394bdd", "e713efe33a94e16f", "04639e1c57979b6e"
+# Of the first two the one until transformers 5.23 and the one since.
+_GPT2, _OPT = ("9bbe2073f8394bdd", "d9ccdb1208d8d2d4"), ("e713efe33a94e16f", "3fff76e0effb3f51")
+_VIT = "04639e1c57979b6e"
 
 
 def _gpt2(
     layer: Any,
     edits: Edits,
     hidden_states: Tensor,
-    past_key_values: Any = None,
-    attention_mask: Tensor | None = None,
-    encoder_hidden_states: Tensor | None = None,
-    encoder_attention_mask: Tensor | None = None,
-    use_cache: bool | None = False,
+    *args: Any,
     **kwargs: Any,
 ) -> Tensor:
     residual = hidden_states
     drop = layer.attn.resid_dropout
-    hidden_states, _ = call_unedited(
-        layer.attn,
-        edits.attn,
-        layer.ln_1(hidden_states),
-        past_key_values=past_key_values,
-        attention_mask=attention_mask,
-        use_cache=use_cache,
-        without=drop,
-        **kwargs,
-    )
+    handed_on = dict(given(layer, hidden_states, args, kwargs))
+    encoder_hidden_states = handed_on.pop("encoder_hidden_states", None)
+    encoder_attention_mask = handed_on.pop("encoder_attention_mask", None)
+    hidden_states, _ = call_unedited(layer.attn, edits.attn, layer.ln_1(hidden_states), without=drop, **handed_on)
     p, training = behind(edits.attn, drop)
     own, after = edits.attn, edits.attn_res
     if encoder_hidden_states is not None:
@@ -50,10 +42,9 @@ def _gpt2(
         )
         hidden_states, _ = layer.crossattention(
             hidden_states,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
+            **{name: value for name, value in handed_on.items() if name in (*CACHES, "attention_mask")},
         )
         own, after, p, training = None, None, 0.0, False
     hidden_states, residual = add_then_norm(hidden_states, residual, layer.ln_2, p, training, own=own, after=after)
@@ -68,22 +59,13 @@ def _opt_pre_norm(
     layer: Any,
     edits: Edits,
     hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
-    use_cache: bool | None = False,
-    position_ids: Tensor | None = None,
+    *args: Any,
     **kwargs: Any,
 ) -> Tensor:
     residual = hidden_states
-    hidden_states, _ = call_unedited(
-        layer.self_attn,
-        edits.attn,
-        hidden_states=layer.self_attn_layer_norm(hidden_states),
-        past_key_values=past_key_values,
-        position_ids=position_ids,
-        attention_mask=attention_mask,
-        **kwargs,
-    )
+    handed_on = _opt_handed_on(given(layer, hidden_states, args, kwargs))
+    hidden_states = layer.self_attn_layer_norm(hidden_states)
+    hidden_states, _ = call_unedited(layer.self_attn, edits.attn, hidden_states=hidden_states, **handed_on)
     p, training = layer.dropout, layer.training
     hidden_states, residual = add_then_norm(
         hidden_states, residual, layer.final_layer_norm, p, training, own=edits.attn, after=edits.attn_res
@@ -97,22 +79,12 @@ def _opt_post_norm(
     layer: Any,
     edits: Edits,
     hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
-    use_cache: bool | None = False,
-    position_ids: Tensor | None = None,
+    *args: Any,
     **kwargs: Any,
 ) -> Tensor:
     residual = hidden_states
-    hidden_states, _ = call_unedited(
-        layer.self_attn,
-        edits.attn,
-        hidden_states=hidden_states,
-        past_key_values=past_key_values,
-        position_ids=position_ids,
-        attention_mask=attention_mask,
-        **kwargs,
-    )
+    handed_on = _opt_handed_on(given(layer, hidden_states, args, kwargs))
+    hidden_states, _ = call_unedited(layer.self_attn, edits.attn, hidden_states=hidden_states, **handed_on)
     p, training = layer.dropout, layer.training
     residual = edit_then_norm(
         hidden_states, residual, edits.attn, layer.self_attn_layer_norm, p, training, after=edits.attn_res
@@ -120,6 +92,10 @@ def _opt_post_norm(
     hidden_states = _opt_feed_forward(layer, edits, residual)
     output = edit_then_norm(hidden_states, residual, edits.ffn, layer.final_layer_norm, p, training, after=edits.res)
     return edited_output(edits.res, output)
+
+
+def _opt_handed_on(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name != "use_cache"}
 
 
 def _opt_feed_forward(layer: Any, edits: Edits, hidden_states: Tensor) -> Tensor:
@@ -144,7 +120,8 @@ def _vit(
     return edited_output(edits.res, output)
 
 
-_OPT_ATTENTION = ("b302cb513c7595a0",)
+_GPT2_ATTENTION = ("89ad8c3a6092d1cd", "d0f231c94f9beca5")
+_OPT_ATTENTION = ("b302cb513c7595a0", "be4ba3cb58cba76f")
 _OPT_OWN_NORM: dict[str, Any] = {"fuses": "dropout + residual add + LayerNorm", "bare": "dropout + residual add"}
 FAMILIES = (
     Family(
@@ -162,7 +139,7 @@ FAMILIES = (
             Layout(
                 key="gpt2",
                 forward=_gpt2,
-                known=(_GPT2,),
+                known=_GPT2,
                 points=(
                     Point(
                         "ffn",
@@ -172,16 +149,14 @@ FAMILIES = (
                         dropout="mlp.dropout",
                         **TO_NEXT,
                     ),
-                    *attention_points(
-                        "attn.c_proj", "attn", ("89ad8c3a6092d1cd",), "ln_2", dropout="attn.resid_dropout"
-                    ),
+                    *attention_points("attn.c_proj", "attn", _GPT2_ATTENTION, "ln_2", dropout="attn.resid_dropout"),
                     RES,
                 ),
                 hands_on=True,
             ),
         ),
         first_norm=("", "ln_1"),
-        known={"": (_GPT2,)},
+        known={"": _GPT2},
         final_norm="ln_f",
     ),
     Family(
@@ -199,7 +174,7 @@ FAMILIES = (
             Layout(
                 key="opt_pre_norm",
                 forward=_opt_pre_norm,
-                known=(_OPT,),
+                known=_OPT,
                 points=(
                     Point("ffn", "fc2", "fc2", **TO_NEXT),
                     *attention_points("self_attn.out_proj", "self_attn", _OPT_ATTENTION, "final_layer_norm"),
@@ -211,7 +186,7 @@ FAMILIES = (
             Layout(
                 key="opt_post_norm",
                 forward=_opt_post_norm,
-                known=(_OPT,),
+                known=_OPT,
                 points=(
                     Point("ffn", "fc2", "fc2", norm="final_layer_norm", **_OPT_OWN_NORM),
                     Point(
@@ -229,7 +204,7 @@ FAMILIES = (
             ),
         ),
         first_norm=("", "self_attn_layer_norm"),
-        known={"": (_OPT,)},
+        known={"": _OPT},
         final_norm="final_layer_norm",
         bias_flags=dict.fromkeys(
             ("fc2", "self_attn.out_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "enable_bias"

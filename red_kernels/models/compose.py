@@ -7,6 +7,7 @@ norm gives); each is the site's `RedEdit`, or None for no edit. `p` and `trainin
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -14,22 +15,25 @@ from torch import Tensor, nn
 from ..edit_module import RedEdit, applied_inside, call_unedited, plain_only
 from ..functional import edit, edit_add, edit_add_layer_norm, edit_add_rms_norm, layer_norm_edit, rms_norm_edit
 from ..selection import Vectors
-from .fingerprint import BASE
+from .fingerprint import BASE, forward_of, unwrapped
 from .handoff import NextNorm, leave_note
 from .norms import NormArguments, globally_hooked, norm_arguments, unobserved
 
 __all__ = [
+    "CACHES",
     "LINK",
     "add",
     "add_then_norm",
     "behind",
     "edit_add_to_next",
     "edit_then_norm",
+    "given",
     "left_of_dropout",
     "may_defer",
 ]
 
 LINK = "_red_kernels_next"  # the attribute of a fused block that holds its `NextNorm`
+CACHES = ("past_key_values", "cache")  # what releases of transformers call the cache of keys and values
 _PLAIN = (Tensor, nn.Parameter)
 _NO_EDIT = Vectors(None, None)
 
@@ -42,6 +46,22 @@ class _Sum(NamedTuple):
     vectors: Vectors
     p: float
     training: bool
+
+
+def given(block: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a block's forward was called with beside its first argument, by the names that the library gives it.
+
+    The names differ between releases (the cache is `past_key_values` or `cache`), so a fused forward that only hands an
+    argument on does not name it. Raises TypeError where the library's own forward would.
+    """
+    if not args:
+        return kwargs
+    bound = inspect.signature(unwrapped(forward_of(type(block)))).bind(block, hidden, *args, **kwargs)
+    found = dict(list(bound.arguments.items())[2:])
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            found |= found.pop(name, {})
+    return found
 
 
 def may_defer(outer: nn.Module, site: nn.Module, own: RedEdit) -> bool:

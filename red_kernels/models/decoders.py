@@ -7,14 +7,17 @@ from typing import Any
 from torch import Tensor
 
 from ..edit_module import call_unedited, edited_output
-from .compose import add_then_norm, edit_add_to_next, edit_then_norm, left_of_dropout
+from .compose import add_then_norm, edit_add_to_next, edit_then_norm, given, left_of_dropout
 from .description import RES, Edits, Family, Layout, Point
 
 __all__ = ["FAMILIES"]
 
 _GATED_MLP = ("10d6ac161076c54c", "d5657bd0bab71c68")  # the library's, and Liger's in its place
-_PRE_NORM, _WITH_DROPOUT, _NORMS_AROUND = "77b982daba84680c", "0d441bd29df6766c", "420e1c6a99e20e50"
-_MIXTURE = "fdd799853333706e"
+# Of each the one until transformers 5.23 and the one since.
+_PRE_NORM = ("77b982daba84680c", "177dd86371097d28")
+_WITH_DROPOUT = ("0d441bd29df6766c", "e65aa1ca6be19510")
+_NORMS_AROUND = ("420e1c6a99e20e50", "7770b99ee26e6031")
+_MIXTURE = ("fdd799853333706e", "fd7345ecfc81a023")
 _ATTENTION = (
     "ab428cb97146feb6",
     "89d1b6cb31180c35",
@@ -23,57 +26,31 @@ _ATTENTION = (
     "bea845841b9e9d1a",
     "03b9fca807486ea6",
     "a9ce947798a7c80c",
+    # since 5.24
+    "ffe57d0a43107aac",
+    "e14715dcef6119e8",
+    "c796b4c7cdcd68c5",
+    "02e84d9cd6a23282",
+    "cd3d4d243ee18294",
+    "80c072d4a36911f4",
+    "53ccf385ee935faf",
 )
 
 
-def _pre_norm(
-    layer: Any,
-    edits: Edits,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    use_cache: bool | None = False,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    residual = hidden_states
-    hidden_states, _ = call_unedited(
+def _pre_norm(layer: Any, edits: Edits, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _pre_norm_ffn(layer, edits, _attended(layer, edits, hidden_states, args, kwargs), hidden_states)
+
+
+def _attended(layer: Any, edits: Edits, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The output of attention: the library hands it all that the layer gets."""
+    attended: Tensor
+    attended, _ = call_unedited(
         layer.self_attn,
         edits.attn,
         hidden_states=layer.input_layernorm(hidden_states),
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=past_key_values,
-        use_cache=use_cache,
-        position_embeddings=position_embeddings,
-        **kwargs,
+        **given(layer, hidden_states, args, kwargs),
     )
-    return _pre_norm_ffn(layer, edits, hidden_states, residual)
-
-
-def _mixture(
-    layer: Any,
-    edits: Edits,
-    hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    **kwargs: Any,
-) -> Tensor:
-    residual = hidden_states
-    hidden_states, _ = call_unedited(
-        layer.self_attn,
-        edits.attn,
-        hidden_states=layer.input_layernorm(hidden_states),
-        position_embeddings=position_embeddings,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=past_key_values,
-        **kwargs,
-    )
-    return _pre_norm_ffn(layer, edits, hidden_states, residual)
+    return attended
 
 
 def _pre_norm_ffn(layer: Any, edits: Edits, attended: Tensor, residual: Tensor) -> Tensor:
@@ -85,29 +62,9 @@ def _pre_norm_ffn(layer: Any, edits: Edits, attended: Tensor, residual: Tensor) 
     return edited_output(edits.res, output)
 
 
-def _pre_norm_with_dropout(
-    layer: Any,
-    edits: Edits,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    use_cache: bool | None = False,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
-    **kwargs: Any,
-) -> Tensor:
+def _pre_norm_with_dropout(layer: Any, edits: Edits, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     residual = hidden_states
-    hidden_states, _ = call_unedited(
-        layer.self_attn,
-        edits.attn,
-        hidden_states=layer.input_layernorm(hidden_states),
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=past_key_values,
-        use_cache=use_cache,
-        position_embeddings=position_embeddings,
-        **kwargs,
-    )
+    hidden_states = _attended(layer, edits, hidden_states, args, kwargs)
     hidden_states, p, training = left_of_dropout(layer.resid_attn_dropout, hidden_states)
     hidden_states, residual = add_then_norm(
         hidden_states, residual, layer.post_attention_layernorm, p, training, own=edits.attn, after=edits.attn_res
@@ -118,27 +75,9 @@ def _pre_norm_with_dropout(
     return edited_output(edits.res, output)
 
 
-def _norms_around(
-    layer: Any,
-    edits: Edits,
-    hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    **kwargs: Any,
-) -> Tensor:
+def _norms_around(layer: Any, edits: Edits, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     residual = hidden_states
-    hidden_states, _ = call_unedited(
-        layer.self_attn,
-        edits.attn,
-        hidden_states=layer.input_layernorm(hidden_states),
-        position_embeddings=position_embeddings,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=past_key_values,
-        **kwargs,
-    )
+    hidden_states = _attended(layer, edits, hidden_states, args, kwargs)
     hidden_states = edit_then_norm(hidden_states, None, edits.attn, layer.post_attention_layernorm)
     hidden_states, residual = add_then_norm(
         hidden_states, residual, layer.pre_feedforward_layernorm, after=edits.attn_res
@@ -199,9 +138,9 @@ FAMILIES = (
         layers=("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"),
         sites=_SITES,
         inside=("attn_res",),
-        layouts=(Layout(key="pre_norm", forward=_pre_norm, known=(_PRE_NORM,), points=_points(), hands_on=True),),
+        layouts=(Layout(key="pre_norm", forward=_pre_norm, known=_PRE_NORM, points=_points(), hands_on=True),),
         first_norm=("", "input_layernorm"),
-        known={"": (_PRE_NORM,)},
+        known={"": _PRE_NORM},
         final_norm="norm",
         bias_flags={"mlp.down_proj": "mlp_bias", **dict.fromkeys(("self_attn.o_proj", *_QKV), "attention_bias")},
     ),
@@ -211,17 +150,17 @@ FAMILIES = (
         sites={**_SITES, "ffn": ("mlp.down_proj|mlp",)},
         inside=("attn_res",),
         layouts=(
-            Layout(key="mixture", forward=_mixture, known=(_MIXTURE,), points=_points(experts=True), hands_on=True),
+            Layout(key="mixture", forward=_pre_norm, known=_MIXTURE, points=_points(experts=True), hands_on=True),
             Layout(
                 key="pre_norm_mixture",
                 forward=_pre_norm,
-                known=(_PRE_NORM,),
+                known=_PRE_NORM,
                 points=_points(experts=True),
                 hands_on=True,
             ),
         ),
         first_norm=("", "input_layernorm"),
-        known={"": (_PRE_NORM, _MIXTURE)},
+        known={"": (*_PRE_NORM, *_MIXTURE)},
         final_norm="norm",
         bias_flags=dict.fromkeys(("self_attn.o_proj", *_QKV), "attention_bias"),
         remarks={"mlp": _EXPERTS},
@@ -235,14 +174,14 @@ FAMILIES = (
             Layout(
                 key="pre_norm_with_dropout",
                 forward=_pre_norm_with_dropout,
-                known=(_WITH_DROPOUT,),
+                known=_WITH_DROPOUT,
                 points=_points("dropout + residual add", ("8fd1184e036c31a8",)),
                 dropouts=("resid_attn_dropout", "resid_mlp_dropout"),
                 hands_on=True,
             ),
         ),
         first_norm=("", "input_layernorm"),
-        known={"": (_WITH_DROPOUT,)},
+        known={"": _WITH_DROPOUT},
         final_norm="norm",
     ),
     Family(
@@ -254,13 +193,13 @@ FAMILIES = (
             Layout(
                 key="norms_around",
                 forward=_norms_around,
-                known=(_NORMS_AROUND,),
+                known=_NORMS_AROUND,
                 points=_points(norms_around=True),
                 hands_on=True,
             ),
         ),
         first_norm=("", "input_layernorm"),
-        known={"": (_NORMS_AROUND,)},
+        known={"": _NORMS_AROUND},
         final_norm="norm",
         bias_flags=dict.fromkeys(("self_attn.o_proj", *_QKV), "attention_bias"),
     ),

@@ -10,12 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from ..edit_module import call_unedited, edited_output
-from .compose import add, add_then_norm, edit_add_to_next, left_of_dropout
+from .compose import add, add_then_norm, edit_add_to_next, given, left_of_dropout
 from .description import RES, TO_NEXT, Edits, Family, Layout, Point, attention_points
 
 __all__ = ["FAMILIES"]
 
-_NEOX, _FALCON, _PHI = "9c304581bf6ab72f", "6011555badff3188", "d85b20218ee74cbc"
+_NEOX, _FALCON = "9c304581bf6ab72f", "6011555badff3188"
+_PHI = ("d85b20218ee74cbc", "bf4cdb9b847608e4")  # until transformers 5.23, and since
 
 
 def _neox_attention(
@@ -125,30 +126,11 @@ def _falcon(
     return edited_output(edits.res, output), weights
 
 
-def _phi(
-    layer: Any,
-    edits: Edits,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    use_cache: bool | None = False,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
-    **kwargs: Any,
-) -> Tensor:
+def _phi(layer: Any, edits: Edits, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     residual = hidden_states
+    handed_on = given(layer, hidden_states, args, kwargs)
     normed = layer.input_layernorm(hidden_states)
-    attended, _ = call_unedited(
-        layer.self_attn,
-        edits.attn,
-        hidden_states=normed,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=past_key_values,
-        use_cache=use_cache,
-        position_embeddings=position_embeddings,
-        **kwargs,
-    )
+    attended, _ = call_unedited(layer.self_attn, edits.attn, hidden_states=normed, **handed_on)
     drop = layer.resid_dropout
     residual = add(attended, residual, edits.attn, drop.p, drop.training)
     forwarded = call_unedited(layer.mlp, edits.ffn, normed)
@@ -277,14 +259,14 @@ FAMILIES = (
             Layout(
                 key="phi",
                 forward=_phi,
-                known=(_PHI,),
+                known=_PHI,
                 points=(
                     Point("ffn", "mlp.fc2", "mlp", known={"mlp": ("06f472a6a2c912ad",)}, **TO_NEXT),
                     Point(
                         "attn",
                         "self_attn.dense",
                         "self_attn",
-                        known={"self_attn": ("f3140e3487ed78dc",)},
+                        known={"self_attn": ("f3140e3487ed78dc", "5131d02d9ae414fc")},
                         fuses="dropout + residual add",
                     ),
                     RES,
@@ -294,7 +276,7 @@ FAMILIES = (
             ),
         ),
         first_norm=("", "input_layernorm"),
-        known={"": (_PHI,)},
+        known={"": _PHI},
         final_norm="final_layernorm",
     ),
 )

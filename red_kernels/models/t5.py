@@ -7,13 +7,17 @@ from typing import Any
 from torch import Tensor
 
 from ..edit_module import call_unedited, edited_output
-from .compose import edit_add_to_next
+from .compose import edit_add_to_next, given
 from .description import RES, TO_NEXT, Edits, Family, Layout, Point
 
 __all__ = ["FAMILIES"]
 
-_BLOCK, _SELF, _CROSS, _FEED_FORWARD = "667788cd056b5d74", "281276e33d2b555b", "4570fd114bce44f4", "e101fb6f37b8321d"
-_ATTENTION = ("f7ea60ea0208c6cd",)
+# Of each the one until transformers 5.23 and the one since, where it has changed.
+_BLOCK = ("667788cd056b5d74", "ffbfd8cbdbcba2ac")
+_SELF = ("281276e33d2b555b", "ade6144def9c4274")
+_CROSS = ("4570fd114bce44f4", "41bf7274c81472b0")
+_FEED_FORWARD = ("e101fb6f37b8321d",)
+_ATTENTION = ("f7ea60ea0208c6cd", "4af6127b6cb0e29b")
 _STREAM = Point("attn_res", "", "", fuses="{next} behind the residual add")
 
 
@@ -22,47 +26,26 @@ def _feed_forward(module: Any, edits: Edits, hidden_states: Tensor) -> Tensor:
     return _ending(module, edits.ffn, edits.res, forwarded, hidden_states)
 
 
-def _self_attention(
-    module: Any,
-    edits: Edits,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    past_key_values: Any = None,
-    **kwargs: Any,
-) -> tuple[Any, ...]:
-    attended, *others = call_unedited(
-        module.SelfAttention,
-        edits.attn,
-        module.layer_norm(hidden_states),
-        mask=attention_mask,
-        position_bias=position_bias,
-        past_key_values=past_key_values,
-        **kwargs,
-    )
-    return _ending(module, edits.attn, edits.attn_res, attended, hidden_states), *others
+def _self_attention(module: Any, edits: Edits, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    return _attention(module, module.SelfAttention, edits, hidden_states, args, kwargs)
 
 
-def _cross_attention(
+def _cross_attention(module: Any, edits: Edits, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    return _attention(module, module.EncDecAttention, edits, hidden_states, args, kwargs)
+
+
+def _attention(
     module: Any,
+    attention: Any,
     edits: Edits,
     hidden_states: Tensor,
-    key_value_states: Tensor,
-    attention_mask: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    past_key_values: Any = None,
-    **kwargs: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[Any, ...]:
-    attended, *others = call_unedited(
-        module.EncDecAttention,
-        edits.attn,
-        module.layer_norm(hidden_states),
-        mask=attention_mask,
-        key_value_states=key_value_states,
-        position_bias=position_bias,
-        past_key_values=past_key_values,
-        **kwargs,
-    )
+    """Both hand on what they get, the mask under another name."""
+    handed_on = dict(given(module, hidden_states, args, kwargs))
+    mask = handed_on.pop("attention_mask", None)
+    attended, *others = call_unedited(attention, edits.attn, module.layer_norm(hidden_states), mask=mask, **handed_on)
     return _ending(module, edits.attn, edits.attn_res, attended, hidden_states), *others
 
 
@@ -92,7 +75,7 @@ FAMILIES = (
                 key="t5_feed_forward",
                 block="layer.-1",
                 forward=_feed_forward,
-                known=(_FEED_FORWARD,),
+                known=_FEED_FORWARD,
                 points=(
                     Point(
                         "ffn",
@@ -111,7 +94,7 @@ FAMILIES = (
                 key="t5_self_attention",
                 block="layer.0",
                 forward=_self_attention,
-                known=(_SELF,),
+                known=_SELF,
                 points=(
                     Point("attn", "SelfAttention.o", "SelfAttention", known={"SelfAttention": _ATTENTION}, **TO_NEXT),
                     _STREAM,
@@ -125,7 +108,7 @@ FAMILIES = (
                 key="t5_cross_attention",
                 block="layer.1",
                 forward=_cross_attention,
-                known=(_CROSS,),
+                known=_CROSS,
                 points=(
                     Point(
                         "attn", "EncDecAttention.o", "EncDecAttention", known={"EncDecAttention": _ATTENTION}, **TO_NEXT
@@ -139,7 +122,7 @@ FAMILIES = (
             ),
         ),
         first_norm=("", "layer.0", "layer.0.layer_norm"),
-        known={"": (_BLOCK,), "layer.0": (_SELF,), "layer.1": (_CROSS, _FEED_FORWARD), "layer.2": (_FEED_FORWARD,)},
+        known={"": _BLOCK, "layer.0": _SELF, "layer.1": (*_CROSS, *_FEED_FORWARD), "layer.2": _FEED_FORWARD},
         final_norm="final_layer_norm",
     ),
 )
