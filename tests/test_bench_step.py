@@ -184,13 +184,24 @@ def test_steps_leave_shared_weights_as_they_are_to_the_bit():
     assert all(torch.equal(own, former) for own, former in zip(base.parameters(), before, strict=True))
 
 
-def test_rounds_go_forth_and_back():
+def test_each_round_has_an_order_of_its_own():
     calls = []
     steps = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    found = compare.timed(steps, CPU, seconds=0.0, rounds=3)
-    assert "".join(calls) == "abc" + "cba" + "abc"
-    assert list(found) == list("abc")
-    assert compare.timed({"a": lambda: None}, CPU, seconds=1e9, rounds=2, most=4)["a"].median >= 0
+    found = compare.timed(steps, CPU, seconds=0.0, rounds=30)
+    rounds = ["".join(calls[first : first + 3]) for first in range(0, 90, 3)]
+    assert all(sorted(one) == list("abc") for one in rounds)
+    assert len(set(rounds)) == 6
+    assert {name: len(values) for name, values in found.items()} == dict.fromkeys("abc", 30)
+    assert len(compare.timed({"a": lambda: None}, CPU, seconds=1e9, rounds=2, most=4)["a"]) == 4
+
+
+def test_a_step_is_held_to_the_floor_of_its_own_round():
+    """The machine is ten times slower in one round: neither the ratio's median nor its quartiles move."""
+    times = {"frozen-fused": [1.0, 1.0, 10.0, 1.0, 1.0], "red": [1.01, 1.01, 10.1, 1.01, 1.01]}
+    found = compare.over_floor(times)
+    assert [found["red"].median, found["red"].low, found["red"].high] == pytest.approx([1.01] * 3)
+    assert found["frozen-fused"].median == 1.0
+    assert compare.over_floor({"red": [1.0, 2.0]}) == {}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "roberta"])

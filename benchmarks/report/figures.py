@@ -133,7 +133,8 @@ class MethodFigures:
 
     Attributes:
         seconds: median, low and high quartile.
-        over_floor: its median over that of the frozen model with the same norms; None where that was not timed.
+        over_floor: its time over that of the frozen model with the same norms, the median over the rounds; of older
+            files the ratio of the medians; None where the floor was not timed.
         tokens: a second.
         peak: bytes; memory_over_floor: over the floor's.
         trainable: parameters, or None.
@@ -281,6 +282,22 @@ def operation_memory(content: Content) -> dict[tuple[str, str, str, str], dict[s
     return {key: {peer: value for peer, value in row.items() if value} for key, row in found.items()}
 
 
+def over_floor(case: dict[str, Any], method: str) -> dict[str, float]:
+    """A method's time over the floor's: median and quartiles of the ratios of each round.
+
+    Files from before these were kept have no more than quartiles of the times.
+    """
+    found: dict[str, float] | None = case.get("over_floor", {}).get(method)
+    if found is not None:
+        return found
+    own, floor = case["seconds"][method], case["seconds"][FLOOR]
+    return {
+        "median": own["median"] / floor["median"],
+        "low": own["low"] / floor["high"],
+        "high": own["high"] / floor["low"],
+    }
+
+
 def method_figures(case: dict[str, Any]) -> list[MethodFigures]:
     """The methods of one training step, in order; those that were left out are not among them."""
     seconds, peak = case["seconds"], case.get("peak_bytes", {})
@@ -294,7 +311,7 @@ def method_figures(case: dict[str, Any]) -> list[MethodFigures]:
             MethodFigures(
                 method,
                 own,
-                own["median"] / floor["median"] if floor else None,
+                over_floor(case, method)["median"] if floor else None,
                 case["tokens"] / own["median"] if case.get("tokens") else None,
                 memory,
                 memory / base if memory is not None and base else None,

@@ -19,6 +19,7 @@ from .figures import (
     case_of_step,
     lower_is_better,
     ours_in,
+    over_floor,
     peers_in,
 )
 from .results import Device
@@ -131,10 +132,9 @@ def goals(device: Device) -> list[tuple[Missed, bool]]:
             seconds = case["seconds"]
             if "red" not in seconds or FLOOR not in seconds:
                 continue
-            own, floor = seconds["red"], seconds[FLOOR]
-            over = own["median"] / floor["median"]
-            meet = own["low"] <= floor["high"] * STEP_GOAL
-            how = "quartiles of both meet" if meet else "beyond the quartiles of both"
+            found_over = over_floor(case, "red")
+            over = found_over["median"]
+            how = "the quartiles reach it" if found_over["low"] <= STEP_GOAL else "beyond the quartiles"
             goal = f"red at most {STEP_GOAL} times {FLOOR}"
             found.append((Missed(f"{job}: {words(case)}", goal, f"{ratio(over)} ({how})"), over > STEP_GOAL))
     for case in device.files.get("ops", {}).get("host", []):

@@ -73,9 +73,9 @@ Cells are a peer's time over ours, so above 1 ours is faster: the geometric mean
 greatest in brackets. *Best peer* takes whichever peer is fastest in each case. *Over copies* is our time over
 that of the copies, so 1 is the floor. GB/s are the least bytes over our time."""
 STEPS = f"""\
-*Over the floor* is a method's median over that of `{FLOOR}`, the frozen model with the same fused norms and no
-edit, whose gradients pass through it as a trained edit's do. Memory is the peak of a step beyond the base
-weights: activations, gradients, and what the method adds."""
+*Over the floor* is a method's time over that of `{FLOOR}` in the same round, the median over the rounds. The floor
+is the frozen model with the same fused norms and no edit, whose gradients pass through it as a trained edit's do.
+Memory is the peak of a step beyond the base weights: activations, gradients, and what the method adds."""
 
 
 def _pictures(device: Device, docs: Path, kind: str) -> list[str]:

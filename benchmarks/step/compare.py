@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from ..methods import Prepared
 from .check import Naive, check
 from .memory import held_bytes, peak_allocated
 
+FLOOR = "frozen-fused"  # of `benchmarks.methods`
 Makers = Mapping[str, Callable[[], Prepared]]
 
 
@@ -47,21 +49,21 @@ class Step:
 
 
 def timed(
-    steps: Mapping[str, Callable[[], object]], device: torch.device, seconds: float, rounds: int, most: int = 50
-) -> dict[str, Timing]:
-    """Time each step in turn; every other round goes through them backwards, so that each has both neighbours.
+    steps: Mapping[str, Callable[[], object]], device: torch.device, seconds: float, rounds: int, most: int = 200
+) -> dict[str, list[float]]:
+    """The seconds of each step in each round, in which all run once, in another order each time.
 
     There are at least `rounds` rounds, whatever they take; no other one is begun after `seconds`.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
+    order = random.Random(0)
     gc.collect()
     gc.disable()
     try:
         begun = time.perf_counter()
         number = 0
         while number < rounds or (number < most and time.perf_counter() - begun < seconds):
-            for name in names if number % 2 == 0 else reversed(names):
+            for name in order.sample(list(steps), len(steps)):
                 _wait_for(device)
                 start = time.perf_counter()
                 steps[name]()
@@ -70,7 +72,21 @@ def timed(
             number += 1
     finally:
         gc.enable()
-    return {name: timing(values) for name, values in times.items()}
+    return times
+
+
+def over_floor(times: Mapping[str, list[float]]) -> dict[str, Timing]:
+    """Each method's time over that of `FLOOR` in the same round, where that was timed.
+
+    What slows the machine down for seconds slows both, so these differ less from round to round than the times do.
+    """
+    floor = times.get(FLOOR)
+    if floor is None:
+        return {}
+    return {
+        name: timing([own / beside for own, beside in zip(values, floor, strict=True)])
+        for name, values in times.items()
+    }
 
 
 def _wait_for(device: torch.device) -> None:
@@ -98,7 +114,7 @@ def compare(
         seconds, rounds: see `timed`.
 
     Returns:
-        `seconds`, `peak_bytes` and `trainable` by method, and `left_out`: why others were not measured.
+        `seconds`, `over_floor`, `peak_bytes` and `trainable` by method, and `left_out`: why others were not measured.
 
     Raises:
         ArithmeticError: a method does not compute what it should.
@@ -127,7 +143,8 @@ def compare(
         peaks[name] = peak_allocated(step, device) + held_bytes(step.added(), weights)
     times = timed(steps, device, seconds, rounds)
     return {
-        "seconds": {name: found.json() for name, found in times.items()},
+        "seconds": {name: timing(values).json() for name, values in times.items()},
+        "over_floor": {name: found.json() for name, found in over_floor(times).items()},
         "peak_bytes": peaks,
         "trainable": {name: made.trainable for name, made in prepared.items()},
         "left_out": left_out,

@@ -92,7 +92,7 @@ class Settings:
     sizes: Sizes | None = None
     dtype: str = "bf16"
     methods: tuple[str, ...] = field(default=METHODS_HERE)
-    seconds: float = 5.0
+    seconds: float = 12.0
     rounds: int = 7
 
     def __post_init__(self) -> None:
