@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 DEMO ?= demo
 BENCH ?= bench-results
 BIN := .venv/bin
-# Triton's interpreter runs the kernels on the CPU; one core for each test is quickest there.
+# One core for each test is quickest; those of several threads ask for them. Triton's interpreter runs its kernels on the CPU.
 INTERPRETED := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 RED_KERNELS_TEST_ON=triton
 OLDEST := $(CURDIR)/.venv/triton-3.6
 DEEPSPEED := $(CURDIR)/.venv/deepspeed
@@ -76,7 +76,7 @@ ifeq ($(NVCC_FOUND),)
 endif
 
 test: lint $(OLDEST)/done $(DEEPSPEED)/done $(EMULATOR) say-cuda
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	PYTHONPATH=$(DEEPSPEED) $(BIN)/python -m pytest tests/test_stacks_deepspeed.py
 	$(EMULATED) $(BIN)/python -m pytest -n 2
 	$(INTERPRETED) $(BIN)/python -m pytest -n 2

@@ -268,12 +268,13 @@ def test_passed_tests_are_left_out_of_the_next_run(tmp_path):
         "def test_bad(n): assert n == 1 or os.environ.get('MENDED')\n"
     )
     names = tmp_path / "passed"
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
 
     def run(*more, **variables):
         return subprocess.run(
             [sys.executable, "-m", "pytest", "-p", "benchmarks.passed_tests", "-p", "no:cacheprovider", *more, "-q"],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PASSED_TESTS": str(names), **variables},
+            env={**inherited, "PYTHONPATH": str(ROOT), "PASSED_TESTS": str(names), **variables},
             capture_output=True,
             text=True,
         )

@@ -379,6 +379,12 @@ def test_on_top_of_lora():
 
 
 def test_through_transformers(tmp_path):
+    try:
+        zoo.tiny("llama").add_adapter(LoraConfig(target_modules=["q_proj"]), "theirs")
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(f"transformers takes no method of PEFT {peft.__version__}, LoRA included: {error}")
     model = zoo.tiny("llama")
     model.add_adapter(RedPeftConfig(), "mine")
     randomised(model)
