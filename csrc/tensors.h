@@ -7,6 +7,7 @@
 #include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "ops.h"
 #include "types.h"
@@ -31,9 +32,10 @@ inline Tensor make_empty(Sizes sizes, ScalarType dtype, torch::stable::Device de
   using torch::stable::detail::to;
   const std::vector<int64_t> strides = contiguous_strides(sizes);
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                         to<int32_t>(from(dtype)), to<int32_t>(from(device.type())),
-                                                         device.index(), &made));
+  // The check that the oldest torch has too.
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  to<int32_t>(from(dtype)), to<int32_t>(from(device.type())),
+                                                  device.index(), &made));
   return Tensor(made);
 }
 

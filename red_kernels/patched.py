@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .edit_module import NAME, RedEdit, plain_only, skips_dropout
 from .models import LAYOUTS, Edits, Layout, Point, child_at
-from .models.compose import LINK, may_defer
+from .models.compose import ARGUMENTS, LINK, arguments_of, may_defer
 from .models.description import walk
 from .models.fingerprint import BASE, CAPTURED, class_fingerprint, fingerprint
 from .models.handoff import TAKES_NOTES, NextNorm, running, take_note
@@ -144,6 +144,8 @@ def _patched_class(base: type[nn.Module], key: str) -> type[nn.Module]:
             "_red_kernels_key": key,
             TAKES_NOTES: key == _NORM,
         }
+        if key not in makers:
+            namespace[ARGUMENTS] = arguments_of(base.forward)
         made = _classes[base, key, base.forward] = type(base.__name__, (base,), namespace)
     return made
 

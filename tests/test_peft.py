@@ -378,13 +378,9 @@ def test_on_top_of_lora():
         model.merge_adapter()
 
 
-def test_through_transformers(tmp_path):
-    try:
-        zoo.tiny("llama").add_adapter(LoraConfig(target_modules=["q_proj"]), "theirs")
-    except ValueError as error:
-        if "version of PEFT" not in str(error):
-            raise
-        pytest.skip(f"transformers takes no method of PEFT {peft.__version__}, LoRA included: {error}")
+def test_through_transformers(tmp_path, monkeypatch):
+    # transformers 5.24 asks for PEFT 0.22 whatever the method; what it does with an adapter is looked at all the same.
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21.0")
     model = zoo.tiny("llama")
     model.add_adapter(RedPeftConfig(), "mine")
     randomised(model)

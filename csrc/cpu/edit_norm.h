@@ -29,7 +29,8 @@ void edit_norm_forward_rows(const EditNormForward& p, int64_t begin, int64_t end
     const Statistics s = statistics<Centered>(held, p.d, first, p.eps);
     if (Centered) p.mean[i] = s.mean;
     p.rstd[i] = s.rstd;
-    const T *next_x = x + p.x.stride, *next_residual = residual ? residual + p.residual.stride : next_x;
+    const int64_t next = i + 1 < end ? i + 1 : i;
+    const T *next_x = row<T>(p.x, next), *next_residual = residual ? row<T>(p.residual, next) : next_x;
     sweep(p.d, [&](auto at, int64_t j, int) __attribute__((always_inline)) {
       // This pass reads nothing from memory, so the next row can come in meanwhile.
       __builtin_prefetch(next_x + j);

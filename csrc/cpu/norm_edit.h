@@ -22,7 +22,7 @@ void norm_edit_forward_rows(const NormEditForward& p, int64_t begin, int64_t end
     const Statistics s = statistics<Centered>(held, p.d, first, p.eps);
     if (Centered) p.mean[i] = s.mean;
     p.rstd[i] = s.rstd;
-    const T* next_x = x + p.x.stride;
+    const T* next_x = row<T>(p.x, i + 1 < end ? i + 1 : i);
     sweep(p.d, [&](auto at, int64_t j, int) __attribute__((always_inline)) {
       // This pass reads nothing from memory, so the next row can come in meanwhile.
       __builtin_prefetch(next_x + j);

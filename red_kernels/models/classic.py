@@ -13,7 +13,7 @@ from .description import RES, TO_NEXT, Edits, Family, Layout, Point, attention_p
 __all__ = ["FAMILIES"]
 
 # Of the first two the one until transformers 5.23 and the one since.
-_GPT2, _OPT = ("9bbe2073f8394bdd", "d9ccdb1208d8d2d4"), ("e713efe33a94e16f", "3fff76e0effb3f51")
+_GPT2, _OPT = ("9bbe2073f8394bdd", "05abbdd39647ce78"), ("e713efe33a94e16f", "d03de2e09c1ace24")
 _VIT = "04639e1c57979b6e"
 
 
@@ -26,7 +26,7 @@ def _gpt2(
 ) -> Tensor:
     residual = hidden_states
     drop = layer.attn.resid_dropout
-    handed_on = dict(given(layer, hidden_states, args, kwargs))
+    handed_on = given(layer, args, kwargs)
     encoder_hidden_states = handed_on.pop("encoder_hidden_states", None)
     encoder_attention_mask = handed_on.pop("encoder_attention_mask", None)
     hidden_states, _ = call_unedited(layer.attn, edits.attn, layer.ln_1(hidden_states), without=drop, **handed_on)
@@ -63,7 +63,7 @@ def _opt_pre_norm(
     **kwargs: Any,
 ) -> Tensor:
     residual = hidden_states
-    handed_on = _opt_handed_on(given(layer, hidden_states, args, kwargs))
+    handed_on = _opt_handed_on(given(layer, args, kwargs))
     hidden_states = layer.self_attn_layer_norm(hidden_states)
     hidden_states, _ = call_unedited(layer.self_attn, edits.attn, hidden_states=hidden_states, **handed_on)
     p, training = layer.dropout, layer.training
@@ -83,7 +83,7 @@ def _opt_post_norm(
     **kwargs: Any,
 ) -> Tensor:
     residual = hidden_states
-    handed_on = _opt_handed_on(given(layer, hidden_states, args, kwargs))
+    handed_on = _opt_handed_on(given(layer, args, kwargs))
     hidden_states, _ = call_unedited(layer.self_attn, edits.attn, hidden_states=hidden_states, **handed_on)
     p, training = layer.dropout, layer.training
     residual = edit_then_norm(
@@ -120,8 +120,8 @@ def _vit(
     return edited_output(edits.res, output)
 
 
-_GPT2_ATTENTION = ("89ad8c3a6092d1cd", "d0f231c94f9beca5")
-_OPT_ATTENTION = ("b302cb513c7595a0", "be4ba3cb58cba76f")
+_GPT2_ATTENTION = ("89ad8c3a6092d1cd", "d1beb71679368415")
+_OPT_ATTENTION = ("b302cb513c7595a0", "397d2983033a5024")
 _OPT_OWN_NORM: dict[str, Any] = {"fuses": "dropout + residual add + LayerNorm", "bare": "dropout + residual add"}
 FAMILIES = (
     Family(

@@ -8,6 +8,7 @@ norm gives); each is the site's `RedEdit`, or None for no edit. `p` and `trainin
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -15,15 +16,17 @@ from torch import Tensor, nn
 from ..edit_module import RedEdit, applied_inside, call_unedited, plain_only
 from ..functional import edit, edit_add, edit_add_layer_norm, edit_add_rms_norm, layer_norm_edit, rms_norm_edit
 from ..selection import Vectors
-from .fingerprint import BASE, forward_of, unwrapped
+from .fingerprint import BASE, unwrapped
 from .handoff import NextNorm, leave_note
 from .norms import NormArguments, globally_hooked, norm_arguments, unobserved
 
 __all__ = [
+    "ARGUMENTS",
     "CACHES",
     "LINK",
     "add",
     "add_then_norm",
+    "arguments_of",
     "behind",
     "edit_add_to_next",
     "edit_then_norm",
@@ -33,9 +36,18 @@ __all__ = [
 ]
 
 LINK = "_red_kernels_next"  # the attribute of a fused block that holds its `NextNorm`
+ARGUMENTS = "_red_kernels_arguments"  # the attribute of a fused block's class that holds its `Arguments`
 CACHES = ("past_key_values", "cache")  # what releases of transformers call the cache of keys and values
 _PLAIN = (Tensor, nn.Parameter)
 _NO_EDIT = Vectors(None, None)
+
+
+class Arguments(NamedTuple):
+    """What a library's forward takes beside its first argument: all names, those without a default, and defaults."""
+
+    names: tuple[str, ...]
+    required: tuple[str, ...]
+    defaults: dict[str, Any]
 
 
 class _Sum(NamedTuple):
@@ -48,20 +60,39 @@ class _Sum(NamedTuple):
     training: bool
 
 
-def given(block: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def arguments_of(forward: Callable[..., Any]) -> Arguments:
+    """What a library's forward takes beside the block and its first argument."""
+    parameters = list(inspect.signature(unwrapped(forward)).parameters.values())[2:]
+    named = [parameter for parameter in parameters if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    defaults = {one.name: one.default for one in named if one.default is not inspect.Parameter.empty}
+    return Arguments(
+        tuple(one.name for one in named),
+        tuple(one.name for one in named if one.name not in defaults),
+        # A cache may come under its former name, and attention would then find two.
+        {name: value for name, value in defaults.items() if name not in CACHES},
+    )
+
+
+def given(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What a block's forward was called with beside its first argument, by the names that the library gives it.
 
     The names differ between releases (the cache is `past_key_values` or `cache`), so a fused forward that only hands an
     argument on does not name it. Raises TypeError where the library's own forward would.
     """
-    if not args:
-        return kwargs
-    bound = inspect.signature(unwrapped(forward_of(type(block)))).bind(block, hidden, *args, **kwargs)
-    found = dict(list(bound.arguments.items())[2:])
-    for name, parameter in bound.signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            found |= found.pop(name, {})
-    return found
+    names, required, defaults = getattr(type(block), ARGUMENTS)
+    if args:
+        if len(args) > len(names):
+            raise TypeError(
+                f"{type(block).__name__}.forward takes {len(names) + 1} positional arguments, got {len(args) + 1}"
+            )
+        for name in names[: len(args)]:
+            if name in kwargs:
+                raise TypeError(f"{type(block).__name__}.forward got multiple values for argument {name!r}")
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    for name in required:
+        if name not in kwargs:
+            raise TypeError(f"{type(block).__name__}.forward is missing the argument {name!r}")
+    return {**defaults, **kwargs}
 
 
 def may_defer(outer: nn.Module, site: nn.Module, own: RedEdit) -> bool:

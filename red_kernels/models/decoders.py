@@ -14,10 +14,10 @@ __all__ = ["FAMILIES"]
 
 _GATED_MLP = ("10d6ac161076c54c", "d5657bd0bab71c68")  # the library's, and Liger's in its place
 # Of each the one until transformers 5.23 and the one since.
-_PRE_NORM = ("77b982daba84680c", "177dd86371097d28")
-_WITH_DROPOUT = ("0d441bd29df6766c", "e65aa1ca6be19510")
-_NORMS_AROUND = ("420e1c6a99e20e50", "7770b99ee26e6031")
-_MIXTURE = ("fdd799853333706e", "fd7345ecfc81a023")
+_PRE_NORM = ("77b982daba84680c", "a95e458253fcadeb")
+_WITH_DROPOUT = ("0d441bd29df6766c", "b274e54a290f8bb0")
+_NORMS_AROUND = ("420e1c6a99e20e50", "b2f933e1ba81e7a2")
+_MIXTURE = ("fdd799853333706e", "52e030c9aa60f87f")
 _ATTENTION = (
     "ab428cb97146feb6",
     "89d1b6cb31180c35",
@@ -27,13 +27,13 @@ _ATTENTION = (
     "03b9fca807486ea6",
     "a9ce947798a7c80c",
     # since 5.24
-    "ffe57d0a43107aac",
-    "e14715dcef6119e8",
-    "c796b4c7cdcd68c5",
-    "02e84d9cd6a23282",
-    "cd3d4d243ee18294",
-    "80c072d4a36911f4",
-    "53ccf385ee935faf",
+    "202bc9a767fd9c00",
+    "d586233f37b6468a",
+    "ea3288a3f975bd8d",
+    "dc80b50015eff948",
+    "865d6a48095f2a20",
+    "0df42db567ae8529",
+    "c57bffc3a155cff8",
 )
 
 
@@ -48,7 +48,7 @@ def _attended(layer: Any, edits: Edits, hidden_states: Tensor, args: tuple[Any, 
         layer.self_attn,
         edits.attn,
         hidden_states=layer.input_layernorm(hidden_states),
-        **given(layer, hidden_states, args, kwargs),
+        **given(layer, args, kwargs),
     )
     return attended
 

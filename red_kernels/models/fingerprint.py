@@ -82,11 +82,19 @@ def _text(node: object) -> str:
     for name, value in ast.iter_fields(node):
         if name in _ANNOTATIONS or name == "kind":
             continue
+        if name == "decorator_list":
+            value = [decorator for decorator in value if not _renames_arguments(decorator)]
         if name == "body" and isinstance(value, list):
             value = [statement for statement in value if not _is_text(statement)]
         if value is not None and value != []:
             parts.append(f"{name}={_text(value)}")
     return f"{type(node).__name__}({','.join(parts)})"
+
+
+def _renames_arguments(decorator: ast.AST) -> bool:
+    """Whether it is transformers' `deprecate_kwarg`: that an argument's former name is taken, until some release."""
+    called = decorator.func if isinstance(decorator, ast.Call) else None
+    return isinstance(called, ast.Name) and called.id == "deprecate_kwarg"
 
 
 def _is_text(statement: ast.AST) -> bool:

@@ -16,7 +16,7 @@ from .description import RES, TO_NEXT, Edits, Family, Layout, Point, attention_p
 __all__ = ["FAMILIES"]
 
 _NEOX, _FALCON = "9c304581bf6ab72f", "6011555badff3188"
-_PHI = ("d85b20218ee74cbc", "bf4cdb9b847608e4")  # until transformers 5.23, and since
+_PHI = ("d85b20218ee74cbc", "191206386361a4e3")  # until transformers 5.23, and since
 
 
 def _neox_attention(
@@ -128,7 +128,7 @@ def _falcon(
 
 def _phi(layer: Any, edits: Edits, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     residual = hidden_states
-    handed_on = given(layer, hidden_states, args, kwargs)
+    handed_on = given(layer, args, kwargs)
     normed = layer.input_layernorm(hidden_states)
     attended, _ = call_unedited(layer.self_attn, edits.attn, hidden_states=normed, **handed_on)
     drop = layer.resid_dropout
@@ -266,7 +266,7 @@ FAMILIES = (
                         "attn",
                         "self_attn.dense",
                         "self_attn",
-                        known={"self_attn": ("f3140e3487ed78dc", "5131d02d9ae414fc")},
+                        known={"self_attn": ("f3140e3487ed78dc", "ad9a89734202d401")},
                         fuses="dropout + residual add",
                     ),
                     RES,

@@ -13,11 +13,11 @@ from .description import RES, TO_NEXT, Edits, Family, Layout, Point
 __all__ = ["FAMILIES"]
 
 # Of each the one until transformers 5.23 and the one since, where it has changed.
-_BLOCK = ("667788cd056b5d74", "ffbfd8cbdbcba2ac")
-_SELF = ("281276e33d2b555b", "ade6144def9c4274")
-_CROSS = ("4570fd114bce44f4", "41bf7274c81472b0")
+_BLOCK = ("667788cd056b5d74", "eb0fe1196f6f6d02")
+_SELF = ("281276e33d2b555b", "f1d300b269053b20")
+_CROSS = ("4570fd114bce44f4", "10db9159069ef156")
 _FEED_FORWARD = ("e101fb6f37b8321d",)
-_ATTENTION = ("f7ea60ea0208c6cd", "4af6127b6cb0e29b")
+_ATTENTION = ("f7ea60ea0208c6cd", "db6962a3c5dfdf5f")
 _STREAM = Point("attn_res", "", "", fuses="{next} behind the residual add")
 
 
@@ -43,7 +43,7 @@ def _attention(
     kwargs: dict[str, Any],
 ) -> tuple[Any, ...]:
     """Both hand on what they get, the mask under another name."""
-    handed_on = dict(given(module, hidden_states, args, kwargs))
+    handed_on = given(module, args, kwargs)
     mask = handed_on.pop("attention_mask", None)
     attended, *others = call_unedited(attention, edits.attn, module.layer_norm(hidden_states), mask=mask, **handed_on)
     return _ending(module, edits.attn, edits.attn_res, attended, hidden_states), *others
