@@ -17,13 +17,7 @@ _GPT2, _OPT = ("9bbe2073f8394bdd", "05abbdd39647ce78"), ("e713efe33a94e16f", "d0
 _VIT = "04639e1c57979b6e"
 
 
-def _gpt2(
-    layer: Any,
-    edits: Edits,
-    hidden_states: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
+def _gpt2(layer: Any, edits: Edits, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     residual = hidden_states
     drop = layer.attn.resid_dropout
     handed_on = given(layer, args, kwargs)
@@ -55,15 +49,10 @@ def _gpt2(
     return edited_output(edits.res, output)
 
 
-def _opt_pre_norm(
-    layer: Any,
-    edits: Edits,
-    hidden_states: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
+def _opt_pre_norm(layer: Any, edits: Edits, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     residual = hidden_states
-    handed_on = _opt_handed_on(given(layer, args, kwargs))
+    handed_on = given(layer, args, kwargs)
+    handed_on.pop("use_cache", None)
     hidden_states = layer.self_attn_layer_norm(hidden_states)
     hidden_states, _ = call_unedited(layer.self_attn, edits.attn, hidden_states=hidden_states, **handed_on)
     p, training = layer.dropout, layer.training
@@ -75,15 +64,10 @@ def _opt_pre_norm(
     return edited_output(edits.res, output)
 
 
-def _opt_post_norm(
-    layer: Any,
-    edits: Edits,
-    hidden_states: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
+def _opt_post_norm(layer: Any, edits: Edits, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     residual = hidden_states
-    handed_on = _opt_handed_on(given(layer, args, kwargs))
+    handed_on = given(layer, args, kwargs)
+    handed_on.pop("use_cache", None)
     hidden_states, _ = call_unedited(layer.self_attn, edits.attn, hidden_states=hidden_states, **handed_on)
     p, training = layer.dropout, layer.training
     residual = edit_then_norm(
@@ -92,10 +76,6 @@ def _opt_post_norm(
     hidden_states = _opt_feed_forward(layer, edits, residual)
     output = edit_then_norm(hidden_states, residual, edits.ffn, layer.final_layer_norm, p, training, after=edits.res)
     return edited_output(edits.res, output)
-
-
-def _opt_handed_on(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if name != "use_cache"}
 
 
 def _opt_feed_forward(layer: Any, edits: Edits, hidden_states: Tensor) -> Tensor:

@@ -150,11 +150,10 @@ FAMILIES = (
         sites={**_SITES, "ffn": ("mlp.down_proj|mlp",)},
         inside=("attn_res",),
         layouts=(
-            Layout(key="mixture", forward=_pre_norm, known=_MIXTURE, points=_points(experts=True), hands_on=True),
             Layout(
-                key="pre_norm_mixture",
+                key="mixture",
                 forward=_pre_norm,
-                known=_PRE_NORM,
+                known=(*_PRE_NORM, *_MIXTURE),
                 points=_points(experts=True),
                 hands_on=True,
             ),
