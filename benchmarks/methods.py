@@ -22,6 +22,7 @@ import red_kernels as rk
 from red_kernels.integrations._require import require
 from red_kernels.integrations.measure import pass_gradients
 from red_kernels.naive import naive_edit
+from red_kernels.patch import edit_modules
 from red_kernels.plan import make_plan
 
 RANK, ALPHA = 8, 16
@@ -161,14 +162,17 @@ def _frozen(model: nn.Module) -> Prepared:
 
 
 def _frozen_fused(model: nn.Module) -> Prepared:
-    """The floor: edits disabled leave the fused residual additions and norms; the backward is the edited model's."""
+    """The floor: the fused residual additions and norms without an edit; the backward is the edited model's.
+
+    `rk.disable_edits` would run the library's own layers, so no edit is made the active one.
+    """
     rk.patch(model)
     _pass_gradients_unhooked(model.get_submodule(next(iter(rk.edit_parameters(model)))))
     for own in model.parameters():  # the vectors, which nothing reads
         own.requires_grad_(False)
-    disabled = contextlib.ExitStack()
-    disabled.enter_context(rk.disable_edits(model))  # for good: entering it is no part of a step
-    return Prepared(model, [], held=disabled)
+    for edits in edit_modules(model).values():
+        edits.selection.chosen = None
+    return Prepared(model, [])
 
 
 def _pass_gradients_unhooked(site: Any) -> None:

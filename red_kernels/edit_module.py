@@ -7,15 +7,19 @@ asks the hook to leave the output alone for one call: `call_unedited`.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import reference
+from .blocks import state_of
 from .functional import edit, edit_add_layer_norm
-from .selection import DEFAULT, Selection, Vectors
+from .recompute import recalled, runs_plainly
+from .selection import DEFAULT, OFF, Rows, Selection, Vectors
 
 __all__ = [
     "INSIDE",
@@ -43,11 +47,19 @@ class EditVectors(nn.Module):
     `model.half()`, `model.to(torch.bfloat16)` and the like leave fp32 vectors in fp32: in half precision an update
     smaller than half a rounding step at 1.0 is lost.
 
+    An edit is frozen while it is not active. A backward pass through a forward from before still brings its vectors
+    their gradients, as autograd alone would not.
+
     Args:
         width: of the site's output.
         parts: which of `"scale"`, `"bias"`, `"norm_weight"` and `"norm_bias"` there are.
         dtype, device: of the vectors.
+
+    Attributes:
+        frozen: the parts that were trainable before `freeze`.
     """
+
+    frozen: tuple[str, ...] = ()
 
     scale: nn.Parameter | None
     bias: nn.Parameter | None
@@ -70,13 +82,44 @@ class EditVectors(nn.Module):
                 if vector is not None:
                     vector.fill_(start)
 
-    def vectors(self) -> Vectors:
-        """The vectors as they are now."""
+    def freeze(self) -> None:
+        """Make the vectors untrainable, until `thaw`."""
+        for part, vector in tuple(self._parameters.items()):
+            if vector is not None and vector.requires_grad:
+                self.frozen = (*self.frozen, part)
+                _bring_late_gradients(vector)
+                vector.requires_grad_(False)
+
+    def thaw(self) -> bool:
+        """Make those vectors trainable again that `freeze` has frozen; whether there were any."""
+        held = (self._parameters.get(part) for part in self.frozen)
+        found = [vector for vector in held if vector is not None and not vector.requires_grad]
+        self.frozen = ()
+        for vector in found:
+            with torch.inference_mode(vector.is_inference()):  # torch refuses it elsewhere
+                vector.requires_grad_(True)
+        return bool(found)
+
+    def requires_grad_(self, requires_grad: bool = True) -> EditVectors:
+        """As for any module, of the edits inside as well; what `freeze` has frozen and `thaw` would make trainable."""
+        for module in self.modules():
+            if isinstance(module, EditVectors) and not requires_grad:
+                module.freeze()
+            elif isinstance(module, EditVectors):
+                module.frozen = ()
+        super().requires_grad_(requires_grad)
+        return self
+
+    def vectors(self, again: bool = False) -> Vectors:
+        """The vectors as they are now. `again`: for the second run of a forward, whose edit may be frozen by now."""
         own = self._parameters
         try:
-            return Vectors(own["scale"], own["bias"], own["norm_weight"], own["norm_bias"])
+            found = Vectors(own["scale"], own["bias"], own["norm_weight"], own["norm_bias"])
         except KeyError:  # FSDP 1 puts views of its flat parameter in their place
-            return Vectors(self.scale, self.bias, self.norm_weight, self.norm_bias)
+            found = Vectors(self.scale, self.bias, self.norm_weight, self.norm_bias)
+        if again and self.frozen and torch.is_grad_enabled():
+            return Vectors(*(vector if vector is None else _trainable_again(vector) for vector in found[:4]))
+        return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EditVectors:
         def keeping_precision(tensor: Tensor) -> Tensor:
@@ -149,20 +192,56 @@ class RedEdit(EditVectors):
         self.add_module(name, added)
         return added
 
-    def named(self, name: str | None) -> Vectors | None:
-        """The vectors of an edit; None where this site has none of that name."""
+    def named(self, name: str | None, again: bool = False) -> Vectors | None:
+        """The vectors of an edit, as by `EditVectors.vectors`; None where this site has none of that name."""
         holder: Any = self._modules.get(name) if name is not None else None
         if holder is None:
             if not self.own or name != DEFAULT:
                 return None
             holder = self
-        found: Vectors = holder.vectors()
+        found: Vectors = holder.vectors(again)
         return found
 
+    def state(self) -> tuple[Any, bool]:
+        """What this forward applies, `OFF`, rows or what `by_state` takes; and whether it runs for the second time."""
+        state, block = state_of(self.selection)
+        state = self.live_state(state, block is not None)
+        if torch.compiler.is_compiling() or runs_plainly(self.training):
+            return state, False
+        return recalled(self, state, block)
+
+    def live_state(self, state: Any, in_block: bool) -> Any:
+        """What holds here, given what the selection says; a hashable value."""
+        return state
+
+    @property
+    def off(self) -> bool:
+        """Whether edits are disabled in this forward."""
+        return self.state()[0] is OFF
+
     def applied(self, hidden: Tensor) -> Vectors | None:
-        """What is applied to `hidden` now; None for nothing."""
-        rows = self.selection.rows(self.training)
-        return self.named(self.selection.active) if rows is None else rows.vectors(self, hidden)
+        """What is applied to `hidden` now; None for nothing.
+
+        Raises:
+            RuntimeError: the forward runs again, and its edit was deleted since, or cannot be told.
+        """
+        state, again = self.state()
+        if state is OFF:
+            return None
+        if again:
+            gone = self.selection.deleted.intersection(state.names if isinstance(state, Rows) else (state,))
+            if gone:
+                raise RuntimeError(
+                    f"under activation checkpointing a forward runs again with the edit {min(gone)!r}, which was "
+                    "deleted since; delete it behind the backward pass"
+                )
+        if isinstance(state, Rows):
+            return state.vectors(self, hidden, again)
+        return self.by_state(state, again)
+
+    def by_state(self, state: Any, again: bool) -> Vectors | None:
+        """The vectors of one edit for all rows."""
+        return self.named(state, again)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`hidden` of shape `(..., width)`, edited, in its dtype. Raises TypeError for what is no tensor."""
@@ -186,6 +265,34 @@ class RedEdit(EditVectors):
         return f"{self.width}, {' and '.join(self.parts)}" + ("" if names == DEFAULT else f", edits: {names}")
 
 
+def _bring_late_gradients(vector: Tensor) -> None:
+    """Let a frozen vector have the gradients of forwards from before: autograd drops those of what is frozen by now."""
+    if any(getattr(hook, "func", None) is _late_gradient for hook in (vector._backward_hooks or {}).values()):
+        return
+    vector.register_hook(partial(_late_gradient, weakref.ref(vector)))
+
+
+def _late_gradient(reference: weakref.ref[Tensor], gradient: Tensor) -> None:
+    vector = reference()
+    if vector is not None and not vector.requires_grad:
+        _accumulate(vector, gradient)
+
+
+def _accumulate(vector: Tensor, gradient: Tensor) -> None:
+    with torch.no_grad():
+        vector.grad = gradient.detach().clone() if vector.grad is None else vector.grad + gradient
+
+
+def _trainable_again(vector: Tensor) -> Tensor:
+    """A frozen vector for the second run of a forward from before, whose graph brings it its gradients."""
+    if vector.requires_grad or not vector.is_leaf:
+        return vector
+    with torch.enable_grad():
+        alias = vector.detach().requires_grad_()
+    alias.register_hook(partial(_accumulate, vector))
+    return alias
+
+
 def check_name(name: object) -> None:
     """Raises TypeError or ValueError for what cannot be the name of an edit."""
     if not isinstance(name, str):
@@ -194,7 +301,7 @@ def check_name(name: object) -> None:
         raise ValueError(f"name: got {name!r}, which cannot be the name of an edit; take letters and digits")
 
 
-_TAKEN = ("width", "parts", "own", "selection", "training")
+_TAKEN = ("width", "parts", "own", "selection", "training", "frozen")
 
 
 def _plain(hidden: Tensor, applied: Vectors) -> Tensor:
@@ -253,7 +360,8 @@ def _check_inside(layer: nn.Module) -> None:
     site: Any = layer
     for part in layer.__dict__[INSIDE]:
         site = site._modules[part]
-    if applied is None or applied is not site._modules[NAME]:
+    own = site._modules[NAME]
+    if applied is not own and not own.off:
         raise RuntimeError(
             f"the forward of this {type(layer).__name__} was replaced after patching, and the new one leaves out the "
             "edit behind the residual add of its attention; replace it before patching"

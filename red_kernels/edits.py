@@ -6,18 +6,18 @@ named `"default"`. Exactly one is active, or none; `use_edits` chooses by row in
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
+from .blocks import Block, state_of
 from .edit_module import RedEdit, check_name
 from .module_facts import wrapper_of
 from .patch import edit_modules, outer_modules
 from .report import listed
-from .selection import DEFAULT, Rows, Selection
+from .selection import DEFAULT, OFF, Rows, Selection
 
 __all__ = [
     "active_edit",
@@ -38,14 +38,19 @@ def edit_names(model: nn.Module) -> tuple[str, ...]:
 
 def active_edit(model: nn.Module) -> str | None:
     """The name of the active edit; None inside of `disable_edits`. Raises ValueError where the model is not patched."""
-    active = [selection.active for selection in _selections(edit_modules(model))]
+    active = [active_name(selection) for selection in _selections(edit_modules(model))]
     if any(name != active[0] for name in active):
         raise ValueError(f"model: its parts have different active edits, {listed(list(map(str, active)))}")
     return active[0]
 
 
+def active_name(selection: Selection) -> str | None:
+    """The active edit of a selection; None inside of `disable_edits`."""
+    return None if state_of(selection)[0] is OFF else selection.chosen
+
+
 def add_edit(model: nn.Module, name: str, copy_of: str | None = None) -> None:
-    """Add an edit, with trainable vectors that begin as the identity. It is not active until `switch_edit`.
+    """Add an edit whose vectors begin as the identity. Until `switch_edit` it is neither active nor trainable.
 
     Args:
         model: a patched model.
@@ -69,6 +74,8 @@ def add_edit(model: nn.Module, name: str, copy_of: str | None = None) -> None:
         for own in modules.values():
             like = next(iter(own.parameters()))
             added = own.add(name, like.dtype, like.device)
+            added.freeze()
+            own.selection.deleted.discard(name)
             if copy_of is not None and own.has(copy_of):
                 for part, vector in own.holder(copy_of)._parameters.items():
                     target = added._parameters.get(part)
@@ -79,16 +86,23 @@ def add_edit(model: nn.Module, name: str, copy_of: str | None = None) -> None:
 def switch_edit(model: nn.Module, name: str) -> None:
     """Make an edit the active one; inside of `disable_edits` from its end on.
 
-    Its Parameters are its own: an optimizer keeps to those it was given. Inside of `use_edits` the rows' edits go on
-    being used.
+    The active edit is trainable, the others are frozen (`requires_grad`). The backward pass of a forward from before
+    still gives the former edit its gradients. Its Parameters are its own: an optimizer keeps to those it was given.
+    Inside of `use_edits` the rows' edits go on being used.
 
     Raises:
         ValueError: the model is not patched, or has no edit of that name.
     """
     modules = _own_modules(model)
     _check_there(modules, name, "name")
+    for own in modules.values():
+        former = own.selection.chosen
+        if former not in (None, name) and own.has(former) and not own.selection.in_rows(former):
+            own.holder(former).freeze()
+        if own.has(name):
+            own.holder(name).thaw()
     for selection in _selections(modules):
-        selection.active = name
+        selection.chosen = name
 
 
 def delete_edit(model: nn.Module, name: str) -> None:
@@ -106,27 +120,20 @@ def delete_edit(model: nn.Module, name: str) -> None:
         raise ValueError(f"name: {name!r} is the edit that rk.patch made; rk.unpatch takes it away")
     for own in modules.values():
         own._modules.pop(name, None)
+    for selection in _selections(modules):
+        selection.deleted.add(name)
 
 
-@contextlib.contextmanager
-def disable_edits(model: nn.Module) -> Iterator[None]:
-    """Run the base model inside of the block: no edit is applied, whichever is active.
+def disable_edits(model: nn.Module) -> Block:
+    """Run the base model inside of the block: no edit is applied, whichever is active, and its layers run as they did.
 
-    Rows of a `use_edits` around it are put aside in this thread; what other threads' rows use is left alone.
+    The outputs are those of the base model, bit for bit. It holds where `use_edits` would, and inside of that puts its
+    rows aside.
 
     Raises:
         ValueError: the model is not patched.
     """
-    entered: list[tuple[Selection, Rows | None]] = []
-    try:
-        for selection in _selections(edit_modules(model)):
-            entered.append((selection, selection.enter(None)))
-            selection.disabled += 1
-        yield
-    finally:
-        for selection, former in entered:
-            selection.disabled -= 1
-            selection.leave(former)
+    return Block(_selections(edit_modules(model)), None)
 
 
 def combine_edits(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
@@ -168,14 +175,16 @@ def combine_edits(model: nn.Module, weights: Mapping[str, float], name: str) -> 
                 target.copy_(start + changed)
 
 
-@contextlib.contextmanager
-def use_edits(model: nn.Module, ids: Sequence[str | None]) -> Iterator[None]:
+def use_edits(model: nn.Module, ids: Sequence[str | None]) -> Block:
     """Inside of the block each row of a batch uses its own edit, in training and in `generate` alike.
 
     The fused operations take the vectors of all edits in the batch together, and an id for each row. Where a tensor
     has k times as many rows as there are ids (the beams of `generate`, tokens laid out in rows), each id serves k
-    rows in turn. It holds in the thread that enters the block. Under activation checkpointing the backward pass belongs
-    inside of the block too.
+    rows in turn. Edits that are not active can be trained inside.
+
+    It holds for the code inside of the block and what that calls: in threads that are started there, in tasks of
+    asyncio or of a `ThreadPoolExecutor` from there, and in the backward pass of a forward there, wherever that runs. A
+    generator that yields inside of the block keeps it to itself. Blocks may end in any order, in any thread.
 
     Args:
         model: a patched model.
@@ -185,7 +194,6 @@ def use_edits(model: nn.Module, ids: Sequence[str | None]) -> Iterator[None]:
         TypeError: ids is a single string or no sequence.
         ValueError: the model is not patched, an edit is unknown, ids is empty, or has None beside edits of kind
             `"ln"`; later, for a batch with another number of rows.
-        RuntimeError: later, for a backward pass outside of the block under activation checkpointing.
     """
     if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
         raise TypeError(f"ids: got {type(ids).__name__}, expected a list with the name of an edit for each row")
@@ -196,17 +204,48 @@ def use_edits(model: nn.Module, ids: Sequence[str | None]) -> Iterator[None]:
         if name is not None:
             _check_there(modules, name, "ids")
     rows = Rows(ids)
+    if rows.names == [None]:
+        return Block(_selections(modules), None)
     normed = any(own.own and "norm_weight" in own.parts for own in modules.values())
     if normed and None in rows.names and len(rows.names) > 1:
         raise ValueError("ids: rows with edits of kind 'ln' and rows without cannot be in one batch")
-    entered: list[tuple[Selection, Rows | None]] = []
-    try:
-        for selection in _selections(modules):
-            entered.append((selection, selection.enter(rows)))
-        yield
-    finally:
-        for selection, former in entered:
-            selection.leave(former)
+    trained = _Trained(list(modules.values()), rows)
+    rows.thaw = trained.thaw
+    return Block(_selections(modules), rows, trained.enter, trained.leave)
+
+
+class _Trained:
+    """Makes the edits of a block trainable while it is running; those that are not active are frozen outside."""
+
+    def __init__(self, modules: list[RedEdit], rows: Rows) -> None:
+        self.modules, self.rows = modules, rows
+        self.names = [name for name in rows.names if name is not None]
+        self.running = 0
+        self.thawed: list[tuple[RedEdit, str]] = []
+        self.active: list[tuple[RedEdit, str | None]] = []  # when the block began
+
+    def enter(self) -> None:
+        self.running += 1
+        self.active = [(own, own.selection.chosen) for own in self.modules if own.own]
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            self.thaw()
+
+    def thaw(self) -> None:
+        """Also called by the first forward with gradients, where the block was entered without."""
+        for own in self.modules if self.running else ():
+            for name in self.names:
+                if own.own and own.has(name) and own.holder(name).thaw():
+                    self.thawed.append((own, name))
+                    self.rows.thawed = True
+
+    def leave(self) -> None:
+        self.running -= 1
+        if self.running:
+            return
+        thawed, self.thawed = self.thawed, []
+        for own, name in (*thawed, *((own, name) for own, name in self.active if name != own.selection.chosen)):
+            if name is not None and own.has(name) and not own.selection.in_use(name):
+                own.holder(name).freeze()
 
 
 def _own_modules(model: nn.Module) -> dict[str, RedEdit]:

@@ -132,7 +132,7 @@ def edit_parameters(model: nn.Module, name: str | None = None) -> dict[str, dict
 
     Args:
         model: a patched model.
-        name: of the edit; None for the active one, or where edits are disabled for the one that a patch makes.
+        name: of the edit; None for the active one.
 
     Raises:
         ValueError: the model is not patched, or has no edit of that name.
@@ -140,7 +140,7 @@ def edit_parameters(model: nn.Module, name: str | None = None) -> dict[str, dict
     found: dict[str, dict[str, nn.Parameter]] = {}
     names: dict[str, None] = {}
     for site, own in edit_modules(model).items():
-        wanted = (own.selection.active or DEFAULT) if name is None else name
+        wanted = (own.selection.chosen or DEFAULT) if name is None else name
         names.update(dict.fromkeys(own.names))
         if own.has(wanted):
             parameters = own.holder(wanted)._parameters

@@ -268,6 +268,8 @@ def _finder(layout: Layout) -> Callable[[nn.Module], Edits | None]:
             own = None if site is None else site._modules.get(NAME)
             if site is None or not isinstance(own, RedEdit):
                 continue
+            if own.off:  # then the layer runs as it did before patching, to the bit
+                continue
             if point.inside or (usable and _deferrable(block, site, own, point)):
                 found[point.place] = own
         return Edits(**found) if found else None

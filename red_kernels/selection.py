@@ -1,24 +1,35 @@
-"""Which of a model's named edits is applied: one for all, or for each row of a batch its own."""
+"""Which of a model's named edits is applied: one for all, for each row of a batch its own, or none."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from .blocks import Block
     from .edit_module import RedEdit
 
-__all__ = ["DEFAULT", "Rows", "Selection", "Vectors", "saved_tensor_hooks"]
+__all__ = ["DEFAULT", "OFF", "Off", "Rows", "Selection", "Vectors", "saved_tensor_hooks"]
 
 DEFAULT = "default"  # the edit that a patch makes
 # torch keeps no public way to ask whether saved tensors go through hooks, as under activation checkpointing.
 saved_tensor_hooks: Callable[[bool], Any] = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: "unknown"
 )
+
+
+class Off(Enum):
+    """The state inside of `disable_edits`. An Enum, so that copies of it are the same object."""
+
+    OFF = "off"
+
+
+OFF = Off.OFF
 
 
 class Vectors(NamedTuple):
@@ -29,9 +40,6 @@ class Vectors(NamedTuple):
     norm_weight: Tensor | None = None
     norm_bias: Tensor | None = None
     ids: Tensor | None = None
-
-
-_Seen = tuple[Mapping[str, "Tensor | None"], str, Tensor, int]  # where a vector hangs, and its version
 
 
 class Rows:
@@ -48,19 +56,33 @@ class Rows:
         # Sorted: what is compiled for some edits serves every order of them.
         self.names = sorted(set(ids), key=lambda name: (name is None, name or ""))
         place = {name: at for at, name in enumerate(self.names)}
-        self.index = torch.tensor([place[name] for name in ids])
-        self.modes: set[bool] = set()  # `training` of layers that have used them and that may be run again in backward
+        with torch.inference_mode(False):  # a block may be entered in inference mode, and train later
+            self.index = torch.tensor([place[name] for name in ids])
+        self.thaw: Callable[[], None] = _nothing  # makes the edits trainable
+        self.thawed = False  # whether it has
         self._ids: dict[tuple[torch.Size, torch.device], Tensor] = {}
-        self._banks: dict[int, tuple[RedEdit, list[_Seen], Vectors]] = {}
 
-    def vectors(self, own: RedEdit, hidden: Tensor) -> Vectors | None:
-        """What `own` applies to `hidden`; None where no row is edited."""
+    def vectors(self, own: RedEdit, hidden: Tensor, again: bool = False) -> Vectors | None:
+        """What `own` applies to `hidden`; None where no row is edited. `again`: as for `RedEdit.named`."""
         if not any(own.has(name) for name in self.names):
             return None
+        if not again and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._make_trainable(own)
         if len(self.names) == 1:
             self._each(hidden)
-            return own.named(self.names[0])
-        return self._bank(own)._replace(ids=self._ids_for(hidden))
+            return own.named(self.names[0], again)
+        return self._stacked(own, again)._replace(ids=self._ids_for(hidden))
+
+    def _make_trainable(self, own: RedEdit) -> None:
+        """Thaw what is frozen, as the edits of a block may be trained; raise where their gradients would be lost."""
+        if any(name is not None and own.has(name) and own.holder(name).frozen for name in self.names):
+            self.thaw()
+        if self.thawed and nn.parallel.DistributedDataParallel._active_ddp_module is not None:
+            raise RuntimeError(
+                "use_edits: DistributedDataParallel does not know the vectors of edits that were not active when it "
+                "was made, and would not sum up their gradients; set requires_grad on the vectors of "
+                "rk.edit_parameters(model, name) for all edits to train before wrapping the model"
+            )
 
     def _each(self, hidden: Tensor) -> int:
         """How many rows of `hidden` each entry serves."""
@@ -71,79 +93,82 @@ class Rows:
 
     def _ids_for(self, hidden: Tensor) -> Tensor:
         shape = hidden.shape[:-1]
+        if torch.compiler.is_compiling():
+            return self._spread(hidden)
         key = (shape, hidden.device)
-        ids = self._ids.get(key) if not torch.compiler.is_compiling() else None
+        ids = self._ids.get(key)
         if ids is None:
-            ids = self.index.to(hidden.device).repeat_interleave(self._each(hidden))
-            ids = ids.reshape(-1, *(1,) * (len(shape) - 1)).expand(shape).contiguous()
-            if not torch.compiler.is_compiling():
-                self._ids[key] = ids
+            with torch.inference_mode(False):
+                ids = self._ids[key] = self._spread(hidden)
         return ids
 
-    def _bank(self, own: RedEdit) -> Vectors:
-        """The vectors of all names, one below the other; kept while nobody wants gradients and none has changed."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._stacked(own)
-        kept = self._banks.get(id(own))
-        if kept is not None and kept[0] is own and _as_they_were(kept[1]):
-            return kept[2]
-        state: list[_Seen] = [
-            (holder._parameters, part, vector, -1 if vector.is_inference() else vector._version)
-            for holder in (own.holder(name) for name in self.names if name is not None and own.has(name))
-            for part, vector in holder._parameters.items()
-            if vector is not None
-        ]
-        self._banks[id(own)] = own, state, self._stacked(own)
-        return self._banks[id(own)][2]
+    def _spread(self, hidden: Tensor) -> Tensor:
+        shape = hidden.shape[:-1]
+        ids = self.index.to(hidden.device).repeat_interleave(self._each(hidden))
+        return ids.reshape(-1, *(1,) * (len(shape) - 1)).expand(shape).contiguous()
 
-    def _stacked(self, own: RedEdit) -> Vectors:
-        found = [own.named(name) for name in self.names]
-
-        def stacked(part: int) -> Tensor | None:
-            there = [None if vectors is None else vectors[part] for vectors in found]
-            like = next((vector for vector in there if vector is not None), None)
-            if like is None:
-                return None
-            none = torch.ones_like(like) if part == 0 else torch.zeros_like(like)
-            return torch.stack([none if vector is None else vector for vector in there])
-
-        normed = {vectors is not None and vectors.norm_weight is not None for vectors in found}
-        if len(normed) > 1:
+    def _stacked(self, own: RedEdit, again: bool) -> Vectors:
+        """The vectors of all names, one below the other. Never kept: nothing tells of a change through `.data`."""
+        found = [own.named(name, again) for name in self.names]
+        if len({vectors is not None and vectors.norm_weight is not None for vectors in found}) > 1:
             raise ValueError("ids: rows with edits of kind 'ln' and rows without cannot be in one batch")
-        return Vectors(*(stacked(part) for part in range(4)))
+        there = [vectors for vectors in found if vectors is not None]
+        scale, bias, norm_weight, norm_bias, _ = next(iter(there))
+        if len(there) < len(found) or any(  # some lack a part that others have: there it is the identity
+            (vectors.scale is None) != (scale is None) or (vectors.bias is None) != (bias is None) for vectors in there
+        ):
+            return Vectors(*(_filled([None if one is None else one[part] for one in found], part) for part in range(4)))
+        return Vectors(
+            None if scale is None else torch.stack([vectors.scale for vectors in there]),  # type: ignore[misc]
+            None if bias is None else torch.stack([vectors.bias for vectors in there]),  # type: ignore[misc]
+            None if norm_weight is None else torch.stack([vectors.norm_weight for vectors in there]),  # type: ignore[misc]
+            None if norm_bias is None else torch.stack([vectors.norm_bias for vectors in there]),  # type: ignore[misc]
+        )
 
 
-def _as_they_were(state: list[_Seen]) -> bool:
-    """Whether a bank still has the values of its vectors. Those made in inference mode do not say, so it has not."""
-    return bool(state) and all(
-        own.get(part) is vector and version >= 0 and vector._version == version for own, part, vector, version in state
-    )
+def _nothing() -> None:
+    pass
+
+
+def _filled(there: list[Tensor | None], part: int) -> Tensor | None:
+    like = next((vector for vector in there if vector is not None), None)
+    if like is None:
+        return None
+    none = torch.ones_like(like) if part in (0, 2) else torch.zeros_like(like)
+    return torch.stack([none if vector is None else vector for vector in there])
+
+
+State = Rows | Off | str | None  # of a model's edits: by row, none, or the one of this name
 
 
 class _Here(threading.local):
-    rows: Rows | None = None  # of the innermost block in this thread
-    plain: frozenset[bool] = frozenset()  # modes of layers that ran without rows here, and may run again in backward
+    applied: Rows | Off | None = None  # what the innermost block applies, for compiled code
 
 
 class Selection:
-    """What all sites of one patched model share: the active edit, and the rows of `use_edits` in each thread.
+    """What all sites of one patched model share: the active edit, and the blocks that are running.
 
     A copy of the model, or one from a file, has its own: with the same edit chosen, and no block running.
 
     Attributes:
-        chosen: the name of the edit that is applied while edits are not disabled; None for none.
-        disabled: how many blocks of `disable_edits` are running.
+        chosen: the name of the edit that is applied outside of all blocks; None for none.
+        open: the blocks that are running.
+        shifting: how many of these may hold in one call in a thread and not in the next one.
+        deleted: names of edits that there were.
+        here: what compiled code, which cannot ask for context variables, reads.
+        unclear: what was applied under hooks for saved tensors of an unknown make; see `recompute`.
     """
 
     def __init__(self) -> None:
         self._reset(DEFAULT)
 
     def _reset(self, chosen: str | None) -> None:
-        self.chosen, self.disabled = chosen, 0
-        self._here = _Here()
-        self._rows: dict[int, Rows] = {}  # those of every thread, for autograd's own threads
-        self._blocks: list[Rows] = []
-        self._stale: set[bool] = set()  # modes of layers that ran in a block that was left; see `rows`
+        self.chosen = chosen
+        self.open: list[Block] = []
+        self.shifting = 0
+        self.deleted: set[str] = set()
+        self.here = _Here()
+        self.unclear: set[Any] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"chosen": self.chosen}
@@ -151,74 +176,12 @@ class Selection:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._reset(state["chosen"])
 
-    @property
-    def active(self) -> str | None:
-        """The name of the edit that is applied where no rows are; None for none."""
-        return None if self.disabled else self.chosen
-
-    @active.setter
-    def active(self, name: str | None) -> None:
-        self.chosen = name
-
-    def enter(self, rows: Rows | None) -> Rows | None:
-        """Use `rows` in this thread from now on, or none at all; returns those that were used."""
-        former = self._here.rows
-        self._set(rows)
-        self._here.plain = frozenset()
-        if rows is not None:
-            self._blocks.append(rows)
-        return former
-
-    def leave(self, former: Rows | None) -> None:
-        """Use what was used before `enter`."""
-        left = self._here.rows
-        if left is not None:
-            self._stale |= left.modes
-            self._blocks.remove(left)
-        self._set(former)
-
-    def _set(self, rows: Rows | None) -> None:
-        self._here.rows = rows
-        if rows is None:
-            self._rows.pop(threading.get_ident(), None)
-        else:
-            self._rows[threading.get_ident()] = rows
-
     def in_use(self, name: str) -> str:
         """What uses the edit of this name, for a message; empty for nothing."""
         if name == self.chosen:
             return "it is the active edit; switch to another one first"
-        return "rows of a running use_edits have it" if any(name in rows.names for rows in self._blocks) else ""
+        return "rows of a running use_edits have it" if self.in_rows(name) else ""
 
-    def rows(self, training: bool) -> Rows | None:
-        """The rows that hold here, if any; `training` is the mode of the layer that asks.
-
-        Activation checkpointing runs layers again in the backward pass, on a GPU in a thread of autograd's, and that
-        has to use the same rows. Where it cannot be told which ones those are, it is refused.
-        """
-        found = self._here.rows
-        if torch.compiler.is_compiling():
-            if found is None and self._rows:
-                raise RuntimeError(
-                    "use_edits: a compiled model was called outside of the block that another thread is in"
-                )
-            return found
-        # Its reentrant form runs layers without gradients first, the other one under hooks for saved tensors.
-        if torch.is_grad_enabled() and saved_tensor_hooks(True) is None and not self._rows and not self._stale:
-            return None
-        if torch._C._current_graph_task_id() == -1:
-            if not torch.is_grad_enabled() or saved_tensor_hooks(True) is not None:
-                self._stale.discard(training)
-                if found is None:
-                    self._here.plain |= {training}
-                else:
-                    found.modes.add(training)
-            return found
-        if found is None and training not in self._here.plain and (self._rows or training in self._stale):
-            if training in self._stale or len(self._rows) > 1:
-                raise RuntimeError(
-                    "use_edits: under activation checkpointing the backward pass runs layers again; it has to be "
-                    "inside of the with block, and of one at a time"
-                )
-            found = next(iter(self._rows.values()))
-        return found
+    def in_rows(self, name: str) -> bool:
+        """Whether rows of a running block have this edit."""
+        return any(name in block.names for block in tuple(self.open))

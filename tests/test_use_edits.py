@@ -13,7 +13,6 @@ from row_cases import NAMES, ROWS, eager, hold, inputs, several, weighted
 import red_kernels as rk
 from red_kernels import edit_module
 from red_kernels.models import compose
-from red_kernels.selection import Rows
 
 FAMILIES = ("llama", "gpt2", "bert", "t5", "opt", "distilbert", "falcon")
 FUSED = (
@@ -268,29 +267,63 @@ def test_an_edit_in_use_is_not_deleted():
     assert rk.edit_names(model) == ("default",)
 
 
-def test_new_values_inside_of_a_block(monkeypatch):
-    """The vectors laid together are kept between calls without gradients, but not beyond a change."""
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("how", ["replaced", "filled", "through .data", "loaded"])
+def test_new_values_inside_of_a_block(how, mode, tmp_path):
+    """Whatever changes a vector, the next forward has its new values."""
     _, model, values = several("llama")
     batch = inputs("llama", 2)
-    made = []
-    stacked = Rows._stacked
-    monkeypatch.setattr(Rows, "_stacked", lambda self, own: made.append(own) or stacked(self, own))
-    with torch.no_grad(), rk.use_edits(model, ["a", "b"]):
-        first = model(**batch).logits
-        assert torch.equal(model(**batch).logits, first)
-        assert len(made) == zoo.LAYERS
-        holder = model.model.layers[1].mlp.down_proj.red_edit.b
-        holder.bias = torch.nn.Parameter(holder.bias + 1.0)
-        assert not torch.allclose(model(**batch).logits[1], first[1])
-        assert len(made) == zoo.LAYERS + 1
-        holder.bias = torch.nn.Parameter(holder.bias - 1.0)
-        first = model(**batch).logits
-        zoo.fill(rk.edit_parameters(model, "a"), values["default"])
-        changed = model(**batch).logits
-    with torch.no_grad(), rk.use_edits(model, ["default", "b"]):
-        assert torch.equal(changed, model(**batch).logits)
-    assert not torch.allclose(changed[0], first[0])
-    assert torch.equal(changed[1], first[1])
+    zoo.fill(rk.edit_parameters(model, "b"), values["a"])
+    rk.save_edits(model, tmp_path, name="b")
+    zoo.fill(rk.edit_parameters(model, "b"), values["b"])
+
+    def change():
+        if how == "replaced":
+            for own in (layer.mlp.down_proj.red_edit for layer in model.model.layers):
+                for part in ("scale", "bias"):
+                    with torch.inference_mode(False):
+                        setattr(own.b, part, torch.nn.Parameter(getattr(own.a, part).detach().clone()))
+        if how == "filled":
+            zoo.fill(rk.edit_parameters(model, "b"), values["a"])
+        if how == "through .data":
+            for site, parts in rk.edit_parameters(model, "b").items():
+                for part, vector in parts.items():
+                    vector.data.copy_(values["a"][site][part])
+        if how == "loaded":
+            rk.load_edits(model, tmp_path, name="b")
+
+    with rk.use_edits(model, ["a", "b"]):
+        with mode():
+            first = model(**batch).logits
+            assert torch.equal(model(**batch).logits, first)
+        change()
+        with mode():
+            changed = model(**batch).logits
+    with mode(), rk.use_edits(model, ["a", "a"]):
+        torch.testing.assert_close(changed, model(**batch).logits)
+    assert not torch.allclose(changed[1], first[1])
+    assert torch.equal(changed[0], first[0])
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("where", ["inside", "around"])
+def test_training_behind_inference_in_one_block(first, where):
+    plain, model, values = several("llama")
+
+    def run(batch):
+        block = rk.use_edits(model, ROWS)
+        with first() if where == "around" else torch.enable_grad():
+            block.__enter__()
+            with first():
+                model(**batch)
+        try:
+            logits = model(**batch).logits
+            weighted(logits).backward()
+        finally:
+            block.__exit__(None, None, None)
+        return logits
+
+    hold("llama", "ffn", plain, model, values, ROWS, run)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])

@@ -28,37 +28,37 @@ def checkpointing(model, reentrant):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("between", ["nothing", "inference", "another block"])
+@pytest.mark.parametrize("between", ["nothing", "inference", "another block", "a switch", "edits disabled"])
 def test_checkpointed_with_backward_outside(between, reentrant):
+    """The layers run again with the rows of their forward, whatever came since."""
     plain, model, values = several("llama")
     checkpointing(model, reentrant)
-    batch = inputs("llama", len(ROWS))
-    with rk.use_edits(model, ROWS):
-        loss = weighted(model(**batch).logits)
-    if between == "inference":
-        with torch.no_grad():
-            model.eval()(**batch)
-            model.train()
-    if between == "another block":
-        with rk.use_edits(model, ROWS[::-1]), torch.no_grad():
-            model.eval()(**batch)
-            model.train()
-    with pytest.raises(RuntimeError, match="use_edits: under activation checkpointing the backward pass"):
-        loss.backward()
-    for vector in model.parameters():
-        vector.grad = None
-    # What comes after is as if that had not been.
-    hold("llama", "ffn", plain, model, values, ROWS, eager(model, ROWS))
-    for vector in model.parameters():
-        vector.grad = None
 
     def run(batch):
-        logits = model(**batch).logits
-        weighted(logits).backward()
-        return logits
+        with rk.use_edits(model, ROWS):
+            loss = weighted(model(**batch).logits)
+        if between == "inference":
+            with torch.no_grad():
+                model.eval()(**batch)
+                model.train()
+        if between == "another block":
+            with rk.use_edits(model, ROWS[::-1]), torch.no_grad():
+                model.eval()(**batch)
+                model.train()
+        if between == "a switch":
+            rk.switch_edit(model, "b")
+        if between == "edits disabled":
+            with rk.disable_edits(model):
+                loss.backward()
+        else:
+            loss.backward()
+        return loss_free(model, batch)
 
-    rk.switch_edit(model, "a")
-    hold("llama", "ffn", plain, model, values, ("a", "a"), run)
+    def loss_free(model, batch):
+        with rk.use_edits(model, ROWS), torch.no_grad():
+            return model(**batch).logits
+
+    hold("llama", "ffn", plain, model, values, ROWS, run)
 
 
 def in_thread(function):
@@ -82,17 +82,9 @@ def in_thread(function):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_with_backward_in_another_thread(reentrant):
-    """As on a GPU, where autograd's own threads run layers again. Two blocks at once cannot be told apart."""
+    """As on a GPU, where autograd's own threads run layers again; also while another thread is in a block of its own."""
     plain, model, values = several("llama")
     checkpointing(model, reentrant)
-
-    def run(batch):
-        with rk.use_edits(model, ROWS):
-            logits = model(**batch).logits
-            in_thread(weighted(logits).backward)
-        return logits
-
-    hold("llama", "ffn", plain, model, values, ROWS, run)
     entered, done = threading.Event(), threading.Event()
 
     def another():
@@ -103,11 +95,15 @@ def test_checkpointed_with_backward_in_another_thread(reentrant):
     thread = threading.Thread(target=another)
     thread.start()
     entered.wait(60)
-    try:
+
+    def run(batch):
         with rk.use_edits(model, ROWS):
-            loss = weighted(model(**inputs("llama", len(ROWS))).logits)
-            with pytest.raises(RuntimeError, match="use_edits: under activation checkpointing"):
-                in_thread(loss.backward)
+            logits = model(**batch).logits
+        in_thread(weighted(logits).backward)
+        return logits
+
+    try:
+        hold("llama", "ffn", plain, model, values, ROWS, run)
     finally:
         done.set()
         thread.join(60)
@@ -177,16 +173,21 @@ def test_two_threads_at_once(compiled):
         assert all(torch.equal(logits, wanted[name]) for logits in found[name])
 
 
-def test_a_thread_without_a_block_has_the_active_edit():
+def test_a_thread_from_outside_has_the_active_edit():
     _, model, _ = several("llama")
     batch = inputs("llama", 3)
-    with torch.no_grad():
-        active = model(**batch).logits
-        with rk.use_edits(model, ["a", "b", None]):
-            assert not torch.allclose(model(**batch).logits, active)
+    go = threading.Event()
 
-            def other():
-                with torch.no_grad():
-                    return model(**batch).logits
+    def run():
+        with torch.no_grad():
+            return model(**batch).logits
 
-            assert torch.equal(in_thread(other), active)
+    found: list = []
+    thread = threading.Thread(target=lambda: (go.wait(60), found.append(run())))
+    thread.start()
+    active = run()
+    with rk.use_edits(model, ["a", "b", None]):
+        assert not torch.allclose(run(), active)
+        go.set()
+        thread.join(60)
+    assert torch.equal(found[0], active)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...config import KINDS
 from ...edit_module import NAME, EditVectors, RedEdit, edit_hook
 from ...module_facts import device_of, output_width
-from ...selection import Selection, Vectors
+from ...selection import OFF, Selection, Vectors
 from .config import RedPeftConfig
 from .merged import mergeable, merged_tensors
 
@@ -44,16 +44,25 @@ class RedAdapters(RedEdit, nn.ModuleDict):
         self[name] = added
         return added
 
+    def live_state(self, state: Any, in_block: bool) -> Any:
+        """What holds here: nothing where PEFT has disabled its adapters, the active ones outside of blocks."""
+        if not self.enabled:
+            return OFF
+        return state if in_block or state is OFF else tuple(name for name in self.active if name in self._modules)
+
     def applied(self, hidden: Tensor) -> Vectors | None:
         """What is applied to `hidden` now; None for nothing. Raises ValueError for LayerNorms one after another."""
-        rows = self.selection.rows(self.training)
-        if self.merged or not self.enabled:
-            return None
-        if rows is not None:
-            return rows.vectors(self, hidden)
-        if self.selection.active is None:
-            return None
-        found = [self.holder(name).vectors() for name in self.active if name in self._modules]
+        return None if self.merged else super().applied(hidden)
+
+    def by_state(self, state: Any, again: bool) -> Vectors | None:
+        """The one edit that these adapters amount to. Raises RuntimeError where one was deleted since the first run."""
+        gone = [name for name in state if name not in self._modules]
+        if gone:
+            raise RuntimeError(
+                f"under activation checkpointing a forward runs again with the adapter {gone[0]!r}, which was deleted "
+                "since; delete it behind the backward pass"
+            )
+        found = [self.holder(name).vectors(again) for name in state]
         return found[0] if len(found) == 1 else _composed(found)
 
     def extra_repr(self) -> str:

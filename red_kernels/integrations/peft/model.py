@@ -108,7 +108,7 @@ class RedModel(BaseTuner):
         """Make adapters the active ones; several are applied one after another."""
         super().set_adapter(adapter_name, *args, **kwargs)
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        self.__dict__["_selection"].active = names[0] if names else DEFAULT
+        self.__dict__["_selection"].chosen = names[0] if names else DEFAULT
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
