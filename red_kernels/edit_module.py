@@ -210,6 +210,10 @@ class RedEdit(EditVectors):
             return state, False
         return recalled(self, state, block)
 
+    def is_active(self, name: str) -> bool:
+        """Whether an edit is applied outside of all blocks."""
+        return name == self.selection.chosen
+
     def live_state(self, state: Any, in_block: bool) -> Any:
         """What holds here, given what the selection says; a hashable value."""
         return state

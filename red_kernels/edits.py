@@ -234,7 +234,7 @@ class _Trained:
         """Also called by the first forward with gradients, where the block was entered without."""
         for own in self.modules if self.running else ():
             for name in self.names:
-                if own.own and own.has(name) and own.holder(name).thaw():
+                if own.has(name) and own.holder(name).thaw():
                     self.thawed.append((own, name))
                     self.rows.thawed = True
 
@@ -243,8 +243,8 @@ class _Trained:
         if self.running:
             return
         thawed, self.thawed = self.thawed, []
-        for own, name in (*thawed, *((own, name) for own, name in self.active if name != own.selection.chosen)):
-            if name is not None and own.has(name) and not own.selection.in_use(name):
+        for own, name in (*thawed, *self.active):
+            if name is not None and own.has(name) and not own.is_active(name) and not own.selection.in_rows(name):
                 own.holder(name).freeze()
 
 

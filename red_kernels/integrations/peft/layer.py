@@ -44,6 +44,10 @@ class RedAdapters(RedEdit, nn.ModuleDict):
         self[name] = added
         return added
 
+    def is_active(self, name: str) -> bool:
+        """Whether an adapter is applied outside of all blocks."""
+        return name in self.active
+
     def live_state(self, state: Any, in_block: bool) -> Any:
         """What holds here: nothing where PEFT has disabled its adapters, the active ones outside of blocks."""
         if not self.enabled:
@@ -133,6 +137,20 @@ class RedLayer(nn.Module, BaseTunerLayer):
                 for vector in added.parameters():
                     vector.add_(torch.randn_like(vector), alpha=0.5)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones, and trainable unless `inference_mode`; the others are frozen.
+
+        A backward pass through a forward from before still brings these their gradients.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name, own in self.red_edit.items():
+            if isinstance(own, EditVectors):
+                if inference_mode or name not in names:
+                    own.freeze()
+                if inference_mode or name in names:
+                    own.frozen = ()
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the base layer returns; the edit follows in the hook, or behind this layer."""
