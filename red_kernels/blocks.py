@@ -67,6 +67,7 @@ class Block(contextlib.ContextDecorator):
         self.applied: Rows | Off = OFF if rows is None else rows
         self.names: tuple[str | None, ...] = () if rows is None else tuple(rows.names)
         self.running = False
+        self.astray = False  # whether it was left by another thread or task than the one that entered it
         self.task = -1  # of autograd, where it was entered in a backward pass
         self._frame: FrameType | None = None
         self._shifting = False
@@ -83,7 +84,7 @@ class Block(contextlib.ContextDecorator):
         home = _home()
         self._shifting = self._frame is not None or home[1] != 0
         self.task = torch._C._current_graph_task_id()
-        self.running = True
+        self.running, self.astray = True, False
         with _lock:
             _count(1)
             for selection in self.selections:
@@ -111,10 +112,10 @@ class Block(contextlib.ContextDecorator):
                 blocks.remove(self)
                 if not blocks:
                     del _streams[self._frame]
+        held, home = _held.get(), _home()
+        self.astray = self._frame is None and not any(one == (self, home) for one in held)
         self._frame = None
-        held = _held.get()
-        if any(one.block is self for one in held):
-            _held.set(tuple(one for one in held if one.block is not self))
+        _held.set(tuple(one for one in held if one.block is not self))
         _tell_compiled(self.selections)
         self._left()
 
@@ -167,8 +168,12 @@ def _tell_compiled(selections: Iterable[Selection]) -> None:
 
 
 def _holds(block: Block, home: tuple[int, int] | None) -> bool:
-    """Whether an entry of this context holds: one that was inherited always; else until the block is left anywhere."""
-    return block.running or home is None or home != _home()
+    """Whether an entry of this context holds.
+
+    A thread or task that has inherited it keeps it beyond the end of the block. Where the block was left by another one
+    than had entered it, an entry may only be what that one could not take away.
+    """
+    return block.running or home is None or (home != _home() and not block.astray)
 
 
 def _home() -> tuple[int, int]:
@@ -219,9 +224,7 @@ def _start_inside(self: threading.Thread) -> None:
 
         def run_inside() -> None:
             self.__dict__.pop("run", None)
-            _held.set(held)
-            _tell_compiled(selection for block, _ in held for selection in block.selections)
-            run()
+            _task(held, run)()
 
         self.run = run_inside  # type: ignore[method-assign]
     _start(self)
@@ -238,14 +241,19 @@ def _submit_inside(self: ThreadPoolExecutor, function: Callable[..., Any], /, *a
 
 
 def _task(held: tuple[_Held, ...], function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function as it runs in a thread, once, with what that inherits."""
     selections = tuple(selection for block, _ in held for selection in block.selections)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         former = _held.set(held)
         _tell_compiled(selections)
         try:
+            with _lock:  # it may go on longer than the block, and start threads itself
+                _count(1)
             return function(*args, **kwargs)
         finally:
+            with _lock:
+                _count(-1)
             _held.reset(former)
             _tell_compiled(selections)
 
@@ -253,7 +261,7 @@ def _task(held: tuple[_Held, ...], function: Callable[..., Any]) -> Callable[...
 
 
 def _count(change: int) -> None:
-    """Count the running blocks. While there are any, threads and executors say what they inherit."""
+    """Count the running blocks and heirs. While there are any, threads and executors say what they inherit."""
     global _open, _start, _submit, _watching
     _open += change
     if _open and not _watching:
