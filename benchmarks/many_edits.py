@@ -5,8 +5,7 @@
 Every row of a batch has an edit of its own by `rk.use_edits`, in turn where there are fewer edits than rows. The peers
 have the same batch: `single`, the patched model with one edit for all rows; `frozen`, the base model, whose backward
 goes to its input embeddings; and `lora`, PEFT's adapters of rank 8 on the same layers, by `adapter_names` (forward
-only, as PEFT allows). `use_edits` enters its block in each call and so lays the vectors together each time; `block
-kept` stays in one block, as `generate` does between tokens. An optimizer's step is no part of it. Weights are random.
+only, as PEFT allows). `use_edits` enters its block in each call. An optimizer's step is no part of it. Weights are random.
 """
 
 from __future__ import annotations
@@ -134,7 +133,6 @@ def model_calls(
     steps: Calls = {"frozen": step(frozen, []), "single": step(single, vectors(single, ["default"]))}
     for count in edits:
         forwards[f"use_edits, {count}"] = by_rows(count, forward(many))
-        forwards[f"block kept, {count}"] = _Block(many, of_rows(count), forward(many)).call
         steps[f"use_edits, {count}"] = by_rows(count, step(many, vectors(many, names[:count])))
     for count in [count for count in edits if count <= lora]:
         found = with_lora(decoder(hidden, layers, dtype), count)
@@ -149,24 +147,6 @@ def model_calls(
 
         forwards[f"lora, {count}"] = mixed
     return forwards, steps
-
-
-class _Block:
-    """A block of `use_edits` that goes on in the next call with what it keeps, though others run in between."""
-
-    def __init__(self, model: nn.Module, ids: list[str | None], inner: Callable[[int], object]) -> None:
-        from red_kernels.patch import edit_modules
-        from red_kernels.selection import Rows
-
-        self._selection = next(iter(edit_modules(model).values())).selection
-        self._rows, self._inner = Rows(ids), inner
-
-    def call(self, number: int) -> object:
-        former = self._selection.enter(self._rows)
-        try:
-            return self._inner(number)
-        finally:
-            self._selection.leave(former)
 
 
 def operation_calls(rows: int, width: int, edits: list[int], dtype: torch.dtype) -> tuple[Calls, Calls]:

@@ -74,7 +74,7 @@ class Block(contextlib.ContextDecorator):
         self._entered, self._left = entered, left
 
     def _recreate_cm(self) -> Block:  # each call of a decorated function has a block of its own
-        return Block(self.selections, None if self.applied is OFF else self.applied, self._entered, self._left)  # type: ignore[arg-type]
+        return Block(self.selections, None if self.applied is OFF else self.applied, self._entered, self._left)
 
     def __enter__(self) -> None:
         if self.running:
@@ -214,7 +214,8 @@ class _Submitting(threading.local):
 
 
 _submitting = _Submitting()
-_start, _submit = threading.Thread.start, ThreadPoolExecutor.submit
+_start: Callable[..., Any] = threading.Thread.start
+_submit: Callable[..., Any] = ThreadPoolExecutor.submit
 
 
 def _start_inside(self: threading.Thread) -> None:
@@ -266,7 +267,8 @@ def _count(change: int) -> None:
     _open += change
     if _open and not _watching:
         _start, threading.Thread.start = threading.Thread.start, _start_inside  # type: ignore[method-assign]
-        _submit, ThreadPoolExecutor.submit = ThreadPoolExecutor.submit, _submit_inside  # type: ignore[method-assign]
+        _submit = ThreadPoolExecutor.submit
+        ThreadPoolExecutor.submit = _submit_inside  # type: ignore[assignment, method-assign]
         _watching = True
     elif not _open and threading.Thread.start is _start_inside and ThreadPoolExecutor.submit is _submit_inside:
         # Where another library has put its own around ours, these stay, and do nothing outside of blocks.

@@ -25,6 +25,7 @@ __all__ = [
     "INSIDE",
     "NAME",
     "NORM_EPS",
+    "OWN_HOOKS",
     "EditVectors",
     "RedEdit",
     "applied_inside",
@@ -33,6 +34,7 @@ __all__ = [
     "edited_output",
     "plain_only",
     "skips_dropout",
+    "take_reached",
 ]
 
 NAME = "red_edit"  # the child's name in the site: state_dict keys are `<site>.red_edit.scale`
@@ -146,10 +148,14 @@ class RedEdit(EditVectors):
     Attributes:
         of_tuple: whether the site may return a tuple, of which the first is edited, as layers do.
         inside: whether no hook can apply the edit, only the forward of the layer.
+        watched: whether somebody asks, by `take_reached`, whether the edits have run.
+        seen: whether it was said, or need not be, that they have never run.
     """
 
     of_tuple = False
     inside = False
+    watched = False
+    seen = False
 
     def __init__(
         self,
@@ -182,15 +188,16 @@ class RedEdit(EditVectors):
         assert isinstance(found, EditVectors)
         return found
 
-    def add(self, name: str, dtype: torch.dtype, device: torch.device | str | None) -> EditVectors:
-        """Add an edit, the identity at the start. Raises ValueError for a name that is taken or cannot be one."""
-        check_name(name)
-        if self.has(name):
-            raise ValueError(f"name: there is an edit {name!r} already")
-        added = EditVectors(self.width, self.parts, dtype, device)
-        added.train(self.training)
-        self.add_module(name, added)
-        return added
+    def make(self, dtype: torch.dtype, device: torch.device | str | None) -> EditVectors:
+        """The vectors of an edit that begins as the identity, frozen; `publish` makes it one of this site's."""
+        made = EditVectors(self.width, self.parts, dtype, device)
+        made.train(self.training)
+        made.freeze()
+        return made
+
+    def publish(self, name: str, made: EditVectors) -> None:
+        """Add an edit under a free name that `check_name` has passed. One step: no call sees a part of it."""
+        self._modules[name] = made
 
     def named(self, name: str | None, again: bool = False) -> Vectors | None:
         """The vectors of an edit, as by `EditVectors.vectors`; None where this site has none of that name."""
@@ -305,7 +312,7 @@ def check_name(name: object) -> None:
         raise ValueError(f"name: got {name!r}, which cannot be the name of an edit; take letters and digits")
 
 
-_TAKEN = ("width", "parts", "own", "selection", "training", "frozen")
+_TAKEN = ("width", "parts", "own", "selection", "training", "frozen", "watched", "seen")
 
 
 def _plain(hidden: Tensor, applied: Vectors) -> Tensor:
@@ -319,6 +326,9 @@ def _plain(hidden: Tensor, applied: Vectors) -> Tensor:
 
 
 class _Deferred(threading.local):
+    def __init__(self) -> None:
+        self.reached: set[int] = set()  # ids of watched edits that have run
+
     edit: RedEdit | None = None  # the edit that the caller applies itself
     dropout: nn.Module | None = None  # the dropout behind it, which the caller applies as well
     output: tuple[RedEdit, Tensor] | None = None  # an edit that is in this output already
@@ -346,6 +356,8 @@ def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
     if own is None:
         return None
     assert isinstance(own, RedEdit)
+    if own.watched and not compiling:
+        _deferred.reached.add(id(own))
     first = output[0] if own.of_tuple and type(output) is tuple else output
     if not compiling:
         if _deferred.edit is own:
@@ -357,6 +369,18 @@ def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
     # Called as a module: hooks that bring its parameters to the device must fire.
     edited = own(first)
     return edited if first is output else (edited, *output[1:])
+
+
+OWN_HOOKS: set[Callable[..., Any]] = {edit_hook}  # of this package: they do not keep `z`
+
+
+def take_reached(own: RedEdit) -> bool:
+    """Whether watched edits have run in this thread since this was asked before."""
+    reached = _deferred.reached
+    if id(own) in reached:
+        reached.discard(id(own))
+        return True
+    return False
 
 
 def _check_inside(layer: nn.Module) -> None:
@@ -405,6 +429,8 @@ def edited_output(own: RedEdit | None, output: Tensor) -> Tensor:
 
 
 def applied_inside(own: RedEdit) -> None:
-    """Tell the hook of a layer that its forward has applied this edit, if it is one that no hook could."""
+    """Say that a forward has applied this edit: the hook of the layer, where no hook could, and whoever watches it."""
     if own.inside:
         _deferred.inside = own
+    if own.watched:
+        _deferred.reached.add(id(own))

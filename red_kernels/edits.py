@@ -70,17 +70,20 @@ def add_edit(model: nn.Module, name: str, copy_of: str | None = None) -> None:
         raise ValueError(f"name: the model has an edit {name!r} already")
     if copy_of is not None:
         _check_there(modules, copy_of, "copy_of")
+    made = []
     with torch.inference_mode(False), torch.no_grad():
         for own in modules.values():
             like = next(iter(own.parameters()))
-            added = own.add(name, like.dtype, like.device)
-            added.freeze()
-            own.selection.deleted.discard(name)
+            added = own.make(like.dtype, like.device)
             if copy_of is not None and own.has(copy_of):
                 for part, vector in own.holder(copy_of)._parameters.items():
                     target = added._parameters.get(part)
                     if vector is not None and target is not None:
                         target.copy_(vector)
+            made.append((own, added))
+    for own, added in made:
+        own.publish(name, added)
+        own.selection.deleted.discard(name)
 
 
 def switch_edit(model: nn.Module, name: str) -> None:

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from .config import RedConfig
-from .edit_module import NAME, RedEdit, edit_hook
+from .edit_module import RedEdit, edit_hook
 from .edits import active_edit
 from .merge_report import MergeReport, SiteMerge
 from .models.fingerprint import BASE
 from .models.linears import linear_columns
 from .models.norms import NormSpec, norm_spec
-from .module_facts import wrapper_of
-from .patch import edit_config, edit_modules, merge_targets, patch, unpatch
+from .module_facts import device_of, wrapper_of
+from .patch import edit_config, edit_modules, merge_targets, patch_with, unpatch
 from .plan import make_plan
 from .report import listed
 
@@ -165,14 +165,9 @@ def unmerge(model: nn.Module) -> None:
     for key, value in merged.attributes.items():
         setattr(_config_with(model, key), key, value)
     del model.__dict__[_MERGED]
-    patch(model, merged.config)
     for site, own in merged.edits.items():
-        module = model.get_submodule(site)
-        fresh = module._modules[NAME]
-        assert isinstance(fresh, RedEdit)
-        device = next(fresh.parameters()).device
-        own.to(device).train(fresh.training)
-        module._modules[NAME] = own
+        own.to(device_of(model.get_submodule(site), model))
+    patch_with(model, merged.config, merged.edits)
 
 
 def merged_config(model: nn.Module) -> RedConfig | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,10 +13,11 @@ from .config import RedConfig
 from .edit_module import INSIDE, NAME, RedEdit, edit_hook
 from .models.fingerprint import BASE
 from .module_facts import wrapper_of
-from .patched import is_patched, patch_block, patch_norm, patch_stack, unpatch_module
+from .patched import is_patched, patch_block, patch_norm, patch_stack, prepare_classes, unpatch_module
 from .plan import Plan, PlannedSite, make_plan
 from .report import PatchReport, count_parameters, listed
 from .selection import DEFAULT, Selection
+from .watch import Site, missing, stop_watching, watch
 
 __all__ = [
     "attach",
@@ -62,27 +64,45 @@ def patch(model: nn.Module, config: RedConfig | None = None) -> PatchReport:
             of unknown make beside known ones, such as wrapped ones, or one layer in two places; or an FFN is made of
             experts without a module for their down projection. Nothing is changed then.
     """
+    return patch_with(model, config, {}, stacklevel=3)
+
+
+def patch_with(
+    model: nn.Module, config: RedConfig | None, edits: Mapping[str, RedEdit], stacklevel: int = 2
+) -> PatchReport:
+    """As `patch`, with the edits that sites of these names had before; the other sites get new ones."""
     config = RedConfig() if config is None else config
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     if not isinstance(config, RedConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a RedConfig")
     plan = make_plan(model, config)
+    for site in plan.sites:
+        _check_free(site)
     selection = Selection()
     with torch.inference_mode(False):  # what is made in inference mode can never be trained
-        edits = [RedEdit(site.width, config.parts, config.dtype, site.device, selection) for site in plan.sites]
+        made = [
+            edits.get(site.report.site) or RedEdit(site.width, config.parts, config.dtype, site.device, selection)
+            for site in plan.sites
+        ]
+    for block in plan.blocks:
+        prepare_classes(block.module, block.layout, block.norm, block.stack)
+    parameters = {name: own for name, own in model.named_parameters() if own.requires_grad}
+    state = _State(config, set(parameters), {site.report.site: (site.norm, site.bias_flag) for site in plan.sites})
 
-    state = _State(config, merges={site.report.site: (site.norm, site.bias_flag) for site in plan.sites})
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            state.were_trainable.add(name)
-            parameter.requires_grad_(False)
-    for site, edit in zip(plan.sites, edits, strict=True):
-        attach(site, edit)
-    fuse(plan)
     model.__dict__[_STATE] = state
+    try:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+        for site, edit in zip(plan.sites, made, strict=True):
+            attach(site, edit)
+        fuse(plan)
+        watch(model, [_watched(site, edit) for site, edit in zip(plan.sites, made, strict=True)])
+    except BaseException:  # of a class or a Parameter that somebody has made
+        _take_back(model, state)
+        raise
     for text in plan.warnings:
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(text, stacklevel=stacklevel)
     trainable, total = count_parameters(model)
     sites = tuple(site.report for site in plan.sites)
     return PatchReport(type(model).__name__, config, sites, trainable, total, tuple(plan.warnings))
@@ -115,9 +135,15 @@ def edit_config(model: nn.Module) -> RedConfig:
     """The config that a model was patched with.
 
     Raises:
-        ValueError: the model is not patched, or its parts were patched by different configs.
+        ValueError: the model is not patched, its parts were patched by different configs, or a site was replaced since
+            or has lost its hook.
     """
     patches = _patches(model)
+    wrong = [what for holder, _ in patches.values() for what in missing(holder)]
+    if wrong:
+        raise ValueError(
+            f"model: edits that rk.patch made are gone: {listed(wrong)}; call rk.unpatch and patch it anew"
+        )
     configs = [state.config for _, state in patches.values()]
     if any(config != configs[0] for config in configs):
         raise ValueError(
@@ -198,13 +224,13 @@ def attach(site: PlannedSite, edit: RedEdit) -> None:
     """Give a site its vectors and the hook that applies them."""
     edit.train(site.module.training)
     edit.of_tuple, edit.inside = site.of_tuple, site.layer is not None
-    site.module.add_module(NAME, edit)
+    site.module._modules[NAME] = edit
     hooked = site.module
     if site.layer is not None:
         hooked = site.layer
         hooked.__dict__[INSIDE] = site.path
     if edit_hook not in hooked._forward_hooks.values():
-        hooked.register_forward_hook(edit_hook, prepend=True)
+        nn.Module.register_forward_hook(hooked, edit_hook, prepend=True)
 
 
 def fuse(plan: Plan) -> None:
@@ -217,6 +243,20 @@ def fuse(plan: Plan) -> None:
             patch_stack(block.stack)
 
 
+def _check_free(site: PlannedSite) -> None:
+    if NAME in site.module._modules or hasattr(site.module, NAME):
+        raise ValueError(
+            f"model: {site.report.site}, a {type(site.module).__name__}, has an attribute {NAME!r} of its own, where "
+            "the edit would be; rename that, or choose other layers by layers="
+        )
+
+
+def _watched(site: PlannedSite, edit: RedEdit) -> tuple[Site, nn.Module | None, str]:
+    name, caller = site.report.site, site.caller
+    inner = name if caller is None else name.removeprefix(site.caller_name).removeprefix(".")
+    return Site(name, tuple(inner.split(".")) if inner else (), edit), caller, site.caller_name
+
+
 def _take_back(holder: nn.Module, state: _State) -> list[str]:
     """Take one patch back; returns the names of trainable parameters that are no more."""
     for module in list(holder.modules()):
@@ -227,9 +267,12 @@ def _take_back(holder: nn.Module, state: _State) -> list[str]:
         if isinstance(module._modules.get(NAME), RedEdit):
             del module._modules[NAME]
         module.__dict__.pop(INSIDE, None)
+        stop_watching(module)
     parameters = dict(holder.named_parameters())
     for name in state.were_trainable & parameters.keys():
-        parameters[name].requires_grad_(True)
+        parameter = parameters[name]
+        with torch.inference_mode(parameter.is_inference()):  # torch refuses it elsewhere
+            parameter.requires_grad = True
     del holder.__dict__[_STATE]
     return sorted(state.were_trainable - parameters.keys())
 

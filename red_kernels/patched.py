@@ -22,6 +22,7 @@ __all__ = [
     "patch_block",
     "patch_norm",
     "patch_stack",
+    "prepare_classes",
     "recognised",
     "recognised_point",
     "unknown_forward",
@@ -90,6 +91,17 @@ def unknown_forward(module: nn.Module, known: tuple[str, ...]) -> str | None:
         return None
     shown = "whose source cannot be read" if found is None else f"fingerprint {found}"
     return f"{type(module).__name__}.forward is not one that is known ({shown})"
+
+
+def prepare_classes(block: nn.Module, layout: Layout, norm: nn.Module | None, stack: nn.Module | None) -> None:
+    """Make the classes that a fused block takes, so that an error of making them changes nothing yet."""
+    for point in layout.points:
+        dropout: nn.Module | None = child_at(block, point.dropout) if point.dropout else None
+        if dropout is not None and type(dropout) is nn.Dropout:
+            _patched_class(type(dropout), _DROPOUT)
+    for module, key in ((block, layout.key), (norm, _NORM), (stack, _STACK)):
+        if module is not None and not is_patched(module):
+            _patched_class(type(module), key)
 
 
 def patch_block(block: nn.Module, layout: Layout, link: NextNorm | None) -> None:

@@ -43,6 +43,8 @@ class PlannedSite:
     of_tuple: bool = False  # whether the module may return a tuple, of which the first is edited
     norm: str = ""  # name in the module of the norm that its output ends in, to merge into
     bias_flag: str = ""  # attribute of the model's config that gives this linear layer a bias
+    caller: nn.Module | None = None  # whose forward always calls the module, where there is one
+    caller_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,11 @@ def _plan_named(model: nn.Module, config: RedConfig) -> Plan:
                 f"width; name linear layers or norms{experts_remark(module, name)}"
             )
         report = SiteReport(name, width, None, "named by sites=")
-        plan.sites.append(PlannedSite(module, width, device_of(module, model), report))
+        # What is in a list may be called or not.
+        caller = None if isinstance(modules[parent], (nn.ModuleList, nn.ModuleDict)) else modules[parent]
+        plan.sites.append(
+            PlannedSite(module, width, device_of(module, model), report, caller=caller, caller_name=parent)
+        )
     experts = experts_in(model)
     if experts:
         plan.warnings.append(f"not edited, as their weights are one 3-D Parameter for all experts: {listed(experts)}")
@@ -316,6 +322,8 @@ def _plan_layer(plan: Plan, model: nn.Module, place: Place, sites: list[tuple[st
                 of_tuple=kind in ("res", "attn_res"),
                 norm=_norm_inside(place, path),
                 bias_flag=place.family.bias_flags.get(path, ""),
+                caller=None if site is place.layer or inside else place.layer,
+                caller_name=place.name,
             )
         )
     plan.blocks.extend(blocks.values())

@@ -146,7 +146,7 @@ def _contexts() -> tuple[list[Any], bool]:
     for forward in _forwards():
         names = forward.f_code.co_varnames
         context = forward.f_locals.get(names[0]) if names else None
-        if isinstance(context, torch._C._FunctionBase):  # type: ignore[attr-defined]
+        if isinstance(context, torch._C._FunctionBase):
             found.append(context)
         else:
             without = True

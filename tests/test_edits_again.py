@@ -25,7 +25,9 @@ def own_layers(model, reentrant):
     """A person's own checkpoint around each layer."""
     for layer in layers(model):
         forward = layer.forward
-        layer.forward = lambda x, _run=forward, **kwargs: checkpoint(partial(_run, **kwargs), x, use_reentrant=reentrant)
+        layer.forward = lambda x, _run=forward, **kwargs: checkpoint(
+            partial(_run, **kwargs), x, use_reentrant=reentrant
+        )
 
 
 def own_ffn(model, reentrant):

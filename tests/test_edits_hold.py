@@ -1,4 +1,4 @@
-"""Where a block of `use_edits` or `disable_edits` holds: generators, tasks, threads, pools, and any order of leaving."""
+"""Where a block of `use_edits` or `disable_edits` holds: generators, tasks, threads, pools; left in any order."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def in_thread(function):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_with_backward_in_another_thread(reentrant):
-    """As on a GPU, where autograd's own threads run layers again; also while another thread is in a block of its own."""
+    """As on a GPU, where autograd's own threads run layers again; and another thread is in a block of its own."""
     plain, model, values = several("llama")
     checkpointing(model, reentrant)
     entered, done = threading.Event(), threading.Event()

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..edit_module import edit_hook
+from ..edit_module import OWN_HOOKS
 from ..selection import saved_tensor_hooks
 from .description import walk
 from .fingerprint import class_fingerprint
@@ -161,7 +161,7 @@ def _passes(module: nn.Module, known: tuple[str, ...], hooks: dict[int, Any], gr
 
 def _observes(hook: Callable[..., Any], gradients: bool) -> bool:
     """Whether a hook may look at `z`: any but ours may, and but transformers' own, which stay once they were needed."""
-    if hook is edit_hook:  # it knows what the fused forward has done
+    if hook in OWN_HOOKS:  # they know what the fused forward has done, or only ask
         return False
     capturing = sys.modules.get("transformers.utils.output_capturing")
     collector = getattr(capturing, "_active_collector", None)
