@@ -5,7 +5,8 @@
 Every row of a batch has an edit of its own by `rk.use_edits`, in turn where there are fewer edits than rows. The peers
 have the same batch: `single`, the patched model with one edit for all rows; `frozen`, the base model, whose backward
 goes to its input embeddings; and `lora`, PEFT's adapters of rank 8 on the same layers, by `adapter_names` (forward
-only, as PEFT allows). `use_edits` enters its block in each call. An optimizer's step is no part of it. Weights are random.
+only, as PEFT allows). `use_edits` enters its block in each call. An optimizer's step is no part of it. Weights are
+random.
 """
 
 from __future__ import annotations
