@@ -225,6 +225,17 @@ class RedEdit(EditVectors):
         """What holds here, given what the selection says; a hashable value."""
         return state
 
+    def versions(self, state: Any) -> tuple[tuple[Tensor, int], ...]:
+        """The vectors that a state applies here, and how often each was changed in place."""
+        names = state.names if isinstance(state, Rows) else state if isinstance(state, tuple) else (state,)
+        return tuple(
+            (vector, vector._version)
+            for name in names
+            if isinstance(name, str) and self.has(name)
+            for vector in self.holder(name)._parameters.values()
+            if vector is not None and not vector.is_inference()
+        )
+
     @property
     def off(self) -> bool:
         """Whether edits are disabled in this forward."""

@@ -132,12 +132,16 @@ def is_patched(module: nn.Module) -> bool:
 def unpatch_module(module: nn.Module) -> None:
     """Give a module back the class it had; nothing if it is not patched."""
     if is_patched(module):
-        module.__class__ = type(module).__dict__[BASE]
+        _set_class(module, type(module).__dict__[BASE])
         module.__dict__.pop(LINK, None)
 
 
 def _subclass(module: nn.Module, key: str) -> None:
-    module.__class__ = _patched_class(type(module), key)
+    _set_class(module, _patched_class(type(module), key))
+
+
+def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    object.__setattr__(module, "__class__", kind)  # a module's own __setattr__ may refuse
 
 
 def _patched_class(base: type[nn.Module], key: str) -> type[nn.Module]:

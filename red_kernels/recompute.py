@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["recalled", "runs_plainly"]
 
-_NOTES = "_red_kernels_states"  # the attribute with the notes: site to what it has applied
+_NOTES = "_red_kernels_states"  # the attribute with the notes: site to what it has applied, and the vectors' versions
 _MISSING: Any = object()
 _SEVERAL: Any = object()  # a site that ran more than once, with different edits
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
@@ -50,19 +50,20 @@ def recalled(own: RedEdit, live: Any, block: Block | None) -> tuple[Any, bool]:
         block: the block that says so, or None.
 
     Raises:
-        RuntimeError: a forward runs again of which it cannot be told what the first run applied.
+        RuntimeError: a forward runs again of which it cannot be told what the first run applied, or whose vectors have
+            other values by now, which without checkpointing is an error of autograd's.
     """
     task = torch._C._current_graph_task_id()
     first, second, unknown = _checkpoints()
-    state = _MISSING
+    state, versions = _MISSING, ()
     if block is None or task == -1 or block.task != task:  # a block entered since the second run began holds
         for frame in second:
-            state = _noted(frame, own)
+            state, versions = _noted(frame, own)
             if state is not _MISSING:
                 break
         if state is _MISSING and task != -1:
             node: Any = torch._C._current_autograd_node()
-            state = _noted(node, own)
+            state, versions = _noted(node, own)
             if state is _MISSING and torch.is_grad_enabled():
                 _check_clear(own.selection, live)
     again = state is not _MISSING
@@ -73,20 +74,30 @@ def recalled(own: RedEdit, live: Any, block: Block | None) -> tuple[Any, bool]:
         )
     if not again:
         state = live
+    elif any(vector._version != version for vector, version in versions):
+        raise RuntimeError(
+            "under activation checkpointing a forward runs again, and the vectors of its edit were changed in place "
+            "since (by an optimizer's step, or by loading): run the backward pass before that"
+        )
     if not torch.is_grad_enabled() and own.training:
         contexts, without = _contexts()
         first = [*first, *contexts]
         unknown = unknown or without
     for owner in first:
         notes = owner.__dict__.setdefault(_NOTES, {})
-        notes[own] = state if notes.get(own, state) == state else _SEVERAL
+        former = notes.get(own)
+        if former is None:
+            notes[own] = state, own.versions(state)
+        elif former[0] != state:
+            notes[own] = _SEVERAL, ()
     if unknown and not again:
         own.selection.unclear.add(state)
     return state, again
 
 
-def _noted(owner: Any, own: RedEdit) -> Any:
-    return getattr(owner, _NOTES, {}).get(own, _MISSING)
+def _noted(owner: Any, own: RedEdit) -> tuple[Any, Any]:
+    found: tuple[Any, Any] = getattr(owner, _NOTES, {}).get(own, (_MISSING, ()))
+    return found
 
 
 def _check_clear(selection: Selection, live: Any) -> None:

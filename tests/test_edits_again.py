@@ -260,6 +260,29 @@ def test_an_edit_that_was_deleted_since(reentrant):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("how", [active, rows])
+@pytest.mark.parametrize("change", ["step", "load", "another edit"])
+def test_values_that_were_changed_since(change, how, reentrant, tmp_path):
+    """Without checkpointing autograd says so."""
+    model, _ = prepared(reentrant=reentrant)
+    rk.save_edits(model, tmp_path, name=TWO)
+    loss = how(model, ONE, inputs("llama", 2))
+    if change == "step":
+        vectors = [vector for parts in rk.edit_parameters(model, ONE).values() for vector in parts.values()]
+        for vector in vectors:
+            vector.grad = torch.ones_like(vector)
+        torch.optim.SGD(vectors, lr=0.1).step()
+    if change == "load":
+        rk.load_edits(model, tmp_path, name=ONE)
+    if change == "another edit":
+        rk.load_edits(model, tmp_path, name=TWO)
+        loss.backward()
+        return
+    with pytest.raises(RuntimeError, match="changed in place since"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("by", ["set_adapter", "disable_adapter", "names"])
 def test_adapters_of_peft(by, reentrant):
     peft = pytest.importorskip("peft")
