@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils.checkpoint
+from torch import Tensor
 
 from .selection import Selection, saved_tensor_hooks
 
@@ -55,7 +56,8 @@ def recalled(own: RedEdit, live: Any, block: Block | None) -> tuple[Any, bool]:
     """
     task = torch._C._current_graph_task_id()
     first, second, unknown = _checkpoints()
-    state, versions = _MISSING, ()
+    state: Any = _MISSING
+    versions: tuple[tuple[Tensor, int], ...] = ()
     if block is None or task == -1 or block.task != task:  # a block entered since the second run began holds
         for frame in second:
             state, versions = _noted(frame, own)
