@@ -10,6 +10,7 @@ from torch import nn
 
 from .config import RedConfig
 from .edit_module import INSIDE, NAME, RedEdit, edit_hook
+from .heads import find_head, release_head
 from .models.fingerprint import BASE
 from .module_facts import wrapper_of
 from .patched import is_patched, patch_block, patch_norm, patch_stack, unpatch_module
@@ -59,8 +60,9 @@ def patch(model: nn.Module, config: RedConfig | None = None) -> PatchReport:
     Raises:
         TypeError: model or config is something else.
         ValueError: the model is patched already, has no sites, or none of the layers or sites asked for; it has layers
-            of unknown make beside known ones, such as wrapped ones, or one layer in two places; or an FFN is made of
-            experts without a module for their down projection. Nothing is changed then.
+            of unknown make beside known ones, such as wrapped ones, or one layer in two places; an FFN is made of
+            experts without a module for their down projection; or there is no head to train (`train_head`). Nothing is
+            changed then.
     """
     config = RedConfig() if config is None else config
     if not isinstance(model, nn.Module):
@@ -68,6 +70,7 @@ def patch(model: nn.Module, config: RedConfig | None = None) -> PatchReport:
     if not isinstance(config, RedConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a RedConfig")
     plan = make_plan(model, config)
+    head = find_head(model, [site.report.site for site in plan.sites], config)
     selection = Selection()
     with torch.inference_mode(False):  # what is made in inference mode can never be trained
         edits = [RedEdit(site.width, config.parts, config.dtype, site.device, selection) for site in plan.sites]
@@ -77,6 +80,7 @@ def patch(model: nn.Module, config: RedConfig | None = None) -> PatchReport:
         if parameter.requires_grad:
             state.were_trainable.add(name)
             parameter.requires_grad_(False)
+    head.train(model)
     for site, edit in zip(plan.sites, edits, strict=True):
         attach(site, edit)
     fuse(plan)
@@ -85,7 +89,16 @@ def patch(model: nn.Module, config: RedConfig | None = None) -> PatchReport:
         warnings.warn(text, stacklevel=2)
     trainable, total = count_parameters(model)
     sites = tuple(site.report for site in plan.sites)
-    return PatchReport(type(model).__name__, config, sites, trainable, total, tuple(plan.warnings))
+    return PatchReport(
+        type(model).__name__,
+        config,
+        sites,
+        trainable,
+        total,
+        tuple(plan.warnings),
+        trained_head=head.trained_modules,
+        frozen_head=head.frozen_modules,
+    )
 
 
 def unpatch(model: nn.Module) -> None:
@@ -227,6 +240,7 @@ def _take_back(holder: nn.Module, state: _State) -> list[str]:
         if isinstance(module._modules.get(NAME), RedEdit):
             del module._modules[NAME]
         module.__dict__.pop(INSIDE, None)
+    release_head(holder)
     parameters = dict(holder.named_parameters())
     for name in state.were_trainable & parameters.keys():
         parameters[name].requires_grad_(True)
