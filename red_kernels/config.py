@@ -46,8 +46,8 @@ class RedConfig:
             but float32 is for inference.
         sites: for layouts this package does not know: a glob, or several, for the names of the modules whose output is
             edited (`"*.mlp.down_proj"`; `*` matches dots too). Kept as a tuple. Not together with `layers`.
-        train_head: keep the model's head trainable beside the edits, in fp32: whatever lies outside of its base model. A
-            head that was drawn at random while loading needs this; by default it is frozen, and the report names it.
+        train_head: keep the model's head trainable beside the edits, in fp32: all that lies outside of its base model.
+            A head that was drawn at random while loading needs this; by default it is frozen, and the report names it.
 
     Raises:
         ValueError, TypeError: a value out of those named here.

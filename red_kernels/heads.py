@@ -1,8 +1,8 @@
-"""The head of a model, which lies outside of the base model that is edited: finding it, and training it beside the edits.
+"""The head of a model, which lies outside of the base model that is edited: finding it, and training it too.
 
-A task head (a classifier, a question answerer, a value head) is usually drawn at random when the model is loaded and has to
-be trained; a patch freezes it with the base model unless it is asked not to. The head of a language model is none: it
-maps to the vocabulary that the model reads, and comes with the checkpoint.
+A task head (a classifier, a question answerer, a value head) is usually drawn at random when the model is loaded and
+has to be trained; a patch freezes it with the base model unless it is asked not to. The head of a language model is no
+task head: it maps to the vocabulary that the model reads, and comes with the checkpoint.
 """
 
 from __future__ import annotations

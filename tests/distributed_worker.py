@@ -80,7 +80,7 @@ def main(how: str, rank: int) -> None:
 
 
 def one_of_two_edits(rank: int) -> None:
-    """DDP's third step finds gradients for all that is trainable: the vectors of the edit that is not active are not."""
+    """DDP's third step finds gradients for all that is trainable, which an edit that is not active is not."""
     name = "llama"
     model = zoo.tiny(name)
     values = zoo.vectors(zoo.sites(name))

@@ -245,7 +245,7 @@ def test_a_parameter_beside_the_base_keeps_its_dtype():
 
 
 def test_the_head_of_finetune_is_that_of_a_patch():
-    """`finetune` adds what the checkpoint lacked, such as a pooler; calling it behind a patch with the head is no harm."""
+    """`finetune` adds what the checkpoint lacked, such as a pooler; a patch may have the head trainable already."""
     first, second = (made("BertForSequenceClassification").bfloat16() for _ in range(2))
     rk.patch(first, rk.RedConfig(train_head=True))
     rk.patch(second)

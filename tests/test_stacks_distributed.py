@@ -55,6 +55,6 @@ def test_trainer(tmp_path):
 
 
 def test_the_best_checkpoint(tmp_path):
-    """`load_best_model_at_end` in both processes, with a limit of checkpoints or without, from the start and resumed."""
+    """`load_best_model_at_end` in both processes, with and without a limit of checkpoints, also resumed."""
     pytest.importorskip("accelerate")
     run_pair("stacks_worker.py", "best", str(tmp_path))

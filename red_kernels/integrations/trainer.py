@@ -111,8 +111,8 @@ class RedTrainer(Trainer):
     patched by `rk.patch`. Weight decay pulls a scale toward 0, not toward 1: leave it at 0, Trainer's default.
 
     Raises:
-        ValueError: at once, if the model, or the one that `model_init` makes, is not patched by `rk.patch`. An adapter of
-            `red_kernels.integrations.peft` is PEFT's to save: the plain Trainer does that.
+        ValueError: at once, if the model, or the one that `model_init` makes, is not patched by `rk.patch`. An adapter
+            of `red_kernels.integrations.peft` is PEFT's to save: the plain Trainer does that.
 
     It overrides only how checkpoints are written and read, so a trainer of another library gets the same by a class of
     both, this one first: `class RedSFTTrainer(RedTrainer, SFTTrainer): ...`.
