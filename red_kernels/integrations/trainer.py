@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from .._files import write_files
 from .._sharded import is_sharded, placed_as, whole, write_from_one
 from ..checkpoint import HEAD_NAME, load_edits, save_edits
-from ..patch import edit_modules
+from ..edit_module import RedEdit
+from ..patch import edit_modules, edit_parameters
 from .trainer_callback import check_patched
 
 __all__ = [
@@ -126,6 +128,7 @@ class RedTrainer(Trainer):
             check_patched(model, type(self).__name__)
         super().__init__(*args, **kwargs)
         check_patched(self._inner_model(), type(self).__name__)
+        self._check_reference()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """The model that `model_init` makes, for each run anew. Raises ValueError if it is not patched."""
@@ -215,6 +218,19 @@ class RedTrainer(Trainer):
         for path in checkpoints(run)[:-limit]:
             if best is None or path != Path(best):
                 shutil.rmtree(path)
+
+    def _check_reference(self) -> None:
+        """TRL's trainers load the reference of a model by its name: without the edits that the model begins with."""
+        reference = getattr(self, "ref_model", None)
+        if not isinstance(reference, nn.Module) or any(isinstance(module, RedEdit) for module in reference.modules()):
+            return
+        vectors = [pair for parts in edit_parameters(self._inner_model()).values() for pair in parts.items()]
+        if any(not own.is_meta and bool((own != float("bias" not in part)).any()) for part, own in vectors):
+            warnings.warn(
+                "ref_model: is the base model without edits, and the model begins with trained ones, so the first loss "
+                "is not that of equal models; for a reference with these edits take copy.deepcopy(model)",
+                stacklevel=3,
+            )
 
     def _inner_model(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
