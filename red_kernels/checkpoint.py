@@ -32,6 +32,7 @@ from .authors import CLASSIFIER_NAME, HEAD, VECTORS_NAME, classifier_of, inner_p
 from .config import RedConfig
 from .edits import add_edit, edit_names
 from .patch import edit_config, edit_parameters
+from .pretrained import beside_pretrained
 from .report import listed
 
 __all__ = ["LoadReport", "load_edits", "save_edits", "saved_config"]
@@ -95,7 +96,12 @@ def save_edits(model: nn.Module, folder: str | os.PathLike[str], name: str | Non
             values.
         OSError: the folder cannot be written to (read-only, full, a file of that name); nothing is left behind.
     """
-    config = edit_config(model)
+    return _save(model, folder, edit_config(model), name)
+
+
+@beside_pretrained
+def _save(model: nn.Module, folder: str | os.PathLike[str], config: RedConfig, name: str | None = None) -> Path:
+    """As `save_edits`, of a patched model or of a part of one."""
     parameters = edit_parameters(model, name)
     vectors = _values(parameters)
     target = Path(folder)

@@ -15,6 +15,7 @@ from .models.fingerprint import BASE
 from .module_facts import wrapper_of
 from .patched import is_patched, patch_block, patch_norm, patch_stack, unpatch_module
 from .plan import Plan, PlannedSite, make_plan
+from .pretrained import unwrap_saving, wrap_saving
 from .report import PatchReport, count_parameters, listed
 from .selection import DEFAULT, Selection
 
@@ -84,6 +85,7 @@ def patch(model: nn.Module, config: RedConfig | None = None) -> PatchReport:
     for site, edit in zip(plan.sites, edits, strict=True):
         attach(site, edit)
     fuse(plan)
+    wrap_saving(model, [site.report.site for site in plan.sites], config)
     model.__dict__[_STATE] = state
     for text in plan.warnings:
         warnings.warn(text, stacklevel=2)
@@ -240,6 +242,7 @@ def _take_back(holder: nn.Module, state: _State) -> list[str]:
         if isinstance(module._modules.get(NAME), RedEdit):
             del module._modules[NAME]
         module.__dict__.pop(INSIDE, None)
+        unwrap_saving(module)
     release_head(holder)
     parameters = dict(holder.named_parameters())
     for name in state.were_trainable & parameters.keys():
