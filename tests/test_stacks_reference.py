@@ -119,7 +119,8 @@ def test_trainers_without_an_argument_for_the_reference(kind, given, folders, tm
         reward_funcs=lambda completions, **columns: [float(len(set(text))) for text in completions],
         args=getattr(trl, f"{kind}Config")(
             str(tmp_path), max_steps=1, per_device_train_batch_size=2, num_generations=2, max_completion_length=4,
-            beta=0.1, use_cpu=True, bf16=False, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+            beta=0.1, use_cpu=True, bf16=False, logging_steps=1, save_strategy="no", report_to="none",
+            disable_tqdm=True,
         ),
         train_dataset=datasets.Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS]),
         processing_class=AutoTokenizer.from_pretrained(folders[0]),
