@@ -20,6 +20,7 @@ from .report import PatchReport, count_parameters, listed
 from .selection import DEFAULT, Selection
 
 __all__ = [
+    "SITE",
     "attach",
     "edit_config",
     "edit_modules",
@@ -28,9 +29,11 @@ __all__ = [
     "merge_targets",
     "outer_modules",
     "patch",
+    "patched_holders",
     "unpatch",
 ]
 
+SITE = "_red_kernels_site"  # of a RedEdit: the name that its site had in the patched model
 _STATE = "_red_kernels_state"  # the attribute of the patched model that holds its _State
 
 
@@ -84,6 +87,7 @@ def patch(model: nn.Module, config: RedConfig | None = None) -> PatchReport:
     head.train(model)
     for site, edit in zip(plan.sites, edits, strict=True):
         attach(site, edit)
+        edit.__dict__[SITE] = site.report.site
     fuse(plan)
     wrap_saving(model, [site.report.site for site in plan.sites], config)
     model.__dict__[_STATE] = state
@@ -191,6 +195,11 @@ def edit_modules(model: nn.Module) -> dict[str, RedEdit]:
             f"model: this {type(model).__name__} is not patched; call rk.patch(model, rk.RedConfig()) first"
         )
     return found
+
+
+def patched_holders(model: nn.Module) -> dict[str, nn.Module]:
+    """The models that were patched, `model` itself or some inside it, by name; none where `rk.patch` was not called."""
+    return {name: module for name, module in outer_modules(model) if isinstance(module.__dict__.get(_STATE), _State)}
 
 
 def outer_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
