@@ -123,8 +123,8 @@ def merge(model: nn.Module, *, force: bool = False, loadable: bool = True, keep_
                     originals[f"{target.name}.{part}"] = value.detach().to("cpu", copy=True)
     former = {key: getattr(_config_with(model, key), key) for key in attributes}
     inner = inner_model(model)[1]
-    made = [f"{target.name}.bias" for target in created] + sorted(zeros)
-    merged = _Merged(config, edit_modules(model), originals, made, former)
+    there = {path for path, _ in model.named_parameters(remove_duplicate=False)}
+    merged = _Merged(config, edit_modules(model), originals, [], former)
     staged = [(target, _combined(target, name)) for target in targets]  # a full memory must not leave half of it
     unpatch(model)
     with torch.no_grad():
@@ -132,6 +132,7 @@ def merge(model: nn.Module, *, force: bool = False, loadable: bool = True, keep_
             _write(target.module, "weight", weight)
             _write(target.module, "bias", bias)
     make_place(inner, attributes, zeros)
+    merged.created += [path for path, _ in model.named_parameters(remove_duplicate=False) if path not in there]
     model.__dict__[_MERGED] = merged
     return MergeReport(type(model).__name__, name, tuple(reports), attributes, tuple(sorted(zeros)), unplaced)
 
