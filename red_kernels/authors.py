@@ -20,6 +20,7 @@ from torch import nn
 from ._files import write_files
 from ._sharded import refuse_partitioned, whole, write_from_one
 from ._vectors import SiteTensors, checked_tensor, collect
+from ._wrapped_names import inner_model, renamed_sites
 from .edit_module import NAME
 from .patch import edit_parameters
 from .report import listed
@@ -74,6 +75,7 @@ def export_authors(model: nn.Module, folder: str | os.PathLike[str], name: str |
         site: {part: _values(f"{site}.{part}", own) for part, own in parts.items()}
         for site, parts in parameters.items()
     }
+    vectors = renamed_sites(model, vectors)
     head = classifier_of(model)
     values = {key: _values(f"{HEAD}.{key}", own) for key, own in head.items()}
     known = {id(own) for own in head.values()}
@@ -83,7 +85,7 @@ def export_authors(model: nn.Module, folder: str | os.PathLike[str], name: str |
         if own.requires_grad and id(own) not in known and NAME not in key.split(".")
     ]
     target = Path(folder)
-    prefix = inner_prefix(model, parameters)
+    prefix = inner_prefix(inner_model(model)[1], vectors)
     every = [own for parts in parameters.values() for own in parts.values()]
     write_from_one([*every, *head.values()], lambda: write_authors(target, vectors, prefix, values))
     if other:

@@ -25,13 +25,14 @@ from torch import nn
 
 from ._files import write_files
 from ._sharded import placed_as, refuse_partitioned, whole, write_from_one
-from ._site_names import match_sites
 from ._vectors import PARTS, SiteTensors, collect
 from ._version import __version__
+from ._wrapped_names import inner_model, match_wrapped, renamed_sites
 from .authors import CLASSIFIER_NAME, HEAD, VECTORS_NAME, classifier_of, inner_prefix, read_classifier, read_vectors
 from .config import RedConfig
 from .edits import add_edit, edit_names
 from .patch import edit_config, edit_parameters
+from .pretrained import beside_pretrained
 from .report import listed
 
 __all__ = ["LoadReport", "load_edits", "save_edits", "saved_config"]
@@ -95,11 +96,16 @@ def save_edits(model: nn.Module, folder: str | os.PathLike[str], name: str | Non
             values.
         OSError: the folder cannot be written to (read-only, full, a file of that name); nothing is left behind.
     """
-    config = edit_config(model)
+    return _save(model, folder, edit_config(model), name)
+
+
+@beside_pretrained
+def _save(model: nn.Module, folder: str | os.PathLike[str], config: RedConfig, name: str | None = None) -> Path:
+    """As `save_edits`, of a patched model or of a part of one."""
     parameters = edit_parameters(model, name)
-    vectors = _values(parameters)
+    vectors = renamed_sites(model, _values(parameters))
     target = Path(folder)
-    content = own_files(config, vectors, base_model_name(model), inner_prefix(model, vectors))
+    content = own_files(config, vectors, base_model_name(model), inner_prefix(inner_model(model)[1], vectors))
     every = [own for parts in parameters.values() for own in parts.values()]
     write_from_one(every, lambda: write_files(target, content))
     return target
@@ -219,7 +225,7 @@ def load_edits(
     names = edit_names(model)
     new = name is not None and name not in names
     parameters = edit_parameters(model, next(iter(names), None) if new else name)
-    mapping = match_sites(found.vectors, parameters)
+    mapping = match_wrapped(model, found.vectors, parameters)
     fitting: list[tuple[str, str, torch.Tensor]] = []
     checkpoint_only: list[str] = []
     for site, parts in found.vectors.items():

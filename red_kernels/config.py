@@ -46,6 +46,8 @@ class RedConfig:
             but float32 is for inference.
         sites: for layouts this package does not know: a glob, or several, for the names of the modules whose output is
             edited (`"*.mlp.down_proj"`; `*` matches dots too). Kept as a tuple. Not together with `layers`.
+        train_head: keep the model's head trainable beside the edits, in fp32: all that lies outside of its base model.
+            A head that was drawn at random while loading needs this; by default it is frozen, and the report names it.
 
     Raises:
         ValueError, TypeError: a value out of those named here.
@@ -56,6 +58,7 @@ class RedConfig:
     layers: Iterable[int] | None = None
     dtype: torch.dtype = torch.float32
     sites: str | Iterable[str] | None = field(default=None)
+    train_head: bool = False
 
     def __post_init__(self) -> None:
         if self.position not in tuple(POSITIONS):
@@ -64,6 +67,8 @@ class RedConfig:
             raise ValueError(f"kind: got {self.kind!r}, supported: {_listed(KINDS)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: got {self.dtype!r}, supported: {', '.join(map(str, DTYPES))}")
+        if not isinstance(self.train_head, bool):
+            raise TypeError(f"train_head: got {self.train_head!r}, expected True or False")
         if self.layers is not None and self.sites is not None:
             raise ValueError("layers and sites: got both, expected one; sites= names the modules by itself")
         if self.layers is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._wrapped_names import bare_name, former_name, inner_model, lora_around, unwrapped
 from .config import RedConfig
 from .edit_module import RedEdit, edit_hook
 from .edits import active_edit
@@ -22,7 +23,7 @@ from .models.fingerprint import BASE
 from .models.linears import linear_columns
 from .models.norms import NormSpec, norm_spec
 from .module_facts import device_of, wrapper_of
-from .patch import edit_config, edit_modules, merge_targets, patch_with, unpatch
+from .patch import edit_config, edit_modules, merge_targets, patch_with, patched_holders, unpatch
 from .plan import make_plan
 from .report import listed
 
@@ -104,7 +105,8 @@ def merge(model: nn.Module, *, force: bool = False, loadable: bool = True, keep_
         )
     created = [target for target in targets if target.created]
     flags = {target.bias_flag for target in created if target.bias_flag}
-    attributes, zeros, unplaced = places_for_biases(model, [f"{target.name}.bias" for target in created], flags)
+    needed = [bare_name(model, f"{target.name}.bias") for target in created]
+    attributes, zeros, unplaced = places_for_biases(inner_model(model)[1], needed, flags)
     if unplaced and loadable:
         raise ValueError(
             f"model: {type(model).__name__} has no place for the biases that the edits need ({unplaced}), and plain "
@@ -120,15 +122,17 @@ def merge(model: nn.Module, *, force: bool = False, loadable: bool = True, keep_
                 if value is not None:
                     originals[f"{target.name}.{part}"] = value.detach().to("cpu", copy=True)
     former = {key: getattr(_config_with(model, key), key) for key in attributes}
-    made = [f"{target.name}.bias" for target in created] + sorted(zeros)
-    merged = _Merged(config, edit_modules(model), originals, made, former)
+    inner = inner_model(model)[1]
+    there = {path for path, _ in model.named_parameters(remove_duplicate=False)}
+    merged = _Merged(config, edit_modules(model), originals, [], former)
     staged = [(target, _combined(target, name)) for target in targets]  # a full memory must not leave half of it
     unpatch(model)
     with torch.no_grad():
         for target, (weight, bias) in staged:
             _write(target.module, "weight", weight)
             _write(target.module, "bias", bias)
-    make_place(model, attributes, zeros)
+    make_place(inner, attributes, zeros)
+    merged.created += [path for path, _ in model.named_parameters(remove_duplicate=False) if path not in there]
     model.__dict__[_MERGED] = merged
     return MergeReport(type(model).__name__, name, tuple(reports), attributes, tuple(sorted(zeros)), unplaced)
 
@@ -192,15 +196,24 @@ def _targets(model: nn.Module, name: str) -> list[_Target]:
             raise ValueError("model: its edits are of kind 'ln'; a LayerNorm behind a layer cannot go into its weights")
         if not own.has(name):
             continue
-        if site not in goes_to:
-            raise ValueError(
-                f"model: {site} had another name when it was patched; take off what was put around it since (such as "
-                "LoRA) to merge"
-            )
-        inner, flag = goes_to[site]
+        inner, flag = goes_to.get(site) or _inside_of_lora(model, site, own, goes_to)
         path = site if inner in ("", ".") else f"{site}.{inner}"
         targets.append(_target(site, path, model, own, flag, users))
     return targets
+
+
+def _inside_of_lora(model: nn.Module, site: str, own: RedEdit, goes_to: dict[str, tuple[str, str]]) -> tuple[str, str]:
+    """Where the edit goes at a site that LoRA has wrapped since it was patched. Raises ValueError where it cannot."""
+    former = former_name(own, site)
+    holder = next(iter(patched_holders(model)), "")
+    found = goes_to.get(f"{holder}.{former}" if holder else former)
+    against = lora_around(model, site)
+    if found is None or against:
+        raise ValueError(
+            f"model: {site} had another name when it was patched: "
+            f"{against or 'take off what was put around it since to merge'}"
+        )
+    return found
 
 
 def _changed_before(owner: nn.Module, module: nn.Module) -> bool:
@@ -334,7 +347,7 @@ def places_for_biases(
         return {}, {}, listed(needed)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         expected = {path: tuple(own.shape) for path, own in kind(changed).named_parameters(remove_duplicate=False)}
-    own_names = dict(model.named_parameters(remove_duplicate=False))
+    own_names = {unwrapped(path) for path, _ in model.named_parameters(remove_duplicate=False)}
     unplaced = [path for path in needed if path not in expected]
     if unplaced:
         return {}, {}, listed(unplaced)
@@ -347,7 +360,9 @@ def places_for_biases(
 def make_place(model: nn.Module, attributes: dict[str, Any], zeros: dict[str, tuple[int, ...]]) -> None:
     """Set the attributes of the config that give layers their biases, and add as zeros the others that these bring."""
     for path, shape in zeros.items():
-        owner = model.get_submodule(path.rpartition(".")[0])
+        owner: Any = model.get_submodule(path.rpartition(".")[0])
+        while callable(getattr(type(owner), "get_base_layer", None)):  # PEFT's, around the layer of that name
+            owner = owner.get_base_layer()
         like = owner._parameters["weight"]
         assert like is not None
         owner.register_parameter("bias", nn.Parameter(like.new_zeros(shape), requires_grad=like.requires_grad))

@@ -11,15 +11,18 @@ from torch import nn
 
 from .config import RedConfig
 from .edit_module import INSIDE, NAME, RedEdit, edit_hook
+from .heads import find_head, release_head
 from .models.fingerprint import BASE
 from .module_facts import wrapper_of
 from .patched import is_patched, patch_block, patch_norm, patch_stack, prepare_classes, unpatch_module
 from .plan import Plan, PlannedSite, make_plan
+from .pretrained import unwrap_saving, wrap_saving
 from .report import PatchReport, count_parameters, listed
 from .selection import DEFAULT, Selection
 from .watch import Site, missing, stop_watching, watch
 
 __all__ = [
+    "SITE",
     "attach",
     "edit_config",
     "edit_modules",
@@ -28,9 +31,11 @@ __all__ = [
     "merge_targets",
     "outer_modules",
     "patch",
+    "patched_holders",
     "unpatch",
 ]
 
+SITE = "_red_kernels_site"  # of a RedEdit: the name that its site had in the patched model
 _STATE = "_red_kernels_state"  # the attribute of the patched model that holds its _State
 
 
@@ -61,8 +66,9 @@ def patch(model: nn.Module, config: RedConfig | None = None) -> PatchReport:
     Raises:
         TypeError: model or config is something else.
         ValueError: the model is patched already, has no sites, or none of the layers or sites asked for; it has layers
-            of unknown make beside known ones, such as wrapped ones, or one layer in two places; or an FFN is made of
-            experts without a module for their down projection. Nothing is changed then.
+            of unknown make beside known ones, such as wrapped ones, or one layer in two places; an FFN is made of
+            experts without a module for their down projection; or there is no head to train (`train_head`). Nothing is
+            changed then.
     """
     return patch_with(model, config, {}, stacklevel=3)
 
@@ -79,6 +85,7 @@ def patch_with(
     plan = make_plan(model, config)
     for site in plan.sites:
         _check_free(site)
+    head = find_head(model, [site.report.site for site in plan.sites], config)
     selection = Selection()
     with torch.inference_mode(False):  # what is made in inference mode can never be trained
         made = [
@@ -94,9 +101,12 @@ def patch_with(
     try:
         for parameter in parameters.values():
             parameter.requires_grad_(False)
+        head.train(model)
         for site, edit in zip(plan.sites, made, strict=True):
             attach(site, edit)
+            edit.__dict__[SITE] = site.report.site
         fuse(plan)
+        wrap_saving(model, [site.report.site for site in plan.sites], config)
         watch(model, [_watched(site, edit) for site, edit in zip(plan.sites, made, strict=True)])
     except BaseException:  # of a class or a Parameter that somebody has made
         _take_back(model, state)
@@ -105,7 +115,16 @@ def patch_with(
         warnings.warn(text, stacklevel=stacklevel)
     trainable, total = count_parameters(model)
     sites = tuple(site.report for site in plan.sites)
-    return PatchReport(type(model).__name__, config, sites, trainable, total, tuple(plan.warnings))
+    return PatchReport(
+        type(model).__name__,
+        config,
+        sites,
+        trainable,
+        total,
+        tuple(plan.warnings),
+        trained_head=head.trained_modules,
+        frozen_head=head.frozen_modules,
+    )
 
 
 def unpatch(model: nn.Module) -> None:
@@ -204,6 +223,11 @@ def edit_modules(model: nn.Module) -> dict[str, RedEdit]:
     return found
 
 
+def patched_holders(model: nn.Module) -> dict[str, nn.Module]:
+    """The models that were patched, `model` itself or some inside it, by name; none where `rk.patch` was not called."""
+    return {name: module for name, module in outer_modules(model) if isinstance(module.__dict__.get(_STATE), _State)}
+
+
 def outer_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """As `named_modules`, but nothing inside of the modules that hold the vectors: there may be thousands of edits."""
     found: dict[nn.Module, str] = {}
@@ -268,6 +292,8 @@ def _take_back(holder: nn.Module, state: _State) -> list[str]:
             del module._modules[NAME]
         module.__dict__.pop(INSIDE, None)
         stop_watching(module)
+        unwrap_saving(module)
+    release_head(holder)
     parameters = dict(holder.named_parameters())
     for name in state.were_trainable & parameters.keys():
         parameter = parameters[name]

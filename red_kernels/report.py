@@ -40,9 +40,12 @@ class PatchReport:
         model: the class of the model.
         config: what was asked for.
         sites: one `SiteReport` for each edited site, in the model's order.
-        trainable: the number of trainable parameters, all of them in the edits.
+        trainable: the number of trainable parameters, those of the edits and of a trained head.
         total: the number of all parameters, the edits' included.
         warnings: what else there is to know, such as blocks that could not be edited.
+        trained_head: the modules of the head that stay trainable (`RedConfig(train_head=True)`), by name.
+        frozen_head: the modules of a task head that are frozen like the base model, by name. The head of a language
+            model is no task head.
     """
 
     model: str
@@ -51,6 +54,8 @@ class PatchReport:
     trainable: int
     total: int
     warnings: tuple[str, ...] = ()
+    trained_head: tuple[str, ...] = ()
+    frozen_head: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         dtype = str(self.config.dtype).removeprefix("torch.")
@@ -58,6 +63,13 @@ class PatchReport:
         lines += _table([("sites", "width", "fused with"), *_rows(self.sites)])
         share = 100.0 * self.trainable / max(1, self.total)
         lines.append(f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.3f}%)")
+        if self.trained_head:
+            lines.append(f"the head is trained too: {listed(self.trained_head)}")
+        if self.frozen_head:
+            lines.append(
+                f"the head is frozen: {listed(self.frozen_head)}; if it is newly made, train it beside the edits: "
+                "rk.RedConfig(train_head=True)"
+            )
         return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
 
 

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from two_processes import in_group
 
 from red_kernels.config import RedConfig
+from red_kernels.edits import add_edit, switch_edit
 from red_kernels.models import compose
 from red_kernels.patch import edit_parameters, patch, unpatch
 
@@ -78,7 +79,41 @@ def main(how: str, rank: int) -> None:
                 assert not torch.equal(own, values[site][part])
 
 
+def one_of_two_edits(rank: int) -> None:
+    """DDP's third step finds gradients for all that is trainable, which an edit that is not active is not."""
+    name = "llama"
+    model = zoo.tiny(name)
+    values = zoo.vectors(zoo.sites(name))
+    unfused, truth = zoo.Unfused(model, values), zoo.exact(model, values)
+    patch(model, RedConfig())
+    add_edit(model, "alice")
+    switch_edit(model, "alice")
+    zoo.fill(edit_parameters(model), values)
+    parallel = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD([p for p in parallel.parameters() if p.requires_grad], lr=0.1)
+    peers = []
+    for peer in (unfused, truth):
+        vectors = [vector for parts in peer.vectors.values() for vector in parts.values()]
+        peers.append((peer, torch.optim.SGD(vectors, lr=0.1)))
+    for step in range(3):
+        batches = [zoo.inputs(name, seed=10 * step + other) for other in range(2)]
+        parallel(**batches[rank]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for peer, peer_optimizer in peers:
+            (sum(peer.model(**batch).loss for batch in batches) / 2).backward()
+            peer_optimizer.step()
+            peer_optimizer.zero_grad()
+    for site, parts in edit_parameters(model, "alice").items():
+        for part, vector in parts.items():
+            plain, exact = (peer.vectors[site][part] for peer, _ in peers)
+            zoo.assert_as_exact(f"alice: {site}.{part}", vector, plain, exact.double())
+            untouched = edit_parameters(model, "default")[site][part]
+            assert torch.equal(untouched, torch.full_like(untouched, float(part == "scale")))
+
+
 if __name__ == "__main__":
     with in_group() as rank:
         for how in ("ddp", "fsdp layers", "fsdp whole"):
             main(how, rank)
+        one_of_two_edits(rank)

@@ -14,11 +14,11 @@ import model_zoo as zoo
 import torch
 import torch.distributed as dist
 from distributed_worker import wrapped
-from stack_helpers import BATCH, STEPS, hold_vectors, listed, same_vectors, trainer_of, training
+from stack_helpers import BATCH, STEPS, hold_vectors, listed, rows, same_vectors, trainer_of, training
 from torch.distributed import checkpoint as sharded_checkpoint
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from two_processes import in_group
 
 import red_kernels as rk
@@ -180,6 +180,45 @@ def by_trainer(rank: int, folder: Path) -> None:
     (folder / f"losses-{rank}.json").write_text(json.dumps(losses))
 
 
+def best_by_trainer(rank: int, folder: Path) -> None:
+    """Each process names the best checkpoint as it is called in the end, has its values, and resumes from it."""
+
+    def train(how: str, steps: int, resume: str | bool | None = None, **options):
+        model = zoo.tiny(NAME)
+        rk.patch(model)
+        optimizer = torch.optim.SGD(listed(edit_parameters(model)), lr=0.05)
+        arguments = TrainingArguments(
+            str(folder / how), max_steps=steps, use_cpu=True, ddp_backend="gloo", per_device_train_batch_size=2,
+            save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, report_to="none",
+            disable_tqdm=True, dataloader_pin_memory=False, **options,
+        )  # fmt: skip
+        trainer = RedTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows(NAME, 8),
+            eval_dataset=rows(NAME, 4, seed=51),
+            optimizers=(optimizer, None),
+            callbacks=[Upward(2)],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.state.best_global_step == 2, (rank, trainer.state.best_global_step)
+        best = folder / how / "checkpoint-2"
+        assert trainer.state.best_model_checkpoint == str(best), (rank, trainer.state.best_model_checkpoint)
+        fresh = zoo.tiny(NAME)
+        rk.patch(fresh)
+        rk.load_edits(fresh, best)
+        assert same_vectors(model, fresh), (rank, how)
+        return {path.name for path in (folder / how).iterdir() if "checkpoint" in path.name or "partial" in path.name}
+
+    limited = {"save_total_limit": 1, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    for how, options in {"all": {}, "limited": limited}.items():
+        train(how, 2, **options)  # ends at its best: the newest checkpoint
+        kept = train(how, 4, True, **options)  # finds that one, and goes on to what is worse
+        dist.barrier()
+        wanted = {"checkpoint-2"} if how == "limited" else {f"checkpoint-{step}" for step in range(1, 5)}
+        assert rank or kept == wanted, (how, kept)
+
+
 def sharded_in_a_trainer(rank: int, folder: Path) -> None:
     """RedTrainer's checkpoint of a sharded model with a trained head, and SaveEdits: all processes give their parts."""
     model = zoo.tiny("roberta")
@@ -221,12 +260,24 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
+class Upward(TrainerCallback):
+    """Has the loss rise after so many steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        optimizer.param_groups[0]["maximize"] = state.global_step >= self.step
+
+
 def main(what: str, rank: int, folder: Path) -> None:
     if what == "save and resume":
         for how in ("ddp", "fsdp layers", "fsdp whole"):
             train_and_resume(how, rank, folder / how.replace(" ", "-"))
         a_write_that_fails(rank, folder)
         sharded_in_a_trainer(rank, folder / "trainer")
+    elif what == "best":
+        best_by_trainer(rank, folder)
     else:
         by_trainer(rank, folder)
 

@@ -352,15 +352,16 @@ def test_lora_put_on_after_patching():
     model, *_ = edited("llama")
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     expected = logits(model, "llama")
-    with pytest.raises(ValueError, match=r"PeftModel has no place for the biases.*down_proj.bias"):
-        rk.merge(model)
-    rk.merge(model, loadable=False)
+    rk.merge(model)
+    assert model.config.mlp_bias
     torch.testing.assert_close(logits(model, "llama"), expected)
     rk.unmerge(model)
+    assert not model.config.mlp_bias
+    assert not [name for name, _ in model.named_parameters() if name.endswith(".bias") and "red_edit" not in name]
     assert torch.equal(logits(model, "llama"), expected)
     model, *_ = edited("llama")
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj"]))
-    with pytest.raises(ValueError, match=r"down_proj.base_layer had another name when it was patched"):
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj"], use_dora=True))
+    with pytest.raises(ValueError, match=r"down_proj.base_layer had another name when it was patched.*DoRA"):
         rk.merge(model)
 
 

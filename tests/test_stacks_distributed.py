@@ -52,3 +52,9 @@ def test_trainer(tmp_path):
     rk.load_edits(model, last)
     hold_vectors(rk.edit_parameters(model), unfused.vectors, truth.vectors)
     assert "model.safetensors" not in files(last)
+
+
+def test_the_best_checkpoint(tmp_path):
+    """`load_best_model_at_end` in both processes, with and without a limit of checkpoints, also resumed."""
+    pytest.importorskip("accelerate")
+    run_pair("stacks_worker.py", "best", str(tmp_path))

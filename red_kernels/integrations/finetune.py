@@ -6,7 +6,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +179,8 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     set_seed(settings.seed)  # a new head is drawn while loading
     base = _load(settings, labels, device)
     data = _tokenise(settings, base, split, labels, console)
-    console.print(str(patch(base.model, config)), highlight=False)
+    patched = patch(base.model, config)
+    console.print(str(replace(patched, frozen_head=())), highlight=False)  # the head is not to stay frozen
     if classification:
         train_head(base.model, base.new_parameters)
     run.begin()

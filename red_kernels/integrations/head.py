@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
+
+from ..heads import make_trainable
 
 
 def train_head(model: Any, new_parameters: Iterable[str]) -> list[nn.Parameter]:
@@ -28,23 +29,12 @@ def train_head(model: Any, new_parameters: Iterable[str]) -> list[nn.Parameter]:
     """
     inner = {id(own) for own in model.base_model.parameters()} if model.base_model is not model else set()
     new = set(new_parameters)
-    head = []
-    for prefix, module in model.named_modules():
-        names = {f"{prefix}.{name}" if prefix else name: own for name, own in module.named_parameters(recurse=False)}
-        chosen = {name: own for name, own in names.items() if (inner and id(own) not in inner) or name in new}
-        if not chosen or prefix.endswith(".red_edit"):
-            continue
-        for own in chosen.values():
-            own.data = own.data.float()
-            own.requires_grad_(True)
-            head.append(own)
-        module.register_forward_pre_hook(_inputs_in_fp32)
+    head = {
+        name: own
+        for name, own in model.named_parameters()
+        if ".red_edit." not in name and ((inner and id(own) not in inner) or name in new)
+    }
     if not head:
         raise ValueError(f"model: {type(model).__name__} has no head to train for classification")
-    return head
-
-
-def _inputs_in_fp32(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(
-        value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value for value in arguments
-    )
+    make_trainable(model, head)
+    return list(head.values())

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from .._files import write_files
 from .._sharded import is_sharded, placed_as, whole, write_from_one
 from ..checkpoint import HEAD_NAME, load_edits, save_edits
-from ..patch import edit_parameters
+from ..edit_module import RedEdit
+from ..patch import edit_modules, edit_parameters
+from .trainer_callback import check_patched
 
 __all__ = [
     "HEAD_NAME",
@@ -39,7 +42,7 @@ _PARTIAL = ".partial-"
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What a patched model trains beside its edits, by name: a classification head, usually, or nothing."""
-    edits = {id(vector) for parts in edit_parameters(model).values() for vector in parts.values()}
+    edits = {id(vector) for own in edit_modules(model).values() for vector in own.parameters()}  # active or not
     return {name: own for name, own in model.named_parameters() if own.requires_grad and id(own) not in edits}
 
 
@@ -109,17 +112,37 @@ class RedTrainer(Trainer):
     (`trainer.train(resume_from_checkpoint=...)` loads the edits into the model's own Parameters). Use it with a model
     patched by `rk.patch`. Weight decay pulls a scale toward 0, not toward 1: leave it at 0, Trainer's default.
 
+    Raises:
+        ValueError: at once, if the model, or the one that `model_init` makes, is not patched by `rk.patch`. An adapter
+            of `red_kernels.integrations.peft` is PEFT's to save: the plain Trainer does that.
+
     It overrides only how checkpoints are written and read, so a trainer of another library gets the same by a class of
     both, this one first: `class RedSFTTrainer(RedTrainer, SFTTrainer): ...`.
     """
 
     _staging: Path | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        model = args[0] if args else kwargs.get("model")
+        if isinstance(model, nn.Module):  # else it is made below, by its name or by model_init
+            check_patched(model, type(self).__name__)
+        super().__init__(*args, **kwargs)
+        check_patched(self._inner_model(), type(self).__name__)
+        self._check_reference()
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """The model that `model_init` makes, for each run anew. Raises ValueError if it is not patched."""
+        model: nn.Module = super().call_model_init(trial)
+        check_patched(model, type(self).__name__)
+        return model
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what was trained into a folder, by `save_trained`. All processes have to call this."""
         model = self._inner_model()
         if any(map(is_sharded, model.parameters())):
             save_trained(model, str(output_dir or self.args.output_dir))  # which gathers it from all processes
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         else:
             super().save_model(output_dir, _internal_call)
 
@@ -146,21 +169,31 @@ class RedTrainer(Trainer):
                 shutil.rmtree(self._staging, ignore_errors=True)  # left by a run that was killed
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            self._name_best_checkpoint(self._staging, run)
             self.accelerator.wait_for_everyone()  # every process has written its random state
             if self.args.should_save:
                 self._finish_checkpoint(self._staging / name, run / name)
+            self.accelerator.wait_for_everyone()  # whoever goes on finds the checkpoint under its name
         finally:
             if self.args.should_save:
                 shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run / name))
         if self.args.should_save:
             self._remove_old_checkpoints(run)
 
+    def _name_best_checkpoint(self, staging: Path, run: Path) -> None:
+        """Trainer has looked for the best checkpoint in the staging folder; in every process it is known by the name
+        that it has, or is about to get, in the run's folder."""
+        best, step = self.state.best_model_checkpoint, self.state.best_global_step
+        if best is not None and Path(best).parent == staging:
+            self.state.best_model_checkpoint = str(run / Path(best).name)
+        elif best is None and step and (run / f"checkpoint-{step}").is_dir():  # resumed in a folder that has moved
+            self.state.best_model_checkpoint = str(run / f"checkpoint-{step}")
+
     def _finish_checkpoint(self, complete: Path, final: Path) -> None:
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best) == complete:
-            self.state.best_model_checkpoint = str(final)
-            self.state.save_to_json(str(complete / "trainer_state.json"))
+        self.state.save_to_json(str(complete / "trainer_state.json"))  # which names the best checkpoint
         for path in complete.rglob("*"):
             if path.is_file():
                 with path.open("r+b") as file:
@@ -168,6 +201,14 @@ class RedTrainer(Trainer):
         if final.exists():  # the same step, saved by an earlier run in this folder
             shutil.rmtree(final)
         os.replace(complete, final)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is not None:
+            return  # it is about to be renamed, and pushed under its name
+        if self.is_world_process_zero():  # Trainer copies its own files only
+            files = {path.name: path.read_bytes() for path in sorted(Path(checkpoint_folder).glob("red_*"))}
+            write_files(str(self.args.output_dir), files)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _remove_old_checkpoints(self, run: Path) -> None:
         limit = self.args.save_total_limit
@@ -177,6 +218,19 @@ class RedTrainer(Trainer):
         for path in checkpoints(run)[:-limit]:
             if best is None or path != Path(best):
                 shutil.rmtree(path)
+
+    def _check_reference(self) -> None:
+        """TRL's trainers load the reference of a model by its name: without the edits that the model begins with."""
+        reference = getattr(self, "ref_model", None)
+        if not isinstance(reference, nn.Module) or any(isinstance(module, RedEdit) for module in reference.modules()):
+            return
+        vectors = [pair for parts in edit_parameters(self._inner_model()).values() for pair in parts.items()]
+        if any(not own.is_meta and bool((own != float("bias" not in part)).any()) for part, own in vectors):
+            warnings.warn(
+                "ref_model: is the base model without edits, and the model begins with trained ones, so the first loss "
+                "is not that of equal models; for a reference with these edits take copy.deepcopy(model)",
+                stacklevel=3,
+            )
 
     def _inner_model(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

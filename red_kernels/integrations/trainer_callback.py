@@ -10,9 +10,30 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .._sharded import is_sharded
 from ..checkpoint import save_edits
-from ..patch import edit_parameters
+from ..patch import edit_config, edit_modules, edit_parameters
 
-__all__ = ["SaveEdits"]
+__all__ = ["SaveEdits", "check_patched"]
+
+
+def check_patched(model: nn.Module, who: str) -> None:
+    """Check before a training that its edits can be saved; `who` is what saves them, for the message.
+
+    Raises:
+        ValueError: the model is not patched, or not by `rk.patch`.
+    """
+    try:
+        edit_config(model)
+    except ValueError as error:
+        try:
+            foreign = not all(own.own for own in edit_modules(model).values())
+        except ValueError:
+            foreign = False
+        if foreign:
+            raise ValueError(
+                f"model: the edits of this {type(model).__name__} are adapters of PEFT, which saves them itself: train "
+                f"it by transformers' plain Trainer, without {who}; model.save_pretrained writes the adapter"
+            ) from error
+        raise ValueError(f"{error}; {who} saves the edits of a model that is patched by rk.patch") from error
 
 
 class SaveEdits(TrainerCallback):
@@ -22,11 +43,15 @@ class SaveEdits(TrainerCallback):
     process writes: the first, or under FSDP2, where the vectors are gathered from all, the first of the mesh.
     """
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Raise ValueError if the model is not patched by `rk.patch`, when the Trainer is made."""
+        check_patched(_model(kwargs), "SaveEdits")
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Raise ValueError if the model is not patched, before anything is trained."""
-        edit_parameters(_model(kwargs))
+        """The same for a callback that was added later, and for a model that was made anew; nothing is trained then."""
+        check_patched(_model(kwargs), "SaveEdits")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save the edits. Raises what `rk.save_edits` raises."""
