@@ -78,25 +78,19 @@ def stop_watching(module: nn.Module) -> None:
             del hooks[key]
 
 
-def missing(model: nn.Module) -> list[str]:
-    """What is wrong with the sites of a patched model, each by its name; nothing where all are in place."""
-    wrong, left_out = _look(model)
-    return wrong + [f"{name} (its {kind} is not in the model)" for name, kind in left_out.items()]
-
-
-def _look(model: nn.Module) -> tuple[list[str], dict[str, str]]:
-    """What is wrong with the sites that are there; and those whose layer is not, with the layer's class."""
+def missing(model: nn.Module) -> tuple[list[str], list[str]]:
+    """What is wrong with the sites of a patched model, each by its name; and the sites whose layer is not in it."""
     found: Watch | None = model.__dict__.get(_WATCH)
     if found is None:
-        return [], {}
+        return [], []
     wrong: list[str] = []
-    left_out: dict[str, str] = {}
+    left_out: list[str] = []
     for at, (path, layer) in enumerate(found.layers):
         sites: list[Site] = layer.__dict__.get(_SITES, [])
         if walk(model, path) is not layer:
             moved = _path_to(model, layer)
             if moved is None:
-                left_out.update({site.name: type(layer).__name__ for site in sites})
+                left_out += [site.name for site in sites]
                 continue
             found.layers[at] = moved, layer
         wrong += [f"{site.name} ({what})" for site in sites if (what := _wrong(layer, site))]
@@ -122,10 +116,10 @@ def before_model(model: nn.Module, args: Any) -> None:
                 break
         else:
             return
-    wrong, left_out = _look(model)
+    wrong, left_out = missing(model)
     if wrong:
         raise RuntimeError(f"model: edits that rk.patch made are gone: {listed(wrong)}; {_REMEDY}")
-    new = sorted(left_out.keys() - found.left_out)
+    new = [name for name in left_out if name not in found.left_out]
     if new:
         found.left_out.update(new)
         warnings.warn(
