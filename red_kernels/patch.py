@@ -158,11 +158,14 @@ def edit_config(model: nn.Module) -> RedConfig:
             or has lost its hook.
     """
     patches = _patches(model)
-    wrong = [what for holder, _ in patches.values() for what in missing(holder)]
-    if wrong:
-        raise ValueError(
-            f"model: edits that rk.patch made are gone: {listed(wrong)}; call rk.unpatch and patch it anew"
-        )
+    for holder, _ in patches.values():
+        wrong, left_out = missing(holder)
+        if wrong:
+            raise ValueError(
+                f"model: edits that rk.patch made are gone: {listed(wrong)}; call rk.unpatch and patch it anew"
+            )
+        if left_out:
+            warnings.warn(f"the layers of the edits at {listed(left_out)} are not in the model any more", stacklevel=3)
     configs = [state.config for _, state in patches.values()]
     if any(config != configs[0] for config in configs):
         raise ValueError(
