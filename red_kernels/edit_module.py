@@ -22,6 +22,7 @@ __all__ = [
     "NAME",
     "NORM_EPS",
     "EditVectors",
+    "Gate",
     "RedEdit",
     "applied_inside",
     "call_unedited",
@@ -35,6 +36,16 @@ NAME = "red_edit"  # the child's name in the site: state_dict keys are `<site>.r
 NORM_EPS = 1e-5  # of the LayerNorm of kind "ln", torch's default
 INSIDE = "_red_kernels_inside"  # in a layer whose forward applies an edit that no hook could: the path of its site
 _STARTS: tuple[tuple[str, float], ...] = (("scale", 1.0), ("bias", 0.0), ("norm_weight", 1.0), ("norm_bias", 0.0))
+
+
+_changing = threading.Lock()
+
+
+class Gate:
+    """Whether an edit is visible: one for all of its sites, so that it becomes visible at all of them in one step."""
+
+    def __init__(self) -> None:
+        self.open = False
 
 
 class EditVectors(nn.Module):
@@ -53,6 +64,7 @@ class EditVectors(nn.Module):
     bias: nn.Parameter | None
     norm_weight: nn.Parameter | None
     norm_bias: nn.Parameter | None
+    gate: Gate | None = None  # shared by what becomes visible at once; None for visible at all times
 
     def __init__(
         self, width: int, parts: tuple[str, ...], dtype: torch.dtype, device: torch.device | str | None
@@ -125,11 +137,12 @@ class RedEdit(EditVectors):
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the edits, in the order they came."""
-        return ((DEFAULT,) if self.own else ()) + tuple(self._modules)
+        added = tuple(self._modules.items())  # a copy: another thread may add or delete
+        return ((DEFAULT,) if self.own else ()) + tuple(name for name, holder in added if _is_visible(holder))
 
     def has(self, name: str | None) -> bool:
         """Whether there is an edit of this name."""
-        return name in self._modules or (self.own and name == DEFAULT)
+        return _is_visible(self._modules.get(name)) if name in self._modules else self.own and name == DEFAULT
 
     def holder(self, name: str) -> EditVectors:
         """The module whose Parameters are an edit's vectors. Raises KeyError for a name that is not there."""
@@ -144,10 +157,23 @@ class RedEdit(EditVectors):
         check_name(name)
         if self.has(name):
             raise ValueError(f"name: there is an edit {name!r} already")
-        added = EditVectors(self.width, self.parts, dtype, device)
-        added.train(self.training)
-        self.add_module(name, added)
+        added = self.make(dtype, device)
+        self.publish(name, added)
         return added
+
+    def make(self, dtype: torch.dtype, device: torch.device | str | None) -> EditVectors:
+        """The vectors of a further edit, the identity at the start, which are no part of the module yet."""
+        return EditVectors(self.width, self.parts, dtype, device).train(self.training)
+
+    def publish(self, name: str, holder: EditVectors) -> None:
+        """Make vectors the edit of this name."""
+        with _changing:  # a new dict and no change of the old one: other threads may be walking through it
+            self.__dict__["_modules"] = {**self._modules, name: holder}
+
+    def remove(self, name: str) -> None:
+        """Take the edit of this name away, if there is one."""
+        with _changing:
+            self.__dict__["_modules"] = {key: holder for key, holder in self._modules.items() if key != name}
 
     def named(self, name: str | None) -> Vectors | None:
         """The vectors of an edit; None where this site has none of that name."""
@@ -184,6 +210,11 @@ class RedEdit(EditVectors):
     def extra_repr(self) -> str:
         names = ", ".join(self.names)
         return f"{self.width}, {' and '.join(self.parts)}" + ("" if names == DEFAULT else f", edits: {names}")
+
+
+def _is_visible(holder: object) -> bool:
+    gate = getattr(holder, "gate", None)
+    return holder is not None and (gate is None or gate.open)
 
 
 def check_name(name: object) -> None:
