@@ -113,10 +113,11 @@ def made_folder(folder: Path) -> Iterator[None]:
         for path in reversed(made):
             with contextlib.suppress(OSError):
                 path.rmdir()  # goes only if it is empty
-        if isinstance(error, OSError) and not hasattr(error, "red_folder"):
+        # An error without a number is a message already; one that an inner folder has named is not named once more.
+        if isinstance(error, OSError) and error.errno is not None and not hasattr(error, "red_folder"):
             text = f"cannot write to the folder {str(folder)!r}: {error.strerror or error}"
             named: Any = OSError(error.errno, text)
-            named.red_folder = str(folder)  # an outer folder does not name itself once more
+            named.red_folder = str(folder)
             raise named from error
         raise
 
@@ -271,6 +272,7 @@ def _is_used(path: Path, pid: str) -> bool:
 
 def _is_old(path: Path) -> bool:
     try:
-        return time.time() - path.lstat().st_mtime > _OLD
+        found = path.lstat()
+        return time.time() - max(found.st_mtime, found.st_ctime) > _OLD  # a renamed folder keeps the former time
     except OSError:
         return False
