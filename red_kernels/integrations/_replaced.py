@@ -26,10 +26,11 @@ _FORMAT = "red_kernels merged model"
 
 @dataclass(frozen=True)
 class _Former:
-    """A folder that may be replaced: which one it is, and the files in it."""
+    """A folder that may be replaced: which one it is, the files in it, and whether all that it had are there."""
 
     identity: tuple[int, int, bytes]
     files: tuple[str, ...]
+    whole: bool = False
 
 
 class OutputFolder:
@@ -131,12 +132,17 @@ class OutputFolder:
     def _recover(self) -> None:
         """Bring back a former output that a killed process has moved aside, where it had no time for the new one."""
         for path in sorted(leftovers(self.path.parent, self.path.name, "old"), key=_changed, reverse=True):
-            if not os.path.lexists(self.path):
+            try:
+                former = _replaceable(path)
+            except FileExistsError:
+                if not any(files for _, _, files in os.walk(path)):
+                    self._delete(path, ())  # the process was killed while it removed the folders
+                continue
+            if former.whole and not os.path.lexists(self.path):
                 os.rename(path, self.path)
                 self.notes.append(f"brought back {str(self.path)!r}, which a process that was killed had moved aside")
-                continue
-            with contextlib.suppress(FileExistsError):
-                self._delete(path, _replaceable(path).files)
+            else:
+                self._delete(path, former.files)
 
     def _delete(self, folder: Path, files: tuple[str, ...]) -> None:
         """Delete the files that were written here, and the folders that are empty then."""
@@ -213,12 +219,13 @@ def _replaceable(folder: Path) -> _Former:
         raise FileExistsError(
             f"output: {str(folder)!r} is no merged model that this command wrote ({MARKER}: {error}); {advice}"
         ) from error
-    foreign = sorted(there - own - {MARKER})
+    parents = {str(parent) for name in own for parent in Path(name).parents}  # empty where the deletion was cut short
+    foreign = sorted(there - own - parents - {MARKER})
     if foreign:
         raise FileExistsError(
             f"output: {str(folder)!r} holds files that the merge did not write: {listed(foreign)}; {advice}"
         )
-    return _Former((found.st_dev, found.st_ino, content), tuple(sorted(there & own)))
+    return _Former((found.st_dev, found.st_ino, content), tuple(sorted(there & own)), own <= there)
 
 
 def _entries(folder: Path) -> set[str]:

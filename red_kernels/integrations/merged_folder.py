@@ -79,9 +79,10 @@ def merge_folder(
         merged = merge(loaded, force=force, keep_original=False)
         tokenizer = _tokenizer(source, notes)
         try:
-            loaded.save_pretrained(folder)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
+            with _quietly():
+                loaded.save_pretrained(folder)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(folder)
         except OSError:
             raise
         except Exception as error:  # safetensors has an error of its own for a full disk
