@@ -37,9 +37,11 @@ __all__ = [
     "config_of",
     "is_own_folder",
     "make_saved",
+    "marked_head",
     "read_description",
     "read_file",
     "read_folder",
+    "remove_saved",
     "stale_files",
 ]
 
@@ -163,6 +165,16 @@ def stale_files(folder: Path, mark: str | None) -> list[Path]:
     if mark is None:
         found.append(folder / HEAD_NAME)
     return [*found, folder / CONFIG_NAME]
+
+
+def remove_saved(folder: Path) -> None:
+    """Remove the files of a save, and the folder if nothing else is in it. Raises OSError where that cannot be done."""
+    if not folder.is_dir():
+        return
+    for path in (folder / TENSORS_NAME, *stale_files(folder, None)):  # the edits first: without them there is no state
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def marked_head(folder: Path, mark: str) -> Path:

@@ -368,3 +368,17 @@ def test_numbers_in_names_that_are_none(tmp_path: Path) -> None:
     assert found == [f"layers.{number}.mlp" for number in ("²", "٣", "2", "007", "10", "9" * 5_000)]
     with pytest.raises(ValueError, match="none of its sites"):
         rk.load_edits(patched(), tmp_path / "edits.safetensors")
+
+
+def test_a_new_run_removes_its_own_files_only(tmp_path: Path) -> None:
+    from red_kernels.integrations.run_folder import RunFolder
+
+    for kind in ("head", "earlier with head"):
+        save(kind, tmp_path / "edits")
+        (tmp_path / "edits" / "thesis.txt").write_text("years")
+        RunFolder(tmp_path, {}, {}).begin()
+        assert names(tmp_path / "edits") == ["thesis.txt"]
+    (tmp_path / "edits" / "thesis.txt").unlink()
+    save("all", tmp_path / "edits")
+    RunFolder(tmp_path, {}, {}).begin()
+    assert names(tmp_path) == ["run.json"]
