@@ -394,16 +394,12 @@ def _trained_pairs(model: nn.Module, found: Found, mapping: dict[str, str]) -> t
     source = found.source.with_name(HEAD_NAME)
     vectors = {id(own) for module in model.modules() if isinstance(module, RedEdit) for own in module.parameters()}
     own = {key: one for key, one in model.named_parameters(remove_duplicate=False) if id(one) not in vectors}
-    pairs: _Pairs = []
-    missing = []
-    for key, value in found.trained.values.items():
-        to = key if key in own else renamed(key, mapping)
-        if to not in own:
-            missing.append(key)
-            continue
-        _check_head(source, to, value, own[to], found)
-        pairs.append((to, own[to], value))
-    return pairs, missing
+    values = found.trained.values
+    names = {key if key in own else renamed(key, mapping): key for key in sorted(values)}
+    pairs: _Pairs = [(to, own[to], values[names[to]]) for to in own if to in names]  # in the model's order
+    for to, one, value in pairs:
+        _check_head(source, to, value, one, found)
+    return pairs, [key for to, key in names.items() if to not in own]
 
 
 def _check_head(source: Path, name: str, value: torch.Tensor, own: nn.Parameter, found: Found) -> None:

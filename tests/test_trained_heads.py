@@ -128,7 +128,7 @@ def test_another_number_of_labels_changes_nothing(strict, bases, tmp_path):
     model, _ = classifier(bases["bert"], ("a", "b"))
     rk.patch(model)
     before = {name: own.detach().clone() for name, own in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"red_head\.safetensors: classifier\.bias has shape \(3,\).*num_labels=3"):
+    with pytest.raises(ValueError, match=r"red_head\.safetensors: classifier\.weight has shape .3, 32.*num_labels=3"):
         rk.load_edits(model, tmp_path, strict=strict)
     assert all(torch.equal(own, before[name]) for name, own in model.named_parameters())
     assert model.config.id2label == {0: "a", 1: "b"}
