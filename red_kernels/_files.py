@@ -1,21 +1,55 @@
-"""Writing files so that a reader, or a crash, never meets half of one."""
+"""Writing files so that a reader, a second writer or a crash never meets half of one."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import json
 import os
+import re
 import secrets
-from collections.abc import Mapping
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows has none: two writers at once are not kept apart there
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "json_by_line",
+    "leftovers",
+    "locked",
+    "made_folder",
+    "remove_leftovers",
+    "sync_folder",
+    "temporary",
+    "write_files",
+]
+
+_TEMPORARY = re.compile(
+    r"\.(?P<name>.+)\.red-(?P<host>.+)-(?P<pid>[0-9]{1,9})-(?P<token>[0-9a-f]{16})\.(?P<end>tmp|old)"
+)
+_FORMER_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9]+-[0-9a-f]{8}\.tmp")  # of earlier versions: no host is named
+_OLD = 86_400.0  # seconds after which a temporary file is left over, whoever made it: no save takes a day
+_PATIENCE = 60.0  # seconds to wait for another writer of the same folder
+_LONGEST = 100  # bytes of a name that go into a temporary name as they are
+
+_active: set[Path] = set()  # the temporary names that this process is using now
+
 
 def write_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) -> None:
-    """Write several small files into `folder`, all of them or none.
+    """Write several small files into `folder`.
 
     Every file is written and synced under a temporary name first; only when all of them are on the disk are they
-    renamed, in the order given. The folder is made if it is missing.
+    renamed, in the order given. A reader meets each file whole, the former or the new one. A process that is killed
+    between two renames leaves the first of the new files: where files must agree, the last one decides. The folder is
+    made if it is missing. Temporary files that killed processes left in it are removed.
 
     Args:
         folder: where the files go.
@@ -23,32 +57,169 @@ def write_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) -
 
     Raises:
         OSError: the folder cannot be made or written to (read-only, full, a file in its place); of the subclass that
-            belongs to the cause, with the folder's name in the message. No temporary file is left.
+            belongs to the cause, with the folder's name in the message. No temporary file is left, no file that was
+            not there before, and no folder that was made for it.
     """
     target = Path(folder)
-    made = not target.exists()
-    written: list[tuple[Path, Path]] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(made_folder(target))
+        remove_leftovers(target)
+        # The names stay taken until the end: another thread's save must not take these files for left over.
+        written = [(stack.enter_context(temporary(target / name)), target / name) for name in contents]
+        new: list[Path] = []
+        complete = False
+        try:
+            for (path, _), content in zip(written, contents.values(), strict=True):
+                _write_synced(path, content)
+            complete = True
+            for path, final in written:
+                there = os.path.lexists(final)
+                os.replace(path, final)
+                if not there:
+                    new.append(final)
+        except BaseException:
+            if complete and not os.path.lexists(written[-1][0]):  # an interrupt behind the last rename: all is there
+                new.clear()
+            for path in [*(path for path, _ in written), *new]:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            raise
+        sync_folder(target)
+
+
+@contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and its missing parents for the block; if it raises, remove those of them that are empty.
+
+    Raises:
+        OSError: the folder cannot be made; or one that the block raised, with the folder's name in the message.
+    """
+    made: list[Path] = []
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            temporary = target / f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-            written.append((temporary, target / name))
-            _write_synced(temporary, content)
-        for temporary, final in written:
-            os.replace(temporary, final)
-        _sync_folder(target)
+        missing = []
+        path = folder
+        while not os.path.lexists(path):
+            missing.append(path)
+            path = path.parent
+        for path in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                path.mkdir()
+                made.append(path)
+        folder.mkdir(exist_ok=True)  # raises for a file in its place
+        for path in made:
+            sync_folder(path.parent)
+        yield
     except BaseException as error:
-        for temporary, _ in written:
+        for path in reversed(made):
             with contextlib.suppress(OSError):
-                temporary.unlink()
-        if made:
-            with contextlib.suppress(OSError):
-                target.rmdir()  # goes only if it is empty
-        if isinstance(error, OSError):
-            raise OSError(
-                error.errno, f"cannot write to the folder {str(target)!r}: {error.strerror or error}"
-            ) from error
+                path.rmdir()  # goes only if it is empty
+        # An error without a number is a message already; one that an inner folder has named is not named once more.
+        if isinstance(error, OSError) and error.errno is not None and not hasattr(error, "red_folder"):
+            text = f"cannot write to the folder {str(folder)!r}: {error.strerror or error}"
+            named: Any = OSError(error.errno, text)
+            named.red_folder = str(folder)
+            raise named from error
         raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other writers of a folder out for the block, those of other threads and processes alike.
+
+    The system takes the lock from a process that ends. Where a file system has no such locks, the block simply runs.
+
+    Raises:
+        TimeoutError: another process has kept the lock for a minute.
+    """
+    descriptor = None
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+    if descriptor is None:
+        yield
+        return
+    try:
+        held = _lock(descriptor, folder)
+        try:
+            yield
+        finally:
+            if held:
+                # A child that was forked meanwhile has a copy of the descriptor: closing it here would not do.
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> bool:
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise TimeoutError(
+                    errno.ETIMEDOUT, f"another process has kept its lock for {_PATIENCE:.0f} seconds"
+                ) from None
+            time.sleep(0.005)
+        except OSError:  # the file system has no locks
+            return False
+
+
+@contextlib.contextmanager
+def temporary(final: Path, end: str = "tmp") -> Iterator[Path]:
+    """A temporary name beside `final`, which nothing else has; for the block it is not taken for left over."""
+    name = _stem(final.name)
+    path = final.with_name(f".{name}.red-{_host()}-{os.getpid()}-{secrets.token_hex(8)}.{end}")
+    _active.add(path)
+    try:
+        yield path
+    finally:
+        _active.discard(path)
+
+
+def leftovers(folder: Path, name: str | None = None, end: str = "tmp") -> list[Path]:
+    """The temporary files and folders in `folder` whose process is dead; of other machines those older than a day.
+
+    Args:
+        folder: where to look.
+        name: the final name that they were made for; None for any.
+        end: as of `temporary`.
+    """
+    found = []
+    with contextlib.suppress(OSError):
+        for path in map(Path, sorted(os.scandir(folder), key=lambda entry: entry.name)):
+            match = _TEMPORARY.fullmatch(path.name)
+            former = _FORMER_TEMPORARY.fullmatch(path.name) if match is None and end == "tmp" else None
+            named = match or former
+            if named is None or (name is not None and named["name"] != _stem(name)):
+                continue
+            if match is not None and match["end"] != end:
+                continue
+            if _is_old(path) or (match is not None and match["host"] == _host() and not _is_used(path, match["pid"])):
+                found.append(path)
+    return found
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left in a folder; what cannot be removed stays. Arguments as of `leftovers`."""
+    for path in leftovers(folder, name):
+        with contextlib.suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                if name is not None:
+                    shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in a folder last through a power cut, where the system can; elsewhere they are still atomic."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def json_by_line(content: Mapping[str, Any]) -> str:
@@ -72,11 +243,36 @@ def _write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    # Makes the renames last through a power cut where the system can do it; elsewhere they are still atomic.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _stem(name: str) -> str:
+    """A final name as temporary names hold it: a long one would not fit."""
+    return name if len(os.fsencode(name)) <= _LONGEST else hashlib.sha256(os.fsencode(name)).hexdigest()
+
+
+def _host() -> str:
+    """This machine, and the space in which its process numbers count: containers have one each."""
+    host = re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname())[:40] or "host"
+    try:
+        return f"{host}_{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return host
+
+
+def _is_used(path: Path, pid: str) -> bool:
+    number = int(pid)
+    if number == os.getpid():  # a former process may have had this number
+        return path in _active
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        found = path.lstat()
+        return time.time() - max(found.st_mtime, found.st_ctime) > _OLD  # a renamed folder keeps the former time
+    except OSError:
+        return False

@@ -7,7 +7,7 @@ one rule "take this prefix off, put that one on" has to fit the whole checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 
 def match_sites(checkpoint_sites: Iterable[str], model_sites: Iterable[str]) -> dict[str, str]:
@@ -49,6 +49,19 @@ def match_sites(checkpoint_sites: Iterable[str], model_sites: Iterable[str]) -> 
     return best
 
 
+def renamed(name: str, mapping: Mapping[str, str]) -> str:
+    """Another name of the checkpoint, such as that of a head's parameter, by the change of prefix in `mapping`."""
+    for site, to in mapping.items():
+        parts, other = site.split("."), to.split(".")
+        common = _common_tail(parts, other)
+        remove, add = ".".join(parts[: len(parts) - common]), ".".join(other[: len(other) - common])
+        if remove and not name.startswith(f"{remove}."):
+            return name
+        core = name[len(remove) + 1 :] if remove else name
+        return f"{add}.{core}" if add else core
+    return name
+
+
 def _candidate_rules(ours: list[str], theirs: list[str]) -> set[tuple[str, str]]:
     # Sites of one layer kind share their last parts; a site that ends otherwise is left out at once, so that not
     # every pair is compared.
@@ -77,9 +90,9 @@ def _common_tail(first: list[str], second: list[str]) -> int:
 
 def _is_prefix_change(remove: list[str], add: list[str]) -> bool:
     """Whether one prefix is the other with parts added: `encoder` must never become `decoder`, nor layer 1 layer 2."""
-    if any(part.isdigit() for part in remove):
+    if any(part.isdecimal() for part in remove):
         return False
-    if any(part.isdigit() for part in add) and remove:
+    if any(part.isdecimal() for part in add) and remove:
         return False
     shorter, longer = sorted((remove, add), key=len)
     rest = iter(longer)

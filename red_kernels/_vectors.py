@@ -69,4 +69,8 @@ def in_order(vectors: SiteTensors) -> SiteTensors:
 
 def by_layer(site: str) -> list[tuple[int, str]]:
     """A key to sort site names by: layer 2 comes before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in site.split(".")]
+    # By its digits and not as an int: Python refuses to convert thousands of them, and `isdigit` knows more than ASCII.
+    return [
+        (len(digits := part.lstrip("0")) + 1, digits) if part.isascii() and part.isdigit() else (-1, part)
+        for part in site.split(".")
+    ]

@@ -2,14 +2,19 @@
 
 `delta_vector.pth` is a `torch.save`d dict from `<site>.delta_vector.activation_scaling` and `.activation_bias` to
 tensors of shape `[1, width]`; kind `ln` adds `<site>.delta_vector.activation_ln.weight` and `.bias`. `classifier.pth`
-is the state dict of the classifier head.
+is the state dict of the classifier head. Where both are written, they share a mark in a record of their own that
+torch.load passes by, so that a crash between two renames cannot mix two saves: see `_saved_folder.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import os
+import re
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +22,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._files import write_files
+from ._edit_values import edit_tensors, values_of
+from ._files import locked, made_folder, sync_folder, write_files
 from ._sharded import refuse_partitioned, whole, write_from_one
 from ._vectors import SiteTensors, checked_tensor, collect
 from ._wrapped_names import inner_model, renamed_sites
 from .edit_module import NAME
-from .patch import edit_parameters
 from .report import listed
 
 __all__ = ["CLASSIFIER_NAME", "VECTORS_NAME", "export_authors"]
@@ -43,6 +48,9 @@ _ROWS = ("scale", "bias")  # `[1, width]`; the norm's are as nn.LayerNorm has th
 # Inner models under these names are part of the authors' site names (`transformer.h.0`, `model.layers.0`). One under a
 # name of its own is not: `encoder.layer.0` where the model has `roberta.encoder.layer.0`.
 _COMMON_PREFIXES = ("model", "transformer")
+_RECORD = ".data/red_kernels_mark"  # in the archive that torch.save writes
+_MARKED_CLASSIFIER = re.compile(r"classifier\.[0-9a-f]{32}\.pth")
+_TRIES = 3  # to read both files while others write; then once more with the writers kept out
 
 
 def export_authors(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
@@ -50,8 +58,8 @@ def export_authors(model: nn.Module, folder: str | os.PathLike[str], name: str |
 
     Vectors are of shape `[1, width]` in their own dtype (the authors' are fp32 or bf16), named from the inner
     model as the authors' are. A classifier head, the module `classifier` of the model, goes to `classifier.pth` beside
-    them. Both files are written to temporary names, synced and renamed. `rk.load_edits` reads the folder back. For
-    models in several processes the same holds as for `rk.save_edits`.
+    them. Both files are written to temporary names, synced and renamed, and `rk.load_edits` reads the folder back: a
+    crash leaves the former state or the new one. For models in several processes the same holds as for `rk.save_edits`.
 
     Args:
         model: a model patched by `rk.patch`.
@@ -70,12 +78,8 @@ def export_authors(model: nn.Module, folder: str | os.PathLike[str], name: str |
     Warns:
         UserWarning: something else is trained beside the edits and the head, for which this form has no place.
     """
-    parameters = edit_parameters(model, name)
-    vectors: SiteTensors = {
-        site: {part: _values(f"{site}.{part}", own) for part, own in parts.items()}
-        for site, parts in parameters.items()
-    }
-    vectors = renamed_sites(model, vectors)
+    tensors = edit_tensors(model, name)
+    vectors = renamed_sites(model, values_of(tensors))
     head = classifier_of(model)
     values = {key: _values(f"{HEAD}.{key}", own) for key, own in head.items()}
     known = {id(own) for own in head.values()}
@@ -86,7 +90,7 @@ def export_authors(model: nn.Module, folder: str | os.PathLike[str], name: str |
     ]
     target = Path(folder)
     prefix = inner_prefix(inner_model(model)[1], vectors)
-    every = [own for parts in parameters.values() for own in parts.values()]
+    every = [own for parts in tensors.values() for own in parts.values()]
     write_from_one([*every, *head.values()], lambda: write_authors(target, vectors, prefix, values))
     if other:
         warnings.warn(f"not saved, as the authors' form has no place for it: {listed(other)}", stacklevel=2)
@@ -105,10 +109,19 @@ def write_authors(folder: Path, vectors: SiteTensors, prefix: str, head: Mapping
         for site, parts in vectors.items()
         for part, value in parts.items()
     }
-    contents = {VECTORS_NAME: _saved(state)}
-    if head:
-        contents[CLASSIFIER_NAME] = _saved(dict(head))
-    write_files(folder, contents)
+    mark = hashlib.sha256(_saved(state) + _saved(dict(head))).hexdigest()[:32] if head else None
+    with made_folder(folder), locked(folder):
+        contents = {VECTORS_NAME: _saved(state, mark)}
+        if mark is not None:
+            contents = {_marked_name(mark): _saved(dict(head), mark), **contents}
+        write_files(folder, contents)
+        with contextlib.suppress(OSError):  # the new state is there; a reader can do without what follows
+            if mark is not None:
+                os.replace(folder / _marked_name(mark), folder / CLASSIFIER_NAME)
+            for path in folder.iterdir():
+                if _MARKED_CLASSIFIER.fullmatch(path.name):
+                    path.unlink()
+            sync_folder(folder)
 
 
 def authors_site(site: str, prefix: str) -> str:
@@ -121,12 +134,48 @@ def read_vectors(path: Path) -> SiteTensors:
     return collect(path, _read(path), _split, _ROWS)
 
 
-def read_classifier(path: Path) -> dict[str, torch.Tensor]:
-    """Read a `classifier.pth`: parameter name to value. Raises ValueError for a damaged file or one without tensors."""
-    state = _read(path)
-    if not state:
-        raise ValueError(f"{path}: is not the state of a classifier head: it is empty")
-    return {key: checked_tensor(path, key, value) for key, value in state.items()}
+def read_authors(folder: Path) -> tuple[SiteTensors, None, dict[str, torch.Tensor]]:
+    """Read a folder in the authors' form: the vectors, no description, and the classifier head if there is one.
+
+    Raises:
+        ValueError: a file is damaged or of another form; the classifier is of another save than the vectors.
+        FileNotFoundError: the vectors, or the classifier that was saved with them, are missing.
+    """
+    for _ in range(_TRIES):
+        with contextlib.suppress(_Torn):
+            return _read_both(folder)
+    with locked(folder):
+        try:
+            return _read_both(folder)
+        except _Torn as error:
+            raise ValueError(str(error)) from None
+
+
+class _Torn(Exception):
+    """Both files are not of one save, which may be so for a moment while another process writes."""
+
+
+def _read_both(folder: Path) -> tuple[SiteTensors, None, dict[str, torch.Tensor]]:
+    content = (folder / VECTORS_NAME).read_bytes()
+    vectors = collect(folder / VECTORS_NAME, _load(folder / VECTORS_NAME, content), _split, _ROWS)
+    mark = _mark_of(content)
+    for path in (folder / CLASSIFIER_NAME, *([] if mark is None else [folder / _marked_name(mark)])):
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            continue
+        state = _load(path, content)
+        # Files without a mark are of the authors' program, of earlier versions, or were put there by hand.
+        if mark is None or _mark_of(content) in (None, mark):
+            if not state:
+                raise ValueError(f"{path}: is not the state of a classifier head: it is empty")
+            return vectors, None, {key: checked_tensor(path, key, value) for key, value in state.items()}
+    if mark is None:
+        return vectors, None, {}
+    raise _Torn(
+        f"{folder / CLASSIFIER_NAME}: is missing, or of another save than {VECTORS_NAME} beside it; name "
+        f"{VECTORS_NAME} itself to load the vectors alone"
+    )
 
 
 def inner_prefix(model: nn.Module, sites: Iterable[str]) -> str:
@@ -169,10 +218,28 @@ def _values(name: str, parameter: torch.Tensor) -> torch.Tensor:
     return whole(parameter).to("cpu", copy=True).contiguous()
 
 
-def _saved(state: dict[str, torch.Tensor]) -> bytes:
+def _saved(state: dict[str, torch.Tensor], mark: str | None = None) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
+    if mark is not None:
+        with zipfile.ZipFile(buffer, "a") as archive:
+            top = archive.namelist()[0].partition("/")[0]
+            archive.writestr(zipfile.ZipInfo(f"{top}/{_RECORD}"), mark)  # without a date: the bytes are the same again
     return buffer.getvalue()
+
+
+def _mark_of(content: bytes) -> str | None:
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            name = next((name for name in archive.namelist() if name.endswith(f"/{_RECORD}")), None)
+            mark = None if name is None else archive.read(name).decode()
+    except Exception:  # torch.load has read it: of the older form, which is no archive
+        return None
+    return mark if mark is not None and re.fullmatch("[0-9a-f]{32}", mark) else None
+
+
+def _marked_name(mark: str) -> str:
+    return f"{HEAD}.{mark}.pth"
 
 
 def _split(key: str) -> tuple[str, str] | None:
@@ -182,13 +249,16 @@ def _split(key: str) -> tuple[str, str] | None:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    with path.open("rb") as file:
-        try:
-            # Their files were saved from cuda:0; weights_only keeps a foreign pickle from running code.
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{path}: is damaged or no checkpoint that torch.load reads safely: {reason}") from error
+    return _load(path, path.read_bytes())
+
+
+def _load(path: Path, content: bytes) -> Mapping[str, Any]:
+    try:
+        # Their files were saved from cuda:0; weights_only keeps a foreign pickle from running code.
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: is damaged or no checkpoint that torch.load reads safely: {reason}") from error
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise ValueError(f"{path}: expected a dict from names to tensors, got {type(state).__name__}")
     return state

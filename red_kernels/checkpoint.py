@@ -1,49 +1,59 @@
 """Saving the edits of a patched model, and loading them back, the RED authors' files included.
 
-A saved folder holds two small files:
-
-- `red_edits.safetensors`: one tensor `(width,)` per vector, named as in the `state_dict` of a model with one edit:
-  `<site>.red_edit.scale`, `<site>.red_edit.bias`, and for kind `ln` also `norm_weight` and `norm_bias`;
-- `red_config.json`: the format's version, the base model's name, the position, kind and sites of the edits, which is
-  what `saved_config` needs to patch another copy of the base model the same way.
+A saved folder holds one small file, `red_edits.safetensors`. It has one tensor `(width,)` per vector, named as in the
+`state_dict` of a model with one edit: `<site>.red_edit.scale`, `<site>.red_edit.bias`, and for kind `ln` also
+`norm_weight` and `norm_bias`. Its metadata describes the edits, so that `saved_config` can tell how another copy of the
+base model has to be patched. A trained head is beside it, in `red_head.safetensors`; `_saved_folder.py` says how both
+are kept together. Folders of earlier versions have the description in a `red_config.json`.
 
 The authors' form is read and written by `authors.py`.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import re
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import nn
 
-from ._files import write_files
+from ._edit_values import Slot, edit_tensors, slots, values_of, weights_device
+from ._files import locked, made_folder, sync_folder, write_files
+from ._saved_folder import CONFIG_NAME as CONFIG_NAME
+from ._saved_folder import (
+    HEAD_NAME,
+    TENSORS_NAME,
+    Head,
+    Saved,
+    config_of,
+    is_own_folder,
+    make_saved,
+    marked_head,
+    read_description,
+    read_file,
+    read_folder,
+    stale_files,
+)
 from ._sharded import placed_as, refuse_partitioned, whole, write_from_one
-from ._vectors import PARTS, SiteTensors, collect
-from ._version import __version__
-from ._wrapped_names import inner_model, match_wrapped, renamed_sites
-from .authors import CLASSIFIER_NAME, HEAD, VECTORS_NAME, classifier_of, inner_prefix, read_classifier, read_vectors
+from ._site_names import renamed
+from ._vectors import SiteTensors
+from ._wrapped_names import bare_name, inner_model, match_wrapped, renamed_sites, unwrapped
+from .authors import CLASSIFIER_NAME, HEAD, VECTORS_NAME, classifier_of, inner_prefix, read_authors, read_vectors
 from .config import RedConfig
-from .edits import add_edit, edit_names
-from .patch import edit_config, edit_parameters
+from .edit_module import EditVectors, RedEdit
+from .edits import NewEdit, edit_names, new_edit, publish_edit
+from .models.fingerprint import BASE
+from .patch import edit_config
 from .pretrained import beside_pretrained
 from .report import listed
 
 __all__ = ["LoadReport", "load_edits", "save_edits", "saved_config"]
-
-FORMAT = "red_kernels edits"
-FORMAT_VERSION = 1
-TENSORS_NAME = "red_edits.safetensors"
-CONFIG_NAME = "red_config.json"
-HEAD_NAME = "red_head.safetensors"  # what else a run has trained, by the model's names; integrations write and read it
-
-_KEY = re.compile(rf"(?P<site>.+)\.red_edit\.(?P<part>{'|'.join(PARTS)})")
 
 
 @dataclass(frozen=True)
@@ -53,10 +63,13 @@ class LoadReport:
     Attributes:
         source: the file the vectors came from.
         loaded: checkpoint site to model site, for every site of which something was loaded.
-        checkpoint_only: what the checkpoint holds and the model has no place for: vectors as `<site>.<part>`, a
-            classifier head as `classifier.<parameter>`.
+        checkpoint_only: what the checkpoint holds and the model has no place for: vectors as `<site>.<part>`, the
+            parameters of a trained head by their names, an authors' classifier head as `classifier.<parameter>`.
         model_only: vectors in the model that the checkpoint lacks; they keep their values.
-        head: the parameters of the classifier head that were loaded, as `classifier.<parameter>`.
+        head: the parameters of a head that were loaded, by their names in the model; of an authors' classifier head as
+            `classifier.<parameter>`.
+        labels: the names of the labels that the model's config has now, by number; empty where the checkpoint has none.
+        warnings: what else there is to know, such as edits that were trained on another base model.
     """
 
     source: Path
@@ -64,29 +77,37 @@ class LoadReport:
     checkpoint_only: tuple[str, ...] = ()
     model_only: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         text = f"{len(self.loaded)} sites loaded from {self.source}"
         if self.head:
-            text += f"; the classifier head: {listed(self.head)}"
+            kind = "classifier head" if all(name.startswith(f"{HEAD}.") for name in self.head) else "head"
+            text += f"; the {kind}: {listed(self.head)}"
+        if self.labels:
+            text += f"; the labels: {listed(self.labels)}"
         if self.checkpoint_only:
             text += f"; in the checkpoint only: {listed(self.checkpoint_only)}"
         if self.model_only:
             text += f"; in the model only: {listed(self.model_only)}"
-        return text
+        return "\n".join([text, *(f"warning: {warning}" for warning in self.warnings)])
 
 
 def save_edits(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
-    """Save an edit of a patched model: a safetensors file and a JSON file, a few hundred kilobytes.
+    """Save an edit of a patched model: one safetensors file of a few hundred kilobytes, its description included.
 
-    Both files are written to temporary names, synced and renamed: a crash leaves the former files or the new ones.
-    Where each process holds a part of the vectors (FSDP2), all of them have to call this: the parts are gathered, and
-    the first process writes. Where each has all of them (DDP), call it in one.
+    The file is written to a temporary name, synced and renamed: a crash leaves the former file or the new one, and a
+    reader meets one of both. Saves into the same folder wait for each other. Vectors that are computed from others (a
+    parametrization, weight norm, pruning) are saved with the values in force. Where each process holds a part of the
+    vectors (FSDP2), all of them have to call this: the parts are gathered, and the first process writes. Where each has
+    all of them (DDP), call it in one.
 
     Args:
         model: a model patched by `rk.patch`.
-        folder: where to save; made if missing. Files of an earlier save are replaced, others left alone.
-        name: which of the model's edits; None for the active one. The files do not depend on it.
+        folder: where to save; made if missing. Files of an earlier save are replaced, a trained head of one is removed,
+            others are left alone.
+        name: which of the model's edits; None for the active one. The file does not depend on it.
 
     Returns:
         The folder.
@@ -96,83 +117,70 @@ def save_edits(model: nn.Module, folder: str | os.PathLike[str], name: str | Non
             values.
         OSError: the folder cannot be written to (read-only, full, a file of that name); nothing is left behind.
     """
-    return _save(model, folder, edit_config(model), name)
+    return save_with_head(model, folder, name, {})
+
+
+def save_with_head(
+    model: nn.Module, folder: str | os.PathLike[str], name: str | None, head: Mapping[str, nn.Parameter]
+) -> Path:
+    """As `save_edits`, with parameters that were trained beside the edits, by their names in the model."""
+    return _save(model, folder, edit_config(model), name, head)
 
 
 @beside_pretrained
-def _save(model: nn.Module, folder: str | os.PathLike[str], config: RedConfig, name: str | None = None) -> Path:
-    """As `save_edits`, of a patched model or of a part of one."""
-    parameters = edit_parameters(model, name)
-    vectors = renamed_sites(model, _values(parameters))
+def _save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    config: RedConfig,
+    name: str | None = None,
+    head: Mapping[str, nn.Parameter] | None = None,
+) -> Path:
+    """As `save_with_head`, of a patched model or of a part of one."""
+    head = {} if head is None else head
+    tensors = edit_tensors(model, name)
+    for key, own in head.items():
+        if own.is_meta:
+            raise ValueError(f"model: {key} is on the meta device and has no values to save")
+        refuse_partitioned(key, own)
+    vectors = renamed_sites(model, values_of(tensors))
+    trained = None
+    if head:
+        values = {bare_name(model, key): whole(own).to("cpu", copy=True).contiguous() for key, own in head.items()}
+        trained = Head(values, _labels_of(model), _architecture(model))
+    prefix = inner_prefix(inner_model(model)[1], vectors)
+    saved = make_saved(config, vectors, base_model_name(model), prefix, trained)
     target = Path(folder)
-    content = own_files(config, vectors, base_model_name(model), inner_prefix(inner_model(model)[1], vectors))
-    every = [own for parts in parameters.values() for own in parts.values()]
-    write_from_one(every, lambda: write_files(target, content))
+    every = [*(own for parts in tensors.values() for own in parts.values()), *head.values()]
+    write_from_one(every, lambda: write_saved(target, saved))
     return target
 
 
-def _values(parameters: dict[str, dict[str, nn.Parameter]]) -> SiteTensors:
-    for site, parts in parameters.items():
-        for part, parameter in parts.items():
-            if parameter.is_meta:
-                raise ValueError(f"model: {site}.{part} is on the meta device and has no values to save")
-            refuse_partitioned(f"{site}.{part}", parameter)
-    return {site: {part: whole(own).cpu() for part, own in parts.items()} for site, parts in parameters.items()}
-
-
-def own_files(config: RedConfig, vectors: SiteTensors, base_model: str | None, prefix: str) -> dict[str, bytes]:
-    """The files of a folder of `save_edits`, by name.
-
-    Args:
-        config: what the model is patched with.
-        vectors: site to part to tensor, on the CPU.
-        base_model: the base model's name, if it has one.
-        prefix: what the site names have in front of the authors' names, for converting.
-    """
-    tensors = {
-        f"{site}.red_edit.{part}": own.contiguous() for site, parts in vectors.items() for part, own in parts.items()
-    }
-    description = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "red_kernels_version": __version__,
-        "base_model_name": base_model,
-        "position": config.position,
-        "kind": config.kind,
-        "layers": None if config.layers is None else list(config.layers),
-        "site_patterns": None if config.sites is None else list(config.sites),
-        "dtype": str(config.dtype).removeprefix("torch."),
-        "inner_prefix": prefix,
-        "sites": {
-            site: {"width": next(iter(parts.values())).shape[-1], "vectors": list(parts)}
-            for site, parts in vectors.items()
-        },
-    }
-    return {
-        TENSORS_NAME: safetensors.torch.save(tensors, metadata={"format": "pt"}),
-        CONFIG_NAME: (json.dumps(description, indent=2) + "\n").encode(),
-    }
+def write_saved(folder: Path, saved: Saved) -> None:
+    """Put a saved state in place of the former one in a folder, in one step; made if missing. Raises OSError."""
+    with made_folder(folder), locked(folder):
+        write_files(folder, saved.contents(folder))
+        # The new state is there. What follows is tidying, which a reader can do without.
+        with contextlib.suppress(OSError):
+            if saved.mark is not None:
+                os.replace(marked_head(folder, saved.mark), folder / HEAD_NAME)
+            for path in stale_files(folder, saved.mark):
+                path.unlink(missing_ok=True)
+            sync_folder(folder)
 
 
 def saved_config(folder: str | os.PathLike[str]) -> RedConfig:
-    """Read from a folder made by `save_edits` how the model has to be patched before `load_edits`.
+    """Read from what `save_edits` has made how the model has to be patched before `load_edits`.
 
     `rk.patch(model, rk.saved_config(folder)); rk.load_edits(model, folder)` brings the edits to a fresh base model.
 
+    Args:
+        folder: the folder, or the `red_edits.safetensors` in it.
+
     Raises:
-        FileNotFoundError: the folder, or the `red_config.json` in it, does not exist.
-        ValueError: the file is damaged, of another program, or of a newer format.
+        FileNotFoundError: the folder, or the description in it, does not exist.
+        ValueError: the file is damaged, of another program, of a newer format, or describes edits that cannot be.
     """
-    description = _read_description(Path(folder))
-    patterns = description["site_patterns"]
-    layers = description["layers"]
-    return RedConfig(
-        position=description["position"],
-        kind=description["kind"],
-        layers=None if layers is None else tuple(layers),
-        dtype=getattr(torch, description["dtype"]),
-        sites=None if patterns is None else tuple(patterns),
-    )
+    return config_of(*read_description(Path(folder)))
 
 
 def load_edits(
@@ -185,88 +193,122 @@ def load_edits(
     they are, NaN and infinity included. Site names may differ from the model's by one prefix, the same for all
     (`encoder.layer.0...` in a file of the authors, `roberta.encoder.layer.0...` in a model with a head).
 
-    A folder in the authors' form may hold a `classifier.pth`; its values are copied into the model's module
-    `classifier`. To load the vectors without it, name `delta_vector.pth` itself.
+    A folder may hold a trained head: `red_head.safetensors` of `red-kernels finetune` and `RedTrainer`, or the authors'
+    `classifier.pth`. Its values are copied into the model's parameters of those names, in their dtype: a head in fp32
+    is rounded in a bf16 model. The names of the labels go into the model's config. To load the vectors without the
+    head, name the file of the vectors itself.
+
+    Vectors on the meta device, of a model that was patched there and given its weights by assignment, are replaced by
+    new Parameters beside the weights.
 
     Args:
         model: a model patched by `rk.patch`, at the position and kind of the checkpoint (`rk.saved_config`).
         folder_or_file: a folder made by `save_edits`, or with the authors' `delta_vector.pth`; or one such file
             (`.safetensors`, or anything `torch.load(weights_only=True)` reads).
         name: which of the model's edits to load into; None for the active one. An edit that does not exist yet is
-            added, and the active one stays active.
-        strict: with False, vectors without a partner are listed in the report instead of raising. A checkpoint of
-            which nothing fits is an error all the same.
+            added when all of its values are there, and the active one stays active.
+        strict: with False, vectors and parameters of a head without a partner are listed in the report instead of
+            raising. A checkpoint of which nothing fits is an error all the same.
 
     Returns:
         A `LoadReport`.
 
     Raises:
-        ValueError: the model is not patched; the file is damaged, foreign, of an unknown format version; a vector or
-            the head has another width or an integer dtype; the position differs; something without a partner
-            (`strict`); `name` cannot be the name of an edit.
-        FileNotFoundError: there is no such file, or no file of edits in the folder.
+        ValueError: the model is not patched; the file is damaged, foreign, of an unknown format version; the head is of
+            another save; a vector or the head has another width or an integer dtype; the position differs; something
+            without a partner (`strict`); a vector of the model is computed from others and cannot be set; the base
+            model's weights are on the meta device; `name` cannot be the name of an edit.
+        FileNotFoundError: there is no such file, no file of edits in the folder, or the head that belongs to them is
+            missing.
+
+    Warns:
+        UserWarning: the file says that the edits were trained on a base model of another name.
     """
     path = Path(folder_or_file)
+    check_patched(model)
+    report = load_found(model, read(path), path, name, strict)
+    for text in report.warnings:
+        warnings.warn(text, stacklevel=2)
+    return report
+
+
+def check_patched(model: nn.Module) -> None:
+    """Raises ValueError, with what to do, for a model that has no vectors to load into."""
     try:
-        config = edit_config(model)
+        edit_config(model)
     except ValueError as error:
         raise ValueError(
             "model: is not patched, so it has no vectors to load into; for a folder made by save_edits run "
             "rk.patch(model, rk.saved_config(folder)) first, for other files rk.patch(model, rk.RedConfig(...))"
         ) from error
-    found = read(path)
+
+
+def load_found(model: nn.Module, found: Found, path: Path, name: str | None, strict: bool) -> LoadReport:
+    """As `load_edits`, of what was read from `path`; the warnings are in the report alone."""
+    config = edit_config(model)
     source, description = found.source, found.description
     if description is not None and description["position"] != config.position:
         raise ValueError(
             f"{source}: holds edits at position {description['position']!r}, the model is patched at "
             f"{config.position!r}; patch it with rk.saved_config({str(path)!r})"
         )
-    # An edit that is still to be added will look like those that are there.
-    names = edit_names(model)
-    new = name is not None and name not in names
-    parameters = edit_parameters(model, next(iter(names), None) if new else name)
-    mapping = match_wrapped(model, found.vectors, parameters)
+    added = new_edit(model, name) if name is not None and name not in edit_names(model) else None
+    places = slots(model, name) if added is None else _slots_of(added)
+    mapping = match_wrapped(model, found.vectors, places)
     fitting: list[tuple[str, str, torch.Tensor]] = []
     checkpoint_only: list[str] = []
     for site, parts in found.vectors.items():
         to = mapping.get(site, "")
         for part, value in parts.items():
-            if part not in parameters.get(to, {}):
+            if part not in places.get(to, {}):
                 checkpoint_only.append(f"{site}.{part}")
                 continue
-            _check_fits(source, f"{to}.{part}", value, parameters[to][part])
+            _check_fits(source, f"{to}.{part}", value, places[to][part].own)
             fitting.append((to, part, value))
     filled = {(site, part) for site, part, _ in fitting}
-    model_only = [f"{site}.{part}" for site, own in parameters.items() for part in own if (site, part) not in filled]
+    model_only = [f"{site}.{part}" for site, own in places.items() for part in own if (site, part) not in filled]
     if not fitting:
         raise ValueError(
             f"{source}: none of its sites is edited in the model; in the checkpoint: {listed(checkpoint_only)}; "
             f"in the model: {listed(model_only)}"
         )
-    pairs, without_place = _head_pairs(model, found)
+    head, without_place = _head_pairs(model, found, mapping)
     checkpoint_only += without_place
     if strict and (checkpoint_only or model_only):
         advice = "patch the model alike, or pass strict=False to load what fits"
         if without_place:
-            advice = f"name {VECTORS_NAME} itself to load the vectors alone, or pass strict=False to load what fits"
+            advice = (
+                f"load into a model with such a head{_advised(found)}, name {source.name} itself to load the vectors "
+                "alone, or pass strict=False to load what fits"
+            )
         raise ValueError(
             f"{source}: does not fit the model; in the checkpoint only: {listed(checkpoint_only)}; in the model only: "
             f"{listed(model_only)}; {advice}"
         )
+    labels = None if found.trained is None or without_place else found.trained.labels
     # Devices and dtypes are settled first, so that running out of memory cannot leave half of the edits loaded.
-    staged = [(own, placed_as(value, own)) for own, value in pairs]
-    moved = [placed_as(value, parameters[site][part]) for site, part, value in fitting]
-    if new:
-        assert name is not None
-        add_edit(model, name)
-        parameters = edit_parameters(model, name)
-    staged += [(parameters[site][part], value) for (site, part, _), value in zip(fitting, moved, strict=True)]
+    staged = [(own, placed_as(value, own)) for _, own, value in head]
+    moved = [(places[site][part], _placed(model, site, places[site][part], value)) for site, part, value in fitting]
+    moved += _starts(model, places, filled)
     with torch.no_grad():
-        for target, value in staged:
-            target.copy_(value)
+        for own, value in staged:
+            own.copy_(value)
+    for slot, value in moved:
+        slot.assign(value)
+    named = _set_labels(model, labels)
+    if added is not None:
+        assert name is not None
+        publish_edit(added, name)  # whole: a request in another thread meets all of it or nothing
     loaded = {site: to for site, to in mapping.items() if any((to, part) in filled for part in found.vectors[site])}
-    head = tuple(f"{HEAD}.{key}" for key in found.head) if pairs else ()
-    return LoadReport(source, loaded, tuple(checkpoint_only), tuple(model_only), head)
+    return LoadReport(
+        source,
+        loaded,
+        tuple(checkpoint_only),
+        tuple(model_only),
+        tuple(key for key, _, _ in head),
+        named,
+        _other_base(model, found),
+    )
 
 
 @dataclass(frozen=True)
@@ -276,46 +318,76 @@ class Found:
     Attributes:
         source: the file of the vectors.
         vectors: site to part to tensor `(width,)`.
-        description: the content of `red_config.json`, if there is one.
+        description: how the model was patched, if the file says it.
         head: the authors' classifier head, parameter name to value; empty where there is none.
+        trained: the head of our own form.
     """
 
     source: Path
     vectors: SiteTensors
     description: dict[str, Any] | None = None
     head: dict[str, torch.Tensor] = field(default_factory=dict)
+    trained: Head | None = None
 
 
 def read(path: Path) -> Found:
     """Read a folder or file of either form. Raises as `load_edits` does."""
     if path.is_dir():
-        if (path / CONFIG_NAME).exists() or (path / TENSORS_NAME).exists():
-            description = _read_description(path)
-            vectors = _read_own(path / TENSORS_NAME)
-            _check_description(path, description, vectors)
-            return Found(path / TENSORS_NAME, vectors, description)
+        if is_own_folder(path):
+            own = read_folder(path)
+            return Found(path / TENSORS_NAME, own.vectors, own.description, trained=own.head)
         if (path / VECTORS_NAME).exists():
-            classifier = path / CLASSIFIER_NAME
-            head = read_classifier(classifier) if classifier.exists() else {}
-            return Found(path / VECTORS_NAME, read_vectors(path / VECTORS_NAME), None, head)
+            return Found(path / VECTORS_NAME, *read_authors(path))
         raise FileNotFoundError(f"folder_or_file: {str(path)!r} holds neither {TENSORS_NAME} nor {VECTORS_NAME}")
     if not path.exists():
         raise FileNotFoundError(f"folder_or_file: {str(path)!r} does not exist")
     if path.suffix == ".safetensors":
-        return Found(path, _read_own(path))
+        own = read_file(path)
+        return Found(path, own.vectors, own.description)
     return Found(path, read_vectors(path))
 
 
+def _slots_of(added: NewEdit) -> dict[str, dict[str, Slot]]:
+    return {
+        site: {part: Slot(holder, part, own) for part, own in holder._parameters.items() if own is not None}
+        for site, (_, holder) in added.items()
+    }
+
+
 def _check_fits(source: Path, name: str, value: torch.Tensor, parameter: nn.Parameter) -> None:
-    if parameter.is_meta:
-        raise ValueError(f"model: {name} is on the meta device; give the model memory (to_empty) before loading edits")
     refuse_partitioned(name, parameter)
     if value.shape != parameter.shape:
         raise ValueError(f"{source}: {name} has width {tuple(value.shape)}, the model's is {tuple(parameter.shape)}")
 
 
-def _head_pairs(model: nn.Module, found: Found) -> tuple[list[tuple[nn.Parameter, torch.Tensor]], list[str]]:
-    """The parameters of the model's classifier head with their values from the file; and what has no place in it."""
+def _placed(model: nn.Module, site: str, slot: Slot, value: torch.Tensor) -> torch.Tensor:
+    if slot.own.is_meta:
+        return value.to(device=weights_device(model, site), dtype=slot.own.dtype)
+    return placed_as(value, slot.own)
+
+
+def _starts(
+    model: nn.Module, places: dict[str, dict[str, Slot]], filled: set[tuple[str, str]]
+) -> list[tuple[Slot, torch.Tensor]]:
+    """What vectors on the meta device begin with that the checkpoint does not have."""
+    found = []
+    for site, parts in places.items():
+        for part, slot in parts.items():
+            if slot.own.is_meta and (site, part) not in filled:
+                device = weights_device(model, site)
+                start = EditVectors(slot.own.shape[0], (part,), slot.own.dtype, device)._parameters[part]
+                assert start is not None
+                found.append((slot, start.detach()))
+    return found
+
+
+_Pairs = list[tuple[str, nn.Parameter, torch.Tensor]]  # the name for the report, the model's Parameter, its new value
+
+
+def _head_pairs(model: nn.Module, found: Found, mapping: dict[str, str]) -> tuple[_Pairs, list[str]]:
+    """Where the values of a head go in the model; and what has no place in it."""
+    if found.trained is not None:
+        return _trained_pairs(model, found, mapping)
     if not found.head:
         return [], []
     own = classifier_of(model)
@@ -328,77 +400,113 @@ def _head_pairs(model: nn.Module, found: Found) -> tuple[list[tuple[nn.Parameter
             f"name {VECTORS_NAME} itself to load the vectors alone"
         )
     for key, value in found.head.items():
-        if own[key].is_meta:
-            raise ValueError(f"model: {HEAD}.{key} is on the meta device; give the model memory before loading")
-        refuse_partitioned(f"{HEAD}.{key}", own[key])
-        if value.shape != own[key].shape:
-            raise ValueError(
-                f"{source}: {key} has shape {tuple(value.shape)}, the model's classifier head {tuple(own[key].shape)}; "
-                f"a model with as many labels is needed, or name {VECTORS_NAME} itself to load the vectors alone"
-            )
-    return [(own[key], value) for key, value in found.head.items()], []
+        _check_head(source, f"{HEAD}.{key}", value, own[key], found)
+    return [(f"{HEAD}.{key}", own[key], value) for key, value in found.head.items()], []
 
 
-def _read_own(path: Path) -> SiteTensors:
-    content = path.read_bytes()
-    try:
-        tensors = safetensors.torch.load(content)
-    except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
-        raise ValueError(f"{path}: is damaged or no safetensors file: {error}") from error
-    return collect(path, tensors, _split)
+def _trained_pairs(model: nn.Module, found: Found, mapping: dict[str, str]) -> tuple[_Pairs, list[str]]:
+    assert found.trained is not None
+    source = found.source.with_name(HEAD_NAME)
+    vectors = {id(own) for module in model.modules() if isinstance(module, RedEdit) for own in module.parameters()}
+    own = {key: one for key, one in model.named_parameters(remove_duplicate=False) if id(one) not in vectors}
+    values = found.trained.values
+    bare = {bare_name(model, key): key for key in own}
+    change = {unwrapped(site): unwrapped(to) for site, to in mapping.items()}
+
+    def place(key: str) -> str:
+        if key in own:
+            return key
+        return bare.get(key) or bare.get(renamed(key, change)) or renamed(key, mapping)
+
+    names = {place(key): key for key in sorted(values)}
+    pairs: _Pairs = [(to, own[to], values[names[to]]) for to in own if to in names]  # in the model's order
+    for to, one, value in pairs:
+        _check_head(source, to, value, one, found)
+    return pairs, [key for to, key in names.items() if to not in own]
 
 
-def _split(key: str) -> tuple[str, str] | None:
-    match = _KEY.fullmatch(key)
-    return None if match is None else (match["site"], match["part"])
-
-
-def _read_description(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: {str(folder)!r} is not a complete folder of save_edits")
-    try:
-        description = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: is damaged: {error}") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise ValueError(f'{path}: is not a description of edits (no "format": {FORMAT!r})')
-    if description.get("format_version") != FORMAT_VERSION:
+def _check_head(source: Path, name: str, value: torch.Tensor, own: nn.Parameter, found: Found) -> None:
+    if own.is_meta:
         raise ValueError(
-            f"{path}: has format version {description.get('format_version')!r}, this version of red_kernels reads "
-            f"{FORMAT_VERSION}"
+            f"model: {name} is on the meta device; give this part of the model its memory before loading (a module's "
+            "to_empty clears all of its values, so call it for the head alone)"
         )
-    expected: dict[str, tuple[type, ...]] = {
-        "position": (str,),
-        "kind": (str,),
-        "layers": (list, type(None)),
-        "site_patterns": (list, type(None)),
-        "dtype": (str,),
-        "sites": (dict,),
-    }
-    for key, types in expected.items():
-        if key not in description or not isinstance(description[key], types):
-            raise ValueError(f"{path}: the entry {key!r} is missing or of the wrong type")
-    if not isinstance(description.get("inner_prefix", ""), str):  # files of the first versions lack it
-        raise ValueError(f"{path}: the entry 'inner_prefix' is of the wrong type")
-    if not isinstance(getattr(torch, description["dtype"], None), torch.dtype):
-        raise ValueError(f"{path}: {description['dtype']!r} is no dtype of torch")
-    return description
-
-
-def _check_description(folder: Path, description: dict[str, Any], vectors: SiteTensors) -> None:
-    described = {
-        site: entry.get("vectors") if isinstance(entry, dict) else None for site, entry in description["sites"].items()
-    }
-    found = {site: list(parts) for site, parts in vectors.items()}
-    different = [site for site in {**described, **found} if described.get(site) != found.get(site)]
-    if different:
+    refuse_partitioned(name, own)
+    if not own.is_floating_point():
+        raise ValueError(f"model: {name} is {own.dtype}, into which no trained head can be loaded")
+    if value.shape != own.shape:
         raise ValueError(
-            f"{folder}: {CONFIG_NAME} and {TENSORS_NAME} do not belong together; they differ at {listed(different)}"
+            f"{source}: {name} has shape {tuple(value.shape)}, the model's head {tuple(own.shape)}; a model with as "
+            f"many labels is needed{_advised(found)}, or name {found.source.name} itself to load the vectors alone"
         )
+
+
+def _advised(found: Found) -> str:
+    trained = found.trained
+    if trained is None or not trained.labels:
+        return ""
+    kind = f" of the class {trained.architecture}" if trained.architecture else ""
+    return f" ({kind.removeprefix(' of the class ')}{', ' if kind else ''}num_labels={len(trained.labels)})"
+
+
+def _set_labels(model: nn.Module, labels: dict[int, str] | None) -> tuple[str, ...]:
+    """Give the model's config the names of the labels; returns them, or nothing where none were given."""
+    config = _labelled_config(model)
+    if config is None or not labels or (config.id2label == labels and labels == _unnamed(len(labels))):
+        return ()
+    config.id2label = dict(labels)
+    config.label2id = {label: number for number, label in labels.items()}
+    return tuple(labels.values())
+
+
+def _labels_of(model: nn.Module) -> dict[int, str] | None:
+    config = _labelled_config(model)
+    if config is None or not isinstance(config.id2label, Mapping):
+        return None
+    return {int(number): str(label) for number, label in config.id2label.items()}
+
+
+def _labelled_config(model: nn.Module) -> Any:
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "id2label"):
+            return config
+    return None
+
+
+def _unnamed(count: int) -> dict[int, str]:
+    return {number: f"LABEL_{number}" for number in range(count)}
+
+
+def _architecture(model: nn.Module) -> str | None:
+    """The class of the transformers model in a model."""
+    for module in model.modules():
+        if isinstance(getattr(type(module), "base_model_prefix", None), str):
+            kind = getattr(type(module), BASE, type(module))
+            return str(kind.__name__)
+    return None
 
 
 def base_model_name(model: nn.Module) -> str | None:
     """The name that transformers loaded a model by, if any."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     return name if isinstance(name, str) and name else None
+
+
+def _other_base(model: nn.Module, found: Found) -> tuple[str, ...]:
+    """A warning where the edits were trained on a base model of another name."""
+    saved, here = (found.description or {}).get("base_model_name"), base_model_name(model)
+    if not saved or not here or _last_name(saved) == _last_name(here):
+        return ()
+    return (
+        f"{found.source}: its edits were trained on the base model {saved!r}, and this model is {here!r}; on another "
+        "base model they do not do what they were trained for",
+    )
+
+
+def _last_name(name: str) -> str:
+    """What is left of a base model's name wherever its folder lies."""
+    parts = [part for part in re.split(r"[/\\]+", name) if part not in ("", ".")]
+    if len(parts) >= 3 and parts[-2] == "snapshots":  # in the cache of the hub: models--OWNER--NAME/snapshots/COMMIT
+        parts = parts[-3].split("--")
+    return parts[-1].casefold() if parts else ""

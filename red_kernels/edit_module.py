@@ -27,6 +27,7 @@ __all__ = [
     "NORM_EPS",
     "OWN_HOOKS",
     "EditVectors",
+    "Gate",
     "RedEdit",
     "applied_inside",
     "call_unedited",
@@ -41,6 +42,16 @@ NAME = "red_edit"  # the child's name in the site: state_dict keys are `<site>.r
 NORM_EPS = 1e-5  # of the LayerNorm of kind "ln", torch's default
 INSIDE = "_red_kernels_inside"  # in a layer whose forward applies an edit that no hook could: the path of its site
 _STARTS: tuple[tuple[str, float], ...] = (("scale", 1.0), ("bias", 0.0), ("norm_weight", 1.0), ("norm_bias", 0.0))
+
+
+_changing = threading.Lock()
+
+
+class Gate:
+    """Whether an edit is visible: one for all of its sites, so that it becomes visible at all of them in one step."""
+
+    def __init__(self) -> None:
+        self.open = False
 
 
 class EditVectors(nn.Module):
@@ -67,6 +78,7 @@ class EditVectors(nn.Module):
     bias: nn.Parameter | None
     norm_weight: nn.Parameter | None
     norm_bias: nn.Parameter | None
+    gate: Gate | None = None  # shared by what becomes visible at once; None for visible at all times
 
     def __init__(
         self, width: int, parts: tuple[str, ...], dtype: torch.dtype, device: torch.device | str | None
@@ -77,7 +89,7 @@ class EditVectors(nn.Module):
             self.register_parameter(part, None if value is None else nn.Parameter(value))
 
     def reset_parameters(self) -> None:
-        """Back to the start, for instance after `to_empty` has given a meta model its memory."""
+        """Back to the start, where vectors on the meta device were given memory without values."""
         with torch.no_grad():
             for part, start in _STARTS:
                 vector = self._parameters[part]
@@ -174,11 +186,12 @@ class RedEdit(EditVectors):
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the edits, in the order they came."""
-        return ((DEFAULT,) if self.own else ()) + tuple(self._modules)
+        added = tuple(self._modules.items())  # a copy: another thread may add or delete
+        return ((DEFAULT,) if self.own else ()) + tuple(name for name, holder in added if _is_visible(holder))
 
     def has(self, name: str | None) -> bool:
         """Whether there is an edit of this name."""
-        return name in self._modules or (self.own and name == DEFAULT)
+        return _is_visible(self._modules.get(name)) if name in self._modules else self.own and name == DEFAULT
 
     def holder(self, name: str) -> EditVectors:
         """The module whose Parameters are an edit's vectors. Raises KeyError for a name that is not there."""
@@ -189,15 +202,21 @@ class RedEdit(EditVectors):
         return found
 
     def make(self, dtype: torch.dtype, device: torch.device | str | None) -> EditVectors:
-        """The vectors of an edit that begins as the identity, frozen; `publish` makes it one of this site's."""
+        """The vectors of a further edit, the identity at the start and frozen, which are no part of the module yet."""
         made = EditVectors(self.width, self.parts, dtype, device)
         made.train(self.training)
         made.freeze()
         return made
 
-    def publish(self, name: str, made: EditVectors) -> None:
-        """Add an edit under a free name that `check_name` has passed. One step: no call sees a part of it."""
-        self._modules[name] = made
+    def publish(self, name: str, holder: EditVectors) -> None:
+        """Make vectors the edit of this name."""
+        with _changing:  # a new dict and no change of the old one: other threads may be walking through it
+            self.__dict__["_modules"] = {**self._modules, name: holder}
+
+    def remove(self, name: str) -> None:
+        """Take the edit of this name away, if there is one."""
+        with _changing:
+            self.__dict__["_modules"] = {key: holder for key, holder in self._modules.items() if key != name}
 
     def named(self, name: str | None, again: bool = False) -> Vectors | None:
         """The vectors of an edit, as by `EditVectors.vectors`; None where this site has none of that name."""
@@ -313,6 +332,11 @@ def _trainable_again(vector: Tensor) -> Tensor:
         alias = vector.detach().requires_grad_()
     alias.register_hook(partial(_accumulate, vector))
     return alias
+
+
+def _is_visible(holder: object) -> bool:
+    gate = getattr(holder, "gate", None)
+    return isinstance(holder, EditVectors) and (gate is None or gate.open)
 
 
 def check_name(name: object) -> None:

@@ -7,13 +7,14 @@ named `"default"`. Exactly one is active, or none; `use_edits` chooses by row in
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from .blocks import Block, state_of
-from .edit_module import RedEdit, check_name
+from .edit_module import EditVectors, Gate, RedEdit, check_name
 from .module_facts import wrapper_of
 from .patch import edit_modules, outer_modules
 from .report import listed
@@ -61,6 +62,28 @@ def add_edit(model: nn.Module, name: str, copy_of: str | None = None) -> None:
         TypeError, ValueError: the model is not patched, was wrapped for distributed training since, the name is taken
             or cannot be one, there is no such edit to copy. Nothing is changed then.
     """
+    added = new_edit(model, name)
+    if copy_of is not None:
+        _check_there(_own_modules(model), copy_of, "copy_of")
+        with torch.no_grad():
+            for own, holder in added.values():
+                if own.has(copy_of):
+                    for part, target in holder._parameters.items():
+                        if target is not None:
+                            target.copy_(_vector(own.holder(copy_of), part))
+    publish_edit(added, name)
+
+
+NewEdit = dict[str, tuple[RedEdit, EditVectors]]  # site to its module and the vectors that it will get
+_publishing = threading.Lock()
+
+
+def new_edit(model: nn.Module, name: str) -> NewEdit:
+    """The vectors of a new edit, the identity at the start, which no request sees before `publish_edit`.
+
+    Raises:
+        TypeError, ValueError: as of `add_edit`. Nothing is changed then.
+    """
     modules = _own_modules(model)
     wrapper = next(filter(None, (wrapper_of(module) for _, module in outer_modules(model))), None)
     if wrapper is not None:
@@ -68,22 +91,29 @@ def add_edit(model: nn.Module, name: str, copy_of: str | None = None) -> None:
     check_name(name)
     if any(own.has(name) for own in modules.values()):
         raise ValueError(f"name: the model has an edit {name!r} already")
-    if copy_of is not None:
-        _check_there(modules, copy_of, "copy_of")
-    made = []
-    with torch.inference_mode(False), torch.no_grad():
-        for own in modules.values():
+    with torch.inference_mode(False):
+        made = {}
+        for site, own in modules.items():
             like = next(iter(own.parameters()))
-            added = own.make(like.dtype, like.device)
-            if copy_of is not None and own.has(copy_of):
-                for part, vector in own.holder(copy_of)._parameters.items():
-                    target = added._parameters.get(part)
-                    if vector is not None and target is not None:
-                        target.copy_(vector)
-            made.append((own, added))
-    for own, added in made:
-        own.publish(name, added)
-        own.selection.deleted.discard(name)
+            made[site] = own, own.make(like.dtype, like.device)
+    return made
+
+
+def publish_edit(added: NewEdit, name: str) -> None:
+    """Add what `new_edit` has made, with the values it has now, at all sites in one step.
+
+    Raises:
+        ValueError: another thread has added an edit of this name meanwhile. Nothing is changed then.
+    """
+    gate = Gate()
+    with _publishing:
+        if any(name in own._modules for own, _ in added.values()):
+            raise ValueError(f"name: the model has an edit {name!r} already")
+        for own, holder in added.values():
+            holder.gate = gate
+            own.publish(name, holder)
+            own.selection.deleted.discard(name)
+        gate.open = True
 
 
 def switch_edit(model: nn.Module, name: str) -> None:
@@ -122,7 +152,7 @@ def delete_edit(model: nn.Module, name: str) -> None:
     if name == DEFAULT:
         raise ValueError(f"name: {name!r} is the edit that rk.patch made; rk.unpatch takes it away")
     for own in modules.values():
-        own._modules.pop(name, None)
+        own.remove(name)
     for selection in _selections(modules):
         selection.deleted.add(name)
 
@@ -163,19 +193,20 @@ def combine_edits(model: nn.Module, weights: Mapping[str, float], name: str) -> 
             raise TypeError(f"weights: got {weight!r} for {edit!r}, expected a finite number")
     if any("norm_weight" in own.parts for own in modules.values()):
         raise ValueError("model: its edits are of kind 'ln'; LayerNorms cannot be combined by weights")
-    add_edit(model, name)
+    added = new_edit(model, name)
     with torch.no_grad():
-        for own in modules.values():
+        for own, holder in added.values():
             there = [(own.holder(edit), weight) for edit, weight in weights.items() if own.has(edit)]
-            for part, target in own.holder(name)._parameters.items():
+            for part, target in holder._parameters.items():
                 if target is None:
                     continue
                 start = 1.0 if part == "scale" else 0.0
                 changed = sum(
-                    (weight * (_vector(holder, part).double() - start) for holder, weight in there),
+                    (weight * (_vector(of, part).double() - start) for of, weight in there),
                     torch.zeros((), dtype=torch.float64, device=target.device),
                 )
                 target.copy_(start + changed)
+    publish_edit(added, name)
 
 
 def use_edits(model: nn.Module, ids: Sequence[str | None]) -> Block:
@@ -271,7 +302,8 @@ def _check_there(modules: Mapping[str, RedEdit], name: object, argument: str) ->
         )
 
 
-def _vector(holder: nn.Module, part: str) -> nn.Parameter:
-    vector = holder._parameters[part]
+def _vector(holder: EditVectors, part: str) -> torch.Tensor:
+    """A vector with the value in force, which a parametrization may compute."""
+    vector: torch.Tensor | None = getattr(holder.vectors(), part)
     assert vector is not None  # all edits of a model have the same parts
     return vector

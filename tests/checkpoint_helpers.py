@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import model_zoo
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
-from red_kernels.checkpoint import load_edits
+from red_kernels.checkpoint import CONFIG_NAME, HEAD_NAME, TENSORS_NAME, load_edits
 from red_kernels.config import RedConfig
 from red_kernels.patch import edit_parameters, patch
 
@@ -57,6 +59,36 @@ def authors_state(model: nn.Module, prefix: str = "", dtype: torch.dtype = torch
                 key = f"{site.removeprefix(prefix)}.delta_vector.{name}"
                 state[key] = parts[part].detach().clone().to(dtype).reshape(1, -1)
     return state
+
+
+def description(folder: Path) -> dict[str, Any]:
+    """The description of the edits in a folder of `save_edits`."""
+    with safetensors.safe_open(folder / TENSORS_NAME, "pt") as file:
+        found: dict[str, Any] = json.loads(file.metadata()["red_kernels"])
+    return found
+
+
+def describe(folder: Path, said: str) -> None:
+    """Put another text in place of the description."""
+    tensors = safetensors.torch.load_file(folder / TENSORS_NAME)
+    safetensors.torch.save_file(tensors, folder / TENSORS_NAME, {"format": "pt", "red_kernels": said})
+
+
+def as_earlier(folder: Path) -> None:
+    """Make a folder what earlier versions wrote: the description in a file of its own, and no marks."""
+    said = description(folder)
+    for key in ("head", "stale_head"):
+        said.pop(key, None)
+    head = folder / HEAD_NAME
+    if head.exists():
+        with safetensors.safe_open(head, "pt") as file:
+            labels = json.loads(file.metadata()["red_kernels"])["labels"]
+        values = safetensors.torch.load_file(head)
+        safetensors.torch.save_file(values, head, {"format": "pt", "id2label": json.dumps(labels)})
+    safetensors.torch.save_file(
+        safetensors.torch.load_file(folder / TENSORS_NAME), folder / TENSORS_NAME, {"format": "pt"}
+    )
+    (folder / CONFIG_NAME).write_text(json.dumps(said, indent=2) + "\n")
 
 
 def assert_refused(path: Path, match: str) -> None:

@@ -16,7 +16,19 @@ import model_zoo
 import pytest
 import safetensors.torch
 import torch
-from checkpoint_helpers import WIDTH, assert_refused, authors_state, every_vector, patched, same, trained, values
+from checkpoint_helpers import (
+    WIDTH,
+    as_earlier,
+    assert_refused,
+    authors_state,
+    describe,
+    description,
+    every_vector,
+    patched,
+    same,
+    trained,
+    values,
+)
 from torch import nn
 
 from red_kernels import checkpoint
@@ -60,12 +72,12 @@ def test_files_are_small_and_say_what_they_are(tmp_path: Path) -> None:
     model: Any = trained(layers=range(1, 3))
     model.config._name_or_path = "some/base-model"
     save_edits(model, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG_NAME, TENSORS_NAME]
-    description = json.loads((tmp_path / CONFIG_NAME).read_text())
-    assert description["format_version"] == 1
-    assert description["base_model_name"] == "some/base-model"
-    assert (description["position"], description["kind"], description["layers"]) == ("ffn", "all", [1, 2])
-    assert description["sites"] == {
+    assert [path.name for path in tmp_path.iterdir()] == [TENSORS_NAME]
+    said = description(tmp_path)
+    assert said["format_version"] == 1
+    assert said["base_model_name"] == "some/base-model"
+    assert (said["position"], said["kind"], said["layers"]) == ("ffn", "all", [1, 2])
+    assert said["sites"] == {
         f"model.layers.{layer}.mlp.down_proj": {"width": WIDTH, "vectors": ["scale", "bias"]} for layer in (1, 2)
     }
     tensors = safetensors.torch.load_file(tmp_path / TENSORS_NAME)
@@ -179,7 +191,7 @@ def test_wrong_widths_change_nothing(strict: bool, tmp_path: Path) -> None:
     tensors = safetensors.torch.load_file(tmp_path / TENSORS_NAME)
     last = list(tensors)[-1]
     tensors[last] = tensors[last][:-1].clone()
-    safetensors.torch.save_file(tensors, tmp_path / TENSORS_NAME)
+    safetensors.torch.save_file(tensors, tmp_path / TENSORS_NAME, {"red_kernels": json.dumps(description(tmp_path))})
     model = patched()
     before = values(model)
     with pytest.raises(ValueError, match=r"width \(31,\).*\(32,\)"):
@@ -199,10 +211,10 @@ def test_meta_models_are_refused(tmp_path: Path) -> None:
 
 def test_another_position_isassert_refused(tmp_path: Path) -> None:
     save_edits(trained(), tmp_path)
-    description = json.loads((tmp_path / CONFIG_NAME).read_text())
-    (tmp_path / CONFIG_NAME).write_text(json.dumps({**description, "position": "res"}))
-    with pytest.raises(ValueError, match="position 'res'"):
-        load_edits(patched(), tmp_path)
+    describe(tmp_path, json.dumps({**description(tmp_path), "position": "res"}))
+    for path in (tmp_path, tmp_path / TENSORS_NAME):
+        with pytest.raises(ValueError, match="position 'res'"):
+            load_edits(patched(), path)
 
 
 # ---- damaged and foreign files
@@ -222,12 +234,17 @@ def test_truncated_files(keep: int, tmp_path: Path) -> None:
     assert_refused(tmp_path / VECTORS_NAME, "damaged")
 
 
-def test_damaged_description(tmp_path: Path) -> None:
+@pytest.mark.parametrize("earlier", [False, True])
+def test_damaged_description(earlier: bool, tmp_path: Path) -> None:
     save_edits(trained(), tmp_path)
-    good = json.loads((tmp_path / CONFIG_NAME).read_text())
+    good = description(tmp_path)
+    if earlier:
+        as_earlier(tmp_path)
     for content, match in (
         ("{", "damaged"),
         (b"\xff\xfe\x00", "damaged"),
+        ("[" * 100_000, "damaged"),
+        ("9" * 5_000, "damaged"),
         ("[]", "not a description"),
         ('{"format": "other"}', "not a description"),
         (json.dumps({**good, "format_version": 2}), "format version 2"),
@@ -236,8 +253,17 @@ def test_damaged_description(tmp_path: Path) -> None:
         (json.dumps({**good, "dtype": "nn"}), "no dtype"),
         (json.dumps({**good, "sites": dict(list(good["sites"].items())[1:])}), "do not belong together"),
     ):
-        (tmp_path / CONFIG_NAME).write_bytes(content if isinstance(content, bytes) else content.encode())
+        if earlier:
+            (tmp_path / CONFIG_NAME).write_bytes(content if isinstance(content, bytes) else content.encode())
+        elif isinstance(content, str):
+            describe(tmp_path, content)
+        else:
+            continue  # metadata is text
+        where = CONFIG_NAME if earlier else TENSORS_NAME
         assert_refused(tmp_path, match)
+        if match != "do not belong together":
+            with pytest.raises(ValueError, match=rf"{where}: .*{match}"):
+                saved_config(tmp_path)
 
 
 def test_incomplete_folders(tmp_path: Path) -> None:
@@ -246,6 +272,7 @@ def test_incomplete_folders(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_edits(patched(), tmp_path / "absent")
     save_edits(trained(), tmp_path)
+    as_earlier(tmp_path)
     (tmp_path / CONFIG_NAME).unlink()
     with pytest.raises(FileNotFoundError, match=r"red_config\.json"):
         load_edits(patched(), tmp_path)
@@ -305,7 +332,7 @@ def test_full_disk_leaves_the_former_files(tmp_path: Path, monkeypatch: pytest.M
         save_edits(first, tmp_path / "new")
     monkeypatch.undo()
     assert not (tmp_path / "new").exists()
-    assert _leftovers(tmp_path) == [CONFIG_NAME, TENSORS_NAME]
+    assert _leftovers(tmp_path) == [TENSORS_NAME]
     target = patched()
     load_edits(target, tmp_path)
     assert same(values(first), values(target))

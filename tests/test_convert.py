@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from authors_forms import CLASSIFIER, VECTORS
-from checkpoint_helpers import every_vector, same, trained, values
+from checkpoint_helpers import as_earlier, description, every_vector, same, trained, values
 from torch import Tensor, nn
 
 from red_kernels import _infer, cli, models
@@ -83,7 +83,7 @@ def test_from_a_model_and_back(name: str, position: str, as_file: bool, tmp_path
     model = fresh(name, tmp_path / "own")
     tensors = safetensors.torch.load_file(tmp_path / "own" / TENSORS_NAME)
     assert set(tensors) == {key for key in model.state_dict() if ".red_edit." in key}
-    assert json.loads((tmp_path / "own" / CONFIG_NAME).read_text())["inner_prefix"] == authors_forms.INNER.get(name, "")
+    assert description(tmp_path / "own")["inner_prefix"] == authors_forms.INNER.get(name, "")
     convert(tmp_path / "own", tmp_path / "back")
     assert equal(load(tmp_path / "back"), load(folder))
 
@@ -244,9 +244,10 @@ def test_own_folders_say_what_the_authors_names_leave_out(tmp_path: Path) -> Non
 def test_files_that_do_not_say_it_need_the_model(as_file: bool, tmp_path: Path) -> None:
     model = trained("roberta")
     save_edits(model, tmp_path / "own")
-    description = json.loads((tmp_path / "own" / CONFIG_NAME).read_text())
-    del description["inner_prefix"]  # as the first versions wrote it
-    (tmp_path / "own" / CONFIG_NAME).write_text(json.dumps(description))
+    as_earlier(tmp_path / "own")
+    said = json.loads((tmp_path / "own" / CONFIG_NAME).read_text())
+    del said["inner_prefix"]  # as the first versions wrote it
+    (tmp_path / "own" / CONFIG_NAME).write_text(json.dumps(said))
     path = tmp_path / "own" / TENSORS_NAME if as_file else tmp_path / "own"
     with pytest.raises(ValueError, match=r"such as roberta\.encoder.*pass --model"):
         convert(path, tmp_path / "converted")
@@ -274,7 +275,7 @@ def test_the_head_goes_along_both_ways(tmp_path: Path) -> None:
     head = authors_forms.classifier()
     folder = source(tmp_path, "roberta", head=head)
     done = convert(folder, tmp_path / "own", str(config_of(tmp_path, "roberta")))
-    assert [path.name for path in done.files] == [TENSORS_NAME, CONFIG_NAME, HEAD_NAME]
+    assert [path.name for path in done.files] == [TENSORS_NAME, HEAD_NAME]
     model: Any = zoo.tiny("roberta")
     patch(model, saved_config(tmp_path / "own"))
     model.classifier.requires_grad_(True)
@@ -319,7 +320,7 @@ def test_former_files(tmp_path: Path) -> None:
     folder, own = source(tmp_path, "roberta", head=authors_forms.classifier()), tmp_path / "own"
     convert(folder, own)
     before = {path.name: path.read_bytes() for path in own.iterdir()}
-    with pytest.raises(FileExistsError, match=r"has red_edits\.safetensors, red_config\.json.*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"has red_edits\.safetensors, red_head\.safetensors.*--overwrite"):
         convert(folder, own)
     convert(folder, own, overwrite=True)
     assert {path.name: path.read_bytes() for path in own.iterdir()} == before

@@ -21,10 +21,11 @@ import pytest
 import safetensors.torch
 import tiny_folders
 import torch
+from checkpoint_helpers import description
 from rich.console import Console
 
 from red_kernels import cli
-from red_kernels.checkpoint import CONFIG_NAME, TENSORS_NAME
+from red_kernels.checkpoint import TENSORS_NAME
 from red_kernels.integrations import data, progress
 from red_kernels.integrations.finetune import Settings, finetune
 from red_kernels.integrations.head import train_head
@@ -124,7 +125,7 @@ def test_language_model(
         *("checkpoint-10", "checkpoint-20", "edits", "loss.png", "run.json"),
     ]
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in (output / "edits").iterdir()) == [CONFIG_NAME, TENSORS_NAME]
+    assert sorted(path.name for path in (output / "edits").iterdir()) == [TENSORS_NAME]
 
 
 def test_progress_counts_real_tokens(
@@ -436,7 +437,7 @@ def test_default_model(folders: dict[str, Path], tmp_path: Path, no_network: lis
     assert found["after"]["loss"] < found["before"]["loss"]
     assert found["reloaded"] == found["after"]
     assert 138_000 < found["saved_bytes"] < 150_000
-    assert json.loads((tmp_path / "edits" / CONFIG_NAME).read_text())["base_model_name"] == "SmolLM2-135M-Instruct"
+    assert description(tmp_path / "edits")["base_model_name"] == "SmolLM2-135M-Instruct"
 
 
 def test_default_classifier(folders: dict[str, Path], tmp_path: Path, no_network: list[Any]) -> None:

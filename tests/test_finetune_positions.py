@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import tiny_folders
 import torch
 
+import red_kernels as rk
 from red_kernels.cli import main
 from red_kernels.naive import naive_edit
 
@@ -20,8 +19,8 @@ def test_finetune(position, kind, peer, tmp_path, capsys):
     arguments = ["finetune", "--model", str(model), "--data", str(text), "--output", str(tmp_path / "out")]
     arguments += ["--steps", "2", "--length", "16", "--batch-size", "2", "--position", position, "--kind", kind]
     assert main(arguments) == 0
-    saved = json.loads((tmp_path / "out" / "edits" / "red_config.json").read_text())
-    assert (saved["position"], saved["kind"]) == (position, kind)
+    saved = rk.saved_config(tmp_path / "out" / "edits")
+    assert (saved.position, saved.kind) == (position, kind)
     # An edit inside of a layer's forward has no peer made of hooks: the frozen model alone is compared with.
     assert ("eager edit" in capsys.readouterr().out) == peer
 

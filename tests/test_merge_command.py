@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import model_zoo as zoo
@@ -12,6 +13,7 @@ import transformers
 
 import red_kernels as rk
 from red_kernels.cli import main
+from red_kernels.integrations._replaced import MARKER
 
 
 @pytest.fixture
@@ -46,13 +48,15 @@ def test_a_folder_that_transformers_loads(folders, capsys):
 
 def test_the_output_is_replaced_only_if_asked(folders, capsys):
     path, arguments, _ = folders
-    (path / "merged").mkdir()
-    (path / "merged" / "old").write_text("old")
+    assert main(arguments) == 0
+    first = json.loads((path / "merged" / MARKER).read_text())
+    assert set(first["files"]) == set(os.listdir(path / "merged")) - {MARKER}
+    capsys.readouterr()
     assert main(arguments) == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert os.listdir(path / "merged") == ["old"]
+    assert "is there already; pass --overwrite" in capsys.readouterr().err
+    assert json.loads((path / "merged" / MARKER).read_text()) == first
     assert main([*arguments, "--overwrite"]) == 0
-    assert "old" not in os.listdir(path / "merged")
+    assert json.loads((path / "merged" / MARKER).read_text())["token"] != first["token"]
     assert sorted(os.listdir(path)) == ["base", "edits", "merged"]
 
 
@@ -82,9 +86,9 @@ def test_errors(folders, capsys, monkeypatch):
     assert sorted(os.listdir(path)) == ["base", "edits"]
 
 
-def test_a_trained_head_is_not_left_out_silently(folders, capsys):
+def test_a_damaged_head_is_not_left_out_silently(folders, capsys):
     path, arguments, _ = folders
     (path / "edits" / "red_head.safetensors").write_bytes(b"")
     assert main(arguments) == 2
-    assert "holds a trained head (red_head.safetensors)" in capsys.readouterr().err
+    assert "red_head.safetensors: is damaged" in capsys.readouterr().err
     assert sorted(os.listdir(path)) == ["base", "edits"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import red_kernels as rk
 from red_kernels.authors import VECTORS_NAME
-from red_kernels.checkpoint import CONFIG_NAME, TENSORS_NAME
+from red_kernels.checkpoint import TENSORS_NAME
 
 
 def values(model: nn.Module, name: str) -> list[Tensor]:
@@ -41,7 +41,7 @@ def test_each_edit_has_a_folder(kind: str, tmp_path: Path) -> None:
     rk.save_edits(model, tmp_path / "first", "default")
     rk.save_edits(model, tmp_path / "second", name="second")
     rk.save_edits(model, tmp_path / "active")
-    assert (tmp_path / "active" / CONFIG_NAME).read_bytes() == (tmp_path / "second" / CONFIG_NAME).read_bytes()
+    assert (tmp_path / "active" / TENSORS_NAME).read_bytes() == (tmp_path / "first" / TENSORS_NAME).read_bytes()
     target = zoo.tiny("llama")
     rk.patch(target, rk.saved_config(tmp_path / "second"))
     rk.load_edits(target, tmp_path / "second")  # into the one it has, whatever it was called

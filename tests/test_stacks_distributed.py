@@ -22,7 +22,6 @@ def test_save_and_resume(tmp_path):
     for how in ("ddp", "fsdp-layers", "fsdp-whole"):
         assert {path.name for path in (tmp_path / how).iterdir()} == {
             "red_edits.safetensors",
-            "red_config.json",
             "optimizer",
         }
 

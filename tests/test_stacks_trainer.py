@@ -74,7 +74,7 @@ def test_resuming(kind, tmp_path):
     whole, losses = run(tmp_path)
     checkpoint = tmp_path / f"checkpoint-{STEPS // 2}"
     assert ("model.safetensors" in files(checkpoint)) == (kind is Trainer)
-    assert {"red_edits.safetensors", "red_config.json"} <= files(checkpoint) or kind is Trainer
+    assert "red_edits.safetensors" in files(checkpoint) or kind is Trainer
     resumed, later = run(tmp_path, resume_from_checkpoint=str(checkpoint))
     assert later == losses[STEPS // 2 :]
     assert len(later) == STEPS // 2

@@ -6,15 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import nn
 
-from .._files import write_files
 from .._infer import config_from_model, config_from_names, kind_of
+from .._saved_folder import CONFIG_NAME, HEAD_NAME, TENSORS_NAME, Head, make_saved
 from .._vectors import SiteTensors
 from ..authors import CLASSIFIER_NAME, HEAD, VECTORS_NAME, inner_prefix, write_authors
-from ..checkpoint import CONFIG_NAME, HEAD_NAME, TENSORS_NAME, Found, own_files, read
+from ..checkpoint import Found, read, write_saved
 from ..config import POSITIONS
 from ..report import listed
 from ._require import require
@@ -134,17 +133,16 @@ def _to_own(
         vectors = {mapping[site]: parts for site, parts in vectors.items()}
         told = f"told from {type(base).__name__}"
         prefix = inner_prefix(base, vectors)
-    files = own_files(config, vectors, model, prefix)
-    if found.head:
-        values = {f"{HEAD}.{name}": own.contiguous() for name, own in found.head.items()}
-        files[HEAD_NAME] = safetensors.torch.save(values, metadata={"format": "pt"})
-    elif source.is_file() and source.with_name(CLASSIFIER_NAME).exists():
+    head = Head({f"{HEAD}.{name}": own for name, own in found.head.items()}) if found.head else None
+    saved = make_saved(config, vectors, model, prefix, head)
+    if head is None and source.is_file() and source.with_name(CLASSIFIER_NAME).exists():
         notes.append(f"{CLASSIFIER_NAME} beside the file was left out; name the folder to convert it too")
-    _refuse(target, (TENSORS_NAME, CONFIG_NAME, HEAD_NAME), files, overwrite)
-    write_files(target, files)
+    replaced = (*saved.names, CONFIG_NAME)  # that of an earlier version goes
+    _refuse(target, (TENSORS_NAME, CONFIG_NAME, HEAD_NAME), replaced, overwrite)
+    write_saved(target, saved)
     layers = "" if config.layers is None else f" in the layers {listed([str(layer) for layer in config.layers])}"
     what = f"position {config.position!r}{layers} ({told}), kind {config.kind!r}"
-    return _conversion(target, list(files), vectors, what, notes)
+    return _conversion(target, list(saved.names), vectors, what, notes)
 
 
 def _to_authors(found: Found, source: Path, target: Path, model: str | None, overwrite: bool) -> Conversion:
@@ -156,16 +154,16 @@ def _to_authors(found: Found, source: Path, target: Path, model: str | None, ove
         if said is None:
             raise ValueError(
                 f"{found.source}: nothing says which part of its site names, such as {next(iter(found.vectors))}, the "
-                f"authors' names leave out (the entry 'inner_prefix' of {CONFIG_NAME}); pass --model with the base "
+                f"authors' names leave out (the entry 'inner_prefix' of the description); pass --model with the base "
                 "model's id, folder or config.json"
             )
         prefix = str(said)
     notes = []
     head: dict[str, torch.Tensor] = {}
     beside = found.source.with_name(HEAD_NAME)
-    if beside.exists() and source.is_dir():
-        head = _read_head(beside)
-    elif beside.exists():
+    if found.trained is not None:
+        head = _authors_head(beside, found.trained)
+    elif beside.exists() and source.is_file():
         notes.append(f"{HEAD_NAME} beside the file was left out; name the folder to convert it too")
     names = [VECTORS_NAME, *([CLASSIFIER_NAME] if head else [])]
     _refuse(target, (VECTORS_NAME, CLASSIFIER_NAME), names, overwrite)
@@ -174,18 +172,14 @@ def _to_authors(found: Found, source: Path, target: Path, model: str | None, ove
     return _conversion(target, names, found.vectors, what, notes)
 
 
-def _read_head(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        tensors = safetensors.torch.load(path.read_bytes())
-    except Exception as error:  # as above
-        raise ValueError(f"{path}: is damaged or no safetensors file: {error}") from error
-    other = [name for name in tensors if not name.startswith(f"{HEAD}.")]
+def _authors_head(path: Path, head: Head) -> dict[str, torch.Tensor]:
+    other = [name for name in head.values if not name.startswith(f"{HEAD}.")]
     if other:
         raise ValueError(
             f"{path}: holds {listed(other)}, for which the authors' form has no place beside {HEAD!r}; name "
             f"{TENSORS_NAME} itself to convert the vectors alone"
         )
-    return {name.removeprefix(f"{HEAD}."): value for name, value in tensors.items()}
+    return {name.removeprefix(f"{HEAD}."): value for name, value in head.values.items()}
 
 
 def _refuse(target: Path, possible: tuple[str, ...], new: Iterable[str], overwrite: bool) -> None:

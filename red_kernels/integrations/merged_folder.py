@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from ..checkpoint import HEAD_NAME, load_edits, saved_config
+from .._saved_folder import HEAD_NAME, TENSORS_NAME, Head, config_of
+from ..checkpoint import load_found, read
 from ..merge import MergeReport, merge
 from ..patch import patch
+from ..report import listed
+from ._replaced import OutputFolder, refuse_overlap
+from .base_models import PACKAGED, _forget_quantization, _gguf_options, _quietly, _without_quantization
 
 __all__ = ["merge_folder"]
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json")
 
 
 def merge_folder(
@@ -31,76 +36,213 @@ def merge_folder(
 ) -> tuple[MergeReport, tuple[str, ...]]:
     """Merge saved edits into their base model, and save the whole as transformers does, with its tokenizer.
 
-    The folder is written under a temporary name beside its place and renamed.
+    A trained head beside the edits goes into a model of the class that it was trained in, with the names of its labels.
+    The folder is written under a temporary name beside its place and put there in one step, with a `red_merge.json`
+    that lists its files.
 
     Args:
-        model: the base model's folder or hub id.
-        edits: a folder made by `rk.save_edits`.
+        model: the base model's folder or hub id, a `.gguf` file, or the name of a packaged model.
+        edits: a folder made by `rk.save_edits`, `red-kernels finetune` or `RedTrainer`.
         output: the folder to write.
-        dtype: of the weights that are saved: `"auto"` (as the base model is stored), `"fp32"`, `"bf16"` or `"fp16"`.
+        dtype: of the weights that are saved: `"auto"` (as the base model is stored; fp32 for a `.gguf` file), `"fp32"`,
+            `"bf16"` or `"fp16"`.
         force: as for `rk.merge`.
-        overwrite: replace the output folder.
+        overwrite: replace the output folder, if it is one that this function wrote and holds nothing else.
 
     Returns:
         The `MergeReport`, and notes on what else there is to know.
 
     Raises:
-        ValueError: an unknown dtype, edits that do not fit the model, cannot be merged or have a trained head beside
-            them.
-        FileExistsError: the output is there, without `overwrite`.
+        ValueError: an unknown dtype; edits that do not fit the model or cannot be merged; a head that fits no class of
+            the model; a damaged file; an output that is, contains or is inside of the model or the edits.
+        FileExistsError: the output is there without `overwrite`, is no folder that this function wrote, holds something
+            else, or was made or changed by another process meanwhile.
         FileNotFoundError, OSError: model or edits cannot be found, the output cannot be written; what was there stays.
     """
-    target = Path(output)
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"output: {str(target)!r} is there already; pass --overwrite to replace it")
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"output: {str(target)!r} is a file, expected a folder")
-    config = saved_config(edits)
-    if (Path(edits) / HEAD_NAME).exists():
+    source = _source(model)
+    inputs = {"the folder of the edits": Path(edits)}
+    refuse_overlap(output, inputs if source.path is None else {"the base model": source.path, **inputs})
+    target = OutputFolder(output, overwrite)
+    found = read(Path(edits))
+    if found.description is None:
         raise ValueError(
-            f"edits: {str(edits)!r} holds a trained head ({HEAD_NAME}), which would be missing from the merged model; "
-            "load it into the model yourself, and merge that by rk.merge(model)"
+            f"edits: {str(edits)!r} does not say where its edits belong; expected a folder with {TENSORS_NAME}, which "
+            "red-kernels convert makes of the authors' form"
         )
-    loaded = _load(model, DTYPES[dtype])
-    patch(loaded, config)
-    load_edits(loaded, edits)
-    report = merge(loaded, force=force, keep_original=False)
-    notes = []
-    beside = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}"
-    temporary, former = beside.with_suffix(".tmp"), beside.with_suffix(".old")
-    try:
-        temporary.mkdir(parents=True)
-        loaded.save_pretrained(temporary)
+    with target.written() as folder:
+        loaded, notes = _load(source, dtype, found.trained)
+        patch(loaded, config_of(found.source, found.description))
+        report = load_found(loaded, found, Path(edits), None, strict=True)
+        notes += [*report.warnings, *_rounded(loaded, found.trained)]
+        merged = merge(loaded, force=force, keep_original=False)
+        tokenizer = _tokenizer(source, notes)
         try:
-            transformers.AutoTokenizer.from_pretrained(model).save_pretrained(temporary)
-        except (OSError, ValueError, KeyError) as error:
-            notes.append(f"no tokenizer was saved: {str(error).partition(chr(10))[0]}")
-        if target.exists():
-            os.replace(target, former)
-        os.replace(temporary, target)
-        shutil.rmtree(former, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if former.exists() and not target.exists():
-            os.replace(former, target)
-        raise
-    return report, tuple(notes)
+            with _quietly():
+                loaded.save_pretrained(folder)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(folder)
+        except OSError:
+            raise
+        except Exception as error:  # safetensors has an error of its own for a full disk
+            raise OSError(f"output: {str(output)!r} could not be written: {error}") from error
+    return merged, (*notes, *target.notes)
 
 
-def _load(name: str, dtype: Any) -> Any:
-    """The model in its own class, as its config names it."""
-    path = Path(name)
+@dataclass(frozen=True)
+class _Source:
+    """Where a base model comes from.
+
+    Attributes:
+        name: as it is called.
+        path: the folder or file, if it is one here.
+        place: what transformers' `from_pretrained` takes.
+        options: further arguments of it.
+    """
+
+    name: str
+    path: Path | None
+    place: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _source(name: str) -> _Source:
+    packaged = next((model for model in PACKAGED if model.name == name), None)
+    path = packaged.locate() if packaged else Path(name)
+    if path.suffix == ".gguf":
+        return _Source(name, path, str(path.resolve().parent), _gguf_options(path))
+    if not path.exists():
+        return _Source(name, None, name)
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(
             f"model: the folder {name!r} has no config.json; expected one that save_pretrained wrote"
         )
-    config = transformers.AutoConfig.from_pretrained(name)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"model: {name!r} is quantised; merge into the base model in half or full precision")
+    return _Source(name, path, str(path))
+
+
+def _load(source: _Source, dtype: str, head: Head | None) -> tuple[Any, list[str]]:
+    """The model in its own class, as its config names it, or in that of the head; and notes."""
+    gguf = bool(source.options)
+    wanted: Any = torch.float32 if gguf and dtype == "auto" else DTYPES[dtype]
+    try:
+        with _quietly():
+            config = transformers.AutoConfig.from_pretrained(source.place, **_without_quantization(source.options))
+            if not gguf and getattr(config, "quantization_config", None) is not None:
+                raise ValueError("it is quantised; merge into the base model in half or full precision")
+            if head is not None:
+                kind, config = _class_for(config, head)
+            elif gguf:  # the format knows language models only, and names no class
+                kind = transformers.AutoModelForCausalLM
+            else:
+                kind = _own_class(config)
+            model, loading = kind.from_pretrained(
+                source.place,
+                config=config,
+                dtype=torch.float32 if gguf else wanted,
+                output_loading_info=True,
+                ignore_mismatched_sizes=head is not None,  # of a head that is replaced; all others are refused below
+                **source.options,
+            )
+            if gguf:
+                _forget_quantization(model)
+                model = model.to(wanted)
+    except ImportError:
+        raise  # it names the package that is missing
+    except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
+        reason = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+        if source.path is None:
+            raise OSError(f"model: {source.name!r} is no file or folder, and could not be loaded: {reason}") from error
+        raise ValueError(f"model: {source.name!r} could not be loaded: {reason}") from error
+    model.config._name_or_path = source.name
+    other = {str(entry[0]) for entry in loading["mismatched_keys"]}
+    new = sorted(set(loading["missing_keys"]) | other)
+    if head is None:
+        return model.eval(), [f"not in the model, and drawn at random: {listed(new)}"] if new else []
+    lacking = [name for name in new if name not in head.values]
+    if lacking:
+        raise ValueError(
+            f"model: {source.name!r} lacks {listed(lacking)}, and {HEAD_NAME} does not hold them; expected the base "
+            "model that the edits were trained on"
+        )
+    return model.eval(), []
+
+
+def _own_class(config: Any) -> Any:
     names = getattr(config, "architectures", None) or [None]
-    kind = getattr(transformers, names[0] or "", None)
+    kind = _class_named(names[0] if isinstance(names, (list, tuple)) else names)
     if kind is None:
-        raise ValueError(f"model: {name!r} names the class {names[0]!r}, which transformers does not have")
-    return kind.from_pretrained(name, dtype=dtype).eval()
+        raise ValueError(f"its config names the class {names!r}, which transformers does not have")
+    return kind
+
+
+def _class_named(name: object) -> Any:
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
+
+
+def _class_for(config: Any, head: Head) -> tuple[Any, Any]:
+    """The class of model that has a place for each parameter of a head, and the config with as many labels."""
+    for kind in _classes(config, head):
+        for labels in _possible_labels(config, head):
+            changed = copy.deepcopy(config)
+            changed.id2label = labels
+            changed.label2id = {label: number for number, label in labels.items()}
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                try:
+                    model = kind(changed) if kind is not None else _classifier(changed)
+                except ValueError:  # there is no such class for this config
+                    continue
+            shapes = {name: tuple(own.shape) for name, own in model.named_parameters(remove_duplicate=False)}
+            if all(shapes.get(name) == tuple(value.shape) for name, value in head.values.items()):
+                return type(model), changed
+    shown = [f"{name} {tuple(value.shape)}" for name, value in head.values.items()]
+    raise ValueError(f"it has no class with a place for the trained head ({listed(shown)})")
+
+
+def _classes(config: Any, head: Head) -> list[Any]:
+    """Classes to try, the likeliest first; None stands for the one that classifies sequences."""
+    names = getattr(config, "architectures", None) or []
+    own = names[0] if isinstance(names, (list, tuple)) and names else None
+    found = [_class_named(name) for name in (head.architecture, own)]
+    fitting = [kind for kind in found if kind is not None and isinstance(config, kind.config_class or ())]
+    return [*dict.fromkeys(fitting), None]
+
+
+def _classifier(config: Any) -> Any:
+    return transformers.AutoModelForSequenceClassification.from_config(config)
+
+
+def _possible_labels(config: Any, head: Head) -> Iterator[dict[int, str]]:
+    if head.labels is not None:
+        yield head.labels
+        return
+    # Files of other programs do not say how many there are.
+    yield dict(config.id2label)
+    for count in sorted({value.shape[0] for value in head.values.values() if value.ndim}):
+        yield {number: f"LABEL_{number}" for number in range(count)}
+
+
+def _rounded(model: Any, head: Head | None) -> list[str]:
+    own = dict(model.named_parameters(remove_duplicate=False))
+    values = {} if head is None else head.values
+    lost = [name for name, value in values.items() if name in own and not torch.equal(own[name].to(value.dtype), value)]
+    if not lost:
+        return []
+    dtype = str(own[lost[0]].dtype).removeprefix("torch.")
+    return [f"the head was rounded to {dtype} ({listed(lost)}); --dtype fp32 keeps what was trained"]
+
+
+def _tokenizer(source: _Source, notes: list[str]) -> Any:
+    """The model's tokenizer; None, with a note, where it has none."""
+    options = _without_quantization(source.options)
+    try:
+        with _quietly():
+            return transformers.AutoTokenizer.from_pretrained(source.place, **options)
+    except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
+        reason = str(error).partition("\n")[0]
+        folder = source.path if source.path is not None and source.path.is_dir() else None
+        if folder is not None and any(list(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+            raise ValueError(f"model: the tokenizer in {source.name!r} could not be loaded: {reason}") from error
+        notes.append(f"no tokenizer was saved: {reason}")
+        return None

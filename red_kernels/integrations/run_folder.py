@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import write_files
+from .._saved_folder import remove_saved
 from .trainer import checkpoints
 
 RUN_NAME = "run.json"
@@ -43,9 +44,9 @@ class RunFolder:
             OSError: the folder cannot be written to; found out here, before anything is trained.
         """
         if self.checkpoint is None:
-            for folder in [*checkpoints(self.path), self.edits]:
-                if folder.exists():
-                    shutil.rmtree(folder)
+            for folder in checkpoints(self.path):
+                shutil.rmtree(folder)
+            remove_saved(self.edits)
             if self.curve.exists():
                 self.curve.unlink()
         self.write("running")
@@ -108,5 +109,5 @@ def _read(path: Path) -> dict[str, Any]:
         if not all(isinstance(content[key], dict) for key in ("settings", "results")):
             raise ValueError("settings or results are missing")
         return {"state": content["state"], "settings": content["settings"], "results": content["results"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"--resume: {file} is damaged: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -14,14 +13,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import safetensors.torch
-import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._files import write_files
-from .._sharded import is_sharded, placed_as, whole, write_from_one
-from ..checkpoint import HEAD_NAME, load_edits, save_edits
+from .._saved_folder import HEAD_NAME, MissingHead
+from .._sharded import is_sharded
+from .._wrapped_names import bare_name
+from ..checkpoint import check_patched as check_vectors
+from ..checkpoint import load_found, read, save_with_head
 from ..edit_module import RedEdit
 from ..patch import edit_modules, edit_parameters
 from .trainer_callback import check_patched
@@ -42,56 +42,49 @@ _PARTIAL = ".partial-"
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What a patched model trains beside its edits, by name: a classification head, usually, or nothing."""
-    edits = {id(vector) for own in edit_modules(model).values() for vector in own.parameters()}  # active or not
+    edits = {id(own) for module in edit_modules(model).values() for own in module.parameters()}
     return {name: own for name, own in model.named_parameters() if own.requires_grad and id(own) not in edits}
 
 
 def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Save all that was trained: the edits by `rk.save_edits`, and a trainable head beside them (`HEAD_NAME`).
+    """Save all that was trained: the edits as `rk.save_edits` does, and a trainable head beside them (`HEAD_NAME`).
+
+    Both become valid in one step: a crash leaves the former state or the new one. The names of the labels are saved
+    with the head.
 
     Raises:
         ValueError: the model is not patched.
         OSError: the folder cannot be written to; no partial file is left.
     """
-    target = save_edits(model, folder)
-    head = head_parameters(model)
-    if head:
-        labels = getattr(getattr(model, "config", None), "id2label", None)
-        content = safetensors.torch.save(
-            {name: whole(own).cpu().contiguous() for name, own in head.items()},
-            metadata={"format": "pt", "id2label": json.dumps(labels)},
-        )
-        write_from_one(head.values(), lambda: write_files(target, {HEAD_NAME: content}))
-    return target
+    return save_with_head(model, folder, None, head_parameters(model))
 
 
 def load_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Load what `save_trained` saved into a model patched alike; every name and shape is checked first.
 
     Raises:
-        ValueError: the model is not patched alike, or the files are damaged or of another model.
+        ValueError: the model is not patched alike, or the files are damaged, of another model or of two saves.
         FileNotFoundError: the folder lacks the edits, or the head that the model trains.
     """
+    check_vectors(model)
     path = Path(folder) / HEAD_NAME
     head = head_parameters(model)
-    values: dict[str, torch.Tensor] = {}
-    if head:
-        try:
-            values = safetensors.torch.load(path.read_bytes())
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path} does not exist, and the model trains {', '.join(sorted(head))}") from None
-        except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
-            raise ValueError(f"{path}: is damaged or no safetensors file: {error}") from error
-        shapes = {name: tuple(value.shape) for name, value in values.items()}
-        expected = {name: tuple(own.shape) for name, own in head.items()}
-        if shapes != expected:
-            raise ValueError(f"{path}: holds {shapes}, the model trains {expected}")
-    elif path.exists():
-        raise ValueError(f"{path}: holds a trained head, and the model trains none")
-    load_edits(model, folder)
-    with torch.no_grad():
-        for name, value in values.items():
-            head[name].copy_(placed_as(value, head[name]))
+    missing = f"{path} does not exist, and the model trains {', '.join(sorted(head))}"
+    try:
+        found = read(Path(folder))
+    except MissingHead:
+        raise FileNotFoundError(missing) from None
+    values = {} if found.trained is None else found.trained.values
+    if head and not values:
+        raise FileNotFoundError(missing)
+    if values and not head:
+        raise ValueError(f"{path}: holds a trained head, and the model trains none; patch it with train_head=True")
+    shapes = {bare_name(model, name): tuple(value.shape) for name, value in values.items()}
+    expected = {bare_name(model, name): tuple(own.shape) for name, own in head.items()}
+    if shapes != expected:
+        raise ValueError(f"{path}: holds {shapes}, the model trains {expected}")
+    for text in load_found(model, found, Path(folder), None, strict=True).warnings:
+        warnings.warn(text, stacklevel=2)
 
 
 def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
