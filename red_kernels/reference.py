@@ -300,9 +300,12 @@ def _edit(
 
 
 def _normalise(z: Tensor, eps: float, centered: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    mean = z.mean(-1) if centered else None
-    if mean is not None:
-        mean = mean + (z - mean[..., None]).mean(-1)  # what the first sum lost of a large mean
+    mean = None
+    if centered:
+        # Distances from one of the values: equal ones have none, and their sum does not overflow.
+        origin = z[..., :1].detach()
+        mean = origin[..., 0] + (z - origin).mean(-1)
+        mean = mean + (z - mean[..., None]).mean(-1)  # what the first sum lost
         z = z - mean[..., None]
     rstd = torch.rsqrt(z.square().mean(-1) + eps)
     return z * rstd[..., None], mean, rstd
