@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
+from . import checks, reference
 from .autograd import (
     EditAddFunction,
     EditAddLayerNormFunction,
@@ -29,6 +29,7 @@ from .autograd import (
     LinearEditInferenceFunction,
     RMSNormEditFunction,
     apply,
+    plain_only,
 )
 
 __all__ = [
@@ -58,7 +59,10 @@ def edit(
     """
     checks.activation(x)
     checks.edit_vectors(x, scale, bias, edit_ids)
-    return apply(EditFunction, x, scale, bias, _ids(edit_ids))
+    edit_ids = _ids(edit_ids)
+    if plain_only(x, scale, bias):
+        return reference.edit_forward(x, None, scale, bias, edit_ids, None, 0.0)
+    return apply(EditFunction, x, scale, bias, edit_ids)
 
 
 def edit_add(
@@ -77,6 +81,8 @@ def edit_add(
     under activation checkpointing drops the same elements. Errors: see the module.
     """
     x, residual, edit_ids, seed = _edit_arguments(x, residual, scale, bias, edit_ids, dropout_p, training)
+    if plain_only(x, residual, scale, bias):
+        return reference.edit_forward(x, residual, scale, bias, edit_ids, seed, dropout_p)
     return apply(EditAddFunction, x, residual, scale, bias, edit_ids, seed, dropout_p)
 
 
@@ -105,6 +111,10 @@ def edit_add_rms_norm(
     checks.norm_vector(weight, x, "weight")
     checks.epsilon(eps)
     checks.number(weight_offset, "weight_offset")
+    if plain_only(x, residual, scale, bias, weight):
+        return reference.edit_norm_forward(
+            x, residual, scale, bias, weight, None, edit_ids, seed, dropout_p, eps, weight_offset, False, need_z
+        )[:2]
     return apply(
         EditAddRMSNormFunction, x, residual, scale, bias, weight, edit_ids, seed, dropout_p, eps, weight_offset, need_z
     )
@@ -134,6 +144,10 @@ def edit_add_layer_norm(
     checks.norm_vector(weight, x, "weight")
     checks.norm_vector(norm_bias, x, "norm_bias")
     checks.epsilon(eps)
+    if plain_only(x, residual, scale, bias, weight, norm_bias):
+        return reference.edit_norm_forward(
+            x, residual, scale, bias, weight, norm_bias, edit_ids, seed, dropout_p, eps, 0.0, True, need_z
+        )[:2]
     return apply(
         EditAddLayerNormFunction, x, residual, scale, bias, weight, norm_bias, edit_ids, seed, dropout_p, eps, need_z
     )
@@ -155,7 +169,10 @@ def rms_norm_edit(
     checks.norm_vector(weight, x, "weight")
     checks.epsilon(eps)
     checks.number(weight_offset, "weight_offset")
-    return apply(RMSNormEditFunction, x, weight, scale, bias, _ids(edit_ids), eps, weight_offset)
+    edit_ids = _ids(edit_ids)
+    if plain_only(x, weight, scale, bias):
+        return reference.norm_edit_forward(x, weight, None, scale, bias, edit_ids, eps, weight_offset, False)[0]
+    return apply(RMSNormEditFunction, x, weight, scale, bias, edit_ids, eps, weight_offset)
 
 
 def layer_norm_edit(
@@ -177,7 +194,10 @@ def layer_norm_edit(
     checks.norm_vector(weight, x, "weight")
     checks.norm_vector(norm_bias, x, "norm_bias")
     checks.epsilon(eps)
-    return apply(LayerNormEditFunction, x, weight, norm_bias, scale, bias, _ids(edit_ids), eps)
+    edit_ids = _ids(edit_ids)
+    if plain_only(x, weight, norm_bias, scale, bias):
+        return reference.norm_edit_forward(x, weight, norm_bias, scale, bias, edit_ids, eps, 0.0, True)[0]
+    return apply(LayerNormEditFunction, x, weight, norm_bias, scale, bias, edit_ids, eps)
 
 
 def linear_edit(
@@ -222,6 +242,9 @@ def linear_edit(
     if residual is not None and residual.dtype != x.dtype:
         return edit_add(F.linear(x, weight, linear_bias), residual, scale, bias, edit_ids=edit_ids)
     tensors = (x, weight, linear_bias, residual, scale, bias)
+    if plain_only(*tensors):
+        h = F.linear(x, weight, linear_bias)
+        return reference.edit_forward(h, residual, scale, bias, _ids(edit_ids), None, 0.0)
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     kind_of = LinearEditFunction if recorded or torch.compiler.is_compiling() else LinearEditInferenceFunction
     return apply(kind_of, *tensors, _ids(edit_ids))

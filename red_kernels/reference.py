@@ -213,6 +213,28 @@ def edit_norm_backward(
     return EditNormGrads(dx, dresidual, dscale, dbias, dweight, dnorm_bias)
 
 
+def statistics(
+    z: Tensor | None,
+    x: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    edit_ids: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    centered: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """``mean`` and ``rstd`` of ``z``, or of what :func:`edit_norm_forward` makes of the others where it was not kept.
+
+    For a backward that is itself differentiated: there they are no constants.
+    """
+    if z is None:
+        assert x is not None
+        z = _edit(x, residual, scale, bias, edit_ids, seed, dropout_p)
+    return _normalise(_wide(z), eps, centered)[1:]
+
+
 def norm_edit_forward(
     x: Tensor,
     weight: Tensor | None,
