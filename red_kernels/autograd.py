@@ -16,15 +16,17 @@ from torch.autograd import Function, forward_ad
 from . import reference
 from .backends import by_name, choose
 
+_transforms_active = torch._C._are_functorch_transforms_active
 Saved = tuple[Any, ...]  # what save_for_backward was given
 
 
 def apply(function: Any, *arguments: Any) -> Any:
     """``function.apply`` without torch's search for dead functorch wrappers, a third of what it costs.
 
-    There can be such only where a function under ``vmap`` or ``grad`` let a tensor of its own escape.
+    There can be such only where a function under ``vmap`` or ``grad`` let a tensor of its own escape. Not for use under
+    such transforms: see :func:`plain_only`.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return function.apply(*arguments)
     base: Any = super(Function, function)
     return base.apply(*arguments)
@@ -32,7 +34,9 @@ def apply(function: Any, *arguments: Any) -> Any:
 
 def plain_only(*tensors: Tensor | None) -> bool:
     """Whether an operation on these has to be plain PyTorch: under ``torch.func`` and for forward-mode derivatives."""
-    return torch._C._are_functorch_transforms_active() or forward_mode(*tensors)
+    if _transforms_active():
+        return True
+    return forward_ad._current_level >= 0 and forward_mode(*tensors)
 
 
 def forward_mode(*tensors: Tensor | None) -> bool:
@@ -292,9 +296,7 @@ def _edit_grads(
     unchanged = needs[0] and scale is None and seed is None  # then dx is dz, and nothing need be written
     asked = (needs[0] and not unchanged, needs[1], needs[2])
     if any(asked):
-        dx, dscale, dbias = backend.edit_backward(
-            dz, x, scale, edit_ids, seed, ctx.dropout_p, ctx.n_edits, asked
-        )
+        dx, dscale, dbias = backend.edit_backward(dz, x, scale, edit_ids, seed, ctx.dropout_p, ctx.n_edits, asked)
     else:
         dx = dscale = dbias = None
     return dz if unchanged else dx, _as(dscale, ctx.vectors[0]), _as(dbias, ctx.vectors[1])
@@ -467,6 +469,6 @@ class _SecondDerivative(Function):
 
 def _no_second_derivative(name: str) -> RuntimeError:
     return RuntimeError(
-        f"{name} has no second derivative: kernels can be differentiated once. Where a second derivative is needed, run "
-        "the forward under rk.backend('reference'), or all of it with RED_KERNELS_BACKEND=reference"
+        f"{name} has no second derivative: kernels can be differentiated once. Where a second derivative is needed, "
+        "run the forward under rk.backend('reference'), or all of it with RED_KERNELS_BACKEND=reference"
     )

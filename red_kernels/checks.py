@@ -12,7 +12,7 @@ ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
 def activation(x: Tensor, name: str = "x") -> None:
-    """Raise TypeError or ValueError unless ``x`` is a dense floating activation of shape ``(..., d)`` with ``d >= 1``."""
+    """Raise TypeError or ValueError unless ``x`` is a dense floating activation ``(..., d)`` with ``d >= 1``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.layout is not _STRIDED or x.is_nested:

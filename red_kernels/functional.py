@@ -4,10 +4,14 @@ Every operation takes activations of shape ``(..., d)`` in float32, bfloat16, fl
 vectors ``scale``, ``bias`` of shape ``(d,)`` in any of these dtypes; or ``(n, d)`` with ``edit_ids``, integers of shape
 ``x.shape[:-1]``, where each row uses an edit of its own. Each of ``scale``, ``bias``, ``residual``, ``weight`` and
 ``norm_bias`` may be None. Arithmetic is in fp32 and rounded once, to the dtype of ``x`` (of ``x + residual`` where
-these differ). Gradients are computed only for what asks for them; second derivatives raise RuntimeError.
+these differ). Gradients are computed only for what asks for them.
 
-Errors: TypeError for what is no floating tensor or no number, ValueError for shapes, devices and numbers out of range,
-IndexError for ``edit_ids`` out of range, RuntimeError for a backend that was asked for and is missing.
+Derivatives: a kernel has one, and differentiating it again raises RuntimeError. Under ``rk.backend("reference")``, and
+for float64, every operation can be differentiated as often as one likes. Forward-mode derivatives (``torch.func.jvp``,
+``torch.autograd.forward_ad``) and the other transforms of ``torch.func`` run in plain PyTorch, whatever the backend.
+
+Errors: TypeError for what is no dense floating tensor or no number, ValueError for shapes, devices and numbers out of
+range, IndexError for ``edit_ids`` out of range, RuntimeError for a backend that was asked for and is missing.
 
 Source: RED, arXiv 2402.15179.
 """

@@ -1,4 +1,4 @@
-"""Derivatives beyond the first gradient: second ones on the reference, forward mode on any backend, and both in models."""
+"""Derivatives beyond the first gradient: second ones on the reference, forward mode on any backend, both in models."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def check_second(operation: str, absent: tuple[str, ...], *, edits: bool = False
     assert gradgradcheck(of, asking, fast_mode=True)
 
 
-@pytest.mark.parametrize(("operation", "absent"), combinations(), ids=lambda v: v if isinstance(v, str) else "-".join(v))
+@pytest.mark.parametrize(
+    ("operation", "absent"), combinations(), ids=lambda v: v if isinstance(v, str) else "-".join(v)
+)
 def test_second_derivatives_of_the_reference(operation: str, absent: tuple[str, ...]) -> None:
     check_second(operation, absent)
     if not {"scale", "bias"} <= set(absent):
@@ -131,7 +133,9 @@ def test_public_functions_can_be_differentiated_as_often_as_one_likes(operation:
 # ---- forward mode
 
 
-def plain(operation: str, tensors: dict[str, Tensor | None], ids: Tensor | None, factor: Any = 1.0) -> tuple[Tensor, ...]:
+def plain(
+    operation: str, tensors: dict[str, Tensor | None], ids: Tensor | None, factor: Any = 1.0
+) -> tuple[Tensor, ...]:
     """The operation in torch's own operations."""
     scale, bias = (t if t is None or ids is None else t[ids] for t in (tensors["scale"], tensors["bias"]))
 
@@ -280,9 +284,7 @@ def test_vmap(operation: str) -> None:
             return call_with_eps(operation, named, edit_ids=ids)[0]
 
         places = (None if ids is None else 0, *(0 for _ in over))
-        each = torch.vmap(one, places)(
-            ids if ids is None else ids[:, None], *(tensors[n][:, None] for n in over)
-        )
+        each = torch.vmap(one, places)(ids if ids is None else ids[:, None], *(tensors[n][:, None] for n in over))
         torch.testing.assert_close(each[:, 0], plain(operation, tensors, ids)[0], rtol=1e-4, atol=1e-5)
         if ids is not None:
             with pytest.raises(IndexError, match="edit_ids has values from 0 to 7, expected 0 to 1"):
@@ -355,9 +357,7 @@ def assert_alike(found: Tensor, expected: Tensor) -> None:
 
 def _slots(model: Any, vectors: list[Tensor]) -> Any:
     for vector in vectors:
-        yield next(
-            (module, n, p) for module in model.modules() for n, p in module._parameters.items() if p is vector
-        )
+        yield next((module, n, p) for module in model.modules() for n, p in module._parameters.items() if p is vector)
 
 
 def test_first_gradients_are_the_same_under_create_graph() -> None:

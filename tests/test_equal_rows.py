@@ -1,4 +1,4 @@
-"""LayerNorm of rows of equal values: no distance from the mean, so 0 before the weight, whatever the value and the width.
+"""LayerNorm of rows of equal values: no distance from the mean, so 0 before the weight, whatever value and width.
 
 A plain sum of many equal values is off by more than they vary by, and may overflow; of that nothing must be seen.
 """
@@ -52,7 +52,9 @@ def test_layer_norm_of_equal_values(
 
     for need_z in (True, False):
         x = rows.clone().requires_grad_()
-        y, _ = call(rk.edit_add_layer_norm, x, torch.zeros_like(rows), None, None, weight, norm_bias, EPS, need_z=need_z)
+        y, _ = call(
+            rk.edit_add_layer_norm, x, torch.zeros_like(rows), None, None, weight, norm_bias, EPS, need_z=need_z
+        )
         y.backward(g)
         assert torch.equal(y.detach(), norm_bias.to(dtype).expand(2, width))
         assert_close(x.grad, expected_gradient(g, weight, EPS), dtype)
@@ -104,7 +106,10 @@ def test_without_eps_and_without_numbers_as_torch(width: int, value: float, impl
     x[1] = torch.randn(width)
     eps = 0.0 if math.isfinite(value) else EPS
     for ours, theirs in (
-        (call(rk.layer_norm_edit, x, None, None, None, None, eps), torch.nn.functional.layer_norm(x, (width,), eps=eps)),
+        (
+            call(rk.layer_norm_edit, x, None, None, None, None, eps),
+            torch.nn.functional.layer_norm(x, (width,), eps=eps),
+        ),
         (call(rk.rms_norm_edit, x, None, None, None, eps), torch.nn.functional.rms_norm(x, (width,), eps=eps)),
     ):
         torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-5, atol=1e-5)

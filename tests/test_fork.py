@@ -1,4 +1,4 @@
-"""Processes that are forked while another thread is in an operation: what that thread had locked must not stay locked."""
+"""Forks while another thread is in an operation: what that thread had locked must not stay locked in the child."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def forks(count, in_child):
             os._exit(1)
 """
 
-# The pool alone, in a process without torch, so that 2,000 forks take seconds: threads do nothing but take and give back.
+# The pool alone, in a process without torch, so that 2,000 forks take seconds: a thread takes and gives back.
 _HAMMER = """
 #include "cpu/memory.h"
 
@@ -56,7 +56,9 @@ extern "C" void finish() {
 
 def run(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RED_KERNELS_CPU_POOL_MB": "0", **variables}
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True, text=True
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -85,7 +87,7 @@ print("done")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.skipif(native.load_error() is not None, reason="needs the CPU kernels")
 def test_forks_while_a_thread_is_in_an_operation() -> None:
-    """Backwards whose column sums come from the pool, which keeps nothing: blocks are given back to the system in them."""
+    """A backward takes its column sums from the pool, which keeps nothing here: it gives them back to the system."""
     done = run(f"""
 import os, signal, sys, threading
 import torch

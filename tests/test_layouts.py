@@ -71,5 +71,3 @@ def test_a_tensor_that_is_not_dense(operation: str, layout: str) -> None:
             ids = {"edit_ids": given.pop("edit_ids")} if edits else {}
             with pytest.raises(TypeError, match=rf"^{name} is a (nested )?tensor.*layout {layout}.*expected a dense"):
                 getattr(rk, operation)(*given.values(), **ids)
-
-
