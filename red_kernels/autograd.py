@@ -11,22 +11,41 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
+from . import reference
 from .backends import by_name, choose
 
+_transforms_active = torch._C._are_functorch_transforms_active
 Saved = tuple[Any, ...]  # what save_for_backward was given
 
 
 def apply(function: Any, *arguments: Any) -> Any:
     """``function.apply`` without torch's search for dead functorch wrappers, a third of what it costs.
 
-    There can be such only where a function under ``vmap`` or ``grad`` let a tensor of its own escape.
+    There can be such only where a function under ``vmap`` or ``grad`` let a tensor of its own escape. Not for use under
+    such transforms: see :func:`plain_only`.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return function.apply(*arguments)
     base: Any = super(Function, function)
     return base.apply(*arguments)
+
+
+def plain_only(*tensors: Tensor | None) -> bool:
+    """Whether an operation on these has to be plain PyTorch: under ``torch.func`` and for forward-mode derivatives."""
+    if _transforms_active():
+        return True
+    return forward_ad._current_level >= 0 and forward_mode(*tensors)
+
+
+def forward_mode(*tensors: Tensor | None) -> bool:
+    """Whether one of the tensors has a tangent of an open ``torch.autograd.forward_ad.dual_level``."""
+    if forward_ad._current_level < 0:
+        return False
+    if torch.compiler.is_compiling():  # what is traced is for all tensors
+        return True
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 class EditFunction(Function):
@@ -38,7 +57,7 @@ class EditFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _first_order(ctx, _edit_backward, grads)
+        return _derivative(ctx, _edit_backward, grads)
 
 
 class EditAddFunction(Function):
@@ -62,7 +81,7 @@ class EditAddFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dx, dscale, dbias, _ = _first_order(ctx, _edit_backward, grads)
+        dx, dscale, dbias, _ = _derivative(ctx, _edit_backward, grads)
         return dx, grads[0] if ctx.needs_input_grad[1] else None, dscale, dbias, None, None, None
 
 
@@ -90,7 +109,7 @@ class EditAddRMSNormFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = _first_order(ctx, _edit_norm_backward, grads)
+        found = _derivative(ctx, _edit_norm_backward, grads)
         return *found[:5], None, None, None, None, None, None
 
 
@@ -118,7 +137,7 @@ class EditAddLayerNormFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_first_order(ctx, _edit_norm_backward, grads), None, None, None, None, None
+        return *_derivative(ctx, _edit_norm_backward, grads), None, None, None, None, None
 
 
 class RMSNormEditFunction(Function):
@@ -141,7 +160,7 @@ class RMSNormEditFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dx, dweight, _, dscale, dbias = _first_order(ctx, _norm_edit_backward, grads)
+        dx, dweight, _, dscale, dbias = _derivative(ctx, _norm_edit_backward, grads)
         return dx, dweight, dscale, dbias, None, None, None
 
 
@@ -164,7 +183,7 @@ class LayerNormEditFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_first_order(ctx, _norm_edit_backward, grads), None, None
+        return *_derivative(ctx, _norm_edit_backward, grads), None, None
 
 
 class LinearEditFunction(Function):
@@ -186,10 +205,12 @@ class LinearEditFunction(Function):
         _remember(ctx, backend.NAME, 0.0, scale, bias)
         need = ctx.needs_input_grad
         ctx.linear = (weight.dtype, None if linear_bias is None else linear_bias.dtype)
+        again = need[4] and backend is reference  # a second derivative needs what h was made of
         ctx.save_for_backward(
-            x if need[1] else None,
-            weight if need[0] else None,
-            h if need[4] else None,
+            x if need[1] or again else None,
+            weight if need[0] or again else None,
+            h if need[4] and not again else None,
+            linear_bias if again else None,
             scale if need[0] or need[1] or need[2] else None,
             edit_ids,
         )
@@ -197,7 +218,7 @@ class LinearEditFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _first_order(ctx, _linear_edit_backward, grads)
+        return _derivative(ctx, _linear_edit_backward, grads)
 
 
 class LinearEditInferenceFunction(Function):
@@ -254,16 +275,17 @@ def _edit_forward(
     return backend.edit_forward(x, residual, scale, bias, edit_ids, seed, dropout_p)
 
 
-def _edit_backward(ctx: Any, saved: Saved, dz: Tensor | None) -> tuple[Tensor | None, ...]:
+def _edit_backward(ctx: Any, backend: Any, saved: Saved, dz: Tensor | None) -> tuple[Tensor | None, ...]:
     if dz is None:
         return None, None, None, None
     x, scale, edit_ids, seed = saved
-    dx, dscale, dbias = _edit_grads(ctx, dz, x, scale, edit_ids, seed, ctx.needs)
+    dx, dscale, dbias = _edit_grads(ctx, backend, dz, x, scale, edit_ids, seed, ctx.needs)
     return dx, dscale, dbias, None
 
 
 def _edit_grads(
     ctx: Any,
+    backend: Any,
     dz: Tensor,
     x: Tensor | None,
     scale: Tensor | None,
@@ -274,9 +296,7 @@ def _edit_grads(
     unchanged = needs[0] and scale is None and seed is None  # then dx is dz, and nothing need be written
     asked = (needs[0] and not unchanged, needs[1], needs[2])
     if any(asked):
-        dx, dscale, dbias = by_name(ctx.backend).edit_backward(
-            dz, x, scale, edit_ids, seed, ctx.dropout_p, ctx.n_edits, asked
-        )
+        dx, dscale, dbias = backend.edit_backward(dz, x, scale, edit_ids, seed, ctx.dropout_p, ctx.n_edits, asked)
     else:
         dx = dscale = dbias = None
     return dz if unchanged else dx, _as(dscale, ctx.vectors[0]), _as(dbias, ctx.vectors[1])
@@ -300,7 +320,7 @@ def _edit_norm_forward(
         x, residual, scale, bias, weight, norm_bias, edit_ids, seed, dropout_p, eps, weight_offset, centered, need_z
     )
     ctx.needs = needs
-    ctx.weight_offset = weight_offset
+    ctx.eps, ctx.weight_offset = eps, weight_offset
     ctx.norm_dtypes = (None if weight is None else weight.dtype, None if norm_bias is None else norm_bias.dtype)
     if any(needs):
         recompute = not need_z  # without z, the edit is done again from what it was made of
@@ -319,7 +339,9 @@ def _edit_norm_forward(
     return y, z
 
 
-def _edit_norm_backward(ctx: Any, saved: Saved, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
+def _edit_norm_backward(
+    ctx: Any, backend: Any, saved: Saved, dy: Tensor | None, dz: Tensor | None
+) -> tuple[Tensor | None, ...]:
     needs = ctx.needs
     if not any(needs):
         return None, None, None, None, None, None
@@ -327,11 +349,15 @@ def _edit_norm_backward(ctx: Any, saved: Saved, dy: Tensor | None, dz: Tensor | 
     if dy is None:  # only z was used: the norm has no part in it
         if dz is None:
             return None, None, None, None, None, None
-        dx, dscale, dbias = _edit_grads(ctx, dz, x, scale, edit_ids, seed, (needs[0], needs[2], needs[3]))
+        dx, dscale, dbias = _edit_grads(ctx, backend, dz, x, scale, edit_ids, seed, (needs[0], needs[2], needs[3]))
         return dx, dz if needs[1] else None, dscale, dbias, None, None
+    if torch.is_grad_enabled():  # recorded: the statistics depend on what they were taken of
+        mean, rstd = reference.statistics(
+            z, x, residual, scale, bias, edit_ids, seed, ctx.dropout_p, ctx.eps, mean is not None
+        )
     unchanged = needs[0] and scale is None and seed is None  # dx and dresidual are one tensor: write it once
     asked = (needs[0] and not unchanged, needs[1] or unchanged, *needs[2:])
-    dx, dresidual, dscale, dbias, dweight, dnorm_bias = by_name(ctx.backend).edit_norm_backward(
+    dx, dresidual, dscale, dbias, dweight, dnorm_bias = backend.edit_norm_backward(
         dy, dz, z, x, residual, scale, bias, weight, edit_ids, seed, mean, rstd,
         ctx.dropout_p, ctx.weight_offset, ctx.n_edits, asked,
     )  # fmt: skip
@@ -359,18 +385,20 @@ def _norm_edit_forward(
     _remember(ctx, backend.NAME, 0.0, scale, bias)
     y, mean, rstd = backend.norm_edit_forward(x, weight, norm_bias, scale, bias, edit_ids, eps, weight_offset, centered)
     ctx.needs = needs
-    ctx.weight_offset = weight_offset
+    ctx.eps, ctx.weight_offset = eps, weight_offset
     ctx.norm_dtypes = (None if weight is None else weight.dtype, None if norm_bias is None else norm_bias.dtype)
     if any(needs):
         ctx.save_for_backward(x, weight, norm_bias if needs[3] else None, scale, edit_ids, mean, rstd)
     return y
 
 
-def _norm_edit_backward(ctx: Any, saved: Saved, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+def _norm_edit_backward(ctx: Any, backend: Any, saved: Saved, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None or not any(ctx.needs):
         return None, None, None, None, None
     x, weight, norm_bias, scale, edit_ids, mean, rstd = saved
-    dx, dweight, dnorm_bias, dscale, dbias = by_name(ctx.backend).norm_edit_backward(
+    if torch.is_grad_enabled():
+        mean, rstd = reference.statistics(x, None, None, None, None, None, None, 0.0, ctx.eps, mean is not None)
+    dx, dweight, dnorm_bias, dscale, dbias = backend.norm_edit_backward(
         dy, x, weight, norm_bias, scale, edit_ids, mean, rstd, ctx.weight_offset, ctx.n_edits, ctx.needs
     )
     return (
@@ -382,13 +410,17 @@ def _norm_edit_backward(ctx: Any, saved: Saved, dy: Tensor | None) -> tuple[Tens
     )
 
 
-def _linear_edit_backward(ctx: Any, saved: Saved, dz: Tensor | None) -> tuple[Tensor | None, ...]:
+def _linear_edit_backward(ctx: Any, backend: Any, saved: Saved, dz: Tensor | None) -> tuple[Tensor | None, ...]:
     if dz is None:
         return None, None, None, None, None, None, None
-    x, weight, h, scale, edit_ids = saved
+    x, weight, h, linear_bias, scale, edit_ids = saved
     need = ctx.needs_input_grad
+    if need[4] and h is None:
+        h = F.linear(x, weight, linear_bias)
+    elif need[4] and torch.is_grad_enabled():
+        raise _no_second_derivative("LinearEditFunction")
     through = need[0] or need[1] or need[2]
-    dh, dscale, dbias = _edit_grads(ctx, dz, h, scale, edit_ids, None, (through, need[4], need[5]))
+    dh, dscale, dbias = _edit_grads(ctx, backend, dz, h, scale, edit_ids, None, (through, need[4], need[5]))
     dx = dweight = dlinear_bias = None
     if dh is not None:
         rows = dh.reshape(-1, dh.shape[-1])
@@ -402,13 +434,20 @@ def _as(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return gradient if gradient is None or gradient.dtype == dtype else gradient.to(dtype)
 
 
-def _first_order(ctx: Any, backward: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Run a backward; under ``create_graph=True`` mark its results, so that differentiating them again says why not."""
+def _derivative(ctx: Any, backward: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Run a backward, recorded where that can be.
+
+    The reference's is plain PyTorch, which autograd records under ``create_graph=True``, and which takes tangents. The
+    kernels' results are marked under ``create_graph=True``, so that differentiating them again says why not.
+    """
     saved = ctx.saved_tensors  # once: checkpointing recomputes them, and only once
-    if not torch.is_grad_enabled():
-        return backward(ctx, saved, *grads)
+    if forward_mode(*grads, *saved):
+        return backward(ctx, reference, saved, *grads)
+    backend = by_name(ctx.backend)
+    if backend is reference or not torch.is_grad_enabled():
+        return backward(ctx, backend, saved, *grads)
     with torch.no_grad():
-        found = backward(ctx, saved, *grads)
+        found = backward(ctx, backend, saved, *grads)
     name = type(ctx).__name__.removesuffix("Backward")
     # The mark hangs on all that the gradients depend on, so that no way to a second derivative goes past it.
     on = [t for t in (*grads, *saved) if t is not None and t.requires_grad]
@@ -425,7 +464,11 @@ class _SecondDerivative(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            f"{ctx.name} has no second derivative: the operations of red_kernels can be differentiated once. "
-            "Where a second derivative is needed, use the forward functions of red_kernels.reference under autograd"
-        )
+        raise _no_second_derivative(ctx.name)
+
+
+def _no_second_derivative(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name} has no second derivative: kernels can be differentiated once. Where a second derivative is needed, "
+        "run the forward under rk.backend('reference'), or all of it with RED_KERNELS_BACKEND=reference"
+    )

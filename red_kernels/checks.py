@@ -7,22 +7,45 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+_STRIDED = torch.strided
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def activation(x: Tensor, name: str = "x") -> None:
-    """Raise TypeError or ValueError unless ``x`` is a floating activation of shape ``(..., d)`` with ``d >= 1``."""
+    """Raise TypeError or ValueError unless ``x`` is a dense floating activation ``(..., d)`` with ``d >= 1``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.layout is not _STRIDED or x.is_nested:
+        dense(x, name)
     if x.dtype not in ACTIVATION_DTYPES:
         raise TypeError(f"{name} has dtype {x.dtype}, expected float32, bfloat16, float16 or float64")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (..., d) with d >= 1")
 
 
+def dense(tensor: Tensor, name: str) -> None:
+    """Raise TypeError for a tensor that is sparse, nested or in a layout of a library, such as mkldnn's."""
+    if not _dense(tensor):
+        layout = str(tensor.layout).removeprefix("torch.")
+        kind = f"nested tensor (layout {layout})" if tensor.is_nested else f"tensor of layout {layout}"
+        remedy = f"{name}.to_padded_tensor(0.0)" if tensor.is_nested else f"{name}.to_dense()"
+        raise TypeError(f"{name} is a {kind}, expected a dense tensor (layout strided); remedy: {remedy}")
+
+
+def _dense(tensor: Tensor) -> bool:
+    return tensor.layout is _STRIDED and not tensor.is_nested
+
+
 def same_shape(other: Tensor, x: Tensor, name: str) -> None:
-    """Raise unless ``other`` is a floating activation with the shape and device of ``x``."""
-    if isinstance(other, Tensor) and other.dtype == x.dtype and other.shape == x.shape and other.device == x.device:
+    """Raise unless ``other`` is a dense floating activation with the shape and device of ``x``."""
+    if (
+        isinstance(other, Tensor)
+        and other.layout is _STRIDED
+        and not other.is_nested
+        and other.dtype == x.dtype
+        and other.shape == x.shape
+        and other.device == x.device
+    ):
         return
     activation(other, name)
     if other.shape != x.shape:
@@ -32,7 +55,7 @@ def same_shape(other: Tensor, x: Tensor, name: str) -> None:
 
 
 def norm_vector(vector: Tensor | None, x: Tensor, name: str) -> None:
-    """Raise unless ``vector`` is None or a floating ``(d,)`` on the device of ``x``."""
+    """Raise unless ``vector`` is None or a dense floating ``(d,)`` on the device of ``x``."""
     if vector is not None and not _fits(vector, x.shape[-1], x.device):
         _vector(vector, x, name)
         if vector.dim() != 1 or vector.shape[0] != x.shape[-1]:
@@ -46,7 +69,7 @@ def edit_vectors(x: Tensor, scale: Tensor | None, bias: Tensor | None, edit_ids:
         for name, vector in (("scale", scale), ("bias", bias)):
             if vector is None or _fits(vector, d, device):
                 continue
-            if isinstance(vector, Tensor) and vector.dim() == 2:
+            if isinstance(vector, Tensor) and _dense(vector) and vector.dim() == 2:
                 raise ValueError(
                     f"{name} has shape {tuple(vector.shape)}, which needs edit_ids= to choose an edit for each row"
                 )
@@ -70,6 +93,7 @@ def edit_vectors(x: Tensor, scale: Tensor | None, bias: Tensor | None, edit_ids:
 def _edit_ids(edit_ids: Tensor, x: Tensor, vectors: Tensor | None) -> None:
     if not isinstance(edit_ids, Tensor):
         raise TypeError(f"edit_ids must be a tensor of integers, got {type(edit_ids).__name__}")
+    dense(edit_ids, "edit_ids")
     if edit_ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"edit_ids has dtype {edit_ids.dtype}, expected an integer dtype")
     if edit_ids.shape != x.shape[:-1]:
@@ -81,6 +105,8 @@ def _edit_ids(edit_ids: Tensor, x: Tensor, vectors: Tensor | None) -> None:
     assert vectors is not None
     # On an accelerator the values are not looked at: that would make the host wait for the device.
     if edit_ids.device.type == "cpu" and not torch.compiler.is_compiling() and edit_ids.numel():
+        while torch._C._functorch.is_functorch_wrapped_tensor(edit_ids):  # a tensor under vmap has no values of its own
+            edit_ids = torch._C._functorch.get_unwrapped(edit_ids)
         low, high = int(edit_ids.min()), int(edit_ids.max())
         if low < 0 or high >= vectors.shape[0]:
             raise IndexError(f"edit_ids has values from {low} to {high}, expected 0 to {vectors.shape[0] - 1}")
@@ -90,8 +116,9 @@ def _fits(vector: Tensor, d: int, device: torch.device) -> bool:
     """Whether a vector is all right, in few steps: what is wrong is found out after."""
     return (
         isinstance(vector, Tensor)
+        and vector.layout is _STRIDED
         and vector.dtype in ACTIVATION_DTYPES
-        and vector.dim() == 1
+        and vector.dim() == 1  # which no nested tensor has
         and vector.shape[0] == d
         and vector.device == device
     )
@@ -100,6 +127,7 @@ def _fits(vector: Tensor, d: int, device: torch.device) -> bool:
 def _vector(vector: Tensor, x: Tensor, name: str) -> None:
     if not isinstance(vector, Tensor):
         raise TypeError(f"{name} must be a tensor or None, got {type(vector).__name__}")
+    dense(vector, name)
     if vector.dtype not in ACTIVATION_DTYPES:
         raise TypeError(f"{name} has dtype {vector.dtype}, expected float32, bfloat16, float16 or float64")
     if vector.device != x.device:

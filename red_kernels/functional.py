@@ -4,10 +4,14 @@ Every operation takes activations of shape ``(..., d)`` in float32, bfloat16, fl
 vectors ``scale``, ``bias`` of shape ``(d,)`` in any of these dtypes; or ``(n, d)`` with ``edit_ids``, integers of shape
 ``x.shape[:-1]``, where each row uses an edit of its own. Each of ``scale``, ``bias``, ``residual``, ``weight`` and
 ``norm_bias`` may be None. Arithmetic is in fp32 and rounded once, to the dtype of ``x`` (of ``x + residual`` where
-these differ). Gradients are computed only for what asks for them; second derivatives raise RuntimeError.
+these differ). Gradients are computed only for what asks for them.
 
-Errors: TypeError for what is no floating tensor or no number, ValueError for shapes, devices and numbers out of range,
-IndexError for ``edit_ids`` out of range, RuntimeError for a backend that was asked for and is missing.
+Derivatives: a kernel has one, and differentiating it again raises RuntimeError. Under ``rk.backend("reference")``, and
+for float64, every operation can be differentiated as often as one likes. Forward-mode derivatives (``torch.func.jvp``,
+``torch.autograd.forward_ad``) and the other transforms of ``torch.func`` run in plain PyTorch, whatever the backend.
+
+Errors: TypeError for what is no dense floating tensor or no number, ValueError for shapes, devices and numbers out of
+range, IndexError for ``edit_ids`` out of range, RuntimeError for a backend that was asked for and is missing.
 
 Source: RED, arXiv 2402.15179.
 """
@@ -18,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
+from . import checks, reference
 from .autograd import (
     EditAddFunction,
     EditAddLayerNormFunction,
@@ -29,6 +33,7 @@ from .autograd import (
     LinearEditInferenceFunction,
     RMSNormEditFunction,
     apply,
+    plain_only,
 )
 
 __all__ = [
@@ -58,7 +63,10 @@ def edit(
     """
     checks.activation(x)
     checks.edit_vectors(x, scale, bias, edit_ids)
-    return apply(EditFunction, x, scale, bias, _ids(edit_ids))
+    edit_ids = _ids(edit_ids)
+    if plain_only(x, scale, bias):
+        return reference.edit_forward(x, None, scale, bias, edit_ids, None, 0.0)
+    return apply(EditFunction, x, scale, bias, edit_ids)
 
 
 def edit_add(
@@ -77,6 +85,8 @@ def edit_add(
     under activation checkpointing drops the same elements. Errors: see the module.
     """
     x, residual, edit_ids, seed = _edit_arguments(x, residual, scale, bias, edit_ids, dropout_p, training)
+    if plain_only(x, residual, scale, bias):
+        return reference.edit_forward(x, residual, scale, bias, edit_ids, seed, dropout_p)
     return apply(EditAddFunction, x, residual, scale, bias, edit_ids, seed, dropout_p)
 
 
@@ -105,6 +115,10 @@ def edit_add_rms_norm(
     checks.norm_vector(weight, x, "weight")
     checks.epsilon(eps)
     checks.number(weight_offset, "weight_offset")
+    if plain_only(x, residual, scale, bias, weight):
+        return reference.edit_norm_forward(
+            x, residual, scale, bias, weight, None, edit_ids, seed, dropout_p, eps, weight_offset, False, need_z
+        )[:2]
     return apply(
         EditAddRMSNormFunction, x, residual, scale, bias, weight, edit_ids, seed, dropout_p, eps, weight_offset, need_z
     )
@@ -134,6 +148,10 @@ def edit_add_layer_norm(
     checks.norm_vector(weight, x, "weight")
     checks.norm_vector(norm_bias, x, "norm_bias")
     checks.epsilon(eps)
+    if plain_only(x, residual, scale, bias, weight, norm_bias):
+        return reference.edit_norm_forward(
+            x, residual, scale, bias, weight, norm_bias, edit_ids, seed, dropout_p, eps, 0.0, True, need_z
+        )[:2]
     return apply(
         EditAddLayerNormFunction, x, residual, scale, bias, weight, norm_bias, edit_ids, seed, dropout_p, eps, need_z
     )
@@ -155,7 +173,10 @@ def rms_norm_edit(
     checks.norm_vector(weight, x, "weight")
     checks.epsilon(eps)
     checks.number(weight_offset, "weight_offset")
-    return apply(RMSNormEditFunction, x, weight, scale, bias, _ids(edit_ids), eps, weight_offset)
+    edit_ids = _ids(edit_ids)
+    if plain_only(x, weight, scale, bias):
+        return reference.norm_edit_forward(x, weight, None, scale, bias, edit_ids, eps, weight_offset, False)[0]
+    return apply(RMSNormEditFunction, x, weight, scale, bias, edit_ids, eps, weight_offset)
 
 
 def layer_norm_edit(
@@ -177,7 +198,10 @@ def layer_norm_edit(
     checks.norm_vector(weight, x, "weight")
     checks.norm_vector(norm_bias, x, "norm_bias")
     checks.epsilon(eps)
-    return apply(LayerNormEditFunction, x, weight, norm_bias, scale, bias, _ids(edit_ids), eps)
+    edit_ids = _ids(edit_ids)
+    if plain_only(x, weight, norm_bias, scale, bias):
+        return reference.norm_edit_forward(x, weight, norm_bias, scale, bias, edit_ids, eps, 0.0, True)[0]
+    return apply(LayerNormEditFunction, x, weight, norm_bias, scale, bias, edit_ids, eps)
 
 
 def linear_edit(
@@ -222,6 +246,9 @@ def linear_edit(
     if residual is not None and residual.dtype != x.dtype:
         return edit_add(F.linear(x, weight, linear_bias), residual, scale, bias, edit_ids=edit_ids)
     tensors = (x, weight, linear_bias, residual, scale, bias)
+    if plain_only(*tensors):
+        h = F.linear(x, weight, linear_bias)
+        return reference.edit_forward(h, residual, scale, bias, _ids(edit_ids), None, 0.0)
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     kind_of = LinearEditFunction if recorded or torch.compiler.is_compiling() else LinearEditInferenceFunction
     return apply(kind_of, *tensors, _ids(edit_ids))

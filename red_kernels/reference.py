@@ -213,6 +213,28 @@ def edit_norm_backward(
     return EditNormGrads(dx, dresidual, dscale, dbias, dweight, dnorm_bias)
 
 
+def statistics(
+    z: Tensor | None,
+    x: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    edit_ids: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    centered: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """``mean`` and ``rstd`` of ``z``, or of what :func:`edit_norm_forward` makes of the others where it was not kept.
+
+    For a backward that is itself differentiated: there they are no constants.
+    """
+    if z is None:
+        assert x is not None
+        z = _edit(x, residual, scale, bias, edit_ids, seed, dropout_p)
+    return _normalise(_wide(z), eps, centered)[1:]
+
+
 def norm_edit_forward(
     x: Tensor,
     weight: Tensor | None,
@@ -300,9 +322,12 @@ def _edit(
 
 
 def _normalise(z: Tensor, eps: float, centered: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    mean = z.mean(-1) if centered else None
-    if mean is not None:
-        mean = mean + (z - mean[..., None]).mean(-1)  # what the first sum lost of a large mean
+    mean = None
+    if centered:
+        # Distances from one of the values: equal ones have none, and their sum does not overflow.
+        origin = z[..., :1].detach()
+        mean = origin[..., 0] + (z - origin).mean(-1)
+        mean = mean + (z - mean[..., None]).mean(-1)  # what the first sum lost
         z = z - mean[..., None]
     rstd = torch.rsqrt(z.square().mean(-1) + eps)
     return z * rstd[..., None], mean, rstd

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -14,6 +15,7 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#include <pthread.h>
 #include <unistd.h>
 
 namespace red {
@@ -53,6 +55,7 @@ class Pool {
     bytes = size_class(bytes);
     {
       std::lock_guard<std::mutex> lock(mutex_);
+      if (!limit_) limit_ = limit();
       live_ += bytes;
       peak_ = std::max(peak_, live_);
       for (size_t k = free_.size(); k-- > 0;)  // the last released is the warmest
@@ -87,7 +90,7 @@ class Pool {
     live_ -= bytes;
     kept_ += bytes;
     free_.push_back({block, bytes});
-    drop_to(std::min(limit_, peak_));
+    drop_to(std::min(limit_.value_or(0), peak_));
   }
 
   size_t trim() {
@@ -102,6 +105,9 @@ class Pool {
     std::lock_guard<std::mutex> lock(mutex_);
     return kept_;
   }
+
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
 
  private:
   struct Block {
@@ -124,23 +130,26 @@ class Pool {
   std::vector<Block> free_;  // in the order of release
   std::unordered_map<void*, size_t> sizes_;
   size_t live_ = 0, peak_ = 0, kept_ = 0;
-  const size_t limit_ = limit();
+  std::optional<size_t> limit_;  // read at the first use: the load of a library is no place for an error
 };
 
-// Never destroyed: tensors may outlive static destructors.
-Pool& pool() {
-  static Pool* pool = new Pool;
-  return *pool;
-}
+
+// Made when the library is loaded, since a fork in the middle of making it would leave it half made; never destroyed, since
+// tensors may outlive static destructors.
+Pool* const pool = new Pool;
+
+// A child has the thread that forked and no other: what another had locked at that moment would stay locked in it.
+[[maybe_unused]] const int at_fork =
+    pthread_atfork([] { pool->lock(); }, [] { pool->unlock(); }, [] { pool->unlock(); });
 
 std::atomic<bool> in_use{true};
 
 }  // namespace
 
-void* acquire(size_t bytes) { return pool().acquire(bytes); }
-void release(void* block) { pool().release(block); }
-size_t trim() { return pool().trim(); }
-size_t kept() { return pool().kept(); }
+void* acquire(size_t bytes) { return pool->acquire(bytes); }
+void release(void* block) { pool->release(block); }
+size_t trim() { return pool->trim(); }
+size_t kept() { return pool->kept(); }
 bool use_pool(bool on) { return in_use.exchange(on); }
 bool pool_in_use() { return in_use.load(std::memory_order_relaxed); }
 

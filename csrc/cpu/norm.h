@@ -10,6 +10,18 @@ struct Statistics {
   float mean, rstd;
 };
 
+// Of a row held in fp32 whose plain sum does not do: it overflowed, or what it lost exceeds what the row varies by, as
+// in a row of equal values. In fp64, and from the first value on, so that equal values differ by nothing from their mean.
+__attribute__((noinline, cold)) inline Statistics careful_statistics(const float* z, int64_t d, float eps) {
+  const double first = z[0];
+  double sum = 0.0, squares = 0.0;
+  for (int64_t j = 0; j < d; ++j) sum += z[j] - first;
+  const double mean = first + sum / static_cast<double>(d);
+  for (int64_t j = 0; j < d; ++j) squares += (z[j] - mean) * (z[j] - mean);
+  const float variance = static_cast<float>(squares / static_cast<double>(d));
+  return {static_cast<float>(mean), 1.0f / __builtin_sqrtf(variance + eps)};
+}
+
 // Of a row held in fp32. The variance is taken about the mean in a second pass, which also finds what the first pass lost
 // of a large mean: it costs no digits.
 template <bool Centered>
@@ -22,9 +34,11 @@ RED_INLINE Statistics statistics(const float* z, int64_t d, Sum first, float eps
     squares.add(k, centred * centred);
     rest.add(k, centred);
   });
-  const float lost = rest.total() / static_cast<float>(d);
-  const float variance = squares.total() / static_cast<float>(d) - lost * lost;
-  return {mean + lost, 1.0f / __builtin_sqrtf(variance + eps)};
+  const float lost = rest.total() / static_cast<float>(d), spread = squares.total() / static_cast<float>(d);
+  const float correction = lost * lost;
+  // Up to half of the spread the difference is right, and not negative. Written so that a NaN is no "yes".
+  if (!(correction <= 0.5f * spread && correction <= __FLT_MAX__)) return careful_statistics(z, d, eps);
+  return {mean + lost, 1.0f / __builtin_sqrtf(spread - correction + eps)};
 }
 
 // What `statistics` wants summed in the pass that writes the row: z for a mean, z * z for a mean square.

@@ -2,6 +2,7 @@
 // tests, which hold it to the fp64 reference (red_kernels/reference.py).
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "../types.h"
@@ -51,14 +52,23 @@ RED_BOTH Words philox(int64_t seed, int64_t row, uint32_t quad) {
 RED_BOTH float dropped(uint32_t word, uint32_t threshold, float factor) { return word >= threshold ? factor : 0.0f; }
 
 // The mean of d values: `first` of their plain sum, corrected by `lost`, the sum of the distances from it. The variance
-// about that mean, from the squared distances from `first`.
+// about that mean, from the squared distances from `first`, and never negative. Not sound where the sum overflowed, or lost
+// more than the values vary by, as it may of equal values: the variance is then what its terms were rounded by.
 struct Moments {
   float mean, variance;
+  bool sound;
 };
 RED_BOTH Moments moments(float first, float lost, float squares, float d) {
-  const float shift = lost / d;
-  return {first + shift, squares / d - shift * shift};
+  const float shift = lost / d, spread = squares / d, correction = shift * shift;
+  if (!(correction <= FLT_MAX)) return {first, spread, false};
+  const float variance = spread - correction;
+  return {first + shift, variance < 0.0f ? 0.0f : variance, correction <= 0.5f * spread};
 }
+
+// For a sum that was not sound: the mean by way of one of the values, `origin`, from which equal values do not differ.
+// Halves of the distances are divided before they are summed, so that they do not overflow.
+RED_BOTH float half_distance(float v, float origin, float share) { return (0.5f * v - 0.5f * origin) * share; }
+RED_BOTH float mean_from(float origin, float half_distances) { return origin + half_distances + half_distances; }
 
 // 1 / sqrt(v), correctly rounded.
 RED_BOTH float reciprocal_root(float v) {

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <pthread.h>
 #include <numeric>
 #include <random>
 #include <utility>
@@ -68,6 +69,8 @@ struct Thread {
 namespace {
 
 std::mutex mutex;
+// As for the pool of csrc/cpu/memory.cpp: a child must not begin with what another thread had locked.
+[[maybe_unused]] const int at_fork = pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
 Thread* self = nullptr;
 jmp_buf scheduler;
 void (*kernel)(const void*) = nullptr;

@@ -38,7 +38,7 @@ RED_KERNEL(kWideThreads, 3) wide_forward(RED_ARGUMENT NormForward a) {
     edited<T>(a.edit, own, seed, row, p.column, p.count, p.whole, x, r, bool(a.residual), v);
   };
 
-  float s[1] = {0.0f};
+  float s[1] = {0.0f}, own_first = 0.0f;
   for (int64_t c = first; c < a.d; c += step) {
     const Piece<T> p(a.d, a.aligned, c);
     float v[kSize];
@@ -48,6 +48,7 @@ RED_KERNEL(kWideThreads, 3) wide_forward(RED_ARGUMENT NormForward a) {
       store_raw<T>(a.z, row, a.d, p.column, p.count, p.whole, z);
       unpack<T>(z, v);
     }
+    if (c == 0) own_first = v[0];
     RED_UNROLL for (int i = 0; i < kSize; ++i)
       if (i < p.count) s[0] += centered ? v[i] : v[i] * v[i];
   }
@@ -55,20 +56,38 @@ RED_KERNEL(kWideThreads, 3) wide_forward(RED_ARGUMENT NormForward a) {
   const float d = static_cast<float>(a.d);
   float mean = 0.0f, variance = s[0] / d;
   if (centered) {
-    const float middle = s[0] / d;
-    float spread[2] = {0.0f, 0.0f};
-    for (int64_t c = first; c < a.d; c += step) {
-      const Piece<T> p(a.d, a.aligned, c);
-      float v[kSize];
-      input(p, a.z != nullptr, v);
-      RED_UNROLL for (int i = 0; i < kSize; ++i) {
-        const float away = i < p.count ? v[i] - middle : 0.0f;
-        spread[0] += away;
-        spread[1] += away * away;
+    float middle = s[0] / d;
+    Moments found;
+    for (bool again = false;; again = true) {
+      float spread[2] = {0.0f, 0.0f};
+      for (int64_t c = first; c < a.d; c += step) {
+        const Piece<T> p(a.d, a.aligned, c);
+        float v[kSize];
+        input(p, a.z != nullptr, v);
+        RED_UNROLL for (int i = 0; i < kSize; ++i) {
+          const float away = i < p.count ? v[i] - middle : 0.0f;
+          spread[0] += away;
+          spread[1] += away * away;
+        }
       }
+      group.sum(spread);
+      found = moments(middle, spread[0], spread[1], d);
+      if (found.sound || again) break;
+      // Seldom, and for all threads of the row.
+      s[0] = own_first;
+      group.sum(s);
+      const float origin = s[0];
+      s[0] = 0.0f;
+      for (int64_t c = first; c < a.d; c += step) {
+        const Piece<T> p(a.d, a.aligned, c);
+        float v[kSize];
+        input(p, a.z != nullptr, v);
+        RED_UNROLL for (int i = 0; i < kSize; ++i)
+          if (i < p.count) s[0] += half_distance(v[i], origin, 1.0f / d);
+      }
+      group.sum(s);
+      middle = mean_from(origin, s[0]);
     }
-    group.sum(spread);
-    const Moments found = moments(middle, spread[0], spread[1], d);
     mean = found.mean;
     variance = found.variance;
   }
@@ -113,7 +132,8 @@ RED_KERNEL(kWideThreads, 2) row_averages(RED_ARGUMENT RowAverages a) {
     load_weight<T>(a.weight, a.weight_offset, p.column, p.count, p.whole, w);
     if (a.edit_last) apply_scale<T>(a.edit, own, p.column, p.count, p.whole, g);
     RED_UNROLL for (int i = 0; i < kSize; ++i) {
-      const float weighted = i < p.count ? product(g[i], w[i]) : 0.0f;
+      if (i >= p.count) continue;  // what would stand there for a value may be infinitely far from the mean
+      const float weighted = product(g[i], w[i]);
       s[0] += weighted * ((v[i] - mean) * rstd);
       s[1] += weighted;
     }

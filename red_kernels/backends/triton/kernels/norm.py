@@ -25,7 +25,7 @@ from .device import (
     tiles,
     zero_row,
 )
-from .norm_math import affine, norm_gradient, norm_terms, stream
+from .norm_math import affine, mean_from_value, moments, norm_gradient, norm_terms, stream
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -58,18 +58,11 @@ def norm_forward(
         store_row(z, zs, row, live, D, CHUNK, CHUNKS)
     average = tl.sum(total, axis=1) / D
     if mean is not None:
-        # The variance about a first mean, which is corrected by what its sum lost: right for large means too.
-        shift = tl.zeros([ROWS, CHUNK], tl.float32)
-        total = tl.zeros([ROWS, CHUNK], tl.float32)
-        for c in tl.static_range(CHUNKS):
-            v = zs[c] - average[:, None]
-            if (c + 1) * CHUNK > D:
-                v = tl.where((c * CHUNK + tl.arange(0, CHUNK) < D)[None, :], v, 0.0)
-            shift += v
-            total += v * v
-        lost = tl.sum(shift, axis=1) / D
-        middle = average + lost
-        average = tl.sum(total, axis=1) / D - lost * lost
+        middle, average, sound = moments(zs, average, D, ROWS, CHUNK, CHUNKS)
+        if tl.min(sound.to(tl.int32), axis=0) == 0:  # seldom
+            other, variance, _ = moments(zs, mean_from_value(zs, D, ROWS, CHUNK, CHUNKS), D, ROWS, CHUNK, CHUNKS)
+            middle = tl.where(sound, middle, other)
+            average = tl.where(sound, average, variance)
         tl.store(mean + row, middle, mask=live)
     scaled = tl.rsqrt(average + eps)
     tl.store(rstd + row, scaled, mask=live)

@@ -7,6 +7,45 @@ from .device import edited, load_edit, load_vector
 
 
 @triton.jit
+def moments(zs, first, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Mean and variance of rows about their ``first`` mean, which is corrected by what its sum lost; and whether they
+    are sound: not so where that sum overflowed, or lost more than the row varies by, as it may of equal values.
+    """
+    shift = tl.zeros([ROWS, CHUNK], tl.float32)
+    total = tl.zeros([ROWS, CHUNK], tl.float32)
+    for c in tl.static_range(CHUNKS):
+        v = zs[c] - first[:, None]
+        if (c + 1) * CHUNK > D:
+            v = tl.where((c * CHUNK + tl.arange(0, CHUNK) < D)[None, :], v, 0.0)
+        shift += v
+        total += v * v
+    lost = tl.sum(shift, axis=1) / D
+    spread = tl.sum(total, axis=1) / D
+    square = lost * lost
+    finite = square <= 3.4028234663852886e38
+    mean = tl.where(finite, first + lost, first)
+    variance = tl.where(finite, spread - square, spread)
+    return mean, tl.where(variance < 0.0, 0.0, variance), finite & (square <= 0.5 * spread)
+
+
+@triton.jit
+def mean_from_value(zs, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """The mean of rows by way of their first value, from which equal values do not differ.
+
+    Halves of the distances are divided before they are summed, so that they do not overflow.
+    """
+    origin = tl.sum(tl.where((tl.arange(0, CHUNK) == 0)[None, :], zs[0], 0.0), axis=1)
+    total = tl.zeros([ROWS, CHUNK], tl.float32)
+    for c in tl.static_range(CHUNKS):
+        v = (0.5 * zs[c] - 0.5 * origin[:, None]) * (1.0 / D)
+        if (c + 1) * CHUNK > D:
+            v = tl.where((c * CHUNK + tl.arange(0, CHUNK) < D)[None, :], v, 0.0)
+        total += v
+    half = tl.sum(total, axis=1)
+    return origin + half + half
+
+
+@triton.jit
 def affine(normed, weight, norm_bias, weight_offset, first,
            D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """``normed * (weight_offset + weight) + norm_bias``."""
@@ -42,6 +81,8 @@ def norm_terms(dy, z, scale, weight, ids, edits, weight_offset, mean, rstd, firs
             g = g * load_edit(scale, ids, edits, first, D, ROWS, CHUNK)
     if mean is not None:
         z = z - mean[:, None]
+        if D % CHUNK != 0:  # the distance of nothing from a large mean, times rstd, may be infinite
+            z = tl.where((first + tl.arange(0, CHUNK) < D)[None, :], z, 0.0)
     weighted = g
     if weight is not None:
         weighted = g * (load_vector(weight, first, D, ROWS, CHUNK) + weight_offset)

@@ -56,15 +56,18 @@ def wide_forward(
                 store(z, v, row, live, first, D, CHUNK)
         if mean is not None:
             # Mean and squared distances of the piece, joined to those so far (Chan et al. 1983): no digits are lost to
-            # a large mean, as means are counted from that of the first piece.
-            inside = (first + tl.arange(0, CHUNK) < D)[None, :]
-            n = tl.sum(tl.where(inside, 1.0, 0.0), axis=1)
-            average = tl.sum(tl.where(inside, v, 0.0), axis=1) / n
-            near = tl.where(count == 0, average, near)
+            # a large mean, as all is counted from the first value of the row, from which equal values do not differ.
+            lane = tl.arange(0, CHUNK)
+            inside = (first + lane < D)[None, :]
+            n = tl.full([1], 0.0, tl.float32) + tl.minimum(D - first, CHUNK)
+            if first == 0:
+                near = tl.sum(tl.where((lane == 0)[None, :], v, 0.0), axis=1)
+            average = near + tl.sum(tl.where(inside, v - near[:, None], 0.0) / n[:, None], axis=1)
             v = tl.where(inside, v - average[:, None], 0.0)
             lost = tl.sum(v, axis=1) / n
             away = average - near + lost - middle
-            spread += tl.sum(v * v, axis=1) - n * lost * lost + away * away * (count * n / (count + n))
+            within = tl.sum(v * v, axis=1) - n * lost * lost
+            spread += tl.where(within < 0.0, 0.0, within) + away * away * (count * n / (count + n))
             middle += away * (n / (count + n))
             count += n
         else:
