@@ -11,15 +11,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ._arguments import Parser, layers
+from ._errors import explained, one_line
 from ._version import __version__
 from .integrations._require import require
 
+EXIT_UNEXPECTED = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 2 for an error that was explained, 130 after Ctrl-C."""
+    """Run the command.
+
+    Returns:
+        The exit status: 0; 2 for an error that a setting, a file or the system has caused, which one line explains; 1
+        for any other, of which the line says that it was not expected; 130 after Ctrl-C. With `--traceback` an error
+        is raised instead.
+    """
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
@@ -30,15 +39,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of the output went away; what is still buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
-    except (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError) as error:
+    except Exception as error:
         if options.traceback:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_ERROR
+        if explained(error):
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            return EXIT_ERROR
+        what = f"{type(error).__name__}: {one_line(error)}"
+        print(
+            f"error: unexpected {what}; this is a fault of red-kernels, or of a file in a way that it does not know: "
+            "the same command with --traceback shows where",
+            file=sys.stderr,
+        )
+        return EXIT_UNEXPECTED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="red-kernels", description="Fused kernels for RED, representation editing.")
+def _parser() -> Parser:
+    parser = Parser(prog="red-kernels", description="Fused kernels for RED, representation editing.")
     parser.add_argument("--version", action="version", version=f"red-kernels {__version__}")
     commands = parser.add_subparsers(required=True, metavar="info | finetune | merge | convert | bench")
     info = commands.add_parser("info", help="show the backends, the machine and the versions of what is installed")
@@ -100,7 +117,7 @@ def _add_finetune_options(parser: argparse.ArgumentParser) -> None:
         "--position", default="ffn", help="where the edits lie: ffn, attn, ffn_attn, res, res_with_attn or more"
     )
     model.add_argument("--kind", default="all", help="all (scale and bias), scaling, bias or ln")
-    model.add_argument("--layers", type=_layers, default=unset, help="such as 0-5,8 (default: all layers)")
+    model.add_argument("--layers", type=layers, default=unset, help="such as 0-5,8 (default: all layers)")
     model.add_argument(
         "--sites",
         nargs="+",
@@ -242,21 +259,6 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --tune: how many vectors have gradients, out of scale, bias and a norm's two (default: 2)",
     )
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    """`0-5,8` as (0, 1, 2, 3, 4, 5, 8)."""
-    layers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        try:
-            start, end = int(first), int(last if dash else first)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected layer indices such as 0-5,8") from None
-        if end < start:
-            raise argparse.ArgumentTypeError(f"got {part.strip()!r}, whose end is below its start")
-        layers.extend(range(start, end + 1))
-    return tuple(layers)
 
 
 def _info(options: argparse.Namespace) -> int:

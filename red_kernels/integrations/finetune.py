@@ -30,6 +30,7 @@ from .data import (
     LabelledTexts,
     Split,
     TokenBlocks,
+    check_held_out,
     label_numbers,
     load_documents,
     split_documents,
@@ -103,13 +104,13 @@ class Settings:
         """
         if self.task not in TASKS:
             raise ValueError(f"task: got {self.task!r}, expected one of {', '.join(map(repr, TASKS))}")
-        for name in ("steps", "batch_size", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if self.length < 2:
-            raise ValueError(f"length: got {self.length}, expected at least 2 tokens")
-        if not self.learning_rate > 0:
+        for name, least in (("steps", 1), ("batch_size", 1), ("save_every", 1), ("length", 2)):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= least):
+                raise ValueError(f"{name}: got {value}, expected a whole number from {least} on")
+        if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: got {self.learning_rate}, expected a number above 0")
+        check_held_out(self.held_out)
         data = self.data or (PYTHON_TOPICS if self.task == "causal-lm" else None)
         if data is None:
             raise ValueError("data: classification needs a table of texts and labels (--data FILE)")
