@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ._parse import MOST_LAYERS, layer_number, shown
 
@@ -73,10 +73,6 @@ class Parser(argparse.ArgumentParser):
                 return str(candidate)
         near = difflib.get_close_matches(spelt, known, n=1)
         return near[0] if near else ""
-
-    def add_subparsers(self, **options: Any) -> Any:
-        """As argparse's: the commands are read as this parser reads."""
-        return super().add_subparsers(parser_class=Parser, **options)
 
 
 def layers(text: str) -> tuple[int, ...]:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 import transformers
 
+from .._errors import one_line
+from .._parse import read_json, shown
+from ..report import listed
 from ._require import package_file, require
 
 TASKS = ("causal-lm", "classification")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # fp16 would need its loss scaled
+
+
+# Code that a model's files bring along is never run, nor does transformers ask on the terminal whether it may.
+_OWN_CODE = {"trust_remote_code": False}
+_TOKENIZER = re.compile(r"tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model")
+_NO_OBJECTS = ("vocab.json", "added_tokens.json")
 
 
 @dataclass(frozen=True)
@@ -99,10 +110,12 @@ def load_base(
         raise FileNotFoundError(
             f"model: the folder {str(path)!r} has no config.json; --model expects a folder that save_pretrained wrote"
         )
-    with _quietly(), _explaining(name, path.exists()):
+    with quietly(), explaining(name):
         if tokenizer is None:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **_without_quantization(gguf))
-        model, loading = auto.from_pretrained(source, dtype=load_dtype, output_loading_info=True, **gguf, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **_OWN_CODE, **_without_quantization(gguf))
+        model, loading = auto.from_pretrained(
+            source, dtype=load_dtype, output_loading_info=True, **_OWN_CODE, **gguf, **options
+        )
     missing = sorted(loading["missing_keys"])
     if missing and task == "causal-lm":
         raise ValueError(
@@ -116,21 +129,122 @@ def load_base(
     return BaseModel(model, tokenizer, model.config._name_or_path, frozenset(missing))
 
 
+def load_as_saved(name: str, dtype: Any) -> Any:
+    """Load a model in the class that its configuration names, in evaluation mode, all of its weights from its files.
+
+    Args:
+        name: a folder or hub id.
+        dtype: of the weights; `"auto"` for theirs.
+
+    Raises:
+        FileNotFoundError, OSError: there is no such model, or it cannot be read.
+        ValueError: a file is damaged (it is named), the configuration is not one of a model or names no class of
+            transformers, the model is quantised, or its files lack weights.
+    """
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"model: the folder {name!r} has no config.json; expected one that save_pretrained wrote"
+        )
+    with quietly(), explaining(name):
+        config = transformers.AutoConfig.from_pretrained(name, **_OWN_CODE)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"model: {name!r} is quantised; merge into the base model in half or full precision")
+    kind = model_class(config, name)
+    with quietly(), explaining(name):
+        model, loading = kind.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"model: the files of {name!r} lack the weights {listed(missing)} of a {kind.__name__}, which would be "
+            "random"
+        )
+    return model.eval()
+
+
+def model_class(config: Any, name: str) -> Any:
+    """The class of transformers that a configuration names as its model's.
+
+    Raises:
+        ValueError: it names none, or something that is no model; the message says what and where.
+    """
+    kind = named_class(config)
+    if kind is None:
+        raise ValueError(
+            f"model: the configuration of {name!r} names the class {shown(getattr(config, 'architectures', None))} "
+            "(the entry 'architectures' of its config.json), expected a list with one that transformers has"
+        )
+    return kind
+
+
+def named_class(config: Any) -> Any:
+    """The class of transformers that a configuration names as its model's; None where that is no model."""
+    names = getattr(config, "architectures", None)
+    first = names[0] if isinstance(names, (list, tuple)) and names else None
+    kind = getattr(transformers, first, None) if isinstance(first, str) else None
+    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
+
+
+def load_tokenizer(name: str) -> tuple[Any, str]:
+    """The tokenizer of a model, or None and the reason, where it has none.
+
+    Raises:
+        ValueError: the folder has files of a tokenizer that cannot be loaded; the message names the damaged one.
+    """
+    folder = Path(name)
+    try:
+        with quietly():
+            return transformers.AutoTokenizer.from_pretrained(name, **_OWN_CODE), ""
+    except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
+        there = [file.name for file in sorted(folder.glob("*")) if _TOKENIZER.fullmatch(file.name)]
+        if there:
+            damaged = _damaged(folder, ["config.json", *there]) or f"one of {listed(there)}: {type(error).__name__}: {one_line(error)}"
+            raise ValueError(
+                f"model: the tokenizer of {name!r} could not be loaded: {damaged}; get its files anew, or remove them "
+                "all to go on without a tokenizer"
+            ) from error
+        if isinstance(error, (OSError, ValueError, KeyError, ImportError)):
+            return None, str(error).partition("\n")[0]
+        raise ValueError(f"model: the tokenizer of {name!r} could not be loaded: {one_line(error)}") from error
+
+
 @contextmanager
-def _explaining(name: str, local: bool) -> Iterator[None]:
-    """transformers' errors, with the model's name in front."""
+def explaining(name: str) -> Iterator[None]:
+    """transformers' errors of a model, with its name in front, and with the damaged file's where one can be found."""
+    path = Path(name)
     try:
         yield
     except ImportError:
         raise  # it names the package that is missing
     except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
-        if local:
-            raise ValueError(f"model: {name!r} could not be loaded: {type(error).__name__}: {error}") from error
-        raise OSError(f"model: {name!r} is no file or folder, and could not be loaded from the hub: {error}") from error
+        why = f"{type(error).__name__}: {one_line(error)}"
+        if path.exists():
+            damaged = _damaged(path) if path.is_dir() else ""
+            raise ValueError(f"model: {name!r} could not be loaded: {damaged or why}") from error
+        raise OSError(f"model: {name!r} is no file or folder, and could not be loaded from the hub: {why}") from error
+
+
+def _damaged(folder: Path, names: list[str] | None = None) -> str:
+    """The first file of a model's folder that cannot be read, and why; empty where all can."""
+    for path in sorted(folder.glob("*")):
+        if names is not None and path.name not in names:
+            continue
+        try:
+            if path.suffix == ".json":
+                read_json(path, None if path.name in _NO_OBJECTS else dict)
+            elif path.suffix == ".safetensors":
+                with safetensors.safe_open(path, framework="pt") as opened:
+                    opened.keys()
+            elif path.suffix in (".bin", ".pt", ".pth") and path.name != "training_args.bin":
+                torch.load(path, map_location="meta", weights_only=True)
+        except Exception as error:  # as above
+            reason = one_line(error).removeprefix(f"{path}: ")
+            return f"{path.name} is damaged or no file of a model: {reason}; get it anew"
+    return ""
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without transformers' bars and its table of missing weights: the job says itself what is new."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -103,11 +103,14 @@ def model_on_meta(name: str) -> nn.Module:
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"model: the folder {name!r} has no config.json")
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        architectures = getattr(config, "architectures", None) or [""]
-        kind = getattr(transformers, architectures[0], None)
+        from .base_models import named_class
+
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        kind = named_class(config)
         with torch.device("meta"):
-            return kind(config) if kind is not None else transformers.AutoModel.from_config(config)
+            if kind is not None:
+                return kind(config)
+            return transformers.AutoModel.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever a parser of damaged files may raise means the same here
         reason = str(error).partition("\n")[0]
         if path.exists():

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from ..checkpoint import HEAD_NAME, load_edits, saved_config
 from ..merge import MergeReport, merge
 from ..patch import patch
+from .base_models import load_as_saved, load_tokenizer, quietly
+from .output_folder import check_output, writing
 
 __all__ = ["merge_folder"]
 
@@ -50,6 +51,7 @@ def merge_folder(
         FileExistsError: the output is there, without `overwrite`.
         FileNotFoundError, OSError: model or edits cannot be found, the output cannot be written; what was there stays.
     """
+    check_output(output, "output")
     target = Path(output)
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
@@ -63,20 +65,20 @@ def merge_folder(
             f"edits: {str(edits)!r} holds a trained head ({HEAD_NAME}), which would be missing from the merged model; "
             "load it into the model yourself, and merge that by rk.merge(model)"
         )
-    loaded = _load(model, DTYPES[dtype])
+    tokenizer, without = load_tokenizer(model)
+    loaded = load_as_saved(model, DTYPES[dtype])
     patch(loaded, config)
     load_edits(loaded, edits)
     report = merge(loaded, force=force, keep_original=False)
-    notes = []
+    notes = [] if tokenizer is not None else [f"no tokenizer was saved: {without}"]
     beside = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}"
     temporary, former = beside.with_suffix(".tmp"), beside.with_suffix(".old")
     try:
         temporary.mkdir(parents=True)
-        loaded.save_pretrained(temporary)
-        try:
-            transformers.AutoTokenizer.from_pretrained(model).save_pretrained(temporary)
-        except (OSError, ValueError, KeyError) as error:
-            notes.append(f"no tokenizer was saved: {str(error).partition(chr(10))[0]}")
+        with writing(target), quietly():
+            loaded.save_pretrained(temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
         if target.exists():
             os.replace(target, former)
         os.replace(temporary, target)
@@ -88,19 +90,3 @@ def merge_folder(
         raise
     return report, tuple(notes)
 
-
-def _load(name: str, dtype: Any) -> Any:
-    """The model in its own class, as its config names it."""
-    path = Path(name)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"model: the folder {name!r} has no config.json; expected one that save_pretrained wrote"
-        )
-    config = transformers.AutoConfig.from_pretrained(name)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"model: {name!r} is quantised; merge into the base model in half or full precision")
-    names = getattr(config, "architectures", None) or [None]
-    kind = getattr(transformers, names[0] or "", None)
-    if kind is None:
-        raise ValueError(f"model: {name!r} names the class {names[0]!r}, which transformers does not have")
-    return kind.from_pretrained(name, dtype=dtype).eval()
