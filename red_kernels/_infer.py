@@ -22,7 +22,7 @@ from .models import FAMILIES
 from .plan import make_plan
 from .report import listed
 
-__all__ = ["config_from_model", "config_from_names", "kind_of"]
+__all__ = ["config_from_model", "config_from_names", "kind_of", "layers_by_stack"]
 
 
 class _LayerSite(NamedTuple):
@@ -141,6 +141,16 @@ def config_from_model(
         why = "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
         raise ValueError(f"{source}: no position of this {type(model).__name__} has these sites: {why}")
     return next(iter(found.values()))
+
+
+def layers_by_stack(sites: Iterable[str]) -> dict[str, set[int]]:
+    """The numbers of the layers in each stack of layers, from the names of sites; those without a number are left."""
+    found: dict[str, set[int]] = {}
+    for site in sites:
+        cut = _layer_site(site)
+        if cut is not None:
+            found.setdefault(cut.stack, set()).add(cut.index)
+    return found
 
 
 def _layer_site(site: str) -> _LayerSite | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,10 @@ from ._errors import explained, one_line
 from ._version import __version__
 from .integrations._require import require
 
+_MERGE_ADVICE = {
+    "rounding": "merge into --dtype fp32, or pass --force",
+    "place": "train edits of --kind scaling (red-kernels finetune), or use these unmerged (rk.load_edits)",
+}
 EXIT_UNEXPECTED = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
@@ -261,27 +267,47 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@contextlib.contextmanager
+def _quiet_imports() -> Iterator[None]:
+    """Import without the warnings that other packages log meanwhile (torchao and bitsandbytes of libraries they lack).
+
+    They are about packages that the command does not use. Errors are still shown, and nothing is silenced for good.
+    """
+    former = logging.root.manager.disable
+    logging.disable(max(former, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(former)
+
+
 def _info(options: argparse.Namespace) -> int:
     require("rich", "red-kernels info")
     from rich.console import Console
 
     from .integrations.info import show_info
 
-    show_info(Console())
+    with _quiet_imports():  # it looks for all that there may be
+        show_info(Console())
     return 0
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from .integrations.merged_folder import merge_folder
+    with _quiet_imports():
+        from .integrations.merged_folder import merge_folder
+    from .merge import MergeRefused
 
-    report, notes = merge_folder(
-        options.model,
-        options.edits,
-        options.output,
-        dtype=options.dtype,
-        force=options.force,
-        overwrite=options.overwrite,
-    )
+    try:
+        report, notes = merge_folder(
+            options.model,
+            options.edits,
+            options.output,
+            dtype=options.dtype,
+            force=options.force,
+            overwrite=options.overwrite,
+        )
+    except MergeRefused as error:  # its own advice is for Python
+        raise ValueError(f"{error.reason}; {_MERGE_ADVICE[error.cause]}") from error
     print(report)
     for note in notes:
         print(f"note: {note}")
@@ -290,8 +316,11 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from .integrations.convert import convert
+    with _quiet_imports():
+        from .integrations.convert import convert
 
+        if options.model is not None and importlib.util.find_spec("transformers") is not None:
+            from .integrations import base_models  # noqa: F401
     print(convert(options.source, options.output, options.model, options.position, options.overwrite))
     return 0
 
@@ -325,7 +354,8 @@ def _measure(given: dict[str, Any]) -> int:
         raise ValueError("--sums is for --tune, the search for launch rules")
     from rich.console import Console
 
-    suite = _suite()
+    with _quiet_imports():
+        suite = _suite()
     operations = ("operations", "inputs", "seconds", "widths", "dtypes", "rows")
     request = suite.Request(
         job=given["job"] or "ops",
@@ -357,12 +387,13 @@ def _suite() -> Any:
 
 
 def _finetune(options: argparse.Namespace) -> int:
-    for package in ("rich", "transformers", "accelerate"):
-        require(package, "red-kernels finetune")
-    from rich.console import Console
+    with _quiet_imports():
+        for package in ("rich", "transformers", "accelerate"):
+            require(package, "red-kernels finetune")
+        from rich.console import Console
 
-    from .integrations.data import Columns
-    from .integrations.finetune import Settings, finetune
+        from .integrations.data import Columns
+        from .integrations.finetune import Settings, finetune
 
     given: dict[str, Any] = dict(vars(options))
     columns = Columns(given.get("text_column"), given.get("label_column"), header=not given["no_header"])

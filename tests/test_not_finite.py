@@ -56,7 +56,9 @@ def test_an_edit_that_is_not_finite_is_never_merged(value, part, force):
     assert rk.active_edit(model) == "default"
 
 
-@pytest.mark.parametrize(("part", "dtype"), [("scale", torch.float16), ("bias", torch.float16), ("scale", torch.float32)])
+@pytest.mark.parametrize(
+    ("part", "dtype"), [("scale", torch.float16), ("bias", torch.float16), ("scale", torch.float32)]
+)
 def test_an_edit_that_overflows_the_weight_is_never_merged(part, dtype):
     model = patched(dtype=dtype)
     site, parts = next(iter(rk.edit_parameters(model).items()))

@@ -95,7 +95,7 @@ READERS = {
     "content",
     [
         DEEP.encode(),
-        DEEP.replace("[", '{"a":').replace("]", "}").encode().replace(b':}', b":1}", 1),
+        DEEP.replace("[", '{"a":').replace("]", "}").encode().replace(b":}", b":1}", 1),
         b"9" * 5000,
         b'{"a": ',
         b'{"a": "\xff"}',

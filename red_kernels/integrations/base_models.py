@@ -12,6 +12,7 @@ from typing import Any
 import safetensors
 import torch
 import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from .._errors import one_line
 from .._parse import read_json, shown
@@ -112,7 +113,7 @@ def load_base(
         )
     with quietly(), explaining(name):
         if tokenizer is None:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **_OWN_CODE, **_without_quantization(gguf))
+            tokenizer = AutoTokenizer.from_pretrained(source, **_OWN_CODE, **_without_quantization(gguf))
         model, loading = auto.from_pretrained(
             source, dtype=load_dtype, output_loading_info=True, **_OWN_CODE, **gguf, **options
         )
@@ -147,7 +148,7 @@ def load_as_saved(name: str, dtype: Any) -> Any:
             f"model: the folder {name!r} has no config.json; expected one that save_pretrained wrote"
         )
     with quietly(), explaining(name):
-        config = transformers.AutoConfig.from_pretrained(name, **_OWN_CODE)
+        config = AutoConfig.from_pretrained(name, **_OWN_CODE)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"model: {name!r} is quantised; merge into the base model in half or full precision")
     kind = model_class(config, name)
@@ -182,7 +183,7 @@ def named_class(config: Any) -> Any:
     names = getattr(config, "architectures", None)
     first = names[0] if isinstance(names, (list, tuple)) and names else None
     kind = getattr(transformers, first, None) if isinstance(first, str) else None
-    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
+    return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
 
 
 def load_tokenizer(name: str) -> tuple[Any, str]:
@@ -194,11 +195,14 @@ def load_tokenizer(name: str) -> tuple[Any, str]:
     folder = Path(name)
     try:
         with quietly():
-            return transformers.AutoTokenizer.from_pretrained(name, **_OWN_CODE), ""
+            return AutoTokenizer.from_pretrained(name, **_OWN_CODE), ""
     except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
         there = [file.name for file in sorted(folder.glob("*")) if _TOKENIZER.fullmatch(file.name)]
         if there:
-            damaged = _damaged(folder, ["config.json", *there]) or f"one of {listed(there)}: {type(error).__name__}: {one_line(error)}"
+            damaged = (
+                _damaged(folder, ["config.json", *there])
+                or f"one of {listed(there)}: {type(error).__name__}: {one_line(error)}"
+            )
             raise ValueError(
                 f"model: the tokenizer of {name!r} could not be loaded: {damaged}; get its files anew, or remove them "
                 "all to go on without a tokenizer"

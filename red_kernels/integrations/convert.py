@@ -18,6 +18,7 @@ from ..checkpoint import CONFIG_NAME, HEAD_NAME, TENSORS_NAME, Found, own_files,
 from ..config import POSITIONS
 from ..report import listed
 from ._require import require
+from .peft_folder import is_peft_folder, own_contents, read_peft_folder
 
 __all__ = ["Conversion", "convert", "model_on_meta"]
 
@@ -60,7 +61,8 @@ def convert(
 
     Args:
         source: a folder, or a file `delta_vector.pth` or `red_edits.safetensors`. A classifier head beside them is
-            converted too where the folder is named.
+            converted too where the folder is named. Or the folder of a RED adapter saved by PEFT, which becomes one of
+            `rk.save_edits`; what `modules_to_save` has trained is converted with it.
         output: another folder; made if missing.
         model: the base model's hub id, folder or `config.json`. From the authors' form it tells position, layers and
             site names, and widths are checked; without it, names alone have to. To the authors' form it is needed for
@@ -74,6 +76,8 @@ def convert(
         FileExistsError: the output has such files already, and `overwrite` is False.
         OSError: there is no such source or model, or the output cannot be written.
     """
+    if is_peft_folder(source):
+        return _from_peft(Path(source), Path(output), position, overwrite)
     found = read(Path(source))
     target = Path(output)
     if target.exists() and target.resolve() == found.source.parent.resolve():
@@ -85,6 +89,19 @@ def convert(
             raise ValueError(f"position: got {position!r}, but the authors' form does not hold one; leave it out")
         return _to_authors(found, Path(source), target, model, overwrite)
     return _to_own(found, Path(source), target, model, position, overwrite)
+
+
+def _from_peft(source: Path, target: Path, position: str | None, overwrite: bool) -> Conversion:
+    if position is not None:
+        raise ValueError(f"position: got {position!r}, but a PEFT folder names its sites itself; leave it out")
+    if target.exists() and target.resolve() == source.resolve():
+        raise ValueError(f"output: {str(target)!r} is the folder of the source; the two forms need a folder each")
+    config, vectors, _, _ = read_peft_folder(source)
+    files = own_contents(source)
+    _refuse(target, (TENSORS_NAME, CONFIG_NAME, HEAD_NAME), files, overwrite)
+    write_files(target, files)
+    where = f"position {config.position!r}" if config.sites is None else "sites by their names"
+    return _conversion(target, list(files), vectors, f"{where}, kind {config.kind!r}, from an adapter of PEFT", [])
 
 
 def model_on_meta(name: str) -> nn.Module:

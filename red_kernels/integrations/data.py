@@ -241,7 +241,9 @@ def _rows_to_documents(
         if labelled:
             value = row[wanted[1]]
             if value is None or isinstance(value, (float, list, dict)) or str(value).strip() == "":
-                raise ValueError(f"data: {where}: {wanted[1]!r} is {shown(value)}, expected a label (a word or an integer)")
+                raise ValueError(
+                    f"data: {where}: {wanted[1]!r} is {shown(value)}, expected a label (a word or an integer)"
+                )
             label = str(value).strip()
         # Equal texts share a group: a duplicate must not be held out and trained on.
         documents.append(Document(text, f"{source} #{number}", text.strip(), label))

@@ -421,7 +421,9 @@ def _compare(fused: nn.Module, fresh: BaseModel, data: _Data, device: torch.devi
 
 def _show_change(before: HeldOut, after: HeldOut, console: Console) -> None:
     if not math.isfinite(before.loss):
-        console.print("The base model's own held-out loss is not finite: its weights, or the dtype, are not fit for it.")
+        console.print(
+            "The base model's own held-out loss is not finite: its weights, or the dtype, are not fit for it."
+        )
     elif not math.isfinite(after.loss):
         console.print("The training diverged: the held-out loss is not finite. Try a smaller --learning-rate.")
     elif before.accuracy is None:

@@ -14,6 +14,7 @@ from ..checkpoint import HEAD_NAME, load_edits, saved_config
 from ..merge import MergeReport, merge
 from ..patch import patch
 from .base_models import load_as_saved, load_tokenizer, quietly
+from .peft_folder import is_peft_folder, own_form
 from .output_folder import check_output, writing
 
 __all__ = ["merge_folder"]
@@ -36,7 +37,7 @@ def merge_folder(
 
     Args:
         model: the base model's folder or hub id.
-        edits: a folder made by `rk.save_edits`.
+        edits: a folder made by `rk.save_edits`, or of a RED adapter saved by PEFT.
         output: the folder to write.
         dtype: of the weights that are saved: `"auto"` (as the base model is stored), `"fp32"`, `"bf16"` or `"fp16"`.
         force: as for `rk.merge`.
@@ -52,6 +53,11 @@ def merge_folder(
         FileNotFoundError, OSError: model or edits cannot be found, the output cannot be written; what was there stays.
     """
     check_output(output, "output")
+    if is_peft_folder(edits):
+        if Path(edits).resolve().is_relative_to(Path(output).resolve()):
+            raise ValueError(f"output: {str(output)!r} is or holds the folder of the edits; choose another")
+        with own_form(edits) as own:
+            return merge_folder(model, own, output, dtype=dtype, force=force, overwrite=overwrite)
     target = Path(output)
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
@@ -89,4 +95,3 @@ def merge_folder(
             os.replace(former, target)
         raise
     return report, tuple(notes)
-

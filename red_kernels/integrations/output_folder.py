@@ -36,7 +36,9 @@ def check_output(output: str | os.PathLike[str], name: str = "--output") -> None
             place = place.parent
         if not place.is_dir():
             what = "is a file" if place.exists() else "is a link that leads nowhere"
-            where = f"{str(target)!r} {what}" if place == target else f"{str(place)!r} {what}, and {str(target)!r} in it"
+            where = (
+                f"{str(target)!r} {what}" if place == target else f"{str(place)!r} {what}, and {str(target)!r} in it"
+            )
             raise NotADirectoryError(f"{name}: {where}; expected a folder")
         with tempfile.TemporaryFile(dir=place) as probe:
             probe.write(bytes(_ROOM))
@@ -45,9 +47,7 @@ def check_output(output: str | os.PathLike[str], name: str = "--output") -> None
     except OSError as error:
         if error.errno is None:
             raise
-        raise type(error)(
-            error.errno, f"{name}: cannot write to {str(target)!r}: {error.strerror or error}"
-        ) from error
+        raise type(error)(error.errno, f"{name}: cannot write to {str(target)!r}: {error.strerror or error}") from error
 
 
 def _is_there(path: Path) -> bool:
