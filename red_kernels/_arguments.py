@@ -51,6 +51,13 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """As argparse's, but for unknown arguments, which are an error. There are none in what it returns."""
+        if args is not None and self._subparsers is None:  # before a value of an unknown option is taken for another's
+            known = [option for option in self._option_string_actions if option.startswith("--")]
+            given = args[: args.index("--")] if "--" in args else args
+            options = [text.partition("=")[0] for text in given if text.startswith("--")]
+            strange = [name for name in options if not any(option.startswith(name) for option in known)]
+            if strange:
+                self._refuse(strange)
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self._refuse(unknown)

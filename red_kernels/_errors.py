@@ -26,7 +26,7 @@ _EXPLAINED = (
     zipfile.BadZipFile,
     zlib.error,
 )
-_BY_NAME = {("safetensors_rust", "SafetensorError")}  # its base is Exception, and the package need not be imported
+_BY_NAME = "SafetensorError"  # its base is Exception, its module's name differs by version
 
 
 def explained(error: BaseException) -> bool:
@@ -34,8 +34,7 @@ def explained(error: BaseException) -> bool:
 
     A TypeError or RuntimeError may be either; this package raises them for arguments.
     """
-    kinds = {(kind.__module__, kind.__name__) for kind in type(error).__mro__}
-    return isinstance(error, _EXPLAINED) or bool(kinds & _BY_NAME)
+    return isinstance(error, _EXPLAINED) or type(error).__name__ == _BY_NAME
 
 
 def one_line(error: BaseException) -> str:

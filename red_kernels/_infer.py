@@ -29,7 +29,7 @@ class _LayerSite(NamedTuple):
     """A site's name, cut at its layer's number."""
 
     stack: str
-    index: int
+    number: int
     path: str
 
 
@@ -75,7 +75,7 @@ def config_from_names(source: Path, vectors: SiteTensors, position: str | None =
             raise ValueError(
                 f"{source}: the site {shown(site)} names no layer, so that its position cannot be told; {_ADVICE}"
             )
-        stacks.setdefault(found.stack, {}).setdefault(found.index, set()).add(found.path)
+        stacks.setdefault(found.stack, {}).setdefault(found.number, set()).add(found.path)
     if position is None:
         layers = {frozenset(paths) for stack in stacks.values() for paths in stack.values()}
         fitting = {
@@ -119,7 +119,7 @@ def config_from_model(
             mapping = match_sites(vectors, widths)
             chosen = set(mapping.values())
             if len(mapping) == len(vectors) and chosen != widths.keys():
-                layers = {at.index for site in chosen if (at := _layer_site(site)) is not None}
+                layers = {at.number for site in chosen if (at := _layer_site(site)) is not None}
                 config = RedConfig(position=name, kind=kind, dtype=dtype, layers=layers)
                 widths = _planned(model, config)
         except ValueError as error:
@@ -149,7 +149,7 @@ def layers_by_stack(sites: Iterable[str]) -> dict[str, set[int]]:
     for site in sites:
         cut = _layer_site(site)
         if cut is not None:
-            found.setdefault(cut.stack, set()).add(cut.index)
+            found.setdefault(cut.stack, set()).add(cut.number)
     return found
 
 

@@ -66,7 +66,7 @@ def shown(value: object) -> str:
 
 def checked_count(values: Iterable[Any], name: str, most: int = MOST_LAYERS) -> list[Any]:
     """The values as a list. Raises ValueError for more than `most`, before they fill the memory."""
-    found = []
+    found: list[Any] = []
     for value in values:
         if len(found) == most:
             raise ValueError(f"{name}: got {shown(values)}, expected {most:,} at most")

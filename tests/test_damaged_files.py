@@ -323,7 +323,10 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "an optimizer of nothing": (saved("optimizer.pt", {"state": {}, "param_groups": []}), "optimizer.pt"),
     "another optimizer": (saved("optimizer.pt", {"state": {}, "param_groups": [{"params": [0]}]}), "optimizer.pt"),
     "groups of numbers": (saved("optimizer.pt", {"state": {}, "param_groups": [3]}), "optimizer.pt"),
-    "a state that is a list": (changed("optimizer.pt", lambda found: found["state"].update({0: [1]})), "optimizer.pt"),
+    "a parameter's state that is a list": (
+        changed("optimizer.pt", lambda found: found["state"].update({0: [1]})),
+        "optimizer.pt",
+    ),
     "a moment of another width": (changed("optimizer.pt", _set("exp_avg", torch.ones(3))), "optimizer.pt"),
     "a moment of NaN": (changed("optimizer.pt", _set("exp_avg", torch.full((16,), torch.nan))), "optimizer.pt"),
     "a moment of text": (changed("optimizer.pt", _set("exp_avg", "a")), "optimizer.pt"),
@@ -374,7 +377,8 @@ def test_resuming_from_a_damaged_checkpoint(
     assert message in error
     if "edits" not in name:
         assert f"{checkpoint}" in error
-        assert "remove" in error and "--overwrite" in error
+        assert "remove" in error
+        assert "--overwrite" in error
 
 
 @pytest.mark.parametrize("name", [*PICKLES, "training_args.bin"])

@@ -9,12 +9,12 @@ import model_zoo as zoo
 import pytest
 import tiny_folders
 import torch
+
+import red_kernels as rk
 from benchmarks import many_edits, suite
 from benchmarks.ops import job as ops
 from benchmarks.step import growth
 from benchmarks.step import job as step
-
-import red_kernels as rk
 from red_kernels import cli
 from red_kernels.backends.triton import tuned
 from red_kernels.integrations.data import Document, split_documents

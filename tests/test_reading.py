@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import runs
 
 import red_kernels as rk
+from benchmarks import runs
 from red_kernels import _infer, _parse, _vectors, cli
 from red_kernels.authors import CLASSIFIER_NAME, VECTORS_NAME
 from red_kernels.backends.triton import tuned
@@ -133,14 +133,14 @@ def test_results_out_of_form(missing: str, tmp_path: Path) -> None:
     ids=["range", "downwards", "count", "one for ever", "one too many"],
 )
 def test_more_layers_than_a_model_can_have(layers: object) -> None:
-    with pytest.raises(ValueError, match="layers: got .*, expected 100,000 at most"):
+    with pytest.raises(ValueError, match=r"layers: got .*, expected 100,000 at most"):
         rk.RedConfig(layers=layers)
 
 
 def test_layers_at_the_limit() -> None:
     assert len(rk.RedConfig(layers=range(100_000)).layers) == 100_000
     assert rk.RedConfig(layers=[10**12]).layers == (10**12,)
-    with pytest.raises(ValueError, match="sites: got .*, expected 100,000 at most"):
+    with pytest.raises(ValueError, match=r"sites: got .*, expected 100,000 at most"):
         rk.RedConfig(sites=itertools.repeat("*.down_proj"))
 
 
@@ -171,8 +171,8 @@ ODD = ["²", "٣", "１", "9" * 5000, "1_0", "+1", " 1", "", "1²"]
 @pytest.mark.parametrize("odd", ODD)
 def test_an_odd_number_is_text(odd: str) -> None:
     assert _parse.layer_number(odd) is None
-    names = [f"layers.{odd}.ffn", "layers.9.ffn", "layers.10.ffn"]
-    assert sorted(reversed(names), key=_vectors.by_layer) == names
+    names = ["layers.10.ffn", "layers.9.ffn", f"layers.{odd}.ffn"]
+    assert sorted(names, key=_vectors.by_layer) == names[::-1]
     report = PatchReport("M", rk.RedConfig(), (SiteReport(f"layers.{odd}.ffn", 4, None),), 1, 1)
     assert f"layers.{odd}.ffn" in str(report)
 

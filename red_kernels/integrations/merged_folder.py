@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,8 +13,8 @@ from ..checkpoint import HEAD_NAME, load_edits, saved_config
 from ..merge import MergeReport, merge
 from ..patch import patch
 from .base_models import load_as_saved, load_tokenizer, quietly
-from .peft_folder import is_peft_folder, own_form
 from .output_folder import check_output, writing
+from .peft_folder import is_peft_folder, own_form
 
 __all__ = ["merge_folder"]
 

@@ -1,8 +1,9 @@
-"""Resuming a run: every file of its checkpoint is checked, and named where it is damaged, before anything is trained."""
+"""Resuming a run: each file of its checkpoint is checked, and named where it is damaged, before anything is trained."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -55,8 +56,10 @@ class ResumingTrainer(RedTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             folder = Path(checkpoint)
+            assert self.optimizer is not None  # Trainer has just made both
+            assert self.lr_scheduler is not None
             with _naming(folder / OPTIMIZER):
-                self._check_optimizer(_read(folder / OPTIMIZER))
+                _check_optimizer(_read(folder / OPTIMIZER), self.optimizer)
             with _naming(folder / SCHEDULER):
                 found, own = _read(folder / SCHEDULER), self.lr_scheduler.state_dict()
                 one = self.args.world_size == 1  # else there is a step of the scheduler for each process
@@ -67,27 +70,29 @@ class ResumingTrainer(RedTrainer):
             with _naming(folder, f"{OPTIMIZER} or {SCHEDULER}"):
                 super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _check_optimizer(self, found: dict[str, Any]) -> None:
-        groups = [group["params"] for group in found["param_groups"]]
-        own = [group["params"] for group in self.optimizer.param_groups]
-        if [len(group) for group in groups] != [len(group) for group in own]:
-            raise ValueError(
-                f"it is of {list(map(len, groups))} parameters in groups, this run trains {list(map(len, own))}"
-            )
-        parameters = dict(zip(sum(groups, []), sum(own, []), strict=True))
-        if found["state"].keys() != parameters.keys():
-            raise ValueError(f"it has states of {len(found['state'])} parameters, expected {len(parameters)}")
-        for number, state in found["state"].items():
-            for name, value in state.items():
-                if not isinstance(value, torch.Tensor) or not bool(value.isfinite().all()):
-                    raise ValueError(f"its {name} of parameter {number} is no tensor of finite numbers")
-                if value.dim() and value.shape != parameters[number].shape:
-                    got, expected = tuple(value.shape), tuple(parameters[number].shape)
-                    raise ValueError(f"its {name} of parameter {number} has shape {got}, expected {expected}")
-
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with contextlib.nullcontext() if checkpoint is None else _naming(Path(checkpoint) / RANDOM):
             super()._load_rng_state(checkpoint)
+
+
+def _check_optimizer(found: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    groups = [group["params"] for group in found["param_groups"]]
+    own = [group["params"] for group in optimizer.param_groups]
+    if [len(group) for group in groups] != [len(group) for group in own]:
+        raise ValueError(
+            f"it is of {list(map(len, groups))} parameters in groups, this run trains {list(map(len, own))}"
+        )
+    numbers = itertools.chain.from_iterable(groups)
+    parameters = dict(zip(numbers, itertools.chain.from_iterable(own), strict=True))
+    if found["state"].keys() != parameters.keys():
+        raise ValueError(f"it has states of {len(found['state'])} parameters, expected {len(parameters)}")
+    for number, state in found["state"].items():
+        for name, value in state.items():
+            if not isinstance(value, torch.Tensor) or not bool(value.isfinite().all()):
+                raise ValueError(f"its {name} of parameter {number} is no tensor of finite numbers")
+            if value.dim() and value.shape != parameters[number].shape:
+                got, expected = tuple(value.shape), tuple(parameters[number].shape)
+                raise ValueError(f"its {name} of parameter {number} has shape {got}, expected {expected}")
 
 
 def _remedy(checkpoint: Path) -> str:

@@ -98,7 +98,7 @@ def fill(model: RedModel, adapters: Sequence[str], weights: Sequence[float], nam
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             for adapter in adapters:
-                if adapter in module.modules_to_save and name not in module.modules_to_save:
+                if adapter in module.modules_to_save:
                     module.modules_to_save[name] = copy.deepcopy(module.modules_to_save[adapter]).requires_grad_(False)
 
 
