@@ -84,7 +84,8 @@ def _parser() -> Parser:
         "convert",
         help="turn a checkpoint of RED's authors into a folder of save_edits, or the other way round",
         description="Turn edits in the form of RED's authors (delta_vector.pth, and classifier.pth beside it) into a "
-        "folder of rk.save_edits, or such a folder into theirs; which way is told by what SOURCE holds.",
+        "folder of rk.save_edits, or such a folder into theirs; or a RED adapter that PEFT has saved into one of ours. "
+        "Which way is told by what SOURCE holds.",
     )
     convert.set_defaults(run=_convert)
     _add_convert_options(convert)
@@ -169,7 +170,12 @@ def _add_finetune_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_merge_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="the base model: a folder or hub id")
-    parser.add_argument("--edits", required=True, metavar="FOLDER", help="a folder with saved edits")
+    parser.add_argument(
+        "--edits",
+        required=True,
+        metavar="FOLDER",
+        help="a folder with saved edits, or with a RED adapter that PEFT has saved",
+    )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the merged model goes")
     parser.add_argument(
         "--dtype",
