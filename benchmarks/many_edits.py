@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -248,6 +249,13 @@ def _batch(text: str) -> tuple[int, int]:
     return int(rows), int(length)
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text}, expected 0 or more")
+    return seconds
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print tables, and write the result where asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.many_edits", description=str(__doc__).split("\n")[0])
@@ -257,7 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--edits", nargs="+", type=int, default=[1, 16, 1000])
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--lora", type=int, default=16, help="the most LoRA adapters to compare with; 0 for none")
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each table")
+    parser.add_argument("--seconds", type=_seconds, default=20.0, help="for each table")
     parser.add_argument("--output", type=Path, help="a JSON file for the result")
     chosen = parser.parse_args(arguments)
     results = measure(

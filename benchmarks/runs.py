@@ -21,12 +21,22 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from red_kernels._files import json_by_line, write_files
+from red_kernels._parse import read_json, shown
 
 from .harness import clocks, environment
 
 SCHEMA = 1
 SAME = ("device", "threads", "instruction_set", "torch", "versions", "sources")  # of the environment, to go on
 Case = dict[str, Any]
+_FORM: dict[str, type] = {
+    "job": str,
+    "quick": bool,
+    "environment": dict,
+    "settings": dict,
+    "missing": dict,
+    "failed": list,
+    "cases": list,
+}
 
 
 @dataclass(frozen=True)
@@ -144,12 +154,14 @@ class ResultFile:
 
 def read(path: Path) -> dict[str, Any]:
     """A file of results. Raises ValueError where it is none, or of another schema."""
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not a file of results: {error}") from error
+    content = read_json(path, None)
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not a file of results of schema {SCHEMA}")
+    for name, kind in _FORM.items():
+        if not isinstance(content.get(name), kind):
+            raise ValueError(
+                f"{path} is not a file of results: its {name} is {shown(content.get(name))}, expected {kind.__name__}"
+            )
     return content
 
 

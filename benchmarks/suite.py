@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -57,7 +58,7 @@ class Request:
             raise ValueError(f"--device: got 'cuda', and torch {torch.__version__} finds no GPU here")
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite: got both, expected one of them at most")
-        if self.minutes is not None and not self.minutes > 0:
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise ValueError(f"--minutes: got {self.minutes}, expected a number above 0")
         if self.options and self.job in ("step", GROWTH, "quality"):
             given = ", ".join(f"--{name}" for name in self.options)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from ._parse import layer_number, shown
 from ._site_names import match_sites
 from ._vectors import SiteTensors
 from .config import KINDS, POSITIONS, RedConfig
@@ -20,10 +22,15 @@ from .models import FAMILIES
 from .plan import make_plan
 from .report import listed
 
-__all__ = ["config_from_model", "config_from_names", "kind_of"]
+__all__ = ["config_from_model", "config_from_names", "kind_of", "layers_by_stack"]
 
-# The first number in a name is the layer's: encoder.block.3.layer.1.wo
-_LAYER = re.compile(r"(?P<stack>(?:[^.]*[^.\d][^.]*\.)*)(?P<index>\d+)(?:\.(?P<path>.+))?")
+
+class _LayerSite(NamedTuple):
+    """A site's name, cut at its layer's number."""
+
+    stack: str
+    number: int
+    path: str
 
 
 def kind_of(source: Path, vectors: SiteTensors) -> str:
@@ -63,12 +70,12 @@ def config_from_names(source: Path, vectors: SiteTensors, position: str | None =
     kind = kind_of(source, vectors)
     stacks: dict[str, dict[int, set[str]]] = {}
     for site in vectors:
-        match = _LAYER.fullmatch(site)
-        if match is None:
+        found = _layer_site(site)
+        if found is None:
             raise ValueError(
-                f"{source}: the site {site!r} names no layer, so that its position cannot be told; {_ADVICE}"
+                f"{source}: the site {shown(site)} names no layer, so that its position cannot be told; {_ADVICE}"
             )
-        stacks.setdefault(match["stack"], {}).setdefault(int(match["index"]), set()).add(match["path"] or "")
+        stacks.setdefault(found.stack, {}).setdefault(found.number, set()).add(found.path)
     if position is None:
         layers = {frozenset(paths) for stack in stacks.values() for paths in stack.values()}
         fitting = {
@@ -79,8 +86,8 @@ def config_from_names(source: Path, vectors: SiteTensors, position: str | None =
         }
         possible = [name for name, families in fitting.items() if families]
         if not possible:
-            shown = sorted(frozenset.union(*layers))
-            raise ValueError(f"{source}: no position of a known family edits {listed(shown)} in each layer; {_ADVICE}")
+            paths = sorted(frozenset.union(*layers))
+            raise ValueError(f"{source}: no position of a known family edits {listed(paths)} in each layer; {_ADVICE}")
         if len(possible) > 1:
             choices = ", ".join(f"{name!r} of {' or '.join(fitting[name])}" for name in possible)
             raise ValueError(f"{source}: its sites are those of position {choices}; {_ADVICE}")
@@ -112,7 +119,7 @@ def config_from_model(
             mapping = match_sites(vectors, widths)
             chosen = set(mapping.values())
             if len(mapping) == len(vectors) and chosen != widths.keys():
-                layers = {int(match["index"]) for site in chosen if (match := _LAYER.fullmatch(site)) is not None}
+                layers = {at.number for site in chosen if (at := _layer_site(site)) is not None}
                 config = RedConfig(position=name, kind=kind, dtype=dtype, layers=layers)
                 widths = _planned(model, config)
         except ValueError as error:
@@ -134,6 +141,26 @@ def config_from_model(
         why = "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
         raise ValueError(f"{source}: no position of this {type(model).__name__} has these sites: {why}")
     return next(iter(found.values()))
+
+
+def layers_by_stack(sites: Iterable[str]) -> dict[str, set[int]]:
+    """The numbers of the layers in each stack of layers, from the names of sites; those without a number are left."""
+    found: dict[str, set[int]] = {}
+    for site in sites:
+        cut = _layer_site(site)
+        if cut is not None:
+            found.setdefault(cut.stack, set()).add(cut.number)
+    return found
+
+
+def _layer_site(site: str) -> _LayerSite | None:
+    """Cut a name at its first number, which is the layer's (`encoder.block.3.layer.1.wo`); None where there is none."""
+    parts = site.split(".")
+    for place, part in enumerate(parts):
+        number = layer_number(part)
+        if number is not None:
+            return _LayerSite("".join(f"{before}." for before in parts[:place]), number, ".".join(parts[place + 1 :]))
+    return None
 
 
 def _planned(model: nn.Module, config: RedConfig) -> dict[str, int]:
@@ -158,7 +185,7 @@ def _fits(entries: Sequence[str], paths: frozenset[str]) -> bool:
 
 
 def _path_pattern(path: str) -> re.Pattern[str]:
-    parts = [r"\d+" if part == "-1" else re.escape(part) for part in path.split(".")]
+    parts = [r"[0-9]+" if part == "-1" else re.escape(part) for part in path.split(".")]
     return re.compile(r"\.".join(parts))
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
+from ._parse import layer_number
+
 
 def match_sites(checkpoint_sites: Iterable[str], model_sites: Iterable[str]) -> dict[str, str]:
     """Map each checkpoint site to a model site, by one change of prefix for all of them.
@@ -90,9 +92,9 @@ def _common_tail(first: list[str], second: list[str]) -> int:
 
 def _is_prefix_change(remove: list[str], add: list[str]) -> bool:
     """Whether one prefix is the other with parts added: `encoder` must never become `decoder`, nor layer 1 layer 2."""
-    if any(part.isdecimal() for part in remove):
+    if any(layer_number(part) is not None for part in remove):
         return False
-    if any(part.isdecimal() for part in add) and remove:
+    if remove and any(layer_number(part) is not None for part in add):
         return False
     shorter, longer = sorted((remove, add), key=len)
     rest = iter(longer)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ._parse import layer_number
 from .report import listed
 
 __all__ = ["PARTS", "VECTOR_DTYPES", "SiteTensors", "by_layer", "collect", "in_order"]
@@ -69,8 +70,5 @@ def in_order(vectors: SiteTensors) -> SiteTensors:
 
 def by_layer(site: str) -> list[tuple[int, str]]:
     """A key to sort site names by: layer 2 comes before layer 10."""
-    # By its digits and not as an int: Python refuses to convert thousands of them, and `isdigit` knows more than ASCII.
-    return [
-        (len(digits := part.lstrip("0")) + 1, digits) if part.isascii() and part.isdigit() else (-1, part)
-        for part in site.split(".")
-    ]
+    numbers = ((layer_number(part), part) for part in site.split("."))
+    return [(-1, part) if number is None else (number, "") for number, part in numbers]

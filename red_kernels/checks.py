@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 
 import torch
@@ -136,20 +137,26 @@ def _vector(vector: Tensor, x: Tensor, name: str) -> None:
 
 def dropout(dropout_p: float) -> None:
     """Raise TypeError or ValueError unless ``dropout_p`` is a probability."""
-    number(dropout_p, "dropout_p")
+    _real(dropout_p, "dropout_p")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}, expected a probability from 0 to 1")
 
 
 def epsilon(eps: float) -> None:
-    """Raise TypeError or ValueError unless ``eps`` is zero or positive."""
-    number(eps, "eps")
-    if not eps >= 0.0:
+    """Raise TypeError or ValueError unless ``eps`` is zero or positive, and finite."""
+    _real(eps, "eps")
+    if not 0.0 <= eps < math.inf:
         raise ValueError(f"eps is {eps}, expected 0 or more")
 
 
 def number(value: float, name: str) -> None:
-    """Raise TypeError unless ``value`` is a real number."""
+    """Raise TypeError unless ``value`` is a real number, and ValueError unless it is finite."""
+    _real(value, name)
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} is {value}, expected a finite number")
+
+
+def _real(value: float, name: str) -> None:
     # Nearly all are floats: the test of an abstract class is for the rest. A trace has symbolic numbers.
     if type(value) is not float and not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")

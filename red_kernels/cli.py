@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ._arguments import Parser, layers
+from ._errors import explained, one_line
 from ._version import __version__
 from .integrations._require import require
 
+_MERGE_ADVICE = {
+    "rounding": "merge into --dtype fp32, or pass --force",
+    "place": "train edits of --kind scaling (red-kernels finetune), or use these unmerged (rk.load_edits)",
+}
+EXIT_UNEXPECTED = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 2 for an error that was explained, 130 after Ctrl-C."""
+    """Run the command.
+
+    Returns:
+        The exit status: 0; 2 for an error that a setting, a file or the system has caused, which one line explains; 1
+        for any other, of which the line says that it was not expected; 130 after Ctrl-C. With `--traceback` an error
+        is raised instead.
+    """
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
@@ -30,15 +45,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of the output went away; what is still buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
-    except (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError) as error:
+    except Exception as error:
         if options.traceback:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_ERROR
+        if explained(error):
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            return EXIT_ERROR
+        what = f"{type(error).__name__}: {one_line(error)}"
+        print(
+            f"error: unexpected {what}; this is a fault of red-kernels, or of a file in a way that it does not know: "
+            "the same command with --traceback shows where",
+            file=sys.stderr,
+        )
+        return EXIT_UNEXPECTED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="red-kernels", description="Fused kernels for RED, representation editing.")
+def _parser() -> Parser:
+    parser = Parser(prog="red-kernels", description="Fused kernels for RED, representation editing.")
     parser.add_argument("--version", action="version", version=f"red-kernels {__version__}")
     commands = parser.add_subparsers(required=True, metavar="info | finetune | merge | convert | bench")
     info = commands.add_parser("info", help="show the backends, the machine and the versions of what is installed")
@@ -61,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
         "convert",
         help="turn a checkpoint of RED's authors into a folder of save_edits, or the other way round",
         description="Turn edits in the form of RED's authors (delta_vector.pth, and classifier.pth beside it) into a "
-        "folder of rk.save_edits, or such a folder into theirs; which way is told by what SOURCE holds.",
+        "folder of rk.save_edits, or such a folder into theirs; or a RED adapter that PEFT has saved into one of ours. "
+        "Which way is told by what SOURCE holds.",
     )
     convert.set_defaults(run=_convert)
     _add_convert_options(convert)
@@ -100,7 +124,7 @@ def _add_finetune_options(parser: argparse.ArgumentParser) -> None:
         "--position", default="ffn", help="where the edits lie: ffn, attn, ffn_attn, res, res_with_attn or more"
     )
     model.add_argument("--kind", default="all", help="all (scale and bias), scaling, bias or ln")
-    model.add_argument("--layers", type=_layers, default=unset, help="such as 0-5,8 (default: all layers)")
+    model.add_argument("--layers", type=layers, default=unset, help="such as 0-5,8 (default: all layers)")
     model.add_argument(
         "--sites",
         nargs="+",
@@ -146,7 +170,12 @@ def _add_finetune_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_merge_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="the base model: a folder or hub id")
-    parser.add_argument("--edits", required=True, metavar="FOLDER", help="a folder with saved edits")
+    parser.add_argument(
+        "--edits",
+        required=True,
+        metavar="FOLDER",
+        help="a folder with saved edits, or with a RED adapter that PEFT has saved",
+    )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the merged model goes")
     parser.add_argument(
         "--dtype",
@@ -244,19 +273,18 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _layers(text: str) -> tuple[int, ...]:
-    """`0-5,8` as (0, 1, 2, 3, 4, 5, 8)."""
-    layers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        try:
-            start, end = int(first), int(last if dash else first)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected layer indices such as 0-5,8") from None
-        if end < start:
-            raise argparse.ArgumentTypeError(f"got {part.strip()!r}, whose end is below its start")
-        layers.extend(range(start, end + 1))
-    return tuple(layers)
+@contextlib.contextmanager
+def _quiet_imports() -> Iterator[None]:
+    """Import without the warnings that other packages log meanwhile (torchao and bitsandbytes of libraries they lack).
+
+    They are about packages that the command does not use. Errors are still shown, and nothing is silenced for good.
+    """
+    former = logging.root.manager.disable
+    logging.disable(max(former, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(former)
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -265,21 +293,27 @@ def _info(options: argparse.Namespace) -> int:
 
     from .integrations.info import show_info
 
-    show_info(Console())
+    with _quiet_imports():  # it looks for all that there may be
+        show_info(Console())
     return 0
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from .integrations.merged_folder import merge_folder
+    with _quiet_imports():
+        from .integrations.merged_folder import merge_folder
+    from .merge import MergeRefused
 
-    report, notes = merge_folder(
-        options.model,
-        options.edits,
-        options.output,
-        dtype=options.dtype,
-        force=options.force,
-        overwrite=options.overwrite,
-    )
+    try:
+        report, notes = merge_folder(
+            options.model,
+            options.edits,
+            options.output,
+            dtype=options.dtype,
+            force=options.force,
+            overwrite=options.overwrite,
+        )
+    except MergeRefused as error:  # its own advice is for Python
+        raise ValueError(f"{error.reason}; {_MERGE_ADVICE[error.cause]}") from error
     print(report)
     for note in notes:
         print(f"note: {note}")
@@ -288,8 +322,11 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from .integrations.convert import convert
+    with _quiet_imports():
+        from .integrations.convert import convert
 
+        if options.model is not None and importlib.util.find_spec("transformers") is not None:
+            from .integrations import base_models  # noqa: F401
     print(convert(options.source, options.output, options.model, options.position, options.overwrite))
     return 0
 
@@ -323,7 +360,8 @@ def _measure(given: dict[str, Any]) -> int:
         raise ValueError("--sums is for --tune, the search for launch rules")
     from rich.console import Console
 
-    suite = _suite()
+    with _quiet_imports():
+        suite = _suite()
     operations = ("operations", "inputs", "seconds", "widths", "dtypes", "rows")
     request = suite.Request(
         job=given["job"] or "ops",
@@ -355,12 +393,13 @@ def _suite() -> Any:
 
 
 def _finetune(options: argparse.Namespace) -> int:
-    for package in ("rich", "transformers", "accelerate"):
-        require(package, "red-kernels finetune")
-    from rich.console import Console
+    with _quiet_imports():
+        for package in ("rich", "transformers", "accelerate"):
+            require(package, "red-kernels finetune")
+        from rich.console import Console
 
-    from .integrations.data import Columns
-    from .integrations.finetune import Settings, finetune
+        from .integrations.data import Columns
+        from .integrations.finetune import Settings, finetune
 
     given: dict[str, Any] = dict(vars(options))
     columns = Columns(given.get("text_column"), given.get("label_column"), header=not given["no_header"])

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ._parse import checked_count, shown
+
 __all__ = ["KINDS", "POSITIONS", "RedConfig"]
 
 # Each position by the places in a layer that it edits; what these are in an architecture, `models/` says.
@@ -41,7 +43,7 @@ class RedConfig:
             (`LayerNorm(scale * h + bias)` with a trainable LayerNorm, which is not the identity at the start).
         layers: indices of the layers to edit, a range or any iterable of integers from 0; None for all. They count the
             layers of a stack, in an encoder-decoder model those of the encoder and of the decoder alike. Kept as a
-            sorted tuple.
+            sorted tuple; 100,000 at most.
         dtype: of the vectors. In half precision an update smaller than half a rounding step at 1.0 is lost, so anything
             but float32 is for inference.
         sites: for layouts this package does not know: a glob, or several, for the names of the modules whose output is
@@ -62,13 +64,13 @@ class RedConfig:
 
     def __post_init__(self) -> None:
         if self.position not in tuple(POSITIONS):
-            raise ValueError(f"position: got {self.position!r}, supported: {_listed(POSITIONS)}")
+            raise ValueError(f"position: got {shown(self.position)}, supported: {_listed(POSITIONS)}")
         if self.kind not in tuple(KINDS):
-            raise ValueError(f"kind: got {self.kind!r}, supported: {_listed(KINDS)}")
+            raise ValueError(f"kind: got {shown(self.kind)}, supported: {_listed(KINDS)}")
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: got {self.dtype!r}, supported: {', '.join(map(str, DTYPES))}")
+            raise ValueError(f"dtype: got {shown(self.dtype)}, supported: {', '.join(map(str, DTYPES))}")
         if not isinstance(self.train_head, bool):
-            raise TypeError(f"train_head: got {self.train_head!r}, expected True or False")
+            raise TypeError(f"train_head: got {shown(self.train_head)}, expected True or False")
         if self.layers is not None and self.sites is not None:
             raise ValueError("layers and sites: got both, expected one; sites= names the modules by itself")
         if self.layers is not None:
@@ -89,30 +91,30 @@ class RedConfig:
 
 def _indices(layers: Iterable[int]) -> tuple[int, ...]:
     if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
-        raise TypeError(f"layers: got {layers!r}, expected a range or a list of layer indices")
+        raise TypeError(f"layers: got {shown(layers)}, expected a range or a list of layer indices")
     found = []
-    for layer in layers:
+    for layer in checked_count(layers, "layers"):
         if isinstance(layer, bool):
             raise TypeError(f"layers: got {layer!r}, expected integers")
         try:
             found.append(operator.index(layer))
         except TypeError:
-            raise TypeError(f"layers: got {layer!r}, expected integers") from None
+            raise TypeError(f"layers: got {shown(layer)}, expected integers") from None
     if not found:
         raise ValueError("layers: got no layer at all, expected at least one; None stands for all layers")
     if min(found) < 0:
-        raise ValueError(f"layers: got {min(found)}, expected indices from 0")
+        raise ValueError(f"layers: got {shown(min(found))}, expected indices from 0")
     if len(set(found)) != len(found):
-        raise ValueError(f"layers: got {found}, in which a layer comes twice")
+        raise ValueError(f"layers: got {shown(found)}, in which a layer comes twice")
     return tuple(sorted(found))
 
 
 def _patterns(sites: str | Iterable[str]) -> tuple[str, ...]:
     if not isinstance(sites, Iterable):
-        raise TypeError(f"sites: got {sites!r}, expected a glob of module names, or several")
-    patterns = (sites,) if isinstance(sites, str) else tuple(sites)
+        raise TypeError(f"sites: got {shown(sites)}, expected a glob of module names, or several")
+    patterns = (sites,) if isinstance(sites, str) else tuple(checked_count(sites, "sites"))
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise ValueError(f"sites: got {sites!r}, expected a glob of module names, or several")
+        raise ValueError(f"sites: got {shown(sites)}, expected a glob of module names, or several")
     return patterns
 
 

@@ -28,17 +28,39 @@ from .plan import make_plan
 from .report import listed
 
 __all__ = [
+    "MergeRefused",
     "MergeReport",
     "SiteMerge",
+    "is_finite",
     "make_place",
     "merge",
     "merged_config",
     "places_for_biases",
+    "reason_against",
+    "unfinite",
     "unmerge",
 ]
 
 _MERGED = "_red_kernels_merged"  # the attribute of a merged model that holds its _Merged
+_PYTHON = {  # what to do about a refusal, in Python; the command has words of its own
+    "rounding": "merge in float32 (model.float()), or pass force=True",
+    "place": "for this process alone merge with loadable=False",
+}
 LOST = 0.5  # an edit of which more than this fraction is lost in rounding is swallowed
+
+
+class MergeRefused(ValueError):
+    """A merge that was refused, of which there is a way around.
+
+    Attributes:
+        reason: why, without advice.
+        cause: `"rounding"` or `"place"` (of biases).
+    """
+
+    def __init__(self, reason: str, cause: str) -> None:
+        super().__init__(f"{reason}; {_PYTHON[cause]}")
+        self.reason = reason
+        self.cause = cause
 
 
 @dataclass
@@ -78,7 +100,7 @@ def merge(model: nn.Module, *, force: bool = False, loadable: bool = True, keep_
 
     Args:
         model: a patched model; its active edit is merged, and `unmerge` brings back all it has.
-        force: merge even where more than half of an edit would be lost in rounding.
+        force: merge even where more than half of an edit would be lost in rounding. What is not finite is never merged.
         loadable: refuse to merge where plain transformers would have no place for a bias that the edit needs.
         keep_original: keep the weights as they were, on the CPU, for `unmerge`.
 
@@ -87,32 +109,29 @@ def merge(model: nn.Module, *, force: bool = False, loadable: bool = True, keep_
 
     Raises:
         ValueError: the model is not patched, or was wrapped since; its edits cannot be merged (kind `"ln"`, residual
-            streams of pre-norm layers, blocks of experts, quantised, shared, sharded or offloaded weights); an edit
-            would be lost in rounding (`force`); biases have no place (`loadable`). Nothing is changed then.
+            streams of pre-norm layers, blocks of experts, quantised, shared, sharded or offloaded weights); a vector or
+            a weight is NaN or infinite, or would be once merged; an edit would be lost in rounding (`force`); biases
+            have no place (`loadable`). Nothing is changed then.
     """
     config = edit_config(model)
     name = active_edit(model)
     if name is None:
         raise ValueError("model: its edits are disabled; merge outside of rk.disable_edits")
     targets = _targets(model, name)
+    for target in targets:
+        _check_finite(target, name)
     reports = [_measured(target, name) for target in targets]
-    swallowed = [site for site in reports if site.error > LOST]
+    swallowed = [site for site in reports if not site.error <= LOST]
     if swallowed and not force:
         shown = [f"{site.site} ({site.error:.0%} lost)" for site in swallowed]
-        raise ValueError(
+        raise MergeRefused(
             f"model: rounding to {swallowed[0].dtype} would swallow the edit at {listed(shown)}: the weights are too "
-            "coarse for it; merge in float32 (model.float()), or pass force=True"
+            "coarse for it",
+            "rounding",
         )
-    created = [target for target in targets if target.created]
-    flags = {target.bias_flag for target in created if target.bias_flag}
-    needed = [bare_name(model, f"{target.name}.bias") for target in created]
-    attributes, zeros, unplaced = places_for_biases(inner_model(model)[1], needed, flags)
+    attributes, zeros, unplaced = _places(model, targets)
     if unplaced and loadable:
-        raise ValueError(
-            f"model: {type(model).__name__} has no place for the biases that the edits need ({unplaced}), and plain "
-            "transformers would drop them when it loads the saved model; edits of kind 'scaling' need none. For this "
-            "process alone merge with loadable=False"
-        )
+        raise MergeRefused(_no_place(model, unplaced), "place")
 
     originals: dict[str, Tensor] | None = {} if keep_original else None
     if originals is not None:
@@ -135,6 +154,23 @@ def merge(model: nn.Module, *, force: bool = False, loadable: bool = True, keep_
     merged.created += [path for path, _ in model.named_parameters(remove_duplicate=False) if path not in there]
     model.__dict__[_MERGED] = merged
     return MergeReport(type(model).__name__, name, tuple(reports), attributes, tuple(sorted(zeros)), unplaced)
+
+
+def reason_against(model: nn.Module) -> str:
+    """Why the active edit of a patched model cannot be merged, whatever its values are; empty where it can.
+
+    Raises:
+        ValueError: the model is not patched, or its edits are disabled.
+    """
+    name = active_edit(model)
+    if name is None:
+        raise ValueError("model: its edits are disabled")
+    try:
+        targets = _targets(model, name)
+    except ValueError as error:
+        return str(error).removeprefix("model: ")
+    _, _, unplaced = _places(model, targets)
+    return _no_place(model, unplaced).removeprefix("model: ") if unplaced else ""
 
 
 def unmerge(model: nn.Module) -> None:
@@ -214,6 +250,52 @@ def _inside_of_lora(model: nn.Module, site: str, own: RedEdit, goes_to: dict[str
             f"{against or 'take off what was put around it since to merge'}"
         )
     return found
+
+
+def _places(model: nn.Module, targets: list[_Target]) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], str]:
+    """`places_for_biases` of the biases that the targets get."""
+    created = [target for target in targets if target.created]
+    flags = {target.bias_flag for target in created if target.bias_flag}
+    needed = [bare_name(model, f"{target.name}.bias") for target in created]
+    return places_for_biases(inner_model(model)[1], needed, flags)
+
+
+def _no_place(model: nn.Module, unplaced: str) -> str:
+    return (
+        f"model: {type(model).__name__} has no place for the biases that the edits need ({unplaced}), and plain "
+        "transformers would drop them when it loads the saved model; edits of kind 'scaling' need none"
+    )
+
+
+def _check_finite(target: _Target, name: str) -> None:
+    """Raises ValueError, naming the vector or the weight, where one is NaN or infinite, or would be once merged."""
+    vectors = target.own.named(name)
+    assert vectors is not None
+    for part, vector in vectors._asdict().items():
+        if vector is not None and not is_finite(vector):
+            raise ValueError(f"model: {target.site}.{part} of the edit {name!r} is not finite ({unfinite(vector)})")
+    before = target.module._parameters
+    for part, merged in zip(("weight", "bias"), _combined(target, name), strict=True):
+        if merged is None or is_finite(merged):
+            continue
+        own = before.get(part)
+        if own is not None and not is_finite(own):
+            raise ValueError(f"model: {target.name}.{part} is not finite before the merge ({unfinite(own)})")
+        raise ValueError(
+            f"model: {target.name}.{part} would overflow {merged.dtype} once the edit at {target.site} is merged "
+            f"({unfinite(merged)}); merge in a dtype of a wider range"
+        )
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    return bool(value.detach().isfinite().all())
+
+
+def unfinite(value: Tensor) -> str:
+    """How many elements are NaN and how many infinite, for a message."""
+    nans, infinite = int(value.detach().isnan().sum()), int(value.detach().isinf().sum())
+    return " and ".join(f"{count} {what}" for count, what in ((nans, "NaN"), (infinite, "infinite")) if count)
 
 
 def _changed_before(owner: nn.Module, module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +32,9 @@ class SiteMerge:
 
     @property
     def error(self) -> float:
-        """The larger of both errors."""
-        return max(self.weight_error, self.bias_error)
+        """The larger of both errors; NaN where one of them is."""
+        both = self.weight_error, self.bias_error
+        return max(both) if not any(map(math.isnan, both)) else math.nan
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,9 @@ class PatchReport:
 
     def __str__(self) -> str:
         dtype = str(self.config.dtype).removeprefix("torch.")
-        lines = [f"RED in {self.model}: position {self.config.position}, kind {self.config.kind}, vectors in {dtype}"]
+        patterns = self.config.sites
+        where = f"position {self.config.position}" if patterns is None else f"sites {listed(tuple(patterns))}"
+        lines = [f"RED in {self.model}: {where}, kind {self.config.kind}, vectors in {dtype}"]
         lines += _table([("sites", "width", "fused with"), *_rows(self.sites)])
         share = 100.0 * self.trainable / max(1, self.total)
         lines.append(f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.3f}%)")
@@ -92,7 +94,7 @@ def _rows(sites: tuple[SiteReport, ...]) -> list[tuple[str, str, str]]:
     groups: dict[tuple[str, int, str], list[int]] = {}
     for site in sites:
         # The first number in a name is the layer's: encoder.block.3.layer.1.wo
-        number = re.search(r"(?<![^.])\d+(?![^.])", site.site)
+        number = re.search(r"(?<![^.])[0-9]{1,9}(?![^.])", site.site)
         pattern = site.site if number is None else site.site[: number.start()] + "{}" + site.site[number.end() :]
         what = site.fused or "nothing"
         what += f" ({site.reason})" if site.reason else ""

@@ -14,6 +14,7 @@ import pytest
 import tiny_folders
 
 from red_kernels import cli
+from red_kernels._arguments import layers as layers_of
 from red_kernels.backends import available_backends
 from red_kernels.integrations import _require
 
@@ -98,7 +99,7 @@ def test_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None
     ("text", "layers"), [("3", (3,)), ("0-2", (0, 1, 2)), ("0-1,4, 6-7", (0, 1, 4, 6, 7)), ("5-5", (5,))]
 )
 def test_layers(text: str, layers: tuple[int, ...]) -> None:
-    assert cli._layers(text) == layers
+    assert layers_of(text) == layers
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "-1", "3-1", "1,,2"])

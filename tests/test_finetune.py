@@ -215,7 +215,7 @@ def test_checkpoints_of_another_program_are_left_alone(
 def test_output_below_a_file(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert cli.main(causal(folders, tmp_path / "file" / "out")) == cli.EXIT_ERROR
-    assert "cannot write to the folder" in capsys.readouterr().err
+    assert "file' is a file, and " in capsys.readouterr().err
 
 
 def test_damaged_base_models(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

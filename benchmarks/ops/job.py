@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ class Settings:
             values = getattr(self, field)
             if values is not None and not values:
                 raise ValueError(f"{field}: got nothing, expected one value or more")
-        if not self.seconds >= 0:
+        if not 0 <= self.seconds < math.inf:
             raise ValueError(f"seconds: got {self.seconds}, expected 0 or more")
 
 

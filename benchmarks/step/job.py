@@ -8,6 +8,7 @@ stays as it is, in all methods alike but full fine-tuning. What the columns of t
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ def check_timed(methods: tuple[str, ...], known: tuple[str, ...], seconds: float
             raise ValueError(f"methods: got {method!r}, expected some of {', '.join(map(repr, known))}")
     if not methods:
         raise ValueError("methods: got none, expected at least one")
-    if not seconds >= 0:
+    if not 0 <= seconds < math.inf:
         raise ValueError(f"seconds: got {seconds}, expected 0 or more")
     if rounds < 2:
         raise ValueError(f"rounds: got {rounds}, expected at least 2: quartiles need them")

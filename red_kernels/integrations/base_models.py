@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 import transformers
+from transformers import AutoTokenizer, PreTrainedModel
 
+from .._errors import one_line
+from .._parse import read_json, shown
+from ..report import listed
 from ._require import package_file, require
 
 TASKS = ("causal-lm", "classification")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # fp16 would need its loss scaled
+
+
+# Code that a model's files bring along is never run, nor does transformers ask on the terminal whether it may.
+OWN_CODE = {"trust_remote_code": False}
+_TOKENIZER = re.compile(r"tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model")
+_NO_OBJECTS = ("vocab.json", "added_tokens.json")
 
 
 @dataclass(frozen=True)
@@ -90,7 +102,7 @@ def load_base(
             "label2id": {label: number for number, label in enumerate(names)},
         }
     if path.suffix == ".gguf":
-        source, gguf = str(path.resolve().parent), _gguf_options(path)
+        source, gguf = str(path.resolve().parent), gguf_options(path)
         load_dtype = torch.float32
     else:
         source, gguf = str(path) if path.exists() else name, {}
@@ -99,38 +111,111 @@ def load_base(
         raise FileNotFoundError(
             f"model: the folder {str(path)!r} has no config.json; --model expects a folder that save_pretrained wrote"
         )
-    with _quietly(), _explaining(name, path.exists()):
+    with quietly(), explaining(name):
         if tokenizer is None:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **_without_quantization(gguf))
-        model, loading = auto.from_pretrained(source, dtype=load_dtype, output_loading_info=True, **gguf, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, **OWN_CODE, **without_quantization(gguf))
+        model, loading = auto.from_pretrained(
+            source, dtype=load_dtype, output_loading_info=True, **OWN_CODE, **gguf, **options
+        )
     missing = sorted(loading["missing_keys"])
     if missing and task == "causal-lm":
         raise ValueError(
             f"model: {name!r} lacks the weights {missing[0]} and {len(missing) - 1} more of a language model"
         )
     if gguf:
-        _forget_quantization(model)
+        forget_quantization(model)
     model = model.to(device=device, dtype=dtype).eval()
     model.config._name_or_path = packaged.name if packaged else name
     _give_padding(model, tokenizer)
     return BaseModel(model, tokenizer, model.config._name_or_path, frozenset(missing))
 
 
+def model_class(config: Any, name: str) -> Any:
+    """The class of transformers that a configuration names as its model's.
+
+    Raises:
+        ValueError: it names none, or something that is no model; the message says what and where.
+    """
+    kind = named_class(config)
+    if kind is None:
+        raise ValueError(
+            f"model: the configuration of {name!r} names the class {shown(getattr(config, 'architectures', None))} "
+            "(the entry 'architectures' of its config.json), expected a list with one that transformers has"
+        )
+    return kind
+
+
+def named_class(config: Any) -> Any:
+    """The class of transformers that a configuration names as its model's; None where that is no model."""
+    names = getattr(config, "architectures", None)
+    first = names[0] if isinstance(names, (list, tuple)) and names else None
+    kind = getattr(transformers, first, None) if isinstance(first, str) else None
+    return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
+
+
+def load_tokenizer(name: str, **options: Any) -> tuple[Any, str]:
+    """The tokenizer of a model, or None and the reason, where it has none.
+
+    Raises:
+        ValueError: the folder has files of a tokenizer that cannot be loaded; the message names the damaged one.
+    """
+    folder = Path(name)
+    try:
+        with quietly():
+            return AutoTokenizer.from_pretrained(name, **OWN_CODE, **options), ""
+    except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
+        there = [file.name for file in sorted(folder.glob("*")) if _TOKENIZER.fullmatch(file.name)]
+        if there:
+            damaged = (
+                _damaged(folder, ["config.json", *there])
+                or f"one of {listed(there)}: {type(error).__name__}: {one_line(error)}"
+            )
+            raise ValueError(
+                f"model: the tokenizer of {name!r} could not be loaded: {damaged}; get its files anew, or remove them "
+                "all to go on without a tokenizer"
+            ) from error
+        if isinstance(error, (OSError, ValueError, KeyError, ImportError)):
+            return None, str(error).partition("\n")[0]
+        raise ValueError(f"model: the tokenizer of {name!r} could not be loaded: {one_line(error)}") from error
+
+
 @contextmanager
-def _explaining(name: str, local: bool) -> Iterator[None]:
-    """transformers' errors, with the model's name in front."""
+def explaining(name: str) -> Iterator[None]:
+    """transformers' errors of a model, with its name in front, and with the damaged file's where one can be found."""
+    path = Path(name)
     try:
         yield
     except ImportError:
         raise  # it names the package that is missing
     except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
-        if local:
-            raise ValueError(f"model: {name!r} could not be loaded: {type(error).__name__}: {error}") from error
-        raise OSError(f"model: {name!r} is no file or folder, and could not be loaded from the hub: {error}") from error
+        why = f"{type(error).__name__}: {one_line(error)}"
+        if path.exists():
+            damaged = _damaged(path) if path.is_dir() else ""
+            raise ValueError(f"model: {name!r} could not be loaded: {damaged or why}") from error
+        raise OSError(f"model: {name!r} is no file or folder, and could not be loaded from the hub: {why}") from error
+
+
+def _damaged(folder: Path, names: list[str] | None = None) -> str:
+    """The first file of a model's folder that cannot be read, and why; empty where all can."""
+    for path in sorted(folder.glob("*")):
+        if names is not None and path.name not in names:
+            continue
+        try:
+            if path.suffix == ".json":
+                read_json(path, None if path.name in _NO_OBJECTS else dict)
+            elif path.suffix == ".safetensors":
+                with safetensors.safe_open(path, framework="pt") as opened:
+                    opened.keys()
+            elif path.suffix in (".bin", ".pt", ".pth") and path.name != "training_args.bin":
+                torch.load(path, map_location="meta", weights_only=True)
+        except Exception as error:  # as above
+            reason = one_line(error).removeprefix(f"{path}: ")
+            return f"{path.name} is damaged or no file of a model: {reason}; get it anew"
+    return ""
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without transformers' bars and its table of missing weights: the job says itself what is new."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -144,7 +229,7 @@ def _quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _gguf_options(path: Path) -> dict[str, Any]:
+def gguf_options(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"model: there is no file {str(path)!r}")
     require("gguf", "loading a GGUF file")
@@ -155,11 +240,11 @@ def _gguf_options(path: Path) -> dict[str, Any]:
     return options
 
 
-def _without_quantization(options: dict[str, Any]) -> dict[str, Any]:
+def without_quantization(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key != "quantization_config"}
 
 
-def _forget_quantization(model: Any) -> None:
+def forget_quantization(model: Any) -> None:
     """The weights are dense now: what still calls the model quantised would keep Trainer from training it."""
     packed = [name for name, own in model.named_parameters() if not own.is_floating_point()]
     if packed:

@@ -17,6 +17,7 @@ from ..checkpoint import Found, read, write_saved
 from ..config import POSITIONS
 from ..report import listed
 from ._require import require
+from .peft_folder import is_peft_folder, own_content, read_peft_folder
 
 __all__ = ["Conversion", "convert", "model_on_meta"]
 
@@ -59,7 +60,8 @@ def convert(
 
     Args:
         source: a folder, or a file `delta_vector.pth` or `red_edits.safetensors`. A classifier head beside them is
-            converted too where the folder is named.
+            converted too where the folder is named. Or the folder of a RED adapter saved by PEFT, which becomes one of
+            `rk.save_edits`; what `modules_to_save` has trained is converted with it.
         output: another folder; made if missing.
         model: the base model's hub id, folder or `config.json`. From the authors' form it tells position, layers and
             site names, and widths are checked; without it, names alone have to. To the authors' form it is needed for
@@ -73,6 +75,8 @@ def convert(
         FileExistsError: the output has such files already, and `overwrite` is False.
         OSError: there is no such source or model, or the output cannot be written.
     """
+    if is_peft_folder(source):
+        return _from_peft(Path(source), Path(output), position, overwrite)
     found = read(Path(source))
     target = Path(output)
     if target.exists() and target.resolve() == found.source.parent.resolve():
@@ -84,6 +88,21 @@ def convert(
             raise ValueError(f"position: got {position!r}, but the authors' form does not hold one; leave it out")
         return _to_authors(found, Path(source), target, model, overwrite)
     return _to_own(found, Path(source), target, model, position, overwrite)
+
+
+def _from_peft(source: Path, target: Path, position: str | None, overwrite: bool) -> Conversion:
+    if position is not None:
+        raise ValueError(f"position: got {position!r}, but a PEFT folder names its sites itself; leave it out")
+    if target.exists() and target.resolve() == source.resolve():
+        raise ValueError(f"output: {str(target)!r} is the folder of the source; the two forms need a folder each")
+    config, vectors, _, _ = read_peft_folder(source)
+    content = own_content(source)
+    _refuse(target, (TENSORS_NAME, CONFIG_NAME, HEAD_NAME), (*content.names, CONFIG_NAME), overwrite)
+    write_saved(target, content)
+    where = f"position {config.position!r}" if config.sites is None else "sites by their names"
+    return _conversion(
+        target, list(content.names), vectors, f"{where}, kind {config.kind!r}, from an adapter of PEFT", []
+    )
 
 
 def model_on_meta(name: str) -> nn.Module:
@@ -102,11 +121,14 @@ def model_on_meta(name: str) -> nn.Module:
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"model: the folder {name!r} has no config.json")
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        architectures = getattr(config, "architectures", None) or [""]
-        kind = getattr(transformers, architectures[0], None)
+        from .base_models import named_class
+
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        kind = named_class(config)
         with torch.device("meta"):
-            return kind(config) if kind is not None else transformers.AutoModel.from_config(config)
+            if kind is not None:
+                return kind(config)
+            return transformers.AutoModel.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever a parser of damaged files may raise means the same here
         reason = str(error).partition("\n")[0]
         if path.exists():

@@ -6,7 +6,7 @@ Nothing is dropped silently: a row that does not fit is an error that names the 
 from __future__ import annotations
 
 import csv
-import json
+import io
 import random
 import re
 from collections import defaultdict
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from .._parse import parse_json, shown
 from ._require import require
 
 PYTHON_TOPICS = "python-topics"
@@ -84,6 +85,7 @@ def load_documents(
         if labelled:
             raise ValueError(f"data: {PYTHON_TOPICS} has no labels; give a table of text and label")
         return python_topics()
+    check_held_out(held_out)
     path = Path(data)
     suffix = path.suffix.lower()
     if suffix in FILE_TYPES or path.exists():
@@ -142,9 +144,10 @@ def _plain_text(path: Path, held_out: float) -> list[Document]:
     return [Document(text[:cut], f"{path.name} (first part)", 0), Document(text[cut:], f"{path.name} (last part)", 1)]
 
 
-def _decode(path: Path) -> str:
+def _decode(path: Path, newline: str | None = None) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
+            return file.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"data: {str(path)!r} is not UTF-8 text: {error}") from error
 
@@ -160,7 +163,8 @@ def _read_rows(path: Path, suffix: str, columns: Columns) -> Iterable[tuple[str,
 
 def _separated_rows(path: Path, suffix: str, columns: Columns) -> Iterable[tuple[str, dict[str, Any]]]:
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than some documents
-    lines = _decode(path).splitlines(keepends=True)
+    # Lines as csv knows them, ended by CR and LF alone: str.splitlines also cuts at U+2028, form feeds and more.
+    lines = io.StringIO(_decode(path, newline=""), newline="")
     if suffix == ".csv":
         reader = csv.reader(lines, strict=True)
     else:
@@ -188,10 +192,7 @@ def _json_rows(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
         if not line.strip():
             continue
         where = f"{path.name}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"data: {where}: is no JSON: {error}") from error
+        row = parse_json(line, f"data: {where}")
         if not isinstance(row, dict):
             raise ValueError(f"data: {where}: is a {type(row).__name__}, expected an object with named entries")
         yield where, row
@@ -234,15 +235,33 @@ def _rows_to_documents(
         text = row[wanted[0]]
         if not isinstance(text, str):
             raise ValueError(f"data: {where}: {wanted[0]!r} is {type(text).__name__}, expected a text")
+        if not text.isascii():
+            _check_characters(text, where, wanted[0])
         label = None
         if labelled:
             value = row[wanted[1]]
             if value is None or isinstance(value, (float, list, dict)) or str(value).strip() == "":
-                raise ValueError(f"data: {where}: {wanted[1]!r} is {value!r}, expected a label (a word or an integer)")
+                raise ValueError(
+                    f"data: {where}: {wanted[1]!r} is {shown(value)}, expected a label (a word or an integer)"
+                )
             label = str(value).strip()
         # Equal texts share a group: a duplicate must not be held out and trained on.
         documents.append(Document(text, f"{source} #{number}", text.strip(), label))
     return documents
+
+
+def _check_characters(text: str, where: str, column: str) -> None:
+    """Raises ValueError for half of a surrogate pair, which JSON can escape and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"data: {where}: {column!r} is no text that UTF-8 can hold: {error}") from error
+
+
+def check_held_out(held_out: float) -> None:
+    """Raises ValueError for what is no fraction that can be held out; NaN is none."""
+    if not 0 < held_out <= 0.5:
+        raise ValueError(f"held_out: got {held_out}, expected a fraction above 0 and at most 0.5")
 
 
 def split_documents(documents: Sequence[Document], held_out: float) -> Split:
@@ -253,8 +272,7 @@ def split_documents(documents: Sequence[Document], held_out: float) -> Split:
     Raises:
         ValueError: there are fewer than two groups, so that nothing could be held out, or a label has fewer than two.
     """
-    if not 0 < held_out <= 0.5:
-        raise ValueError(f"held_out: got {held_out}, expected a fraction above 0 and at most 0.5")
+    check_held_out(held_out)
     labels = sorted({document.label for document in documents if document.label is not None})
     chosen: set[Hashable] = set()
     for label in labels or (None,):
@@ -345,6 +363,6 @@ def label_numbers(documents: Iterable[Document]) -> dict[str, int]:
     labels = {str(document.label) for document in documents}
     if len(labels) < 2:
         raise ValueError(f"data: found the labels {sorted(labels)}, at least two different ones are needed")
-    numeric = all(re.fullmatch(r"[+-]?\d+", label) for label in labels)
-    ordered = sorted(labels, key=int) if numeric else sorted(labels)
+    numeric = all(re.fullmatch("[+-]?[0-9]{1,18}", label) for label in labels)
+    ordered = sorted(labels, key=lambda label: (int(label), label)) if numeric else sorted(labels)
     return {label: number for number, label in enumerate(ordered)}

@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from ..backends import choose
 from ..checkpoint import saved_config
 from ..config import RedConfig
+from ..merge import reason_against
 from ..naive import naive_edit
 from ..patch import edit_config, edit_modules, edit_parameters, patch
 from . import report
@@ -30,13 +31,16 @@ from .data import (
     LabelledTexts,
     Split,
     TokenBlocks,
+    check_held_out,
     label_numbers,
     load_documents,
     split_documents,
 )
 from .head import train_head
 from .measure import HeldOut, PeakMemory, Speed, compare_speed, held_out_loss, pass_gradients, training_step
+from .output_folder import check_output
 from .progress import ShowProgress
+from .resume import ResumingTrainer, check_checkpoint
 from .run_folder import RunFolder, open_run
 from .trainer import RedTrainer, StopOnSignal, head_parameters, load_trained, save_trained
 
@@ -103,13 +107,13 @@ class Settings:
         """
         if self.task not in TASKS:
             raise ValueError(f"task: got {self.task!r}, expected one of {', '.join(map(repr, TASKS))}")
-        for name in ("steps", "batch_size", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if self.length < 2:
-            raise ValueError(f"length: got {self.length}, expected at least 2 tokens")
-        if not self.learning_rate > 0:
+        for name, least in (("steps", 1), ("batch_size", 1), ("save_every", 1), ("length", 2)):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= least):
+                raise ValueError(f"{name}: got {value}, expected a whole number from {least} on")
+        if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: got {self.learning_rate}, expected a number above 0")
+        check_held_out(self.held_out)
         data = self.data or (PYTHON_TOPICS if self.task == "causal-lm" else None)
         if data is None:
             raise ValueError("data: classification needs a table of texts and labels (--data FILE)")
@@ -171,16 +175,21 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     choose(
         torch.empty(1, device=device, dtype=DTYPES[str(settings.dtype)]), "edit"
     )  # one that cannot be had is said now
+    # Data and model take minutes to load: what can go wrong with the output is said before.
+    check_output(settings.output, "--output")
+    run = open_run(Path(settings.output), settings.deciding(), settings.resume, settings.overwrite)
+    if run.checkpoint is not None:
+        check_checkpoint(run.checkpoint)
     documents = load_documents(str(settings.data), settings.columns, classification, settings.held_out, settings.subset)
     labels = label_numbers(documents) if classification else None
     split = split_documents(documents, settings.held_out)
-    run = open_run(Path(settings.output), settings.deciding(), settings.resume, settings.overwrite)
 
     set_seed(settings.seed)  # a new head is drawn while loading
     base = _load(settings, labels, device)
     data = _tokenise(settings, base, split, labels, console)
     patched = patch(base.model, config)
     console.print(str(replace(patched, frozen_head=())), highlight=False)  # the head is not to stay frozen
+    _say_what_merges(base.model, config.kind, console)
     if classification:
         train_head(base.model, base.new_parameters)
     run.begin()
@@ -227,12 +236,19 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     )
     # The same numbers go through the same code, so the losses are equal; where a library is free to choose another
     # algorithm the second time, they are within a rounding step of the activations.
-    if abs(reloaded.loss - after.loss) > torch.finfo(DTYPES[str(settings.dtype)]).eps * after.loss:
+    if not _same_loss(reloaded.loss, after.loss, torch.finfo(DTYPES[str(settings.dtype)]).eps):
         raise RuntimeError(
             f"the edits in {run.edits} give a held-out loss of {reloaded.loss} in a fresh model, {after.loss} in the "
             "trained one: they were not saved or loaded right"
         )
     return run.results
+
+
+def _same_loss(one: float, other: float, rounding: float) -> bool:
+    """Whether two losses are equal to a rounding; after a training that diverged both have to be the same NaN."""
+    if not math.isfinite(other):
+        return one == other or (math.isnan(one) and math.isnan(other))
+    return abs(one - other) <= rounding * abs(other)  # which NaN is not
 
 
 def _load(settings: Settings, labels: dict[str, int] | None, device: torch.device, tokenizer: Any = None) -> BaseModel:
@@ -271,6 +287,17 @@ def _tokenise(
         )
         collate = default_data_collator
     return _Data(train, held_out, collate, labels is not None, settings.batch_size)
+
+
+def _say_what_merges(model: nn.Module, kind: str, console: Console) -> None:
+    """Say before the training where its edits will not merge: who wants them merged trains another kind."""
+    reason = reason_against(model)
+    if not reason:
+        return
+    advice = "they can be used as they are, unmerged"
+    if kind != "scaling" and "'scaling'" in reason:
+        advice += "; edits of --kind scaling can be merged"
+    console.print(f"Note: red-kernels merge will refuse these edits: {reason}; {advice}.", highlight=False)
 
 
 def _show_parameters(model: nn.Module, console: Console) -> int:
@@ -321,7 +348,7 @@ def _train(
     )
     progress = ShowProgress(console)
     stop = StopOnSignal(lambda: console.print("Stopping after this step; once more stops at once, without saving."))
-    trainer = RedTrainer(
+    trainer = ResumingTrainer(
         model=base.model,
         args=arguments,
         train_dataset=data.train,
@@ -394,7 +421,11 @@ def _compare(fused: nn.Module, fresh: BaseModel, data: _Data, device: torch.devi
 
 
 def _show_change(before: HeldOut, after: HeldOut, console: Console) -> None:
-    if not math.isfinite(after.loss):
+    if not math.isfinite(before.loss):
+        console.print(
+            "The base model's own held-out loss is not finite: its weights, or the dtype, are not fit for it."
+        )
+    elif not math.isfinite(after.loss):
         console.print("The training diverged: the held-out loss is not finite. Try a smaller --learning-rate.")
     elif before.accuracy is None:
         change = 1 - after.perplexity / before.perplexity

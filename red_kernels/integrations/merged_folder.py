@@ -17,12 +17,24 @@ from ..merge import MergeReport, merge
 from ..patch import patch
 from ..report import listed
 from ._replaced import OutputFolder, refuse_overlap
-from .base_models import PACKAGED, _forget_quantization, _gguf_options, _quietly, _without_quantization
+from .base_models import (
+    OWN_CODE,
+    PACKAGED,
+    explaining,
+    forget_quantization,
+    gguf_options,
+    load_tokenizer,
+    model_class,
+    named_class,
+    quietly,
+    without_quantization,
+)
+from .output_folder import check_output, writing
+from .peft_folder import is_peft_folder, own_form
 
 __all__ = ["merge_folder"]
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json")
 
 
 def merge_folder(
@@ -42,7 +54,8 @@ def merge_folder(
 
     Args:
         model: the base model's folder or hub id, a `.gguf` file, or the name of a packaged model.
-        edits: a folder made by `rk.save_edits`, `red-kernels finetune` or `RedTrainer`.
+        edits: a folder made by `rk.save_edits`, `red-kernels finetune` or `RedTrainer`, or of a RED adapter saved by
+            PEFT.
         output: the folder to write.
         dtype: of the weights that are saved: `"auto"` (as the base model is stored; fp32 for a `.gguf` file), `"fp32"`,
             `"bf16"` or `"fp16"`.
@@ -59,6 +72,11 @@ def merge_folder(
             else, or was made or changed by another process meanwhile.
         FileNotFoundError, OSError: model or edits cannot be found, the output cannot be written; what was there stays.
     """
+    check_output(output, "output")
+    if is_peft_folder(edits):
+        refuse_overlap(output, {"the folder of the edits": Path(edits)})
+        with own_form(edits) as own:
+            return merge_folder(model, own, output, dtype=dtype, force=force, overwrite=overwrite)
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
     source = _source(model)
@@ -78,15 +96,10 @@ def merge_folder(
         notes += [*report.warnings, *_rounded(loaded, found.trained)]
         merged = merge(loaded, force=force, keep_original=False)
         tokenizer = _tokenizer(source, notes)
-        try:
-            with _quietly():
-                loaded.save_pretrained(folder)
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(folder)
-        except OSError:
-            raise
-        except Exception as error:  # safetensors has an error of its own for a full disk
-            raise OSError(f"output: {str(output)!r} could not be written: {error}") from error
+        with writing(output), quietly():
+            loaded.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
     return merged, (*notes, *target.notes)
 
 
@@ -111,7 +124,7 @@ def _source(name: str) -> _Source:
     packaged = next((model for model in PACKAGED if model.name == name), None)
     path = packaged.locate() if packaged else Path(name)
     if path.suffix == ".gguf":
-        return _Source(name, path, str(path.resolve().parent), _gguf_options(path))
+        return _Source(name, path, str(path.resolve().parent), gguf_options(path))
     if not path.exists():
         return _Source(name, None, name)
     if path.is_dir() and not (path / "config.json").is_file():
@@ -125,63 +138,45 @@ def _load(source: _Source, dtype: str, head: Head | None) -> tuple[Any, list[str
     """The model in its own class, as its config names it, or in that of the head; and notes."""
     gguf = bool(source.options)
     wanted: Any = torch.float32 if gguf and dtype == "auto" else DTYPES[dtype]
-    try:
-        with _quietly():
-            config = transformers.AutoConfig.from_pretrained(source.place, **_without_quantization(source.options))
-            if not gguf and getattr(config, "quantization_config", None) is not None:
-                raise ValueError("it is quantised; merge into the base model in half or full precision")
-            if head is not None:
-                kind, config = _class_for(config, head)
-            elif gguf:  # the format knows language models only, and names no class
-                kind = transformers.AutoModelForCausalLM
-            else:
-                kind = _own_class(config)
-            model, loading = kind.from_pretrained(
-                source.place,
-                config=config,
-                dtype=torch.float32 if gguf else wanted,
-                output_loading_info=True,
-                ignore_mismatched_sizes=head is not None,  # of a head that is replaced; all others are refused below
-                **source.options,
-            )
-            if gguf:
-                _forget_quantization(model)
-                model = model.to(wanted)
-    except ImportError:
-        raise  # it names the package that is missing
-    except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
-        reason = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
-        if source.path is None:
-            raise OSError(f"model: {source.name!r} is no file or folder, and could not be loaded: {reason}") from error
-        raise ValueError(f"model: {source.name!r} could not be loaded: {reason}") from error
+    place = source.name if source.path is None else str(source.path)
+    with quietly(), explaining(place):
+        config = transformers.AutoConfig.from_pretrained(
+            source.place, **OWN_CODE, **without_quantization(source.options)
+        )
+    if not gguf and getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"model: {source.name!r} is quantised; merge into the base model in half or full precision")
+    if head is not None:
+        kind, config = _class_for(config, head, source.name)
+    elif gguf:  # the format knows language models only, and names no class
+        kind = transformers.AutoModelForCausalLM
+    else:
+        kind = model_class(config, source.name)
+    with quietly(), explaining(place):
+        model, loading = kind.from_pretrained(
+            source.place,
+            config=config,
+            dtype=torch.float32 if gguf else wanted,
+            output_loading_info=True,
+            ignore_mismatched_sizes=head is not None,  # of a head that is replaced; all others are refused below
+            **source.options,
+        )
+        if gguf:
+            forget_quantization(model)
+            model = model.to(wanted)
     model.config._name_or_path = source.name
     other = {str(entry[0]) for entry in loading["mismatched_keys"]}
     new = sorted(set(loading["missing_keys"]) | other)
-    if head is None:
-        return model.eval(), [f"not in the model, and drawn at random: {listed(new)}"] if new else []
-    lacking = [name for name in new if name not in head.values]
+    lacking = [name for name in new if head is None or name not in head.values]
     if lacking:
+        held = f", and {HEAD_NAME} does not hold them" if head is not None else ""
         raise ValueError(
-            f"model: {source.name!r} lacks {listed(lacking)}, and {HEAD_NAME} does not hold them; expected the base "
-            "model that the edits were trained on"
+            f"model: the files of {source.name!r} lack the weights {listed(lacking)} of a {type(model).__name__}, which "
+            f"would be random{held}; expected the base model that the edits were trained on"
         )
     return model.eval(), []
 
 
-def _own_class(config: Any) -> Any:
-    names = getattr(config, "architectures", None) or [None]
-    kind = _class_named(names[0] if isinstance(names, (list, tuple)) else names)
-    if kind is None:
-        raise ValueError(f"its config names the class {names!r}, which transformers does not have")
-    return kind
-
-
-def _class_named(name: object) -> Any:
-    kind = getattr(transformers, name, None) if isinstance(name, str) else None
-    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
-
-
-def _class_for(config: Any, head: Head) -> tuple[Any, Any]:
+def _class_for(config: Any, head: Head, name: str) -> tuple[Any, Any]:
     """The class of model that has a place for each parameter of a head, and the config with as many labels."""
     for kind in _classes(config, head):
         for labels in _possible_labels(config, head):
@@ -197,14 +192,13 @@ def _class_for(config: Any, head: Head) -> tuple[Any, Any]:
             if all(shapes.get(name) == tuple(value.shape) for name, value in head.values.items()):
                 return type(model), changed
     shown = [f"{name} {tuple(value.shape)}" for name, value in head.values.items()]
-    raise ValueError(f"it has no class with a place for the trained head ({listed(shown)})")
+    raise ValueError(f"model: {name!r} has no class with a place for the trained head ({listed(shown)})")
 
 
 def _classes(config: Any, head: Head) -> list[Any]:
     """Classes to try, the likeliest first; None stands for the one that classifies sequences."""
-    names = getattr(config, "architectures", None) or []
-    own = names[0] if isinstance(names, (list, tuple)) and names else None
-    found = [_class_named(name) for name in (head.architecture, own)]
+    trained = getattr(transformers, head.architecture or "", None)
+    found = [trained if isinstance(trained, type) else None, named_class(config)]
     fitting = [kind for kind in found if kind is not None and isinstance(config, kind.config_class or ())]
     return [*dict.fromkeys(fitting), None]
 
@@ -235,14 +229,7 @@ def _rounded(model: Any, head: Head | None) -> list[str]:
 
 def _tokenizer(source: _Source, notes: list[str]) -> Any:
     """The model's tokenizer; None, with a note, where it has none."""
-    options = _without_quantization(source.options)
-    try:
-        with _quietly():
-            return transformers.AutoTokenizer.from_pretrained(source.place, **options)
-    except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
-        reason = str(error).partition("\n")[0]
-        folder = source.path if source.path is not None and source.path.is_dir() else None
-        if folder is not None and any(list(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
-            raise ValueError(f"model: the tokenizer in {source.name!r} could not be loaded: {reason}") from error
+    tokenizer, reason = load_tokenizer(source.place, **without_quantization(source.options))
+    if tokenizer is None:
         notes.append(f"no tokenizer was saved: {reason}")
-        return None
+    return tokenizer

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import write_files
+from .._parse import read_json
 from .._saved_folder import remove_saved
 from .trainer import checkpoints
 
@@ -105,7 +106,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not file.exists():
         raise ValueError(f"--resume: {str(path)!r} holds no run ({RUN_NAME} is missing)")
     try:
-        content = json.loads(file.read_bytes())
+        content = read_json(file)
         if not all(isinstance(content[key], dict) for key in ("settings", "results")):
             raise ValueError("settings or results are missing")
         return {"state": content["state"], "settings": content["settings"], "results": content["results"]}

@@ -9,7 +9,7 @@ ValueError. ``tables/README.md`` says what the fields mean.
 from __future__ import annotations
 
 import inspect
-import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +17,8 @@ from dataclasses import dataclass, fields
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
+
+from ..._parse import parse_json, shown
 
 VARIABLE = "RED_KERNELS_TRITON_TABLE"
 FORMAT = 1
@@ -196,10 +198,7 @@ def forget() -> None:
 
 def parse(text: str | bytes, source: str, path: Path) -> Table:
     """Read a table from JSON. Raises ValueError naming ``source``, the entry, what came and what was expected."""
-    try:
-        content = json.loads(text, object_pairs_hook=_once)
-    except ValueError as error:
-        raise ValueError(f"{source}: cannot be read as JSON: {error}") from None
+    content = parse_json(text, source, object_pairs_hook=_once)
     found = _fields(content, source, _TABLE)
     if found["format"] != FORMAT:
         raise ValueError(f"{source}: format is {found['format']}, and this version reads {FORMAT}")
@@ -298,7 +297,7 @@ def _tile(rule: Rule, value: Any, where: str) -> Any:
 
 def _times(found: Mapping[str, Any], where: str, case: Mapping[str, type]) -> None:
     """Check what was measured. It is for people, but a file that is wrong here was not written by the search."""
-    if not found["ratio"] > 0:
+    if not 0 < found["ratio"] < math.inf:
         raise ValueError(f"{where}: ratio is {found['ratio']}, expected a positive number")
     if not found["measured"]:
         raise ValueError(f"{where}: measured is empty")
@@ -312,7 +311,7 @@ def _times(found: Mapping[str, Any], where: str, case: Mapping[str, type]) -> No
 def _fields(value: Any, where: str, expected: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of an object, which has to have exactly those expected, of their types."""
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: got {json.dumps(value)[:60]}, expected an object with {', '.join(expected)}")
+        raise ValueError(f"{where}: got {shown(value)}, expected an object with {', '.join(expected)}")
     for name in value:
         if name not in expected:
             raise ValueError(f"{where}: unknown field {name!r}, expected {', '.join(expected)}")
@@ -320,7 +319,7 @@ def _fields(value: Any, where: str, expected: Mapping[str, Any]) -> dict[str, An
         if name not in value:
             raise ValueError(f"{where}: {name} is missing")
         if not _is(value[name], kind):
-            raise ValueError(f"{where}: {name} is {json.dumps(value[name])[:60]}, expected {_NAMES[kind]}")
+            raise ValueError(f"{where}: {name} is {shown(value[name])}, expected {_NAMES[kind]}")
     return dict(value)
 
 
@@ -335,7 +334,7 @@ def _is(value: Any, kind: Any) -> bool:
     if kind is object:
         return True
     if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)
@@ -348,7 +347,7 @@ def _clear() -> None:
 
 _NAMES: dict[Any, str] = {
     int: "a whole number",
-    float: "a number",
+    float: "a finite number",
     str: "a text",
     list: "a list",
     dict: "an object",

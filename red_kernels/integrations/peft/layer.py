@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ...config import KINDS
 from ...edit_module import NAME, EditVectors, RedEdit, edit_hook
+from ...merge import is_finite, unfinite
 from ...module_facts import device_of, output_width
+from ...report import listed
 from ...selection import OFF, Selection, Vectors
 from .config import RedPeftConfig
 from .merged import mergeable, merged_tensors
@@ -105,6 +107,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
         self.red_edit = RedAdapters(width, Selection() if selection is None else selection)
         self.merged_adapters: list[str] = []
         self._base_tensors: dict[str, Tensor | None] = {}  # of the base layer, before merging
+        self.sharing: tuple[str, ...] = ()  # names of Parameters that are one with the base layer's, as the model knows
         self.register_forward_hook(edit_hook)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -164,24 +167,18 @@ class RedLayer(nn.Module, BaseTunerLayer):
         Several compose in the order in which they are merged, from the original weights, which are kept.
 
         Args:
-            safe_merge: raise where a value is not finite.
+            safe_merge: PEFT's. What is not finite is refused in any case.
             adapter_names: of the adapters; None for the active ones.
 
         Raises:
-            ValueError: the base layer is quantised or of unknown make, an adapter's kind is `"ln"`, or a value is not
-                finite. Nothing is changed then.
+            ValueError: the base layer is quantised, of unknown make, or shares a Parameter with another module; an
+                adapter's kind is `"ln"`; a value is not finite, with or without `safe_merge`. Nothing is changed then.
         """
         chosen = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.red_edit]
         if not chosen:
             return
-        base = mergeable(self.base_layer, "base_layer")
+        base, tensors, merged = self._merged_with(chosen)
         names = [*self.merged_adapters, *chosen]
-        current = dict(base._parameters)
-        tensors = {name: None if held is None else held.data for name, held in current.items()}
-        original = {**tensors, **self._base_tensors}
-        merged = merged_tensors(base, original, self._vectors_of(names))
-        if safe_merge and not all(bool(tensor.isfinite().all()) for tensor in merged.values()):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(chosen)} seems to be broken")
         for name, tensor in merged.items():
             self._base_tensors.setdefault(name, tensors.get(name))
             _set(base, name, tensor)
@@ -201,12 +198,27 @@ class RedLayer(nn.Module, BaseTunerLayer):
         self.red_edit.merged = False
 
     def check_merge(self, adapter_names: list[str] | None) -> None:
-        """Raises ValueError where `merge` would, but for values that are not finite; changes nothing."""
+        """Raises ValueError where `merge` would; changes nothing."""
         names = self.active_adapters if adapter_names is None else adapter_names
-        chosen = [name for name in names if name in self.red_edit]
+        chosen = [name for name in names if name in self.red_edit and name not in self.merged_adapters]
         if chosen:
-            base = mergeable(self.base_layer, "base_layer")
-            merged_tensors(base, dict.fromkeys(base._parameters), self._vectors_of(chosen))
+            self._merged_with(chosen)
+
+    def _merged_with(self, chosen: list[str]) -> tuple[nn.Module, dict[str, Tensor | None], dict[str, Tensor]]:
+        """The base layer, its tensors as they are, and with these adapters merged behind those that are already."""
+        base = mergeable(self.base_layer, "base_layer")
+        if self.sharing:
+            raise ValueError(f"base_layer: {listed(self.sharing)} share one Parameter; an edit of one would change all")
+        tensors = {name: None if held is None else held.data for name, held in base._parameters.items()}
+        original = {**tensors, **self._base_tensors}
+        merged = merged_tensors(base, original, self._vectors_of([*self.merged_adapters, *chosen]))
+        for name, tensor in merged.items():
+            if not is_finite(tensor):
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {', '.join(chosen)} seems to be broken: the "
+                    f"{name} would have {unfinite(tensor)} values in {tensor.dtype}"
+                )
+        return base, tensors, merged
 
     @property
     def biased(self) -> bool:

@@ -22,6 +22,7 @@ from ...patched import unpatch_module
 from ...plan import bias_flags, known_sites, plan_edited
 from ...report import listed
 from ...selection import DEFAULT, Selection
+from . import combining
 from .config import RedPeftConfig
 from .layer import RedLayer, width_of
 
@@ -102,6 +103,7 @@ class RedModel(BaseTuner):
                 or wrapped already. Nothing is changed then.
         """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._note_sharing()
         fuse(plan_edited(model))
 
     def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
@@ -127,6 +129,40 @@ class RedModel(BaseTuner):
         for layer in self._layers():  # PEFT passes over modules in whose names it finds the prefix
             if adapter_name in layer.red_edit:
                 layer.delete_adapter(adapter_name)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        """Add an adapter that is a weighted combination of others, by what each changes, as `rk.combine_edits`.
+
+        `scale = 1 + sum(w * (scale_i - 1))` and `bias = sum(w * bias_i)`, in fp64, rounded once. A vector that an
+        adapter does not have, at a site or by its kind, is the identity. The new adapter edits all sites of the others.
+        It is frozen and not active until `set_adapter`, as LoRA's.
+
+        Args:
+            adapters: names of adapters.
+            weights: as many finite numbers, of any sign.
+            adapter_name: of the new one.
+            combination_type: `"linear"`; LoRA's other types are about its matrices.
+
+        Raises:
+            TypeError, ValueError: an adapter is unknown or of kind `"ln"`; the new name is taken or cannot be one;
+                weights do not fit; another combination; several adapters have their own copies of the same
+                `modules_to_save`. Nothing is changed then.
+        """
+        combining.check(self, adapters, weights, adapter_name, combination_type)
+        config = combining.config_of(self, adapters)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+        combining.fill(self, adapters, weights, adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base weights, which are kept for `unmerge_adapter`.
@@ -159,7 +195,18 @@ class RedModel(BaseTuner):
         _place_biases(model, [name for name in without if getattr(model.get_submodule(name), "bias", None) is not None])
         return model
 
+    def _note_sharing(self) -> None:
+        """Tell the layers which other Parameters of the model are theirs too, such as tied embeddings."""
+        users: dict[int, list[str]] = {}
+        for path, parameter in self.model.named_parameters(remove_duplicate=False):
+            users.setdefault(id(parameter), []).append(path)
+        for layer in self._layers():
+            held = layer.get_base_layer()._parameters.values()
+            shared = [path for own in held if own is not None and len(users[id(own)]) > 1 for path in users[id(own)]]
+            layer.sharing = tuple(shared)
+
     def _check_merge(self, adapter_names: list[str] | None) -> None:
+        self._note_sharing()
         for name, layer in self.model.named_modules():
             if isinstance(layer, RedLayer):
                 try:

@@ -1,0 +1,74 @@
+"""Reading numbers and JSON that other people wrote: each fault is a ValueError that says where it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["MOST_LAYERS", "checked_count", "layer_number", "parse_json", "read_json", "shown"]
+
+MOST_LAYERS = 100_000  # in a list of layers: no model has so many, and a longer one would fill the memory
+_DIGITS = 9  # of an index: what is longer is no index of a layer, and int() refuses 4,301 digits
+_SHOWN = 80  # characters of a value in a message
+
+
+def layer_number(text: str) -> int | None:
+    """The number that ASCII digits stand for, nine at most; None for any other text."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _DIGITS else None
+
+
+def parse_json(content: str | bytes, where: str, **options: Any) -> Any:
+    """Parse JSON.
+
+    Args:
+        content: the text; bytes are UTF-8.
+        where: what it is, such as the file's name, for the message.
+        options: for `json.loads`.
+
+    Raises:
+        ValueError: it is no JSON, no UTF-8, or nested too deeply.
+    """
+    try:
+        return json.loads(content, **options)
+    except RecursionError:
+        raise ValueError(f"{where}: its JSON is nested too deeply to be read") from None
+    except ValueError as error:  # also for bytes that are no UTF-8, and for numbers of too many digits
+        raise ValueError(f"{where}: is no JSON: {error}") from error
+
+
+def read_json(path: Path, kind: type | None = dict) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        kind: the type that its content must have; None for any.
+
+    Raises:
+        ValueError: as `parse_json`, or the content is of another type.
+        OSError: the file cannot be read.
+    """
+    content = parse_json(path.read_bytes(), str(path))
+    if kind is not None and not isinstance(content, kind):
+        raise ValueError(f"{path}: is a {type(content).__name__}, expected a {kind.__name__}")
+    return content
+
+
+def shown(value: object) -> str:
+    """A value in a message: its `repr`, cut where it is long, and never an error of its own."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # deep nesting; an integer of too many digits
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def checked_count(values: Iterable[Any], name: str, most: int = MOST_LAYERS) -> list[Any]:
+    """The values as a list. Raises ValueError for more than `most`, before they fill the memory."""
+    found: list[Any] = []
+    for value in values:
+        if len(found) == most:
+            raise ValueError(f"{name}: got {shown(values)}, expected {most:,} at most")
+        found.append(value)
+    return found

@@ -1,0 +1,106 @@
+"""A weighted combination of adapters: `RedModel.add_weighted_adapter`."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+
+from ...edit_module import NAME
+from ...report import listed
+from .layer import RedLayer
+
+if TYPE_CHECKING:
+    from .model import RedModel
+
+__all__ = ["check", "config_of", "fill"]
+
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def check(model: RedModel, adapters: Sequence[str], weights: Sequence[float], name: str, combination: str) -> None:
+    """Raises TypeError or ValueError for arguments that `add_weighted_adapter` does not take."""
+    if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
+        raise TypeError(f"adapters: got {adapters!r}, expected a list of names")
+    for adapter in adapters:
+        if adapter not in model.peft_config:
+            known = listed([repr(own) for own in model.peft_config])
+            raise ValueError(f"adapters: Adapter {adapter!r} does not exist, expected some of {known}")
+    if isinstance(weights, str) or not isinstance(weights, Sequence) or len(weights) != len(adapters):
+        raise ValueError(f"weights: got {weights!r}, expected a number for each of {listed(list(map(repr, adapters)))}")
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not -math.inf < weight < math.inf:
+            raise TypeError(f"weights: got {weight!r}, expected finite numbers")
+    if combination != "linear":
+        raise ValueError(f"combination_type: got {combination!r}, and RED has 'linear' alone")
+    if name in model.peft_config:
+        raise ValueError(f"adapter_name: the model has an adapter {name!r} already")
+    layer = next(own for own in model.modules() if isinstance(own, RedLayer))
+    if not isinstance(name, str) or not name or "." in name or name == NAME or hasattr(layer.red_edit, name):
+        raise ValueError(f"adapter_name: got {name!r}, which cannot be the name of an adapter; take another one")
+    normed = [adapter for adapter in adapters if _config(model, adapter).kind == "ln"]
+    if normed:
+        raise ValueError(f"adapters: {normed[0]!r} is of kind 'ln'; LayerNorms cannot be combined by weights")
+    copies = [own for own in model.modules() if isinstance(own, ModulesToSaveWrapper)]
+    if any(sum(adapter in own.modules_to_save for adapter in set(adapters)) > 1 for own in copies):
+        raise ValueError(
+            "adapters: several have their own copies of the same modules_to_save, which cannot be combined by weights"
+        )
+
+
+def config_of(model: RedModel, adapters: Sequence[str]) -> Any:
+    """The new adapter's config: all sites and all vectors that one of the adapters has."""
+    configs = [_config(model, adapter) for adapter in adapters]
+    made = copy.deepcopy(configs[0])
+    made.inference_mode = False
+    kinds = {config.kind for config in configs}
+    made.kind = kinds.pop() if len(kinds) == 1 else "all"
+    dtype = getattr(torch, configs[0].vector_dtype)
+    for config in configs[1:]:
+        dtype = torch.promote_types(dtype, getattr(torch, config.vector_dtype))
+    made.vector_dtype = str(dtype).removeprefix("torch.")
+    made.init_weights = True
+    if any(getattr(config, field) != getattr(configs[0], field) for config in configs for field in _TARGETS):
+        made.target_modules = {
+            site
+            for site, layer in model.model.named_modules()
+            if isinstance(layer, RedLayer) and any(adapter in layer.red_edit for adapter in adapters)
+        }
+        made.exclude_modules = made.layers_to_transform = made.layers_pattern = None
+    saved = [config.modules_to_save for config in configs if config.modules_to_save]
+    made.modules_to_save = sorted({name for names in saved for name in names}) or None
+    return made
+
+
+def fill(model: RedModel, adapters: Sequence[str], weights: Sequence[float], name: str) -> None:
+    """Give the new adapter its values, and its copy of what one of the adapters has trained as a whole."""
+    with torch.no_grad():
+        for layer in model.modules():
+            if not isinstance(layer, RedLayer) or name not in layer.red_edit:
+                continue
+            for part, target in layer.red_edit.holder(name)._parameters.items():
+                if target is None:
+                    continue
+                start = 1.0 if part == "scale" else 0.0
+                changed = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
+                for adapter, weight in zip(adapters, weights, strict=True):
+                    held = layer.red_edit.holder(adapter)._parameters if adapter in layer.red_edit else {}
+                    vector = held.get(part)
+                    if vector is not None:
+                        changed += float(weight) * (vector.to(changed) - start)
+                target.copy_(start + changed)
+                target.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for adapter in adapters:
+                if adapter in module.modules_to_save:
+                    module.modules_to_save[name] = copy.deepcopy(module.modules_to_save[adapter]).requires_grad_(False)
+
+
+def _config(model: RedModel, adapter: str) -> Any:
+    return model.peft_config[adapter]
