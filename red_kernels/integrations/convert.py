@@ -100,9 +100,8 @@ def _from_peft(source: Path, target: Path, position: str | None, overwrite: bool
     _refuse(target, (TENSORS_NAME, CONFIG_NAME, HEAD_NAME), (*content.names, CONFIG_NAME), overwrite)
     write_saved(target, content)
     where = f"position {config.position!r}" if config.sites is None else "sites by their names"
-    return _conversion(
-        target, list(content.names), vectors, f"{where}, kind {config.kind!r}, from an adapter of PEFT", []
-    )
+    what = f"{where}, kind {config.kind!r}, from an adapter of PEFT"
+    return _conversion(target, list(content.names), vectors, what, [])
 
 
 def model_on_meta(name: str) -> nn.Module:
