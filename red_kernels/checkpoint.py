@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from torch import nn
 
 from ._edit_values import Slot, edit_tensors, slots, values_of, weights_device
 from ._files import locked, made_folder, sync_folder, write_files
+from ._model_facts import architecture, base_model_name, labels_of, last_name, set_labels
 from ._saved_folder import CONFIG_NAME as CONFIG_NAME
 from ._saved_folder import (
     HEAD_NAME,
@@ -48,7 +48,6 @@ from .authors import CLASSIFIER_NAME, HEAD, VECTORS_NAME, classifier_of, inner_p
 from .config import RedConfig
 from .edit_module import EditVectors, RedEdit
 from .edits import NewEdit, edit_names, new_edit, publish_edit
-from .models.fingerprint import BASE
 from .patch import edit_config
 from .pretrained import beside_pretrained
 from .report import listed
@@ -146,7 +145,7 @@ def _save(
     trained = None
     if head:
         values = {bare_name(model, key): whole(own).to("cpu", copy=True).contiguous() for key, own in head.items()}
-        trained = Head(values, _labels_of(model), _architecture(model))
+        trained = Head(values, labels_of(model), architecture(model))
     prefix = inner_prefix(inner_model(model)[1], vectors)
     saved = make_saved(config, vectors, base_model_name(model), prefix, trained)
     target = Path(folder)
@@ -295,7 +294,7 @@ def load_found(model: nn.Module, found: Found, path: Path, name: str | None, str
             own.copy_(value)
     for slot, value in moved:
         slot.assign(value)
-    named = _set_labels(model, labels)
+    named = set_labels(model, labels)
     if added is not None:
         assert name is not None
         publish_edit(added, name)  # whole: a request in another thread meets all of it or nothing
@@ -449,64 +448,12 @@ def _advised(found: Found) -> str:
     return f" ({kind.removeprefix(' of the class ')}{', ' if kind else ''}num_labels={len(trained.labels)})"
 
 
-def _set_labels(model: nn.Module, labels: dict[int, str] | None) -> tuple[str, ...]:
-    """Give the model's config the names of the labels; returns them, or nothing where none were given."""
-    config = _labelled_config(model)
-    if config is None or not labels or (config.id2label == labels and labels == _unnamed(len(labels))):
-        return ()
-    config.id2label = dict(labels)
-    config.label2id = {label: number for number, label in labels.items()}
-    return tuple(labels.values())
-
-
-def _labels_of(model: nn.Module) -> dict[int, str] | None:
-    config = _labelled_config(model)
-    if config is None or not isinstance(config.id2label, Mapping):
-        return None
-    return {int(number): str(label) for number, label in config.id2label.items()}
-
-
-def _labelled_config(model: nn.Module) -> Any:
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if hasattr(config, "id2label"):
-            return config
-    return None
-
-
-def _unnamed(count: int) -> dict[int, str]:
-    return {number: f"LABEL_{number}" for number in range(count)}
-
-
-def _architecture(model: nn.Module) -> str | None:
-    """The class of the transformers model in a model."""
-    for module in model.modules():
-        if isinstance(getattr(type(module), "base_model_prefix", None), str):
-            kind = getattr(type(module), BASE, type(module))
-            return str(kind.__name__)
-    return None
-
-
-def base_model_name(model: nn.Module) -> str | None:
-    """The name that transformers loaded a model by, if any."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return name if isinstance(name, str) and name else None
-
-
 def _other_base(model: nn.Module, found: Found) -> tuple[str, ...]:
     """A warning where the edits were trained on a base model of another name."""
     saved, here = (found.description or {}).get("base_model_name"), base_model_name(model)
-    if not saved or not here or _last_name(saved) == _last_name(here):
+    if not saved or not here or last_name(saved) == last_name(here):
         return ()
     return (
         f"{found.source}: its edits were trained on the base model {saved!r}, and this model is {here!r}; on another "
         "base model they do not do what they were trained for",
     )
-
-
-def _last_name(name: str) -> str:
-    """What is left of a base model's name wherever its folder lies."""
-    parts = [part for part in re.split(r"[/\\]+", name) if part not in ("", ".")]
-    if len(parts) >= 3 and parts[-2] == "snapshots":  # in the cache of the hub: models--OWNER--NAME/snapshots/COMMIT
-        parts = parts[-3].split("--")
-    return parts[-1].casefold() if parts else ""

@@ -25,6 +25,8 @@ if INTERPRETED:
 
     interpreter.mend()
 
+pytest_plugins = ["served"]  # fixtures
+
 # The same examples in every run: a failure is there again when it is looked for.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, print_blob=False)
 settings.load_profile("fixed")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import contextvars
 import gc
@@ -11,58 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from row_cases import inputs, several
+from served import HOW, Served, thread_of
 
 import red_kernels as rk
-from red_kernels.edit_module import RedEdit
-
-HOW = ["a", "b", "off"]
-
-
-class Served:
-    """A model, and what each edit gives for one batch."""
-
-    def __init__(self):
-        _, self.model, _ = several("llama")
-        self.batch = inputs("llama", 1)
-        self.wanted = {}
-        for name in ("a", "b", "default"):
-            rk.switch_edit(self.model, name)
-            self.wanted[name] = self.run()
-        with rk.disable_edits(self.model):
-            self.wanted["off"] = self.run()
-
-    def run(self):
-        with torch.no_grad():
-            return self.model(**self.batch).logits
-
-    def said(self):
-        """Which edit the model applies now."""
-        found = self.run()
-        return next(name for name, wanted in self.wanted.items() if torch.allclose(found, wanted))
-
-    def block(self, how):
-        return rk.disable_edits(self.model) if how == "off" else rk.use_edits(self.model, [how])
-
-    def stream(self, how):
-        with self.block(how):
-            while True:
-                yield self.said()
-
-
-@pytest.fixture(scope="module")
-def shared():
-    return Served()
-
-
-@pytest.fixture
-def served(shared):
-    yield shared
-    gc.collect()
-    assert shared.said() == "default"
-    own = next(module for module in shared.model.modules() if isinstance(module, RedEdit))
-    assert own.selection.open == []
-    assert own.selection.shifting == 0
 
 
 @pytest.mark.parametrize("second", HOW)
@@ -255,85 +205,6 @@ def test_a_block_is_entered_once(served):
     block.__exit__(None, None, None)
 
 
-def test_tasks_of_asyncio(served):
-    found = {}
-
-    async def request(name, how, waits):
-        with served.block(how):
-            seen = []
-            for _ in range(waits):
-                seen.append(served.said())
-                await asyncio.sleep(0)
-            found[name] = seen
-
-    async def plain(waits):
-        seen = []
-        for _ in range(waits):
-            seen.append(served.said())
-            await asyncio.sleep(0)
-        found["plain"] = seen
-
-    async def main():
-        await asyncio.gather(request("one", "a", 3), plain(4), request("two", "b", 5), request("three", "off", 4))
-
-    asyncio.run(main())
-    assert found == {"one": ["a"] * 3, "plain": ["default"] * 4, "two": ["b"] * 5, "three": ["off"] * 4}
-
-
-@pytest.mark.parametrize("how", HOW)
-def test_started_inside_of_a_task(served, how):
-    """A child task, a thread of asyncio and one of an executor; also where they outlive the block."""
-
-    async def child():
-        seen = [served.said()]
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        return [*seen, served.said()]
-
-    async def main():
-        with served.block(how):
-            task = asyncio.create_task(child())
-            seen = [await child(), await asyncio.to_thread(served.said)]
-            loop = asyncio.get_running_loop()
-            seen.append(await loop.run_in_executor(None, served.said))
-            late = asyncio.create_task(child())
-        return [*seen, await task, await late, served.said(), await asyncio.to_thread(served.said)]
-
-    assert asyncio.run(main()) == [[how, how], how, how, [how, how], [how, how], "default", "default"]
-
-
-def test_async_generators(served):
-    async def stream(how):
-        with served.block(how):
-            while True:
-                yield served.said()
-                await asyncio.sleep(0)
-
-    @contextlib.asynccontextmanager
-    async def managed(how):
-        with served.block(how):
-            yield
-
-    async def main():
-        one, two = stream("a"), stream("off")
-        seen = [await anext(one), await anext(two), served.said(), await anext(one), await anext(two)]
-        await one.aclose()
-        seen += [await anext(two), served.said()]
-        await two.aclose()
-        async with managed("b"):
-            seen += [served.said(), (await asyncio.gather(asyncio.to_thread(served.said)))[0]]
-        return [*seen, served.said()]
-
-    assert asyncio.run(main()) == ["a", "off", "default", "a", "off", "off", "default", "b", "b", "default"]
-
-
-def thread_of(function):
-    found: list = []
-    thread = threading.Thread(target=lambda: found.append(function()))
-    thread.start()
-    return thread, found
-
-
 @pytest.mark.parametrize("how", HOW)
 def test_a_thread_that_is_started_inside(served, how):
     """It inherits the block, also beyond its end; so does a thread that this one starts."""
@@ -469,47 +340,3 @@ def test_switching_under_a_suspended_generator(served):
     assert [served.said(), next(stream)] == ["b", "a"]
     rk.switch_edit(served.model, "default")
     stream.close()
-
-
-def test_compiled_models_in_generators_and_tasks(served):
-    """Compiled code cannot ask where it is called: it leaves the graph to ask, or says that it cannot."""
-    torch.compiler.reset()
-    compiled = torch.compile(served.model, backend="eager")
-
-    def said(call):
-        with torch.no_grad():
-            found = call(**served.batch).logits
-        return next(name for name, wanted in served.wanted.items() if torch.allclose(found, wanted, atol=1e-5))
-
-    def stream(how):
-        with served.block(how):
-            while True:
-                yield said(compiled)
-
-    one, two = stream("a"), stream("b")
-    assert [next(one), next(two), next(one), said(compiled)] == ["a", "b", "a", "default"]
-    torch.compiler.reset()
-    whole = torch.compile(served.model, backend="eager", fullgraph=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        said(whole)
-    one.close()
-    two.close()
-    torch.compiler.reset()
-    assert said(whole) == said(compiled) == "default"
-    with served.block("a"):
-        assert said(whole) == said(compiled) == "a"
-        thread, found = thread_of(lambda: said(compiled))
-        thread.join(60)
-        assert found == ["a"]
-
-    async def request(how):
-        with served.block(how):
-            first = said(compiled)
-            await asyncio.sleep(0)
-            return first, said(compiled)
-
-    async def main():
-        return await asyncio.gather(request("a"), request("b"))
-
-    assert asyncio.run(main()) == [("a", "a"), ("b", "b")]
-    torch.compiler.reset()

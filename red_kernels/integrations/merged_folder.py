@@ -169,8 +169,9 @@ def _load(source: _Source, dtype: str, head: Head | None) -> tuple[Any, list[str
     lacking = [name for name in new if head is None or name not in head.values]
     if lacking:
         held = f", and {HEAD_NAME} does not hold them" if head is not None else ""
+        weights = f"{listed(lacking)} of a {type(model).__name__}"
         raise ValueError(
-            f"model: the files of {source.name!r} lack the weights {listed(lacking)} of a {type(model).__name__}, which "
+            f"model: the files of {source.name!r} lack the weights {weights}, which "
             f"would be random{held}; expected the base model that the edits were trained on"
         )
     return model.eval(), []
