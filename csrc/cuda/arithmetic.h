@@ -60,9 +60,10 @@ struct Moments {
 };
 RED_BOTH Moments moments(float first, float lost, float squares, float d) {
   const float shift = lost / d, spread = squares / d, correction = shift * shift;
-  if (!(correction <= FLT_MAX)) return {first, spread, false};
+  const float mean = shift >= -FLT_MAX && shift <= FLT_MAX ? first + shift : first;
+  if (!(correction <= FLT_MAX)) return {mean, spread, false};
   const float variance = spread - correction;
-  return {first + shift, variance < 0.0f ? 0.0f : variance, correction <= 0.5f * spread};
+  return {mean, variance < 0.0f ? 0.0f : variance, correction <= 0.5f * spread};
 }
 
 // For a sum that was not sound: the mean by way of one of the values, `origin`, from which equal values do not differ.

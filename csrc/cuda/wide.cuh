@@ -38,7 +38,17 @@ RED_KERNEL(kWideThreads, 3) wide_forward(RED_ARGUMENT NormForward a) {
     edited<T>(a.edit, own, seed, row, p.column, p.count, p.whole, x, r, bool(a.residual), v);
   };
 
-  float s[1] = {0.0f}, own_first = 0.0f;
+  const float d = static_cast<float>(a.d);
+  // The first value of the row. Equal values do not differ from it, and their distances from it do not overflow. Another turn
+  // for the rows that need it, as in norm_forward, would take more registers than there are for three blocks.
+  float origin = 0.0f;
+  if (centered) {
+    float v[kSize];
+    input(Piece<T>(a.d, a.aligned, 0), false, v);
+    if (a.z != nullptr) unpack<T>(pack<T>(v), v);
+    origin = v[0];
+  }
+  float s[1] = {0.0f};
   for (int64_t c = first; c < a.d; c += step) {
     const Piece<T> p(a.d, a.aligned, c);
     float v[kSize];
@@ -48,46 +58,26 @@ RED_KERNEL(kWideThreads, 3) wide_forward(RED_ARGUMENT NormForward a) {
       store_raw<T>(a.z, row, a.d, p.column, p.count, p.whole, z);
       unpack<T>(z, v);
     }
-    if (c == 0) own_first = v[0];
     RED_UNROLL for (int i = 0; i < kSize; ++i)
-      if (i < p.count) s[0] += centered ? v[i] : v[i] * v[i];
+      if (i < p.count) s[0] += centered ? half_distance(v[i], origin, 1.0f / d) : v[i] * v[i];
   }
   group.sum(s);
-  const float d = static_cast<float>(a.d);
   float mean = 0.0f, variance = s[0] / d;
   if (centered) {
-    float middle = s[0] / d;
-    Moments found;
-    for (bool again = false;; again = true) {
-      float spread[2] = {0.0f, 0.0f};
-      for (int64_t c = first; c < a.d; c += step) {
-        const Piece<T> p(a.d, a.aligned, c);
-        float v[kSize];
-        input(p, a.z != nullptr, v);
-        RED_UNROLL for (int i = 0; i < kSize; ++i) {
-          const float away = i < p.count ? v[i] - middle : 0.0f;
-          spread[0] += away;
-          spread[1] += away * away;
-        }
+    const float middle = mean_from(origin, s[0]);
+    float spread[2] = {0.0f, 0.0f};
+    for (int64_t c = first; c < a.d; c += step) {
+      const Piece<T> p(a.d, a.aligned, c);
+      float v[kSize];
+      input(p, a.z != nullptr, v);
+      RED_UNROLL for (int i = 0; i < kSize; ++i) {
+        const float away = i < p.count ? v[i] - middle : 0.0f;
+        spread[0] += away;
+        spread[1] += away * away;
       }
-      group.sum(spread);
-      found = moments(middle, spread[0], spread[1], d);
-      if (found.sound || again) break;
-      // Seldom, and for all threads of the row.
-      s[0] = own_first;
-      group.sum(s);
-      const float origin = s[0];
-      s[0] = 0.0f;
-      for (int64_t c = first; c < a.d; c += step) {
-        const Piece<T> p(a.d, a.aligned, c);
-        float v[kSize];
-        input(p, a.z != nullptr, v);
-        RED_UNROLL for (int i = 0; i < kSize; ++i)
-          if (i < p.count) s[0] += half_distance(v[i], origin, 1.0f / d);
-      }
-      group.sum(s);
-      middle = mean_from(origin, s[0]);
     }
+    group.sum(spread);
+    const Moments found = moments(middle, spread[0], spread[1], d);
     mean = found.mean;
     variance = found.variance;
   }
