@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ._site_names import match_sites
-from .edit_module import RedEdit
-from .patch import SITE, edit_modules, patched_holders
+from .edit_module import SITE, RedEdit
+from .patch import edit_modules, patched_holders
 
 __all__ = [
     "bare_name",

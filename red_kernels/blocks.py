@@ -7,12 +7,15 @@ A block holds for the code that runs inside of it:
 - Entered by a generator, it is bound to the generator's frame. A generator runs in the context of its caller, so a
   context variable would stay set when it yields. Here the block holds while the generator is running, in any thread. A
   generator that `contextlib` makes a context manager of only serves its caller: the caller enters the block.
-- A thread that is started inside, or a task that is given to a `ThreadPoolExecutor` there, inherits it.
+- A thread that is started inside, or a task given to a `ThreadPoolExecutor` or an event loop there, inherits it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import contextvars
+import functools
 import inspect
 import sys
 import threading
@@ -26,21 +29,29 @@ import torch
 
 from .selection import OFF, Off, Rows, Selection, State
 
-__all__ = ["Block", "innermost", "state_of"]
+__all__ = ["Block", "innermost", "lock", "state_of"]
 
 _GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _MANAGERS = (
     contextlib._GeneratorContextManager.__enter__.__code__,
     contextlib._AsyncGeneratorContextManager.__aenter__.__code__,
 )
-_lock = threading.Lock()
+lock = threading.RLock()  # of what blocks and edits there are; collecting garbage may leave a block at any time
 _open = 0  # how many blocks are running, in all models
 _watching = False  # whether threads and executors say what they inherit
 _streams: dict[FrameType, list[Block]] = {}  # the running blocks of generators, by the generator's frame
 
 
+class _Entry:
+    """One time that a block was entered: whether it is running, and whether another thread or task has left it."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.running, self.astray = True, False
+
+
 class _Held(NamedTuple):
-    block: Block
+    entry: _Entry
     home: tuple[int, int] | None  # thread and task that entered it; None where it was inherited
 
 
@@ -53,6 +64,7 @@ class Block(contextlib.ContextDecorator):
     Args:
         selections: of the models it is for.
         rows: what holds inside; None for no edits.
+        check: called in front of all else when the block begins, and may refuse.
         entered, left: called when the block begins and ends.
     """
 
@@ -60,49 +72,84 @@ class Block(contextlib.ContextDecorator):
         self,
         selections: Iterable[Selection],
         rows: Rows | None,
+        check: Callable[[], None] = lambda: None,
         entered: Callable[[], None] = lambda: None,
         left: Callable[[], None] = lambda: None,
     ) -> None:
         self.selections = tuple(selections)
         self.applied: Rows | Off = OFF if rows is None else rows
         self.names: tuple[str | None, ...] = () if rows is None else tuple(rows.names)
-        self.running = False
-        self.astray = False  # whether it was left by another thread or task than the one that entered it
         self.task = -1  # of autograd, where it was entered in a backward pass
+        self._entry: _Entry | None = None  # while it is running
         self._frame: FrameType | None = None
         self._shifting = False
-        self._entered, self._left = entered, left
+        self._check, self._entered, self._left = check, entered, left
 
     def _recreate_cm(self) -> Block:  # each call of a decorated function has a block of its own
-        return Block(self.selections, None if self.applied is OFF else self.applied, self._entered, self._left)
+        rows = self.applied if isinstance(self.applied, Rows) else None
+        return Block(self.selections, rows, self._check, self._entered, self._left)
+
+    def __call__(self, function: Any) -> Any:
+        """Each call of a function, and each run of a generator or coroutine that it makes, is inside of a block."""
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def coroutine(*args: Any, **kwargs: Any) -> Any:
+                with self._recreate_cm():
+                    return await function(*args, **kwargs)
+
+            return coroutine
+        if inspect.isasyncgenfunction(function):
+
+            @functools.wraps(function)
+            async def stream(*args: Any, **kwargs: Any) -> Any:
+                with self._recreate_cm():
+                    async with contextlib.aclosing(function(*args, **kwargs)) as values:
+                        async for value in values:
+                            yield value
+
+            return stream
+        if inspect.isgeneratorfunction(function):
+
+            @functools.wraps(function)
+            def generator(*args: Any, **kwargs: Any) -> Any:
+                with self._recreate_cm():
+                    return (yield from function(*args, **kwargs))
+
+            return generator
+        return super().__call__(function)
 
     def __enter__(self) -> None:
-        if self.running:
-            raise RuntimeError("this block is entered already; make another one by use_edits or disable_edits")
-        self._entered()
-        self._frame = _generator(sys._getframe(1))
-        home = _home()
-        self._shifting = self._frame is not None or home[1] != 0
-        self.task = torch._C._current_graph_task_id()
-        self.running, self.astray = True, False
-        with _lock:
+        frame, home = _generator(sys._getframe(1)), _home()
+        with lock:
+            if self._entry is not None:
+                raise RuntimeError("this block is entered already; make another one by use_edits or disable_edits")
+            self._check()
+            self._entry = _Entry(self)
+            self._frame = frame
+            self._shifting = self._frame is not None or home[1] != 0
+            self.task = torch._C._current_graph_task_id()
             _count(1)
             for selection in self.selections:
+                selection.varied = True
                 selection.open.append(self)
                 selection.shifting += self._shifting
             if self._frame is not None:
                 _streams.setdefault(self._frame, []).append(self)
         if self._frame is None:
-            _held.set((*_held.get(), _Held(self, home)))
+            there = (one for one in _held.get() if _holds(one))
+            _held.set((*there, _Held(self._entry, home)))
         _tell_compiled(self.selections)
+        self._entered()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.running:
-            return
-        self.running = False
-        with _lock:
+        with lock:
+            entry, self._entry = self._entry, None
+            if entry is None:
+                return
+            entry.running = False
             _count(-1)
             for selection in self.selections:
                 selection.open.remove(self)
@@ -113,9 +160,9 @@ class Block(contextlib.ContextDecorator):
                 if not blocks:
                     del _streams[self._frame]
         held, home = _held.get(), _home()
-        self.astray = self._frame is None and not any(one == (self, home) for one in held)
+        entry.astray = self._frame is None and not any(one == (entry, home) for one in held)
         self._frame = None
-        _held.set(tuple(one for one in held if one.block is not self))
+        _held.set(tuple(one for one in held if one.entry is not entry))
         _tell_compiled(self.selections)
         self._left()
 
@@ -137,9 +184,9 @@ def innermost(selection: Selection) -> Block | None:
                 if selection in block.selections:
                     return block
             frame = frame.f_back
-    for block, home in reversed(_held.get()):
-        if selection in block.selections and _holds(block, home):
-            return block
+    for held in reversed(_held.get()):
+        if selection in held.entry.block.selections and _holds(held):
+            return held.entry.block
     return None
 
 
@@ -167,29 +214,29 @@ def _tell_compiled(selections: Iterable[Selection]) -> None:
         selection.here.applied = None if block is None else block.applied
 
 
-def _holds(block: Block, home: tuple[int, int] | None) -> bool:
+def _holds(held: _Held) -> bool:
     """Whether an entry of this context holds.
 
     A thread or task that has inherited it keeps it beyond the end of the block. Where the block was left by another one
     than had entered it, an entry may only be what that one could not take away.
     """
-    return block.running or home is None or (home != _home() and not block.astray)
+    entry, home = held
+    return entry.running or home is None or (home != _home() and not entry.astray)
 
 
 def _home() -> tuple[int, int]:
     """The running thread and asyncio task; 0 for no task."""
-    asyncio = sys.modules.get("asyncio")
-    task = None
-    if asyncio is not None and asyncio._get_running_loop() is not None:
-        task = asyncio.current_task()
+    task = None if asyncio._get_running_loop() is None else asyncio.current_task()
     return threading.get_ident(), 0 if task is None else id(task)
 
 
 def _generator(frame: FrameType | None) -> FrameType | None:
     """The frame of the innermost generator that is running, but for those that are context managers."""
     while frame is not None:
-        caller = frame.f_back
-        if frame.f_code.co_flags & _GENERATORS and (caller is None or caller.f_code not in _MANAGERS):
+        caller, code = frame.f_back, frame.f_code
+        managed = caller is not None and caller.f_code in _MANAGERS
+        # An expression has no block of its own: what it enters is for whoever runs through it.
+        if code.co_flags & _GENERATORS and code.co_name != "<genexpr>" and not managed:
             return frame
         frame = caller
     return None
@@ -200,13 +247,18 @@ def _generator(frame: FrameType | None) -> FrameType | None:
 
 def _inherited() -> tuple[_Held, ...]:
     """All blocks that hold here, for a thread that begins."""
-    found = [_Held(block, None) for block, home in _held.get() if _holds(block, home)]
-    streams: list[Block] = []
+    found = [_Held(held.entry, None) for held in _held.get() if _holds(held)]
+    return (*found, *_of_streams())
+
+
+def _of_streams() -> list[_Held]:
+    """The blocks of the generators that are running here."""
+    found: list[_Held] = []
     frame: FrameType | None = sys._getframe(1) if _streams else None
     while frame is not None:
-        streams[:0] = _streams.get(frame, ())
+        found[:0] = [_Held(block._entry, None) for block in _streams.get(frame, ()) if block._entry is not None]
         frame = frame.f_back
-    return (*found, *(_Held(block, None) for block in streams))
+    return found
 
 
 class _Submitting(threading.local):
@@ -216,6 +268,7 @@ class _Submitting(threading.local):
 _submitting = _Submitting()
 _start: Callable[..., Any] = threading.Thread.start
 _submit: Callable[..., Any] = ThreadPoolExecutor.submit
+_create_task: Callable[..., Any] = asyncio.BaseEventLoop.create_task
 
 
 def _start_inside(self: threading.Thread) -> None:
@@ -241,19 +294,30 @@ def _submit_inside(self: ThreadPoolExecutor, function: Callable[..., Any], /, *a
         _submitting.running = outer
 
 
+def _create_task_inside(self: asyncio.BaseEventLoop, coroutine: Any, **options: Any) -> Any:
+    if options.get("context") is not None or not _of_streams():  # the context of a task has all but streams already
+        return _create_task(self, coroutine, **options)
+    context = contextvars.copy_context()
+    context.run(_held.set, _inherited())
+    return context.run(_create_task, self, coroutine, **options)
+
+
 def _task(held: tuple[_Held, ...], function: Callable[..., Any]) -> Callable[..., Any]:
     """A function as it runs in a thread, once, with what that inherits."""
-    selections = tuple(selection for block, _ in held for selection in block.selections)
+    selections = tuple(selection for entry, _ in held for selection in entry.block.selections)
+    context = getattr(getattr(function, "func", None), "__self__", None)
+    if isinstance(context, contextvars.Context):  # asyncio.to_thread runs it in a copy of the context
+        context.run(_held.set, held)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         former = _held.set(held)
         _tell_compiled(selections)
         try:
-            with _lock:  # it may go on longer than the block, and start threads itself
+            with lock:  # it may go on longer than the block, and start threads itself
                 _count(1)
             return function(*args, **kwargs)
         finally:
-            with _lock:
+            with lock:
                 _count(-1)
             _held.reset(former)
             _tell_compiled(selections)
@@ -263,15 +327,22 @@ def _task(held: tuple[_Held, ...], function: Callable[..., Any]) -> Callable[...
 
 def _count(change: int) -> None:
     """Count the running blocks and heirs. While there are any, threads and executors say what they inherit."""
-    global _open, _start, _submit, _watching
+    global _open, _start, _submit, _create_task, _watching
     _open += change
     if _open and not _watching:
+        _create_task = asyncio.BaseEventLoop.create_task
+        asyncio.BaseEventLoop.create_task = _create_task_inside  # type: ignore[assignment, method-assign]
         _start, threading.Thread.start = threading.Thread.start, _start_inside  # type: ignore[method-assign]
         _submit = ThreadPoolExecutor.submit
         ThreadPoolExecutor.submit = _submit_inside  # type: ignore[assignment, method-assign]
         _watching = True
-    elif not _open and threading.Thread.start is _start_inside and ThreadPoolExecutor.submit is _submit_inside:
+    elif not _open and (
+        threading.Thread.start is _start_inside
+        and ThreadPoolExecutor.submit is _submit_inside
+        and asyncio.BaseEventLoop.create_task is _create_task_inside
+    ):
         # Where another library has put its own around ours, these stay, and do nothing outside of blocks.
         threading.Thread.start = _start  # type: ignore[method-assign]
         ThreadPoolExecutor.submit = _submit  # type: ignore[method-assign]
+        asyncio.BaseEventLoop.create_task = _create_task  # type: ignore[method-assign]
         _watching = False

@@ -26,6 +26,7 @@ __all__ = [
     "NAME",
     "NORM_EPS",
     "OWN_HOOKS",
+    "SITE",
     "EditVectors",
     "Gate",
     "RedEdit",
@@ -41,6 +42,7 @@ __all__ = [
 NAME = "red_edit"  # the child's name in the site: state_dict keys are `<site>.red_edit.scale`
 NORM_EPS = 1e-5  # of the LayerNorm of kind "ln", torch's default
 INSIDE = "_red_kernels_inside"  # in a layer whose forward applies an edit that no hook could: the path of its site
+SITE = "_red_kernels_site"  # of a RedEdit: the name that its site had in the patched model
 _STARTS: tuple[tuple[str, float], ...] = (("scale", 1.0), ("bias", 0.0), ("norm_weight", 1.0), ("norm_bias", 0.0))
 
 
@@ -70,9 +72,11 @@ class EditVectors(nn.Module):
 
     Attributes:
         frozen: the parts that were trainable before `freeze`.
+        lent: whether a block of `use_edits` has thawed them, and they are to be frozen behind the last one.
     """
 
     frozen: tuple[str, ...] = ()
+    lent: bool = False
 
     scale: nn.Parameter | None
     bias: nn.Parameter | None
@@ -101,8 +105,9 @@ class EditVectors(nn.Module):
         for part, vector in tuple(self._parameters.items()):
             if vector is not None and vector.requires_grad:
                 self.frozen = (*self.frozen, part)
-                _bring_late_gradients(vector)
+                _bring_late_gradients(self, part, vector)
                 vector.requires_grad_(False)
+        self.lent = False
 
     def thaw(self) -> bool:
         """Make those vectors trainable again that `freeze` has frozen; whether there were any."""
@@ -120,7 +125,7 @@ class EditVectors(nn.Module):
             if isinstance(module, EditVectors) and not requires_grad:
                 module.freeze()
             elif isinstance(module, EditVectors):
-                module.frozen = ()
+                module.frozen, module.lent = (), False
         super().requires_grad_(requires_grad)
         return self
 
@@ -134,6 +139,11 @@ class EditVectors(nn.Module):
         if again and self.frozen and torch.is_grad_enabled():
             return Vectors(*(vector if vector is None else _trainable_again(vector) for vector in found[:4]))
         return found
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.lent:  # a copy, which no block is running in
+            self.freeze()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EditVectors:
         def keeping_precision(tensor: Tensor) -> Tensor:
@@ -232,7 +242,7 @@ class RedEdit(EditVectors):
         """What this forward applies, `OFF`, rows or what `by_state` takes; and whether it runs for the second time."""
         state, block = state_of(self.selection)
         state = self.live_state(state, block is not None)
-        if torch.compiler.is_compiling() or runs_plainly(self.training):
+        if torch.compiler.is_compiling() or runs_plainly(self.selection):
             return state, False
         return recalled(self, state, block)
 
@@ -306,15 +316,18 @@ class RedEdit(EditVectors):
         return f"{self.width}, {' and '.join(self.parts)}" + ("" if names == DEFAULT else f", edits: {names}")
 
 
-def _bring_late_gradients(vector: Tensor) -> None:
+def _bring_late_gradients(holder: EditVectors, part: str, vector: Tensor) -> None:
     """Let a frozen vector have the gradients of forwards from before: autograd drops those of what is frozen by now."""
     if any(getattr(hook, "func", None) is _late_gradient for hook in (vector._backward_hooks or {}).values()):
         return
-    vector.register_hook(partial(_late_gradient, weakref.ref(vector)))
+    vector.register_hook(partial(_late_gradient, weakref.ref(holder), part))
 
 
-def _late_gradient(reference: weakref.ref[Tensor], gradient: Tensor) -> None:
-    vector = reference()
+def _late_gradient(reference: weakref.ref[EditVectors], part: str, gradient: Tensor) -> None:
+    holder = reference()
+    if holder is None or part not in holder.frozen:  # autograd brings it, or somebody has frozen the vector himself
+        return
+    vector = holder._parameters.get(part)
     if vector is not None and not vector.requires_grad:
         _accumulate(vector, gradient)
 
@@ -347,7 +360,7 @@ def check_name(name: object) -> None:
         raise ValueError(f"name: got {name!r}, which cannot be the name of an edit; take letters and digits")
 
 
-_TAKEN = ("width", "parts", "own", "selection", "training", "frozen", "watched", "seen")
+_TAKEN = ("width", "parts", "own", "selection", "training", "frozen", "lent", "watched", "seen")
 
 
 def _plain(hidden: Tensor, applied: Vectors) -> Tensor:

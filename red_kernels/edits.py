@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from .blocks import Block, state_of
+from .blocks import Block, lock, state_of
 from .edit_module import EditVectors, Gate, RedEdit, check_name
 from .module_facts import wrapper_of
 from .patch import edit_modules, outer_modules
@@ -128,14 +128,21 @@ def switch_edit(model: nn.Module, name: str) -> None:
     """
     modules = _own_modules(model)
     _check_there(modules, name, "name")
-    for own in modules.values():
-        former = own.selection.chosen
-        if former not in (None, name) and own.has(former) and not own.selection.in_rows(former):
-            own.holder(former).freeze()
-        if own.has(name):
-            own.holder(name).thaw()
-    for selection in _selections(modules):
-        selection.chosen = name
+    with lock:
+        _check_there(modules, name, "name")
+        for own in modules.values():
+            former = own.selection.chosen
+            if former is not None and former != name and own.has(former):
+                if own.selection.in_rows(former):  # the last of the blocks that have it will freeze it
+                    own.holder(former).lent = True
+                else:
+                    own.holder(former).freeze()
+            if own.has(name):
+                own.holder(name).thaw()
+                own.holder(name).lent = False
+        for selection in _selections(modules):
+            selection.varied = selection.varied or name != selection.chosen
+            selection.chosen = name
 
 
 def delete_edit(model: nn.Module, name: str) -> None:
@@ -146,15 +153,16 @@ def delete_edit(model: nn.Module, name: str) -> None:
     """
     modules = _own_modules(model)
     _check_there(modules, name, "name")
-    used = next(filter(None, (selection.in_use(name) for selection in _selections(modules))), "")
-    if used:
-        raise ValueError(f"name: cannot delete {name!r}: {used}")
-    if name == DEFAULT:
-        raise ValueError(f"name: {name!r} is the edit that rk.patch made; rk.unpatch takes it away")
-    for own in modules.values():
-        own.remove(name)
-    for selection in _selections(modules):
-        selection.deleted.add(name)
+    with lock:  # no block with this edit can begin between the look and the deletion
+        used = next(filter(None, (selection.in_use(name) for selection in _selections(modules))), "")
+        if used:
+            raise ValueError(f"name: cannot delete {name!r}: {used}")
+        if name == DEFAULT:
+            raise ValueError(f"name: {name!r} is the edit that rk.patch made; rk.unpatch takes it away")
+        for own in modules.values():
+            own.remove(name)
+        for selection in _selections(modules):
+            selection.deleted.add(name)
 
 
 def disable_edits(model: nn.Module) -> Block:
@@ -189,7 +197,7 @@ def combine_edits(model: nn.Module, weights: Mapping[str, float], name: str) -> 
         raise TypeError(f"weights: got {weights!r}, expected a dict from names of edits to numbers")
     for edit, weight in weights.items():
         _check_there(modules, edit, "weights")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not _is_finite(weight):
             raise TypeError(f"weights: got {weight!r} for {edit!r}, expected a finite number")
     if any("norm_weight" in own.parts for own in modules.values()):
         raise ValueError("model: its edits are of kind 'ln'; LayerNorms cannot be combined by weights")
@@ -245,7 +253,14 @@ def use_edits(model: nn.Module, ids: Sequence[str | None]) -> Block:
         raise ValueError("ids: rows with edits of kind 'ln' and rows without cannot be in one batch")
     trained = _Trained(list(modules.values()), rows)
     rows.thaw = trained.thaw
-    return Block(_selections(modules), rows, trained.enter, trained.leave)
+    return Block(_selections(modules), rows, lambda: _check_all_there(modules, rows), trained.enter, trained.leave)
+
+
+def _check_all_there(modules: Mapping[str, RedEdit], rows: Rows) -> None:
+    """As a block begins: edits may have been deleted since it was made."""
+    for name in rows.names:
+        if name is not None:
+            _check_there(modules, name, "ids")
 
 
 class _Trained:
@@ -255,12 +270,9 @@ class _Trained:
         self.modules, self.rows = modules, rows
         self.names = [name for name in rows.names if name is not None]
         self.running = 0
-        self.thawed: list[tuple[RedEdit, str]] = []
-        self.active: list[tuple[RedEdit, str | None]] = []  # when the block began
 
     def enter(self) -> None:
         self.running += 1
-        self.active = [(own, own.selection.chosen) for own in self.modules if own.own]
         if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
             self.thaw()
 
@@ -269,17 +281,18 @@ class _Trained:
         for own in self.modules if self.running else ():
             for name in self.names:
                 if own.has(name) and own.holder(name).thaw():
-                    self.thawed.append((own, name))
+                    own.holder(name).lent = True
                     self.rows.thawed = True
 
     def leave(self) -> None:
         self.running -= 1
-        if self.running:
-            return
-        thawed, self.thawed = self.thawed, []
-        for own, name in (*thawed, *self.active):
-            if name is not None and own.has(name) and not own.is_active(name) and not own.selection.in_rows(name):
-                own.holder(name).freeze()
+        for own in self.modules:
+            for name in self.names:
+                if own.has(name) and own.holder(name).lent and not own.selection.in_rows(name):
+                    if own.is_active(name):
+                        own.holder(name).lent = False
+                    else:
+                        own.holder(name).freeze()
 
 
 def _own_modules(model: nn.Module) -> dict[str, RedEdit]:
@@ -300,6 +313,13 @@ def _check_there(modules: Mapping[str, RedEdit], name: object, argument: str) ->
         raise ValueError(
             f"{argument}: got {name!r}, expected one of the model's edits: {listed(list(map(repr, names)))}"
         )
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _vector(holder: EditVectors, part: str) -> torch.Tensor:

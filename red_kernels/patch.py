@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .config import RedConfig
-from .edit_module import INSIDE, NAME, RedEdit, edit_hook
+from .edit_module import INSIDE, NAME, SITE, RedEdit, edit_hook
 from .heads import find_head, release_head
 from .models.fingerprint import BASE
 from .module_facts import wrapper_of
@@ -35,7 +35,6 @@ __all__ = [
     "unpatch",
 ]
 
-SITE = "_red_kernels_site"  # of a RedEdit: the name that its site had in the patched model
 _STATE = "_red_kernels_state"  # the attribute of the patched model that holds its _State
 
 

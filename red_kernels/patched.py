@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .edit_module import NAME, RedEdit, plain_only, skips_dropout
+from .edit_module import NAME, SITE, RedEdit, edit_hook, plain_only, skips_dropout
 from .models import LAYOUTS, Edits, Layout, Point, child_at
 from .models.compose import ARGUMENTS, LINK, arguments_of, may_defer
 from .models.description import walk
@@ -272,6 +272,7 @@ def _finder(layout: Layout) -> Callable[[nn.Module], Edits | None]:
     dropouts = [_parts(path) for path in layout.dropouts]
 
     def find(block: nn.Module) -> Edits | None:
+        compiling = torch.compiler.is_compiling()
         usable = not (plain_only() or globally_hooked())
         for path in dropouts if usable else ():
             dropout = walk(block, path)
@@ -284,6 +285,11 @@ def _finder(layout: Layout) -> Callable[[nn.Module], Edits | None]:
             own = None if site is None else site._modules.get(NAME)
             if site is None or not isinstance(own, RedEdit):
                 continue
+            if not (compiling or point.inside or edit_hook in site._forward_hooks.values()):
+                raise RuntimeError(
+                    f"model: the edit at {own.__dict__.get(SITE, type(site).__name__)} was not applied: its hook "
+                    "was removed; put it back, or call rk.unpatch(model) and patch what is there now"
+                )
             if own.off:  # then the layer runs as it did before patching, to the bit
                 continue
             if point.inside or (usable and _deferrable(block, site, own, point)):

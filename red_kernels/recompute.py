@@ -33,13 +33,16 @@ _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-de
 _Frame: Any = getattr(torch.utils.checkpoint, "_CheckpointFrame", ())
 
 
-def runs_plainly(training: bool) -> bool:
+def runs_plainly(selection: Selection) -> bool:
     """Whether a forward neither runs again nor may be run again later; quick, as every site asks."""
-    return (
-        torch._C._current_graph_task_id() == -1
-        and saved_tensor_hooks(True) is None
-        and (torch.is_grad_enabled() or not training or torch.is_inference_mode_enabled())
-    )
+    if torch._C._current_graph_task_id() != -1 or saved_tensor_hooks(True) is not None:
+        return False
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return True
+    # Without gradients it may be the first run of reentrant checkpointing. That is seen on the stack only, and looked
+    # for only where there is more than one edit to tell apart.
+    selection.unnoted = selection.unnoted or not selection.varied
+    return not selection.varied
 
 
 def recalled(own: RedEdit, live: Any, block: Block | None) -> tuple[Any, bool]:
@@ -81,7 +84,7 @@ def recalled(own: RedEdit, live: Any, block: Block | None) -> tuple[Any, bool]:
             "under activation checkpointing a forward runs again, and the vectors of its edit were changed in place "
             "since (by an optimizer's step, or by loading): run the backward pass before that"
         )
-    if not torch.is_grad_enabled() and own.training:
+    if not torch.is_grad_enabled():
         contexts, without = _contexts()
         first = [*first, *contexts]
         unknown = unknown or without
@@ -92,7 +95,7 @@ def recalled(own: RedEdit, live: Any, block: Block | None) -> tuple[Any, bool]:
             notes[own] = state, own.versions(state)
         elif former[0] != state:
             notes[own] = _SEVERAL, ()
-    if unknown and not again:
+    if unknown and not again and len(own.selection.unclear) < 2:
         own.selection.unclear.add(state)
     return state, again
 
@@ -104,11 +107,11 @@ def _noted(owner: Any, own: RedEdit) -> tuple[Any, Any]:
 
 def _check_clear(selection: Selection, live: Any) -> None:
     """Raise where this may be the second run of a forward without notes, and more than one edit comes into question."""
-    if selection.unclear - {live}:
+    others = selection.unclear | ({selection.first} if selection.unnoted and selection.varied else set())
+    if others - {live}:
         raise RuntimeError(
-            "under activation checkpointing of an unknown make a forward runs again, and other edits were in use "
-            "since: which of them it has to apply cannot be told; use torch.utils.checkpoint, or run the backward pass "
-            "before another edit is used"
+            "under activation checkpointing a forward runs again that has left no note of its edit, and others were in "
+            "use: which of them it has to apply cannot be told; run the backward pass before another edit is used"
         )
 
 

@@ -156,7 +156,10 @@ class Selection:
         shifting: how many of these may hold in one call in a thread and not in the next one.
         deleted: names of edits that there were.
         here: what compiled code, which cannot ask for context variables, reads.
-        unclear: what was applied under hooks for saved tensors of an unknown make; see `recompute`.
+        unclear: what was applied under hooks for saved tensors of an unknown make, two states at most; see `recompute`.
+        first: what was applied before `varied`.
+        varied: whether there was ever anything else to apply than `first`.
+        unnoted: whether a forward without gradients has run before that; it may have been a first run.
     """
 
     def __init__(self) -> None:
@@ -169,6 +172,7 @@ class Selection:
         self.deleted: set[str] = set()
         self.here = _Here()
         self.unclear: set[Any] = set()
+        self.first, self.varied, self.unnoted = chosen, False, False
 
     def __getstate__(self) -> dict[str, Any]:
         return {"chosen": self.chosen}

@@ -387,3 +387,71 @@ def test_a_block_trains_its_edits_and_freezes_them_again():
     with rk.use_edits(model, ["b", "b"]):
         model(**batch)
     assert trainable() == ["a", "b"]
+
+
+@pytest.mark.parametrize("part", ["mlp", "red_edit", "all"])
+def test_parts_in_evaluation_mode(part):
+    """Reentrant checkpointing runs without gradients first, whatever mode its layers are in."""
+    model, twin = prepared(reentrant=True)
+    for one in (model, twin):
+        for layer in one.model.layers:
+            if part == "mlp":
+                layer.mlp.eval()
+            if part == "red_edit":
+                layer.mlp.down_proj.red_edit.eval()
+    if part == "all":
+        for one in (model, twin):
+            one.eval()
+        own_layers(model, True)
+    assert_like_one_by_one(model, twin, rows)
+
+
+def test_blocks_that_end_in_another_order_freeze_what_they_thawed():
+    _, model, _ = several("llama")
+
+    def trainable(one):
+        return [
+            name
+            for name in NAMES
+            if all(v.requires_grad for parts in rk.edit_parameters(one, name).values() for v in parts.values())
+        ]
+
+    def stream(ids):
+        with rk.use_edits(model, ids):
+            while True:
+                yield weighted(model(**inputs("llama", 2)).logits)
+
+    first, second = stream(["a", "a"]), stream(["a", "b"])
+    next(first)
+    next(second)
+    first.close()
+    assert trainable(model) == ["default", "a", "b"]
+    second.close()
+    assert trainable(model) == ["default"]
+    with rk.use_edits(model, ["a", "b"]):
+        copied = copy.deepcopy(model)
+        rk.switch_edit(model, "b")
+        rk.switch_edit(model, "default")
+    assert trainable(copied) == ["default"]
+    assert trainable(model) == ["default"]
+
+
+def test_hooks_that_only_store_leave_nothing_behind():
+    _, model, _ = several("llama")
+    for _ in range(4):
+        with rk.use_edits(model, ["a", "b"]), torch.autograd.graph.save_on_cpu():
+            weighted(model(**inputs("llama", 2)).logits).backward()
+    own = model.model.layers[0].mlp.down_proj.red_edit
+    assert len(own.selection.unclear) <= 2
+
+
+def test_a_vector_frozen_by_hand_gets_no_late_gradient():
+    _, model, _ = several("llama")
+    rk.switch_edit(model, "a")
+    rk.switch_edit(model, "default")
+    rk.switch_edit(model, "a")
+    loss = weighted(model(**inputs("llama", 2)).logits)
+    vector = rk.edit_parameters(model, "a")["model.layers.0.mlp.down_proj"]["scale"]
+    vector.requires_grad_(False)
+    loss.backward()
+    assert vector.grad is None

@@ -340,3 +340,42 @@ def test_switching_under_a_suspended_generator(served):
     assert [served.said(), next(stream)] == ["b", "a"]
     rk.switch_edit(served.model, "default")
     stream.close()
+
+
+def test_entered_by_an_expression(served):
+    other = Served()
+    with contextlib.ExitStack() as stack:
+        assert len(tuple(stack.enter_context(rk.disable_edits(one.model)) for one in (served, other))) == 2
+        assert (served.said(), other.said()) == ("off", "off")
+    assert (served.said(), other.said()) == ("default", "default")
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_decorated_generator(served, how):
+    @served.block(how)
+    def stream():
+        while True:
+            yield served.said()
+
+    one = stream()
+    assert [next(one), served.said(), next(one)] == [how, "default", how]
+    one.close()
+
+
+def test_an_edit_deleted_before_its_block_begins(served):
+    rk.add_edit(served.model, "late", copy_of="a")
+    block = rk.use_edits(served.model, ["late"])
+    rk.delete_edit(served.model, "late")
+    with pytest.raises(ValueError, match="ids: got 'late', expected one of the model's edits"), block:
+        pytest.fail("entered")
+
+
+def test_a_block_used_again_elsewhere(served):
+    """Entered in one thread, left in another, and entered there: the first thread is outside, and keeps nothing."""
+    with ThreadPoolExecutor(1) as pool:
+        block = served.block("a")
+        pool.submit(block.__enter__).result()
+        block.__exit__(None, None, None)
+        with block:
+            assert contextvars.Context().run(lambda: pool.submit(served.said)).result() == "default"
+            assert served.said() == "a"

@@ -124,3 +124,47 @@ def test_compiled_models_in_generators_and_tasks(served):
 
     assert asyncio.run(main()) == [("a", "a"), ("b", "b")]
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_started_by_an_async_generator(served, how):
+    async def work():
+        await asyncio.sleep(0)
+        return served.said()
+
+    async def stream():
+        with served.block(how):
+            yield await asyncio.gather(work(), work())
+            yield [await asyncio.create_task(work())]
+            yield [await asyncio.wait_for(work(), 60)]
+            yield [await asyncio.to_thread(served.said)]
+
+    async def main():
+        seen = []
+        async for found in stream():
+            seen += [*found, served.said(), await asyncio.create_task(work()), await asyncio.to_thread(served.said)]
+        return seen
+
+    outside = ["default"] * 3
+    assert asyncio.run(main()) == [how, how, *outside, how, *outside, how, *outside, how, *outside]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_decorated_coroutines(served, how):
+    @served.block(how)
+    async def coroutine():
+        await asyncio.sleep(0)
+        return served.said()
+
+    @served.block(how)
+    async def stream():
+        while True:
+            yield served.said()
+
+    async def main():
+        running = stream()
+        seen = [await coroutine(), served.said(), await anext(running), served.said(), await anext(running)]
+        await running.aclose()
+        return seen
+
+    assert asyncio.run(main()) == [how, "default", how, "default", how]

@@ -104,10 +104,12 @@ class RedLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.in_features: int | None = _first(base_layer, "in_features", "nx", "num_embeddings") or width
         self.out_features = width
+        # One layer may have other adapters than the next: notes are left from the beginning.
         self.red_edit = RedAdapters(width, Selection() if selection is None else selection)
         self.merged_adapters: list[str] = []
         self._base_tensors: dict[str, Tensor | None] = {}  # of the base layer, before merging
         self.sharing: tuple[str, ...] = ()  # names of Parameters that are one with the base layer's, as the model knows
+        self.red_edit.selection.varied = True
         self.register_forward_hook(edit_hook)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
