@@ -280,10 +280,11 @@ class RedEdit(EditVectors):
         if state is OFF:
             return None
         if again:
-            gone = self.selection.deleted.intersection(state.names if isinstance(state, Rows) else (state,))
+            names = state.names if isinstance(state, Rows) else (state,)
+            gone = [name for name in names if self.own and isinstance(name, str) and not self.has(name)]
             if gone:
                 raise RuntimeError(
-                    f"under activation checkpointing a forward runs again with the edit {min(gone)!r}, which was "
+                    f"under activation checkpointing a forward runs again with the edit {gone[0]!r}, which was "
                     "deleted since; delete it behind the backward pass"
                 )
         if isinstance(state, Rows):

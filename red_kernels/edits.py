@@ -112,7 +112,6 @@ def publish_edit(added: NewEdit, name: str) -> None:
         for own, holder in added.values():
             holder.gate = gate
             own.publish(name, holder)
-            own.selection.deleted.discard(name)
         gate.open = True
 
 
@@ -161,8 +160,6 @@ def delete_edit(model: nn.Module, name: str) -> None:
             raise ValueError(f"name: {name!r} is the edit that rk.patch made; rk.unpatch takes it away")
         for own in modules.values():
             own.remove(name)
-        for selection in _selections(modules):
-            selection.deleted.add(name)
 
 
 def disable_edits(model: nn.Module) -> Block:

@@ -154,7 +154,6 @@ class Selection:
         chosen: the name of the edit that is applied outside of all blocks; None for none.
         open: the blocks that are running.
         shifting: how many of these may hold in one call in a thread and not in the next one.
-        deleted: names of edits that there were.
         here: what compiled code, which cannot ask for context variables, reads.
         unclear: what was applied under hooks for saved tensors of an unknown make, two states at most; see `recompute`.
         first: what was applied before `varied`.
@@ -169,7 +168,6 @@ class Selection:
         self.chosen = chosen
         self.open: list[Block] = []
         self.shifting = 0
-        self.deleted: set[str] = set()
         self.here = _Here()
         self.unclear: set[Any] = set()
         self.first, self.varied, self.unnoted = chosen, False, False
