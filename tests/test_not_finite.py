@@ -156,7 +156,9 @@ def test_settings_of_the_benchmarks(value, tmp_path: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize("value", NOT_FINITE)
 def test_numbers_of_a_tuned_table(value):
-    with pytest.raises(ValueError, match=r"place: ratio is .*, expected a finite number"):
-        tuned._fields({"ratio": value}, "place", {"ratio": float})
+    quartiles = {"low": 1.0, "median": 2.0, "high": value}
+    case = {"microseconds": quartiles, "default_microseconds": quartiles}
+    with pytest.raises(ValueError, match=r"place: measured 0: microseconds: high is .*, expected a finite number"):
+        tuned._times({"ratio": 1.5, "measured": [case]}, "place", {"microseconds": dict, "default_microseconds": dict})
     with pytest.raises(ValueError, match=r"place: ratio is .*, expected a positive number"):
         tuned._times({"ratio": value, "measured": [1]}, "place", {})

@@ -9,6 +9,7 @@ ValueError. ``tables/README.md`` says what the fields mean.
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -17,8 +18,6 @@ from dataclasses import dataclass, fields
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
-
-from ..._parse import parse_json, shown
 
 VARIABLE = "RED_KERNELS_TRITON_TABLE"
 FORMAT = 1
@@ -198,7 +197,10 @@ def forget() -> None:
 
 def parse(text: str | bytes, source: str, path: Path) -> Table:
     """Read a table from JSON. Raises ValueError naming ``source``, the entry, what came and what was expected."""
-    content = parse_json(text, source, object_pairs_hook=_once)
+    try:
+        content = json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:  # the latter where it is nested too deeply
+        raise ValueError(f"{source}: cannot be read as JSON: {error}") from None
     found = _fields(content, source, _TABLE)
     if found["format"] != FORMAT:
         raise ValueError(f"{source}: format is {found['format']}, and this version reads {FORMAT}")
@@ -305,13 +307,15 @@ def _times(found: Mapping[str, Any], where: str, case: Mapping[str, type]) -> No
         place = f"{where}: measured {number}"
         measured = _fields(value, place, case)
         for name in ("microseconds", "default_microseconds"):
-            _fields(measured[name], f"{place}: {name}", _QUARTILES)
+            for quartile, seconds in _fields(measured[name], f"{place}: {name}", _QUARTILES).items():
+                if not 0 <= seconds < math.inf:
+                    raise ValueError(f"{place}: {name}: {quartile} is {seconds}, expected a finite number")
 
 
 def _fields(value: Any, where: str, expected: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of an object, which has to have exactly those expected, of their types."""
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: got {shown(value)}, expected an object with {', '.join(expected)}")
+        raise ValueError(f"{where}: got {_shown(value)}, expected an object with {', '.join(expected)}")
     for name in value:
         if name not in expected:
             raise ValueError(f"{where}: unknown field {name!r}, expected {', '.join(expected)}")
@@ -319,8 +323,15 @@ def _fields(value: Any, where: str, expected: Mapping[str, Any]) -> dict[str, An
         if name not in value:
             raise ValueError(f"{where}: {name} is missing")
         if not _is(value[name], kind):
-            raise ValueError(f"{where}: {name} is {shown(value[name])}, expected {_NAMES[kind]}")
+            raise ValueError(f"{where}: {name} is {_shown(value[name])}, expected {_NAMES[kind]}")
     return dict(value)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return json.dumps(value)[:60]
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deeply to show"
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -334,7 +345,7 @@ def _is(value: Any, kind: Any) -> bool:
     if kind is object:
         return True
     if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)
@@ -347,7 +358,7 @@ def _clear() -> None:
 
 _NAMES: dict[Any, str] = {
     int: "a whole number",
-    float: "a finite number",
+    float: "a number",
     str: "a text",
     list: "a list",
     dict: "an object",
