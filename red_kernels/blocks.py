@@ -192,7 +192,9 @@ def innermost(selection: Selection) -> Block | None:
 
 def _compiled_state(selection: Selection) -> State:
     if selection.shifting:
-        return _uncompiled_state(selection)
+        from ._uncompiled import uncompiled_state  # not before it is needed: it brings the compiler
+
+        return uncompiled_state(selection)
     applied = selection.here.applied
     if applied is None and selection.open:
         raise RuntimeError(
@@ -200,12 +202,6 @@ def _compiled_state(selection: Selection) -> State:
             "in this thread too"
         )
     return selection.chosen if applied is None else applied
-
-
-@torch.compiler.disable
-def _uncompiled_state(selection: Selection) -> State:
-    """What holds here, for compiled code: whatever it could read may be what another task or generator has left."""
-    return state_of(selection)[0]
 
 
 def _tell_compiled(selections: Iterable[Selection]) -> None:

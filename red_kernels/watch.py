@@ -201,7 +201,7 @@ def _excuse(layer: nn.Module, site: Site) -> nn.Module | None:
         forward = module.__dict__.get("forward", type(module).forward)
         if (
             module._compiled_call_impl is not None
-            or isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
+            or "_orig_mod" in module._modules  # torch.compile's wrapper
             or hasattr(forward, "_torchdynamo_orig_callable")
             or hasattr(forward, "_torchdynamo_inline")
         ):
