@@ -12,7 +12,7 @@ from typing import Any
 import safetensors
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from .._errors import one_line
 from .._parse import read_json, shown
@@ -150,7 +150,7 @@ def named_class(config: Any) -> Any:
     names = getattr(config, "architectures", None)
     first = names[0] if isinstance(names, (list, tuple)) and names else None
     kind = getattr(transformers, first, None) if isinstance(first, str) else None
-    return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
+    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
 
 
 def load_tokenizer(name: str, **options: Any) -> tuple[Any, str]:
