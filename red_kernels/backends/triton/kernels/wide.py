@@ -56,12 +56,15 @@ def wide_forward(
                 store(z, v, row, live, first, D, CHUNK)
         if mean is not None:
             # Mean and squared distances of the piece, joined to those so far (Chan et al. 1983): no digits are lost to
-            # a large mean, as all is counted from the first value of the row, from which equal values do not differ.
+            # a large mean, as all is counted from a value of the row, from which equal values do not differ: the one
+            # nearest to the first piece's mean, as another may be far from all the rest.
             lane = tl.arange(0, CHUNK)
             inside = (first + lane < D)[None, :]
             n = tl.full([1], 0.0, tl.float32) + tl.minimum(D - first, CHUNK)
             if first == 0:
-                near = tl.sum(tl.where((lane == 0)[None, :], v, 0.0), axis=1)
+                rough = tl.sum(tl.where(inside, v, 0.0) / n[:, None], axis=1)
+                far = tl.where(inside, tl.abs(v - rough[:, None]), float("inf"))
+                near = tl.max(tl.where(far == tl.min(far, axis=1)[:, None], v, float("-inf")), axis=1)
             average = near + tl.sum(tl.where(inside, v - near[:, None], 0.0) / n[:, None], axis=1)
             v = tl.where(inside, v - average[:, None], 0.0)
             lost = tl.sum(v, axis=1) / n
