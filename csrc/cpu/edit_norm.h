@@ -9,34 +9,37 @@ namespace RED_ISA {
 
 template <class T, bool Centered, bool Stream>
 void edit_norm_forward_rows(const EditNormForward& p, int64_t begin, int64_t end, float* scratch) {
-  float *held = scratch, *factors = scratch + padded(p.d);
+  const int64_t d = p.d;
+  const float *weight = p.weight, *norm_bias = p.norm_bias;
+  float *held = scratch, *factors = scratch + padded(d);
   for (int64_t i = begin; i < end; ++i) {
-    const T *x = row<T>(p.x, i), *residual = p.residual ? row<T>(p.residual, i) : nullptr;
-    const float *scale = p.scale.row(i), *bias = p.bias.row(i);
-    const float* factor = dropout_factors(p.dropout, i, p.d, factors);
-    T *y = output<T>(p.y, p.d, i), *z = output<T>(p.z, p.d, i);
+    const Edited<T> edited{row<T>(p.x, i), row<T>(p.residual, i, static_cast<const T*>(nullptr)), p.scale.row(i),
+                           p.bias.row(i), dropout_factors(p.dropout, i, d, factors)};
+    T *y = output<T>(p.y, d, i), *z = output<T>(p.z, d, i);
     Sum first;
-    sweep(p.d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
-      prepare<Stream>(y + j);
-      V h = edited(at, j, x, residual, scale, bias, factor);
-      if (z) {
-        h = rounded(T{}, h);
-        at.template store<Stream>(z + j, h);
-      }
-      at.template store<false>(held + j, h);
-      first.add(k, first_term<Centered>(h));
-    });
-    const Statistics s = statistics<Centered>(held, p.d, first, p.eps);
+    const auto pass = [&](auto has_residual, auto keeps_z) __attribute__((always_inline)) {
+      Sum sum;
+      sweep_sums(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
+        prepare<Stream>(y + j);
+        V h = edited.value(at, j, has_residual);
+        if (keeps_z) h = at.template store_rounded<Stream>(z + j, h);
+        at.template store<false>(held + j, h);
+        sum.add(k, first_term<Centered>(h));
+      });
+      first = sum;
+    };
+    edited.each_case(pass, z != nullptr);
+    const Statistics s = statistics<Centered>(held, d, first, p.eps);
     if (Centered) p.mean[i] = s.mean;
     p.rstd[i] = s.rstd;
     const int64_t next = i + 1 < end ? i + 1 : i;
-    const T *next_x = row<T>(p.x, next), *next_residual = residual ? row<T>(p.residual, next) : next_x;
-    sweep(p.d, [&](auto at, int64_t j, int) __attribute__((always_inline)) {
+    const T *next_x = row<T>(p.x, next), *next_residual = row<T>(p.residual, next, next_x);
+    sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
       // This pass reads nothing from memory, so the next row can come in meanwhile.
-      __builtin_prefetch(next_x + j);
-      __builtin_prefetch(next_residual + j);
+      prefetch(next_x + j);
+      prefetch(next_residual + j);
       const V normed = normalised<Centered>(at.load(held + j), s);
-      at.template store<Stream>(y + j, normed * at.load(p.weight + j) + at.load(p.norm_bias + j));
+      at.template store<Stream>(y + j, normed * at.load(weight + j) + at.load(norm_bias + j));
     });
   }
   if (Stream) fence();
@@ -50,46 +53,63 @@ void edit_norm_forward(const EditNormForward& p, int64_t begin, int64_t end, flo
 
 template <class T, bool Centered, bool Stream, bool HasZ>
 void edit_norm_backward_rows(const EditNormBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
-  float *held = scratch, *factors = scratch + padded(p.d);
+  const int64_t d = p.d;
+  const float* weight = p.weight;
+  float *held = scratch, *factors = scratch + padded(d);
   for (int64_t k = chunk.begin; k < chunk.end; ++k) {
     const int64_t i = chunk.row(k);
-    const T *dy = row<T>(p.dy, i), *dz = p.dz ? row<T>(p.dz, i) : nullptr;
-    const T *z = p.z ? row<T>(p.z, i) : nullptr, *x = p.x ? row<T>(p.x, i) : nullptr;
-    const T* residual = p.residual ? row<T>(p.residual, i) : nullptr;
-    const float *scale = p.scale.row(i), *bias = p.bias.row(i);
-    const float* factor = dropout_factors(p.dropout, i, p.d, factors);
+    const T *dy = row<T>(p.dy, i), *z = row<T>(p.z, i, dy), *x = row<T>(p.x, i, z), *dz = row<T>(p.dz, i, z);
+    const Edited<T> edited{x, row<T>(p.residual, i, static_cast<const T*>(nullptr)), p.scale.row(i), p.bias.row(i),
+                           dropout_factors(p.dropout, i, d, factors)};
     const Statistics s{Centered ? p.mean[i] : 0.0f, p.rstd[i]};
-    T *dx = output<T>(p.dx, p.d, i), *dresidual = output<T>(p.dresidual, p.d, i);
+    const EditGradient<T, Stream> edit{x, edited.scale, edited.factor, output<T>(p.dx, d, i), sums.dscale, sums.dbias};
+    T* dresidual = output<T>(p.dresidual, d, i);
+    // What is not asked for is brought in with what is.
+    const T *first_out = dresidual ? dresidual : edit.dx, *second_out = edit.dx ? edit.dx : dresidual;
     Projection projection;
-    sweep(p.d, [&](auto at, int64_t j, int unit) __attribute__((always_inline)) {
-      if (dresidual) prepare<Stream>(dresidual + j);
-      if (dx) prepare<Stream>(dx + j);
-      V value;
-      if constexpr (HasZ) {
-        value = at.load(z + j);
-        if (x) __builtin_prefetch(x + j);
-        if (dz) __builtin_prefetch(dz + j);
-      } else {
-        value = edited(at, j, x, residual, scale, bias, factor);
-        at.template store<false>(held + j, value);
-      }
-      const V normed = at.valid(normalised<Centered>(value, s)), gradient = at.load(dy + j);
-      projection.add<Centered>(unit, gradient * at.load(p.weight + j), normed);
-      if (sums.dweight) accumulate(sums.dweight, at, j, gradient * normed);
-      if (sums.dnorm_bias) accumulate(sums.dnorm_bias, at, j, gradient);
-    });
-    projection.finish<Centered>(p.d);
+    const auto first = [&](auto has_residual, auto norm_sums) __attribute__((always_inline)) {
+      Projection found;
+      sweep_sums(d, [&](auto at, int64_t j, int unit) __attribute__((always_inline)) {
+        prepare<Stream>(first_out + j);
+        prepare<Stream>(second_out + j);
+        V value;
+        if constexpr (HasZ) {
+          value = at.load(z + j);
+          prefetch(x + j);
+          prefetch(dz + j);
+        } else {
+          value = edited.value(at, j, has_residual);
+          at.template store<false>(held + j, value);
+        }
+        const V normed = at.valid(normalised<Centered>(value, s)), gradient = at.load(dy + j);
+        found.add<Centered>(unit, gradient * at.load(weight + j), normed);
+        if (norm_sums) {
+          if (sums.dweight) accumulate(at, sums.dweight + j, gradient * normed);
+          if (sums.dnorm_bias) accumulate(at, sums.dnorm_bias + j, gradient);
+        }
+      });
+      projection = found;
+    };
+    const bool norm_sums = sums.dweight || sums.dnorm_bias;
+    if constexpr (HasZ)
+      decide([&](auto known) __attribute__((always_inline)) { first(std::false_type{}, known); }, norm_sums);
+    else
+      edited.each_case(first, norm_sums);
+    projection.finish<Centered>(d);
     const int64_t next = chunk.row(k + 1 < chunk.end ? k + 1 : k);
-    const T *next_dy = row<T>(p.dy, next), *next_z = HasZ ? row<T>(p.z, next) : row<T>(p.x, next);
-    sweep(p.d, [&](auto at, int64_t j, int) __attribute__((always_inline)) {
-      __builtin_prefetch(next_dy + j);
-      __builtin_prefetch(next_z + j);
-      const V normed = normalised<Centered>(HasZ ? at.load(z + j) : at.load(held + j), s);
-      V g = projection.apply<Centered>(at.load(dy + j) * at.load(p.weight + j), normed, s);
-      if (dz) g += at.load(dz + j);
-      if (dresidual) at.template store<Stream>(dresidual + j, g);
-      edit_gradient<T, Stream>(at, j, g, x, scale, factor, dx, sums);
-    });
+    const T *next_dy = row<T>(p.dy, next), *next_z = row<T>(HasZ ? p.z : p.x, next);
+    const auto second = [&](auto all, auto has_dz) __attribute__((always_inline)) {
+      sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
+        prefetch(next_dy + j);
+        prefetch(next_z + j);
+        const V normed = normalised<Centered>(HasZ ? at.load(z + j) : at.load(held + j), s);
+        V g = projection.apply<Centered>(at.load(dy + j) * at.load(weight + j), normed, s);
+        if (has_dz) g += at.load(dz + j);
+        if (all || dresidual) at.template store<Stream>(dresidual + j, g);
+        edit.put(at, j, g, all);
+      });
+    };
+    decide(second, edit.all() && dresidual, static_cast<bool>(p.dz));
   }
   if (Stream) fence();
 }

@@ -1,7 +1,7 @@
 // Row statistics that the norm kernels share. RMSNorm is the case without a mean.
 #pragma once
 
-#include "vec.h"
+#include "sweep.h"
 
 namespace red {
 namespace RED_ISA {
@@ -29,7 +29,7 @@ RED_INLINE Statistics statistics(const float* z, int64_t d, Sum first, float eps
   if constexpr (!Centered) return {0.0f, 1.0f / __builtin_sqrtf(first.total() / static_cast<float>(d) + eps)};
   const float mean = first.total() / static_cast<float>(d);
   Sum squares, rest;
-  sweep(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
+  sweep_sums(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
     const V centred = at.valid(at.load(z + j) - mean);
     squares.add(k, centred * centred);
     rest.add(k, centred);
@@ -70,12 +70,9 @@ struct Projection {
   template <bool Centered>
   RED_INLINE V apply(V gradient, V normed, Statistics s) const {
     const V rest = gradient - normed * along;
-    return s.rstd * (Centered ? rest - level : rest);
+    return (Centered ? rest - level : rest) * s.rstd;
   }
 };
-
-RED_INLINE void accumulate(float* sums, Full at, int64_t j, V v) { at.store<false>(sums + j, at.load(sums + j) + v); }
-RED_INLINE void accumulate(float* sums, Part at, int64_t j, V v) { at.store<false>(sums + j, at.load(sums + j) + v); }
 
 }  // namespace RED_ISA
 }  // namespace red

@@ -28,13 +28,15 @@ RED_INLINE void multiply_words(U a, uint32_t b, U& high, U& low) {
 }
 
 // Writes the factor of each column of a row: 1 / (1 - p) where it is kept, 0 where it is dropped. `out` is padded.
-inline void dropout_row(const Dropout& dropout, int64_t row, int64_t d, float* out) {
+// The rounds stay a loop: all ten keys at once would not fit the registers.
+__attribute__((noinline)) inline void dropout_row(const Dropout& dropout, int64_t row, int64_t d, float* out) {
   U lane;
   for (int i = 0; i < W; ++i) lane[i] = static_cast<uint32_t>(i);
   for (int64_t quad = 0; quad * 4 < d; quad += W) {
     U c0 = lane + static_cast<uint32_t>(quad), c1 = U{} + static_cast<uint32_t>(row);
     U c2 = U{} + static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32), c3 = {};
     uint32_t k0 = static_cast<uint32_t>(dropout.seed), k1 = static_cast<uint32_t>(dropout.seed >> 32);
+#pragma GCC unroll 1
     for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
       U high0, low0, high1, low1;
       multiply_words(c0, 0xD2511F53u, high0, low0);
@@ -46,7 +48,10 @@ inline void dropout_row(const Dropout& dropout, int64_t row, int64_t d, float* o
     }
     const U words[4] = {c0, c1, c2, c3};
     float factors[4][W];
-    for (int w = 0; w < 4; ++w) store(factors[w], words[w] >= dropout.threshold ? splat(dropout.factor) : V{});
+    for (int w = 0; w < 4; ++w) {
+      const N kept = words[w] >= dropout.threshold ? N{} + dropout.factor : N{};
+      __builtin_memcpy(factors[w], &kept, sizeof kept);
+    }
     for (int i = 0; i < W; ++i)
       for (int w = 0; w < 4; ++w) out[4 * (quad + i) + w] = factors[w][i];
   }

@@ -1,0 +1,148 @@
+// The sweep over the columns of a row: whole units and the rest, sums, and flags that are decided once for a row.
+#pragma once
+
+#include <type_traits>
+
+#include "halves.h"
+
+namespace red {
+namespace RED_ISA {
+
+// Streamed stores are weakly ordered: the threads that read them must not overtake them.
+RED_INLINE void fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// Brings the lines of a unit into the cache meanwhile.
+template <class T>
+RED_INLINE void prefetch(const T* p) {
+  for (int i = 0; i < L; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
+}
+// The same for lines that will be written, as this core's own; past the cache nothing is to be brought.
+template <bool Stream, class T>
+RED_INLINE void prepare(const T* p) {
+  if constexpr (!Stream)
+    for (int i = 0; i < L; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 1);
+}
+
+// How a body loads and stores its columns: a whole unit, or the first n of one (the rest read as zero and are not written).
+struct Full {
+  template <class T>
+  RED_INLINE V load(const T* p) const {
+    return RED_ISA::load(p);
+  }
+  template <bool Stream, class T>
+  RED_INLINE void store(T* p, V v) const {
+    RED_ISA::store<Stream>(p, v);
+  }
+  template <bool Stream, class T>
+  RED_INLINE V store_rounded(T* p, V v) const {
+    return RED_ISA::store_rounded<Stream>(p, v);
+  }
+  RED_INLINE V valid(V v) const { return v; }
+};
+
+struct Part {
+  int n;
+  template <class T>
+  RED_INLINE V load(const T* p) const {
+    T t[L] = {};
+    __builtin_memcpy(t, p, n * sizeof(T));
+    return RED_ISA::load(t);
+  }
+  template <bool Stream, class T>
+  RED_INLINE void store(T* p, V v) const {
+    store_rounded<Stream>(p, v);
+  }
+  template <bool Stream, class T>
+  RED_INLINE V store_rounded(T* p, V v) const {
+    T t[L];
+    const V held = RED_ISA::store_rounded<false>(t, v);
+    __builtin_memcpy(p, t, n * sizeof(T));
+    return held;
+  }
+  RED_INLINE V valid(V v) const {
+    I lane;
+    for (int i = 0; i < W; ++i) lane[i] = i;
+    return {bits<N>(bits<I>(v.a) & (lane < n)), bits<N>(bits<I>(v.b) & (lane + W < n))};
+  }
+};
+
+// Sums side by side hide the latency of an addition and lose fewer digits; `add` takes the index that sweep_sums hands out.
+struct Sum {
+  V part[2] = {};
+  RED_INLINE void add(int k, V v) { part[k] += v; }
+  RED_INLINE float total() const {
+    const V both = part[0] + part[1];
+    float t[W];
+    const N all = both.a + both.b;
+    __builtin_memcpy(t, &all, sizeof t);
+#pragma GCC unroll 8
+    for (int half = W / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+      for (int i = 0; i < half; ++i) t[i] += t[i + half];
+    return t[0];
+  }
+};
+
+// body(at, j) for the columns j of a row: `at` loads and stores a whole unit or the tail.
+template <class Body>
+RED_INLINE void sweep(int64_t d, const Body& body) {
+  int64_t j = 0;
+  for (; j + L <= d; j += L) body(Full{}, j);
+  if (j < d) body(Part{static_cast<int>(d - j)}, j);
+}
+
+// The same for a body that adds up along the row: body(at, j, k), where k says which of a Sum's parts takes the unit.
+template <class Body>
+RED_INLINE void sweep_sums(int64_t d, const Body& body) {
+  int64_t j = 0;
+  for (; j + 2 * L <= d; j += 2 * L) {
+    body(Full{}, j, 0);
+    body(Full{}, j + L, 1);
+  }
+  if (j + L <= d) {
+    body(Full{}, j, 0);
+    j += L;
+  }
+  if (j < d) body(Part{static_cast<int>(d - j)}, j, 0);
+}
+
+template <class At>
+RED_INLINE void accumulate(At at, float* sums, V v) {
+  at.template store<false>(sums, at.load(sums) + v);
+}
+
+// body(flags...) with each flag as std::true_type or std::false_type: what a flag decides is decided once for a row.
+template <class Body>
+RED_INLINE void decide(const Body& body) {
+  body();
+}
+template <class Body, class... Flags>
+RED_INLINE void decide(const Body& body, bool flag, Flags... others) {
+  if (flag)
+    decide([&](auto... known) __attribute__((always_inline)) { body(std::true_type{}, known...); }, others...);
+  else
+    decide([&](auto... known) __attribute__((always_inline)) { body(std::false_type{}, known...); }, others...);
+}
+
+template <class T>
+RED_INLINE const T* row(const Rows& rows, int64_t i) {
+  return static_cast<const T*>(rows.data) + i * rows.stride;
+}
+
+// The same, or `instead` where the activation is absent.
+template <class T>
+RED_INLINE const T* row(const Rows& rows, int64_t i, const T* instead) {
+  return rows ? row<T>(rows, i) : instead;
+}
+
+template <class T>
+RED_INLINE T* output(void* data, int64_t d, int64_t i) {
+  return data ? static_cast<T*>(data) + i * d : nullptr;
+}
+
+}  // namespace RED_ISA
+}  // namespace red
