@@ -37,8 +37,8 @@ _MANAGERS = (
     contextlib._GeneratorContextManager.__enter__.__code__,
     contextlib._AsyncGeneratorContextManager.__aenter__.__code__,
 )
-# Of what blocks and edits there are. Collecting garbage, or a signal, may take it again in the same thread. A fork waits
-# for it: the child has no other thread that would give it back.
+# Of what blocks and edits there are. Collecting garbage, or a signal, may take it again in the same thread. A fork
+# waits for it: the child has no other thread that would give it back.
 lock = threading.RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)

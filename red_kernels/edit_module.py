@@ -46,8 +46,6 @@ SITE = "_red_kernels_site"  # of a RedEdit: the name that its site had in the pa
 _STARTS: tuple[tuple[str, float], ...] = (("scale", 1.0), ("bias", 0.0), ("norm_weight", 1.0), ("norm_bias", 0.0))
 
 
-
-
 class Gate:
     """Whether an edit is visible: one for all of its sites, so that it becomes visible at all of them in one step."""
 

@@ -182,7 +182,7 @@ def test_files_that_were_changed_after_the_merge_stay(steps, tmp_path):
         write(target, "former")
         change()
         before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
-        with pytest.raises(FileExistsError, match="changed after the merge: (config.json|deep/er)"):
+        with pytest.raises(FileExistsError, match=r"changed after the merge: (config\.json|deep/er)"):
             OutputFolder(target, overwrite=True)
         assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before, name
     # Copied or touched is not changed.
@@ -198,14 +198,22 @@ def test_a_file_that_is_changed_while_the_new_one_is_written(steps, tmp_path):
     target = tmp_path / "merged"
     write(target, "former")
     output = OutputFolder(target, overwrite=True)
-    with pytest.raises(FileExistsError, match="changed after the merge"), output.written() as folder:
-        (folder / "config.json").write_text("new")
-        (target / "config.json").write_text("notes")
+
+    def run():
+        with output.written() as folder:
+            (folder / "config.json").write_text("new")
+            (target / "config.json").write_text("notes")
+
+    with pytest.raises(FileExistsError, match="changed after the merge"):
+        run()
     assert (target / "config.json").read_text() == "notes"
     assert os.listdir(tmp_path) == ["merged"]
 
 
-@pytest.mark.parametrize("marker", [None, "", "[]", "{", '{"format": "x", "files": []}', "[" * 100_000, '{"files": 3}', _OWN % "3", _OWN % "[]"])
+@pytest.mark.parametrize(
+    "marker",
+    [None, "", "[]", "{", '{"format": "x", "files": []}', "[" * 100_000, '{"files": 3}', _OWN % "3", _OWN % "[]"],
+)
 def test_other_folders_are_no_merged_models(marker, tmp_path):
     target = tmp_path / "thesis"
     target.mkdir()

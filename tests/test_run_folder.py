@@ -114,7 +114,7 @@ class Tiny(nn.Module):
 
 @pytest.mark.parametrize("former", ["of another training", "of an earlier run"])
 def test_a_checkpoint_of_the_same_step(former: str, tmp_path: Path) -> None:
-    """One of another training, which may be the base model itself, keeps its files; one of an earlier run is replaced."""
+    """One of another training, which may be the base model itself, keeps its files."""
     there = tmp_path / "checkpoint-1"
     (there / "deep").mkdir(parents=True)
     (there / "deep" / "model.safetensors").write_text("weights")

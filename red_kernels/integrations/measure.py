@@ -16,6 +16,7 @@ from torch import nn
 
 from .._parse import shown
 
+
 @dataclass(frozen=True)
 class HeldOut:
     """Mean loss over the held-out targets; `accuracy` for classification only."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from .._infer import config_from_names, kind_of, layers_by_stack
 from .._parse import read_json, shown
 from .._saved_folder import Head, Saved, make_saved
-from .._vectors import PARTS, SiteTensors, checked_tensor, collect
+from .._vectors import PARTS, SiteTensors, checked_tensor, collect, load_pickled
 from ..checkpoint import Found
 from ..config import RedConfig
 from ..report import listed
@@ -90,20 +91,15 @@ def _tensors_file(folder: Path) -> Path:
     raise FileNotFoundError(f"folder: {str(folder)!r} holds neither {' nor '.join(TENSORS_NAMES)}")
 
 
-def _tensors(path: Path) -> dict[str, Any]:
+def _tensors(path: Path) -> Mapping[str, Any]:
+    content = path.read_bytes()
+    if path.suffix != ".safetensors":
+        return load_pickled(path, content)
     try:
-        if path.suffix == ".safetensors":
-            found: Any = safetensors.torch.load(path.read_bytes())
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        return safetensors.torch.load(content)
     except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: is damaged or no file of an adapter: {reason}") from error
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise ValueError(f"{path}: holds a {type(found).__name__}, expected tensors by name")
-    return found
 
 
 def _config(source: Path, vectors: SiteTensors) -> RedConfig:

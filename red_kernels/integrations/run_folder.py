@@ -109,8 +109,8 @@ def open_run(path: Path, settings: Mapping[str, Any], resume: bool, overwrite: b
             )
         if not exists and (checkpoints(path) or any((path / name).exists() for name in (EDITS_NAME, CURVE_NAME))):
             raise ValueError(
-                f"--output: {str(path)!r} holds checkpoints, edits or a {CURVE_NAME} of another program; choose another "
-                "folder"
+                f"--output: {str(path)!r} holds checkpoints, edits or a {CURVE_NAME} of another program; choose "
+                "another folder"
             )
         if exists:
             _read(path, "--overwrite")
@@ -142,7 +142,7 @@ def _read(path: Path, option: str) -> dict[str, Any]:
             HeldOut.of(content["results"]["before"])
         return {"state": content["state"], "settings": content["settings"], "results": content["results"]}
     except ValueError as error:
+        reason = str(error).removeprefix(f"{file}: ")
         raise ValueError(
-            f"{option}: {file} is damaged or of another program: {str(error).removeprefix(f'{file}: ')}; choose another "
-            "folder, or remove it by hand"
+            f"{option}: {file} is damaged or of another program: {reason}; choose another folder, or remove it by hand"
         ) from error
