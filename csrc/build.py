@@ -312,7 +312,7 @@ def _sources(*patterns: str) -> list[Path]:
 def _parsed(text: str) -> Architectures:
     code, ptx = set(), set()
     for word in re.split(r"[\s;,]+", text.strip(" \t\n;,")):
-        match = re.fullmatch(r"(?:(\d+)\.(\d)|(\d{2,3}))(\+PTX)?", word, re.IGNORECASE)
+        match = re.fullmatch(r"(?:([0-9]{1,2})\.([0-9])|([0-9]{2,3}))(\+PTX)?", word, re.IGNORECASE)
         given = f"RED_KERNELS_ARCHS (or --archs) is {text!r}, with {word!r}"
         if match is None:
             raise SettingError(f"{given}; expected a list such as '80 90 100' or '9.0;10.0+PTX'")

@@ -158,9 +158,8 @@ def _lock(descriptor: int, folder: Path) -> bool:
             return True
         except BlockingIOError:
             if time.monotonic() > end:
-                raise TimeoutError(
-                    errno.ETIMEDOUT, f"another process has kept its lock for {_PATIENCE:.0f} seconds"
-                ) from None
+                text = f"another process has kept the lock of the folder {str(folder)!r} for {_PATIENCE:.0f} seconds"
+                raise TimeoutError(errno.ETIMEDOUT, text) from None
             time.sleep(0.005)
         except OSError:  # the file system has no locks
             return False

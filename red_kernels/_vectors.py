@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from ._parse import layer_number
 from .report import listed
 
-__all__ = ["PARTS", "VECTOR_DTYPES", "SiteTensors", "by_layer", "collect", "in_order"]
+__all__ = ["PARTS", "VECTOR_DTYPES", "SiteTensors", "by_layer", "collect", "in_order", "load_pickled"]
 
 PARTS = ("scale", "bias", "norm_weight", "norm_bias")  # as files and reports list them
 VECTOR_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -48,6 +49,19 @@ def collect(
             raise ValueError(f"{path}: holds {site}.{part} twice")
         vectors[site][part] = value.reshape(-1)
     return in_order(vectors)
+
+
+def load_pickled(path: Path, content: bytes) -> Mapping[str, Any]:
+    """What torch.save wrote, by name; a foreign pickle runs no code. Raises ValueError, with the file's name."""
+    try:
+        # Their files were saved from cuda:0.
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: is damaged or no checkpoint that torch.load reads safely: {reason}") from error
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise ValueError(f"{path}: expected a dict from names to tensors, got {type(state).__name__}")
+    return state
 
 
 def checked_tensor(path: Path, key: str, value: Any) -> torch.Tensor:

@@ -17,7 +17,6 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +24,7 @@ from torch import nn
 from ._edit_values import edit_tensors, values_of
 from ._files import locked, made_folder, sync_folder, write_files
 from ._sharded import refuse_partitioned, whole, write_from_one
-from ._vectors import SiteTensors, checked_tensor, collect
+from ._vectors import SiteTensors, checked_tensor, collect, load_pickled
 from ._wrapped_names import inner_model, renamed_sites
 from .edit_module import NAME
 from .report import listed
@@ -131,7 +130,7 @@ def authors_site(site: str, prefix: str) -> str:
 
 def read_vectors(path: Path) -> SiteTensors:
     """Read a `delta_vector.pth`. Raises ValueError for a file that is damaged or of another form."""
-    return collect(path, _read(path), _split, _ROWS)
+    return collect(path, load_pickled(path, path.read_bytes()), _split, _ROWS)
 
 
 def read_authors(folder: Path) -> tuple[SiteTensors, None, dict[str, torch.Tensor]]:
@@ -157,14 +156,14 @@ class _Torn(Exception):
 
 def _read_both(folder: Path) -> tuple[SiteTensors, None, dict[str, torch.Tensor]]:
     content = (folder / VECTORS_NAME).read_bytes()
-    vectors = collect(folder / VECTORS_NAME, _load(folder / VECTORS_NAME, content), _split, _ROWS)
+    vectors = collect(folder / VECTORS_NAME, load_pickled(folder / VECTORS_NAME, content), _split, _ROWS)
     mark = _mark_of(content)
     for path in (folder / CLASSIFIER_NAME, *([] if mark is None else [folder / _marked_name(mark)])):
         try:
             content = path.read_bytes()
         except FileNotFoundError:
             continue
-        state = _load(path, content)
+        state = load_pickled(path, content)
         # Files without a mark are of the authors' program, of earlier versions, or were put there by hand.
         if mark is None or _mark_of(content) in (None, mark):
             if not state:
@@ -246,19 +245,3 @@ def _split(key: str) -> tuple[str, str] | None:
     site, found, name = key.rpartition(_CHILD)
     part = _PARTS.get(name)
     return (site, part) if found and site and part is not None else None
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    return _load(path, path.read_bytes())
-
-
-def _load(path: Path, content: bytes) -> Mapping[str, Any]:
-    try:
-        # Their files were saved from cuda:0; weights_only keeps a foreign pickle from running code.
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: is damaged or no checkpoint that torch.load reads safely: {reason}") from error
-    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
-        raise ValueError(f"{path}: expected a dict from names to tensors, got {type(state).__name__}")
-    return state

@@ -17,6 +17,7 @@ import contextlib
 import contextvars
 import functools
 import inspect
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -36,7 +37,11 @@ _MANAGERS = (
     contextlib._GeneratorContextManager.__enter__.__code__,
     contextlib._AsyncGeneratorContextManager.__aenter__.__code__,
 )
-lock = threading.RLock()  # of what blocks and edits there are; collecting garbage may leave a block at any time
+# Of what blocks and edits there are. Collecting garbage, or a signal, may take it again in the same thread. A fork
+# waits for it: the child has no other thread that would give it back.
+lock = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
 _open = 0  # how many blocks are running, in all models
 _watching = False  # whether threads and executors say what they inherit
 _streams: dict[FrameType, list[Block]] = {}  # the running blocks of generators, by the generator's frame

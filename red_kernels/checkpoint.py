@@ -320,6 +320,7 @@ class Found:
         description: how the model was patched, if the file says it.
         head: the authors' classifier head, parameter name to value; empty where there is none.
         trained: the head of our own form.
+        head_file: where that comes from, if it is not the file that `save_edits` puts beside the vectors.
     """
 
     source: Path
@@ -327,6 +328,12 @@ class Found:
     description: dict[str, Any] | None = None
     head: dict[str, torch.Tensor] = field(default_factory=dict)
     trained: Head | None = None
+    head_file: Path | None = None
+
+    @property
+    def head_source(self) -> Path:
+        """The file of the trained head, for messages."""
+        return self.head_file or self.source.with_name(HEAD_NAME)
 
 
 def read(path: Path) -> Found:
@@ -405,7 +412,7 @@ def _head_pairs(model: nn.Module, found: Found, mapping: dict[str, str]) -> tupl
 
 def _trained_pairs(model: nn.Module, found: Found, mapping: dict[str, str]) -> tuple[_Pairs, list[str]]:
     assert found.trained is not None
-    source = found.source.with_name(HEAD_NAME)
+    source = found.head_source
     vectors = {id(own) for module in model.modules() if isinstance(module, RedEdit) for own in module.parameters()}
     own = {key: one for key, one in model.named_parameters(remove_duplicate=False) if id(one) not in vectors}
     values = found.trained.values

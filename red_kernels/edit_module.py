@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .blocks import state_of
+from .blocks import lock, state_of
 from .functional import edit, edit_add_layer_norm
 from .recompute import recalled, runs_plainly
 from .selection import DEFAULT, OFF, Rows, Selection, Vectors
@@ -44,9 +44,6 @@ NORM_EPS = 1e-5  # of the LayerNorm of kind "ln", torch's default
 INSIDE = "_red_kernels_inside"  # in a layer whose forward applies an edit that no hook could: the path of its site
 SITE = "_red_kernels_site"  # of a RedEdit: the name that its site had in the patched model
 _STARTS: tuple[tuple[str, float], ...] = (("scale", 1.0), ("bias", 0.0), ("norm_weight", 1.0), ("norm_bias", 0.0))
-
-
-_changing = threading.Lock()
 
 
 class Gate:
@@ -220,12 +217,12 @@ class RedEdit(EditVectors):
 
     def publish(self, name: str, holder: EditVectors) -> None:
         """Make vectors the edit of this name."""
-        with _changing:  # a new dict and no change of the old one: other threads may be walking through it
+        with lock:  # a new dict and no change of the old one: other threads may be walking through it
             self.__dict__["_modules"] = {**self._modules, name: holder}
 
     def remove(self, name: str) -> None:
         """Take the edit of this name away, if there is one."""
-        with _changing:
+        with lock:
             self.__dict__["_modules"] = {key: holder for key, holder in self._modules.items() if key != name}
 
     def named(self, name: str | None, again: bool = False) -> Vectors | None:

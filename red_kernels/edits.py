@@ -7,7 +7,6 @@ named `"default"`. Exactly one is active, or none; `use_edits` chooses by row in
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -75,7 +74,6 @@ def add_edit(model: nn.Module, name: str, copy_of: str | None = None) -> None:
 
 
 NewEdit = dict[str, tuple[RedEdit, EditVectors]]  # site to its module and the vectors that it will get
-_publishing = threading.Lock()
 
 
 def new_edit(model: nn.Module, name: str) -> NewEdit:
@@ -106,7 +104,7 @@ def publish_edit(added: NewEdit, name: str) -> None:
         ValueError: another thread has added an edit of this name meanwhile. Nothing is changed then.
     """
     gate = Gate()
-    with _publishing:
+    with lock:
         if any(name in own._modules for own, _ in added.values()):
             raise ValueError(f"name: the model has an edit {name!r} already")
         for own, holder in added.values():

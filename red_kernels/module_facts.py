@@ -72,5 +72,5 @@ def experts_remark(module: nn.Module, name: str) -> str:
 def linear_patterns(model: nn.Module) -> str:
     """The names of the linear layers, layer numbers replaced by `*`."""
     names = [name for name, module in model.named_modules() if name and output_width(module) is not None]
-    patterns = dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names)
+    patterns = dict.fromkeys(re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", name) for name in names)
     return listed(list(patterns)) if patterns else "none"

@@ -32,6 +32,24 @@ def wrapped(how: str, model: torch.nn.Module) -> torch.nn.Module:
     return fully_shard(model)
 
 
+def train(parallel: torch.nn.Module, peers: tuple[zoo.Unfused, ...], name: str, rank: int, steps: int) -> None:
+    """Train the parallel model on this process's batches, and each peer on those of both."""
+    optimizer = torch.optim.SGD([p for p in parallel.parameters() if p.requires_grad], lr=0.1)
+    others = []
+    for peer in peers:
+        vectors = [vector for parts in peer.vectors.values() for vector in parts.values()]
+        others.append((peer, torch.optim.SGD(vectors, lr=0.1)))
+    for step in range(steps):
+        batches = [zoo.inputs(name, seed=10 * step + other) for other in range(2)]
+        parallel(**batches[rank]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for peer, peer_optimizer in others:
+            (sum(peer.model(**batch).loss for batch in batches) / 2).backward()
+            peer_optimizer.step()
+            peer_optimizer.zero_grad()
+
+
 def main(how: str, rank: int) -> None:
     for name in NAMES:
         model = zoo.tiny(name)
@@ -46,21 +64,7 @@ def main(how: str, rank: int) -> None:
             _leave(z, normed, norm),
         )
         parallel = wrapped(how, model)
-        optimizer = torch.optim.SGD([p for p in parallel.parameters() if p.requires_grad], lr=0.1)
-        peers = []
-        for peer in (unfused, truth):
-            vectors = [vector for parts in peer.vectors.values() for vector in parts.values()]
-            peers.append((peer, torch.optim.SGD(vectors, lr=0.1)))
-        for step in range(2):
-            batches = [zoo.inputs(name, seed=10 * step + other) for other in range(2)]
-            output = parallel(**batches[rank])
-            output.loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            for peer, peer_optimizer in peers:
-                (sum(peer.model(**batch).loss for batch in batches) / 2).backward()
-                peer_optimizer.step()
-                peer_optimizer.zero_grad()
+        train(parallel, (unfused, truth), name, rank, steps=2)
         compose.leave_note = leave
         try:
             unpatch(parallel)
@@ -74,7 +78,7 @@ def main(how: str, rank: int) -> None:
         for site, parts in edit_parameters(model).items():
             for part, vector in parts.items():
                 own = vector.full_tensor() if isinstance(vector, DTensor) else vector
-                plain, exact = (peer.vectors[site][part] for peer, _ in peers)
+                plain, exact = (peer.vectors[site][part] for peer in (unfused, truth))
                 zoo.assert_as_exact(f"{how}: {name} {site}.{part}", own, plain, exact.double())
                 assert not torch.equal(own, values[site][part])
 
@@ -90,23 +94,10 @@ def one_of_two_edits(rank: int) -> None:
     switch_edit(model, "alice")
     zoo.fill(edit_parameters(model), values)
     parallel = DistributedDataParallel(model)
-    optimizer = torch.optim.SGD([p for p in parallel.parameters() if p.requires_grad], lr=0.1)
-    peers = []
-    for peer in (unfused, truth):
-        vectors = [vector for parts in peer.vectors.values() for vector in parts.values()]
-        peers.append((peer, torch.optim.SGD(vectors, lr=0.1)))
-    for step in range(3):
-        batches = [zoo.inputs(name, seed=10 * step + other) for other in range(2)]
-        parallel(**batches[rank]).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        for peer, peer_optimizer in peers:
-            (sum(peer.model(**batch).loss for batch in batches) / 2).backward()
-            peer_optimizer.step()
-            peer_optimizer.zero_grad()
+    train(parallel, (unfused, truth), name, rank, steps=3)
     for site, parts in edit_parameters(model, "alice").items():
         for part, vector in parts.items():
-            plain, exact = (peer.vectors[site][part] for peer, _ in peers)
+            plain, exact = (peer.vectors[site][part] for peer in (unfused, truth))
             zoo.assert_as_exact(f"alice: {site}.{part}", vector, plain, exact.double())
             untouched = edit_parameters(model, "default")[site][part]
             assert torch.equal(untouched, torch.full_like(untouched, float(part == "scale")))

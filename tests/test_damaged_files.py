@@ -344,6 +344,18 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a history of numbers": (change_state(log_history=[3]), "trainer_state.json"),
     "a loss of text": (change_state(log_history=[{"step": 1, "loss": "a"}]), "trainer_state.json"),
     "callbacks of a number": (change_state(stateful_callbacks=3), "trainer_state.json"),
+    **{
+        f"{entry} is {value!r:.20}": (change_state(**{entry: value}), "trainer_state.json")
+        for entry in ("logging_steps", "save_steps", "total_flos", "train_batch_size", "num_train_epochs", "epoch")
+        for value in (None, "x", [1], True, float("nan"))
+    },
+    **{
+        f"best_model_checkpoint is {value!r:.20}": (change_state(best_model_checkpoint=value), "trainer_state.json")
+        for value in (2**70, [1], {"a": 1}, 0.5)
+    },
+    "callbacks without Trainer's": (change_state(stateful_callbacks={"a": {}}), "trainer_state.json"),
+    "a callback of a number": (change_state(stateful_callbacks={"TrainerControl": 3}), "trainer_state.json"),
+    "a callback without entries": (change_state(stateful_callbacks={"TrainerControl": {}}), "trainer_state.json"),
     "edits cut": (cut("red_edits.safetensors", 60), "red_edits.safetensors"),
 }
 
@@ -379,6 +391,22 @@ def test_resuming_from_a_damaged_checkpoint(
         assert f"{checkpoint}" in error
         assert "remove" in error
         assert "--overwrite" in error
+
+
+@pytest.mark.parametrize(
+    "before", [None, "x", [1], {"a": 1}, {"loss": "x", "targets": 3, "accuracy": None}, {"loss": 1.0, "targets": None}]
+)
+def test_a_record_with_other_results(
+    before: Any, sources: Path, stopped: Path, tmp_path: Path, no_training: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    words = resuming(sources, tmp_path)
+    words[words.index("--data") + 1] = str(stopped / "text.txt")
+    record = tmp_path / "out" / "run.json"
+    run = json.loads(record.read_text())
+    run["results"]["before"] = before
+    record.write_text(json.dumps(run))
+    assert f"--resume: {record} is damaged" in failing(words, capsys)
 
 
 @pytest.mark.parametrize("name", [*PICKLES, "training_args.bin"])

@@ -33,6 +33,56 @@ def test_tables(name: str, tmp_path: Path) -> None:
     assert [document.label for document in documents] == (["0", "1"] if name == "a.jsonl" else ["x", "y"])
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("a.csv", "text,id,text\na,1,b\n", "line 1"),
+        ("a.csv", "text, text\na,b\n", "line 1"),
+        ("a.tsv", "\n\ntext\tlabel\tlabel\na\tx\ty\n", "line 3"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": 1, "text": "c"}\n', "line 2"),
+        ("a.parquet", None, "a.parquet"),
+    ],
+)
+def test_a_column_that_is_there_twice(name: str, content: str | None, where: str, tmp_path: Path) -> None:
+    if content is None:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        table = pytest.importorskip("pyarrow").table([["a", "b"], ["c", "d"]], names=["text", "text"])
+        parquet.write_table(table, tmp_path / name)
+    else:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{where}: has '(text|label)' twice"):
+        data.load_documents(str(tmp_path / name), data.Columns(), False, 0.1)
+
+
+def test_columns_without_a_name(tmp_path: Path) -> None:
+    """An index that pandas wrote, and commas at the end of the lines."""
+    (tmp_path / "a.csv").write_text(",text,,\n0,a,,\n1,b,,\n")
+    documents = data.load_documents(str(tmp_path / "a.csv"), data.Columns(), False, 0.1)
+    assert [document.text for document in documents] == ["a", "b"]
+
+
+def test_a_label_that_is_half_a_character(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "\\ud800"}\n')
+    with pytest.raises(ValueError, match="line 2: 'label' is no text that UTF-8 can hold"):
+        data.load_documents(str(tmp_path / "a.jsonl"), data.Columns(), True, 0.1)
+
+
+def test_folders_around_a_parquet_file_are_no_columns(tmp_path: Path) -> None:
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    (tmp_path / "label=7").mkdir()
+    parquet.write_table(arrow.table({"text": ["a"], "label": ["x"]}), tmp_path / "label=7" / "a.parquet")
+    [one] = data.load_documents(str(tmp_path / "label=7" / "a.parquet"), data.Columns(), True, 0.1)
+    assert one.label == "x"
+
+
+def test_a_parquet_value_that_python_cannot_hold(tmp_path: Path) -> None:
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    table = arrow.table({"text": ["a"], "when": arrow.array([2**52], arrow.timestamp("s"))})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet' is damaged"):
+        data.load_documents(str(tmp_path / "a.parquet"), data.Columns(), False, 0.1)
+
+
 def test_parquet(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pytest.importorskip("pyarrow").table({"body": ["one", "two"], "class": [3, 4]})

@@ -92,14 +92,28 @@ def layers(model):
     return model.model.layers if hasattr(model.model, "layers") else model.model.decoder.layers
 
 
+def twin_of(model, inputs_require_grad):
+    """A copy of a model; where it is asked for, the layers' inputs have gradients in both, for reentrant ways."""
+    twin = copy.deepcopy(model)
+    if inputs_require_grad:
+        for one in (model, twin):
+            one.enable_input_require_grads()
+    return twin
+
+
+def trainable(model):
+    return [
+        name
+        for name in NAMES
+        if all(v.requires_grad for parts in rk.edit_parameters(model, name).values() for v in parts.values())
+    ]
+
+
 def prepared(name="llama", way=library, reentrant=False, **options):
     _, model, _ = several(name, **options)
     model.train()
     model.config.use_cache = False  # a second run would put its keys into the cache once more
-    twin = copy.deepcopy(model)
-    if reentrant or way in (foreign, nested_otherwise):
-        for one in (model, twin):
-            one.enable_input_require_grads()
+    twin = twin_of(model, reentrant or way in (foreign, nested_otherwise))
     way(model, reentrant)
     return model, twin
 
@@ -157,10 +171,7 @@ def test_two_forwards_with_different_edits(way, reentrant, how):
 def test_families(name, reentrant):
     _, model, _ = several(name)
     model.train()
-    twin = copy.deepcopy(model)
-    if reentrant:
-        for one in (model, twin):
-            one.enable_input_require_grads()
+    twin = twin_of(model, reentrant)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     losses = [(model, [])]
     for edit in (ONE, TWO):
@@ -188,10 +199,7 @@ def test_sites_that_are_not_fused(reentrant):
     for edit in (ONE, TWO):
         rk.add_edit(plain, edit)
         zoo.fill(rk.edit_parameters(plain, edit), cases.values(rk.edit_parameters(plain, edit), seed=ord(edit)))
-    twin = copy.deepcopy(plain)
-    if reentrant:
-        for one in (plain, twin):
-            one.enable_input_require_grads()
+    twin = twin_of(plain, reentrant)
     library(plain, reentrant)
     assert_like_one_by_one(plain, twin, active)
 
@@ -291,9 +299,7 @@ def test_adapters_of_peft(by, reentrant):
     model = peft.get_peft_model(zoo.tiny("llama"), RedPeftConfig(init_weights=False), adapter_name=ONE)
     model.add_adapter(TWO, RedPeftConfig(init_weights=False))
     model.train()
-    twin = copy.deepcopy(model)
-    for one in (model, twin):
-        one.enable_input_require_grads()
+    twin = twin_of(model, True)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
 
     def run(one, edit):
@@ -356,37 +362,30 @@ def test_only_the_active_edit_is_trainable(edit):
 def test_a_block_trains_its_edits_and_freezes_them_again():
     _, model, _ = several("llama")
 
-    def trainable():
-        return [
-            name
-            for name in NAMES
-            if all(v.requires_grad for parts in rk.edit_parameters(model, name).values() for v in parts.values())
-        ]
-
     batch = inputs("llama", 2)
     with rk.use_edits(model, ["a", "b"]):
-        assert trainable() == ["default", "a", "b"]
+        assert trainable(model) == ["default", "a", "b"]
         with rk.use_edits(model, ["a", None]):
             pass
         loss = weighted(model(**batch).logits)
         rk.switch_edit(model, "a")
-    assert trainable() == ["a"]
+    assert trainable(model) == ["a"]
     loss.backward()
     assert all(value.any() for key, value in all_gradients(model).items() if not key.startswith("default"))
     with torch.no_grad(), rk.use_edits(model, ["b", "b"]):
-        assert trainable() == ["a"]
+        assert trainable(model) == ["a"]
         model(**batch)
-        assert trainable() == ["a"]
+        assert trainable(model) == ["a"]
         with torch.enable_grad():
             model(**batch)
-        assert trainable() == ["a", "b"]
-    assert trainable() == ["a"]
+        assert trainable(model) == ["a", "b"]
+    assert trainable(model) == ["a"]
     for parts in rk.edit_parameters(model, "b").values():  # by hand it stays so
         for vector in parts.values():
             vector.requires_grad_(True)
     with rk.use_edits(model, ["b", "b"]):
         model(**batch)
-    assert trainable() == ["a", "b"]
+    assert trainable(model) == ["a", "b"]
 
 
 @pytest.mark.parametrize("part", ["mlp", "red_edit", "all"])
@@ -408,13 +407,6 @@ def test_parts_in_evaluation_mode(part):
 
 def test_blocks_that_end_in_another_order_freeze_what_they_thawed():
     _, model, _ = several("llama")
-
-    def trainable(one):
-        return [
-            name
-            for name in NAMES
-            if all(v.requires_grad for parts in rk.edit_parameters(one, name).values() for v in parts.values())
-        ]
 
     def stream(ids):
         with rk.use_edits(model, ids):

@@ -85,6 +85,47 @@ print("done")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_forks_while_threads_enter_blocks_and_add_edits() -> None:
+    """What Python locks is free in the child too, and whole: its edits can be used, added and deleted."""
+    done = run(f"""
+import os, signal, sys, threading
+import torch
+import red_kernels as rk
+{_FORKS}
+sys.setswitchinterval(1e-4)
+torch.set_num_threads(1)
+model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+rk.patch(model, rk.RedConfig(sites="0"))
+for name in ("a", "b"):
+    rk.add_edit(model, name)
+stop = False
+def blocks():
+    while not stop:
+        with rk.use_edits(model, ["a", "b"]), rk.disable_edits(model):
+            rk.switch_edit(model, "b")
+def edits(own):
+    while not stop:
+        rk.add_edit(model, own)
+        rk.delete_edit(model, own)
+def in_child():
+    rk.add_edit(model, "z")
+    with rk.use_edits(model, ["a", "z"]):
+        model(torch.ones(2, 4))
+    rk.switch_edit(model, "a")
+    rk.delete_edit(model, "z")
+threads = [threading.Thread(target=blocks), *(threading.Thread(target=edits, args=name) for name in "cd")]
+for thread in threads:
+    thread.start()
+forks(80, in_child)
+stop = True
+for thread in threads:
+    thread.join()
+print("done")
+""")
+    assert done.stdout == "done\n", done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.skipif(native.load_error() is not None, reason="needs the CPU kernels")
 def test_forks_while_a_thread_is_in_an_operation() -> None:
     """A backward takes its column sums from the pool, which keeps nothing here: it gives them back to the system."""

@@ -304,7 +304,10 @@ def test_a_lock_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     save("all", tmp_path)
     before = (tmp_path / TENSORS_NAME).read_bytes()
     monkeypatch.setattr(_files, "_PATIENCE", 0.0)
-    with _files.locked(tmp_path), pytest.raises(TimeoutError, match=r"cannot write to the folder .*kept its lock"):
+    with (
+        _files.locked(tmp_path),
+        pytest.raises(TimeoutError, match=r"cannot write to the folder .*kept the lock of the folder"),
+    ):
         save("bias", tmp_path)
     assert (tmp_path / TENSORS_NAME).read_bytes() == before
     monkeypatch.setattr(_files, "fcntl", None)  # a system without locks

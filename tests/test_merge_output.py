@@ -18,6 +18,7 @@ from red_kernels.cli import main
 from red_kernels.integrations import _replaced, merged_folder
 from red_kernels.integrations._replaced import MARKER, OutputFolder
 
+_OWN = '{"format": "red_kernels merged model", "files": %s}'
 CONTENT = {"config.json": "{}", "deep/er": "weights"}
 
 
@@ -160,7 +161,59 @@ def test_foreign_files_are_named(tmp_path):
     assert held(target) == "new"
 
 
-@pytest.mark.parametrize("marker", [None, "", "[]", "{", '{"format": "x", "files": []}', "[" * 100_000, '{"files": 3}'])
+def test_files_that_were_changed_after_the_merge_stay(steps, tmp_path):
+    """Someone has trained the merged model on and saved it in its place: the marker still names these files."""
+    target = tmp_path / "merged"
+
+    def own(name):
+        path = target / name
+        path.unlink()
+        path.symlink_to(tmp_path / "elsewhere")
+
+    (tmp_path / "elsewhere").write_text("{}former")
+    changes = {
+        "other content": lambda: (target / "deep" / "er").write_text("my own weights"),
+        "as long": lambda: (target / "config.json").write_text("{}FORMER"),
+        "added to": lambda: (target / "config.json").open("a").write("x"),
+        "a link": lambda: own("config.json"),
+    }
+    for name, change in changes.items():
+        shutil.rmtree(target, ignore_errors=True)
+        write(target, "former")
+        change()
+        before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+        with pytest.raises(FileExistsError, match=r"changed after the merge: (config\.json|deep/er)"):
+            OutputFolder(target, overwrite=True)
+        assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before, name
+    # Copied or touched is not changed.
+    shutil.rmtree(target)
+    write(tmp_path / "first", "former")
+    shutil.copytree(tmp_path / "first", target, copy_function=shutil.copyfile)
+    os.utime(target / "config.json")
+    write(target, "new", overwrite=True)
+    assert held(target) == "new"
+
+
+def test_a_file_that_is_changed_while_the_new_one_is_written(steps, tmp_path):
+    target = tmp_path / "merged"
+    write(target, "former")
+    output = OutputFolder(target, overwrite=True)
+
+    def run():
+        with output.written() as folder:
+            (folder / "config.json").write_text("new")
+            (target / "config.json").write_text("notes")
+
+    with pytest.raises(FileExistsError, match="changed after the merge"):
+        run()
+    assert (target / "config.json").read_text() == "notes"
+    assert os.listdir(tmp_path) == ["merged"]
+
+
+@pytest.mark.parametrize(
+    "marker",
+    [None, "", "[]", "{", '{"format": "x", "files": []}', "[" * 100_000, '{"files": 3}', _OWN % "3", _OWN % "[]"],
+)
 def test_other_folders_are_no_merged_models(marker, tmp_path):
     target = tmp_path / "thesis"
     target.mkdir()
@@ -177,7 +230,7 @@ def test_a_marker_cannot_name_files_elsewhere(tmp_path):
     target = tmp_path / "merged"
     write(target, "former")
     said = json.loads((target / MARKER).read_text())
-    said["files"] += ["../precious", str(tmp_path / "precious")]
+    said["files"] |= dict.fromkeys(["../precious", str(tmp_path / "precious")], "0" * 64)
     (target / MARKER).write_text(json.dumps(said))
     write(target, "new", overwrite=True)
     assert (tmp_path / "precious").read_text() == "x"

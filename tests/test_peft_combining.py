@@ -17,7 +17,6 @@ from peft import PeftModel, get_peft_model
 
 import red_kernels as rk
 from red_kernels import cli
-from red_kernels.checkpoint import HEAD_NAME
 from red_kernels.integrations import peft_folder
 from red_kernels.integrations.peft import RedLayer, RedPeftConfig
 
@@ -277,8 +276,9 @@ def test_converting_a_folder_of_peft(
 
 def test_a_trained_head_comes_along(base: Path, tmp_path: Path) -> None:
     model = saved(base, tmp_path / "adapter", modules_to_save=["lm_head"])
-    with peft_folder.own_form(tmp_path / "adapter") as own:
-        head = safetensors.torch.load((own / HEAD_NAME).read_bytes())
+    found = peft_folder.read_peft(tmp_path / "adapter").trained
+    assert found is not None
+    head = found.values
     assert list(head) == ["lm_head.weight"]
     assert torch.equal(head["lm_head.weight"], model.base_model.model.lm_head.modules_to_save["default"].weight)
 
@@ -313,6 +313,31 @@ def test_folders_out_of_form(
     assert cli.main(words[command]) == cli.EXIT_ERROR
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("site", "change", "message"),
+    [
+        ("layers.0", lambda own: own[:3], "has width (3,), the model's is"),
+        ("layers.0", lambda own: own * float("nan"), "is not finite"),
+        ("lm_head", lambda own: own * float("inf"), "lm_head.weight is not finite"),
+    ],
+)
+def test_messages_name_the_file_of_the_adapter(
+    site: str, change: Any, message: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(base, tmp_path / "adapter", modules_to_save=["lm_head"])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load(path.read_bytes())
+    changed = {name: change(own) if site in name else own for name, own in tensors.items()}
+    path.write_bytes(safetensors.torch.save(changed))
+    words = ["--model", str(base), "--edits", str(tmp_path / "adapter"), "--output", str(tmp_path / "out")]
+    assert cli.main(["merge", *words]) == cli.EXIT_ERROR
+    error = capsys.readouterr().err
+    assert message in error
+    assert "red-kernels-" not in error
+    if "edit 'default'" not in error:  # which the model holds
+        assert str(path) in error
 
 
 @pytest.mark.parametrize("output", ["adapter", "."])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 import red_kernels as rk
+from red_kernels import checkpoint
 from red_kernels.checkpoint import HEAD_NAME, TENSORS_NAME
 from red_kernels.cli import main
 from red_kernels.integrations.convert import convert
@@ -242,6 +244,37 @@ def test_a_head_that_fits_no_class(bases, tmp_path, capsys):
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e6])
+@pytest.mark.parametrize("dtype", ["auto", "fp16"])
+@pytest.mark.parametrize("more", [[], ["--force"]])
+def test_a_head_that_is_not_finite_is_never_merged(more, dtype, value, bases, tmp_path, capsys):
+    model = finetuned(bases["bert"], tmp_path / "edits")
+    with torch.no_grad():
+        next(iter(head_parameters(model).values())).view(-1)[3] = value
+    save_trained(model, tmp_path / "edits")
+    words = ["--model", str(bases["bert"]), "--edits", str(tmp_path / "edits"), "--output", str(tmp_path / "merged")]
+    fits = value == 1e6 and dtype == "auto"
+    assert main(["merge", *words, "--dtype", dtype, *more]) == (0 if fits else 2)
+    name = next(iter(head_parameters(model)))
+    wanted = "would overflow torch.float16" if value == 1e6 else r"is not finite \(1 "
+    if not fits:
+        assert re.search(rf"red_head\.safetensors: {re.escape(name)} {wanted}", capsys.readouterr().err)
+    assert (tmp_path / "merged").exists() == fits
+
+
+@pytest.mark.parametrize(
+    "name", ["Trainer", "AutoModel", "BertConfig", "Cache", "pipeline", "utils", "__dict__", "", "GPT2Model", "\ud800"]
+)
+def test_the_class_of_a_head_is_no_class_of_the_base(name, bases, tmp_path, monkeypatch, capsys):
+    """What the file says of the class is a hint: where it is of no use, a class is found by the head itself."""
+    monkeypatch.setattr(checkpoint, "architecture", lambda model: name)
+    finetuned(bases["bert"], tmp_path / "edits")
+    words = ["--model", str(bases["bert"]), "--edits", str(tmp_path / "edits"), "--output", str(tmp_path / "merged")]
+    assert main(["merge", *words]) == 0, capsys.readouterr().err
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+
+
 def test_a_base_that_lacks_more_than_the_head(bases, tmp_path, capsys):
     """Weights that are in neither file would be drawn at random."""
     finetuned(bases["bert"], tmp_path / "edits")
@@ -251,7 +284,7 @@ def test_a_base_that_lacks_more_than_the_head(bases, tmp_path, capsys):
     assert merge(bases["bert"], tmp_path) == 2
     error = capsys.readouterr().err
     assert "lack the weights classifier.bias" in error
-    assert "red_head.safetensors does not hold them" in error
+    assert "the trained head does not hold them" in error
 
 
 def test_a_converted_head_of_the_authors(tmp_path):

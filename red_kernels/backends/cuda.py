@@ -52,7 +52,7 @@ def parse_architectures(text: str) -> tuple[Code, ...]:
     """What ``"sm_80 sm_90 compute_100"`` names. Raises ValueError for anything else."""
     found = []
     for word in text.split():
-        parts = re.fullmatch(r"(sm|compute)_(\d+)(\d)", word)
+        parts = re.fullmatch(r"(sm|compute)_([0-9]{1,4})([0-9])", word)
         if parts is None:
             raise ValueError(f"it says that it is for {text!r}, expected names such as sm_90 or compute_100")
         found.append(Code((int(parts[2]), int(parts[3])), parts[1] == "compute"))

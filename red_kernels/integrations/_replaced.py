@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -20,7 +21,7 @@ from ..report import listed
 
 __all__ = ["MARKER", "OutputFolder", "refuse_overlap"]
 
-MARKER = "red_merge.json"  # in a folder that was written here: which files are its own
+MARKER = "red_merge.json"  # in a folder that was written here: its files, and the SHA-256 of each
 _FORMAT = "red_kernels merged model"
 
 
@@ -28,7 +29,7 @@ _FORMAT = "red_kernels merged model"
 class _Former:
     """A folder that may be replaced: which one it is, the files in it, and whether all that it had are there."""
 
-    identity: tuple[int, int, bytes]
+    identity: tuple[int, int, bytes, tuple[tuple[str, int, int], ...]]
     files: tuple[str, ...]
     whole: bool = False
 
@@ -38,7 +39,7 @@ class OutputFolder:
 
     Args:
         output: where it goes; a link is followed.
-        overwrite: replace a folder that was written so before, and holds nothing else.
+        overwrite: replace a folder that was written so before, was not changed since, and holds nothing else.
 
     Raises:
         FileExistsError: something is there, and it may not be replaced.
@@ -81,16 +82,16 @@ class OutputFolder:
                 if os.path.lexists(staging) and os.path.samestat(made, os.lstat(staging)):
                     shutil.rmtree(staging, ignore_errors=True)
 
-    def _look(self) -> _Former | None:
-        """What is in the place now; None for nothing."""
+    def _look(self, former: _Former | None = None) -> _Former | None:
+        """What is in the place now; None for nothing. Only files that are not as in `former` are read."""
         if not os.path.lexists(self.path):
             return None
         if not self._overwrite:
             raise FileExistsError(f"output: {str(self.path)!r} is there already; pass --overwrite to replace it")
-        return _replaceable(self.path)
+        return _replaceable(self.path, former)
 
     def _check_unchanged(self) -> None:
-        now = self._look()
+        now = self._look(self._former)
         if (now and now.identity) != (self._former and self._former.identity):
             raise FileExistsError(
                 f"output: {str(self.path)!r} was changed by another process meanwhile; nothing was replaced"
@@ -110,7 +111,7 @@ class OutputFolder:
         if exchange(staging, self.path):
             aside = staging
             try:
-                same = _replaceable(aside).identity == former.identity
+                same = _replaceable(aside, former).identity == former.identity
             except FileExistsError:
                 same = False
             if not same:  # something came in at the last moment
@@ -196,36 +197,60 @@ def _changed(path: Path) -> float:
         return 0.0
 
 
-def _replaceable(folder: Path) -> _Former:
-    """Raises FileExistsError, which says why, for what is not a folder written here with nothing else in it."""
+def _replaceable(folder: Path, former: _Former | None = None) -> _Former:
+    """What may be replaced at a place; a folder with the identity of `former` is not read once more.
+
+    Raises:
+        FileExistsError: it is not a folder written here, as it was written and with nothing else in it; says why.
+    """
     if folder.is_symlink() or not folder.is_dir():
         raise FileExistsError(f"output: {str(folder)!r} is a file, expected a folder")
     found = os.stat(folder)
     there = _entries(folder)
     if not there:
-        return _Former((found.st_dev, found.st_ino, b""), ())
+        return _Former((found.st_dev, found.st_ino, b"", ()), ())
     advice = "choose another place, or move away what is to be kept and remove the folder"
     try:
         content = (folder / MARKER).read_bytes()
-        files = json.loads(content)
-        if files["format"] != _FORMAT or not all(isinstance(name, str) for name in files["files"]):
+        said = json.loads(content)
+        if said["format"] != _FORMAT:
             raise ValueError("of another program")
-        own = {os.path.normpath(name) for name in files["files"]}
+        own = {os.path.normpath(name): digest for name, digest in said["files"].items()}
     except FileNotFoundError:
         raise FileExistsError(
             f"output: {str(folder)!r} is no merged model that this command wrote ({MARKER} is missing); {advice}"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FileExistsError(
             f"output: {str(folder)!r} is no merged model that this command wrote ({MARKER}: {error}); {advice}"
         ) from error
     parents = {str(parent) for name in own for parent in Path(name).parents}  # empty where the deletion was cut short
-    foreign = sorted(there - own - parents - {MARKER})
+    foreign = sorted(there - own.keys() - parents - {MARKER})
     if foreign:
         raise FileExistsError(
             f"output: {str(folder)!r} holds files that the merge did not write: {listed(foreign)}; {advice}"
         )
-    return _Former((found.st_dev, found.st_ino, content), tuple(sorted(there & own)), own <= there)
+    files = sorted(there & own.keys())
+    state = tuple((name, stat.st_size, stat.st_mtime_ns) for name in files for stat in [os.lstat(folder / name)])
+    identity = found.st_dev, found.st_ino, content, state
+    if former is None or identity != former.identity:
+        changed = [name for name in files if _digest(folder / name) != own[name]]
+        if changed:
+            raise FileExistsError(
+                f"output: {str(folder)!r} holds files that were changed after the merge: {listed(changed)}; {advice}"
+            )
+    return _Former(identity, tuple(files), own.keys() <= there)
+
+
+def _digest(path: Path) -> str:
+    """The SHA-256 of a file; empty for what is none, such as a folder or a link."""
+    if path.is_symlink() or not path.is_file():
+        return ""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _entries(folder: Path) -> set[str]:
@@ -240,12 +265,12 @@ def _entries(folder: Path) -> set[str]:
 
 
 def _finish(folder: Path) -> None:
-    """Write down which files are in a folder, and bring all of it to the disk."""
+    """Write down what is in a folder, and bring all of it to the disk."""
     said: dict[str, Any] = {
         "format": _FORMAT,
         "red_kernels_version": __version__,
         "token": secrets.token_hex(8),  # two merges of the same files are told apart
-        "files": sorted(_entries(folder)),
+        "files": {name: _digest(folder / name) for name in sorted(_entries(folder))},
     }
     (folder / MARKER).write_text(json.dumps(said, indent=2) + "\n")
     for root, _, files in os.walk(folder):

@@ -149,7 +149,12 @@ def named_class(config: Any) -> Any:
     """The class of transformers that a configuration names as its model's; None where that is no model."""
     names = getattr(config, "architectures", None)
     first = names[0] if isinstance(names, (list, tuple)) and names else None
-    kind = getattr(transformers, first, None) if isinstance(first, str) else None
+    return class_named(first)
+
+
+def class_named(name: object) -> Any:
+    """The model class of transformers that has this name; None where there is none."""
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
     return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
 
 

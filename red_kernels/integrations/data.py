@@ -9,7 +9,7 @@ import csv
 import io
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +178,7 @@ def _separated_rows(path: Path, suffix: str, columns: Columns) -> Iterable[tuple
                 continue  # an empty line holds no row
             if names is None:
                 names = [name.strip() for name in fields] if columns.header else [str(i) for i in range(len(fields))]
+                _check_names(names, where)
                 if columns.header:
                     continue
             if len(fields) != len(names):
@@ -192,18 +193,37 @@ def _json_rows(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
         if not line.strip():
             continue
         where = f"{path.name}, line {number}"
-        row = parse_json(line, f"data: {where}")
-        if not isinstance(row, dict):
+        row = parse_json(line, f"data: {where}", object_pairs_hook=_Object)
+        if not isinstance(row, _Object):
             raise ValueError(f"data: {where}: is a {type(row).__name__}, expected an object with named entries")
+        _check_names(row.written, where)
         yield where, row
+
+
+class _Object(dict[str, Any]):
+    """An object of JSON that knows its names as they were written."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.written = [name for name, _ in pairs]
+
+
+def _check_names(names: Sequence[str], where: str) -> None:
+    """Raises ValueError for a name that is there twice: only one of the columns could be used."""
+    twice = [name for name, count in Counter(names).items() if count > 1 and name]
+    if twice:
+        raise ValueError(f"data: {where}: has {shown(twice[0])} twice, expected each name once")
 
 
 def _parquet_rows(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     parquet = require("pyarrow.parquet", "reading a parquet file", "pyarrow")
     try:
-        rows = parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        # Of the file alone: names of folders such as `label=1` would become columns.
+        table = parquet.ParquetFile(path).read()
+        rows = table.to_pylist()
+    except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
         raise ValueError(f"data: {str(path)!r} is damaged or no parquet file: {error}") from error
+    _check_names(table.column_names, path.name)
     return ((f"{path.name}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
@@ -245,6 +265,7 @@ def _rows_to_documents(
                     f"data: {where}: {wanted[1]!r} is {shown(value)}, expected a label (a word or an integer)"
                 )
             label = str(value).strip()
+            _check_characters(label, where, wanted[1])
         # Equal texts share a group: a duplicate must not be held out and trained on.
         documents.append(Document(text, f"{source} #{number}", text.strip(), label))
     return documents

@@ -317,7 +317,7 @@ def _show_parameters(model: nn.Module, console: Console) -> int:
 
 def _measure_before(run: RunFolder, model: nn.Module, data: _Data) -> HeldOut:
     if "before" in run.results:  # a resumed run has measured it already
-        return HeldOut(**run.results["before"])
+        return HeldOut.of(run.results["before"])
     before = held_out_loss(model, data.held_out_batches(), data.classification)
     run.write("running", before=asdict(before))
     return before

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._parse import shown
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -22,6 +24,18 @@ class HeldOut:
     loss: float
     targets: int
     accuracy: float | None = None
+
+    @classmethod
+    def of(cls, said: Any) -> HeldOut:
+        """From what `dataclasses.asdict` made of one, as a file holds it. Raises ValueError for anything else."""
+        form = {"loss": (int, float), "targets": (int,), "accuracy": (int, float, type(None))}
+        if (
+            not isinstance(said, dict)
+            or said.keys() != form.keys()
+            or any(isinstance(said[name], bool) or not isinstance(said[name], kinds) for name, kinds in form.items())
+        ):
+            raise ValueError(f"a held-out loss is {shown(said)}, expected numbers for {', '.join(form)}")
+        return cls(**said)
 
     @property
     def perplexity(self) -> float:

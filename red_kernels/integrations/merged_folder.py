@@ -11,15 +11,16 @@ from typing import Any
 import torch
 import transformers
 
-from .._saved_folder import HEAD_NAME, TENSORS_NAME, Head, config_of
-from ..checkpoint import load_found, read
-from ..merge import MergeReport, merge
+from .._saved_folder import TENSORS_NAME, Head, config_of
+from ..checkpoint import Found, load_found, read
+from ..merge import MergeReport, is_finite, merge, unfinite
 from ..patch import patch
 from ..report import listed
 from ._replaced import OutputFolder, refuse_overlap
 from .base_models import (
     OWN_CODE,
     PACKAGED,
+    class_named,
     explaining,
     forget_quantization,
     gguf_options,
@@ -30,7 +31,7 @@ from .base_models import (
     without_quantization,
 )
 from .output_folder import check_output, writing
-from .peft_folder import is_peft_folder, own_form
+from .peft_folder import is_peft_folder, read_peft
 
 __all__ = ["merge_folder"]
 
@@ -73,27 +74,26 @@ def merge_folder(
         FileNotFoundError, OSError: model or edits cannot be found, the output cannot be written; what was there stays.
     """
     check_output(output, "output")
-    if is_peft_folder(edits):
-        refuse_overlap(output, {"the folder of the edits": Path(edits)})
-        with own_form(edits) as own:
-            return merge_folder(model, own, output, dtype=dtype, force=force, overwrite=overwrite)
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
     source = _source(model)
     inputs = {"the folder of the edits": Path(edits)}
     refuse_overlap(output, inputs if source.path is None else {"the base model": source.path, **inputs})
     target = OutputFolder(output, overwrite)
-    found = read(Path(edits))
+    found = read_peft(edits) if is_peft_folder(edits) else read(Path(edits))
     if found.description is None:
         raise ValueError(
             f"edits: {str(edits)!r} does not say where its edits belong; expected a folder with {TENSORS_NAME}, which "
             "red-kernels convert makes of the authors' form"
         )
+    for name, value in {} if found.trained is None else found.trained.values.items():
+        if not is_finite(value):
+            raise ValueError(f"{found.head_source}: {name} is not finite ({unfinite(value)})")
     with target.written() as folder:
         loaded, notes = _load(source, dtype, found.trained)
         patch(loaded, config_of(found.source, found.description))
         report = load_found(loaded, found, Path(edits), None, strict=True)
-        notes += [*report.warnings, *_rounded(loaded, found.trained)]
+        notes += [*report.warnings, *_rounded(loaded, found)]
         merged = merge(loaded, force=force, keep_original=False)
         tokenizer = _tokenizer(source, notes)
         with writing(output), quietly():
@@ -168,7 +168,7 @@ def _load(source: _Source, dtype: str, head: Head | None) -> tuple[Any, list[str
     new = sorted(set(loading["missing_keys"]) | other)
     lacking = [name for name in new if head is None or name not in head.values]
     if lacking:
-        held = f", and {HEAD_NAME} does not hold them" if head is not None else ""
+        held = ", and the trained head does not hold them" if head is not None else ""
         weights = f"{listed(lacking)} of a {type(model).__name__}"
         raise ValueError(
             f"model: the files of {source.name!r} lack the weights {weights}, which "
@@ -198,8 +198,7 @@ def _class_for(config: Any, head: Head, name: str) -> tuple[Any, Any]:
 
 def _classes(config: Any, head: Head) -> list[Any]:
     """Classes to try, the likeliest first; None stands for the one that classifies sequences."""
-    trained = getattr(transformers, head.architecture or "", None)
-    found = [trained if isinstance(trained, type) else None, named_class(config)]
+    found = [class_named(head.architecture), named_class(config)]
     fitting = [kind for kind in found if kind is not None and isinstance(config, kind.config_class or ())]
     return [*dict.fromkeys(fitting), None]
 
@@ -218,9 +217,15 @@ def _possible_labels(config: Any, head: Head) -> Iterator[dict[int, str]]:
         yield {number: f"LABEL_{number}" for number in range(count)}
 
 
-def _rounded(model: Any, head: Head | None) -> list[str]:
+def _rounded(model: Any, found: Found) -> list[str]:
+    """A note on a head that the model's dtype has rounded. Raises ValueError for one that is too large for it."""
     own = dict(model.named_parameters(remove_duplicate=False))
-    values = {} if head is None else head.values
+    values = {} if found.trained is None else found.trained.values
+    over = [name for name in values if name in own and not is_finite(own[name])]
+    if over:
+        raise ValueError(
+            f"{found.head_source}: {listed(over)} would overflow {own[over[0]].dtype}; merge into --dtype fp32 or bf16"
+        )
     lost = [name for name, value in values.items() if name in own and not torch.equal(own[name].to(value.dtype), value)]
     if not lost:
         return []

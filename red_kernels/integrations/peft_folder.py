@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,12 @@ import torch
 from .._infer import config_from_names, kind_of, layers_by_stack
 from .._parse import read_json, shown
 from .._saved_folder import Head, Saved, make_saved
-from .._vectors import PARTS, SiteTensors, checked_tensor, collect
-from ..checkpoint import write_saved
+from .._vectors import PARTS, SiteTensors, checked_tensor, collect, load_pickled
+from ..checkpoint import Found
 from ..config import RedConfig
 from ..report import listed
 
-__all__ = ["is_peft_folder", "own_form", "read_peft_folder"]
+__all__ = ["is_peft_folder", "own_content", "read_peft", "read_peft_folder"]
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -59,9 +57,7 @@ def read_peft_folder(
         raise ValueError(
             f"{path / CONFIG_NAME}: is of an adapter of the method {shown(content.get('peft_type'))}, expected 'RED'"
         )
-    source = next((path / name for name in TENSORS_NAMES if (path / name).is_file()), None)
-    if source is None:
-        raise FileNotFoundError(f"folder: {str(path)!r} holds neither {' nor '.join(TENSORS_NAMES)}")
+    source = _tensors_file(path)
     tensors = {key.removeprefix(_PREFIX): value for key, value in _tensors(source).items()}
     head = {key: checked_tensor(source, key, value) for key, value in tensors.items() if _KEY.fullmatch(key) is None}
     odd = [key for key in head if ".red_edit." in key]
@@ -73,15 +69,13 @@ def read_peft_folder(
     return _config(source, vectors), vectors, head, base if isinstance(base, str) and base else None
 
 
-@contextlib.contextmanager
-def own_form(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder in the form of `rk.save_edits` with the content of PEFT's; it is gone after the block.
-
-    Raises as `read_peft_folder`.
-    """
-    with tempfile.TemporaryDirectory(prefix="red-kernels-") as temporary:
-        write_saved(Path(temporary), own_content(folder))
-        yield Path(temporary)
+def read_peft(folder: str | os.PathLike[str]) -> Found:
+    """What PEFT's folder holds, as if `rk.save_edits` had written it. Raises as `read_peft_folder`."""
+    source = _tensors_file(Path(folder))
+    config, vectors, values, base = read_peft_folder(folder)
+    head = Head(values) if values else None
+    description = make_saved(config, vectors, base, _inner_prefix(vectors), head).description
+    return Found(source, vectors, description, trained=head, head_file=source)
 
 
 def own_content(folder: str | os.PathLike[str]) -> Saved:
@@ -90,20 +84,22 @@ def own_content(folder: str | os.PathLike[str]) -> Saved:
     return make_saved(config, vectors, base, _inner_prefix(vectors), Head(head) if head else None)
 
 
-def _tensors(path: Path) -> dict[str, Any]:
+def _tensors_file(folder: Path) -> Path:
+    for name in TENSORS_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"folder: {str(folder)!r} holds neither {' nor '.join(TENSORS_NAMES)}")
+
+
+def _tensors(path: Path) -> Mapping[str, Any]:
+    content = path.read_bytes()
+    if path.suffix != ".safetensors":
+        return load_pickled(path, content)
     try:
-        if path.suffix == ".safetensors":
-            found: Any = safetensors.torch.load(path.read_bytes())
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        return safetensors.torch.load(content)
     except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: is damaged or no file of an adapter: {reason}") from error
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise ValueError(f"{path}: holds a {type(found).__name__}, expected tensors by name")
-    return found
 
 
 def _config(source: Path, vectors: SiteTensors) -> RedConfig:

@@ -6,13 +6,13 @@ import contextlib
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers.trainer_callback import TrainerState
+from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from .._errors import one_line
@@ -21,6 +21,17 @@ from .trainer import RedTrainer
 
 __all__ = ["ResumingTrainer", "check_checkpoint"]
 
+# What Trainer computes with, once it has read it.
+_NUMBERS = ("global_step", "max_steps", "num_input_tokens_seen", "num_train_epochs", "logging_steps", "save_steps")
+_STATE: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(_NUMBERS, int),
+    "train_batch_size": int,
+    "eval_steps": (int, float),
+    "epoch": (int, float),
+    "total_flos": (int, float),
+    "log_history": list,
+    "stateful_callbacks": dict,
+}
 STATE, OPTIMIZER, SCHEDULER, RANDOM = "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"
 
 
@@ -121,17 +132,25 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _expect(found: dict[str, Any], form: dict[str, type]) -> None:
-    for name, kind in form.items():
-        if not isinstance(found.get(name), kind):
-            raise ValueError(f"its {name} is {shown(found.get(name))}, expected a {kind.__name__}")
+def _expect(found: dict[str, Any], form: Mapping[str, type | tuple[type, ...]]) -> None:
+    for name, kinds in form.items():
+        value = found.get(name)
+        if not isinstance(value, kinds) or isinstance(value, bool) or (isinstance(value, float) and value != value):
+            expected = kinds.__name__ if isinstance(kinds, type) else " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"its {name} is {shown(value)}, expected a {expected}")
 
 
 def _check_state(path: Path) -> None:
     content = read_json(path)
-    numbers = {"global_step": int, "max_steps": int, "num_input_tokens_seen": int}
-    _expect(content, {**numbers, "log_history": list, "stateful_callbacks": dict})
+    _expect(content, _STATE)
     TrainerState(**content)
+    best = content.get("best_model_checkpoint")
+    if not isinstance(best, str | None):
+        raise ValueError(f"its best_model_checkpoint is {shown(best)}, expected a text or null")
+    for name, said in content["stateful_callbacks"].items():
+        for one in said if isinstance(said, list) else [said]:
+            _expect(_a_dict(one, f"state of {name}"), {"args": dict, "attributes": dict})
+    TrainerControl.from_state(_a_dict(content["stateful_callbacks"].get("TrainerControl"), "TrainerControl"))
     step = path.parent.name.rpartition("-")[2]
     if str(content["global_step"]) != step:
         raise ValueError(f"its global_step is {content['global_step']}, expected {step}")
@@ -140,6 +159,12 @@ def _check_state(path: Path) -> None:
             raise ValueError(f"its log_history has {shown(entry)}, expected an object with a step")
         if not isinstance(entry.get("loss", math.nan), (int, float)):
             raise ValueError(f"its log_history has the loss {shown(entry['loss'])}, expected a number")
+
+
+def _a_dict(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"its {what} is {shown(value)}, expected an object")
+    return value
 
 
 def _check_random(path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,20 @@ from typing import Any
 from .._files import write_files
 from .._parse import read_json
 from .._saved_folder import remove_saved
+from ..report import listed
+from .measure import HeldOut
 from .trainer import checkpoints
 
 RUN_NAME = "run.json"
 EDITS_NAME = "edits"
 CURVE_NAME = "loss.png"
+
+STATES = ("running", "interrupted", "finished")
+_SETTINGS = {"task", "model", "data", "steps"}  # among those of every run
+_OF_A_CHECKPOINT = re.compile(
+    r"red_edits\.safetensors|red_head\.([0-9a-f]{32}\.)?safetensors|red_config\.json|trainer_state\.json|optimizer\.pt|"
+    r"scheduler\.pt|scaler\.pt|rng_state(_[0-9]+)?\.pth|training_args\.bin"
+)
 
 
 @dataclass
@@ -46,7 +56,10 @@ class RunFolder:
         """
         if self.checkpoint is None:
             for folder in checkpoints(self.path):
-                shutil.rmtree(folder)
+                for path in filter(_of_a_run, folder.iterdir()):
+                    path.unlink()
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # something was put into it while model and data were loaded
             remove_saved(self.edits)
             if self.curve.exists():
                 self.curve.unlink()
@@ -66,18 +79,19 @@ def open_run(path: Path, settings: Mapping[str, Any], resume: bool, overwrite: b
         path: the folder.
         settings: what decides the course of the run; a resumed run must have the same.
         resume: go on from the newest checkpoint; from the start if the run was killed before its first.
-        overwrite: remove the files of an earlier run. Other files in the folder are never touched.
+        overwrite: remove the files of an earlier run. Other files in the folder are never touched; among those of a
+            checkpoint they are refused.
 
     Raises:
         ValueError: the folder holds a run and neither was asked for; or a run to resume is missing, finished, damaged,
-            or was started with other settings.
+            or was started with other settings; or what there is to overwrite was not written by a run.
     """
     if resume and overwrite:
         raise ValueError("--resume and --overwrite: got both, expected one at most")
     settings = json.loads(json.dumps(settings))  # as they will be read back
     exists = (path / RUN_NAME).exists()
     if resume:
-        former = _read(path)
+        former = _read(path, "--resume")
         if former["state"] == "finished":
             raise ValueError(f"--resume: the run in {str(path)!r} is finished; --overwrite starts it anew")
         changed = [name for name in settings if former["settings"].get(name) != settings[name]]
@@ -93,22 +107,42 @@ def open_run(path: Path, settings: Mapping[str, Any], resume: bool, overwrite: b
             raise ValueError(
                 f"--output: {str(path)!r} already holds a run; go on with it by --resume, or start anew by --overwrite"
             )
-        if not exists and (checkpoints(path) or (path / EDITS_NAME).exists()):
+        if not exists and (checkpoints(path) or any((path / name).exists() for name in (EDITS_NAME, CURVE_NAME))):
             raise ValueError(
-                f"--output: {str(path)!r} holds checkpoints or edits of another program; choose another folder"
+                f"--output: {str(path)!r} holds checkpoints, edits or a {CURVE_NAME} of another program; choose "
+                "another folder"
             )
+        if exists:
+            _read(path, "--overwrite")
+            for folder in checkpoints(path):
+                foreign = [entry.name for entry in sorted(folder.iterdir()) if not _of_a_run(entry)]
+                if foreign or folder.is_symlink():
+                    what = f"has {listed(foreign)}, which no run wrote" if foreign else "is a link"
+                    raise ValueError(f"--overwrite: {str(folder)!r} {what}; move away what is to be kept")
         run = RunFolder(path, dict(settings), {})
     return run
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _of_a_run(path: Path) -> bool:
+    """Whether something in a checkpoint is a file that a run writes there."""
+    return _OF_A_CHECKPOINT.fullmatch(path.name) is not None and (path.is_symlink() or path.is_file())
+
+
+def _read(path: Path, option: str) -> dict[str, Any]:
     file = path / RUN_NAME
     if not file.exists():
-        raise ValueError(f"--resume: {str(path)!r} holds no run ({RUN_NAME} is missing)")
+        raise ValueError(f"{option}: {str(path)!r} holds no run ({RUN_NAME} is missing)")
     try:
         content = read_json(file)
-        if not all(isinstance(content[key], dict) for key in ("settings", "results")):
+        if not all(isinstance(content.get(key), dict) for key in ("settings", "results")):
             raise ValueError("settings or results are missing")
+        if not content["settings"].keys() >= _SETTINGS or content.get("state") not in STATES:
+            raise ValueError(f"it has no settings of a run, or none of the states {listed(list(STATES))}")
+        if "before" in content["results"]:
+            HeldOut.of(content["results"]["before"])
         return {"state": content["state"], "settings": content["settings"], "results": content["results"]}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"--resume: {file} is damaged: {error}") from error
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{file}: ")
+        raise ValueError(
+            f"{option}: {file} is damaged or of another program: {reason}; choose another folder, or remove it by hand"
+        ) from error

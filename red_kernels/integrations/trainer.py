@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._files import write_files
-from .._saved_folder import HEAD_NAME, MissingHead
+from .._saved_folder import HEAD_NAME, TENSORS_NAME, MissingHead
 from .._sharded import is_sharded
 from .._wrapped_names import bare_name
 from ..checkpoint import check_patched as check_vectors
@@ -36,7 +36,7 @@ __all__ = [
     "save_trained",
 ]
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,18})")
 _PARTIAL = ".partial-"
 
 
@@ -191,6 +191,10 @@ class RedTrainer(Trainer):
             if path.is_file():
                 with path.open("r+b") as file:
                     os.fsync(file.fileno())
+        if final.exists() and not (final / TENSORS_NAME).exists():
+            # Of another training, perhaps the base model itself: as Trainer does, only files of the same names go.
+            shutil.copytree(complete, final, dirs_exist_ok=True)
+            return
         if final.exists():  # the same step, saved by an earlier run in this folder
             shutil.rmtree(final)
         os.replace(complete, final)
