@@ -16,10 +16,10 @@ void edit_norm_forward_rows(const EditNormForward& p, int64_t begin, int64_t end
     const Edited<T> edited{row<T>(p.x, i), row<T>(p.residual, i, static_cast<const T*>(nullptr)), p.scale.row(i),
                            p.bias.row(i), dropout_factors(p.dropout, i, d, factors)};
     T *y = output<T>(p.y, d, i), *z = output<T>(p.z, d, i);
-    Sum first;
+    Sum<2> first;
     const auto pass = [&](auto has_residual, auto keeps_z) __attribute__((always_inline)) {
-      Sum sum;
-      sweep_sums(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
+      Sum<2> sum;
+      sweep_sums<2>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
         prepare<Stream>(y + j);
         V h = edited.value(at, j, has_residual);
         if (keeps_z) h = at.template store_rounded<Stream>(z + j, h);
@@ -69,7 +69,7 @@ void edit_norm_backward_rows(const EditNormBackward& p, const Chunk& chunk, cons
     Projection projection;
     const auto first = [&](auto has_residual, auto norm_sums) __attribute__((always_inline)) {
       Projection found;
-      sweep_sums(d, [&](auto at, int64_t j, int unit) __attribute__((always_inline)) {
+      sweep_sums<Projection::kParts>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
         prepare<Stream>(first_out + j);
         prepare<Stream>(second_out + j);
         V value;
@@ -82,7 +82,7 @@ void edit_norm_backward_rows(const EditNormBackward& p, const Chunk& chunk, cons
           at.template store<false>(held + j, value);
         }
         const V normed = at.valid(normalised<Centered>(value, s)), gradient = at.load(dy + j);
-        found.add<Centered>(unit, gradient * at.load(weight + j), normed);
+        found.add<Centered>(k, gradient * at.load(weight + j), normed);
         if (norm_sums) {
           if (sums.dweight) accumulate(at, sums.dweight + j, gradient * normed);
           if (sums.dnorm_bias) accumulate(at, sums.dnorm_bias + j, gradient);

@@ -40,8 +40,9 @@ RED_INLINE V load(const BFloat16* p) {
 // fp32 words whose upper halves are the bf16 nearest to v, ties to even. A NaN is cut and not rounded, which could make it
 // infinite or a zero; it is quiet, as arithmetic leaves none that is not, so its upper half is a NaN too.
 RED_INLINE U nearest_bfloat16(N v) {
-  const U u = bits<U>(v), add = ((u >> 16) & 1u) + 0x7fffu;
-  return u + (add & bits<U>(v == v));
+  const U u = bits<U>(v);
+  const I odd = bits<I>(u << 15) >> 31;  // -1 where the last place that stays is odd
+  return u + bits<U>((0x7fff - odd) & (v == v));
 }
 
 #if RED_LANES == 16

@@ -25,11 +25,11 @@ __attribute__((noinline, cold)) inline Statistics careful_statistics(const float
 // Of a row held in fp32. The variance is taken about the mean in a second pass, which also finds what the first pass lost
 // of a large mean: it costs no digits.
 template <bool Centered>
-RED_INLINE Statistics statistics(const float* z, int64_t d, Sum first, float eps) {
+RED_INLINE Statistics statistics(const float* z, int64_t d, Sum<2> first, float eps) {
   if constexpr (!Centered) return {0.0f, 1.0f / __builtin_sqrtf(first.total() / static_cast<float>(d) + eps)};
   const float mean = first.total() / static_cast<float>(d);
-  Sum squares, rest;
-  sweep_sums(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
+  Sum<2> squares, rest;
+  sweep_sums<2>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
     const V centred = at.valid(at.load(z + j) - mean);
     squares.add(k, centred * centred);
     rest.add(k, centred);
@@ -54,7 +54,8 @@ RED_INLINE V normalised(V z, Statistics s) {
 
 // dz = rstd * (g - normed * mean(g * normed) - mean(g)), the last term for LayerNorm only.
 struct Projection {
-  Sum g_normed, g;
+  static constexpr int kParts = kRegisters == 32 ? 2 : 1;  // two sums, and much else to keep at hand
+  Sum<kParts> g_normed, g;
   float along = 0.0f, level = 0.0f;
 
   template <bool Centered>

@@ -14,8 +14,8 @@ void norm_edit_forward_rows(const NormEditForward& p, int64_t begin, int64_t end
     const T* x = row<T>(p.x, i);
     const float *scale = p.scale.row(i), *bias = p.bias.row(i);
     T* y = output<T>(p.y, d, i);
-    Sum first;
-    sweep_sums(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
+    Sum<2> first;
+    sweep_sums<2>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
       prepare<Stream>(y + j);
       const V value = at.load(x + j);
       at.template store<false>(held + j, value);
@@ -55,11 +55,11 @@ void norm_edit_backward_rows(const NormEditBackward& p, const Chunk& chunk, cons
     Projection projection;
     const auto first = [&](auto edit_only) __attribute__((always_inline)) {
       Projection found;
-      sweep_sums(d, [&](auto at, int64_t j, int unit) __attribute__((always_inline)) {
+      sweep_sums<Projection::kParts>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
         if (edit_only || dx) prepare<Stream>(dx + j);
         const V normed = at.valid(normalised<Centered>(at.load(x + j), s)), gradient = at.load(dy + j);
         const V of_norm = gradient * at.load(scale + j);
-        found.add<Centered>(unit, of_norm * at.load(weight + j), normed);
+        found.add<Centered>(k, of_norm * at.load(weight + j), normed);
         if (edit_only || sums.dscale)
           accumulate(at, sums.dscale + j, gradient * (normed * at.load(weight + j) + at.load(norm_bias + j)));
         if (edit_only || sums.dbias) accumulate(at, sums.dbias + j, gradient);

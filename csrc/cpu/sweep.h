@@ -71,14 +71,16 @@ struct Part {
 };
 
 // Sums side by side hide the latency of an addition and lose fewer digits; `add` takes the index that sweep_sums hands out.
+template <int Parts>
 struct Sum {
-  V part[2] = {};
+  V part[Parts] = {};
   RED_INLINE void add(int k, V v) { part[k] += v; }
   RED_INLINE float total() const {
-    const V both = part[0] + part[1];
+    V all = part[0];
+    for (int k = 1; k < Parts; ++k) all += part[k];
     float t[W];
-    const N all = both.a + both.b;
-    __builtin_memcpy(t, &all, sizeof t);
+    const N both = all.a + all.b;
+    __builtin_memcpy(t, &both, sizeof t);
 #pragma GCC unroll 8
     for (int half = W / 2; half > 0; half /= 2)
 #pragma GCC unroll 8
@@ -95,17 +97,21 @@ RED_INLINE void sweep(int64_t d, const Body& body) {
   if (j < d) body(Part{static_cast<int>(d - j)}, j);
 }
 
-// The same for a body that adds up along the row: body(at, j, k), where k says which of a Sum's parts takes the unit.
-template <class Body>
+// The same for a body that adds up along the row: body(at, j, k), where k says which part of a Sum takes the unit.
+template <int Parts, class Body>
 RED_INLINE void sweep_sums(int64_t d, const Body& body) {
   int64_t j = 0;
-  for (; j + 2 * L <= d; j += 2 * L) {
-    body(Full{}, j, 0);
-    body(Full{}, j + L, 1);
-  }
-  if (j + L <= d) {
-    body(Full{}, j, 0);
-    j += L;
+  if constexpr (Parts == 2) {
+    for (; j + 2 * L <= d; j += 2 * L) {
+      body(Full{}, j, 0);
+      body(Full{}, j + L, 1);
+    }
+    if (j + L <= d) {
+      body(Full{}, j, 0);
+      j += L;
+    }
+  } else {
+    for (; j + L <= d; j += L) body(Full{}, j, 0);
   }
   if (j < d) body(Part{static_cast<int>(d - j)}, j, 0);
 }
