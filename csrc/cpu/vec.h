@@ -44,11 +44,14 @@ RED_INLINE V& operator+=(V& x, V y) { return x = x + y; }
 RED_INLINE V& operator*=(V& x, V y) { return x = x * y; }
 
 // One register from memory. A unit is read register by register: a struct that is copied whole goes by way of the stack.
+// At any address; a copy of its bytes would go through general registers on AArch64.
+template <class Register>
+struct __attribute__((packed, may_alias)) Loose {
+  Register r;
+};
 template <class Register>
 RED_INLINE Register get(const void* p) {
-  Register r;
-  __builtin_memcpy(&r, p, sizeof r);
-  return r;
+  return static_cast<const Loose<Register>*>(p)->r;
 }
 
 RED_INLINE V load(const float* p) { return {get<N>(p), get<N>(p + W)}; }
@@ -65,7 +68,7 @@ RED_INLINE void put(void* p, Register r) {
 #endif
   if constexpr (Stream && sizeof r == 16) return _mm_stream_si128(static_cast<__m128i*>(p), bits<__m128i>(r));
 #endif
-  __builtin_memcpy(p, &r, sizeof r);
+  static_cast<Loose<Register>*>(p)->r = r;
 }
 
 template <bool Stream>
