@@ -57,8 +57,10 @@ def build_program() -> Path:
             jobs.append(build.Job(source, OBJECTS / f"{source.stem}.o", common))
         build._compile(jobs, OBJECTS, Path("no torch"))
         program = OBJECTS / "harness"
-        # Static: neither the emulator nor a test has to know where the libraries for AArch64 are.
-        build.run([COMPILER, "-static", "-o", str(program), *(str(job.built) for job in jobs)], "the harness")
+        newest = max(job.built.stat().st_mtime_ns for job in jobs)
+        if not program.is_file() or program.stat().st_mtime_ns < newest:
+            # Static: neither the emulator nor a test has to know where the libraries for AArch64 are.
+            build._link([COMPILER, "-static"], program, jobs, [])
     return program
 
 
@@ -242,7 +244,7 @@ class Processor:
             d,
             int(self.stream),
             edits,
-            build_bits(needs),
+            _bits(needs),
             int(seed is not None),
             0 if seed is None else int(seed),
             min(round(p * 2**32), 2**32 - 1),
@@ -281,7 +283,7 @@ class Processor:
         return found
 
 
-def build_bits(needs: tuple[bool, ...]) -> int:
+def _bits(needs: tuple[bool, ...]) -> int:
     """A bit for each flag, the first the lowest."""
     return sum(1 << k for k, need in enumerate(needs) if need)
 
@@ -291,7 +293,7 @@ def _float_bits(value: float) -> int:
 
 
 def _vectors(like: Tensor, scale: Any, bias: Any) -> dict[str, Tensor]:
-    """As fp32; what is absent is filled with the value that changes nothing (-0: adding +0 loses the sign of a zero)."""
+    """As fp32; what is absent is filled with what changes nothing (-0, as adding +0 loses the sign of a zero)."""
     return {
         key: torch.full((like.shape[-1],), neutral) if vector is None else vector.float()
         for key, vector, neutral in (("scale", scale, 1.0), ("bias", bias, -0.0))

@@ -12,6 +12,7 @@ what they do not understand: what is not seen must not pass for good.
 
 from __future__ import annotations
 
+import functools
 import platform
 import re
 import shutil
@@ -170,13 +171,16 @@ class Function:
 
     def loops(self) -> list[Loop]:
         """The loops that have no other inside, by their first addresses."""
-        after = self._after()
+        return list(self._loops)
+
+    @functools.cached_property
+    def _loops(self) -> list[Loop]:
         own = self.architecture
         framed = any(own.framed.match(f"{i.operation} {i.operands}") for i in self.instructions)
         stack = re.compile(f"{own.stack}|{own.frame}" if framed else own.stack)
         return [
             Loop(own, stack, tuple(self.instructions[k] for k in sorted(nodes)))
-            for nodes in sorted(_innermost(after), key=min)
+            for nodes in sorted(_innermost(self._after()), key=min)
         ]
 
     def _after(self) -> dict[int, list[int]]:
