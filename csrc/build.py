@@ -28,7 +28,13 @@ ROOT = Path(__file__).resolve().parent.parent
 OBJECTS = ROOT / "build" / "csrc"
 TORCH_TARGET = 0x020B000000000000  # the oldest torch that the libraries load in: 2.11
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra"]
-WITHOUT = ["-Wno-unknown-warning-option", "-Wno-psabi", "-Wno-unused-parameter", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+WITHOUT = [
+    "-Wno-unknown-warning-option",
+    "-Wno-psabi",
+    "-Wno-unused-parameter",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mprfchw"]
 X86_SETS = {
     "base": (4, []),
@@ -36,7 +42,7 @@ X86_SETS = {
     "avx512": (16, AVX512),
     "avx512_bf16": (16, [*AVX512, "-mavx512bf16"]),
 }
-# fp32 to bf16 in one instruction, where the processor has it: Neoverse V1, N2 and V2 (Graviton 3 and 4, Grace), Apple's M2.
+# The second has instructions from fp32 to bf16: Graviton 3 and 4, Grace, Apple's M2 and later.
 AARCH64_SETS = {"neon": (4, []), "neon_bf16": (4, ["-march=armv8.2-a+bf16"])}
 TOOLKITS = ("/usr/local/cuda",)
 OLDEST_GPU = 80
@@ -155,10 +161,7 @@ def build_cpu_library(target: Path, objects: Path = OBJECTS / "cpu") -> None:
 
 def kernel_jobs(compiler: str, machine: str, objects: Path) -> list[Job]:
     """The kernels, once for each instruction set of a machine (a name as of ``platform.machine()``). Needs no torch."""
-    if _x86(machine):
-        sets = X86_SETS
-    else:
-        sets = AARCH64_SETS if _aarch64(machine) else {"base": (4, [])}
+    sets = X86_SETS if _x86(machine) else AARCH64_SETS if _aarch64(machine) else {"base": (4, [])}
     return [
         Job(
             ROOT / "csrc/cpu/isa.cpp",
