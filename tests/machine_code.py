@@ -119,11 +119,11 @@ class Loop:
 
     def vector_spills(self) -> list[str]:
         """Stores to the stack and loads from it, of vector registers."""
-        return [text for text in self._on_stack() if self.architecture.vector.search(text)]
+        return [str(i) for i in self._on_stack() if self.architecture.vector.search(i.operands)]
 
     def general_spills(self) -> list[str]:
         """The same of general registers: pointers and counters."""
-        return [text for text in self._on_stack() if not self.architecture.vector.search(text)]
+        return [str(i) for i in self._on_stack() if not self.architecture.vector.search(i.operands)]
 
     def scalar_conversions(self) -> list[str]:
         """Conversions of one number."""
@@ -151,10 +151,10 @@ class Loop:
     def _like(self, pattern: re.Pattern[str]) -> list[str]:
         return [str(i) for i in self.instructions if pattern.match(f"{i.operation} {i.operands}")]
 
-    def _on_stack(self) -> list[str]:
+    def _on_stack(self) -> list[Instruction]:
         of = self.architecture
         return [
-            str(i)
+            i
             for i in self.instructions
             if of.pushes.match(i.operation)
             or (self.stack.search(i.operands) is not None and not of.no_access.match(i.operation))

@@ -126,6 +126,11 @@ def test_what_is_in_a_loop(architecture: str, instruction: str, kinds: set[str])
     assert said(loop(architecture, instruction)).keys() == kinds
 
 
+def test_an_address_is_no_register() -> None:
+    text = AARCH64.format("ldr\tx8, [sp, #64]").replace("  10:", " d10:")
+    assert said(functions(text, "aarch64")[0].loops()[0]) == {"general_spills": ["d10: ldr x8, [sp, #64]"]}
+
+
 def test_a_frame_pointer_is_one_only_where_it_is_made() -> None:
     text = X86_64.format("mov    0x40(%rbp),%rax").replace("mov    %rsp,%rbp", "mov    %rdi,%rbp")
     assert said(functions(text, "x86_64")[0].loops()[0]) == {}
