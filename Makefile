@@ -20,7 +20,7 @@ EMULATED := OMP_NUM_THREADS=1 RED_KERNELS_CUDA_EMULATED=$(EMULATOR) RED_KERNELS_
 PIP := $(BIN)/python -m pip install --quiet
 TESTED := --constraint constraints.txt
 
-.PHONY: help demo test test-nightly test-gpu memcheck racecheck initcheck bench report lint format clean say-cuda
+.PHONY: help demo test test-nightly test-gpu memcheck racecheck initcheck bench report lint format clean say-cuda say-aarch64
 
 help:
 	@echo "make demo      fine-tune a language model on fused kernels and show what came of it (into $(DEMO)/)"
@@ -75,14 +75,19 @@ ifeq ($(NVCC_FOUND),)
 	@echo "*** sources on the CPU. Remedy: install the CUDA toolkit, or set CUDA_HOME or NVCC, then 'make clean test'."
 endif
 
-test: lint $(OLDEST)/done $(DEEPSPEED)/done $(EMULATOR) say-cuda
+say-aarch64:
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || { \
+		echo "*** No aarch64-linux-gnu-g++ or no qemu-aarch64 was found: the CPU kernels for AArch64 are NOT compiled and NOT"; \
+		echo "*** tested. Remedy: apt-get install g++-aarch64-linux-gnu qemu-user, then 'make test'."; }
+
+test: lint $(OLDEST)/done $(DEEPSPEED)/done $(EMULATOR) say-cuda say-aarch64
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	PYTHONPATH=$(DEEPSPEED) $(BIN)/python -m pytest tests/test_stacks_deepspeed.py
 	$(EMULATED) $(BIN)/python -m pytest -n 2
 	$(INTERPRETED) $(BIN)/python -m pytest -n 2
 	PYTHONPATH=$(OLDEST) $(INTERPRETED) $(BIN)/python -m pytest -n 2 tests/test_triton_kernels.py tests/test_interpreter.py
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_ahead_of_time.py -k oldest
-	@$(MAKE) --no-print-directory say-cuda
+	@$(MAKE) --no-print-directory say-cuda say-aarch64
 
 test-nightly: lint $(OLDEST)/done $(EMULATOR)
 	RED_KERNELS_TEST_ALL=1 $(EMULATED) $(BIN)/python -m pytest -n 2

@@ -28,7 +28,13 @@ ROOT = Path(__file__).resolve().parent.parent
 OBJECTS = ROOT / "build" / "csrc"
 TORCH_TARGET = 0x020B000000000000  # the oldest torch that the libraries load in: 2.11
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra"]
-WITHOUT = ["-Wno-psabi", "-Wno-unused-parameter", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+WITHOUT = [
+    "-Wno-unknown-warning-option",
+    "-Wno-psabi",
+    "-Wno-unused-parameter",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mprfchw"]
 X86_SETS = {
     "base": (4, []),
@@ -36,6 +42,8 @@ X86_SETS = {
     "avx512": (16, AVX512),
     "avx512_bf16": (16, [*AVX512, "-mavx512bf16"]),
 }
+# The second has instructions from fp32 to bf16: Graviton 3 and 4, Grace, Apple's M2 and later.
+AARCH64_SETS = {"neon": (4, []), "neon_bf16": (4, ["-march=armv8.2-a+bf16"])}
 TOOLKITS = ("/usr/local/cuda",)
 OLDEST_GPU = 80
 GPUS = (80, 90, 100)
@@ -141,22 +149,34 @@ def architectures(text: str | None = None) -> Architectures:
 def build_cpu_library(target: Path, objects: Path = OBJECTS / "cpu") -> None:
     """Compile the kernels once for each instruction set and everything else for the oldest processor, and link."""
     torch, compiler = find_torch(), find_compiler()
-    x86 = _x86()
-    sets = X86_SETS if x86 else {"base": (4, [])}
-    common = [compiler, *FLAGS, *WITHOUT, _torch_target(), *(["-DRED_X86"] if x86 else []), "-c"]
-    jobs = [
+    machine = platform.machine()
+    jobs = kernel_jobs(compiler, machine, objects)
+    common = (*cpu_command(compiler, machine), _torch_target(), "-isystem", str(torch / "include"))
+    for source in ("ops.cpp", "cpu/launch.cpp", "cpu/dispatch.cpp", "cpu/memory.cpp"):
+        path = ROOT / "csrc" / source
+        jobs.append(Job(path, objects / f"{path.stem}.o", common))
+    _compile(jobs, objects, torch)
+    _link([compiler, "-shared"], target, jobs, [f"-L{torch / 'lib'}", "-ltorch_cpu"])
+
+
+def kernel_jobs(compiler: str, machine: str, objects: Path) -> list[Job]:
+    """The kernels, once for each instruction set of a machine (a name as of ``platform.machine()``). Needs no torch."""
+    sets = X86_SETS if _x86(machine) else AARCH64_SETS if _aarch64(machine) else {"base": (4, [])}
+    return [
         Job(
             ROOT / "csrc/cpu/isa.cpp",
             objects / f"{name}.o",
-            (*common, "-O2", f"-DRED_ISA={name}", f"-DRED_LANES={lanes}", *flags),  # vectors are written out: -O3 adds time
+            # Vectors are written out: -O3 adds compile time.
+            (*cpu_command(compiler, machine), "-O2", f"-DRED_ISA={name}", f"-DRED_LANES={lanes}", *flags),
         )
         for name, (lanes, flags) in sets.items()
     ]
-    for source in ("ops.cpp", "cpu/launch.cpp", "cpu/dispatch.cpp", "cpu/memory.cpp"):
-        path = ROOT / "csrc" / source
-        jobs.append(Job(path, objects / f"{path.stem}.o", (*common, "-isystem", str(torch / "include"))))
-    _compile(jobs, objects, torch)
-    _link([compiler, "-shared"], target, jobs, [f"-L{torch / 'lib'}", "-ltorch_cpu"])
+
+
+def cpu_command(compiler: str, machine: str) -> tuple[str, ...]:
+    """How a file of csrc/cpu is compiled for a machine, without the flags of an instruction set."""
+    sets = ["-DRED_X86"] * _x86(machine) + ["-DRED_AARCH64"] * _aarch64(machine)
+    return (compiler, *FLAGS, *WITHOUT, *sets, "-c")
 
 
 def build_cuda_library(target: Path, objects: Path = OBJECTS / "cuda", archs: Architectures | None = None) -> None:
@@ -352,14 +372,18 @@ def _torch_target() -> str:
     return f"-DTORCH_TARGET_VERSION={TORCH_TARGET:#x}ULL"
 
 
-def _x86() -> bool:
-    return platform.machine().lower() in ("x86_64", "amd64")
+def _x86(machine: str) -> bool:
+    return machine.lower() in ("x86_64", "amd64")
+
+
+def _aarch64(machine: str) -> bool:
+    return machine.lower() in ("aarch64", "arm64")
 
 
 def _own_instructions() -> list[str]:
     """Flags for what this processor has of AVX2: the emulator runs on no other."""
     cpus = Path("/proc/cpuinfo")
-    found = cpus.read_text().split() if _x86() and cpus.is_file() else []
+    found = cpus.read_text().split() if _x86(platform.machine()) and cpus.is_file() else []
     return ["-mfma", "-mf16c", "-mavx2"] if {"fma", "f16c", "avx2"} <= set(found) else []
 
 

@@ -89,6 +89,28 @@ def test_where_nvcc_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert build.find_nvcc() == str(places["toolkit"] / "nvcc")
 
 
+@pytest.mark.parametrize(
+    ("machine", "defined", "sets"),
+    [
+        ("x86_64", "-DRED_X86", {"base": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}),
+        ("AMD64", "-DRED_X86", {"base": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}),
+        ("aarch64", "-DRED_AARCH64", {"neon": 4, "neon_bf16": 4}),
+        ("arm64", "-DRED_AARCH64", {"neon": 4, "neon_bf16": 4}),  # as macOS calls it
+        ("riscv64", None, {"base": 4}),
+    ],
+)
+def test_instruction_sets_of_a_machine(machine: str, defined: str | None, sets: dict[str, int], tmp_path: Path) -> None:
+    jobs = build.kernel_jobs("c++", machine, tmp_path)
+    assert [job.built for job in jobs] == [tmp_path / f"{name}.o" for name in sets]
+    for job, (name, lanes) in zip(jobs, sets.items(), strict=True):
+        assert {f"-DRED_ISA={name}", f"-DRED_LANES={lanes}"} <= set(job.command)
+        flags = {word for word in job.command if word in ("-DRED_X86", "-DRED_AARCH64")}
+        assert flags == ({defined} if defined else set())
+        assert flags <= set(build.cpu_command("c++", machine))
+        assert ("-march=armv8.2-a+bf16" in job.command) == (name == "neon_bf16")
+        assert any(word.startswith("-mavx") for word in job.command) == name.startswith("avx")
+
+
 COUNTING = """#!/bin/sh
 [ $1 = --version ] && exec echo one
 while [ $# -gt 1 ]; do

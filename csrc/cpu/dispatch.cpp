@@ -7,11 +7,27 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(RED_AARCH64) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(RED_AARCH64) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace red {
 
+// build.py says which sets it compiles: those of x86-64, those of AArch64, or the one for any other processor.
+#if defined(RED_AARCH64)
+namespace neon {
+extern const Kernels kernels;
+}
+namespace neon_bf16 {
+extern const Kernels kernels;
+}
+#else
 namespace base {
 extern const Kernels kernels;
 }
+#endif
 #if defined(RED_X86)
 namespace avx2 {
 extern const Kernels kernels;
@@ -26,8 +42,29 @@ extern const Kernels kernels;
 
 namespace {
 
+#if defined(RED_AARCH64)
+// Whether the processor converts fp32 to bf16 by itself (FEAT_BF16). Where the system does not tell, it does not.
+bool converts_to_bfloat16() {
+#if defined(__linux__)
+  constexpr unsigned long kBFloat16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
+  return (getauxval(AT_HWCAP2) & kBFloat16) != 0;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 std::vector<const Kernels*> found() {
+#if defined(RED_AARCH64)
+  std::vector<const Kernels*> sets{&neon::kernels};
+  if (converts_to_bfloat16()) sets.push_back(&neon_bf16::kernels);
+#else
   std::vector<const Kernels*> sets{&base::kernels};
+#endif
 #if defined(RED_X86)
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return sets;

@@ -3,8 +3,34 @@
 
 #include "vec.h"
 
+#if defined(__aarch64__)
+#include "neon.h"
+#endif
+
 namespace red {
 namespace RED_ISA {
+
+#if defined(__aarch64__)  // NEON: both registers together, by the conversions of neon.h
+
+template <class T>
+RED_INLINE V load(const T* p) {
+  V v;
+  widen2(T{}, get<H8>(p), v.a, v.b);
+  return v;
+}
+template <bool Stream, class T>
+RED_INLINE void store(T* p, V v) {
+  put<Stream>(p, narrow2(T{}, v.a, v.b));
+}
+template <bool Stream, class T>
+RED_INLINE V store_rounded(T* p, V v) {
+  const H8 h = narrow2(T{}, v.a, v.b);
+  put<Stream>(p, h);
+  widen2(T{}, h, v.a, v.b);
+  return v;
+}
+
+#else
 
 typedef uint16_t H __attribute__((vector_size(W * 2)));   // one register of fp32 as halves
 typedef uint16_t HH __attribute__((vector_size(W * 4)));  // both
@@ -161,6 +187,8 @@ template <bool Stream>
 RED_INLINE void store(Float16* p, V v) {
   store_rounded<Stream>(p, v);
 }
+
+#endif  // not AArch64
 
 }  // namespace RED_ISA
 }  // namespace red

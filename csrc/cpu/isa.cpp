@@ -1,4 +1,4 @@
-// The kernels for one instruction set. setup.py compiles this file once for each, with its flags and its name as RED_ISA.
+// The kernels for one instruction set. build.py compiles this file once for each, with its flags and its name as RED_ISA.
 #include "edit_norm.h"
 #include "norm_edit.h"
 

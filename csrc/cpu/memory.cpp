@@ -21,6 +21,7 @@
 namespace red {
 namespace {
 
+// Where pages are 4 KiB. With pages of 16 or 64 KiB a huge one has 32 or 512 MiB, and most blocks get none.
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kAlignment = 64;
 

@@ -1,5 +1,5 @@
 // Memory for large outputs, kept for the next output of the same size. A fresh mapping costs a page fault for every
-// 4 KiB written, as long as writing them takes; a training step asks for the same sizes again and again.
+// page written (4 KiB mostly), as long as writing them takes; a training step asks for the same sizes again and again.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@ namespace red {
 // Outputs of at least this many bytes come from here; smaller ones from torch.
 constexpr size_t kPooledBytes = size_t{1} << 17;
 
-// At least `bytes` bytes, aligned to a cache line; null if the system has none left. Throws std::runtime_error where
+// At least `bytes` bytes, aligned to 64 bytes; null if the system has none left. Throws std::runtime_error where
 // RED_KERNELS_CPU_POOL_MB is no number.
 void* acquire(size_t bytes);
 // Takes back what `acquire` gave and keeps it for reuse: no more than was in use at once at the peak, nor than

@@ -45,7 +45,8 @@ def unsupported(x: Tensor) -> str | None:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: 'base', 'avx2', 'avx512' or 'avx512_bf16'."""
+    """The instruction set in use: on x86-64 'base', 'avx2', 'avx512' or 'avx512_bf16', on AArch64 'neon' or
+    'neon_bf16', on any other processor 'base'."""
     return compiled.ask(_handle().red_kernels_cpu_in_use)
 
 
