@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ def merge_folder(
     dtype: str = "auto",
     force: bool = False,
     overwrite: bool = False,
+    say: Callable[[str], object] | None = None,
 ) -> tuple[MergeReport, tuple[str, ...]]:
     """Merge saved edits into their base model, and save the whole as transformers does, with its tokenizer.
 
@@ -61,6 +62,7 @@ def merge_folder(
             `"bf16"` or `"fp16"`.
         force: as for `rk.merge`.
         overwrite: replace the output folder, if it is one that this function wrote and holds nothing else.
+        say: called with a line for each stage, before it begins.
 
     Returns:
         The `MergeReport`, and notes on what else there is to know.
@@ -76,7 +78,7 @@ def merge_folder(
     if is_peft_folder(edits):
         refuse_overlap(output, {"the folder of the edits": Path(edits)})
         with own_form(edits) as own:
-            return merge_folder(model, own, output, dtype=dtype, force=force, overwrite=overwrite)
+            return merge_folder(model, own, output, dtype=dtype, force=force, overwrite=overwrite, say=say)
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
     source = _source(model)
@@ -89,13 +91,17 @@ def merge_folder(
             f"edits: {str(edits)!r} does not say where its edits belong; expected a folder with {TENSORS_NAME}, which "
             "red-kernels convert makes of the authors' form"
         )
+    say = say or (lambda stage: None)
     with target.written() as folder:
+        say(f"Loading the model: {model}")
         loaded, notes = _load(source, dtype, found.trained)
         patch(loaded, config_of(found.source, found.description))
         report = load_found(loaded, found, Path(edits), None, strict=True)
         notes += [*report.warnings, *_rounded(loaded, found.trained)]
+        say("Merging")
         merged = merge(loaded, force=force, keep_original=False)
         tokenizer = _tokenizer(source, notes)
+        say(f"Writing {output}")
         with writing(output), quietly():
             loaded.save_pretrained(folder)
             if tokenizer is not None:

@@ -101,6 +101,15 @@ def open_run(path: Path, settings: Mapping[str, Any], resume: bool, overwrite: b
     return run
 
 
+def former_setting(path: Path, name: str) -> Any:
+    """A setting of the run that a folder holds; None where that run has no such setting.
+
+    Raises:
+        ValueError: the folder holds no run, or a damaged one.
+    """
+    return _read(path)["settings"].get(name)
+
+
 def _read(path: Path) -> dict[str, Any]:
     file = path / RUN_NAME
     if not file.exists():
