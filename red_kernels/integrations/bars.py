@@ -37,13 +37,14 @@ def bars_on_terminals_only() -> Iterator[None]:
 @contextlib.contextmanager
 def _tqdm() -> Iterator[None]:
     bar: Any = importlib.import_module("tqdm.std").tqdm
-    former = bar.__init__
+    former = vars(bar)["__init__"]  # as it lies there: asking the class would bind what is no plain function
+    unbound = bar.__init__
 
-    @functools.wraps(former)
+    @functools.wraps(unbound)
     def made(self: Any, *arguments: Any, **options: Any) -> None:
         if len(arguments) <= _BEFORE_DISABLE:
             options.setdefault("disable", None)
-        former(self, *arguments, **options)
+        unbound(self, *arguments, **options)
 
     bar.__init__ = made
     try:
