@@ -158,9 +158,9 @@ def _dtype(request: Request, jobs: Mapping[str, Job], device: torch.device, cons
         if path.is_file():
             kept = kept or kept_dtype(read(path))
     dtype = resolve_dtype(request.dtype, device, kept)
-    console.print(f"Base models' dtype: {dtype.name} ({dtype.reason})", markup=False, highlight=False)
+    console.print(f"Base models' dtype: {dtype.name} ({dtype.reason})", markup=False, highlight=False, soft_wrap=True)
     if dtype.warning is not None:
-        console.print(f"Warning: {dtype.warning}", style="yellow", markup=False, highlight=False)
+        console.print(f"Warning: {dtype.warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     return dtype
 
 

@@ -193,13 +193,13 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     settings, run = _open(settings, device, console)
     if run.checkpoint is not None:
         check_checkpoint(run.checkpoint)
-    console.print(f"Loading the data: {settings.data}", markup=False, highlight=False)
+    console.print(f"Loading the data: {settings.data}", markup=False, highlight=False, soft_wrap=True)
     documents = load_documents(str(settings.data), settings.columns, classification, settings.held_out, settings.subset)
     labels = label_numbers(documents) if classification else None
     split = split_documents(documents, settings.held_out)
 
     set_seed(settings.seed)  # a new head is drawn while loading
-    console.print(f"Loading the model: {settings.model}", markup=False, highlight=False)
+    console.print(f"Loading the model: {settings.model}", markup=False, highlight=False, soft_wrap=True)
     base = _load(settings, labels, device)
     data = _tokenise(settings, base, split, labels, console)
     patched = patch(base.model, config)
@@ -272,9 +272,9 @@ def _open(settings: Settings, device: torch.device, console: Console) -> tuple[S
     settings = replace(settings, dtype=dtype.name)
     run = open_run(path, settings.deciding(), settings.resume, settings.overwrite)
     run.results.setdefault("base_dtype", dtype.json())  # that of the run's beginning
-    console.print(f"Base model's dtype: {dtype.name} ({dtype.reason})", markup=False, highlight=False)
+    console.print(f"Base model's dtype: {dtype.name} ({dtype.reason})", markup=False, highlight=False, soft_wrap=True)
     if dtype.warning is not None:
-        console.print(f"Warning: {dtype.warning}", style="yellow", markup=False, highlight=False)
+        console.print(f"Warning: {dtype.warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     return settings, run
 
 
@@ -367,6 +367,7 @@ def _say_how_long(settings: Settings, model: nn.Module, data: _Data, run: RunFol
             f"A look at a few tokens: a step of {tokens:,} tokens takes about {duration(step)} at most, the training "
             f"{duration(left * step)}",
             highlight=False,
+            soft_wrap=True,
         )
 
 
