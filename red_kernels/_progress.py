@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 __all__ = ["Stage", "duration"]
 
+T = TypeVar("T")
 _PARTS = 20  # lines of a long stage, about
 _LEAST, _MOST = 10.0, 300.0  # seconds between two lines
 
@@ -92,6 +95,12 @@ class Stage:
             self._bar.update(self._bar.task_ids[0], completed=done, note=note)
         elif self._due(last=done >= self._total):
             self._say(f"{self._unit} {done} of {self._total}", note)
+
+    def over(self, items: Iterable[T]) -> Iterator[T]:
+        """Iterate over items, each of which is a part, done when the next one is asked for."""
+        for item in items:
+            yield item
+            self.reached(self._done + 1)
 
     def begins(self, what: str) -> None:
         """Show what the next part is, before it is done."""

@@ -29,10 +29,13 @@ from rich.console import Console
 from torch import nn
 from transformers.utils import logging
 
+from benchmarks import runs
+from benchmarks.step import growth
 from red_kernels import _progress, cli
 from red_kernels._progress import Stage, duration
 from red_kernels.integrations import measure
 from red_kernels.integrations.bars import bars_on_terminals_only
+from red_kernels.integrations.base_dtype import BaseDtype
 from red_kernels.integrations.base_models import quietly
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,6 +118,20 @@ def test_a_short_stage_says_nothing(clock: Clock) -> None:
     found = lines(clock, 12, 2.0, after=5.0)
     assert found[0][1] == "training, step 3 of 12: loss 1.5, about 18 s left"
     assert found[-1][1] == "training, step 12 of 12: loss 1.5"
+
+
+def test_items_are_parts(clock: Clock) -> None:
+    text = io.StringIO()
+    with Stage(Console(file=text), "tokenising", 4, unit="document") as stage:
+        for part in ("ab", "cd"):
+            for _ in stage.over(part):
+                clock.now += 15.0
+    assert text.getvalue().splitlines() == [
+        "tokenising, document 1 of 4: about 45 s left",
+        "tokenising, document 2 of 4: about 30 s left",
+        "tokenising, document 3 of 4: about 15 s left",
+        "tokenising, document 4 of 4",
+    ]
 
 
 def test_what_begins_is_said_before_it_is_done(clock: Clock) -> None:
@@ -367,3 +384,39 @@ def test_on_a_terminal_bars_are_drawn(folders: dict[str, Path], tmp_path: Path) 
     assert "training" in text
     assert "━" in text  # rich's bar
     assert "training, step 1 of 30" not in text  # a log's line
+
+
+def test_the_suite_says_its_cases(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured is said before it is done, and the rest by time; a finished folder says nothing."""
+
+    def measured(case: dict[str, Any], settings: growth.Settings, run: runs.Run) -> dict[str, Any]:
+        clock.now += 25.0
+        return {"seconds": {}}
+
+    monkeypatch.setattr(growth, "measure", measured)
+    monkeypatch.setattr(growth, "print_results", lambda content, console: None)
+
+    def said(settings: growth.Settings, resume: bool) -> list[str]:
+        text = io.StringIO()
+        cpu, quiet = torch.device("cpu"), Console(file=io.StringIO())
+        run = runs.Run(cpu, quiet, quick=True, progress=Console(file=text), chosen=BaseDtype("fp32", "auto", "chosen"))
+        growth.run_job(settings, run, tmp_path, resume)
+        return text.getvalue().splitlines()
+
+    count = len(growth.cases(growth.Settings(dtype="fp32"), runs.Run(torch.device("cpu"), Console(), quick=True)))
+    found = said(growth.Settings(), resume=False)
+    assert found[0] == f"growth, case 1 of {count}: layers, 1, 1, 64, 4, 8, 1, fp32"
+    assert found[1] == f"growth, case 1 of {count}: about {duration(25 * (count - 1))} left"
+    assert found[-1] == f"growth, case {count} of {count}"
+    assert len(found) == count + 1
+    assert said(growth.Settings(), resume=True) == []  # all are done
+
+
+def test_merging_says_its_stages(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words(folders, tmp_path / "out", "--steps", "1")) == 0
+    capsys.readouterr()
+    edits, output = str(tmp_path / "out" / "edits"), str(tmp_path / "merged")
+    assert cli.main(["merge", "--model", str(folders["llama"]), "--edits", edits, "--output", output, "--force"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == [f"Loading the model: {folders['llama']}", "Merging", f"Writing {output}"]
+    assert "Loading" not in shown.out  # which is the report alone

@@ -301,6 +301,7 @@ def _tokenise(
     train: Any
     held_out: Any
     collate: Any
+    console.print("Tokenising the data")
     if labels is not None:
         train = LabelledTexts(split.train, labels, base.tokenizer, settings.length)
         held_out = LabelledTexts(split.held_out, labels, base.tokenizer, settings.length)
@@ -313,8 +314,12 @@ def _tokenise(
         console.print(f"The most frequent label is that of {most / len(held_out):.1%} of the held-out texts")
         collate = DataCollatorWithPadding(base.tokenizer)
     else:
-        train = TokenBlocks((document.text for document in split.train), base.tokenizer, settings.length)
-        held_out = TokenBlocks((document.text for document in split.held_out), base.tokenizer, settings.length)
+        count = len(split.train) + len(split.held_out)
+        with Stage(console, "tokenising", count, unit="document", after=QUIET) as stage:
+            train, held_out = (
+                TokenBlocks(stage.over(document.text for document in part), base.tokenizer, settings.length)
+                for part in (split.train, split.held_out)
+            )
         console.print(
             f"{report.plural(len(split.train), 'document')} to train on ({train.tokens:,} tokens), "
             f"{len(split.held_out):,} held out ({held_out.tokens:,} tokens)"
