@@ -27,12 +27,12 @@ from typing import Any
 import torch
 import triton
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from red_kernels._progress import Stage
 from red_kernels.backends.triton import launch, linear, operations
 from red_kernels.backends.triton.rules import Architecture
 
@@ -429,7 +429,11 @@ def main(arguments: list[str] | None = None) -> None:
     # an empty cache: the seconds are those of compiling
     with tempfile.TemporaryDirectory() as cache, compilers(options.processes, cache) as pool:
         console = Console(stderr=True)
-        reports = list(track(pool.map(build, wanted), "compiling", total=len(wanted), console=console))
+        reports = []
+        with Stage(console, "compiling", len(wanted), unit="program") as stage:
+            for number, made in enumerate(pool.map(build, wanted), start=1):
+                reports.append(made)
+                stage.reached(number)
     if options.markdown:
         print(markdown(reports))
     else:

@@ -29,13 +29,13 @@ from torch import Tensor, nn
 
 import red_kernels as rk
 from red_kernels._files import write_files
+from red_kernels.integrations.base_dtype import ASKED, AUTO, DTYPES, resolve_dtype
 
 from .harness import Timing, environment, interleave
 
 VOCABULARY = 1024
 RANK = 8
 PASSES = ("forward", "forward and backward")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Calls = dict[str, Callable[[int], object]]
 
 
@@ -263,13 +263,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batches", nargs="+", type=_batch, default=[(16, 128), (1000, 2)], help="ROWSxLENGTH")
     parser.add_argument("--edits", nargs="+", type=int, default=[1, 16, 1000])
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--dtype", choices=ASKED, default=AUTO, help="auto: bf16 if it is native here, else fp32")
     parser.add_argument("--lora", type=int, default=16, help="the most LoRA adapters to compare with; 0 for none")
     parser.add_argument("--seconds", type=_seconds, default=20.0, help="for each table")
     parser.add_argument("--output", type=Path, help="a JSON file for the result")
     chosen = parser.parse_args(arguments)
+    dtype = resolve_dtype(chosen.dtype, torch.device("cpu"))
+    print(f"dtype: {dtype.name} ({dtype.reason})" + (f"\nWarning: {dtype.warning}" if dtype.warning else ""))
     results = measure(
-        chosen.hidden, chosen.layers, chosen.batches, chosen.edits, chosen.dtype, chosen.lora, chosen.seconds
+        chosen.hidden, chosen.layers, chosen.batches, chosen.edits, dtype.name, chosen.lora, chosen.seconds
     )
     print_results(results, Console(file=sys.stdout, width=120))
     if chosen.output:
@@ -278,7 +280,8 @@ def main(arguments: list[str] | None = None) -> None:
         versions = {"transformers": transformers.__version__}
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions["peft"] = importlib.metadata.version("peft")
-        said = {"environment": environment() | versions | {"device": "cpu"}, "results": results}
+        where = environment() | versions | {"device": "cpu"}
+        said = {"environment": where, "base_dtype": dtype.json(), "results": results}
         write_files(chosen.output.parent, {chosen.output.name: (json.dumps(said, indent=1) + "\n").encode()})
 
 

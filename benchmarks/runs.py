@@ -7,6 +7,7 @@ nothing and can be resumed. The form of the file: docs/benchmarks.md.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import time
@@ -18,10 +19,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from red_kernels._files import json_by_line, write_files
 from red_kernels._parse import read_json, shown
+from red_kernels._progress import Stage
+from red_kernels.integrations.base_dtype import AUTO, DTYPES, BaseDtype, choose_dtype
 
 from .harness import clocks, environment
 
@@ -49,6 +51,7 @@ class Run:
         quick: a look in a minute or two: few and small cases, few rounds. The file says so.
         deadline: no case is begun after this time of `time.monotonic`; None for no such time.
         progress: the console of the progress bar.
+        chosen: the dtype of base models where a job says `auto`; None for what suits the device.
     """
 
     device: torch.device
@@ -56,6 +59,16 @@ class Run:
     quick: bool = False
     deadline: float | None = None
     progress: Console = field(default_factory=lambda: Console(stderr=True))
+    chosen: BaseDtype | None = None
+
+    @functools.cached_property
+    def base_dtype(self) -> BaseDtype:
+        """The dtype of base models where a job says `auto`, and why it is that one."""
+        return self.chosen or choose_dtype(self.device)
+
+    def resolved(self, dtype: str) -> str:
+        """A dtype's name, that of `base_dtype` for `auto`."""
+        return self.base_dtype.name if dtype == AUTO else dtype
 
     def in_time(self) -> bool:
         """Whether another case may be begun."""
@@ -72,10 +85,11 @@ class ResultFile:
         settings: what the job was asked for.
         missing: implementation or method to the reason why it is not measured at all.
         resume: keep the results that the file holds already.
+        base_dtype: that of the job's base models, if it has any; a file that is gone on with keeps its own.
 
     Raises:
-        ValueError: the file to go on with is of another job, schema, device, environment, sources or settings, or was
-            quick and this is not.
+        ValueError: the file to go on with is of another job, schema, device, environment, sources, settings or dtype,
+            or was quick and this is not.
     """
 
     def __init__(
@@ -87,6 +101,7 @@ class ResultFile:
         missing: Mapping[str, str],
         *,
         resume: bool = False,
+        base_dtype: BaseDtype | None = None,
     ) -> None:
         self.path = path
         self.content: dict[str, Any] = {
@@ -96,6 +111,7 @@ class ResultFile:
             "environment": environment(run.device),
             "settings": dict(settings),
             "missing": dict(missing),
+            **({} if base_dtype is None else {"base_dtype": base_dtype.json()}),
             "complete": False,
             "failed": [],
             "cases": [],
@@ -111,6 +127,11 @@ class ResultFile:
                 old, new = before["environment"].get(name), self.content["environment"][name]
                 if old != new:
                     raise ValueError(f"--resume: {path} was measured with {name} {old!r}, this is {new!r}")
+            if base_dtype is not None:
+                kept = kept_dtype(before)
+                if kept is not None and kept != base_dtype.name:
+                    raise ValueError(f"--resume: {path} has the dtype {kept!r}, this run has {base_dtype.name!r}")
+                self.content["base_dtype"] = before.get("base_dtype", base_dtype.json())
             wanted = json.loads(json.dumps(self.content["settings"]))
             if before["settings"] != wanted:
                 raise ValueError(f"--resume: {path} has the settings {before['settings']}, this run has {wanted}")
@@ -165,10 +186,17 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
+def kept_dtype(content: Mapping[str, Any]) -> str | None:
+    """The dtype of base models by which a file of results was measured; None where it does not say."""
+    found = content.get("base_dtype")
+    name = found.get("name") if isinstance(found, dict) else None
+    return name if isinstance(name, str) and name in DTYPES else None
+
+
 def run_cases(
     file: ResultFile, cases: Sequence[Case], measure: Callable[[Case], Mapping[str, Any]], run: Run, title: str
 ) -> None:
-    """Measure the cases that the file does not have yet, in their order, with a progress bar.
+    """Measure the cases that the file does not have yet, in their order, and show how far this is.
 
     A case that fails is named, in the file too, and the others go on; where all fail, the last error is raised. One
     that failed in a run before comes last. What is left when the time is up is left: the file then is not `complete`,
@@ -177,15 +205,14 @@ def run_cases(
     left = sorted((case for case in cases if not file.has(case)), key=file.failed)
     file.content["planned"] = len(cases)
     file.write()  # minutes of measuring must not end in results that cannot be written
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     failure: Exception | None = None
     measured = 0
-    with Progress(*columns, TimeRemainingColumn(), console=run.progress) as progress:
-        bar = progress.add_task(title, total=len(cases), completed=len(cases) - len(left))
-        for case in left:
+    before = len(cases) - len(left)
+    with Stage(run.progress, title, len(cases), done=before, unit="case") as stage:
+        for number, case in enumerate(left, start=before + 1):
             if not run.in_time():
                 break
-            progress.update(bar, description=f"{title}: {escape(name_of(case))}")
+            stage.begins(name_of(case))
             try:
                 file.add(case, {**measure(case), "clocks": clocks(run.device)})
                 measured += 1
@@ -197,7 +224,7 @@ def run_cases(
             gc.collect()  # models that hold on to themselves
             if run.device.type == "cuda":
                 torch.cuda.empty_cache()
-            progress.advance(bar)
+            stage.reached(number)
     behind = sum(not (file.has(case) or file.failed(case)) for case in cases)
     file.content["complete"] = not behind
     file.write()

@@ -13,9 +13,11 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from red_kernels.integrations.base_dtype import ASKED, AUTO, BaseDtype, resolve_dtype
+
 from .ops import job as ops
 from .quality import job as quality
-from .runs import ResultFile, Run
+from .runs import ResultFile, Run, kept_dtype, read
 from .step import growth
 from .step import job as step
 
@@ -38,6 +40,8 @@ class Request:
         minutes: no case is begun after so many.
         quick: few and small cases, to see that all runs.
         options: values for fields of `ops.Settings`.
+        dtype: of the base models of `step`, `growth` and `quality`, but for those that are fp32 by design: `"auto"`,
+            `"fp32"` or `"bf16"`. A folder that is gone on with keeps what `"auto"` was.
     """
 
     job: str
@@ -48,6 +52,7 @@ class Request:
     minutes: float | None = None
     quick: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = AUTO
 
     def __post_init__(self) -> None:
         if self.job not in (*JOBS, GROWTH, ALL):
@@ -60,6 +65,10 @@ class Request:
             raise ValueError("--resume and --overwrite: got both, expected one of them at most")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise ValueError(f"--minutes: got {self.minutes}, expected a number above 0")
+        if self.dtype not in ASKED:
+            raise ValueError(f"--dtype: got {self.dtype!r}, expected one of {', '.join(ASKED)}")
+        if self.dtype != AUTO and self.job == ops.JOB:
+            raise ValueError("--dtype: this is of base models, got the job ops; --dtypes are those of activations")
         if self.options and self.job in ("step", GROWTH, "quality"):
             given = ", ".join(f"--{name}" for name in self.options)
             raise ValueError(f"{given}: this is for the job ops, got the job {self.job}")
@@ -119,7 +128,7 @@ def run_suite(request: Request, console: Console) -> dict[str, ResultFile]:
         raise NotADirectoryError(f"--output: {request.output} is a file, expected a folder")
     device = torch.device(request.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     deadline = None if request.minutes is None else time.monotonic() + 60 * request.minutes
-    run = Run(device, console, request.quick, deadline)
+    run = Run(device, console, request.quick, deadline, chosen=_dtype(request, jobs, device, console))
     found: dict[str, ResultFile] = {}
     failed: list[str] = []
     for name, job in jobs.items():
@@ -137,6 +146,22 @@ def run_suite(request: Request, console: Console) -> dict[str, ResultFile]:
     if failed:
         raise RuntimeError("; ".join(failed))
     return found
+
+
+def _dtype(request: Request, jobs: Mapping[str, Job], device: torch.device, console: Console) -> BaseDtype | None:
+    """The dtype of base models, printed with its reason; None where no job has any."""
+    models = [name for name in jobs if name != ops.JOB]
+    if not models:
+        return None
+    kept = None
+    for path in (request.output / f"{name}.json" for name in models) if request.resume else ():
+        if path.is_file():
+            kept = kept or kept_dtype(read(path))
+    dtype = resolve_dtype(request.dtype, device, kept)
+    console.print(f"Base models' dtype: {dtype.name} ({dtype.reason})", markup=False, highlight=False, soft_wrap=True)
+    if dtype.warning is not None:
+        console.print(f"Warning: {dtype.warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    return dtype
 
 
 def draw(folder: Path, console: Console) -> Sequence[Path]:

@@ -17,6 +17,7 @@ from ._arguments import Parser, layers
 from ._errors import explained, one_line
 from ._version import __version__
 from .integrations._require import require
+from .integrations.bars import bars_on_terminals_only
 
 _MERGE_ADVICE = {
     "rounding": "merge into --dtype fp32, or pass --force",
@@ -37,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        return int(options.run(options))
+        with bars_on_terminals_only():
+            return int(options.run(options))
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -115,9 +117,10 @@ def _add_finetune_options(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--dtype",
-        choices=("fp32", "bf16"),
-        default=unset,
-        help="of the base model (default: bf16, for classification fp32); the vectors are fp32",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of the base model; auto: bf16 where the processor or GPU multiplies it natively, else fp32, and with "
+        "--resume the run's own; the vectors are fp32",
     )
     model.add_argument("--device", default=unset, help="cpu or cuda (default: a GPU if there is one)")
     model.add_argument(
@@ -222,6 +225,13 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--quick", action="store_true", help="few and small cases; nothing may be concluded from them")
     run.add_argument("--minutes", type=float, help="begin no case after so many; --resume measures the rest")
     run.add_argument("--device", choices=("cpu", "cuda"), help="where (default: a GPU if there is one)")
+    run.add_argument(
+        "--dtype",
+        choices=("auto", "fp32", "bf16"),
+        default=unset,
+        help="of the base models of step, growth and quality; auto: bf16 where the processor or GPU multiplies it "
+        "natively, else fp32; the sentence model of a CPU is fp32 always (default: auto)",
+    )
     ops = parser.add_argument_group("operations, and --tune")
     ops.add_argument(
         "--operations",
@@ -311,6 +321,7 @@ def _merge(options: argparse.Namespace) -> int:
             dtype=options.dtype,
             force=options.force,
             overwrite=options.overwrite,
+            say=lambda stage: print(stage, file=sys.stderr, flush=True),
         )
     except MergeRefused as error:  # its own advice is for Python
         raise ValueError(f"{error.reason}; {_MERGE_ADVICE[error.cause]}") from error
@@ -340,7 +351,7 @@ def _bench(options: argparse.Namespace) -> int:
 def _tune(given: dict[str, Any]) -> int:
     if given["job"] is not None:
         raise ValueError(f"--tune is a job of its own, got the job {given['job']} beside it")
-    for name in ("resume", "quick", "minutes", "device", "inputs", "seconds"):
+    for name in ("resume", "quick", "minutes", "device", "dtype", "inputs", "seconds"):
         if given.get(name):
             raise ValueError(f"--{name}: the search for launch rules has no such option")
     from rich.console import Console
@@ -363,11 +374,12 @@ def _measure(given: dict[str, Any]) -> int:
     with _quiet_imports():
         suite = _suite()
     operations = ("operations", "inputs", "seconds", "widths", "dtypes", "rows")
+    own = ("device", "dtype", "resume", "overwrite", "minutes", "quick")
     request = suite.Request(
         job=given["job"] or "ops",
         output=given.get("output", Path("bench-results")),
         options={name: given[name] for name in operations if name in given},
-        **{name: given[name] for name in ("device", "resume", "overwrite", "minutes", "quick")},
+        **{name: given[name] for name in own if name in given},
     )
     suite.run_suite(request, Console())
     return 0

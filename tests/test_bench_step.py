@@ -40,7 +40,8 @@ def test_the_job_writes_what_it_measured(tmp_path, run):
     assert content["planned"] == len(content["cases"]) == len(job.QUICK)
     assert content["missing"] == {}
     for case, planned in zip(content["cases"], job.QUICK, strict=True):
-        assert tuple(case[name] for name in job.KEYS) == planned
+        model, dtype, *sizes = planned
+        assert tuple(case[name] for name in job.KEYS) == (model, run.resolved(dtype), *sizes)
         measured = ["red", "naive", "lora-qv", "full"]
         assert list(case["seconds"]) == list(case["peak_bytes"]) == list(case["trainable"]) == measured
         assert case["left_out"] == {"red-compile": "a quick run compiles nothing"}

@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from red_kernels.integrations.base_dtype import AUTO
 from red_kernels.integrations.measure import HeldOut
 
 from ..methods import METHODS, QUALITY_METHODS, prepare
@@ -54,7 +55,7 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     },
 }
 SENTENCES = Budget("all-MiniLM-L6-v2", "fp32", 96, 16, 40, seeds=3, validation=512, test=1000)
-TEXTS = Budget("SmolLM2-135M-Instruct", "bf16", 16, 4, 128, seeds=3, validation=24, test=64)
+TEXTS = Budget("SmolLM2-135M-Instruct", AUTO, 16, 4, 128, seeds=3, validation=24, test=64)
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,12 @@ class Settings:
         return self.sentiment if task == SENTIMENT else self.language
 
     def for_run(self, run: Run) -> Settings:
-        """These settings, or the few steps, rates and items of a quick run."""
-        if not run.quick:
-            return self
+        """These settings with the run's dtype in place of `auto`; of a quick run only few steps, rates and items."""
+        own = {name: replace(self.budget(name), dtype=run.resolved(self.budget(name).dtype)) for name in TASKS}
+        resolved = replace(self, sentiment=own[SENTIMENT], language=own[LANGUAGE])
+        return resolved._quick() if run.quick else resolved
+
+    def _quick(self) -> Settings:
 
         def small(budget: Budget) -> Budget:
             return replace(budget, steps=4, batch=4, length=min(32, budget.length), seeds=1, validation=16, test=16)
@@ -230,7 +234,9 @@ def run_job(settings: Settings, run: Run, folder: Path, resume: bool) -> ResultF
     """
     lacking = missing(run)
     chosen = settings.for_run(run)
-    file = ResultFile(folder / f"{JOB}.json", JOB, run, asdict(chosen), lacking, resume=resume)
+    file = ResultFile(
+        folder / f"{JOB}.json", JOB, run, asdict(chosen), lacking, resume=resume, base_dtype=run.base_dtype
+    )
     here = [case for case in cases(settings, run) if case["method"] not in lacking]
     try:
         run_cases(file, here, lambda case: measure(case, settings, run), run, JOB)

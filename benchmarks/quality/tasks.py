@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, default_data_collator
 
-from red_kernels.integrations.base_models import DTYPES, BaseModel, load_base
+from red_kernels.integrations.base_dtype import ASKED, DTYPES
+from red_kernels.integrations.base_models import BaseModel, load_base
 from red_kernels.integrations.data import Document, LabelledTexts, TokenBlocks, python_topics, split_documents
 from red_kernels.integrations.measure import HeldOut, held_out_loss
 
@@ -30,7 +31,7 @@ class Budget:
 
     Attributes:
         model: a packaged model's name, a folder or a hub id.
-        dtype: of the base model: `"fp32"` or `"bf16"`.
+        dtype: of the base model: `"auto"`, `"fp32"` or `"bf16"`.
         steps: optimizer steps of a run.
         batch: sentences or blocks in a step.
         length: tokens in a block, and the most in a sentence.
@@ -54,8 +55,8 @@ class Budget:
                 raise ValueError(f"{name}.{own}: got {getattr(self, own)}, expected at least 1")
         if self.length < 2:
             raise ValueError(f"{name}.length: got {self.length}, expected at least 2 tokens")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"{name}.dtype: got {self.dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
+        if self.dtype not in ASKED:
+            raise ValueError(f"{name}.dtype: got {self.dtype!r}, expected one of {', '.join(map(repr, ASKED))}")
 
 
 @dataclass

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import red_kernels as rk
-from red_kernels.integrations.base_models import DTYPES
+from red_kernels.integrations.base_dtype import ASKED, AUTO
 
 from ..methods import METHODS, Prepared, edited_sites, prepare, sister
 from ..runs import Case, ResultFile, Run, run_cases
@@ -83,21 +83,21 @@ class Settings:
 
     Attributes:
         sizes: None for those of the device.
-        dtype: of the weights.
+        dtype: of the weights; `"auto"` is that of the run.
         methods: in the order of the results.
         seconds: how long a case is timed, but for its least rounds.
         rounds: the least rounds.
     """
 
     sizes: Sizes | None = None
-    dtype: str = "bf16"
+    dtype: str = AUTO
     methods: tuple[str, ...] = field(default=METHODS_HERE)
     seconds: float = 12.0
     rounds: int = 7
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: got {self.dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
+        if self.dtype not in ASKED:
+            raise ValueError(f"dtype: got {self.dtype!r}, expected one of {', '.join(map(repr, ASKED))}")
         job.check_timed(self.methods, METHODS_HERE, self.seconds, self.rounds)
         if self.sizes is not None:
             _check_sizes(self.sizes)
@@ -147,7 +147,7 @@ def cases(settings: Settings, run: Run) -> list[Case]:
                 "edits": 1,
             }
             case |= {"batch": value // sizes.length} if axis == "tokens" else {axis: value}
-            found.append(case | {"dtype": settings.dtype})
+            found.append(case | {"dtype": run.resolved(settings.dtype)})
     return found
 
 
@@ -224,7 +224,9 @@ def run_job(settings: Settings, run: Run, folder: Path, resume: bool) -> ResultF
     Raises ValueError where the file to go on with is of another run, and what all cases raised where all have failed.
     """
     planned = cases(settings, run)
-    file = ResultFile(folder / f"{JOB}.json", JOB, run, asdict(settings), missing(run), resume=resume)
+    said = asdict(settings) | {"dtype": run.resolved(settings.dtype)}
+    lacking = missing(run)
+    file = ResultFile(folder / f"{JOB}.json", JOB, run, said, lacking, resume=resume, base_dtype=run.base_dtype)
     run_cases(file, planned, lambda case: measure(case, settings, run), run, "growth")
     print_results(file.content, run.console)
     return file

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from red_kernels.integrations.base_models import DTYPES
+from red_kernels.integrations.base_dtype import ASKED, AUTO
 from red_kernels.naive import naive_edit
 
 from ..methods import METHODS, STEP_METHODS, Prepared, edited_sites, prepare, sister
@@ -31,26 +31,26 @@ JOB = "step"
 KEYS = ("model", "dtype", "batch", "length")
 Cases = tuple[tuple[str, str, int, int], ...]
 ON_CPU: Cases = (
-    ("SmolLM2-135M", "bf16", 4, 256),
+    ("SmolLM2-135M", AUTO, 4, 256),
     ("MiniLM-L6", "fp32", 32, 128),
-    ("SmolLM2-135M", "bf16", 2, 512),
+    ("SmolLM2-135M", AUTO, 2, 512),
     ("MiniLM-L6", "fp32", 16, 256),
 )
 ON_GPU: Cases = (
-    ("Llama-2-7B", "bf16", 2, 2048),
-    ("RoBERTa-base", "bf16", 32, 512),
-    ("GPT-2-medium", "bf16", 16, 512),
-    ("T5-base", "bf16", 16, 512),
-    ("RoBERTa-large", "bf16", 32, 512),
-    ("Llama-2-7B", "bf16", 4, 2048),
-    ("RoBERTa-base", "bf16", 128, 128),
-    ("GPT-2-medium", "bf16", 8, 1024),
-    ("RoBERTa-large", "bf16", 128, 128),
-    ("GPT-2-medium", "bf16", 64, 128),
-    ("T5-base", "bf16", 64, 128),
-    ("Llama-2-7B", "bf16", 8, 2048),
+    ("Llama-2-7B", AUTO, 2, 2048),
+    ("RoBERTa-base", AUTO, 32, 512),
+    ("GPT-2-medium", AUTO, 16, 512),
+    ("T5-base", AUTO, 16, 512),
+    ("RoBERTa-large", AUTO, 32, 512),
+    ("Llama-2-7B", AUTO, 4, 2048),
+    ("RoBERTa-base", AUTO, 128, 128),
+    ("GPT-2-medium", AUTO, 8, 1024),
+    ("RoBERTa-large", AUTO, 128, 128),
+    ("GPT-2-medium", AUTO, 64, 128),
+    ("T5-base", AUTO, 64, 128),
+    ("Llama-2-7B", AUTO, 8, 2048),
 )
-QUICK: Cases = (("tiny-decoder", "bf16", 2, 16), ("tiny-encoder", "fp32", 2, 16))
+QUICK: Cases = (("tiny-decoder", AUTO, 2, 16), ("tiny-encoder", "fp32", 2, 16))
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class Settings:
     """What is measured.
 
     Attributes:
-        cases: `(model, dtype, batch, length)` in the order of their worth; None for those of the device.
+        cases: `(model, dtype, batch, length)` in the order of their worth; None for those of the device. The dtype
+            `"auto"` is that of the run.
         methods: in the order of the results.
         seconds: how long a case is timed, but for its least rounds; compiling and checking come before.
         rounds: the least rounds.
@@ -72,8 +73,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name, dtype, batch, length in self.cases or ():
             model = find(name)
-            if dtype not in DTYPES:
-                raise ValueError(f"cases: got the dtype {dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
+            if dtype not in ASKED:
+                raise ValueError(f"cases: got the dtype {dtype!r}, expected one of {', '.join(map(repr, ASKED))}")
             if batch < 1:
                 raise ValueError(f"cases: got a batch of {batch} for {name}, expected at least 1")
             if not 2 <= length <= model.longest:
@@ -104,7 +105,7 @@ def cases(settings: Settings, run: Run) -> list[Case]:
     chosen = settings.cases
     if chosen is None:
         chosen = QUICK if run.quick else ON_GPU if run.device.type == "cuda" else ON_CPU
-    return [dict(zip(KEYS, case, strict=True)) for case in chosen]
+    return [dict(zip(KEYS, case, strict=True)) | {"dtype": run.resolved(case[1])} for case in chosen]
 
 
 def measure(case: Case, settings: Settings, run: Run) -> dict[str, Any]:
@@ -155,7 +156,7 @@ def run_job(settings: Settings, run: Run, folder: Path, resume: bool) -> ResultF
     """
     planned = cases(settings, run)
     said = asdict(settings) | {"cases": [list(case.values()) for case in planned]}
-    file = ResultFile(folder / f"{JOB}.json", JOB, run, said, missing(run), resume=resume)
+    file = ResultFile(folder / f"{JOB}.json", JOB, run, said, missing(run), resume=resume, base_dtype=run.base_dtype)
     run_cases(file, planned, lambda case: measure(case, settings, run), run, "training steps")
     print_results(file.content, run.console)
     return file

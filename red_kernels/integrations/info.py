@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .._errors import one_line
 from .._version import __version__
 from ..backends import available_backends, choice, choose, cuda, forced_backend, native
+from .base_dtype import choose_dtype, slowdown
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "gguf", "peft", "datasets", "matplotlib")
 
@@ -43,6 +45,13 @@ def show_info(console: Console) -> None:
         chosen.add_row(label, _chosen(device))
     console.print(chosen)
 
+    dtypes = Table(title="Base models (--dtype auto)")
+    for heading in ("device", "dtype", "why", "products in bf16, fp16 take"):
+        dtypes.add_column(heading, overflow="fold")
+    for _, label in _devices():
+        dtypes.add_row(label, *_base_dtype(torch.device(label.partition(" ")[0])))
+    console.print(dtypes)
+
     if _settings():
         settings = Table(title="Settings")
         for heading in ("environment variable", "value"):
@@ -71,6 +80,16 @@ def _chosen(device: str) -> str:
     if device == "cpu" or asked or len(there) < 2:
         return name
     return "\n".join(f"{row.backend}: {row.where}" for row in choice.TABLE) + "\n(the first that fits)"
+
+
+def _base_dtype(device: torch.device) -> tuple[str, str, str]:
+    """What `auto` is, why, and how long the halves take; it is shown where a product fails."""
+    try:
+        chosen = choose_dtype(device)
+        slower = ", ".join(f"{slowdown(name, device):.2g}" for name in ("bf16", "fp16"))
+    except RuntimeError as error:
+        return "unknown", f"a product failed: {escape(one_line(error))}", ""
+    return chosen.name, chosen.reason, f"{slower} times as long as in fp32"
 
 
 def _triton_state() -> str:

@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from .._parse import shown
+from .._progress import Stage
+
+QUIET = 5.0  # seconds before a stage that is mostly short says how far it is
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,9 @@ class HeldOut:
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, batches: Iterable[Mapping[str, torch.Tensor]], classification: bool) -> HeldOut:
+def held_out_loss(
+    model: Any, batches: Iterable[Mapping[str, torch.Tensor]], classification: bool, stage: Stage | None = None
+) -> HeldOut:
     """The mean loss over all targets of the batches, in evaluation mode; the model's mode is given back after.
 
     Args:
@@ -52,13 +58,17 @@ def held_out_loss(model: Any, batches: Iterable[Mapping[str, torch.Tensor]], cla
         batches: with `input_ids` and `labels`: `(batch, length)` with -100 where nothing is predicted, or `(batch,)`
             class numbers.
         classification: which of the two; with it the accuracy is measured as well.
+        stage: told of each batch that is done.
+
+    Raises:
+        ValueError: the batches hold no targets.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     total, count, correct = 0.0, 0, 0
     try:
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
             batch = {name: value.to(device) for name, value in batch.items()}
             output = model(**batch)
             labels = batch["labels"] if classification else batch["labels"][:, 1:]
@@ -67,6 +77,8 @@ def held_out_loss(model: Any, batches: Iterable[Mapping[str, torch.Tensor]], cla
             count += targets
             if classification:
                 correct += int((output.logits.argmax(-1) == labels).sum())
+            if stage is not None:
+                stage.reached(number)
     finally:
         model.train(was_training)
     if count == 0:
@@ -128,7 +140,11 @@ class Speed:
 
 
 def compare_speed(
-    steps: Mapping[str, Callable[[], int]], device: torch.device, rounds: int = 7, seconds: float = 60.0
+    steps: Mapping[str, Callable[[], int]],
+    device: torch.device,
+    rounds: int = 7,
+    seconds: float = 60.0,
+    console: Console | None = None,
 ) -> dict[str, Speed]:
     """Time the steps in turn, so that what else the machine does falls on all of them alike.
 
@@ -137,22 +153,75 @@ def compare_speed(
         device: waited for before each reading of the clock.
         rounds: how often each step is timed; every other round goes through them backwards.
         seconds: no new round is begun after this time, but there are always three.
+        console: where it is shown how far this is; None for nowhere.
     """
-    for step in steps.values():
-        step()
+    warm_up = _seconds(steps, device)
+    fitting = math.floor(seconds / max(sum(each for each, _ in warm_up.values()), 1e-9)) + 1
+    rounds_here = min(rounds, max(3, fitting))  # for the estimate; the first steps take longer than the others
     samples: dict[str, list[float]] = {name: [] for name in steps}
-    begun = time.perf_counter()
-    for number in range(rounds):
-        if number >= 3 and time.perf_counter() - begun > seconds:
-            break
-        names = list(steps)
-        for name in names if number % 2 == 0 else reversed(names):
-            _wait_for(device)
-            start = time.perf_counter()
-            tokens = steps[name]()
-            _wait_for(device)
-            samples[name].append(tokens / (time.perf_counter() - start))
+    with contextlib.ExitStack() as shown:
+        stage = None
+        if console is not None:
+            stage = shown.enter_context(Stage(console, "comparing speeds", rounds_here, unit="round", after=QUIET))
+        begun = time.perf_counter()
+        for number in range(rounds):
+            if number >= 3 and time.perf_counter() - begun > seconds:
+                break
+            names = list(steps)
+            order = names if number % 2 == 0 else names[::-1]
+            for name, (taken, tokens) in _seconds({name: steps[name] for name in order}, device).items():
+                samples[name].append(tokens / taken)
+            if stage is not None:
+                stage.reached(min(number + 1, rounds_here))
     return {name: Speed(tuple(values)) for name, values in samples.items()}
+
+
+def _seconds(steps: Mapping[str, Callable[[], int]], device: torch.device) -> dict[str, tuple[float, int]]:
+    """Do each step once: the seconds that it took, and its tokens."""
+    found = {}
+    for name, step in steps.items():
+        _wait_for(device)
+        start = time.perf_counter()
+        tokens = step()
+        _wait_for(device)
+        found[name] = (time.perf_counter() - start, tokens)
+    return found
+
+
+def first_look(model: Any, batch: Mapping[str, torch.Tensor], tokens: int = 16, enough: float = 1.0) -> float:
+    """The seconds that a token takes at most, forward and backward: those of a few tokens of a text.
+
+    A whole batch takes less time for each token. Nothing is trained, no random number drawn, no gradient left. After a
+    call that prepares what the first one has to, there are ever more tokens until a call takes long enough.
+
+    Args:
+        model: a transformers model that returns `loss` and trains something. Its mode is given back.
+        batch: its inputs; of tensors with two dimensions the first row is taken, of others the first element.
+        tokens: of the row, in the first call.
+        enough: seconds after which a call is the last one.
+    """
+    device = next(model.parameters()).device
+    trained = [own for own in model.parameters() if own.requires_grad]
+    was_training = model.training
+    longest = batch["input_ids"].shape[1]
+
+    def seconds(count: int) -> float:
+        row = {name: (value[:1, :count] if value.ndim > 1 else value[:1]).to(device) for name, value in batch.items()}
+        _wait_for(device)
+        start = time.perf_counter()
+        torch.autograd.grad(model(**row).loss, trained, allow_unused=True)
+        _wait_for(device)
+        return time.perf_counter() - start
+
+    model.eval()  # no dropout, so no random numbers
+    try:
+        tokens = min(tokens, longest)
+        seconds(tokens)
+        while (taken := seconds(tokens)) < enough and tokens < longest:
+            tokens = min(4 * tokens, longest)
+    finally:
+        model.train(was_training)
+    return taken / tokens
 
 
 def training_step(

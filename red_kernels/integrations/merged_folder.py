@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ def merge_folder(
     dtype: str = "auto",
     force: bool = False,
     overwrite: bool = False,
+    say: Callable[[str], object] | None = None,
 ) -> tuple[MergeReport, tuple[str, ...]]:
     """Merge saved edits into their base model, and save the whole as transformers does, with its tokenizer.
 
@@ -62,6 +63,7 @@ def merge_folder(
             `"bf16"` or `"fp16"`.
         force: as for `rk.merge`.
         overwrite: replace the output folder, if it is one that this function wrote and holds nothing else.
+        say: called with a line for each stage, before it begins.
 
     Returns:
         The `MergeReport`, and notes on what else there is to know.
@@ -89,13 +91,17 @@ def merge_folder(
     for name, value in {} if found.trained is None else found.trained.values.items():
         if not is_finite(value):
             raise ValueError(f"{found.head_source}: {name} is not finite ({unfinite(value)})")
+    say = say or (lambda stage: None)
     with target.written() as folder:
+        say(f"Loading the model: {model}")
         loaded, notes = _load(source, dtype, found.trained)
         patch(loaded, config_of(found.source, found.description))
         report = load_found(loaded, found, Path(edits), None, strict=True)
         notes += [*report.warnings, *_rounded(loaded, found)]
+        say("Merging")
         merged = merge(loaded, force=force, keep_original=False)
         tokenizer = _tokenizer(source, notes)
+        say(f"Writing {output}")
         with writing(output), quietly():
             loaded.save_pretrained(folder)
             if tokenizer is not None:

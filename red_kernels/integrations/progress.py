@@ -6,39 +6,30 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .._progress import Stage
 
 
 class ShowProgress(TrainerCallback):
-    """A Trainer callback with a progress bar, the latest loss and the speed.
+    """A Trainer callback that shows the step, the latest loss, the speed, and how long the rest will take.
 
-    The arguments need `disable_tqdm`, and `include_num_input_tokens_seen` says which tokens the speed counts.
-    Where the console is no terminal it prints about ten lines over the whole run instead.
+    The arguments need `disable_tqdm` and `logging_steps=1`, and `include_num_input_tokens_seen` says which tokens the
+    speed counts. `Stage` says when there are lines where the console is no terminal; the first comes after one step.
     """
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._progress: Progress | None = None
-        self._loss = ""
+        self._stage: Stage | None = None
         self._began = (0.0, 0)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the bar at the step that the run starts or resumes from."""
+        """Begin at the step that the run starts or resumes from."""
         self._began = (time.perf_counter(), int(state.num_input_tokens_seen))
-        if self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
-            self._progress.start()
-            self._progress.add_task("training", total=state.max_steps, completed=state.global_step, note="")
+        self._stage = Stage(self._console, "training", state.max_steps, done=state.global_step)
+        self._stage.open()
 
     def on_log(
         self,
@@ -49,9 +40,10 @@ class ShowProgress(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Take the loss that Trainer logs after a step and show it."""
-        if logs and "loss" in logs:
-            self._loss = f"loss {float(logs['loss']):.4f}"
-            self._show(state)
+        if logs and "loss" in logs and self._stage is not None:
+            began, first = self._began
+            speed = (int(state.num_input_tokens_seen) - first) / max(time.perf_counter() - began, 1e-9)
+            self._stage.reached(state.global_step, f"loss {float(logs['loss']):.4f}, {speed:,.0f} tokens/s")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -61,15 +53,6 @@ class ShowProgress(TrainerCallback):
 
     def close(self) -> None:
         """Close the bar; also after an exception, which never reaches `on_train_end`."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-    def _show(self, state: TrainerState) -> None:
-        began, first = self._began
-        speed = (int(state.num_input_tokens_seen) - first) / max(time.perf_counter() - began, 1e-9)
-        note = f"{self._loss}, {speed:,.0f} tokens/s"
-        if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=state.global_step, note=note)
-        elif state.global_step % max(1, state.max_steps // 10) == 0 or state.global_step == state.max_steps:
-            self._console.print(f"step {state.global_step} of {state.max_steps}: {note}")
+        if self._stage is not None:
+            self._stage.close()
+            self._stage = None

@@ -128,6 +128,15 @@ def _of_a_run(path: Path) -> bool:
     return _OF_A_CHECKPOINT.fullmatch(path.name) is not None and (path.is_symlink() or path.is_file())
 
 
+def former_setting(path: Path, name: str) -> Any:
+    """A setting of the run that a folder holds; None where that run has no such setting.
+
+    Raises:
+        ValueError: the folder holds no run, or a damaged one.
+    """
+    return _read(path, "--resume")["settings"].get(name)
+
+
 def _read(path: Path, option: str) -> dict[str, Any]:
     file = path / RUN_NAME
     if not file.exists():

@@ -6,8 +6,7 @@ import os
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ import torch
 import triton
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .._files import json_by_line, write_files
+from .._progress import Stage
 from .._version import __version__
 from ..backends.triton import tuned
 from . import matmul, require_gpu
@@ -93,16 +92,16 @@ def tune(settings: Settings, console: Console, bench: Bench | None = None) -> Pa
     table = _Table(output, bench)
     found = targets(_workloads(settings, bench), bench)
     kept: dict[tuple[Any, ...], Any] = {}  # tiles of matrix products
-    with _progress(console, len(found)) as (progress, task):
-        for target in found:
-            progress.update(task, what=str(target))
+    with Stage(console, "searching", len(found), unit="rule") as stage:
+        for number, target in enumerate(found, start=1):
+            stage.begins(str(target))
             outcome = _guarded(target, bench, console)
             if outcome is not None:
                 table.add(outcome)
                 _show(outcome, console)
                 if target.rule.name == "linear":
                     kept[target.arguments] = outcome.tile if outcome.won else outcome.default
-            progress.advance(task)
+            stage.reached(number)
         for target in found:
             if target.arguments in kept and target.rule.name == "linear":
                 _compare(target, kept[target.arguments], bench, table, console)
@@ -215,13 +214,6 @@ def _compare(target: Target, tile: Any, bench: Bench, table: _Table, console: Co
         ratio = geometric_mean([case.ratio for case in cases])
         verdict = "[green]wins[/]" if won else "does not win"
         console.print(f"linear_edit {dtype}, m {m}, n {n}, k {k}: fused {verdict}, {ratio:.2f}x the composed form")
-
-
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[tuple[Progress, TaskID]]:
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[what]}"))
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield progress, progress.add_task("", total=total, what="")
 
 
 def _show(outcome: Outcome, console: Console) -> None:

@@ -1,0 +1,132 @@
+"""How a long stage goes on: a bar on a terminal; in a log file a line now and then, with the time that is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import TypeVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["Stage", "duration"]
+
+T = TypeVar("T")
+_PARTS = 20  # lines of a long stage, about
+_LEAST, _MOST = 10.0, 300.0  # seconds between two lines
+
+
+def duration(seconds: float) -> str:
+    """A time for people: `8 s`, `2 min 30 s`, `1 h 40 min`. Below a second it is `1 s`."""
+    whole = max(1, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        minutes, rest = divmod(whole, 60)
+        return f"{minutes} min" + (f" {rest} s" if rest and minutes < 10 else "")
+    hours, rest = divmod(round(whole / 60), 60)
+    return f"{hours} h" + (f" {rest} min" if rest else "")
+
+
+class Stage:
+    """A stage of a job, made of parts that are done one after the other. To be used in a `with` statement.
+
+    Where the console is a terminal there is a bar, and nothing of it remains. Elsewhere there are lines. The first one
+    comes when a part is done (and `after` is over), so there is an estimate as early as there can be one. The next ones
+    come by time: about twenty over the whole stage, no two within ten seconds, and one every five minutes at least,
+    if parts are done so often. The last part has a line if another one had, or `after` is over.
+
+    Args:
+        console: where it is shown.
+        title: what is done, such as `training`.
+        total: how many parts there are.
+        done: how many of them an earlier run has done.
+        unit: what a part is called.
+        after: no line before so many seconds: a stage that is over by then prints none.
+    """
+
+    def __init__(
+        self, console: Console, title: str, total: int, *, done: int = 0, unit: str = "step", after: float = 0.0
+    ) -> None:
+        self._console, self._title, self._unit = console, title, unit
+        self._total, self._first, self._done, self._after = total, done, done, after
+        self._begun = time.perf_counter()
+        self._said: float | None = None  # when the last line was printed
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Stage:
+        self.open()
+        return self
+
+    def open(self) -> None:
+        """Begin: the time counts from here."""
+        self._begun = time.perf_counter()
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}", markup=False),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+            self._bar.add_task(self._title, total=self._total, completed=self._done, note="")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def reached(self, done: int, note: str = "") -> None:
+        """Show that so many parts are done, earlier runs' included, with a note such as the loss."""
+        self._done = done
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, note=note)
+        elif self._due(last=done >= self._total):
+            self._say(f"{self._unit} {done} of {self._total}", note)
+
+    def over(self, items: Iterable[T]) -> Iterator[T]:
+        """Iterate over items, each of which is a part, done when the next one is asked for."""
+        for item in items:
+            yield item
+            self.reached(self._done + 1)
+
+    def begins(self, what: str) -> None:
+        """Show what the next part is, before it is done."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], note=what)
+        elif self._due():
+            self._say(f"{self._unit} {self._done + 1} of {self._total}", what)
+
+    def left(self) -> float | None:
+        """The seconds that the rest will take if it goes on as it did; None before the first part is done."""
+        own = self._done - self._first
+        if own <= 0:
+            return None
+        return (time.perf_counter() - self._begun) / own * (self._total - self._done)
+
+    def _due(self, last: bool = False) -> bool:
+        now = time.perf_counter()
+        if self._said is None:
+            return now - self._begun >= self._after
+        left = self.left()
+        whole = now - self._begun + (0.0 if left is None else left)
+        return last or now - self._said >= min(max(_LEAST, whole / _PARTS), _MOST)
+
+    def _say(self, where: str, note: str) -> None:
+        self._said = time.perf_counter()
+        left = self.left()
+        words = [part for part in (note, f"about {duration(left)} left" if left else "") if part]
+        text = f"{self._title}, {where}" + (f": {', '.join(words)}" if words else "")
+        self._console.print(escape(text), highlight=False, soft_wrap=True)
