@@ -26,7 +26,7 @@ from red_kernels.integrations.base_dtype import choose_dtype, resolve_dtype, slo
 from red_kernels.integrations.finetune import Settings
 
 CPU = torch.device("cpu")
-ABSENT = object()  # torch has no such function
+ABSENT = "absent"  # torch has no such function
 
 
 def answers(value: Any) -> Any:
