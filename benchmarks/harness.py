@@ -86,12 +86,13 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     device = torch.device(device)
     processor = _processor()
     return {
-        "device": processor if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "device": _held(processor) if device.type == "cpu" else torch.cuda.get_device_name(device),
         "gpu": None if device.type == "cpu" else _gpu(device),
         "processor": processor,
         "processor_mhz": _processor_clocks(),
         "threads": torch.get_num_threads(),
         "instruction_set": None if native.load_error() else native.instruction_set(),
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -101,6 +102,12 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "sources": _sources(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _held(processor: str) -> str:
+    """A processor's name, with the instruction set that the kernels are held to where that was asked for."""
+    name = os.environ.get("RED_KERNELS_CPU")
+    return f"{processor}, held to {name}" if name else processor
 
 
 def _commit() -> str | None:

@@ -232,6 +232,14 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         help="of the base models of step, growth and quality; auto: bf16 where the processor or GPU multiplies it "
         "natively, else fp32; the sentence model of a CPU is fp32 always (default: auto)",
     )
+    run.add_argument(
+        "--instruction-sets",
+        nargs="+",
+        default=unset,
+        metavar="SET",
+        help="of the processor: a run for each, into FOLDER/SET, with torch held to the same set; all: each that this "
+        "processor has (default: one run with the newest)",
+    )
     ops = parser.add_argument_group("operations, and --tune")
     ops.add_argument(
         "--operations",
@@ -351,7 +359,7 @@ def _bench(options: argparse.Namespace) -> int:
 def _tune(given: dict[str, Any]) -> int:
     if given["job"] is not None:
         raise ValueError(f"--tune is a job of its own, got the job {given['job']} beside it")
-    for name in ("resume", "quick", "minutes", "device", "dtype", "inputs", "seconds"):
+    for name in ("resume", "quick", "minutes", "device", "dtype", "instruction_sets", "inputs", "seconds"):
         if given.get(name):
             raise ValueError(f"--{name}: the search for launch rules has no such option")
     from rich.console import Console
@@ -372,7 +380,14 @@ def _measure(given: dict[str, Any]) -> int:
     from rich.console import Console
 
     with _quiet_imports():
-        suite = _suite()
+        suite = _benchmarks("suite")
+    if "instruction_sets" in given:
+        if given.get("device") == "cuda":
+            raise ValueError("--instruction-sets: these are a processor's, got --device cuda")
+        result: int = _benchmarks("sets").run_sets(
+            given["instruction_sets"], {**given, "device": "cpu"}, given.get("output", Path("bench-results"))
+        )
+        return result
     operations = ("operations", "inputs", "seconds", "widths", "dtypes", "rows")
     own = ("device", "dtype", "resume", "overwrite", "minutes", "quick")
     request = suite.Request(
@@ -385,8 +400,8 @@ def _measure(given: dict[str, Any]) -> int:
     return 0
 
 
-def _suite() -> Any:
-    """The benchmark suite: installed as `red_kernels.benchmarks`; in a checkout the folder beside this package."""
+def _benchmarks(part: str) -> Any:
+    """Of the benchmark suite: installed as `red_kernels.benchmarks`; in a checkout the folder beside this package."""
     name = f"{__package__}.benchmarks"
     folder = Path(__file__).parents[1] / "benchmarks"
     if name not in sys.modules and importlib.util.find_spec(name) is None:
@@ -401,7 +416,7 @@ def _suite() -> Any:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
-    return importlib.import_module(f"{name}.suite")
+    return importlib.import_module(f"{name}.{part}")
 
 
 def _finetune(options: argparse.Namespace) -> int:

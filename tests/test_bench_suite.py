@@ -62,8 +62,8 @@ def test_command(tmp_path, capsys):
 def test_command_of_a_checkout_elsewhere(tmp_path):
     """The suite is found beside the package, from any folder."""
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import red_kernels.cli as cli; suite = cli._suite(); "
-        "print(suite.__name__, suite.JOBS)"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import red_kernels.cli as cli; "
+        "suite = cli._benchmarks('suite'); print(suite.__name__, suite.JOBS)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200, env={}, check=False

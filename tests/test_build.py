@@ -114,7 +114,8 @@ def test_installed_wheel_runs(wheel: Path, tmp_path: Path) -> None:
     code = (
         "import torch, red_kernels as rk; assert rk.available_backends()['cpu'] is None, rk.available_backends();"
         "rk.backend('cpu').__enter__(); x = torch.randn(3, 5); assert torch.equal(rk.edit(x, x[0]), x * x[0]);"
-        "from red_kernels import cli; suite = cli._suite(); print(rk.__file__, suite.__name__, suite.__file__)"
+        "from red_kernels import cli; suite = cli._benchmarks('suite');"
+        "print(rk.__file__, suite.__name__, suite.__file__)"
     )
     found = _run("-c", code, folder=tmp_path, PYTHONPATH=str(tmp_path)).split()
     folder = tmp_path / "red_kernels"

@@ -1,0 +1,81 @@
+"""A run of the suite for each instruction set of the processor.
+
+A process chooses its instruction set once, torch and oneDNN when they are loaded. So each set gets a process of its own,
+in which our kernels and those of the peers are held to the same set, and a folder of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from red_kernels.backends import native
+
+ALL = "all"
+# What holds torch's own kernels, the code of torch.compile and oneDNN's products to a set; the newest needs no holding.
+_HELD = {
+    "base": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+}
+
+
+def chosen(names: Sequence[str]) -> list[str]:
+    """The sets that are asked for, `all` being each that this processor runs, the oldest first.
+
+    Raises:
+        ValueError: this processor does not run one of them.
+    """
+    known = native.instruction_sets()
+    unknown = [name for name in names if name not in (*known, ALL)]
+    if unknown or not names:
+        raise ValueError(
+            f"--instruction-sets: got {', '.join(unknown) or 'nothing'}, expected some of {', '.join(known)}, or {ALL}"
+        )
+    return [name for name in known if name in names or ALL in names]
+
+
+def held_to(name: str) -> dict[str, str]:
+    """The variables that hold this package, torch and oneDNN to an instruction set."""
+    return {"RED_KERNELS_CPU": name, **_HELD.get(name, {})}
+
+
+def arguments(given: Mapping[str, Any], output: Path) -> list[str]:
+    """The options of `red-kernels bench` for one set, out of those that were given."""
+    found = [] if given.get("job") is None else [str(given["job"])]
+    found += ["--output", str(output)]
+    for name, value in given.items():
+        option = f"--{name.replace('_', '-')}"
+        if name in ("job", "output", "instruction_sets", "run") or value in (None, False):
+            continue
+        if value is True:
+            found.append(option)
+        elif isinstance(value, tuple | list):
+            found += [option, *map(str, value)]
+        else:
+            found += [option, str(value)]
+    return found
+
+
+def run_sets(
+    names: Sequence[str],
+    given: Mapping[str, Any],
+    output: Path,
+    run: Callable[..., subprocess.CompletedProcess[bytes]] = subprocess.run,
+) -> int:
+    """Measure one set after the other, into `output/SET`; returns 1 where one of them failed, which the others do not
+    wait for.
+
+    Raises:
+        ValueError: as `chosen`, before anything is measured.
+    """
+    failed = False
+    for name in chosen(names):
+        print(f"Instruction set {name}: {output / name}", flush=True)
+        command = [sys.executable, "-m", "red_kernels", "bench", *arguments(given, output / name)]
+        failed |= run(command, env={**os.environ, **held_to(name)}, check=False).returncode != 0
+    return int(failed)

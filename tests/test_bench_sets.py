@@ -1,0 +1,88 @@
+"""`red-kernels bench --instruction-sets`: a process and a folder for each set, in which torch is held to the same."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import sets
+from red_kernels.backends import native
+
+pytestmark = pytest.mark.skipif(native.load_error() is not None, reason="no CPU kernels are built")
+
+
+class Ran:
+    """Stands for subprocess.run, and remembers what it was asked for."""
+
+    def __init__(self, codes: dict[str, int]) -> None:
+        self.codes, self.calls = codes, list[tuple[list[str], dict[str, str]]]()
+
+    def __call__(self, command: list[str], env: dict[str, str], check: bool) -> Any:
+        assert not check
+        self.calls.append((command, env))
+        return subprocess.CompletedProcess(command, self.codes.get(env["RED_KERNELS_CPU"], 0))
+
+
+@pytest.fixture
+def four(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "instruction_sets", lambda: ["base", "avx2", "avx512", "avx512_bf16"])
+
+
+def test_all_are_each_of_the_processor() -> None:
+    assert sets.chosen([sets.ALL]) == native.instruction_sets()
+    assert sets.chosen(native.instruction_sets()[::-1]) == native.instruction_sets()
+
+
+@pytest.mark.parametrize("names", [["sse9"], ["base", "sse9"], []])
+def test_another_is_an_error_before_anything_runs(names: list[str], four: None, tmp_path: Path) -> None:
+    run = Ran({})
+    with pytest.raises(ValueError, match=r"--instruction-sets: got (sse9|nothing), expected some of base, avx2,"):
+        sets.run_sets(names, {}, tmp_path, run)
+    assert not run.calls
+
+
+def test_each_has_its_process_and_its_folder(four: None, tmp_path: Path) -> None:
+    run = Ran({})
+    given = {
+        "job": "ops", "run": print, "output": tmp_path, "resume": True, "overwrite": False, "minutes": 2.5, "tune": False,
+        "widths": (64, 768), "instruction_sets": ("all",), "dtypes": ("bf16",), "device": "cpu",
+    }  # fmt: skip
+    assert sets.run_sets(["all"], given, tmp_path, run) == 0
+    assert [env["RED_KERNELS_CPU"] for _, env in run.calls] == ["base", "avx2", "avx512", "avx512_bf16"]
+    assert [env.get("ATEN_CPU_CAPABILITY") for _, env in run.calls] == [
+        "default", "avx2", "avx512", os.environ.get("ATEN_CPU_CAPABILITY"),
+    ]  # fmt: skip
+    options = ["--resume", "--minutes", "2.5", "--widths", "64", "768", "--dtypes", "bf16", "--device", "cpu"]
+    for command, env in run.calls:
+        folder = tmp_path / env["RED_KERNELS_CPU"]
+        assert command == [sys.executable, "-m", "red_kernels", "bench", "ops", "--output", str(folder), *options]
+        assert env["PATH"] == os.environ["PATH"]
+
+
+def test_one_that_fails_does_not_stop_the_others(four: None, tmp_path: Path) -> None:
+    run = Ran({"avx2": 1})
+    assert sets.run_sets(["all"], {}, tmp_path, run) == 1
+    assert len(run.calls) == 4
+
+
+def test_torch_and_the_kernels_are_held_to_the_same_set(tmp_path: Path) -> None:
+    name = native.instruction_sets()[0]
+    command = ["-m", "red_kernels", "bench", "ops", "--quick", "--instruction-sets", name, "--output", str(tmp_path)]
+    narrow = ["--operations", "edit", "--dtypes", "bf16", "--widths", "64", "--rows", "64", "--inputs", "fresh"]
+    subprocess.run([sys.executable, *command, *narrow], check=True, capture_output=True)
+    found = json.loads((tmp_path / name / "ops.json").read_text())["environment"]
+    assert found["instruction_set"] == name
+    assert found["device"].endswith(f", held to {name}")
+    if name == "base":
+        assert found["torch_capability"] == "DEFAULT"
+
+
+def test_a_gpu_has_none() -> None:
+    command = [sys.executable, "-m", "red_kernels", "bench", "ops", "--instruction-sets", "all", "--device", "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "--instruction-sets: these are a processor's, got --device cuda" in done.stderr

@@ -1,0 +1,87 @@
+"""What the compiler made of the CPU kernels for x86-64: in a loop over a row no vector leaves the registers, and nothing
+is converted one by one. The same for AArch64: test_aarch64.py.
+"""
+
+import functools
+import platform
+import re
+import sys
+from pathlib import Path
+
+import machine_code
+import pytest
+from machine_code import Function, Loop
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "csrc"))
+import build
+
+pytestmark = [
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="these instruction sets are of x86-64"),
+    pytest.mark.skipif(machine_code.find_objdump("x86_64") is None, reason="needs objdump, of binutils"),
+]
+SETS = list(build.X86_SETS)
+# Without the processor's conversion of fp16 it takes about twenty instructions with a dozen constants.
+EMULATED = re.compile(r"base::\w+<red::Float16")
+
+
+@functools.cache
+def row_functions(name: str) -> list[Function]:
+    """The kernels of a set, out of the last build's objects."""
+    path = build.OBJECTS / "cpu" / f"{name}.o"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there: the library was built elsewhere; python csrc/build.py cpu makes it")
+    found = [one for one in machine_code.disassembled(path, "x86_64") if "_rows<" in one.name]
+    assert len(found) == 72, f"{path} has {len(found)} functions of rows"
+    return found
+
+
+def stored(loop: Loop) -> list[str]:
+    """Vectors that a loop puts aside; what it only reads there could as well be a constant in memory."""
+    return [text for text in loop.vector_spills() if re.search(r"mm\d+,[^,]*\(%r[sb]p\)$", text)]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_no_vector_is_put_aside(name: str) -> None:
+    functions = [one for one in row_functions(name) if not EMULATED.search(one.name)]
+    found = machine_code.faults(functions, stored)
+    if name == "base":  # with trained norms beside the edit: their sums, and three operations where FMA has two
+        found = [text for text in found if "norm_edit_backward_rows<float, true" not in text]
+    assert found == []
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_little_is_read_back(name: str) -> None:
+    """Loops that need more constants than there are registers read them: one in sixteen instructions at most."""
+    functions = [one for one in row_functions(name) if not EMULATED.search(one.name)]
+    loops = [loop for one in functions for loop in one.loops() if loop.computes()]
+    assert len(loops) > 100
+    assert [
+        len(loop.vector_spills()) for loop in loops if len(loop.vector_spills()) * 16 > len(loop.instructions)
+    ] == []
+
+
+def test_emulated_halves_put_little_aside() -> None:
+    functions = [one for one in row_functions("base") if EMULATED.search(one.name)]
+    loops = [loop for one in functions for loop in one.loops() if loop.computes()]
+    assert len(loops) > 30
+    assert max(len(stored(loop)) / len(loop.instructions) for loop in loops) < 1 / 20
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("what", ["scalar_conversions", "calls"])
+def test_nothing_is_done_one_by_one(name: str, what: str) -> None:
+    assert machine_code.faults(row_functions(name), lambda loop: getattr(loop, what)()) == []
+
+
+@pytest.mark.parametrize("name", ["avx2", "avx512", "avx512_bf16"])
+def test_no_single_element_is_touched(name: str) -> None:
+    assert machine_code.faults(row_functions(name), Loop.single_elements) == []
+
+
+def test_halves_are_packed_together() -> None:
+    """AVX2 narrows sixteen numbers by one packing and one exchange of lanes."""
+    forward = next(f for f in row_functions("avx2") if "edit_forward_rows<red::BFloat16, false>" in f.name)
+    loops = [loop for loop in forward.loops() if loop.computes()]
+    counts = [[sum(i.operation == one for i in loop.instructions) for one in ("vpackssdw", "vpermq")] for loop in loops]
+    assert [1, 1] in counts
+    assert all(pack == permuted for pack, permuted in counts)
