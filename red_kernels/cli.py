@@ -329,7 +329,7 @@ def _merge(options: argparse.Namespace) -> int:
             dtype=options.dtype,
             force=options.force,
             overwrite=options.overwrite,
-            say=lambda stage: print(stage, file=sys.stderr, flush=True),
+            say=lambda stage: print(stage, flush=True),
         )
     except MergeRefused as error:  # its own advice is for Python
         raise ValueError(f"{error.reason}; {_MERGE_ADVICE[error.cause]}") from error
