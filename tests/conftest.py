@@ -12,9 +12,11 @@ The emulator of the CUDA kernels is quicker: all cases run there, but of tests m
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Iterator
 
+import process_state
 import pytest
 import torch
 from hypothesis import settings
@@ -59,6 +61,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What libraries and the collection made is there to stay: collecting garbage passes over it, in every test."""
+    gc.collect()
+    gc.freeze()
+
+
 def _of_implementations(item: pytest.Item) -> bool:
     return (
         "implementation" in getattr(item, "fixturenames", ()) or item.get_closest_marker("implementations") is not None
@@ -88,8 +96,14 @@ def _pairs(items: Iterator[pytest.Item]) -> list[pytest.Item]:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
+def _as_it_was() -> Iterator[None]:
+    """No test depends on what ran before it in its process."""
+    before = process_state.state()
+    process_state.seed()
+    yield
+    process_state.forget_compiled()
+    changed = process_state.changes(before, process_state.state())
+    assert not changed, f"the test left the process changed: {'; '.join(changed)}"
 
 
 @pytest.fixture(params=IMPLEMENTATIONS, ids=str)
