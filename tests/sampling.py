@@ -15,8 +15,9 @@ The choice depends on nothing but the order in which the cases are written down.
 
 from __future__ import annotations
 
+import heapq
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import pytest
 from op_cases import EMULATED, INTERPRETED, TEST_ALL, TEST_ON
@@ -56,17 +57,29 @@ def _number(item: pytest.Item) -> int | None:
     return 2 if INTERPRETED or (EMULATED and _marked(item, "pairs")) else None
 
 
-def sampled(numbers: dict[pytest.Item, int]) -> Iterable[pytest.Item]:
-    """Those that have a combination of so many values of their test's parameters which none before them had."""
-    seen: dict[object, set[object]] = {}
+def sampled(numbers: dict[pytest.Item, int]) -> Iterator[pytest.Item]:
+    """As few cases of each test as have all combinations of so many values that any of its cases has.
+
+    Whichever case has most combinations that none before it had comes next, of several the one written down first.
+    """
+    tests: dict[object, list[tuple[pytest.Item, set[object]]]] = {}
     for item, number in numbers.items():
         call = getattr(item, "callspec", None)
         values = [(name, repr(value)) for name, value in sorted(call.params.items())] if call is not None else []
-        found = set(itertools.combinations(values, min(number, len(values))))
-        before = seen.setdefault((item.path, getattr(item, "originalname", item.name)), set())
-        if not found <= before:
-            before |= found
-            yield item
+        combined = set(itertools.combinations(values, min(number, len(values))))
+        tests.setdefault((item.path, getattr(item, "originalname", item.name)), []).append((item, combined))
+    for cases in tests.values():
+        left = [(-len(combined), place) for place, (_, combined) in enumerate(cases)]
+        seen: set[object] = set()
+        while left:
+            most, place = heapq.heappop(left)
+            item, combined = cases[place]
+            new = len(combined - seen)
+            if new == -most:
+                seen |= combined
+                yield item
+            elif new:
+                heapq.heappush(left, (-new, place))  # what is new in a case only becomes less
 
 
 def _marked(item: pytest.Item, name: str) -> bool:

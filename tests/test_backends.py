@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import HANGS
 from torch import Tensor
 
 import red_kernels as rk
@@ -51,7 +52,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 def _run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RED_KERNELS")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=HANGS)
 
 
 def test_available_backends() -> None:
@@ -139,11 +140,11 @@ def test_each_thread_has_its_own_choice(calls: Calls) -> None:
     def other() -> None:
         with rk.backend("reference"):
             inside.set()
-            done.wait(10)
+            done.wait(HANGS)
 
     thread = threading.Thread(target=other)
     thread.start()
-    assert inside.wait(10)
+    assert inside.wait(HANGS)
     rk.edit(torch.randn(3, 5))
     done.set()
     thread.join()

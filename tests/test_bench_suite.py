@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import HANGS
 from rich.console import Console
 
 from benchmarks import suite
@@ -66,7 +67,7 @@ def test_command_of_a_checkout_elsewhere(tmp_path):
         "print(suite.__name__, suite.JOBS)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200, env={}, check=False
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=HANGS, env={}, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "red_kernels.benchmarks.suite ('ops', 'step', 'quality')"

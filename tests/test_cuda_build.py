@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from build_tools import CUDA_LIBRARY, ROOT, build, dynamic_symbols, why_missing
+from patience import HANGS
 
 from benchmarks import cuda_code
 from benchmarks.cuda_code import Access, Code, Resources
@@ -142,7 +143,7 @@ def test_library_loads_without_a_gpu(codes: list[Code]) -> None:
         assert dll.red_kernels_cuda_architectures(text, ctypes.c_size_t(256)) == 1
         print(text.value.decode())
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     archs = sorted({code.arch for code in codes})
     assert re.fullmatch(" ".join(f"sm_{arch}" for arch in archs) + r"( compute_\d+)+\n", done.stdout)

@@ -22,6 +22,7 @@ import safetensors.torch
 import tiny_folders
 import torch
 from checkpoint_helpers import description
+from patience import HANGS
 from rich.console import Console
 
 from red_kernels import cli
@@ -301,7 +302,7 @@ def test_a_signal_saves(number: signal.Signals, folders: dict[str, Path], tmp_pa
     process = start(causal(folders, output, *more))
     wait_for_checkpoint(process, output)
     process.send_signal(number)
-    shown, _ = process.communicate(timeout=60)
+    shown, _ = process.communicate(timeout=HANGS)
     assert process.returncode == cli.EXIT_INTERRUPTED, shown
     assert "--resume goes on" in shown
     run = json.loads((output / "run.json").read_text())
