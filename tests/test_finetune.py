@@ -259,7 +259,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 
 
 def wait_for_checkpoint(process: subprocess.Popen[str], output: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANGS
     while not checkpoints(output):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
