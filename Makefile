@@ -90,7 +90,7 @@ test: lint $(OLDEST)/done $(DEEPSPEED)/done $(EMULATOR) say-cuda
 	$(PART) "DeepSpeed" env PYTHONPATH=$(DEEPSPEED) $(PYTEST) tests/test_stacks_deepspeed.py
 	$(PART) "CUDA kernels, emulated" env $(EMULATED) $(PYTEST) -n 2
 	$(PART) "Triton kernels, interpreted" env $(INTERPRETED) $(PYTEST) -n 2
-	$(PART) "oldest Triton, interpreted" env PYTHONPATH=$(OLDEST) $(INTERPRETED) $(PYTEST) -n 2 $(OF_OLDEST)
+	$(PART) "oldest Triton, interpreted" env RED_KERNELS_TEST_COMBINED=1 PYTHONPATH=$(OLDEST) $(INTERPRETED) $(PYTEST) -n 2 $(OF_OLDEST)
 	$(PART) "oldest Triton, compiled" env PYTHONPATH=$(OLDEST) $(PYTEST) tests/test_ahead_of_time.py -k oldest
 	@$(PART)
 	@$(MAKE) --no-print-directory say-cuda

@@ -6,9 +6,10 @@ With RED_KERNELS_TEST_ON (see ``op_cases.py``) only tests of implementations run
 A test marked ``sampled`` takes its time. It runs on as few of its cases as have every pair of values of two parameters
 (every model with every dtype, ...); one marked ``sampled(1)`` on as few as have every value of every parameter.
 
-Triton's interpreter needs a millisecond and more for each program of a kernel. There every test with several parameters
-is sampled by pairs, and those marked ``nightly`` do not run. The emulator of the CUDA kernels is quicker: all cases run
-there, but tests marked ``pairs`` are sampled. Neither runs what is marked ``not_interpreted``.
+Tests of implementations are sampled by threes: every kernel that is compiled by itself, which is one of an operation, a
+dtype and an instruction set. Triton's interpreter and the emulator of the CUDA kernels, which have one implementation
+each, sample by pairs, or by what RED_KERNELS_TEST_COMBINED says. The interpreter needs a millisecond and more for each
+program of a kernel: tests marked ``nightly`` do not run there. Neither runs what is marked ``not_interpreted``.
 
 The choice depends on nothing but the order in which the cases are written down.
 """
@@ -17,16 +18,17 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import os
 from collections.abc import Iterator
 
 import pytest
 from op_cases import EMULATED, INTERPRETED, TEST_ALL, TEST_ON
 
+COMBINED = int(os.environ.get("RED_KERNELS_TEST_COMBINED", "2"))
 MARKERS = (
     "implementations: the test goes through the implementations by itself",
     "not_interpreted: large only for what other implementations do with much memory",
     "sampled(number=2): only cases with a new combination of so many values, but in `make test-nightly`",
-    "pairs: in the emulator of the CUDA kernels only cases with a new pair of values",
     "nightly: too slow in Triton's interpreter for a run of each change",
 )
 
@@ -54,7 +56,9 @@ def _number(item: pytest.Item) -> int | None:
     marker = item.get_closest_marker("sampled")
     if marker is not None:
         return marker.args[0] if marker.args else 2
-    return 2 if INTERPRETED or (EMULATED and _marked(item, "pairs")) else None
+    if INTERPRETED or EMULATED:
+        return COMBINED
+    return 3 if _of_implementations(item) else None
 
 
 def sampled(numbers: dict[pytest.Item, int]) -> Iterator[pytest.Item]:
