@@ -45,7 +45,7 @@ def state() -> dict[str, Any]:
         "the working directory": os.getcwd(),
     }
     # pytest says here which test runs; libraries say once for a process what all of it is to know.
-    passing = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_", "TORCH_COMPILE_", "KINETO_")
+    passing = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TORCH_COMPILE_", "KINETO_")
     found |= {f"the variable {n}": value for n, value in os.environ.items() if not n.startswith(passing)}
     return found
 

@@ -33,6 +33,13 @@ def run():
     return Run(CPU, Console(width=250), quick=True)
 
 
+@pytest.fixture(autouse=True)
+def _a_small_cache(monkeypatch):
+    """Fresh inputs reach beyond the cache: of tensors of a few bytes that takes a million on a large processor."""
+    monkeypatch.setattr(inputs, "LEAST_CACHE_BYTES", 1 << 18)
+    monkeypatch.setattr(inputs, "_last_cache", lambda: 1 << 17)
+
+
 def made(operation, rows=6, width=40, dtype=torch.float32, fresh=False):
     return inputs.Inputs(operation, rows, width, dtype, fresh, CPU)
 
