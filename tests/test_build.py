@@ -40,6 +40,9 @@ builtins.__import__ = _without_torch
 """
 
 
+pytestmark = pytest.mark.xdist_group("wheels")  # one worker builds them
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clean copy of the sources: builds leave nothing in the checkout."""

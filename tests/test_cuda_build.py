@@ -42,6 +42,7 @@ ALIGNED = ("norm_forward", "norm_backward")  # these have no code for rows that 
 LOOPS = ("slab_backward", "norm_backward", "wide_forward", "row_averages")  # over rows or columns
 
 
+pytestmark = pytest.mark.xdist_group("the code of the CUDA library")  # one worker reads it, for more than a minute
 built_only = pytest.mark.skipif(
     why_missing(CUDA_LIBRARY) is not None, reason=f"no CUDA library: {why_missing(CUDA_LIBRARY)}"
 )
