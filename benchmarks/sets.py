@@ -1,6 +1,6 @@
 """A run of the suite for each instruction set of the processor.
 
-A process chooses its instruction set once, torch and oneDNN when they are loaded. So each set gets a process of its own,
+A process chooses its instruction set once; torch and oneDNN do when they are loaded. So each set gets its own process,
 in which our kernels and those of the peers are held to the same set, and a folder of its own.
 """
 

@@ -11,7 +11,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Iterator
-from types import FrameType
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,9 @@ __all__ = ["recalled", "runs_plainly"]
 _NOTES = "_red_kernels_states"  # the attribute with the notes: site to what it has applied, and the vectors' versions
 _MISSING: Any = object()
 _SEVERAL: Any = object()  # a site that ran more than once, with different edits
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+# Until torch 2.13 `apply` is a function of Python, with a frame of its own below which `forward` runs.
+_APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
+_looked_at: dict[int, tuple[CodeType, bool]] = {}  # by identity: the code, and whether it is such a `forward`
 _Frame: Any = getattr(torch.utils.checkpoint, "_CheckpointFrame", ())
 
 
@@ -170,9 +172,30 @@ def _contexts() -> tuple[list[Any], bool]:
 
 
 def _forwards() -> Iterator[FrameType]:
+    """The frames of this thread that are the `forward` of an `autograd.Function`, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
     below = None
     while frame is not None:
-        if frame.f_code is _APPLY and below is not None:
+        if below is not None and (frame.f_code is _APPLY if _APPLY is not None else _is_forward(below.f_code)):
             yield below
         frame, below = frame.f_back, frame
+
+
+def _is_forward(code: CodeType) -> bool:
+    """Whether some `autograd.Function` has this code as its `forward`; looked for once, when it is first seen."""
+    known = _looked_at.get(id(code))
+    if known is None:
+        known = _looked_at[id(code)] = (
+            code,
+            any(
+                getattr(kind.forward, "__code__", None) is code
+                for kind in _functions(torch.autograd.Function.__mro__[1])
+            ),
+        )
+    return known[1]
+
+
+def _functions(base: type) -> Iterator[Any]:
+    for kind in base.__subclasses__():
+        yield kind
+        yield from _functions(kind)

@@ -4,7 +4,7 @@ Tests make their tensors on the CPU. For an implementation that runs on a GPU, :
 ``run``) moves them there as they lie in memory, and results and gradients back.
 
 The variable RED_KERNELS_TEST_ON, a backend's name, leaves only that implementation, and RED_KERNELS_TEST_ALL=1 has
-every case run in Triton's interpreter, where else a part does; see ``conftest.py``. The CUDA kernels run on CPU tensors
+every case run, where else a part does; see ``sampling.py``. The CUDA kernels run on CPU tensors
 where RED_KERNELS_CUDA_EMULATED is the path of their library for the emulator.
 """
 

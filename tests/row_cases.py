@@ -15,9 +15,9 @@ ROWS = ("a", None, "b", "default", "a")
 NAMES = ("default", "a", "b")
 
 
-def several(name, position="ffn", kind="all", *, dropout=0.0):
+def several(name, position="ffn", kind="all", *, dropout=0.0, **changes):
     """The base model, the patched one with three edits, and their values."""
-    plain = zoo.tiny(name, dropout=dropout)
+    plain = zoo.tiny(name, dropout=dropout, **changes)
     model = copy.deepcopy(plain)
     rk.patch(model, rk.RedConfig(position=position, kind=kind))
     values = {}

@@ -19,8 +19,8 @@ HOW = ["a", "b", "off"]
 class Served:
     """A model, and what each edit gives for one batch."""
 
-    def __init__(self):
-        _, self.model, _ = several("llama")
+    def __init__(self, **changes):
+        _, self.model, _ = several("llama", **changes)
         self.batch = inputs("llama", 1)
         self.wanted = {}
         for name in ("a", "b", "default"):

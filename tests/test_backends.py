@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import HANGS
 from torch import Tensor
 
 import red_kernels as rk
 from red_kernels import backends
-from red_kernels.backends import native
+from red_kernels.backends import gpu, native
 
 compiled_only = pytest.mark.skipif(native.load_error() is not None, reason=f"no CPU kernels: {native.load_error()}")
 ROOT = Path(__file__).parent.parent
@@ -52,7 +53,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 def _run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RED_KERNELS")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=HANGS)
 
 
 def test_available_backends() -> None:
@@ -140,11 +141,11 @@ def test_each_thread_has_its_own_choice(calls: Calls) -> None:
     def other() -> None:
         with rk.backend("reference"):
             inside.set()
-            done.wait(10)
+            done.wait(HANGS)
 
     thread = threading.Thread(target=other)
     thread.start()
-    assert inside.wait(10)
+    assert inside.wait(HANGS)
     rk.edit(torch.randn(3, 5))
     done.set()
     thread.join()
@@ -382,14 +383,48 @@ except RuntimeError as error:
     assert raised == f"rk.backend: the backend 'triton' is missing: {said}"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
-def test_without_a_gpu_triton_is_not_imported() -> None:
-    """It takes a second, and nothing would come of it."""
-    code = 'import sys, red_kernels as rk; print("triton" in sys.modules, rk.available_backends()["triton"])'
+@pytest.mark.parametrize("cuda", [None, "13.0"])
+def test_without_a_gpu_triton_is_not_imported(cuda: str | None) -> None:
+    """It takes a second, and nothing would come of it: whatever torch is built for."""
+    code = f"""
+import ctypes, sys, torch
+torch.version.cuda, torch.version.hip = {cuda!r}, None
+load = ctypes.CDLL
+def pretended(name, *more, **options):
+    if name in ("libcuda.so.1", "nvcuda.dll"):
+        raise OSError(name)
+    return load(name, *more, **options)
+ctypes.CDLL = pretended
+torch.cuda.is_available = lambda: False
+import red_kernels as rk
+print("triton" in sys.modules, rk.available_backends()["triton"])
+"""
     done = _run(code, TRITON_INTERPRET="0")
     assert re.match(
         "False torch finds no GPU here; remedy: a GPU and a torch built for it, or TRITON_INTERP", done.stdout
-    )
+    ), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cuda", "hip", "driver", "expected"),
+    [
+        (None, None, True, False),
+        ("13.0", None, False, False),
+        ("13.0", None, True, True),
+        (None, "7.0", False, True),
+    ],
+)
+def test_the_driver_of_a_gpu(
+    cuda: str | None, hip: str | None, driver: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str) -> None:
+        if not driver:
+            raise OSError(name)
+
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(gpu.ctypes, "CDLL", load)
+    assert gpu._driver() == expected
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

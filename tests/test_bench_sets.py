@@ -48,8 +48,8 @@ def test_another_is_an_error_before_anything_runs(names: list[str], four: None, 
 def test_each_has_its_process_and_its_folder(four: None, tmp_path: Path) -> None:
     run = Ran({})
     given = {
-        "job": "ops", "run": print, "output": tmp_path, "resume": True, "overwrite": False, "minutes": 2.5, "tune": False,
-        "widths": (64, 768), "instruction_sets": ("all",), "dtypes": ("bf16",), "device": "cpu",
+        "job": "ops", "run": print, "output": tmp_path, "resume": True, "overwrite": False, "minutes": 2.5,
+        "tune": False, "widths": (64, 768), "instruction_sets": ("all",), "dtypes": ("bf16",), "device": "cpu",
     }  # fmt: skip
     assert sets.run_sets(["all"], given, tmp_path, run) == 0
     assert [env["RED_KERNELS_CPU"] for _, env in run.calls] == ["base", "avx2", "avx512", "avx512_bf16"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import HANGS
 
 import red_kernels as rk
 from benchmarks import harness, host_cost
@@ -38,7 +39,7 @@ def test_host_cost_without_a_launch(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(output.read_text())["seconds"]

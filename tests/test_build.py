@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from build_tools import CUDA_LIBRARY, LIBRARY, ROOT, dynamic_symbols, program
+from patience import HANGS
 
 from red_kernels.backends import native
 
@@ -39,6 +40,9 @@ builtins.__import__ = _without_torch
 """
 
 
+pytestmark = pytest.mark.xdist_group("wheels")  # one worker builds them
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clean copy of the sources: builds leave nothing in the checkout."""
@@ -62,7 +66,12 @@ def _environment(**changes: str | None) -> dict[str, str]:
 
 def _run(*command: str, folder: Path, **changes: str | None) -> str:
     done = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=_environment(**changes), capture_output=True, text=True, timeout=300
+        [sys.executable, *command],
+        cwd=folder,
+        env=_environment(**changes),
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tiny_folders
+from patience import HANGS
 
 from red_kernels import cli
 from red_kernels._arguments import layers as layers_of
@@ -65,7 +66,7 @@ def test_settings_that_cannot_be_followed(variable: str, value: str, reason: str
 
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-m", "red_kernels", *arguments]
-        return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=HANGS)
 
     info = command("info")
     assert info.returncode == 0, info.stderr

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import HANGS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -36,7 +37,7 @@ def _run(code: str, root: Path = ROOT, **variables: str) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RED_KERNELS", "TRITON_INTERPRET"))}
     environment = environment | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | variables
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, timeout=HANGS
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from build_tools import CUDA_LIBRARY, ROOT, build, dynamic_symbols, why_missing
+from patience import HANGS
 
 from benchmarks import cuda_code
 from benchmarks.cuda_code import Access, Code, Resources
@@ -41,6 +42,7 @@ ALIGNED = ("norm_forward", "norm_backward")  # these have no code for rows that 
 LOOPS = ("slab_backward", "norm_backward", "wide_forward", "row_averages")  # over rows or columns
 
 
+pytestmark = pytest.mark.xdist_group("the code of the CUDA library")  # one worker reads it, for more than a minute
 built_only = pytest.mark.skipif(
     why_missing(CUDA_LIBRARY) is not None, reason=f"no CUDA library: {why_missing(CUDA_LIBRARY)}"
 )
@@ -142,7 +144,7 @@ def test_library_loads_without_a_gpu(codes: list[Code]) -> None:
         assert dll.red_kernels_cuda_architectures(text, ctypes.c_size_t(256)) == 1
         print(text.value.decode())
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     archs = sorted({code.arch for code in codes})
     assert re.fullmatch(" ".join(f"sm_{arch}" for arch in archs) + r"( compute_\d+)+\n", done.stdout)

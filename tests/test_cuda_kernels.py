@@ -53,7 +53,7 @@ if not CUDA:
 
 from cuda_cases import A100, CLUSTERS, DEVICES, H200, ODD_WIDTHS, emulating, held, rows_of, run_cuda, widths
 
-pytestmark = [pytest.mark.implementations, pytest.mark.pairs]
+pytestmark = pytest.mark.implementations
 emulated_only = pytest.mark.skipif(not EMULATED, reason="needs the emulator: RED_KERNELS_CUDA_EMULATED")
 
 EDIT_VECTORS = ("x", "residual", "scale", "bias")  # with no gradient of the norm's own vectors

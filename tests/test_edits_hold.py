@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from patience import HANGS
 from served import HOW, Served, thread_of
 
 import red_kernels as rk
@@ -89,7 +90,7 @@ def test_generators_in_a_pool_of_threads(served):
 
 
 def test_two_threads_inside_of_two_generators_at_once(served):
-    barrier = threading.Barrier(2, timeout=60)
+    barrier = threading.Barrier(2, timeout=HANGS)
     found = {}
 
     def stream(how):
@@ -106,7 +107,7 @@ def test_two_threads_inside_of_two_generators_at_once(served):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(HANGS)
     assert found == {"a": ["a"] * 3, "b": ["b"] * 3}
 
 
@@ -211,21 +212,21 @@ def test_a_thread_that_is_started_inside(served, how):
     go = threading.Event()
 
     def late():
-        go.wait(60)
+        go.wait(HANGS)
         inner, found = thread_of(served.said)
-        inner.join(60)
+        inner.join(HANGS)
         return served.said(), found[0]
 
     with served.block(how):
         early_thread, early = thread_of(served.said)
-        early_thread.join(60)
+        early_thread.join(HANGS)
         late_thread, later = thread_of(late)
         with served.block("b"):
             pass
     outside_thread, outside = thread_of(served.said)
-    outside_thread.join(60)
+    outside_thread.join(HANGS)
     go.set()
-    late_thread.join(60)
+    late_thread.join(HANGS)
     assert (early, later, outside) == ([how], [(how, how)], ["default"])
 
 
@@ -235,7 +236,7 @@ def test_a_thread_that_a_generator_starts(served, how):
         with served.block(how):
             while True:
                 thread, found = thread_of(served.said)
-                thread.join(60)
+                thread.join(HANGS)
                 yield found[0]
 
     one = stream()
@@ -251,10 +252,10 @@ def test_a_subclass_of_thread(served):
     with served.block("a"):
         inside = Worker()
         inside.start()
-        inside.join(60)
+        inside.join(HANGS)
     outside = Worker()
     outside.start()
-    outside.join(60)
+    outside.join(HANGS)
     assert (inside.found, outside.found) == ("a", "default")
 
 
@@ -276,7 +277,7 @@ def test_a_copied_context(served):
         context = contextvars.copy_context()
         assert context.run(served.said) == "a"
     thread, found = thread_of(lambda: context.run(served.said))
-    thread.join(60)
+    thread.join(HANGS)
     assert found == ["a"]
 
 
@@ -288,7 +289,7 @@ def test_a_streamer_that_generates_in_a_thread(served):
         with served.block(how):
             wanted = served.model.generate(ids, **options)
             thread, found = thread_of(lambda: served.model.generate(ids, **options))
-        thread.join(60)
+        thread.join(HANGS)
         assert torch.equal(found[0], wanted)
 
 
@@ -311,10 +312,10 @@ def test_threads_are_left_alone_outside_of_blocks(served):
         for how in ("a", "b"):
             with served.block(how):
                 thread, found = thread_of(served.said)
-                thread.join(60)
+                thread.join(HANGS)
             assert found == [how]
         thread, found = thread_of(served.said)
-        thread.join(60)
+        thread.join(HANGS)
         assert found == ["default"]
     finally:
         threading.Thread.start = inner

@@ -7,7 +7,8 @@ import contextlib
 
 import pytest
 import torch
-from served import HOW, thread_of
+from patience import HANGS
+from served import HOW, Served, thread_of
 
 
 def test_tasks_of_asyncio(served):
@@ -82,9 +83,9 @@ def test_async_generators(served):
     assert asyncio.run(main()) == ["a", "off", "default", "a", "off", "off", "default", "b", "b", "default"]
 
 
-def test_compiled_models_in_generators_and_tasks(served):
+def test_compiled_models_in_generators_and_tasks():
     """Compiled code cannot ask where it is called: it leaves the graph to ask, or says that it cannot."""
-    torch.compiler.reset()
+    served = Served(num_hidden_layers=1)
     compiled = torch.compile(served.model, backend="eager")
 
     def said(call):
@@ -110,7 +111,7 @@ def test_compiled_models_in_generators_and_tasks(served):
     with served.block("a"):
         assert said(whole) == said(compiled) == "a"
         thread, found = thread_of(lambda: said(compiled))
-        thread.join(60)
+        thread.join(HANGS)
         assert found == ["a"]
 
     async def request(how):
@@ -123,7 +124,6 @@ def test_compiled_models_in_generators_and_tasks(served):
         return await asyncio.gather(request("a"), request("b"))
 
     assert asyncio.run(main()) == [("a", "a"), ("b", "b")]
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -136,7 +136,7 @@ def test_started_by_an_async_generator(served, how):
         with served.block(how):
             yield await asyncio.gather(work(), work())
             yield [await asyncio.create_task(work())]
-            yield [await asyncio.wait_for(work(), 60)]
+            yield [await asyncio.wait_for(work(), HANGS)]
             yield [await asyncio.to_thread(served.said)]
 
     async def main():

@@ -20,7 +20,25 @@ VALUES = {
     torch.bfloat16: (-63969.0, 0.1, 3.38e38, -1e30),
     torch.float16: (-63969.0, 0.1, 65504.0, 6e-8),
 }
-CASES = [(dtype, value) for dtype, values in VALUES.items() for value in values]
+# Triton's interpreter takes 3 to 18 s for a case of these widths. What a value does there it does at any of them.
+WIDE = {
+    8200: ((torch.float32, -63969.0), (torch.float32, 1e38), (torch.bfloat16, 3.38e38), (torch.float16, 65504.0)),
+    16386: ((torch.float32, 1000.1),),
+    50000: ((torch.float32, -63969.0), (torch.float16, 6e-8)),
+    65536: ((torch.bfloat16, 0.1),),
+}
+CASES = [
+    pytest.param(
+        width,
+        dtype,
+        value,
+        marks=[pytest.mark.nightly] if (dtype, value) not in WIDE.get(width, ((dtype, value),)) else [],
+        id=f"{width}-{str(dtype).removeprefix('torch.')}-{value}",
+    )
+    for width in WIDTHS
+    for dtype, values in VALUES.items()
+    for value in values
+]
 
 
 def expected_gradient(g: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -36,8 +54,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
     assert (found.double() - expected).abs().max() <= bound
 
 
-@pytest.mark.parametrize(("dtype", "value"), CASES, ids=lambda p: str(p).removeprefix("torch."))
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("width", "dtype", "value"), CASES)
 def test_layer_norm_of_equal_values(
     width: int, dtype: torch.dtype, value: float, implementation: Implementation
 ) -> None:

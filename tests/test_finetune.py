@@ -22,6 +22,7 @@ import safetensors.torch
 import tiny_folders
 import torch
 from checkpoint_helpers import description
+from patience import HANGS
 from rich.console import Console
 
 from red_kernels import cli
@@ -258,7 +259,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 
 
 def wait_for_checkpoint(process: subprocess.Popen[str], output: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANGS
     while not checkpoints(output):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
@@ -301,7 +302,7 @@ def test_a_signal_saves(number: signal.Signals, folders: dict[str, Path], tmp_pa
     process = start(causal(folders, output, *more))
     wait_for_checkpoint(process, output)
     process.send_signal(number)
-    shown, _ = process.communicate(timeout=60)
+    shown, _ = process.communicate(timeout=HANGS)
     assert process.returncode == cli.EXIT_INTERRUPTED, shown
     assert "--resume goes on" in shown
     run = json.loads((output / "run.json").read_text())

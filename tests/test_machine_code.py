@@ -1,5 +1,5 @@
-"""What the compiler made of the CPU kernels for x86-64: in a loop over a row no vector leaves the registers, and nothing
-is converted one by one. The same for AArch64: test_aarch64.py.
+"""What the compiler made of the CPU kernels for x86-64: in a loop over a row no vector leaves the registers,
+and nothing is converted one by one. The same for AArch64: test_aarch64.py.
 """
 
 import functools

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +96,37 @@ def test_the_timed_steps_change_nothing(llama: Path) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_peak_memory_sees_an_allocation() -> None:
+def _used(size: int) -> mmap.mmap:
+    """Memory that the system gives anew: what an allocator kept is not taken."""
+    block = mmap.mmap(-1, size)
+    for page in range(0, size, mmap.PAGESIZE):
+        block[page] = 1
+    return block
+
+
+@pytest.mark.parametrize("earlier", [0, 400_000_000], ids=["", "after a higher peak"])
+def test_peak_memory_sees_an_allocation(earlier: int) -> None:
+    if earlier:
+        _used(earlier).close()
     peak = measure.PeakMemory(torch.device("cpu"))
     first = peak.bytes()
     if first is None:
         pytest.skip("this system does not tell the memory of a process")
-    block = torch.ones(40_000_000)
-    assert float(block[0]) == 1.0
-    if not peak.since_start:
-        assert (peak.bytes() or 0) >= first + 100_000_000
+    with _used(160_000_000):
+        if not peak.since_start:
+            assert (peak.bytes() or 0) >= first + 150_000_000
+    assert (peak.bytes() or 0) >= first
+
+
+def test_a_mark_that_was_not_reset_is_said_to_be_since_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system takes the request and does nothing."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("this system has no mark to reset")
+    _used(200_000_000).close()
+    monkeypatch.setattr(Path, "write_text", lambda self, text: len(text))
+    assert measure.PeakMemory(torch.device("cpu")).since_start
+    monkeypatch.undo()
+    assert not measure.PeakMemory(torch.device("cpu")).since_start
 
 
 # ---- the eager peer

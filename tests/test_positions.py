@@ -121,11 +121,11 @@ def test_unpatch(name, position):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("position", ["attn", "res", "res_with_attn", "more"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "neox_sequential"])
 def test_compiled(name, position):
     """The plain composition in one graph, the edit inside of the layer's forward too."""
-    torch._dynamo.reset()
 
     def run(model, call):
         batch = batch_for(model, name)

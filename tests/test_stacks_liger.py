@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import HANGS
 
 pytest.importorskip("liger_kernel")
 pytest.importorskip("triton")
@@ -24,5 +25,5 @@ def test_liger(order, device):
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     environment["TRITON_INTERPRET"] = str(int(device == "cpu"))
     command = [sys.executable, str(HERE / "liger_worker.py"), order, device]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from launch_tables import TABLE
+from patience import HANGS
 from rich.console import Console
 
 pytest.importorskip("triton")
@@ -241,7 +242,7 @@ def _worker(task: str, folder: Path, **variables: str) -> dict[str, Any]:
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("tune_worker.py")), task, str(folder)],
-        env=environment, capture_output=True, text=True, timeout=300,
+        env=environment, capture_output=True, text=True, timeout=HANGS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -342,7 +343,7 @@ def test_info_says_whether_a_table_is_in_use(table: Any, state: str, tmp_path: P
         (tmp_path / "own.json").write_text(json.dumps(table))
         environment[tuned.VARIABLE] = str(tmp_path / "own.json")
     done = subprocess.run(
-        [sys.executable, "-m", "red_kernels", "info"], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "red_kernels", "info"], env=environment, capture_output=True, text=True, timeout=HANGS
     )
     assert done.returncode == 0, done.stderr
     assert state in done.stdout
@@ -419,7 +420,7 @@ def test_a_build_holds_the_tables(tmp_path: Path) -> None:
     tables = tmp_path / "red_kernels/backends/triton/tables"
     (tables / "sm_00.json").write_text("{}")
     subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "built"], cwd=tmp_path, check=True, timeout=120,
+        [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "built"], cwd=tmp_path, check=True, timeout=HANGS,
         capture_output=True,
     )  # fmt: skip
     assert (tmp_path / "built/red_kernels/backends/triton/tables/sm_00.json").is_file()

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from patience import HANGS
 from row_cases import ROWS, eager, hold, inputs, several, weighted
 
 import red_kernels as rk
@@ -73,7 +74,7 @@ def in_thread(function):
 
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join(timeout=60)
+    thread.join(timeout=HANGS)
     value, error = result[0]
     if error is not None:
         raise error
@@ -90,11 +91,11 @@ def test_checkpointed_with_backward_in_another_thread(reentrant):
     def another():
         with rk.use_edits(model, ["b", "a"]):
             entered.set()
-            done.wait(60)
+            done.wait(HANGS)
 
     thread = threading.Thread(target=another)
     thread.start()
-    entered.wait(60)
+    entered.wait(HANGS)
 
     def run(batch):
         with rk.use_edits(model, ROWS):
@@ -106,7 +107,7 @@ def test_checkpointed_with_backward_in_another_thread(reentrant):
         hold("llama", "ffn", plain, model, values, ROWS, run)
     finally:
         done.set()
-        thread.join(60)
+        thread.join(HANGS)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -119,19 +120,19 @@ def test_checkpointed_training_without_rows_beside_a_block_in_another_thread(ree
     def another():
         with rk.use_edits(model, ["b", "default"]):
             entered.set()
-            done.wait(60)
+            done.wait(HANGS)
 
     thread = threading.Thread(target=another)
 
     def run(batch):
         logits = model(**batch).logits
         thread.start()
-        entered.wait(60)
+        entered.wait(HANGS)
         try:
             weighted(logits).backward()
         finally:
             done.set()
-            thread.join(60)
+            thread.join(HANGS)
         return logits
 
     hold("llama", "ffn", plain, model, values, ("a", "a"), run)
@@ -149,7 +150,7 @@ def test_two_threads_at_once(compiled):
     for name, rows in requests.items():
         with torch.no_grad(), rk.use_edits(model, rows):
             wanted[name] = call(**batches[name]).logits
-    barrier = threading.Barrier(2, timeout=60)
+    barrier = threading.Barrier(2, timeout=HANGS)
     found: dict[str, list] = {name: [] for name in requests}
 
     def serve(name):
@@ -167,7 +168,7 @@ def test_two_threads_at_once(compiled):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(HANGS)
     for name in requests:
         assert len(found[name]) == 5
         assert all(torch.equal(logits, wanted[name]) for logits in found[name])
@@ -183,11 +184,11 @@ def test_a_thread_from_outside_has_the_active_edit():
             return model(**batch).logits
 
     found: list = []
-    thread = threading.Thread(target=lambda: (go.wait(60), found.append(run())))
+    thread = threading.Thread(target=lambda: (go.wait(HANGS), found.append(run())))
     thread.start()
     active = run()
     with rk.use_edits(model, ["a", "b", None]):
         assert not torch.allclose(run(), active)
         go.set()
-        thread.join(60)
+        thread.join(HANGS)
     assert torch.equal(found[0], active)

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from patience import HANGS
 
 HERE = Path(__file__).resolve().parent
 
 
-def run_pair(script: str, *arguments: str, timeout: float = 300) -> None:
+def run_pair(script: str, *arguments: str, timeout: float = HANGS) -> None:
     """Run `script` (of this folder) as two processes with `rank, port, *arguments`; both have to end well."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from types import ModuleType
 
 import torch
@@ -43,7 +45,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     Whether there is a GPU is not asked: that starts the driver, and a process that imports this could then not be
     forked, nor choose among its GPUs.
     """
-    if not _INTERPRETED and torch.version.cuda is None and torch.version.hip is None:
+    if not _INTERPRETED and not _driver():
         return None, _NO_GPU
     # Whatever a Triton is like, one that is broken or from the future included, it must not keep the package from being
     # imported: hence every Exception.
@@ -61,6 +63,19 @@ def _load() -> tuple[ModuleType | None, str | None]:
     except Exception as error:
         return None, f"the kernels do not load ({type(error).__name__}: {error}); remedy: pip install 'triton<3.10'"
     return triton, None
+
+
+def _driver() -> bool:
+    """Whether torch could use a GPU: it is built for some, and their driver is installed. Loading does not start it."""
+    if torch.version.hip is not None:
+        return True
+    if torch.version.cuda is None:
+        return False
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _orders() -> tuple[dict[str, tuple[ModuleType, ...]], tuple[ModuleType, ...] | None]:

@@ -86,11 +86,14 @@ def held_out_loss(
     return HeldOut(total / count, count, correct / count if classification else None)
 
 
+_COUNTED_LATER = 16 << 20
+
+
 class PeakMemory:
     """The most memory used since this object was made: of the GPU, or of the whole process on a CPU.
 
-    On Linux the kernel's own high-water mark is reset at the start. Where it cannot be, `since_start` is True: the mark
-    then covers everything since the process began, loading included.
+    On Linux the kernel's own high-water mark is reset at the start. Where it cannot be, or was not, `since_start` is
+    True: the mark then covers everything since the process began, loading included.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -103,15 +106,18 @@ class PeakMemory:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
             self.since_start = True
+        else:
+            # Some kernels take the request and do nothing. Others count pages in batches, for each processor.
+            mark, now = _status("VmHWM"), _status("VmRSS")
+            self.since_start = mark is not None and now is not None and mark > now + _COUNTED_LATER
 
     def bytes(self) -> int | None:
         """The peak in bytes, or None where the system does not tell."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
+        mark = _status("VmHWM")
+        if mark is not None:
+            return mark
         try:
             import resource
         except ImportError:  # Windows
@@ -120,6 +126,15 @@ class PeakMemory:
 
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _status(name: str) -> int | None:
+    """What Linux says of this process's memory, in bytes; None where there is no such number."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 @dataclass(frozen=True)
