@@ -195,7 +195,8 @@ def _is_forward(code: CodeType) -> bool:
     return known[1]
 
 
-def _functions(base: type) -> Iterator[Any]:
+def _functions(base: Any) -> Iterator[Any]:
+    kind: Any
     for kind in base.__subclasses__():
         yield kind
         yield from _functions(kind)
