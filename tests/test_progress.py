@@ -177,35 +177,51 @@ def test_the_comparison_of_speeds_says_how_long_it_takes(clock: Clock, monkeypat
 
 
 class Slow(nn.Module):
-    """A language model of one vector that takes its time for each token."""
+    """A language model of one vector that takes its time for each call and each token."""
 
-    def __init__(self, clock: Clock, seconds: float) -> None:
+    def __init__(self, clock: Clock, call: float, token: float) -> None:
         super().__init__()
         self.vector, self.frozen = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4), requires_grad=False)
         self.dropout = nn.Dropout(0.5)
-        self.clock, self.seconds, self.calls = clock, seconds, list[int]()
+        self.clock, self.call, self.token, self.calls = clock, call, token, list[int]()
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
         self.calls.append(input_ids.numel())
-        self.clock.now += self.seconds * input_ids.numel()
+        self.clock.now += self.call + self.token * input_ids.numel()
         hidden = self.dropout(self.vector * self.frozen) * input_ids[..., None]
         return SimpleNamespace(loss=hidden.sum(), logits=hidden)
 
 
 @pytest.mark.parametrize(
-    ("seconds", "calls"),
-    [(1e-6, [16, 16, 64, 100]), (0.02, [16, 16, 64]), (0.2, [16, 16])],  # 5 tokens a second: six seconds
+    ("call", "token", "calls"),
+    [
+        (0.0, 1e-6, [4, 4, 16, 64, 100]),
+        (0.05, 0.02, [4, 4, 16, 64]),
+        (0.0, 0.2, [4, 4, 16]),  # 5 tokens a second: the look takes five
+        (5.7, 0.02, [4, 4, 16]),  # threads that wait for each other: no more than three calls
+        (2.0, 0.01, [4, 4, 16, 64, 100]),
+    ],
 )
-def test_a_first_look_is_short(clock: Clock, monkeypatch: pytest.MonkeyPatch, seconds: float, calls: list[int]) -> None:
+def test_a_first_look_is_short(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, call: float, token: float, calls: list[int]
+) -> None:
     monkeypatch.setattr(measure, "time", clock)
-    model = Slow(clock, seconds).train()
+    model = Slow(clock, call, token).train()
     batch = {"input_ids": torch.ones(3, 100), "labels": torch.ones(3)}
     state = torch.get_rng_state()
-    assert measure.first_look(model, batch) == pytest.approx(seconds)
+    assert measure.first_look(model, batch, 1024) == pytest.approx(call + 1024 * token)
     assert model.calls == calls
     assert model.training
     assert model.vector.grad is None
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_first_look_at_a_short_row(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one size only: then each token takes its share of the call."""
+    monkeypatch.setattr(measure, "time", clock)
+    model = Slow(clock, 1.0, 0.5)
+    assert measure.first_look(model, {"input_ids": torch.ones(1, 2), "labels": torch.ones(1)}, 8) == pytest.approx(8.0)
+    assert model.calls == [2, 2]
 
 
 @pytest.fixture(scope="module")
@@ -229,13 +245,13 @@ def test_finetune_says_how_long_a_slow_step_takes(
     """Before the first step: each of 64 tokens takes two seconds, and 20 of 30 steps are left in the second run."""
     from red_kernels.integrations import finetune
 
-    monkeypatch.setattr(finetune, "first_look", lambda model, batch: 2.0)
+    monkeypatch.setattr(finetune, "first_look", lambda model, batch, tokens: 2.0 * tokens)
     assert cli.main(words(folders, tmp_path / "out", "--steps", "3")) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    said = "A look at a few tokens: a step of 64 tokens takes about 2 min 8 s at most, the training 6 min 24 s"
+    said = "A look at a few tokens: a step of 64 tokens will take about 2 min 8 s, the training 6 min 24 s"
     assert said in shown
     assert shown.index(said) < shown.index("training, step 1 of 3")
-    monkeypatch.setattr(finetune, "first_look", lambda model, batch: 0.01)
+    monkeypatch.setattr(finetune, "first_look", lambda model, batch, tokens: 0.01)
     assert cli.main(words(folders, tmp_path / "out", "--steps", "3", "--overwrite")) == 0
     assert "A look" not in capsys.readouterr().out  # the first step's own line comes as soon
 

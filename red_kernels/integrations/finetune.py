@@ -363,13 +363,13 @@ def _measure_before(run: RunFolder, model: nn.Module, data: _Data, console: Cons
 
 
 def _say_how_long(settings: Settings, model: nn.Module, data: _Data, run: RunFolder, console: Console) -> None:
-    """Say how long the training will take at most, from a look at a few tokens, where a step takes seconds."""
+    """Say about how long the training will take, from a look at a few tokens, where a step takes seconds."""
     tokens = real_tokens(data.first_batch(torch.device("cpu")))
-    step = first_look(model, data.collate([data.train[0]])) * tokens
+    step = first_look(model, data.collate([data.train[0]]), tokens)
     left = settings.steps - (int(run.checkpoint.name.rpartition("-")[2]) if run.checkpoint else 0)
     if step > QUIET:
         console.print(
-            f"A look at a few tokens: a step of {tokens:,} tokens takes about {duration(step)} at most, the training "
+            f"A look at a few tokens: a step of {tokens:,} tokens will take about {duration(step)}, the training "
             f"{duration(left * step)}",
             highlight=False,
             soft_wrap=True,

@@ -203,17 +203,18 @@ def _seconds(steps: Mapping[str, Callable[[], int]], device: torch.device) -> di
     return found
 
 
-def first_look(model: Any, batch: Mapping[str, torch.Tensor], tokens: int = 16, enough: float = 1.0) -> float:
-    """The seconds that a token takes at most, forward and backward: those of a few tokens of a text.
+def first_look(model: Any, batch: Mapping[str, torch.Tensor], tokens: int) -> float:
+    """About how many seconds so many tokens will take, forward and backward, told from a few of them.
 
-    A whole batch takes less time for each token. Nothing is trained, no random number drawn, no gradient left. After a
-    call that prepares what the first one has to, there are ever more tokens until a call takes long enough.
+    Calls of ever more tokens are timed. What a call costs whatever its size, which is most of it where threads wait for
+    each other, is told from what each token costs by the last two. No call follows one of a second or longer, unless
+    most of that was for no tokens, and none after ten seconds in all. Nothing is trained, no random number drawn, no
+    gradient left.
 
     Args:
         model: a transformers model that returns `loss` and trains something. Its mode is given back.
         batch: its inputs; of tensors with two dimensions the first row is taken, of others the first element.
-        tokens: of the row, in the first call.
-        enough: seconds after which a call is the last one.
+        tokens: of a step.
     """
     device = next(model.parameters()).device
     trained = [own for own in model.parameters() if own.requires_grad]
@@ -230,13 +231,20 @@ def first_look(model: Any, batch: Mapping[str, torch.Tensor], tokens: int = 16, 
 
     model.eval()  # no dropout, so no random numbers
     try:
-        tokens = min(tokens, longest)
-        seconds(tokens)
-        while (taken := seconds(tokens)) < enough and tokens < longest:
-            tokens = min(4 * tokens, longest)
+        begun = time.perf_counter()
+        count = min(4, longest)
+        seconds(count)  # which prepares what the first call has to
+        taken, each = seconds(count), 0.0
+        while count < longest:
+            more = min(4 * count, longest)
+            former, taken = taken, seconds(more)
+            each, count = max(0.0, taken - former) / (more - count), more
+            grew = taken >= 2 * former
+            if (taken >= 1 and grew) or time.perf_counter() - begun > 10:
+                break
     finally:
         model.train(was_training)
-    return taken / tokens
+    return taken + (each if each else taken / count) * max(0, tokens - count)
 
 
 def training_step(
