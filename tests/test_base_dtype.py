@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -381,7 +380,6 @@ def test_finetune_chooses_says_and_keeps(
     assert run["results"]["base_dtype"]["reason"] == told(CPU)[1]
 
     (output / "run.json").write_text(json.dumps({**run, "state": "interrupted"}))
-    shutil.rmtree(output / "checkpoint-2")
     machine(True, not native)
     assert cli.main(words(folders, output, "--resume")) == 0
     shown = " ".join(capsys.readouterr().out.split())

@@ -291,6 +291,21 @@ def test_resume_after_a_kill(folders: dict[str, Path], tmp_path: Path) -> None:
     assert steps == list(range(1, 61))
 
 
+def test_resume_after_the_last_step(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Killed between the last checkpoint and the end: nothing is trained any more, and the results are the same."""
+    more = ("--steps", "4", "--save-every", "2", "--no-compare")
+    for name in ("killed", "unbroken"):
+        assert cli.main(classify(folders, tmp_path / name, *more)) == 0
+    output = tmp_path / "killed"
+    run = json.loads((output / "run.json").read_text())
+    before = {"before": run["results"]["before"]}
+    (output / "run.json").write_text(json.dumps({**run, "state": "running", "results": before}))
+    shutil.rmtree(output / "edits")
+    assert cli.main(classify(folders, output, *more, "--resume")) == 0
+    assert_equal_runs(output, tmp_path / "unbroken")
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-2", "checkpoint-4"]
+
+
 def _history(output: Path) -> list[dict[str, Any]]:
     return json.loads((checkpoints(output)[-1] / "trainer_state.json").read_text())["log_history"]
 

@@ -414,7 +414,7 @@ def _train(
     try:
         with stop.installed(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*pin_memory.*")
-            trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+            trainer.train_on(run.checkpoint)
     finally:
         progress.close()
     return trainer, stop.stopped and trainer.state.global_step < settings.steps

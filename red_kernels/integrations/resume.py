@@ -64,6 +64,19 @@ def check_checkpoint(checkpoint: Path) -> None:
 class ResumingTrainer(RedTrainer):
     """A RedTrainer that names the file where a checkpoint does not fit it. Raises ValueError for that."""
 
+    def train_on(self, checkpoint: Path | None) -> None:
+        """Train, from a checkpoint on if there is one.
+
+        From one of the last step only its state and vectors are taken: Trainer would train a step before it looks.
+        """
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / STATE))
+            if state.global_step >= self.args.max_steps:
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = state
+                return
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             folder = Path(checkpoint)
