@@ -36,7 +36,7 @@ def run():
 @pytest.fixture(autouse=True)
 def _a_small_cache(monkeypatch):
     """Fresh inputs reach beyond the cache: of tensors of a few bytes that takes a million on a large processor."""
-    inputs = importlib.import_module(f"{cli._benchmarks("suite").__package__}.ops.inputs")  # the command's
+    inputs = importlib.import_module(f"{cli._benchmarks('suite').__package__}.ops.inputs")  # the command's
     monkeypatch.setattr(inputs, "LEAST_CACHE_BYTES", 1 << 14)
     monkeypatch.setattr(inputs, "_last_cache", lambda: 1 << 13)
 
