@@ -40,8 +40,10 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 
 def held_to(name: str) -> dict[str, str]:
-    """The variables that hold this package, torch and oneDNN to an instruction set."""
-    return {"RED_KERNELS_CPU": name, **_HELD.get(name, {})}
+    """The environment of a process in which this package, torch and oneDNN are held to an instruction set."""
+    limits = {variable for held in _HELD.values() for variable in held}
+    free = {variable: value for variable, value in os.environ.items() if variable not in limits}
+    return {**free, "RED_KERNELS_CPU": name, **_HELD.get(name, {})}
 
 
 def arguments(given: Mapping[str, Any], output: Path) -> list[str]:
@@ -77,5 +79,5 @@ def run_sets(
     for name in chosen(names):
         print(f"Instruction set {name}: {output / name}", flush=True)
         command = [sys.executable, "-m", "red_kernels", "bench", *arguments(given, output / name)]
-        failed |= run(command, env={**os.environ, **held_to(name)}, check=False).returncode != 0
+        failed |= run(command, env=held_to(name), check=False).returncode != 0
     return int(failed)

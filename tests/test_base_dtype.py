@@ -344,10 +344,7 @@ def test_info_shows_that_a_product_failed(machine: Any, monkeypatch: pytest.Monk
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("tiny")
-    text = root / "text.txt"
-    text.write_text("".join(f"line {i} of the text, with {i * i} words in it.\n" for i in range(100)))
-    return {"llama": tiny_folders.tiny_llama(root / "llama"), "text": text}
+    return tiny_folders.llama_and_text(tmp_path_factory.mktemp("tiny"))
 
 
 def words(folders: dict[str, Path], output: Path, *more: str) -> list[str]:

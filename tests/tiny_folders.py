@@ -67,3 +67,10 @@ def tiny_bert(folder: Path) -> Path:
     BertModel(config).save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return folder
+
+
+def llama_and_text(folder: Path) -> dict[str, Path]:
+    """A tiny Llama, and a text of a hundred lines to train it on."""
+    text = folder / "text.txt"
+    text.write_text("".join(f"line {i} of the text, with {i * i} words in it.\n" for i in range(100)))
+    return {"llama": tiny_llama(folder / "llama"), "text": text}

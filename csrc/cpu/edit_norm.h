@@ -64,8 +64,8 @@ void edit_norm_backward_rows(const EditNormBackward& p, const Chunk& chunk, cons
     const Statistics s{Centered ? p.mean[i] : 0.0f, p.rstd[i]};
     const EditGradient<T, Stream> edit{x, edited.scale, edited.factor, output<T>(p.dx, d, i), sums.dscale, sums.dbias};
     T* dresidual = output<T>(p.dresidual, d, i);
-    // What is not asked for is brought in with what is.
-    const T *first_out = dresidual ? dresidual : edit.dx, *second_out = edit.dx ? edit.dx : dresidual;
+    // In place of what is not asked for the row that is read anyway.
+    const T *first_out = dresidual ? dresidual : dy, *second_out = edit.dx ? edit.dx : dy;
     Projection projection;
     const auto first = [&](auto has_residual, auto norm_sums) __attribute__((always_inline)) {
       Projection found;
