@@ -79,9 +79,12 @@ def test_no_single_element_is_touched(name: str) -> None:
 
 
 def test_halves_are_packed_together() -> None:
-    """AVX2 narrows sixteen numbers by one packing and one exchange of lanes."""
+    """AVX2 rounds sixteen numbers at once, as halves, and brings them into order by one shuffle and one exchange of lanes,
+    which a load has too."""
     forward = next(f for f in row_functions("avx2") if "edit_forward_rows<red::BFloat16, false>" in f.name)
     loops = [loop for loop in forward.loops() if loop.computes()]
-    counts = [[sum(i.operation == one for i in loop.instructions) for one in ("vpackssdw", "vpermq")] for loop in loops]
-    assert [1, 1] in counts
-    assert all(pack == permuted for pack, permuted in counts)
+    names = ("vpsubsw", "vpshufb", "vpermq")
+    counts = [[sum(i.operation == one for i in loop.instructions) for one in names] for loop in loops]
+    assert [1, 1, 2] in counts  # x
+    assert [1, 1, 3] in counts  # x and residual
+    assert all(rounded == shuffled < exchanged for rounded, shuffled, exchanged in counts if exchanged)

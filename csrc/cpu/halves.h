@@ -48,12 +48,16 @@ RED_INLINE V load(const BFloat16* p) {
   const __m128i zero = _mm_setzero_si128();
   return {bits<N>(_mm_unpacklo_epi16(zero, h)), bits<N>(_mm_unpackhi_epi16(zero, h))};
 }
+#elif RED_LANES == 8
+RED_INLINE V load(const BFloat16* p) {  // unpacking takes each 16 bytes by themselves
+  const __m256i h = _mm256_permute4x64_epi64(get<__m256i>(p), 0xd8);
+  const __m256i zero = _mm256_setzero_si256();
+  return {bits<N>(_mm256_unpacklo_epi16(zero, h)), bits<N>(_mm256_unpackhi_epi16(zero, h))};
+}
 #else
 RED_INLINE U words_of(H h) {  // the compiler would split these conversions into halves
 #if RED_LANES == 16
   return bits<U>(_mm512_cvtepu16_epi32(bits<__m256i>(h)));
-#elif RED_LANES == 8
-  return bits<U>(_mm256_cvtepu16_epi32(bits<__m128i>(h)));
 #else
   return __builtin_convertvector(h, U);
 #endif
@@ -106,6 +110,33 @@ RED_INLINE V store_rounded(BFloat16* p, V v) {
   put<Stream>(p, a);
   put<Stream>(p + W, b);
   return {bits<N>(words_of(a) << 16), bits<N>(words_of(b) << 16)};
+}
+#elif RED_LANES == 8
+// The bf16 nearest to 16 columns, ties to even: word i has column i in its lower half and column i + 8 in its upper one. Both
+// registers are rounded together, in lanes of 16 bits. No NaN becomes infinite or a zero: `subs` stops at the largest
+// positive one, and a negative one that wrapped is less than it was.
+RED_INLINE __m256i nearest_bfloat16(V v) {
+  const __m256i a = bits<__m256i>(v.a), b = bits<__m256i>(v.b), one = _mm256_set1_epi16(1);
+  const __m256i upper = _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xaa);
+  const __m256i lower = _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa);
+  // Above one half, or one half exactly behind an odd last place.
+  const __m256i beyond = _mm256_subs_epu16(_mm256_or_si256(lower, _mm256_and_si256(upper, one)), one);
+  return _mm256_max_epu16(_mm256_subs_epi16(upper, _mm256_srai_epi16(beyond, 15)), upper);
+}
+template <bool Stream>
+RED_INLINE void put_in_order(BFloat16* p, __m256i words) {
+  const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+  put<Stream>(p, _mm256_permute4x64_epi64(_mm256_shuffle_epi8(words, order), 0xd8));
+}
+template <bool Stream>
+RED_INLINE void store(BFloat16* p, V v) {
+  put_in_order<Stream>(p, nearest_bfloat16(v));
+}
+template <bool Stream>
+RED_INLINE V store_rounded(BFloat16* p, V v) {
+  const __m256i words = nearest_bfloat16(v);
+  put_in_order<Stream>(p, words);
+  return {bits<N>(_mm256_slli_epi32(words, 16)), bits<N>(_mm256_blend_epi16(words, _mm256_setzero_si256(), 0x55))};
 }
 #else
 template <bool Stream>

@@ -96,9 +96,10 @@ struct Columns {
   float *dscale = nullptr, *dbias = nullptr, *dweight = nullptr, *dnorm_bias = nullptr;
 };
 
-// Floats of scratch that a kernel needs for a row of d: a row in fp32 and a row of dropout factors, each padded.
+// Floats of scratch that a kernel needs for a row of d: a row in fp32, and one of dropout factors or two of folded vectors,
+// each padded.
 constexpr int64_t padded(int64_t d) { return (d + 127) / 64 * 64; }
-constexpr int64_t scratch_floats(int64_t d) { return 2 * padded(d); }
+constexpr int64_t scratch_floats(int64_t d) { return 3 * padded(d); }
 
 // One instruction set's kernels, by activation type, and for norms by [centered]: RMSNorm, LayerNorm.
 struct Kernels {

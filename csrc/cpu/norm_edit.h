@@ -6,14 +6,41 @@
 namespace red {
 namespace RED_ISA {
 
+// The norm's weight and bias with an edit behind them: scale * (weight * normed + norm_bias) + bias is one multiplication and
+// one addition for each element. Made anew only where the edit is another one than the row's before.
+class FoldedEdit {
+ public:
+  FoldedEdit(float* scale, float* bias) : scale_(scale), bias_(bias) {}
+
+  RED_INLINE void fold(const NormEditForward& p, int64_t i) {
+    const float *scale = p.scale.row(i), *bias = p.bias.row(i);
+    if (scale == of_scale_ && bias == of_bias_) return;
+    of_scale_ = scale, of_bias_ = bias;
+    sweep(p.d, [&](auto at, int64_t j) __attribute__((always_inline)) {
+      const V factor = at.load(scale + j);
+      at.template store<false>(scale_ + j, factor * at.load(p.weight + j));
+      at.template store<false>(bias_ + j, factor * at.load(p.norm_bias + j) + at.load(bias + j));
+    });
+  }
+  template <class At>
+  RED_INLINE V value(At at, int64_t j, V normed) const {
+    return normed * at.load(scale_ + j) + at.load(bias_ + j);
+  }
+
+ private:
+  float *scale_, *bias_;
+  const float *of_scale_ = nullptr, *of_bias_ = nullptr;
+};
+
 template <class T, bool Centered, bool Stream>
-void norm_edit_forward_rows(const NormEditForward& p, int64_t begin, int64_t end, float* held) {
+void norm_edit_forward_rows(const NormEditForward& p, int64_t begin, int64_t end, float* scratch) {
   const int64_t d = p.d;
-  const float *weight = p.weight, *norm_bias = p.norm_bias;
+  float* held = scratch;
+  FoldedEdit edit(scratch + padded(d), scratch + 2 * padded(d));
   for (int64_t i = begin; i < end; ++i) {
     const T* x = row<T>(p.x, i);
-    const float *scale = p.scale.row(i), *bias = p.bias.row(i);
     T* y = output<T>(p.y, d, i);
+    edit.fold(p, i);
     Sum<2> first;
     sweep_sums<2>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
       prepare<Stream>(y + j);
@@ -28,9 +55,7 @@ void norm_edit_forward_rows(const NormEditForward& p, int64_t begin, int64_t end
     sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
       // This pass reads nothing from memory, so the next row can come in meanwhile.
       prefetch(next_x + j);
-      const V normed = normalised<Centered>(at.load(held + j), s);
-      const V h = normed * at.load(weight + j) + at.load(norm_bias + j);
-      at.template store<Stream>(y + j, h * at.load(scale + j) + at.load(bias + j));
+      at.template store<Stream>(y + j, edit.value(at, j, normalised<Centered>(at.load(held + j), s)));
     });
   }
   if (Stream) fence();
@@ -43,13 +68,25 @@ void norm_edit_forward(const NormEditForward& p, int64_t begin, int64_t end, flo
 }
 
 template <class T, bool Centered, bool Stream>
-void norm_edit_backward_rows(const NormEditBackward& p, const Chunk& chunk, const Columns& sums, float*) {
+void norm_edit_backward_rows(const NormEditBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
   const int64_t d = p.d;
   const float *weight = p.weight, *norm_bias = p.norm_bias;
+  const float* scale = p.scale.row(chunk.row(chunk.begin));  // a chunk's rows have one edit
+  float* folded = scratch;
+  sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
+    at.template store<false>(folded + j, at.load(scale + j) * at.load(weight + j));
+  });
+  // The norm's vectors are the same in all rows. So dscale, the sum of gradient * (weight * normed + norm_bias), is made of
+  // the sums of gradient * normed and of gradient, which is dbias.
+  float* gradients = sums.dbias;
+  if (sums.dscale && !gradients) {
+    gradients = scratch + padded(d);
+    __builtin_memset(gradients, 0, d * sizeof(float));
+  }
+  const bool usual = p.dx && sums.dscale && !sums.dweight && !sums.dnorm_bias;
   for (int64_t k = chunk.begin; k < chunk.end; ++k) {
     const int64_t i = chunk.row(k);
     const T *dy = row<T>(p.dy, i), *x = row<T>(p.x, i);
-    const float* scale = p.scale.row(i);
     const Statistics s{Centered ? p.mean[i] : 0.0f, p.rstd[i]};
     T* dx = output<T>(p.dx, d, i);
     Projection projection;
@@ -58,19 +95,18 @@ void norm_edit_backward_rows(const NormEditBackward& p, const Chunk& chunk, cons
       sweep_sums<Projection::kParts>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
         if (edit_only || dx) prepare<Stream>(dx + j);
         const V normed = at.valid(normalised<Centered>(at.load(x + j), s)), gradient = at.load(dy + j);
-        const V of_norm = gradient * at.load(scale + j);
-        found.add<Centered>(k, of_norm * at.load(weight + j), normed);
-        if (edit_only || sums.dscale)
-          accumulate(at, sums.dscale + j, gradient * (normed * at.load(weight + j) + at.load(norm_bias + j)));
-        if (edit_only || sums.dbias) accumulate(at, sums.dbias + j, gradient);
+        found.add<Centered>(k, gradient * at.load(folded + j), normed);
+        if (edit_only || gradients) accumulate(at, gradients + j, gradient);
+        if (edit_only || sums.dscale) accumulate(at, sums.dscale + j, gradient * normed);
         if constexpr (!edit_only) {
+          const V of_norm = gradient * at.load(scale + j);
           if (sums.dweight) accumulate(at, sums.dweight + j, of_norm * normed);
           if (sums.dnorm_bias) accumulate(at, sums.dnorm_bias + j, of_norm);
         }
       });
       projection = found;
     };
-    decide(first, dx && sums.dscale && sums.dbias && !sums.dweight && !sums.dnorm_bias);
+    decide(first, usual);
     if (!dx) continue;
     projection.finish<Centered>(d);
     const int64_t next = chunk.row(k + 1 < chunk.end ? k + 1 : k);
@@ -79,10 +115,14 @@ void norm_edit_backward_rows(const NormEditBackward& p, const Chunk& chunk, cons
       prefetch(next_dy + j);
       prefetch(next_x + j);
       const V normed = normalised<Centered>(at.load(x + j), s);
-      const V gradient = at.load(dy + j) * at.load(scale + j) * at.load(weight + j);
-      at.template store<Stream>(dx + j, projection.apply<Centered>(gradient, normed, s));
+      at.template store<Stream>(dx + j, projection.apply<Centered>(at.load(dy + j) * at.load(folded + j), normed, s));
     });
   }
+  if (sums.dscale)
+    sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
+      const V of_bias = at.load(gradients + j) * at.load(norm_bias + j);
+      at.template store<false>(sums.dscale + j, at.load(sums.dscale + j) * at.load(weight + j) + of_bias);
+    });
   if (Stream) fence();
 }
 
