@@ -20,6 +20,7 @@ import machine_code
 import pytest
 import torch
 from emulated_cpu import OBJECTS, PROCESSORS, Processor
+from halves import EVERY_HALF, assert_same_numbers, between, rows_of
 from machine_code import Function, Loop
 from op_cases import (
     ARGUMENTS,
@@ -115,39 +116,13 @@ def test_memory_is_kept_and_given_back(processor: Processor) -> None:
 
 # ---- conversions
 
-ALL = torch.arange(1 << 16).to(torch.uint16)
-
-
-def assert_same_numbers(found: Tensor, expected: Tensor) -> None:
-    """The same bits; a NaN may be any NaN."""
-    assert found.dtype == expected.dtype
-    assert torch.equal(found.isnan(), expected.isnan())
-    words = {2: torch.int16, 4: torch.int32}[found.element_size()]
-    different = (found.view(words) != expected.view(words)) & ~expected.isnan()
-    assert not different.any(), f"{found[different][:8]}, expected {expected[different][:8]}"
-
-
-def between(dtype: torch.dtype) -> Tensor:
-    """Every number of a half precision, the middle to the next, their fp32 neighbours, NaNs, random fp32 words."""
-    halves = ALL.view(dtype).double()
-    following = (ALL.int() + 1).to(torch.uint16).view(dtype).double()
-    middles = ((halves + following) / 2).float()  # has one digit more, which fp32 holds
-    infinity = torch.full_like(middles, math.inf)
-    neighbours = [torch.nextafter(t, e) for t in (halves.float(), middles) for e in (infinity, -infinity)]
-    payloads = [0x7F800001, 0x7F80FFFF, 0x7F817FFF, 0x7FBFFFFF, 0x7FC00000, 0x7FFF7FFF, 0x7FFF8000, 0x7FFFFFFF]
-    payloads += [word | 0x80000000 for word in payloads]
-    nans = torch.tensor(payloads).to(torch.uint32).view(torch.float32)
-    words = torch.randint(-(2**31), 2**31, (1 << 16,), generator=torch.Generator().manual_seed(0)).int()
-    return torch.cat([halves.float(), middles, *neighbours, nans, words.view(torch.float32)])
-
-
 by_eights = pytest.mark.parametrize("by_eights", [False, True], ids=["fours", "eights"])
 
 
 @by_eights
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_half_is_widened_exactly(dtype: torch.dtype, by_eights: bool, processor: Processor) -> None:
-    assert_same_numbers(processor.widen(ALL.view(dtype), by_eights), ALL.view(dtype).float())
+    assert_same_numbers(processor.widen(EVERY_HALF.view(dtype), by_eights), EVERY_HALF.view(dtype).float())
 
 
 @by_eights
@@ -155,11 +130,6 @@ def test_every_half_is_widened_exactly(dtype: torch.dtype, by_eights: bool, proc
 def test_fp32_is_narrowed_to_the_nearest_and_even(dtype: torch.dtype, by_eights: bool, processor: Processor) -> None:
     values = between(dtype)
     assert_same_numbers(processor.narrow(values, dtype, by_eights), values.to(dtype))
-
-
-def rows_of(values: Tensor, width: int = 1003) -> list[Tensor]:
-    """Rows with a tail that is no whole vector."""
-    return list(values.split(width))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -171,7 +141,7 @@ def test_kernels_round_to_the_nearest_and_even(dtype: torch.dtype, emulated: Pro
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_kernels_widen_exactly(dtype: torch.dtype, emulated: Processor) -> None:
-    for halves in rows_of(ALL.view(dtype)):
+    for halves in rows_of(EVERY_HALF.view(dtype)):
         d = len(halves)
         found = emulated.edit_backward(halves[None], None, None, None, None, 0.0, 1, (False, False, True))
         assert_same_numbers(found[2], halves.float() + 0.0)

@@ -1,7 +1,7 @@
 """Every Triton kernel compiled for GPUs that are not here: no spills, accesses of 16 bytes, no conversions in loops.
 
-With RED_KERNELS_TEST_ALL=1 (`make test-nightly`) for whatever the operations can be asked for. Those named `oldest` are
-also run with the oldest Triton that is supported.
+Every target and every width at least once; with RED_KERNELS_TEST_ALL=1 (`make test-nightly`) each with each, and
+whatever the operations can be asked for. Those named `oldest` are also run with the oldest Triton that is supported.
 """
 
 from __future__ import annotations
@@ -62,20 +62,18 @@ def options(width: int, dtype: str) -> list[Case]:
 
 WIDEST = 32768  # beyond the registers of a program, forward too
 USUAL = [(target, width) for target in TARGETS for width in (*WIDTHS, WIDEST)]
-OPTIONS = [
-    ("sm_90", "fp32", 768),
-    ("sm_90", "fp32", 4096),
-    ("sm_90", "bf16", 768),
-    ("sm_90", "bf16", 8192),
-    ("sm_90", "fp16", 2048),
-    ("gfx942", "bf16", 768),
-]
+FEW_USUAL = [*OLDEST, ("sm_100", 2048), ("sm_90", WIDEST)]
+FEW_OPTIONS = [("sm_90", "fp32", 4096), ("sm_90", "bf16", 8192), ("gfx942", "bf16", 768)]
+OPTIONS = [*FEW_OPTIONS, ("sm_90", "fp32", 768), ("sm_90", "bf16", 768), ("sm_90", "fp16", 2048)]
 EVERYTHING = list(itertools.product([*TARGETS, *LARGE_TENSORS], [*WIDTHS, WIDEST], DTYPES))
 
 
 @pytest.mark.parametrize(
     ("target", "width"),
-    [pytest.param(*case, id=f"{case[0]}-{case[1]}" + "-oldest" * (case in OLDEST)) for case in USUAL],
+    [
+        pytest.param(*case, id=f"{case[0]}-{case[1]}" + "-oldest" * (case in OLDEST))
+        for case in (USUAL if TEST_ALL else FEW_USUAL)
+    ],
 )
 def test_kernels_of_a_patched_model(pool: Executor, target: str, width: int) -> None:
     products = ahead_of_time.linear_cases((width,)) if width in WIDTHS else []
@@ -84,7 +82,7 @@ def test_kernels_of_a_patched_model(pool: Executor, target: str, width: int) -> 
     assert not [str(report.program) for report in reports if report.resources.scalar_spills]
 
 
-@pytest.mark.parametrize(("target", "dtype", "width"), OPTIONS)
+@pytest.mark.parametrize(("target", "dtype", "width"), OPTIONS if TEST_ALL else FEW_OPTIONS)
 def test_options(pool: Executor, target: str, dtype: str, width: int) -> None:
     check(pool, options(width, dtype), target)
 

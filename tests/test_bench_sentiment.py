@@ -101,6 +101,18 @@ def test_majority():
         (source_distribution(b"1\t2.0\t \r\n"), "line 1: expected a rating from -4 to 4 and a sentence"),
         (source_distribution("1\t2.0\tcafé\r\n".encode("latin-1")), "is not UTF-8"),
     ],
+    ids=[
+        "no archive",
+        "cut off",
+        "no sentences",
+        "elsewhere",
+        "two fields",
+        "no number",
+        "5",
+        "nan",
+        "no text",
+        "latin-1",
+    ],
 )
 def test_archives_that_do_not_fit_are_refused(archive, message):
     with pytest.raises(ValueError, match=message):

@@ -79,8 +79,8 @@ def test_no_single_element_is_touched(name: str) -> None:
 
 
 def test_halves_are_packed_together() -> None:
-    """AVX2 rounds sixteen numbers at once, as halves, and brings them into order by one shuffle and one exchange of lanes,
-    which a load has too."""
+    """AVX2 rounds sixteen numbers at once, as halves, and orders them by a shuffle and an exchange of lanes, as a load
+    has."""
     forward = next(f for f in row_functions("avx2") if "edit_forward_rows<red::BFloat16, false>" in f.name)
     loops = [loop for loop in forward.loops() if loop.computes()]
     names = ("vpsubsw", "vpshufb", "vpermq")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from halves import assert_same_numbers, between, rows_of
 from op_cases import (
     ARGUMENTS,
     COMPILED,
@@ -210,6 +211,18 @@ def test_rounded_once(operation: str, dtype: torch.dtype, implementation: Implem
     terms = residual.abs() + (scale * x).abs() + bias.abs()
     bound = 0.5 * step(torch.maximum(z.double().abs(), exact.abs()), dtype) + 3 * 2.0**-24 * terms
     assert bool(((z.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_fp32_is_rounded_to_the_nearest_and_even(dtype: torch.dtype, implementation: Implementation) -> None:
+    """Every half, every middle between two, their neighbours in fp32, and NaNs of every kind, which stay NaNs."""
+    values = between(dtype)
+    if implementation.instruction_set == "avx512_bf16":  # whose instruction takes subnormal numbers for zeros
+        values = values[~(values.abs() < torch.finfo(torch.float32).tiny)]
+    for bias in rows_of(values, 20_011):
+        found = call(rk.edit, torch.zeros(1, len(bias), dtype=dtype), torch.ones(len(bias)), bias)
+        assert_same_numbers(found[0], (bias + 0.0).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

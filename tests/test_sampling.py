@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sampling
+from patience import HANGS
 
 
 class Case(SimpleNamespace):
@@ -46,3 +50,32 @@ def test_tests_are_sampled_by_themselves() -> None:
     assert len(alone) == 1
     numbers = dict.fromkeys([*one, *other], 1) | dict.fromkeys(alone, 2)
     assert len(list(sampling.sampled(numbers))) == 5
+
+
+def test_a_group_has_one_worker(tmp_path: Path) -> None:
+    """Which makes what takes a minute once: releases of pytest and pytest-xdist that do not fit pass over it."""
+    (tmp_path / "test_group.py").write_text(
+        "import os, pathlib, pytest\n"
+        "pytestmark = pytest.mark.xdist_group('one')\n"
+        "@pytest.mark.parametrize('number', range(4))\n"
+        "def test_it(number): pathlib.Path(f'{os.environ[\"PYTEST_XDIST_WORKER\"]}-{number}').touch()\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-c",
+        "/dev/null",
+        "--rootdir",
+        ".",
+        "-n",
+        "2",
+        "--dist",
+        "loadgroup",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran = [path.name.split("-") for path in tmp_path.glob("gw*-*")]
+    assert len(ran) == 4
+    assert len({worker for worker, _ in ran}) == 1

@@ -10,37 +10,48 @@ namespace RED_ISA {
 // one addition for each element. Made anew only where the edit is another one than the row's before.
 class FoldedEdit {
  public:
-  FoldedEdit(float* scale, float* bias) : scale_(scale), bias_(bias) {}
+  FoldedEdit(const NormEditForward& p, float* scale, float* bias) : p_(p), folded_scale_(scale), folded_bias_(bias) {}
 
-  RED_INLINE void fold(const NormEditForward& p, int64_t i) {
-    const float *scale = p.scale.row(i), *bias = p.bias.row(i);
-    if (scale == of_scale_ && bias == of_bias_) return;
-    of_scale_ = scale, of_bias_ = bias;
-    sweep(p.d, [&](auto at, int64_t j) __attribute__((always_inline)) {
-      const V factor = at.load(scale + j);
-      at.template store<false>(scale_ + j, factor * at.load(p.weight + j));
-      at.template store<false>(bias_ + j, factor * at.load(p.norm_bias + j) + at.load(bias + j));
+  RED_INLINE void take(int64_t i) {
+    const float *scale = p_.scale.row(i), *bias = p_.bias.row(i);
+    if (scale == scale_ && bias == bias_) return;
+    scale_ = scale, bias_ = bias;
+    Sum<1> nothing;
+    sweep_sums<1>(p_.d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
+      const V factor = at.load(scale + j), folded_scale = factor * at.load(p_.weight + j);
+      const V folded_bias = factor * at.load(p_.norm_bias + j) + at.load(bias + j);
+      at.template store<false>(folded_scale_ + j, folded_scale);
+      at.template store<false>(folded_bias_ + j, folded_bias);
+      nothing.add(k, (folded_scale - folded_scale) + (folded_bias - folded_bias));
     });
+    finite_ = nothing.total() == 0.0f;
   }
-  template <class At>
-  RED_INLINE V value(At at, int64_t j, V normed) const {
-    return normed * at.load(scale_ + j) + at.load(bias_ + j);
+  // Infinity times zero is no number: an edit that is not finite is applied to the norm's own result.
+  bool finite() const { return finite_; }
+
+  template <class At, class Flag>
+  RED_INLINE V value(At at, int64_t j, V normed, Flag finite) const {
+    if (finite) return normed * at.load(folded_scale_ + j) + at.load(folded_bias_ + j);
+    const V h = normed * at.load(p_.weight + j) + at.load(p_.norm_bias + j);
+    return h * at.load(scale_ + j) + at.load(bias_ + j);
   }
 
  private:
-  float *scale_, *bias_;
-  const float *of_scale_ = nullptr, *of_bias_ = nullptr;
+  const NormEditForward& p_;
+  float *folded_scale_, *folded_bias_;
+  const float *scale_ = nullptr, *bias_ = nullptr;
+  bool finite_ = true;
 };
 
 template <class T, bool Centered, bool Stream>
 void norm_edit_forward_rows(const NormEditForward& p, int64_t begin, int64_t end, float* scratch) {
   const int64_t d = p.d;
   float* held = scratch;
-  FoldedEdit edit(scratch + padded(d), scratch + 2 * padded(d));
+  FoldedEdit edit(p, scratch + padded(d), scratch + 2 * padded(d));
   for (int64_t i = begin; i < end; ++i) {
     const T* x = row<T>(p.x, i);
     T* y = output<T>(p.y, d, i);
-    edit.fold(p, i);
+    edit.take(i);
     Sum<2> first;
     sweep_sums<2>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
       prepare<Stream>(y + j);
@@ -52,11 +63,14 @@ void norm_edit_forward_rows(const NormEditForward& p, int64_t begin, int64_t end
     if (Centered) p.mean[i] = s.mean;
     p.rstd[i] = s.rstd;
     const T* next_x = row<T>(p.x, i + 1 < end ? i + 1 : i);
-    sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
-      // This pass reads nothing from memory, so the next row can come in meanwhile.
-      prefetch(next_x + j);
-      at.template store<Stream>(y + j, edit.value(at, j, normalised<Centered>(at.load(held + j), s)));
-    });
+    const auto last = [&](auto finite) __attribute__((always_inline)) {
+      sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
+        // This pass reads nothing from memory, so the next row can come in meanwhile.
+        prefetch(next_x + j);
+        at.template store<Stream>(y + j, edit.value(at, j, normalised<Centered>(at.load(held + j), s), finite));
+      });
+    };
+    decide(last, edit.finite());
   }
   if (Stream) fence();
 }
@@ -120,7 +134,10 @@ void norm_edit_backward_rows(const NormEditBackward& p, const Chunk& chunk, cons
   }
   if (sums.dscale)
     sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
-      const V of_bias = at.load(gradients + j) * at.load(norm_bias + j);
+      const V added = at.load(norm_bias + j);
+      V of_bias = at.load(gradients + j) * added;  // nothing without a bias, also of an infinite gradient
+      of_bias.a = bits<N>(bits<I>(of_bias.a) & (added.a != 0.0f));
+      of_bias.b = bits<N>(bits<I>(of_bias.b) & (added.b != 0.0f));
       at.template store<false>(sums.dscale + j, at.load(sums.dscale + j) * at.load(weight + j) + of_bias);
     });
   if (Stream) fence();
