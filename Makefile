@@ -6,6 +6,8 @@ BENCH ?= bench-results
 BIN := .venv/bin
 # One core for each test is quickest; those of several threads ask for them. Triton's interpreter runs its kernels on the CPU.
 INTERPRETED := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 RED_KERNELS_TEST_ON=triton
+# One new value is reason enough for a case: test-nightly has all cases.
+FEW := RED_KERNELS_TEST_COMBINED=1
 OLDEST := $(CURDIR)/.venv/triton-3.6
 OF_OLDEST := tests/test_triton_kernels.py tests/test_interpreter.py
 DEEPSPEED := $(CURDIR)/.venv/deepspeed
@@ -94,9 +96,9 @@ say-aarch64:
 test: lint $(OLDEST)/done $(DEEPSPEED)/done $(EMULATOR) say-cuda say-aarch64
 	$(PART) "main" env OMP_NUM_THREADS=1 $(PYTEST) $(BY_TWO)
 	$(PART) "DeepSpeed" env PYTHONPATH=$(DEEPSPEED) $(PYTEST) tests/test_stacks_deepspeed.py
-	$(PART) "CUDA kernels, emulated" env $(EMULATED) $(PYTEST) $(BY_TWO)
-	$(PART) "Triton kernels, interpreted" env $(INTERPRETED) $(PYTEST) $(BY_TWO)
-	$(PART) "oldest Triton, interpreted" env RED_KERNELS_TEST_COMBINED=1 PYTHONPATH=$(OLDEST) $(INTERPRETED) $(PYTEST) $(BY_TWO) $(OF_OLDEST)
+	$(PART) "CUDA kernels, emulated" env $(FEW) $(EMULATED) $(PYTEST) $(BY_TWO)
+	$(PART) "Triton kernels, interpreted" env $(FEW) $(INTERPRETED) $(PYTEST) $(BY_TWO)
+	$(PART) "oldest Triton, interpreted" env $(FEW) PYTHONPATH=$(OLDEST) $(INTERPRETED) $(PYTEST) $(BY_TWO) $(OF_OLDEST)
 	$(PART) "oldest Triton, compiled" env PYTHONPATH=$(OLDEST) $(PYTEST) tests/test_ahead_of_time.py -k oldest
 	@$(PART)
 	@$(MAKE) --no-print-directory say-cuda say-aarch64

@@ -53,7 +53,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if sum(seconds.values()) < 60:
         return
     terminalreporter.section("files that took longest")
-    for name, taken in seconds.most_common(150):
+    for name, taken in seconds.most_common(20):
         terminalreporter.write_line(f"{taken:7.1f} s  {name}")
 
 

@@ -30,7 +30,7 @@ def timing(median, spread=0.02):
 
 def frame(job, cases, gpu=False, **more):
     environment = {
-        "device": "cuda" if gpu else "cpu",
+        "device": "cuda" if gpu else "Some Processor, 16 cores",
         "processor": "Some Processor, 16 cores",
         "threads": 2,
         "gpu": {"name": "Some GPU", "driver": "580.1"} if gpu else None,

@@ -30,6 +30,7 @@ MARKERS = (
     "not_interpreted: large only for what other implementations do with much memory",
     "sampled(number=2): only cases with a new combination of so many values, but in `make test-nightly`",
     "nightly: too slow in Triton's interpreter for a run of each change",
+    "long: takes ten seconds or more for what quicker tests try in part: in `make test-nightly` only",
 )
 
 
@@ -44,6 +45,7 @@ def chosen(items: list[pytest.Item]) -> list[pytest.Item]:
         kept = [item for item in kept if not _marked(item, "not_interpreted") or not _emulated(item)]
     if TEST_ALL:
         return kept
+    kept = [item for item in kept if not _marked(item, "long")]
     if INTERPRETED:
         kept = [item for item in kept if not _marked(item, "nightly")]
     numbers = {item: number for item in kept if (number := _number(item)) is not None}

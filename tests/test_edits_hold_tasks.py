@@ -83,6 +83,7 @@ def test_async_generators(served):
     assert asyncio.run(main()) == ["a", "off", "default", "a", "off", "off", "default", "b", "b", "default"]
 
 
+@pytest.mark.long
 def test_compiled_models_in_generators_and_tasks():
     """Compiled code cannot ask where it is called: it leaves the graph to ask, or says that it cannot."""
     served = Served(num_hidden_layers=1)

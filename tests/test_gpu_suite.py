@@ -259,6 +259,7 @@ def test_wrong_calls(tree, arguments, variables, said):
     assert not notes
 
 
+@pytest.mark.long
 def test_passed_tests_are_left_out_of_the_next_run(tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import os, pytest\n"

@@ -18,7 +18,9 @@ with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=with_gpu)])
-@pytest.mark.parametrize("order", ["before", "after", "class"])
+@pytest.mark.parametrize(
+    "order", [pytest.param("before", marks=pytest.mark.long), pytest.param("after", marks=pytest.mark.long), "class"]
+)
 def test_liger(order, device):
     """Losses and vectors of three steps as without Liger, its norms in use and none of ours in their place."""
     path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])

@@ -279,6 +279,7 @@ def test_search_store_reload_use(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "table.json"]
 
 
+@pytest.mark.long
 def test_search_by_real_times(tmp_path: Path) -> None:
     found = _worker("wall", tmp_path)
     for target in (
@@ -310,6 +311,7 @@ def test_where_the_fused_matmul_wins_it_is_used(tmp_path: Path) -> None:
     assert found["used"] == {"4": False, "5": True, "6": True, "8": True, "9": False, "16": False}
 
 
+@pytest.mark.long
 def test_tiles_that_do_not_compile_or_compute_something_else(tmp_path: Path) -> None:
     """They are left out, and said to be; the search goes on."""
     found = _worker("broken", tmp_path)

@@ -101,7 +101,7 @@ def _machine(device: Device) -> str:
     gpu = found.get("gpu")
     named = gpu.get("name") if isinstance(gpu, dict) else gpu
     threads = "" if named else f", {found.get('threads')} threads"
-    return f"{named or found.get('processor')}{threads}, torch {found.get('torch')}"
+    return f"{named or found.get('device')}{threads}, torch {found.get('torch')}"
 
 
 def _row(title: str, devices: Iterable[Device], cell: Callable[[Device], str]) -> tuple[str, ...]:

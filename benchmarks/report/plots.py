@@ -150,7 +150,7 @@ def _device_words(content: Content) -> str:
     gpu = found.get("gpu")
     if gpu:
         return str(gpu.get("name") if isinstance(gpu, dict) else gpu)
-    return f"{found.get('processor')}, {found.get('threads')} threads"
+    return f"{found.get('device')}, {found.get('threads')} threads"
 
 
 def _new(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
