@@ -23,7 +23,9 @@ EMULATED := OMP_NUM_THREADS=1 RED_KERNELS_CUDA_EMULATED=$(EMULATOR) RED_KERNELS_
 ALL := RED_KERNELS_TEST_ALL=1
 PIP := $(BIN)/python -m pip install --quiet
 # Each part of the tests says its name and how long it took, and all of them again at the end.
+ifndef PARTS
 export PARTS := $(CURDIR)/build/parts/$(shell date +%Y%m%d-%H%M%S)
+endif
 PART := tests/part.sh
 PYTEST := $(BIN)/python -m pytest
 BY_TWO := -n 2 --dist loadgroup
@@ -93,7 +95,9 @@ say-aarch64:
 		echo "*** No aarch64-linux-gnu-g++ or no qemu-aarch64 was found: the CPU kernels for AArch64 are NOT compiled and NOT"; \
 		echo "*** tested. Remedy: apt-get install g++-aarch64-linux-gnu qemu-user, then 'make test'."; }
 
-test: lint $(OLDEST)/done $(DEEPSPEED)/done $(EMULATOR) say-cuda say-aarch64
+# What needs one core, or the network, goes beside what is compiled.
+test: .venv/test say-cuda say-aarch64
+	@$(MAKE) --no-print-directory --output-sync=target --jobs 2 lint $(EMULATOR) $(OLDEST)/done $(DEEPSPEED)/done
 	$(PART) "main" env OMP_NUM_THREADS=1 $(PYTEST) $(BY_TWO)
 	$(PART) "DeepSpeed" env PYTHONPATH=$(DEEPSPEED) $(PYTEST) tests/test_stacks_deepspeed.py
 	$(PART) "CUDA kernels, emulated" env $(FEW) $(EMULATED) $(PYTEST) $(BY_TWO)

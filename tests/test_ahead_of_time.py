@@ -63,9 +63,10 @@ def options(width: int, dtype: str) -> list[Case]:
 WIDEST = 32768  # beyond the registers of a program, forward too
 USUAL = [(target, width) for target in TARGETS for width in (*WIDTHS, WIDEST)]
 FEW_USUAL = [*OLDEST, ("sm_100", 2048), ("sm_90", WIDEST)]
-FEW_OPTIONS = [("sm_90", "bf16", 8192), ("gfx942", "bf16", 768)]
+FEW_OPTIONS = [("gfx942", "bf16", 768)]
 OPTIONS = [
     *FEW_OPTIONS,
+    ("sm_90", "bf16", 8192),
     ("sm_90", "fp32", 768),
     ("sm_90", "fp32", 4096),
     ("sm_90", "bf16", 768),

@@ -218,7 +218,7 @@ def test_all_methods_compute_the_same(kind, dtype):
     assert set(start.tolist()) == {0.0, 1.0}
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.long), 0.1])
 def test_compiled_methods_are_compared_like_the_others(dropout, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     names = ("red", "red-compile", "naive", "naive-compile")

@@ -152,6 +152,7 @@ def test_a_failing_stage_is_named_and_later_ones_run(tree, tmp_path):
     assert (done.returncode, status(tmp_path / "third")["ops"]) == (0, ("done", "0"))
 
 
+@pytest.mark.long
 def test_a_stage_is_cut_off_and_the_next_call_goes_on(tree, tmp_path):
     done, _ = call(tree, "out", MINUTES="0.4", SLOW="bench ops")  # much more than the stand-ins need
     found = status(tmp_path / "out")

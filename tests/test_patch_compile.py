@@ -53,7 +53,7 @@ def test_the_whole_model(name, monkeypatch):
     assert watch.taken == watch.left
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("which", [(0, 1, 2), (1,), (0,)])
 @pytest.mark.parametrize("how", ["in place", "replaced"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -34,6 +34,7 @@ def _fresh_compiler():
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_ways_of_training(name, way, tmp_path):
     def train(model, optimizer, **options):

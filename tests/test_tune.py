@@ -295,6 +295,7 @@ def test_search_by_real_times(tmp_path: Path) -> None:
         assert entry["ratio"] > 1
 
 
+@pytest.mark.long
 def test_where_the_fused_matmul_wins_it_is_used(tmp_path: Path) -> None:
     """By a clock for which the composed form is slow up to 8 rows; m stands for all numbers from above its half."""
     found = _worker("products", tmp_path)
