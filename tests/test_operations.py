@@ -27,6 +27,7 @@ from op_cases import (
     eager,
     from_its_z,
     fused,
+    outputs_of,
     run,
     same_bits,
     stacked,
@@ -290,6 +291,24 @@ def test_one_edit_for_all_rows_is_the_plain_edit(operation: str, compiled: Imple
     for name in ("d scale", "d bias"):
         found[name] = found[name][1]
     assert same_bits(found, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_row_is_the_same_whatever_edit_the_row_before_has(
+    operation: str, dtype: torch.dtype, implementation: Implementation
+) -> None:
+    """Edits that take turns and edits in runs, one of them infinite: to the last bit."""
+    tensors = arguments(operation, (24, 77), dtype)
+    for name in ("scale", "bias"):
+        tensors[name] = torch.stack([tensors[name], 0.5 * tensors[name], tensors[name].flip(0)])
+    tensors["scale"][1, 5] = float("inf")
+    ids = torch.arange(24) % 3
+    order = torch.argsort(ids, stable=True)
+    moved = tensors | {name: t[order] for name, t in tensors.items() if name in ("x", "residual")}
+    turns, runs = fused(operation, tensors, edit_ids=ids), fused(operation, moved, edit_ids=ids[order])
+    for found, expected in zip(outputs_of(runs), outputs_of(turns), strict=True):
+        torch.testing.assert_close(found, expected[order], rtol=0, atol=0, equal_nan=True)
 
 
 def _linear(x: Tensor, weight: Tensor, linear_bias: Tensor | None, scale: Tensor | None, bias: Tensor | None,

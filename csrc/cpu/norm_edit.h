@@ -7,40 +7,62 @@ namespace red {
 namespace RED_ISA {
 
 // The norm's weight and bias with an edit behind them: scale * (weight * normed + norm_bias) + bias is one multiplication and
-// one addition for each element. Made anew only where the edit is another one than the row's before.
+// one addition for each element. What is folded is kept from an edit's second row in a row on: rows may take turns. Either
+// way the bits are the same. Infinity times zero is no number: an edit that does not fold into finite numbers is applied to
+// the norm's own result.
 class FoldedEdit {
  public:
-  FoldedEdit(const NormEditForward& p, float* scale, float* bias) : p_(p), folded_scale_(scale), folded_bias_(bias) {}
+  FoldedEdit(const NormEditForward& p, float* scale, float* bias) : p_(p), kept_scale_(scale), kept_bias_(bias) {}
 
-  RED_INLINE void take(int64_t i) {
+  // write(value) writes a row by value(at, j, normed).
+  template <class Write>
+  RED_INLINE void apply(int64_t i, const Write& write) {
     const float *scale = p_.scale.row(i), *bias = p_.bias.row(i);
-    if (scale == scale_ && bias == bias_) return;
+    const bool again = scale == scale_ && bias == bias_;
     scale_ = scale, bias_ = bias;
-    Sum<1> nothing;
-    sweep_sums<1>(p_.d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
-      const V factor = at.load(scale + j), folded_scale = factor * at.load(p_.weight + j);
-      const V folded_bias = factor * at.load(p_.norm_bias + j) + at.load(bias + j);
-      at.template store<false>(folded_scale_ + j, folded_scale);
-      at.template store<false>(folded_bias_ + j, folded_bias);
-      nothing.add(k, (folded_scale - folded_scale) + (folded_bias - folded_bias));
-    });
-    finite_ = nothing.total() == 0.0f;
-  }
-  // Infinity times zero is no number: an edit that is not finite is applied to the norm's own result.
-  bool finite() const { return finite_; }
-
-  template <class At, class Flag>
-  RED_INLINE V value(At at, int64_t j, V normed, Flag finite) const {
-    if (finite) return normed * at.load(folded_scale_ + j) + at.load(folded_bias_ + j);
-    const V h = normed * at.load(p_.weight + j) + at.load(p_.norm_bias + j);
-    return h * at.load(scale_ + j) + at.load(bias_ + j);
+    if (again && !kept_) keep();
+    kept_ = again;
+    if (!kept_) {
+      V nothing = {};
+      write([&](auto at, int64_t j, V normed) __attribute__((always_inline)) {
+        const Folded f = folded(at, j);
+        nothing += (f.scale * 0.0f + f.bias) * 0.0f;
+        return normed * f.scale + f.bias;
+      });
+      finite_ = Sum<1>{{nothing}}.total() == 0.0f;
+    } else if (finite_) {
+      write([&](auto at, int64_t j, V normed) __attribute__((always_inline)) {
+        return normed * at.load(kept_scale_ + j) + at.load(kept_bias_ + j);
+      });
+    }
+    if (!finite_)
+      write([&](auto at, int64_t j, V normed) __attribute__((always_inline)) {
+        const V h = normed * at.load(p_.weight + j) + at.load(p_.norm_bias + j);
+        return h * at.load(scale_ + j) + at.load(bias_ + j);
+      });
   }
 
  private:
+  struct Folded {
+    V scale, bias;
+  };
+  template <class At>
+  RED_INLINE Folded folded(At at, int64_t j) const {
+    const V factor = at.load(scale_ + j);
+    return {factor * at.load(p_.weight + j), factor * at.load(p_.norm_bias + j) + at.load(bias_ + j)};
+  }
+  RED_INLINE void keep() {
+    sweep(p_.d, [&](auto at, int64_t j) __attribute__((always_inline)) {
+      const Folded f = folded(at, j);
+      at.template store<false>(kept_scale_ + j, f.scale);
+      at.template store<false>(kept_bias_ + j, f.bias);
+    });
+  }
+
   const NormEditForward& p_;
-  float *folded_scale_, *folded_bias_;
+  float *kept_scale_, *kept_bias_;
   const float *scale_ = nullptr, *bias_ = nullptr;
-  bool finite_ = true;
+  bool kept_ = false, finite_ = true;
 };
 
 template <class T, bool Centered, bool Stream>
@@ -51,7 +73,6 @@ void norm_edit_forward_rows(const NormEditForward& p, int64_t begin, int64_t end
   for (int64_t i = begin; i < end; ++i) {
     const T* x = row<T>(p.x, i);
     T* y = output<T>(p.y, d, i);
-    edit.take(i);
     Sum<2> first;
     sweep_sums<2>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
       prepare<Stream>(y + j);
@@ -63,14 +84,13 @@ void norm_edit_forward_rows(const NormEditForward& p, int64_t begin, int64_t end
     if (Centered) p.mean[i] = s.mean;
     p.rstd[i] = s.rstd;
     const T* next_x = row<T>(p.x, i + 1 < end ? i + 1 : i);
-    const auto last = [&](auto finite) __attribute__((always_inline)) {
+    edit.apply(i, [&](const auto& value) __attribute__((always_inline)) {
       sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
         // This pass reads nothing from memory, so the next row can come in meanwhile.
         prefetch(next_x + j);
-        at.template store<Stream>(y + j, edit.value(at, j, normalised<Centered>(at.load(held + j), s), finite));
+        at.template store<Stream>(y + j, value(at, j, normalised<Centered>(at.load(held + j), s)));
       });
-    };
-    decide(last, edit.finite());
+    });
   }
   if (Stream) fence();
 }
