@@ -179,12 +179,16 @@ def test_without_z(operation: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("operation", WITH_NORM_BEHIND)
 def test_without_z_rounds_once(operation: str, dtype: torch.dtype, implementation: Implementation) -> None:
-    """The result is that of fp32 activations, rounded: ``z`` is not rounded on the way."""
+    """The result is that of fp32 activations, rounded: ``z`` is not rounded on the way.
+
+    The statistics of both are of fp32, and may be summed in another order.
+    """
     tensors = arguments(operation, (33, 130), dtype)
     wide = tensors | {name: tensors[name].float() for name in ("x", "residual")}
     narrow, _ = fused(operation, tensors, need_z=False)
     exact, _ = fused(operation, wide, need_z=False)
-    assert torch.equal(narrow, exact.to(dtype))
+    once = 0.5 * torch.finfo(dtype).eps + 1e-6
+    assert ((narrow.float() - exact).abs() <= once * exact.abs() + 1e-6).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -16,20 +16,21 @@ void edit_norm_forward_rows(const EditNormForward& p, int64_t begin, int64_t end
     const Edited<T> edited{row<T>(p.x, i), row<T>(p.residual, i, static_cast<const T*>(nullptr)), p.scale.row(i),
                            p.bias.row(i), dropout_factors(p.dropout, i, d, factors)};
     T *y = output<T>(p.y, d, i), *z = output<T>(p.z, d, i);
-    Sum<2> first;
+    Statistics s;
     const auto pass = [&](auto has_residual, auto keeps_z) __attribute__((always_inline)) {
-      Sum<2> sum;
-      sweep_sums<2>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
+      RowSums<T, Centered> sums(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
+        return edited.value(at, j, has_residual);
+      });
+      sweep_sums<sums.kParts>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
         prepare<Stream>(y + j);
         V h = edited.value(at, j, has_residual);
         if (keeps_z) h = at.template store_rounded<Stream>(z + j, h);
         at.template store<false>(held + j, h);
-        sum.add(k, first_term<Centered>(h));
+        sums.add(at, k, h);
       });
-      first = sum;
+      s = sums.statistics(held, d, p.eps);
     };
     edited.each_case(pass, z != nullptr);
-    const Statistics s = statistics<Centered>(held, d, first, p.eps);
     if (Centered) p.mean[i] = s.mean;
     p.rstd[i] = s.rstd;
     const int64_t next = i + 1 < end ? i + 1 : i;

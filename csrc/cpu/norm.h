@@ -22,30 +22,69 @@ __attribute__((noinline, cold)) inline Statistics careful_statistics(const float
   return {static_cast<float>(mean), 1.0f / __builtin_sqrtf(variance + eps)};
 }
 
-// Of a row held in fp32. The variance is taken about the mean in a second pass, which also finds what the first pass lost
-// of a large mean: it costs no digits.
-template <bool Centered>
-RED_INLINE Statistics statistics(const float* z, int64_t d, Sum<2> first, float eps) {
-  if constexpr (!Centered) return {0.0f, 1.0f / __builtin_sqrtf(first.total() / static_cast<float>(d) + eps)};
-  const float mean = first.total() / static_cast<float>(d);
-  Sum<2> squares, rest;
-  sweep_sums<2>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
-    const V centred = at.valid(at.load(z + j) - mean);
-    squares.add(k, centred * centred);
-    rest.add(k, centred);
-  });
-  const float lost = rest.total() / static_cast<float>(d), spread = squares.total() / static_cast<float>(d);
-  const float correction = lost * lost;
-  // Up to half of the spread the difference is right, and not negative. Written so that a NaN is no "yes".
-  if (!(correction <= 0.5f * spread && correction <= __FLT_MAX__)) return careful_statistics(z, d, eps);
-  return {mean + lost, 1.0f / __builtin_sqrtf(spread - correction + eps)};
-}
+// The sums of a row, made in the pass that writes it to `held`, and the statistics that follow. A variance needs the mean or
+// a value near it. Rows of halves take the mean of their first unit, which mostly does. Else, and for fp32, a second pass
+// takes the mean itself and also finds what the first pass lost of a large mean: it costs no digits.
+template <class T, bool Centered>
+class RowSums {
+ public:
+  static constexpr bool kOnePass = Centered && sizeof(T) == 2;
+  static constexpr int kParts = kOnePass && kRegisters == 16 ? 1 : 2;
 
-// What `statistics` wants summed in the pass that writes the row: z for a mean, z * z for a mean square.
-template <bool Centered>
-RED_INLINE V first_term(V z) {
-  return Centered ? z : z * z;
-}
+  // value(at, j) is what the row will hold.
+  template <class Value>
+  RED_INLINE RowSums(int64_t d, const Value& value) {
+    if constexpr (kOnePass) {
+      const Part few{static_cast<int>(d < L ? d : L)};
+      const V unit = d < L ? few.valid(value(few, 0)) : value(Full{}, 0);
+      near_ = Sum<1>{{unit}}.total() / static_cast<float>(few.n);
+    }
+  }
+  template <class At>
+  RED_INLINE void add(At at, int k, V z) {
+    if constexpr (kOnePass) {
+      const V centred = at.valid(z - near_);
+      sum_.add(k, centred);
+      squares_.add(k, centred * centred);
+    } else if constexpr (Centered) {
+      sum_.add(k, z);
+    } else {
+      squares_.add(k, z * z);
+    }
+  }
+  RED_INLINE Statistics statistics(const float* held, int64_t d, float eps) const {
+    if constexpr (!Centered) return {0.0f, 1.0f / __builtin_sqrtf(squares_.total() / static_cast<float>(d) + eps)};
+    const About first{near_, sum_.total(), squares_.total(), static_cast<float>(d)};
+    if (kOnePass && first.holds()) return first.statistics(eps);
+    Sum<kParts> rest, squares;
+    sweep_sums<kParts>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
+      const V centred = at.valid(at.load(held + j) - first.mean());
+      squares.add(k, centred * centred);
+      rest.add(k, centred);
+    });
+    const About second{first.mean(), rest.total(), squares.total(), static_cast<float>(d)};
+    return second.holds() ? second.statistics(eps) : careful_statistics(held, d, eps);
+  }
+
+ private:
+  // The sums of d values' distances from `near`, and of their squares.
+  struct About {
+    float near, sum, squares, d;
+    RED_INLINE float lost() const { return sum / d; }
+    RED_INLINE float mean() const { return near + lost(); }
+    // Up to half of the squares the difference is right, and not negative. Written so that a NaN is no "yes".
+    RED_INLINE bool holds() const {
+      const float correction = lost() * lost();
+      return correction <= 0.5f * (squares / d) && correction <= __FLT_MAX__;
+    }
+    RED_INLINE Statistics statistics(float eps) const {
+      return {mean(), 1.0f / __builtin_sqrtf(squares / d - lost() * lost() + eps)};
+    }
+  };
+
+  float near_ = 0.0f;
+  Sum<kParts> sum_, squares_;
+};
 
 template <bool Centered>
 RED_INLINE V normalised(V z, Statistics s) {

@@ -73,14 +73,14 @@ void norm_edit_forward_rows(const NormEditForward& p, int64_t begin, int64_t end
   for (int64_t i = begin; i < end; ++i) {
     const T* x = row<T>(p.x, i);
     T* y = output<T>(p.y, d, i);
-    Sum<2> first;
-    sweep_sums<2>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
+    RowSums<T, Centered> sums(d, [&](auto at, int64_t j) __attribute__((always_inline)) { return at.load(x + j); });
+    sweep_sums<sums.kParts>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
       prepare<Stream>(y + j);
       const V value = at.load(x + j);
       at.template store<false>(held + j, value);
-      first.add(k, first_term<Centered>(value));
+      sums.add(at, k, value);
     });
-    const Statistics s = statistics<Centered>(held, d, first, p.eps);
+    const Statistics s = sums.statistics(held, d, p.eps);
     if (Centered) p.mean[i] = s.mean;
     p.rstd[i] = s.rstd;
     const T* next_x = row<T>(p.x, i + 1 < end ? i + 1 : i);
