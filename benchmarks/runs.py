@@ -25,6 +25,7 @@ from red_kernels._parse import read_json, shown
 from red_kernels._progress import Stage
 from red_kernels.integrations.base_dtype import AUTO, DTYPES, BaseDtype, choose_dtype
 
+from .failure import let_go
 from .harness import clocks, environment
 
 SCHEMA = 1
@@ -217,8 +218,8 @@ def run_cases(
                 file.add(case, {**measure(case), "clocks": clocks(run.device)})
                 measured += 1
             except Exception as error:
-                failure = error.with_traceback(None)  # which would keep all that the case has allocated
-                failure.__context__ = failure.__cause__ = None
+                let_go(error)
+                failure = error
                 run.console.print(f"[red]{escape(name_of(case))} failed:[/] {escape(str(error)[:500])}")
                 file.fail(case, error)
             gc.collect()  # models that hold on to themselves

@@ -7,8 +7,10 @@ in which our kernels and those of the peers are held to the same set, and a fold
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,11 +41,14 @@ def chosen(names: Sequence[str]) -> list[str]:
     return [name for name in known if name in names or ALL in names]
 
 
-def held_to(name: str) -> dict[str, str]:
-    """The environment of a process in which this package, torch and oneDNN are held to an instruction set."""
+def held_to(name: str, compiled: str) -> dict[str, str]:
+    """The environment of a process in which this package, torch and oneDNN are held to an instruction set.
+
+    ``compiled`` is a folder for what torch.compile keeps: its cache does not tell the sets apart.
+    """
     limits = {variable for held in _HELD.values() for variable in held}
     free = {variable: value for variable, value in os.environ.items() if variable not in limits}
-    return {**free, "RED_KERNELS_CPU": name, **_HELD.get(name, {})}
+    return {**free, "RED_KERNELS_CPU": name, "TORCHINDUCTOR_CACHE_DIR": compiled, **_HELD.get(name, {})}
 
 
 def arguments(given: Mapping[str, Any], output: Path) -> list[str]:
@@ -79,5 +84,9 @@ def run_sets(
     for name in chosen(names):
         print(f"Instruction set {name}: {output / name}", flush=True)
         command = [sys.executable, "-m", "red_kernels", "bench", *arguments(given, output / name)]
-        failed |= run(command, env=held_to(name), check=False).returncode != 0
+        with tempfile.TemporaryDirectory() as compiled:
+            code = run(command, env=held_to(name, compiled), check=False).returncode
+        if code < 0:
+            print(f"Instruction set {name}: ended by {signal.Signals(-code).name}; --resume goes on", file=sys.stderr)
+        failed |= code != 0
     return int(failed)

@@ -64,10 +64,27 @@ def test_each_has_its_process_and_its_folder(four: None, tmp_path: Path, monkeyp
         assert env["PATH"] == os.environ["PATH"]
 
 
-def test_one_that_fails_does_not_stop_the_others(four: None, tmp_path: Path) -> None:
-    run = Ran({"avx2": 1})
+def test_each_has_its_own_cache_of_compiled_code(four: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache of torch.compile does not tell the sets apart: code of one set may not even compile for another."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    run = Ran({})
+    sets.run_sets(["all"], {}, tmp_path, run)
+    folders = {env["TORCHINDUCTOR_CACHE_DIR"] for _, env in run.calls}
+    assert len(folders) == 4
+    assert str(tmp_path) not in folders
+    assert not any(Path(folder).exists() for folder in folders)
+
+
+@pytest.mark.parametrize("code", [1, -9])
+def test_one_that_fails_does_not_stop_the_others(
+    code: int, four: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Ran({"avx2": code})
     assert sets.run_sets(["all"], {}, tmp_path, run) == 1
     assert len(run.calls) == 4
+    assert capsys.readouterr().err == (
+        "" if code == 1 else "Instruction set avx2: ended by SIGKILL; --resume goes on\n"
+    )
 
 
 def test_torch_and_the_kernels_are_held_to_the_same_set(tmp_path: Path) -> None:

@@ -298,7 +298,7 @@ def test_methods_that_fail_or_are_missing_are_named(run, monkeypatch):
     found = job.measure(case, job.Settings(methods=("red", "ia3", "lora-qv")), run)
     assert list(found["seconds"]) == ["red"]
     assert found["left_out"].keys() == {"ia3", "lora-qv"}
-    assert found["left_out"]["ia3"] == "RuntimeError: no such layer"
+    assert found["left_out"]["ia3"] == "RuntimeError: no such layer and more"
     assert "pip install a_package_that_is_not_there" in found["left_out"]["lora-qv"]
     assert job.missing(run) == {"lora-qv": found["left_out"]["lora-qv"]}
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from red_kernels.tuning.clocks import Clock, graph_clock, interleaved
 
+from ..failure import in_words
 from ..harness import Timing, timing
 from .implementations.base import Function
 from .inputs import Copies, Inputs
@@ -156,7 +157,7 @@ def device_times(
             with stream(), candidate.active():
                 of_one = _graphs(operation, candidate, inputs, count, clock, kept)
         except Exception as error:
-            left_out[name] = f"cannot be captured in a CUDA graph: {type(error).__name__}: {str(error)[:200]}"
+            left_out[name] = f"cannot be captured in a CUDA graph: {in_words(error)}"
             continue
         measures.update({(direction, name): measure for direction, measure in of_one.items()})
     with stream():

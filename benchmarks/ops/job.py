@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch._functorch import config as functorch_config
 
+from ..failure import in_words
 from ..harness import Timing
 from ..runs import Case, ResultFile, Run, run_cases
 from ..step.memory import peak_allocated
@@ -162,7 +163,7 @@ def prepared(
         except Exception as error:
             if name in _held(device):
                 raise
-            left_out[name] = f"failed: {type(error).__name__}: {str(error)[:200]}"
+            left_out[name] = f"failed: {in_words(error)}"
             del found[name]
     for name, reason in differing(found, inputs).items():
         if name in _held(device):

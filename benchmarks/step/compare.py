@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..failure import in_words
 from ..harness import Timing, timing
 from ..methods import Prepared
 from .check import Naive, check
@@ -127,7 +128,7 @@ def compare(
         try:
             prepared[name], steps[name] = _tried(make, batch)
         except Exception as error:  # whatever a method fails by: it is named, and the others are measured
-            left_out[name] = _reason(error)
+            left_out[name] = in_words(error)
         if name in left_out and device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
@@ -158,8 +159,3 @@ def _tried(make: Callable[[], Prepared], batch: Mapping[str, Tensor]) -> tuple[P
     step = Step(made, batch)
     step()
     return made, step
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200] if text else 'without a message'}"
