@@ -19,10 +19,12 @@ from red_kernels.backends import native
 
 ALL = "all"
 # What holds torch's own kernels, the code of torch.compile and oneDNN's products to a set; the newest needs no holding.
+# torch.compile takes its vectors by the first, but has the compiler use all that the processor has, but for the third.
+_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "TORCHINDUCTOR_CPP_MARCH")
 _HELD = {
-    "base": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
-    "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "base": ("default", "SSE41", "x86-64"),
+    "avx2": ("avx2", "AVX2", "haswell"),
+    "avx512": ("avx512", "AVX512_CORE", "skylake-avx512"),
 }
 
 
@@ -46,9 +48,9 @@ def held_to(name: str, compiled: str) -> dict[str, str]:
 
     ``compiled`` is a folder for what torch.compile keeps: its cache does not tell the sets apart.
     """
-    limits = {variable for held in _HELD.values() for variable in held}
-    free = {variable: value for variable, value in os.environ.items() if variable not in limits}
-    return {**free, "RED_KERNELS_CPU": name, "TORCHINDUCTOR_CACHE_DIR": compiled, **_HELD.get(name, {})}
+    free = {variable: value for variable, value in os.environ.items() if variable not in _VARIABLES}
+    held = dict(zip(_VARIABLES, _HELD.get(name, ()), strict=False))
+    return {**free, "RED_KERNELS_CPU": name, "TORCHINDUCTOR_CACHE_DIR": compiled, **held}
 
 
 def arguments(given: Mapping[str, Any], output: Path) -> list[str]:
@@ -57,7 +59,7 @@ def arguments(given: Mapping[str, Any], output: Path) -> list[str]:
     found += ["--output", str(output)]
     for name, value in given.items():
         option = f"--{name.replace('_', '-')}"
-        if name in ("job", "output", "instruction_sets", "run") or value in (None, False):
+        if name in ("job", "output", "instruction_sets", "run") or value is None or value is False:
             continue
         if value is True:
             found.append(option)

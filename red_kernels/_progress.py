@@ -30,13 +30,19 @@ def duration(seconds: float) -> str:
     return f"{hours} h" + (f" {rest} min" if rest else "")
 
 
+def _draws(console: Console) -> bool:
+    """Whether a bar would be seen. To rich any file is a terminal with FORCE_COLOR; on a dumb one it draws nothing."""
+    isatty = getattr(console.file, "isatty", None)
+    return console.is_interactive and isatty is not None and bool(isatty())
+
+
 class Stage:
     """A stage of a job, made of parts that are done one after the other. To be used in a `with` statement.
 
-    Where the console is a terminal there is a bar, and nothing of it remains. Elsewhere there are lines. The first one
-    comes when a part is done (and `after` is over), so there is an estimate as early as there can be one. The next ones
-    come by time: about twenty over the whole stage, no two within ten seconds, and one every five minutes at least,
-    if parts are done so often. The last part has a line if another one had, or `after` is over.
+    On a terminal there is a bar, and nothing of it remains. Elsewhere, and on a dumb terminal, there are lines. The
+    first one comes when a part is done (and `after` is over), so there is an estimate as early as there can be one.
+    The next ones come by time: about twenty over the whole stage, no two within ten seconds, and one every five
+    minutes at least, if parts are done so often. The last part has a line if another one had, or `after` is over.
 
     Args:
         console: where it is shown.
@@ -63,7 +69,7 @@ class Stage:
     def open(self) -> None:
         """Begin: the time counts from here."""
         self._begun = time.perf_counter()
-        if self._console.is_terminal:
+        if _draws(self._console):
             self._bar = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
@@ -90,10 +96,11 @@ class Stage:
 
     def reached(self, done: int, note: str = "") -> None:
         """Show that so many parts are done, earlier runs' included, with a note such as the loss."""
+        ended = self._done >= self._total
         self._done = done
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, note=note)
-        elif self._due(last=done >= self._total):
+        elif self._due(last=done >= self._total) and not ended:
             self._say(f"{self._unit} {done} of {self._total}", note)
 
     def over(self, items: Iterable[T]) -> Iterator[T]:

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch._inductor import config
 
 from benchmarks import sets
 from red_kernels.backends import native
@@ -57,11 +60,47 @@ def test_each_has_its_process_and_its_folder(four: None, tmp_path: Path, monkeyp
     assert [env.get("ATEN_CPU_CAPABILITY") for _, env in run.calls] == [
         "default", "avx2", "avx512", None,
     ]  # fmt: skip
+    assert [env.get("TORCHINDUCTOR_CPP_MARCH") for _, env in run.calls] == ["x86-64", "haswell", "skylake-avx512", None]
     options = ["--resume", "--minutes", "2.5", "--widths", "64", "768", "--dtypes", "bf16", "--device", "cpu"]
     for command, env in run.calls:
         folder = tmp_path / env["RED_KERNELS_CPU"]
         assert command == [sys.executable, "-m", "red_kernels", "bench", "ops", "--output", str(folder), *options]
         assert env["PATH"] == os.environ["PATH"]
+
+
+def test_a_zero_is_handed_on(four: None, tmp_path: Path) -> None:
+    """Each set's own run says what is wrong with it."""
+    run = Ran({})
+    sets.run_sets(["avx2"], {"job": "ops", "minutes": 0.0, "seconds": 0.0, "quick": False}, tmp_path, run)
+    assert run.calls[0][0][-4:] == ["--minutes", "0.0", "--seconds", "0.0"]
+
+
+COMPILED = """
+import torch
+torch.set_num_threads(1)
+def edited(x, residual, scale, bias, weight, norm_bias):
+    z = (x * scale + bias).to(x.dtype) + residual
+    return torch.nn.functional.layer_norm(z, (768,), weight, norm_bias), z
+halves = [torch.randn(size).bfloat16().requires_grad_() for size in ((64, 768), (64, 768), 768, 768)]
+scale, bias = (torch.randn(768).requires_grad_() for _ in range(2))
+y, z = torch.compile(edited)(halves[0], halves[1], scale, bias, halves[2].detach(), halves[3].detach())
+(y.sum() + z.sum()).backward()
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif("avx512" not in native.instruction_sets(), reason="the processor has nothing newer than AVX2")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
+@pytest.mark.skipif(not hasattr(config.cpp, "march"), reason="this torch cannot be told")
+def test_compiled_code_has_nothing_newer(tmp_path: Path) -> None:
+    """The registers from 16 on are of AVX-512, whatever their width: torch.compile's compiler would use them."""
+    subprocess.run([sys.executable, "-c", COMPILED], env=sets.held_to("avx2", str(tmp_path)), check=True)
+    built = list(tmp_path.rglob("*.main.so"))
+    assert built
+    for library in built:
+        code = subprocess.run(["objdump", "-d", str(library)], check=True, capture_output=True, text=True).stdout
+        assert "ymm" in code
+        assert not re.search(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])", code)
 
 
 def test_each_has_its_own_cache_of_compiled_code(four: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

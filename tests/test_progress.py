@@ -176,6 +176,24 @@ def test_the_comparison_of_speeds_says_how_long_it_takes(clock: Clock, monkeypat
     ]
 
 
+def test_rounds_beyond_those_expected_are_not_said(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first steps took longer than the others: the last line comes once."""
+    monkeypatch.setattr(measure, "time", clock)
+    taken = itertools.chain([30.0], itertools.repeat(6.0))
+
+    def step() -> int:
+        clock.now += next(taken)
+        return 100
+
+    text = io.StringIO()
+    speeds = measure.compare_speed({"a": step}, torch.device("cpu"), console=Console(file=text))
+    assert len(speeds["a"].samples) == 7
+    assert text.getvalue().splitlines() == [
+        "comparing speeds, round 1 of 3: about 12 s left",
+        "comparing speeds, round 3 of 3",
+    ]
+
+
 class Slow(nn.Module):
     """A language model of one vector that takes its time for each call and each token."""
 
@@ -274,6 +292,24 @@ class Screen(io.StringIO):
 
     def isatty(self) -> bool:
         return self.terminal
+
+
+@pytest.mark.parametrize(
+    ("terminal", "variables", "bar"),
+    [
+        (True, {"TERM": "xterm"}, True),
+        (True, {"TERM": "dumb"}, False),  # rich would show nothing at all there
+        (False, {"TERM": "xterm"}, False),
+        (False, {"TERM": "xterm", "FORCE_COLOR": "1"}, False),  # colours are wanted, not a bar over and over
+        (False, {"TERM": "xterm", "TTY_COMPATIBLE": "1"}, False),
+    ],
+)
+def test_a_bar_is_drawn_where_it_is_seen(terminal: bool, variables: dict[str, str], bar: bool) -> None:
+    screen = Screen(terminal)
+    with Stage(Console(file=screen, _environ=variables, width=100), "training", 3) as stage:
+        stage.reached(1)
+    assert ("\x1b[" in screen.getvalue()) == bar
+    assert ("training, step 1 of 3" in screen.getvalue()) != bar
 
 
 BARS: dict[str, Callable[[], Any]] = {
