@@ -7,6 +7,7 @@ in which our kernels and those of the peers are held to the same set, and a fold
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -50,6 +51,8 @@ def held_to(name: str, compiled: str) -> dict[str, str]:
     """
     free = {variable: value for variable, value in os.environ.items() if variable not in _VARIABLES}
     held = dict(zip(_VARIABLES, _HELD.get(name, ()), strict=False))
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        held.pop("TORCHINDUCTOR_CPP_MARCH", None)  # there `base` is what the compiler takes by itself
     return {**free, "RED_KERNELS_CPU": name, "TORCHINDUCTOR_CACHE_DIR": compiled, **held}
 
 

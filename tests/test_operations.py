@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -369,3 +370,27 @@ def test_linear_edit_of_rows_with_their_own_edits(implementation: Implementation
     ids = torch.tensor([2, 0, 0, 1, 2, 2])
     z = call(rk.linear_edit, x, weight, None, scale, None, edit_ids=ids)
     assert torch.equal(z, call(rk.edit, call(F.linear, x, weight), scale, edit_ids=ids))
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["norm trained", "edit alone"])
+@pytest.mark.parametrize("operation", ["rms_norm_edit", "layer_norm_edit"])
+def test_vectors_whose_product_overflows(operation: str, trained: bool, implementation: Implementation) -> None:
+    """``scale * weight`` is infinite in one column, and what comes there from behind is nothing: so is what goes on."""
+    tensors = arguments(operation, (5, 70))
+    tensors["scale"][3], tensors["weight"][3] = 1e20, 3e19
+    (gradient,) = upstream((5, 70), torch.float32, number=1)
+    gradient[:, 3] = 0.0
+    results = []
+    for used in (rk.backend("reference"), nullcontext()):
+        with used:
+            asking = {
+                name: t.clone().requires_grad_(trained or name in ("x", "scale", "bias")) for name, t in tensors.items()
+            }
+            asked = [name for name, t in asking.items() if t.requires_grad]
+            found = torch.autograd.grad(fused(operation, asking), [asking[name] for name in asked], gradient)
+            results.append(dict(zip(asked, found, strict=True)))
+    theirs, ours = results
+    assert ours.keys() == theirs.keys()
+    for name, values in theirs.items():
+        assert values.isfinite().all()
+        torch.testing.assert_close(ours[name], values, rtol=1e-4, atol=1e-4)

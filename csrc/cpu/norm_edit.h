@@ -107,9 +107,17 @@ void norm_edit_backward_rows(const NormEditBackward& p, const Chunk& chunk, cons
   const float *weight = p.weight, *norm_bias = p.norm_bias;
   const float* scale = p.scale.row(chunk.row(chunk.begin));  // a chunk's rows have one edit
   float* folded = scratch;
+  V nothing = {};
   sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
-    at.template store<false>(folded + j, at.load(scale + j) * at.load(weight + j));
+    const V factor = at.load(scale + j) * at.load(weight + j);
+    at.template store<false>(folded + j, factor);
+    nothing += factor * 0.0f;
   });
+  // As in the forward: what does not fold into finite numbers is multiplied one by one.
+  const bool finite = Sum<1>{{nothing}}.total() == 0.0f;
+  const auto through = [&](auto at, int64_t j, V gradient, auto folds) __attribute__((always_inline)) {
+    return folds ? gradient * at.load(folded + j) : gradient * at.load(scale + j) * at.load(weight + j);
+  };
   // The norm's vectors are the same in all rows. So dscale, the sum of gradient * (weight * normed + norm_bias), is made of
   // the sums of gradient * normed and of gradient, which is dbias.
   float* gradients = sums.dbias;
@@ -117,19 +125,19 @@ void norm_edit_backward_rows(const NormEditBackward& p, const Chunk& chunk, cons
     gradients = scratch + padded(d);
     __builtin_memset(gradients, 0, d * sizeof(float));
   }
-  const bool usual = p.dx && sums.dscale && !sums.dweight && !sums.dnorm_bias;
+  const bool usual = finite && p.dx && sums.dscale && !sums.dweight && !sums.dnorm_bias;
   for (int64_t k = chunk.begin; k < chunk.end; ++k) {
     const int64_t i = chunk.row(k);
     const T *dy = row<T>(p.dy, i), *x = row<T>(p.x, i);
     const Statistics s{Centered ? p.mean[i] : 0.0f, p.rstd[i]};
     T* dx = output<T>(p.dx, d, i);
     Projection projection;
-    const auto first = [&](auto edit_only) __attribute__((always_inline)) {
+    const auto first = [&](auto edit_only, auto folds) __attribute__((always_inline)) {
       Projection found;
       sweep_sums<Projection::kParts>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
         if (edit_only || dx) prepare<Stream>(dx + j);
         const V normed = at.valid(normalised<Centered>(at.load(x + j), s)), gradient = at.load(dy + j);
-        found.add<Centered>(k, gradient * at.load(folded + j), normed);
+        found.add<Centered>(k, through(at, j, gradient, folds), normed);
         if (edit_only || gradients) accumulate(at, gradients + j, gradient);
         if (edit_only || sums.dscale) accumulate(at, sums.dscale + j, gradient * normed);
         if constexpr (!edit_only) {
@@ -140,17 +148,24 @@ void norm_edit_backward_rows(const NormEditBackward& p, const Chunk& chunk, cons
       });
       projection = found;
     };
-    decide(first, usual);
+    if (usual)
+      first(std::true_type{}, std::true_type{});
+    else
+      decide([&](auto folds) __attribute__((always_inline)) { first(std::false_type{}, folds); }, finite);
     if (!dx) continue;
     projection.finish<Centered>(d);
     const int64_t next = chunk.row(k + 1 < chunk.end ? k + 1 : k);
     const T *next_dy = row<T>(p.dy, next), *next_x = row<T>(p.x, next);
-    sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
-      prefetch(next_dy + j);
-      prefetch(next_x + j);
-      const V normed = normalised<Centered>(at.load(x + j), s);
-      at.template store<Stream>(dx + j, projection.apply<Centered>(at.load(dy + j) * at.load(folded + j), normed, s));
-    });
+    const auto second = [&](auto folds) __attribute__((always_inline)) {
+      sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
+        prefetch(next_dy + j);
+        prefetch(next_x + j);
+        const V normed = normalised<Centered>(at.load(x + j), s);
+        const V gradient = through(at, j, at.load(dy + j), folds);
+        at.template store<Stream>(dx + j, projection.apply<Centered>(gradient, normed, s));
+      });
+    };
+    decide(second, finite);
   }
   if (sums.dscale)
     sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
