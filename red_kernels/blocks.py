@@ -200,7 +200,7 @@ def _compiled_state(selection: Selection) -> State:
         from ._uncompiled import uncompiled_state  # not before it is needed: it brings the compiler
 
         return uncompiled_state(selection)
-    applied = selection.here.applied
+    applied: State = getattr(selection.here, "applied", None)
     if applied is None and selection.open:
         raise RuntimeError(
             "use_edits: a compiled model was called outside of the block that another thread is in; enter a block "

@@ -112,7 +112,7 @@ def edit_forward(
     dropout_p: float,
 ) -> Tensor:
     """``z = residual + dropout(scale * x + bias)`` (RED eq. 1, with the residual add behind it)."""
-    z = _edit(x, residual, scale, bias, edit_ids, seed, dropout_p).to(x.dtype)
+    z = _as(_edit(x, residual, scale, bias, edit_ids, seed, dropout_p), x.dtype)
     return z.clone() if z is x else z
 
 
@@ -132,7 +132,7 @@ def edit_backward(
         g = g * dropout_factor(seed, dropout_p, dz)
     dx = dscale = dbias = None
     if needs[0]:
-        dx = (g if scale is None else g * _per_row(scale, edit_ids, g)).to(dz.dtype)
+        dx = _as(g if scale is None else g * _per_row(scale, edit_ids, g), dz.dtype)
     if needs[1]:
         assert x is not None
         dscale = _column_sum(g * _wide(x), edit_ids, n_edits)
@@ -162,13 +162,13 @@ def edit_norm_forward(
     sees; without, ``z`` is None and never rounded. ``mean`` (None for RMSNorm) and ``rstd`` have the leading shape.
     """
     z = _edit(x, residual, scale, bias, edit_ids, seed, dropout_p)
-    rounded = z.to(x.dtype) if keep_z else None
+    rounded = _as(z, x.dtype) if keep_z else None
     if rounded is x:
         rounded = x.clone()
     if rounded is not None:
         z = _wide(rounded)
     normed, mean, rstd = _normalise(z, eps, centered)
-    y = _affine(normed, weight, norm_bias, weight_offset).to(x.dtype)
+    y = _as(_affine(normed, weight, norm_bias, weight_offset), x.dtype)
     return y, rounded, mean, rstd
 
 
@@ -199,12 +199,12 @@ def edit_norm_backward(
     g, dweight, dnorm_bias = _norm_backward(_wide(dy), z32, weight, mean, rstd, weight_offset, needs[4], needs[5])
     if dz is not None:
         g = g + _wide(dz)
-    dresidual = g.to(dy.dtype) if needs[1] else None
+    dresidual = _as(g, dy.dtype) if needs[1] else None
     if seed is not None:
         g = g * dropout_factor(seed, dropout_p, dy)
     dx = dscale = dbias = None
     if needs[0]:
-        dx = (g if scale is None else g * _per_row(scale, edit_ids, g)).to(dy.dtype)
+        dx = _as(g if scale is None else g * _per_row(scale, edit_ids, g), dy.dtype)
     if needs[2]:
         assert x is not None
         dscale = _column_sum(g * _wide(x), edit_ids, n_edits)
@@ -250,7 +250,7 @@ def norm_edit_forward(
     normed, mean, rstd = _normalise(_wide(x), eps, centered)
     y = _affine(normed, weight, norm_bias, weight_offset)
     y = _edit(y, None, scale, bias, edit_ids, None, 0.0)
-    return y.to(x.dtype), mean, rstd
+    return _as(y, x.dtype), mean, rstd
 
 
 def norm_edit_backward(
@@ -278,7 +278,7 @@ def norm_edit_backward(
     if scale is not None:
         g = g * _per_row(scale, edit_ids, g)
     dx, dweight, dnorm_bias = _norm_backward(g, x32, weight, mean, rstd, weight_offset, needs[1], needs[2])
-    return NormEditGrads(dx.to(dy.dtype) if needs[0] else None, dweight, dnorm_bias, dscale, dbias)
+    return NormEditGrads(_as(dx, dy.dtype) if needs[0] else None, dweight, dnorm_bias, dscale, dbias)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -286,11 +286,16 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(_compute_dtype(x))
+    return _as(x, _compute_dtype(x))
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # A conversion that does nothing would have a second name in a trace, and torch 2.11 then loses the gradients.
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _per_row(vector: Tensor, edit_ids: Tensor | None, like: Tensor) -> Tensor:
-    vector = vector.to(_compute_dtype(like))
+    vector = _as(vector, _compute_dtype(like))
     return vector if edit_ids is None else vector[edit_ids]
 
 
@@ -335,8 +340,8 @@ def _normalise(z: Tensor, eps: float, centered: bool) -> tuple[Tensor, Tensor | 
 
 def _affine(normed: Tensor, weight: Tensor | None, norm_bias: Tensor | None, weight_offset: float) -> Tensor:
     if weight is not None:
-        normed = normed * (weight.to(normed.dtype) + weight_offset)
-    return normed if norm_bias is None else normed + norm_bias.to(normed.dtype)
+        normed = normed * (_as(weight, normed.dtype) + weight_offset)
+    return normed if norm_bias is None else normed + _as(norm_bias, normed.dtype)
 
 
 def _norm_backward(
@@ -353,7 +358,7 @@ def _norm_backward(
     normed = (z if mean is None else z - mean[..., None]) * rstd[..., None]
     dweight = _column_sum(dy * normed, None, 1) if need_weight else None
     dnorm_bias = _column_sum(dy, None, 1) if need_norm_bias else None
-    g = dy if weight is None else dy * (weight.to(dy.dtype) + weight_offset)
+    g = dy if weight is None else dy * (_as(weight, dy.dtype) + weight_offset)
     dz = g - normed * (g * normed).mean(-1, keepdim=True)
     if mean is not None:
         dz = dz - g.mean(-1, keepdim=True)

@@ -141,10 +141,6 @@ def _filled(there: list[Tensor | None], part: int) -> Tensor | None:
 State = Rows | Off | str | None  # of a model's edits: by row, none, or the one of this name
 
 
-class _Here(threading.local):
-    applied: Rows | Off | None = None  # what the innermost block applies, for compiled code
-
-
 class Selection:
     """What all sites of one patched model share: the active edit, and the blocks that are running.
 
@@ -154,7 +150,8 @@ class Selection:
         chosen: the name of the edit that is applied outside of all blocks; None for none.
         open: the blocks that are running.
         shifting: how many of these may hold in one call in a thread and not in the next one.
-        here: what compiled code, which cannot ask for context variables, reads.
+        here: what compiled code, which cannot ask for context variables, reads: its `applied` is what the innermost block
+            of this thread applies.
         unclear: what was applied under hooks for saved tensors of an unknown make, two states at most; see `recompute`.
         first: what was applied before `varied`.
         varied: whether there was ever anything else to apply than `first`.
@@ -168,7 +165,7 @@ class Selection:
         self.chosen = chosen
         self.open: list[Block] = []
         self.shifting = 0
-        self.here = _Here()
+        self.here = threading.local()  # no subclass: torch 2.11 would not read the calling thread's own value
         self.unclear: set[Any] = set()
         self.first, self.varied, self.unnoted = chosen, False, False
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from old_releases import TRITON
 from op_cases import INTERPRETED, TEST_ALL
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -62,7 +63,7 @@ def options(width: int, dtype: str) -> list[Case]:
 
 WIDEST = 32768  # beyond the registers of a program, forward too
 USUAL = [(target, width) for target in TARGETS for width in (*WIDTHS, WIDEST)]
-FEW_USUAL = [*OLDEST, ("sm_100", 2048), ("sm_90", WIDEST)]
+FEW_USUAL = [*OLDEST, ("sm_90", WIDEST)]
 FEW_OPTIONS = [("gfx942", "bf16", 768)]
 OPTIONS = [
     *FEW_OPTIONS,
@@ -91,6 +92,8 @@ def test_kernels_of_a_patched_model(pool: Executor, target: str, width: int) -> 
 
 @pytest.mark.parametrize(("target", "dtype", "width"), OPTIONS if TEST_ALL else FEW_OPTIONS)
 def test_options(pool: Executor, target: str, dtype: str, width: int) -> None:
+    if target == "gfx942" and TRITON < (3, 7):
+        pytest.skip("Triton 3.6 converts layouts in loops of kernels with edit_ids on AMD's GPUs")
     check(pool, options(width, dtype), target)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from old_releases import needs_interpreter
 from patience import HANGS
 
 pytest.importorskip("liger_kernel")
@@ -21,6 +22,7 @@ with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds
 @pytest.mark.parametrize(
     "order", [pytest.param("before", marks=pytest.mark.long), pytest.param("after", marks=pytest.mark.long), "class"]
 )
+@needs_interpreter
 def test_liger(order, device):
     """Losses and vectors of three steps as without Liger, its norms in use and none of ours in their place."""
     path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from launch_tables import TABLE
+from old_releases import needs_interpreter
 from patience import HANGS
 from rich.console import Console
 
@@ -248,6 +249,7 @@ def _worker(task: str, folder: Path, **variables: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@needs_interpreter
 def test_search_store_reload_use(tmp_path: Path) -> None:
     """By a clock that counts programs a tile of twice as many rows is faster: 2 programs for 40 rows, not 3."""
     found = _worker("search", tmp_path)
