@@ -150,8 +150,8 @@ class Selection:
         chosen: the name of the edit that is applied outside of all blocks; None for none.
         open: the blocks that are running.
         shifting: how many of these may hold in one call in a thread and not in the next one.
-        here: what compiled code, which cannot ask for context variables, reads: its `applied` is what the innermost block
-            of this thread applies.
+        here: for compiled code, which cannot ask for context variables: `applied` is what this thread's innermost block
+            applies.
         unclear: what was applied under hooks for saved tensors of an unknown make, two states at most; see `recompute`.
         first: what was applied before `varied`.
         varied: whether there was ever anything else to apply than `first`.
