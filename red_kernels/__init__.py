@@ -6,7 +6,8 @@ from .authors import export_authors
 from .backends import available_backends, backend
 from .checkpoint import load_edits, save_edits, saved_config
 from .config import RedConfig
-from .edits import (
+from .edits.kinds import register_kind
+from .edits.named import (
     active_edit,
     add_edit,
     combine_edits,
@@ -57,6 +58,7 @@ __all__ = [
     "patch",
     "reference",
     "register_family",
+    "register_kind",
     "rms_norm_edit",
     "save_edits",
     "saved_config",

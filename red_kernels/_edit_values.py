@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ._sharded import refuse_partitioned, whole
 from ._vectors import SiteTensors
 from .edit_module import EditVectors, RedEdit
-from .edits import active_edit, edit_names
+from .edits.kinds import PARTS
+from .edits.named import active_edit, edit_names
 from .module_facts import device_of
 from .patch import edit_modules
 from .report import listed
@@ -37,7 +38,7 @@ def edit_tensors(model: nn.Module, name: str | None = None) -> dict[str, dict[st
     found: dict[str, dict[str, Tensor]] = {}
     for site, own in _having(model, name).items():
         holder = own.holder(_wanted(model, name))
-        found[site] = {part: _in_force(f"{site}.{part}", holder, part, own.width) for part in own.parts}
+        found[site] = {part: _in_force(f"{site}.{part}", holder, part, own.width) for part in holder.parts}
     return found
 
 
@@ -81,7 +82,7 @@ def slots(model: nn.Module, name: str | None) -> dict[str, dict[str, Slot]]:
     for site, own in _having(model, name).items():
         holder = own.holder(_wanted(model, name))
         found[site] = {}
-        for part in own.parts:
+        for part in holder.parts:
             parameter = holder._parameters.get(part)
             if parameter is None:
                 bound.append(f"{site}.{part}")
@@ -144,9 +145,10 @@ def _in_force(label: str, holder: EditVectors, part: str, width: int) -> Tensor:
     if value.is_meta:
         raise ValueError(f"model: {label} is on the meta device and has no values to save")
     refuse_partitioned(label, value)
-    if tuple(value.shape) != (width,):
+    expected = PARTS[part].shape(width)
+    if tuple(value.shape) != expected:
         raise ValueError(
-            f"model: {label} has shape {tuple(value.shape)}, expected ({width},); where a wrapper keeps parts of it in "
+            f"model: {label} has shape {tuple(value.shape)}, expected {expected}; where a wrapper keeps parts of it in "
             "several processes, gather them first (FullyShardedDataParallel.summon_full_params)"
         )
     return value.detach()

@@ -17,7 +17,8 @@ from torch import nn
 from ._parse import layer_number, shown
 from ._site_names import match_sites
 from ._vectors import SiteTensors
-from .config import KINDS, POSITIONS, RedConfig
+from .config import POSITIONS, RedConfig
+from .edits.kinds import KINDS, kind_with
 from .models import FAMILIES
 from .plan import make_plan
 from .report import listed
@@ -46,13 +47,13 @@ def kind_of(source: Path, vectors: SiteTensors) -> str:
                 f"{source}: {first} has {listed(list(vectors[first]))} and {site} has {listed(list(parts))}; all sites "
                 "have to be of one kind"
             )
-        widths = {part: value.shape[0] for part, value in parts.items()}
+        widths = {part: value.shape[0] for part, value in parts.items() if value.ndim == 1}
         if len(set(widths.values())) > 1:
             raise ValueError(f"{source}: the vectors of {site} differ in width: {widths}")
-    kinds = [kind for kind, parts in KINDS.items() if set(parts) == vectors[first].keys()]
-    if not kinds:
+    kind = kind_with(vectors[first])
+    if kind is None:
         raise ValueError(f"{source}: no kind of edit has {listed(list(vectors[first]))} alone; kinds: {_kinds()}")
-    return kinds[0]
+    return kind.name
 
 
 def config_from_names(source: Path, vectors: SiteTensors, position: str | None = None) -> RedConfig:
@@ -209,7 +210,7 @@ def _dtype(vectors: SiteTensors) -> torch.dtype:
 
 
 def _kinds() -> str:
-    return ", ".join(f"{kind!r} ({' and '.join(parts)})" for kind, parts in KINDS.items())
+    return ", ".join(f"{kind.name!r} ({' and '.join(kind.names)})" for kind in KINDS.values())
 
 
 _ADVICE = "pass --model with the base model's id, folder or config.json, or say it by --position"

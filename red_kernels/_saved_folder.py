@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 
 from ._files import locked
-from ._vectors import PARTS, SiteTensors, checked_tensor, collect
+from ._vectors import SiteTensors, checked_tensor, collect, split_key
 from ._version import __version__
 from .config import RedConfig
 from .report import listed
@@ -51,7 +51,6 @@ TENSORS_NAME = "red_edits.safetensors"
 HEAD_NAME = "red_head.safetensors"  # what else a run has trained, by the model's names
 CONFIG_NAME = "red_config.json"  # the description, in folders of earlier versions
 
-_KEY = re.compile(rf"(?P<site>.+)\.red_edit\.(?P<part>{'|'.join(PARTS)})")
 _DESCRIPTION = "red_kernels"  # the key of the description, and of what is said of a head, in the metadata
 _MARK = re.compile(r"[0-9a-f]{32}")
 _MARKED_HEAD = re.compile(r"red_head\.[0-9a-f]{32}\.safetensors")
@@ -319,7 +318,7 @@ def _labels(path: Path, labels: object) -> dict[int, str] | None:
 
 def _read_own(path: Path) -> tuple[SiteTensors, dict[str, Any] | None]:
     tensors, metadata = _parse(path, path.read_bytes())
-    vectors = collect(path, tensors, _split)
+    vectors = collect(path, tensors, split_key)
     if _DESCRIPTION not in metadata:
         return vectors, None
     description = _loads(path, metadata[_DESCRIPTION])
@@ -412,11 +411,6 @@ def _check_description(where: str, what: str, description: dict[str, Any], vecto
     different = [site for site in {**described, **found} if described.get(site) != found.get(site)]
     if different:
         raise ValueError(f"{where}: {what} do not belong together; they differ at {listed(different)}")
-
-
-def _split(key: str) -> tuple[str, str] | None:
-    match = _KEY.fullmatch(key)
-    return None if match is None else (match["site"], match["part"])
 
 
 def _digest(content: bytes) -> str:

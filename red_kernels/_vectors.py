@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ from typing import Any
 import torch
 
 from ._parse import layer_number
+from .edits.kinds import PARTS, kind_with
 from .report import listed
 
-__all__ = ["PARTS", "VECTOR_DTYPES", "SiteTensors", "by_layer", "collect", "in_order", "load_pickled"]
+__all__ = ["VECTOR_DTYPES", "SiteTensors", "by_layer", "collect", "in_order", "load_pickled", "split_key"]
 
-PARTS = ("scale", "bias", "norm_weight", "norm_bias")  # as files and reports list them
 VECTOR_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-SiteTensors = dict[str, dict[str, torch.Tensor]]  # site -> one of PARTS -> (width,)
+SiteTensors = dict[str, dict[str, torch.Tensor]]  # site -> one of PARTS -> its tensor, mostly (width,)
+_KEY = re.compile(r"(?P<site>.+)\.red_edit\.(?P<part>\w+)")
 
 
 def collect(
@@ -41,13 +43,14 @@ def collect(
         site, part = name
         value = checked_tensor(path, key, tensors[key])
         row = value.ndim == 2 and value.shape[0] == 1
-        fits = row if part in rows else value.ndim == 1 or (row and bool(rows))
+        dimensions = len(PARTS[part].shape(1))
+        fits = row if part in rows else value.ndim == dimensions or (row and bool(rows))
         if not fits:
-            expected = "[1, width]" if part in rows else "(width,)"
+            expected = "[1, width]" if part in rows else "(width,)" if dimensions == 1 else f"{dimensions} dimensions"
             raise ValueError(f"{path}: {key} has shape {tuple(value.shape)}, expected {expected}")
         if part in vectors.setdefault(site, {}):
             raise ValueError(f"{path}: holds {site}.{part} twice")
-        vectors[site][part] = value.reshape(-1)
+        vectors[site][part] = value.reshape(-1) if dimensions == 1 else value
     return in_order(vectors)
 
 
@@ -74,12 +77,19 @@ def checked_tensor(path: Path, key: str, value: Any) -> torch.Tensor:
     return value.detach()
 
 
+def split_key(key: str) -> tuple[str, str] | None:
+    """The site and the part of `<site>.red_edit.<part>`; None for a name that is none of an edit's."""
+    match = _KEY.fullmatch(key)
+    return None if match is None or match["part"] not in PARTS else (match["site"], match["part"])
+
+
 def in_order(vectors: SiteTensors) -> SiteTensors:
-    """By layer, scale before bias: files keep no useful order."""
-    return {
-        site: {part: vectors[site][part] for part in PARTS if part in vectors[site]}
-        for site in sorted(vectors, key=by_layer)
-    }
+    """By layer, and the parts as their kind has them: files keep no useful order."""
+    found: SiteTensors = {}
+    for site in sorted(vectors, key=by_layer):
+        kind = kind_with(vectors[site])
+        found[site] = {part: vectors[site][part] for part in (kind.names if kind else PARTS) if part in vectors[site]}
+    return found
 
 
 def by_layer(site: str) -> list[tuple[int, str]]:

@@ -27,6 +27,7 @@ from ._sharded import refuse_partitioned, whole, write_from_one
 from ._vectors import SiteTensors, checked_tensor, collect, load_pickled
 from ._wrapped_names import inner_model, renamed_sites
 from .edit_module import NAME
+from .edits.kinds import PARTS
 from .report import listed
 
 __all__ = ["CLASSIFIER_NAME", "VECTORS_NAME", "export_authors"]
@@ -36,14 +37,6 @@ CLASSIFIER_NAME = "classifier.pth"
 HEAD = "classifier"  # the module of a model whose state the second file holds
 
 _CHILD = ".delta_vector."
-_KEYS = {
-    "scale": "activation_scaling",
-    "bias": "activation_bias",
-    "norm_weight": "activation_ln.weight",
-    "norm_bias": "activation_ln.bias",
-}
-_PARTS = {key: part for part, key in _KEYS.items()}
-_ROWS = ("scale", "bias")  # `[1, width]`; the norm's are as nn.LayerNorm has them
 # Inner models under these names are part of the authors' site names (`transformer.h.0`, `model.layers.0`). One under a
 # name of its own is not: `encoder.layer.0` where the model has `roberta.encoder.layer.0`.
 _COMMON_PREFIXES = ("model", "transformer")
@@ -98,13 +91,16 @@ def export_authors(model: nn.Module, folder: str | os.PathLike[str], name: str |
 
 def write_authors(folder: Path, vectors: SiteTensors, prefix: str, head: Mapping[str, torch.Tensor]) -> None:
     """Write both files, `prefix` taken off the site names; see `export_authors`."""
+    foreign = sorted({part for parts in vectors.values() for part in parts if PARTS[part].key is None})
+    if foreign:
+        raise ValueError(f"model: the authors' form has no name for {listed(foreign)}; rk.save_edits has")
     if not head and (folder / CLASSIFIER_NAME).exists():
         raise ValueError(
             f"folder: {str(folder)!r} has a {CLASSIFIER_NAME} of another model, and this one has no classifier head; "
             "choose another folder or remove the file"
         )
     state = {
-        f"{authors_site(site, prefix)}{_CHILD}{_KEYS[part]}": value.reshape(1, -1) if part in _ROWS else value
+        f"{authors_site(site, prefix)}{_CHILD}{PARTS[part].key}": value.reshape(1, -1) if PARTS[part].row else value
         for site, parts in vectors.items()
         for part, value in parts.items()
     }
@@ -123,6 +119,10 @@ def write_authors(folder: Path, vectors: SiteTensors, prefix: str, head: Mapping
             sync_folder(folder)
 
 
+def _rows() -> tuple[str, ...]:
+    return tuple(part.name for part in PARTS.values() if part.row)
+
+
 def authors_site(site: str, prefix: str) -> str:
     """The authors' name of a site: `prefix` taken off, where it is in front."""
     return site.removeprefix(f"{prefix}.") if prefix else site
@@ -130,7 +130,7 @@ def authors_site(site: str, prefix: str) -> str:
 
 def read_vectors(path: Path) -> SiteTensors:
     """Read a `delta_vector.pth`. Raises ValueError for a file that is damaged or of another form."""
-    return collect(path, load_pickled(path, path.read_bytes()), _split, _ROWS)
+    return collect(path, load_pickled(path, path.read_bytes()), _split, _rows())
 
 
 def read_authors(folder: Path) -> tuple[SiteTensors, None, dict[str, torch.Tensor]]:
@@ -156,7 +156,7 @@ class _Torn(Exception):
 
 def _read_both(folder: Path) -> tuple[SiteTensors, None, dict[str, torch.Tensor]]:
     content = (folder / VECTORS_NAME).read_bytes()
-    vectors = collect(folder / VECTORS_NAME, load_pickled(folder / VECTORS_NAME, content), _split, _ROWS)
+    vectors = collect(folder / VECTORS_NAME, load_pickled(folder / VECTORS_NAME, content), _split, _rows())
     mark = _mark_of(content)
     for path in (folder / CLASSIFIER_NAME, *([] if mark is None else [folder / _marked_name(mark)])):
         try:
@@ -243,5 +243,5 @@ def _marked_name(mark: str) -> str:
 
 def _split(key: str) -> tuple[str, str] | None:
     site, found, name = key.rpartition(_CHILD)
-    part = _PARTS.get(name)
+    part = next((part.name for part in PARTS.values() if part.key == name), None)
     return (site, part) if found and site and part is not None else None

@@ -46,8 +46,9 @@ from ._vectors import SiteTensors
 from ._wrapped_names import bare_name, inner_model, match_wrapped, renamed_sites, unwrapped
 from .authors import CLASSIFIER_NAME, HEAD, VECTORS_NAME, classifier_of, inner_prefix, read_authors, read_vectors
 from .config import RedConfig
-from .edit_module import EditVectors, RedEdit
-from .edits import NewEdit, edit_names, new_edit, publish_edit
+from .edit_module import RedEdit
+from .edits.kinds import PARTS
+from .edits.named import NewEdit, edit_names, new_edit, publish_edit
 from .patch import edit_config
 from .pretrained import beside_pretrained
 from .report import listed
@@ -381,9 +382,8 @@ def _starts(
         for part, slot in parts.items():
             if slot.own.is_meta and (site, part) not in filled:
                 device = weights_device(model, site)
-                start = EditVectors(slot.own.shape[0], (part,), slot.own.dtype, device)._parameters[part]
-                assert start is not None
-                found.append((slot, start.detach()))
+                start = torch.full(slot.own.shape, PARTS[part].start, dtype=slot.own.dtype, device=device)
+                found.append((slot, start))
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from ._arguments import Parser, layers
 from ._errors import explained, one_line
 from ._version import __version__
+from .edits.kinds import KINDS
 from .integrations._require import require
 from .integrations.bars import bars_on_terminals_only
 
@@ -126,7 +127,7 @@ def _add_finetune_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--position", default="ffn", help="where the edits lie: ffn, attn, ffn_attn, res, res_with_attn or more"
     )
-    model.add_argument("--kind", default="all", help="all (scale and bias), scaling, bias or ln")
+    model.add_argument("--kind", default="all", help="; ".join(f"{kind.name}: {kind.help}" for kind in KINDS.values()))
     model.add_argument("--layers", type=layers, default=unset, help="such as 0-5,8 (default: all layers)")
     model.add_argument(
         "--sites",

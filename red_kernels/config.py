@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ._parse import checked_count, shown
+from .edits.kinds import KINDS, Kind, kind_named
 
 __all__ = ["KINDS", "POSITIONS", "RedConfig"]
 
@@ -20,12 +21,6 @@ POSITIONS: dict[str, tuple[str, ...]] = {
     "res": ("res",),
     "res_with_attn": ("attn_res", "res"),
     "more": ("qkv", "attn", "ffn"),
-}
-KINDS: dict[str, tuple[str, ...]] = {
-    "all": ("scale", "bias"),
-    "scaling": ("scale",),
-    "bias": ("bias",),
-    "ln": ("scale", "bias", "norm_weight", "norm_bias"),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -39,8 +34,9 @@ class RedConfig:
             output projection; `"ffn_attn"`: both; `"res"`: the residual stream behind each FFN (behind its norm in
             post-norm layers); `"res_with_attn"`: behind each attention as well; `"more"` (RED++): the query, key and
             value projections (one where they are one) and both of `"ffn_attn"`.
-        kind: `"all"` (`scale * h + bias`), `"scaling"` (`scale * h`), `"bias"` (`h + bias`) or `"ln"`
-            (`LayerNorm(scale * h + bias)` with a trainable LayerNorm, which is not the identity at the start).
+        kind: `"all"` (`scale * h + bias`), `"scaling"` (`scale * h`), `"bias"` (`h + bias`), `"ln"`
+            (`LayerNorm(scale * h + bias)` with a trainable LayerNorm, which is not the identity at the start), or one
+            that `rk.register_kind` has added.
         layers: indices of the layers to edit, a range or any iterable of integers from 0; None for all. They count the
             layers of a stack, in an encoder-decoder model those of the encoder and of the decoder alike. Kept as a
             sorted tuple; 100,000 at most.
@@ -65,7 +61,7 @@ class RedConfig:
     def __post_init__(self) -> None:
         if self.position not in tuple(POSITIONS):
             raise ValueError(f"position: got {shown(self.position)}, supported: {_listed(POSITIONS)}")
-        if self.kind not in tuple(KINDS):
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
             raise ValueError(f"kind: got {shown(self.kind)}, supported: {_listed(KINDS)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: got {shown(self.dtype)}, supported: {', '.join(map(str, DTYPES))}")
@@ -79,9 +75,14 @@ class RedConfig:
             object.__setattr__(self, "sites", _patterns(self.sites))
 
     @property
+    def edit_kind(self) -> Kind:
+        """What `kind` names."""
+        return kind_named(self.kind)
+
+    @property
     def parts(self) -> tuple[str, ...]:
-        """The vectors that `kind` has, out of `"scale"`, `"bias"`, `"norm_weight"` and `"norm_bias"`."""
-        return KINDS[self.kind]
+        """The names of the tensors that `kind` trains at each site."""
+        return self.edit_kind.names
 
     @property
     def places(self) -> tuple[str, ...]:

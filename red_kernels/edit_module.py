@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference
 from .blocks import lock, state_of
+from .edits.kinds import PARTS, Edit, Kind, kind_with
+from .edits.kinds.ln import NORM_EPS
 from .functional import edit, edit_add_layer_norm
 from .recompute import recalled, runs_plainly
-from .selection import DEFAULT, OFF, Rows, Selection, Vectors
+from .selection import DEFAULT, OFF, Rows, Selection
 
 __all__ = [
     "INSIDE",
@@ -40,10 +41,8 @@ __all__ = [
 ]
 
 NAME = "red_edit"  # the child's name in the site: state_dict keys are `<site>.red_edit.scale`
-NORM_EPS = 1e-5  # of the LayerNorm of kind "ln", torch's default
 INSIDE = "_red_kernels_inside"  # in a layer whose forward applies an edit that no hook could: the path of its site
 SITE = "_red_kernels_site"  # of a RedEdit: the name that its site had in the patched model
-_STARTS: tuple[tuple[str, float], ...] = (("scale", 1.0), ("bias", 0.0), ("norm_weight", 1.0), ("norm_bias", 0.0))
 
 
 class Gate:
@@ -54,7 +53,7 @@ class Gate:
 
 
 class EditVectors(nn.Module):
-    """The vectors of one edit at one site, each of shape `(width,)`; the identity at the start, but for kind `"ln"`.
+    """What one edit trains at one site: Parameters named as the parts of its kind, mostly vectors of shape `(width,)`.
 
     `model.half()`, `model.to(torch.bfloat16)` and the like leave fp32 vectors in fp32: in half precision an update
     smaller than half a rounding step at 1.0 is lost.
@@ -64,7 +63,7 @@ class EditVectors(nn.Module):
 
     Args:
         width: of the site's output.
-        parts: which of `"scale"`, `"bias"`, `"norm_weight"` and `"norm_bias"` there are.
+        kind: which tensors there are, and how they start; None for none.
         dtype, device: of the vectors.
 
     Attributes:
@@ -75,27 +74,26 @@ class EditVectors(nn.Module):
     frozen: tuple[str, ...] = ()
     lent: bool = False
 
-    scale: nn.Parameter | None
-    bias: nn.Parameter | None
-    norm_weight: nn.Parameter | None
-    norm_bias: nn.Parameter | None
     gate: Gate | None = None  # shared by what becomes visible at once; None for visible at all times
 
-    def __init__(
-        self, width: int, parts: tuple[str, ...], dtype: torch.dtype, device: torch.device | str | None
-    ) -> None:
+    def __init__(self, width: int, kind: Kind | None, dtype: torch.dtype, device: torch.device | str | None) -> None:
         super().__init__()
-        for part, start in _STARTS:
-            value = torch.full((width,), start, dtype=dtype, device=device) if part in parts else None
-            self.register_parameter(part, None if value is None else nn.Parameter(value))
+        self.kind = kind
+        for part in () if kind is None else kind.parts:
+            self.register_parameter(part.name, nn.Parameter(part.made(width, dtype, device)))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of its tensors."""
+        return () if self.kind is None else self.kind.names
 
     def reset_parameters(self) -> None:
         """Back to the start, where vectors on the meta device were given memory without values."""
         with torch.no_grad():
-            for part, start in _STARTS:
-                vector = self._parameters[part]
+            for part in () if self.kind is None else self.kind.parts:
+                vector = self._parameters[part.name]
                 if vector is not None:
-                    vector.fill_(start)
+                    vector.fill_(part.start)
 
     def freeze(self) -> None:
         """Make the vectors untrainable, until `thaw`."""
@@ -126,18 +124,23 @@ class EditVectors(nn.Module):
         super().requires_grad_(requires_grad)
         return self
 
-    def vectors(self, again: bool = False) -> Vectors:
-        """The vectors as they are now. `again`: for the second run of a forward, whose edit may be frozen by now."""
-        own = self._parameters
+    def vectors(self, again: bool = False) -> Edit:
+        """The edit as it is now. `again`: for the second run of a forward, whose edit may be frozen by now."""
+        own, kind = self._parameters, self.kind
+        assert kind is not None
+        found: dict[str, Tensor | None]
         try:
-            found = Vectors(own["scale"], own["bias"], own["norm_weight"], own["norm_bias"])
+            found = {name: own[name] for name in kind.names}
         except KeyError:  # FSDP 1 puts views of its flat parameter in their place
-            found = Vectors(self.scale, self.bias, self.norm_weight, self.norm_bias)
+            found = {name: getattr(self, name) for name in kind.names}
         if again and self.frozen and torch.is_grad_enabled():
-            return Vectors(*(vector if vector is None else _trainable_again(vector) for vector in found[:4]))
-        return found
+            found = {name: None if vector is None else _trainable_again(vector) for name, vector in found.items()}
+        return Edit(kind, found)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "kind" not in state:  # of a release whose modules had no kind, and None for parts that they did not have
+            own = {name: held for name, held in state["_parameters"].items() if held is not None}
+            state = {**state, "_parameters": own, "kind": kind_with(state.pop("parts", own))}
         super().__setstate__(state)
         if self.lent:  # a copy, which no block is running in
             self.freeze()
@@ -154,13 +157,13 @@ class EditVectors(nn.Module):
 
 
 class RedEdit(EditVectors):
-    """RED's edits of one site: `scale * h + bias` (arXiv 2402.15179), or `LayerNorm` of that (kind `"ln"`).
+    """The edits of one site, of one kind: RED's `scale * h + bias` (arXiv 2402.15179), or another.
 
     The edit named `"default"` is in the module's own Parameters, further ones are children of their names; `selection`
     says which is applied.
 
     Args:
-        width, parts, dtype, device: as for `EditVectors`.
+        width, kind, dtype, device: as for `EditVectors`.
         selection: shared by all sites of a model.
         own: with False there is no edit yet, and one named `"default"` is a child like others.
 
@@ -179,15 +182,15 @@ class RedEdit(EditVectors):
     def __init__(
         self,
         width: int,
-        parts: tuple[str, ...],
+        kind: Kind | None,
         dtype: torch.dtype,
         device: torch.device | str | None,
         selection: Selection | None = None,
         *,
         own: bool = True,
     ) -> None:
-        super().__init__(width, parts if own else (), dtype, device)
-        self.width, self.parts, self.own = width, parts, own
+        super().__init__(width, kind if own else None, dtype, device)
+        self.kind, self.width, self.own = kind, width, own
         self.selection = Selection() if selection is None else selection
 
     @property
@@ -210,7 +213,7 @@ class RedEdit(EditVectors):
 
     def make(self, dtype: torch.dtype, device: torch.device | str | None) -> EditVectors:
         """The vectors of a further edit, the identity at the start and frozen, which are no part of the module yet."""
-        made = EditVectors(self.width, self.parts, dtype, device)
+        made = EditVectors(self.width, self.kind, dtype, device)
         made.train(self.training)
         made.freeze()
         return made
@@ -225,14 +228,14 @@ class RedEdit(EditVectors):
         with lock:
             self.__dict__["_modules"] = {key: holder for key, holder in self._modules.items() if key != name}
 
-    def named(self, name: str | None, again: bool = False) -> Vectors | None:
-        """The vectors of an edit, as by `EditVectors.vectors`; None where this site has none of that name."""
+    def named(self, name: str | None, again: bool = False) -> Edit | None:
+        """An edit, as by `EditVectors.vectors`; None where this site has none of that name."""
         holder: Any = self._modules.get(name) if name is not None else None
         if holder is None:
             if not self.own or name != DEFAULT:
                 return None
             holder = self
-        found: Vectors = holder.vectors(again)
+        found: Edit = holder.vectors(again)
         return found
 
     def state(self) -> tuple[Any, bool]:
@@ -267,7 +270,7 @@ class RedEdit(EditVectors):
         """Whether edits are disabled in this forward."""
         return self.state()[0] is OFF
 
-    def applied(self, hidden: Tensor) -> Vectors | None:
+    def applied(self, hidden: Tensor) -> Edit | None:
         """What is applied to `hidden` now; None for nothing.
 
         Raises:
@@ -288,8 +291,8 @@ class RedEdit(EditVectors):
             return state.vectors(self, hidden, again)
         return self.by_state(state, again)
 
-    def by_state(self, state: Any, again: bool) -> Vectors | None:
-        """The vectors of one edit for all rows."""
+    def by_state(self, state: Any, again: bool) -> Edit | None:
+        """One edit for all rows."""
         return self.named(state, again)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -299,19 +302,15 @@ class RedEdit(EditVectors):
         applied = self.applied(hidden)
         if applied is None:
             return hidden
-        if plain_only() or type(hidden) is not Tensor:
-            return _plain(hidden, applied)
-        scale, bias, norm_weight, norm_bias, ids = applied
-        if norm_weight is None:
-            return edit(hidden, scale, bias, edit_ids=ids)
-        if ids is not None:  # the rows' norms differ: their vectors are an edit behind a norm without any
-            normed, _ = edit_add_layer_norm(hidden, None, scale, bias, None, None, NORM_EPS, edit_ids=ids, need_z=False)
-            return edit(normed, norm_weight, norm_bias, edit_ids=ids)
-        return edit_add_layer_norm(hidden, None, scale, bias, norm_weight, norm_bias, NORM_EPS, need_z=False)[0]
+        kernel = applied.kind.kernel
+        if kernel is None or plain_only() or type(hidden) is not Tensor:
+            return applied.plain(hidden)
+        return _KERNELS[kernel](hidden, applied)
 
     def extra_repr(self) -> str:
         names = ", ".join(self.names)
-        return f"{self.width}, {' and '.join(self.parts)}" + ("" if names == DEFAULT else f", edits: {names}")
+        kind = "" if self.kind is None else f", {self.kind.name}"
+        return f"{self.width}{kind}" + ("" if names == DEFAULT else f", edits: {names}")
 
 
 def _bring_late_gradients(holder: EditVectors, part: str, vector: Tensor) -> None:
@@ -354,21 +353,29 @@ def check_name(name: object) -> None:
     """Raises TypeError or ValueError for what cannot be the name of an edit."""
     if not isinstance(name, str):
         raise TypeError(f"name: got {name!r}, expected a string")
-    if not name or "." in name or hasattr(RedEdit, name) or name in dict(_STARTS) or name in _TAKEN:
+    if not name or "." in name or hasattr(RedEdit, name) or name in PARTS or name in _TAKEN:
         raise ValueError(f"name: got {name!r}, which cannot be the name of an edit; take letters and digits")
 
 
-_TAKEN = ("width", "parts", "own", "selection", "training", "frozen", "lent", "watched", "seen")
+_TAKEN = ("width", "kind", "parts", "own", "selection", "training", "frozen", "lent", "watched", "seen")
 
 
-def _plain(hidden: Tensor, applied: Vectors) -> Tensor:
-    scale, bias, norm_weight, norm_bias, ids = applied
-    edited = reference.edit_forward(hidden, None, scale, bias, ids, None, 0.0)
-    if norm_weight is None:
-        return edited
-    width = (edited.shape[-1],)
-    normed = nn.functional.layer_norm(edited.to(norm_weight.dtype), width, eps=NORM_EPS)
-    return reference.edit_forward(normed, None, norm_weight, norm_bias, ids, None, 0.0).to(hidden.dtype)
+def _affine(hidden: Tensor, applied: Edit) -> Tensor:
+    vectors = applied.operands
+    return edit(hidden, vectors.get("scale"), vectors.get("bias"), edit_ids=applied.ids)
+
+
+def _affine_layer_norm(hidden: Tensor, applied: Edit) -> Tensor:
+    vectors, ids = applied.operands, applied.ids
+    scale, bias = vectors.get("scale"), vectors.get("bias")
+    weight, norm_bias = vectors.get("norm_weight"), vectors.get("norm_bias")
+    if ids is not None:  # the rows' norms differ: their vectors are an edit behind a norm without any
+        normed, _ = edit_add_layer_norm(hidden, None, scale, bias, None, None, NORM_EPS, edit_ids=ids, need_z=False)
+        return edit(normed, weight, norm_bias, edit_ids=ids)
+    return edit_add_layer_norm(hidden, None, scale, bias, weight, norm_bias, NORM_EPS, need_z=False)[0]
+
+
+_KERNELS = {"affine": _affine, "affine_layer_norm": _affine_layer_norm}
 
 
 class _Deferred(threading.local):

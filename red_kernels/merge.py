@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._fold import biasless_kinds, folded, why_not
 from ._wrapped_names import bare_name, former_name, inner_model, lora_around, unwrapped
 from .config import RedConfig
 from .edit_module import RedEdit, edit_hook
-from .edits import active_edit
+from .edits.named import active_edit
 from .merge_report import MergeReport, SiteMerge
 from .models.fingerprint import BASE
 from .models.linears import linear_columns
@@ -87,8 +88,13 @@ class _Target:
     bias_flag: str
 
     @property
+    def needs_bias(self) -> bool:
+        kind = self.own.kind
+        return kind is not None and kind.needs_bias(self.own.width)
+
+    @property
     def created(self) -> bool:
-        return "bias" in self.own.parts and self.module._parameters.get("bias") is None
+        return self.needs_bias and self.module._parameters.get("bias") is None
 
 
 def merge(model: nn.Module, *, force: bool = False, loadable: bool = True, keep_original: bool = True) -> MergeReport:
@@ -228,10 +234,12 @@ def _targets(model: nn.Module, name: str) -> list[_Target]:
     goes_to = merge_targets(model)
     targets = []
     for site, own in edit_modules(model).items():
-        if "norm_weight" in own.parts:
-            raise ValueError("model: its edits are of kind 'ln'; a LayerNorm behind a layer cannot go into its weights")
-        if not own.has(name):
+        edit = own.named(name)
+        if edit is None:
             continue
+        reason = why_not(edit, None)
+        if reason is not None:
+            raise ValueError(f"model: its edit cannot be merged: {reason}")
         inner, flag = goes_to.get(site) or _inside_of_lora(model, site, own, goes_to)
         path = site if inner in ("", ".") else f"{site}.{inner}"
         targets.append(_target(site, path, model, own, flag, users))
@@ -263,7 +271,7 @@ def _places(model: nn.Module, targets: list[_Target]) -> tuple[dict[str, Any], d
 def _no_place(model: nn.Module, unplaced: str) -> str:
     return (
         f"model: {type(model).__name__} has no place for the biases that the edits need ({unplaced}), and plain "
-        "transformers would drop them when it loads the saved model; edits of kind 'scaling' need none"
+        f"transformers would drop them when it loads the saved model; edits of kind {biasless_kinds()} need none"
     )
 
 
@@ -271,7 +279,7 @@ def _check_finite(target: _Target, name: str) -> None:
     """Raises ValueError, naming the vector or the weight, where one is NaN or infinite, or would be once merged."""
     vectors = target.own.named(name)
     assert vectors is not None
-    for part, vector in vectors._asdict().items():
+    for part, vector in vectors.vectors.items():
         if vector is not None and not is_finite(vector):
             raise ValueError(f"model: {target.site}.{part} of the edit {name!r} is not finite ({unfinite(vector)})")
     before = target.module._parameters
@@ -352,28 +360,26 @@ def _target(site: str, path: str, model: nn.Module, own: RedEdit, flag: str, use
             "merge"
         )
     target = _Target(site, path, module, own, spec, columns, flag)
-    if spec is not None and not spec.centered and "bias" in own.parts:
-        raise ValueError(f"model: {path} is a {kind}, which has no bias; only edits of kind 'scaling' merge into it")
+    edit = own.holder(own.names[0]).vectors() if own.names else None
+    reason = None if edit is None else why_not(edit, spec)
+    if reason is not None:
+        raise ValueError(f"model: the edit of {path} cannot be merged: {reason}")
+    if spec is not None and not spec.centered and target.needs_bias:
+        raise ValueError(
+            f"model: {path} is a {kind}, which has no bias; only edits of kind {biasless_kinds()} merge into it"
+        )
     return target
 
 
 def _combined(target: _Target, name: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
     """The merged weight and bias: in their own dtype, or unrounded in `dtype`."""
-    vectors = target.own.named(name)
-    assert vectors is not None
+    applied = target.own.named(name)
+    assert applied is not None
     weight, bias = target.module._parameters["weight"], target.module._parameters.get("bias")
     assert weight is not None
     wide = torch.promote_types(weight.dtype, torch.float32)
     new_weight, new_bias = weight.detach().to(wide), None if bias is None else bias.detach().to(wide)
-    if vectors.scale is not None:
-        scale = vectors.scale.detach().to(device=weight.device, dtype=wide)
-        offset = 0.0 if target.norm is None else target.norm.offset
-        across = scale if target.columns or target.norm is not None else scale[:, None]
-        new_weight = across * (new_weight + offset) - offset
-        new_bias = None if new_bias is None else scale * new_bias
-    if vectors.bias is not None:
-        shift = vectors.bias.detach().to(device=weight.device, dtype=wide)
-        new_bias = shift.clone() if new_bias is None else new_bias + shift
+    new_weight, new_bias = folded(applied, new_weight, new_bias, target.norm, target.columns)
     if dtype is not None:
         return new_weight.to(dtype), None if new_bias is None else new_bias.to(dtype)
     return new_weight.to(weight.dtype), None if new_bias is None else new_bias.to(

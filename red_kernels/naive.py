@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .config import KINDS
-from .edit_module import NORM_EPS
+from .edits.kinds import KINDS, Kind
 from .module_facts import output_width
 
 __all__ = ["NaiveEdits", "naive_edit"]
@@ -25,12 +24,13 @@ class NaiveEdits:
     """Edits that hang on a model as forward hooks; a context manager that takes them off at its end.
 
     Attributes:
-        parameters: site to `"scale"` and/or `"bias"`, Parameters of shape `(width,)`. They are not registered in the
-            model: its `state_dict` and `parameters()` stay as they were.
+        parameters: site to part to Parameter, as the kind of edit has them. They are not registered in the model: its
+            `state_dict` and `parameters()` stay as they were.
         active: False lets the model run unedited until it is True again.
     """
 
-    def __init__(self, model: nn.Module, parameters: dict[str, dict[str, nn.Parameter]]) -> None:
+    def __init__(self, model: nn.Module, kind: Kind, parameters: dict[str, dict[str, nn.Parameter]]) -> None:
+        self._kind = kind
         self.parameters = parameters
         self.active = True
         self._required_grad = {name: own.requires_grad for name, own in model.named_parameters()}
@@ -41,23 +41,14 @@ class NaiveEdits:
         ]
 
     def _hook(self, parts: dict[str, nn.Parameter]) -> Callable[[nn.Module, object, Any], Any]:
-        scale, bias = parts.get("scale"), parts.get("bias")
-        norm_weight, norm_bias = parts.get("norm_weight"), parts.get("norm_bias")
+        formula = self._kind.formula
 
         def hook(module: nn.Module, arguments: object, output: Any) -> Any:
             if not self.active:
                 return output
             if isinstance(output, tuple):
                 return hook(module, arguments, output[0]), *output[1:]
-            edited = output
-            if scale is not None:
-                edited = edited * scale
-            if bias is not None:
-                edited = edited + bias
-            if norm_weight is not None:
-                width = (edited.shape[-1],)
-                edited = nn.functional.layer_norm(edited.to(norm_weight.dtype), width, norm_weight, norm_bias, NORM_EPS)
-            return edited.to(output.dtype)
+            return formula(output, parts).to(output.dtype)
 
         return hook
 
@@ -91,12 +82,12 @@ def naive_edit(
     dtype: torch.dtype = torch.float32,
     widths: Mapping[str, int] | None = None,
 ) -> NaiveEdits:
-    """Edit the outputs of modules by `scale * h + bias`, in eager PyTorch, and freeze the base model.
+    """Edit the outputs of modules by the formula of a kind of edit, in eager PyTorch, and freeze the base model.
 
     Args:
         model: the base model; it must not be patched.
         sites: names of modules whose output is one tensor `(..., width)`, or a tuple that begins with it.
-        kind: `"all"` (scale and bias), `"scaling"`, `"bias"` or `"ln"`.
+        kind: as in `RedConfig`.
         dtype: of the vectors. The output keeps the dtype of `h`, whatever this is.
         widths: site to width, for modules other than linear layers, transformers' `Conv1D` and norms.
 
@@ -120,6 +111,5 @@ def naive_edit(
         width = (widths or {}).get(site, width)
         if width is None or device is None:
             raise ValueError(f"sites: {site!r} is a {type(modules[site]).__name__}, whose output width cannot be told")
-        start = {"scale": torch.ones, "bias": torch.zeros, "norm_weight": torch.ones, "norm_bias": torch.zeros}
-        parameters[site] = {part: nn.Parameter(start[part](width, dtype=dtype, device=device)) for part in KINDS[kind]}
-    return NaiveEdits(model, parameters)
+        parameters[site] = {part.name: nn.Parameter(part.made(width, dtype, device)) for part in KINDS[kind].parts}
+    return NaiveEdits(model, KINDS[kind], parameters)

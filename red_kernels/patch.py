@@ -88,7 +88,7 @@ def patch_with(
     selection = Selection()
     with torch.inference_mode(False):  # what is made in inference mode can never be trained
         made = [
-            edits.get(site.report.site) or RedEdit(site.width, config.parts, config.dtype, site.device, selection)
+            edits.get(site.report.site) or RedEdit(site.width, config.edit_kind, config.dtype, site.device, selection)
             for site in plan.sites
         ]
     for block in plan.blocks:
@@ -190,8 +190,9 @@ def edit_parameters(model: nn.Module, name: str | None = None) -> dict[str, dict
         wanted = (own.selection.chosen or DEFAULT) if name is None else name
         names.update(dict.fromkeys(own.names))
         if own.has(wanted):
-            parameters = own.holder(wanted)._parameters
-            found[site] = {part: parameters[part] for part in own.parts if parameters.get(part) is not None}  # type: ignore[misc]
+            holder = own.holder(wanted)
+            held = ((part, holder._parameters.get(part)) for part in holder.parts)
+            found[site] = {part: vector for part, vector in held if vector is not None}
     if not found:
         raise ValueError(f"name: got {name!r}, expected one of the model's edits: {', '.join(map(repr, names))}")
     return found

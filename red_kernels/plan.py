@@ -11,6 +11,7 @@ from torch import nn
 
 from .config import RedConfig
 from .edit_module import NAME, RedEdit
+from .edits.kinds import Kind
 from .models import FAMILIES, Layout, Point, child_at, family_of, first_path
 from .models.handoff import NextNorm
 from .models.norms import norm_spec
@@ -135,7 +136,7 @@ def _plan_named(model: nn.Module, config: RedConfig) -> Plan:
 def _plan_known(model: nn.Module, config: RedConfig) -> Plan:
     plan = Plan()
     for place, sites in _chosen(model, config, plan.warnings):
-        _plan_layer(plan, model, place, sites)
+        _plan_layer(plan, model, place, sites, config.edit_kind)
     lists = _unknown_lists(model)
     if lists:
         plan.warnings.append(f"not edited, as their layers are not known: {listed(lists)}")
@@ -288,7 +289,7 @@ def _sites_of(place: Place, config: RedConfig) -> tuple[list[tuple[str, str]], s
     return sites, ""
 
 
-def _plan_layer(plan: Plan, model: nn.Module, place: Place, sites: list[tuple[str, str]]) -> None:
+def _plan_layer(plan: Plan, model: nn.Module, place: Place, sites: list[tuple[str, str]], edit: Kind) -> None:
     """Plan the sites of one layer, and the blocks of it that can be fused."""
     layouts = _layouts(place)
     blocks: dict[str, PlannedBlock] = {}
@@ -309,6 +310,8 @@ def _plan_layer(plan: Plan, model: nn.Module, place: Place, sites: list[tuple[st
             if layout.block not in blocks:
                 blocks[layout.block] = _planned_block(place, layout)
             fused, reason = _fused_with(blocks[layout.block], point, place)
+        if edit.kernel is None:
+            fused, reason = None, f"edits of kind {edit.name!r} have no fused kernel"
         remark = place.family.remarks.get(path, "")
         report = SiteReport(name, _width(site, place, name), fused, "; ".join(filter(None, (reason, remark))))
         plan.sites.append(

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .edits.kinds import affine
+
 NAME = "reference"
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -317,10 +319,8 @@ def _edit(
     dropout_p: float,
 ) -> Tensor:
     h = _wide(x)
-    if scale is not None:
-        h = h * _per_row(scale, edit_ids, h)
-    if bias is not None:
-        h = h + _per_row(bias, edit_ids, h)
+    vectors = {"scale": scale, "bias": bias}
+    h = affine.formula(h, {name: None if v is None else _per_row(v, edit_ids, h) for name, v in vectors.items()})
     if seed is not None:
         h = h * dropout_factor(seed, dropout_p, h)
     return h if residual is None else _wide(residual) + h

@@ -5,16 +5,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from .edits.kinds import PARTS, Edit
 
 if TYPE_CHECKING:
     from .blocks import Block
     from .edit_module import RedEdit
 
-__all__ = ["DEFAULT", "OFF", "Off", "Rows", "Selection", "Vectors", "saved_tensor_hooks"]
+__all__ = ["DEFAULT", "OFF", "Off", "Rows", "Selection", "saved_tensor_hooks"]
 
 DEFAULT = "default"  # the edit that a patch makes
 # torch keeps no public way to ask whether saved tensors go through hooks, as under activation checkpointing.
@@ -30,16 +32,6 @@ class Off(Enum):
 
 
 OFF = Off.OFF
-
-
-class Vectors(NamedTuple):
-    """What is applied at one site: vectors of shape `(d,)`, or `(n, d)` with ids for the rows; None for none."""
-
-    scale: Tensor | None
-    bias: Tensor | None
-    norm_weight: Tensor | None = None
-    norm_bias: Tensor | None = None
-    ids: Tensor | None = None
 
 
 class Rows:
@@ -62,7 +54,7 @@ class Rows:
         self.thawed = False  # whether it has
         self._ids: dict[tuple[torch.Size, torch.device], Tensor] = {}
 
-    def vectors(self, own: RedEdit, hidden: Tensor, again: bool = False) -> Vectors | None:
+    def vectors(self, own: RedEdit, hidden: Tensor, again: bool = False) -> Edit | None:
         """What `own` applies to `hidden`; None where no row is edited. `again`: as for `RedEdit.named`."""
         if not any(own.has(name) for name in self.names):
             return None
@@ -107,35 +99,28 @@ class Rows:
         ids = self.index.to(hidden.device).repeat_interleave(self._each(hidden))
         return ids.reshape(-1, *(1,) * (len(shape) - 1)).expand(shape).contiguous()
 
-    def _stacked(self, own: RedEdit, again: bool) -> Vectors:
+    def _stacked(self, own: RedEdit, again: bool) -> Edit:
         """The vectors of all names, one below the other. Never kept: nothing tells of a change through `.data`."""
         found = [own.named(name, again) for name in self.names]
-        if len({vectors is not None and vectors.norm_weight is not None for vectors in found}) > 1:
-            raise ValueError("ids: rows with edits of kind 'ln' and rows without cannot be in one batch")
-        there = [vectors for vectors in found if vectors is not None]
-        scale, bias, norm_weight, norm_bias, _ = next(iter(there))
-        if len(there) < len(found) or any(  # some lack a part that others have: there it is the identity
-            (vectors.scale is None) != (scale is None) or (vectors.bias is None) != (bias is None) for vectors in there
-        ):
-            return Vectors(*(_filled([None if one is None else one[part] for one in found], part) for part in range(4)))
-        return Vectors(
-            None if scale is None else torch.stack([vectors.scale for vectors in there]),  # type: ignore[misc]
-            None if bias is None else torch.stack([vectors.bias for vectors in there]),  # type: ignore[misc]
-            None if norm_weight is None else torch.stack([vectors.norm_weight for vectors in there]),  # type: ignore[misc]
-            None if norm_bias is None else torch.stack([vectors.norm_bias for vectors in there]),  # type: ignore[misc]
-        )
+        there = [one for one in found if one is not None]
+        kind = next((one.kind for one in there if not one.kind.neutral), there[0].kind)
+        lacking = len(there) < len(found) and not kind.neutral
+        if lacking or any(one.kind.formula is not kind.formula for one in there):
+            raise ValueError(f"ids: rows with edits of kind {kind.name!r} and rows without cannot be in one batch")
+        every = [{} if one is None else one.vectors for one in found]
+        parts = dict.fromkeys(part for one in there for part, vector in one.vectors.items() if vector is not None)
+        return Edit(kind, {part: _below(part, [vectors.get(part) for vectors in every]) for part in parts})
 
 
 def _nothing() -> None:
     pass
 
 
-def _filled(there: list[Tensor | None], part: int) -> Tensor | None:
-    like = next((vector for vector in there if vector is not None), None)
-    if like is None:
-        return None
-    none = torch.ones_like(like) if part in (0, 2) else torch.zeros_like(like)
-    return torch.stack([none if vector is None else vector for vector in there])
+def _below(part: str, vectors: list[Tensor | None]) -> Tensor:
+    """Those of several edits, one below the other; where one lacks the part, it is as it starts: the identity."""
+    like = next(vector for vector in vectors if vector is not None)
+    start = torch.full_like(like, PARTS[part].start) if any(vector is None for vector in vectors) else None
+    return torch.stack([start if vector is None else vector for vector in vectors])  # type: ignore[misc]
 
 
 State = Rows | Off | str | None  # of a model's edits: by row, none, or the one of this name

@@ -97,3 +97,15 @@ def families() -> Iterator[None]:
     for registry, kept in ((models.LAYOUTS, before[1]), (models._BY_LAYER, before[2])):
         registry.clear()
         registry.update(kept)
+
+
+@pytest.fixture
+def kinds() -> Iterator[None]:
+    """Whatever kinds of edit the test registers are forgotten behind it."""
+    from red_kernels.edits.kinds import registry
+
+    before = [(held, dict(held)) for held in (registry._KINDS, registry._PARTS)]
+    yield
+    for held, kept in before:
+        held.clear()
+        held.update(kept)

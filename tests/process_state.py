@@ -12,6 +12,7 @@ import torch
 
 from red_kernels import backends, models
 from red_kernels.backends import native
+from red_kernels.edits.kinds import KINDS
 
 SEED = 0
 
@@ -42,6 +43,7 @@ def state() -> dict[str, Any]:
         "the backend asked for": backends.forced_backend(),
         "the instruction set": native.instruction_set() if native.load_error() is None else None,
         "the families": (len(models.FAMILIES), len(models.LAYOUTS)),
+        "the kinds of edit": tuple(KINDS),
         "the working directory": os.getcwd(),
     }
     # pytest says here which test runs; libraries say once for a process what all of it is to know.

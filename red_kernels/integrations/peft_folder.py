@@ -15,7 +15,7 @@ import torch
 from .._infer import config_from_names, kind_of, layers_by_stack
 from .._parse import read_json, shown
 from .._saved_folder import Head, Saved, make_saved
-from .._vectors import PARTS, SiteTensors, checked_tensor, collect, load_pickled
+from .._vectors import SiteTensors, checked_tensor, collect, load_pickled, split_key
 from ..checkpoint import Found
 from ..config import RedConfig
 from ..report import listed
@@ -26,7 +26,6 @@ CONFIG_NAME = "adapter_config.json"
 TENSORS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 _KEPT = {"model", "transformer", "encoder", "decoder", "layers", "layer", "h", "blocks"}  # in the authors' names
-_KEY = re.compile(rf"(?P<site>.+)\.red_edit\.(?P<part>{'|'.join(PARTS)})")
 
 
 def is_peft_folder(folder: str | os.PathLike[str]) -> bool:
@@ -59,12 +58,12 @@ def read_peft_folder(
         )
     source = _tensors_file(path)
     tensors = {key.removeprefix(_PREFIX): value for key, value in _tensors(source).items()}
-    head = {key: checked_tensor(source, key, value) for key, value in tensors.items() if _KEY.fullmatch(key) is None}
+    head = {key: checked_tensor(source, key, value) for key, value in tensors.items() if split_key(key) is None}
     odd = [key for key in head if ".red_edit." in key]
     if odd:
         raise ValueError(f"{source}: has {listed(odd)}, which are no vectors of RED")
     edits = {key: value for key, value in tensors.items() if key not in head}
-    vectors = collect(source, edits, _split)
+    vectors = collect(source, edits, split_key)
     base = content.get("base_model_name_or_path")
     return _config(source, vectors), vectors, head, base if isinstance(base, str) and base else None
 
@@ -120,8 +119,3 @@ def _inner_prefix(vectors: SiteTensors) -> str:
     """What the authors' names would leave out: the name of the base model in front of a stack of layers."""
     first = {site.partition(".")[0] for site in vectors}
     return "" if len(first) > 1 or first & _KEPT else next(iter(first))
-
-
-def _split(key: str) -> tuple[str, str] | None:
-    match = _KEY.fullmatch(key)
-    return None if match is None else (match["site"], match["part"])

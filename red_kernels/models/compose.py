@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..edit_module import RedEdit, applied_inside, call_unedited, plain_only
 from ..functional import edit, edit_add, edit_add_layer_norm, edit_add_rms_norm, layer_norm_edit, rms_norm_edit
-from ..selection import Vectors
 from .fingerprint import BASE, unwrapped
 from .handoff import NextNorm, leave_note
 from .norms import NormArguments, globally_hooked, norm_arguments, unobserved
@@ -39,7 +38,6 @@ LINK = "_red_kernels_next"  # the attribute of a fused block that holds its `Nex
 ARGUMENTS = "_red_kernels_arguments"  # the attribute of a fused block's class that holds its `Arguments`
 CACHES = ("past_key_values", "cache")  # what releases of transformers call the cache of keys and values
 _PLAIN = (Tensor, nn.Parameter)
-_NO_EDIT = Vectors(None, None)
 
 
 class Arguments(NamedTuple):
@@ -50,12 +48,23 @@ class Arguments(NamedTuple):
     defaults: dict[str, Any]
 
 
+class _Affine(NamedTuple):
+    """What the fused operations take of an edit."""
+
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+    ids: Tensor | None = None
+
+
+_NO_EDIT = _Affine()
+
+
 class _Sum(NamedTuple):
     """`residual + dropout(edit(x))`, not computed yet."""
 
     x: Tensor
     residual: Tensor | None
-    vectors: Vectors
+    vectors: _Affine
     p: float
     training: bool
 
@@ -179,7 +188,7 @@ def edit_then_norm(
         # The edit may hang on the norm itself, which then leaves it out.
         return after(call_unedited(norm, after, z))
     (centered, _, offset), weight, norm_bias, eps = found
-    scale, bias, _, _, ids = vectors
+    scale, bias, ids = vectors
     if centered:
         return layer_norm_edit(z, weight, norm_bias, scale, bias, eps, edit_ids=ids)
     return rms_norm_edit(z, weight, scale, bias, eps, weight_offset=offset, edit_ids=ids)
@@ -223,31 +232,34 @@ def _sum(
     return _Sum(z, None, vectors, 0.0, False)
 
 
-def _left_to_do(own: RedEdit, x: Tensor) -> tuple[Tensor, Vectors]:
+def _left_to_do(own: RedEdit, x: Tensor) -> tuple[Tensor, _Affine]:
     """`x` and the vectors that a fused operation has to apply to it; or `x` edited already, and none."""
     vectors = _vectors(own, x)
     return (own(x), _NO_EDIT) if vectors is None else (x, vectors)
 
 
-def _vectors(own: RedEdit, x: Tensor) -> Vectors | None:
+def _vectors(own: RedEdit, x: Tensor) -> _Affine | None:
     """The vectors that a fused operation can take, `_NO_EDIT` where none apply; None where the module is to be called.
 
-    That is so for tensors that are not plain, such as sharded ones, for edits that end in a norm of their own, and for
-    those with hooks, which may bring their vectors to the device.
+    That is so for tensors that are not plain, such as sharded ones, for kinds of edit whose kernel takes no addition,
+    and for edits with hooks, which may bring their vectors to the device.
     """
     if type(x) is not Tensor or plain_only() or (own.inside and not unobserved(own)):
         return None
-    vectors = own.applied(x)
-    if vectors is None:
+    applied = own.applied(x)
+    if applied is None:
         return _NO_EDIT
-    for vector in vectors[:2]:
-        if vector is not None and type(vector) not in _PLAIN:
-            return None
-    return None if vectors.norm_weight is not None else vectors
+    if applied.kind.kernel != "affine":
+        return None
+    vectors = applied.operands
+    scale, bias = vectors.get("scale"), vectors.get("bias")
+    if (scale is not None and type(scale) not in _PLAIN) or (bias is not None and type(bias) not in _PLAIN):
+        return None
+    return _Affine(scale, bias, applied.ids)
 
 
 def _computed(pending: _Sum) -> Tensor:
-    x, residual, (scale, bias, _, _, ids), p, training = pending
+    x, residual, (scale, bias, ids), p, training = pending
     edits = scale is not None or bias is not None
     if residual is None:
         return edit(x, scale, bias, edit_ids=ids) if edits else x
@@ -259,7 +271,7 @@ def _computed(pending: _Sum) -> Tensor:
 
 
 def _normed(pending: _Sum, norm: NormArguments, need_z: bool) -> tuple[Tensor, Tensor | None]:
-    x, residual, (scale, bias, _, _, ids), p, training = pending
+    x, residual, (scale, bias, ids), p, training = pending
     (centered, _, offset), weight, norm_bias, eps = norm
     if centered:
         return edit_add_layer_norm(

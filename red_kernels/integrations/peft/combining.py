@@ -12,6 +12,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 
 from ...edit_module import NAME
+from ...edits.kinds import KINDS, PARTS
 from ...report import listed
 from .layer import RedLayer
 
@@ -43,9 +44,12 @@ def check(model: RedModel, adapters: Sequence[str], weights: Sequence[float], na
     layer = next(own for own in model.modules() if isinstance(own, RedLayer))
     if not isinstance(name, str) or not name or "." in name or name == NAME or hasattr(layer.red_edit, name):
         raise ValueError(f"adapter_name: got {name!r}, which cannot be the name of an adapter; take another one")
-    normed = [adapter for adapter in adapters if _config(model, adapter).kind == "ln"]
-    if normed:
-        raise ValueError(f"adapters: {normed[0]!r} is of kind 'ln'; LayerNorms cannot be combined by weights")
+    kinds = {adapter: KINDS[_config(model, adapter).kind] for adapter in adapters}
+    for adapter, kind in kinds.items():
+        if not kind.neutral or kind.formula is not kinds[adapters[0]].formula:
+            raise ValueError(
+                f"adapters: {adapter!r} is of kind {kind.name!r}, which cannot be combined by weights with all others"
+            )
     copies = [own for own in model.modules() if isinstance(own, ModulesToSaveWrapper)]
     if any(sum(adapter in own.modules_to_save for adapter in set(adapters)) > 1 for own in copies):
         raise ValueError(
@@ -59,7 +63,7 @@ def config_of(model: RedModel, adapters: Sequence[str]) -> Any:
     made = copy.deepcopy(configs[0])
     made.inference_mode = False
     kinds = {config.kind for config in configs}
-    made.kind = kinds.pop() if len(kinds) == 1 else "all"
+    made.kind = _kind_of_all(kinds)
     dtype = getattr(torch, configs[0].vector_dtype)
     for config in configs[1:]:
         dtype = torch.promote_types(dtype, getattr(torch, config.vector_dtype))
@@ -86,7 +90,7 @@ def fill(model: RedModel, adapters: Sequence[str], weights: Sequence[float], nam
             for part, target in layer.red_edit.holder(name)._parameters.items():
                 if target is None:
                     continue
-                start = 1.0 if part == "scale" else 0.0
+                start = PARTS[part].start
                 changed = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
                 for adapter, weight in zip(adapters, weights, strict=True):
                     held = layer.red_edit.holder(adapter)._parameters if adapter in layer.red_edit else {}
@@ -100,6 +104,14 @@ def fill(model: RedModel, adapters: Sequence[str], weights: Sequence[float], nam
             for adapter in adapters:
                 if adapter in module.modules_to_save:
                     module.modules_to_save[name] = copy.deepcopy(module.modules_to_save[adapter]).requires_grad_(False)
+
+
+def _kind_of_all(kinds: set[str]) -> str:
+    """The kind that has the parts of all of these, which have one formula."""
+    parts = {part for kind in kinds for part in KINDS[kind].names}
+    formula = KINDS[next(iter(kinds))].formula
+    fitting = (name for name, kind in KINDS.items() if kind.formula is formula and parts <= set(kind.names))
+    return min(fitting, key=lambda name: len(KINDS[name].parts))
 
 
 def _config(model: RedModel, adapter: str) -> Any:

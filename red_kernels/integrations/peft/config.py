@@ -9,6 +9,7 @@ from typing import Any
 from peft import PeftConfig
 
 from ...config import DTYPES, RedConfig
+from ...edits.kinds import KINDS
 
 __all__ = ["RedPeftConfig", "RedPeftType"]
 
@@ -51,7 +52,7 @@ class RedPeftConfig(PeftConfig):
         default=None, metadata={"help": "Names of modules not to edit, or a regular expression."}
     )
     position: str = field(default="ffn", metadata={"help": "Where the edits lie if `target_modules` is None."})
-    kind: str = field(default="all", metadata={"help": "The vectors of an edit: 'all', 'scaling', 'bias' or 'ln'."})
+    kind: str = field(default="all", metadata={"help": f"The kind of edit: {', '.join(KINDS)}."})
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers to edit; None for all."}
     )

@@ -10,12 +10,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ...config import KINDS
 from ...edit_module import NAME, EditVectors, RedEdit, edit_hook
+from ...edits.kinds import Edit, kind_named
 from ...merge import is_finite, unfinite
 from ...module_facts import device_of, output_width
 from ...report import listed
-from ...selection import OFF, Selection, Vectors
+from ...selection import OFF, Selection
 from .config import RedPeftConfig
 from .merged import mergeable, merged_tensors
 
@@ -32,7 +32,7 @@ class RedAdapters(RedEdit, nn.ModuleDict):
     """
 
     def __init__(self, width: int, selection: Selection) -> None:
-        super().__init__(width, KINDS["ln"], torch.float32, None, selection, own=False)
+        super().__init__(width, None, torch.float32, None, selection, own=False)
         self.active: list[str] = []
         self.enabled = True
         self.merged = False
@@ -41,7 +41,7 @@ class RedAdapters(RedEdit, nn.ModuleDict):
         """Add the vectors of an adapter, or new ones in their place. Raises ValueError for what cannot be a name."""
         if not name or "." in name or name == NAME or (hasattr(self, name) and name not in self._modules):
             raise ValueError(f"adapter_name: got {name!r}, which cannot be the name of an adapter; take another one")
-        added = EditVectors(self.width, KINDS[kind], dtype, device)
+        added = EditVectors(self.width, kind_named(kind), dtype, device)
         added.train(self.training)
         self[name] = added
         return added
@@ -56,11 +56,11 @@ class RedAdapters(RedEdit, nn.ModuleDict):
             return OFF
         return state if in_block or state is OFF else tuple(name for name in self.active if name in self._modules)
 
-    def applied(self, hidden: Tensor) -> Vectors | None:
-        """What is applied to `hidden` now; None for nothing. Raises ValueError for LayerNorms one after another."""
+    def applied(self, hidden: Tensor) -> Edit | None:
+        """What is applied to `hidden` now; None for nothing. Raises ValueError for edits that cannot be chained."""
         return None if self.merged else super().applied(hidden)
 
-    def by_state(self, state: Any, again: bool) -> Vectors | None:
+    def by_state(self, state: Any, again: bool) -> Edit | None:
         """The one edit that these adapters amount to. Raises RuntimeError where one was deleted since the first run."""
         gone = [name for name in state if name not in self._modules]
         if gone:
@@ -228,7 +228,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
         held = self.get_base_layer()._parameters
         return "bias" not in held or self._base_tensors.get("bias", held["bias"]) is not None
 
-    def _vectors_of(self, names: Iterable[str]) -> Vectors:
+    def _vectors_of(self, names: Iterable[str]) -> Edit:
         found = _composed([self.red_edit.holder(name).vectors() for name in names])
         assert found is not None
         return found
@@ -245,29 +245,21 @@ def width_of(module: nn.Module) -> int | None:
     return output_width(module.get_base_layer()) if width is None and isinstance(module, BaseTunerLayer) else width
 
 
-def _composed(found: list[Vectors]) -> Vectors | None:
+def _composed(found: list[Edit]) -> Edit | None:
     """The one edit that does what several do one after another; None for none."""
     if not found:
         return None
     if len(found) == 1:
         return found[0]
-    if any(vectors.norm_weight is not None for vectors in found):
-        raise ValueError(
-            "adapter: got several at a time with one of kind 'ln', whose LayerNorm can only be applied alone"
-        )
-    scale, bias = _wide(found[0].scale), _wide(found[0].bias)
-    for vectors in found[1:]:
-        next_scale, next_bias = _wide(vectors.scale), _wide(vectors.bias)
-        if next_scale is not None:
-            scale = next_scale if scale is None else next_scale * scale
-            bias = None if bias is None else next_scale * bias
-        if next_bias is not None:
-            bias = next_bias if bias is None else bias + next_bias
-    return Vectors(scale, bias)
-
-
-def _wide(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.to(torch.promote_types(vector.dtype, torch.float32))
+    first, *others = found
+    chain = first.kind.chain
+    alone = next((one.kind.name for one in found if one.kind.chain is None or one.kind.chain is not chain), None)
+    if chain is None or alone is not None:
+        raise ValueError(f"adapter: got several at a time with one of kind {alone!r}, which can only be applied alone")
+    vectors = first.vectors
+    for one in others:
+        vectors = chain(vectors, one.vectors)
+    return Edit(first.kind, vectors)
 
 
 def _first(module: nn.Module, *names: str) -> int | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..._fold import adds_bias, folded, why_not
+from ...edits.kinds import Edit
 from ...models.linears import linear_columns
 from ...models.norms import norm_spec
-from ...selection import Vectors
 
 __all__ = ["mergeable", "merged_tensors"]
 
@@ -34,39 +35,34 @@ def mergeable(module: nn.Module, what: str) -> nn.Module:
     return module
 
 
-def merged_tensors(base: nn.Module, original: dict[str, Tensor | None], vectors: Vectors) -> dict[str, Tensor]:
+def merged_tensors(base: nn.Module, original: dict[str, Tensor | None], edit: Edit) -> dict[str, Tensor]:
     """The weight and the bias of `base` with an edit folded in, in the weight's dtype.
 
     Args:
         base: a module that `mergeable` takes.
         original: its tensors by name. With None for all only the checks are made.
-        vectors: the edit.
+        edit: what to fold in.
 
     Raises:
-        ValueError: the edit ends in a norm, or has a bias and the module has no place for that.
+        ValueError: no weights can stand in for the edit, or it has a bias and the module has no place for that.
     """
     spec = norm_spec(type(base))
-    if vectors.norm_weight is not None:
-        raise ValueError("adapter: its kind is 'ln', a LayerNorm behind the edit, which no weight can stand in for")
-    if vectors.bias is not None and spec is not None and not spec.centered:
+    reason = why_not(edit, spec)
+    if reason is not None:
+        raise ValueError(f"adapter: the edit cannot be merged: {reason}")
+    if spec is not None and not spec.centered and adds_bias(edit):
         raise ValueError(f"base_layer: a {type(base).__name__} has no bias that the edit's could be merged into")
     weight = original["weight"]
     if weight is None:
         return {}
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    scale, bias = (None if vector is None else vector.detach().to(weight.device, wide) for vector in vectors[:2])
-    merged: dict[str, Tensor] = {}
-    if isinstance(base, nn.Embedding):
-        edited = weight.to(wide)
-        edited = edited if scale is None else edited * scale
-        return {"weight": (edited if bias is None else edited + bias).to(weight.dtype)}
-    if scale is not None:
-        offset = 0.0 if spec is None else spec.offset
-        by_row = scale[:, None] if spec is None and not linear_columns(type(base)) else scale
-        merged["weight"] = (by_row * (weight.to(wide) + offset) - offset).to(weight.dtype)
+    held = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if isinstance(base, nn.Embedding):  # its rows are the outputs, which a bias is added to
+        made, shift = folded(edit, held, None, None, True)
+        return {"weight": (made if shift is None else made + shift).to(weight.dtype)}
     own = original.get("bias")
-    if own is not None or bias is not None:
-        total = weight.new_zeros((), dtype=wide) if own is None else own.to(wide)
-        total = total if scale is None else scale * total
-        merged["bias"] = (total if bias is None else total + bias).to(weight.dtype if own is None else own.dtype)
+    columns = spec is None and bool(linear_columns(type(base)))
+    made, bias = folded(edit, held, None if own is None else own.to(held.dtype), spec, columns)
+    merged = {} if made is held else {"weight": made.to(weight.dtype)}
+    if bias is not None:
+        merged["bias"] = bias.to(weight.dtype if own is None else own.dtype)
     return merged

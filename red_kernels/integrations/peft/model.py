@@ -13,8 +13,9 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..._fold import biasless_kinds
 from ...edit_module import RedEdit
-from ...edits import use_edits
+from ...edits.named import use_edits
 from ...merge import make_place, places_for_biases
 from ...module_facts import wrapper_of
 from ...patch import fuse
@@ -275,7 +276,8 @@ def _place_biases(model: nn.Module, names: list[str]) -> None:
     if unplaced:
         warnings.warn(
             f"{type(model).__name__} has no place for the biases that merging has made ({unplaced}): plain "
-            "transformers would drop them when it loads the saved model. Adapters of kind 'scaling' need none.",
+            "transformers would drop them when it loads the saved model. "
+            f"Adapters of kind {biasless_kinds()} need none.",
             stacklevel=4,
         )
 

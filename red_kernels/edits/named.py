@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from .blocks import Block, lock, state_of
-from .edit_module import EditVectors, Gate, RedEdit, check_name
-from .module_facts import wrapper_of
-from .patch import edit_modules, outer_modules
-from .report import listed
-from .selection import DEFAULT, OFF, Rows, Selection
+from ..blocks import Block, lock, state_of
+from ..edit_module import EditVectors, Gate, RedEdit, check_name
+from ..module_facts import wrapper_of
+from ..patch import edit_modules, outer_modules
+from ..report import listed
+from ..selection import DEFAULT, OFF, Rows, Selection
+from .kinds import PARTS
 
 __all__ = [
     "active_edit",
@@ -175,7 +176,8 @@ def disable_edits(model: nn.Module) -> Block:
 def combine_edits(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
     """Add an edit that is a weighted combination of others, by what each changes.
 
-    `scale = 1 + sum(w * (scale_i - 1))` and `bias = sum(w * bias_i)`: weights that add up to 1 give the weighted means,
+    Each part is `start + sum(w * (part_i - start))`, so `scale = 1 + sum(w * (scale_i - 1))` and
+    `bias = sum(w * bias_i)`: weights that add up to 1 give the weighted means,
     a single weight below 1 weakens an edit, and -1 turns its direction around.
 
     Args:
@@ -185,7 +187,7 @@ def combine_edits(model: nn.Module, weights: Mapping[str, float], name: str) -> 
 
     Raises:
         TypeError, ValueError: the model is not patched, a name is unknown or taken, a weight is no finite number, or
-            the edits are of kind `"ln"`, whose norms do not add up. Nothing is changed then.
+            the edits are of a kind that is not the identity at the start (`"ln"`). Nothing is changed then.
     """
     modules = _own_modules(model)
     if not isinstance(weights, Mapping) or not weights:
@@ -194,8 +196,9 @@ def combine_edits(model: nn.Module, weights: Mapping[str, float], name: str) -> 
         _check_there(modules, edit, "weights")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not _is_finite(weight):
             raise TypeError(f"weights: got {weight!r} for {edit!r}, expected a finite number")
-    if any("norm_weight" in own.parts for own in modules.values()):
-        raise ValueError("model: its edits are of kind 'ln'; LayerNorms cannot be combined by weights")
+    for own in modules.values():
+        if own.kind is not None and not own.kind.neutral:
+            raise ValueError(f"model: its edits are of kind {own.kind.name!r}, which cannot be combined by weights")
     added = new_edit(model, name)
     with torch.no_grad():
         for own, holder in added.values():
@@ -203,7 +206,7 @@ def combine_edits(model: nn.Module, weights: Mapping[str, float], name: str) -> 
             for part, target in holder._parameters.items():
                 if target is None:
                     continue
-                start = 1.0 if part == "scale" else 0.0
+                start = PARTS[part].start
                 changed = sum(
                     (weight * (_vector(of, part).double() - start) for of, weight in there),
                     torch.zeros((), dtype=torch.float64, device=target.device),
@@ -229,8 +232,8 @@ def use_edits(model: nn.Module, ids: Sequence[str | None]) -> Block:
 
     Raises:
         TypeError: ids is a single string or no sequence.
-        ValueError: the model is not patched, an edit is unknown, ids is empty, or has None beside edits of kind
-            `"ln"`; later, for a batch with another number of rows.
+        ValueError: the model is not patched, an edit is unknown, ids is empty, or has None beside edits of a kind
+            that is not the identity at the start (`"ln"`); later, for a batch with another number of rows.
     """
     if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
         raise TypeError(f"ids: got {type(ids).__name__}, expected a list with the name of an edit for each row")
@@ -243,9 +246,9 @@ def use_edits(model: nn.Module, ids: Sequence[str | None]) -> Block:
     rows = Rows(ids)
     if rows.names == [None]:
         return Block(_selections(modules), None)
-    normed = any(own.own and "norm_weight" in own.parts for own in modules.values())
-    if normed and None in rows.names and len(rows.names) > 1:
-        raise ValueError("ids: rows with edits of kind 'ln' and rows without cannot be in one batch")
+    kinds = [own.kind for own in modules.values() if own.own and own.kind is not None and not own.kind.neutral]
+    if kinds and None in rows.names and len(rows.names) > 1:
+        raise ValueError(f"ids: rows with edits of kind {kinds[0].name!r} and rows without cannot be in one batch")
     trained = _Trained(list(modules.values()), rows)
     rows.thaw = trained.thaw
     return Block(_selections(modules), rows, lambda: _check_all_there(modules, rows), trained.enter, trained.leave)
@@ -319,6 +322,6 @@ def _is_finite(number: float) -> bool:
 
 def _vector(holder: EditVectors, part: str) -> torch.Tensor:
     """A vector with the value in force, which a parametrization may compute."""
-    vector: torch.Tensor | None = getattr(holder.vectors(), part)
+    vector = holder.vectors().vectors[part]
     assert vector is not None  # all edits of a model have the same parts
     return vector
