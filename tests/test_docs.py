@@ -75,6 +75,12 @@ def test_kernels(tmp_path, capsys):
         assert function in rk.functional.__all__
 
 
+def test_kinds(tmp_path, kinds, capsys):
+    names = doc_examples.run_page("docs/kinds.md", tmp_path)
+    assert {site.fused for site in names["report"].sites} == {None}
+    assert all(site.fused for site in names["fused_report"].sites)
+
+
 def test_families(tmp_path, families, capsys):
     names = doc_examples.run_page("docs/families.md", tmp_path)
     assert all(site.fused is None for site in names["report"].sites)

@@ -224,7 +224,7 @@ def test_active_adapters_are_applied_one_after_another(kinds):
     def plain(order, dtype):
         result = copy.deepcopy(base).to(dtype)(x.to(dtype))
         for name in order:
-            scale, bias = edits[name].scale, edits[name].bias
+            scale, bias = (getattr(edits[name], part, None) for part in ("scale", "bias"))
             result = result if scale is None else result * scale.to(dtype)
             result = result if bias is None else result + bias.to(dtype)
         return result

@@ -139,7 +139,7 @@ class _Scaled(nn.Embedding):
         (_Own, {}, "no known make"),
         (lambda: _Scaled(4, 8), {}, "no known make"),
         (lambda: _Bent(4, 8), {}, "no known make"),
-        (lambda: nn.Linear(4, 8), {"kind": "ln"}, "kind is 'ln'"),
+        (lambda: nn.Linear(4, 8), {"kind": "ln"}, "of kind 'ln'"),
         (rms_norm, {}, "no bias"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from old_releases import skip_untraced
 from patch_helpers import batch_for, layers_of, loss_and_backward, philox_dropout, watching
 
-from red_kernels.config import KINDS, RedConfig
+from red_kernels.config import RedConfig
 from red_kernels.edit_module import RedEdit
 from red_kernels.patch import edit_parameters, patch, unpatch
 
@@ -87,7 +87,7 @@ def test_kind_ln(name, position):
     if position == "res_with_attn" and name in zoo.PARALLEL:
         return
     model, _ = held_to_the_formulas(name, position, kind="ln")
-    assert all(tuple(parts) == KINDS["ln"] for parts in edit_parameters(model).values())
+    assert all(tuple(parts) == RedConfig(kind="ln").parts for parts in edit_parameters(model).values())
 
 
 @pytest.mark.parametrize("kind", ["scaling", "bias"])

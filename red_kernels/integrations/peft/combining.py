@@ -42,7 +42,8 @@ def check(model: RedModel, adapters: Sequence[str], weights: Sequence[float], na
     if name in model.peft_config:
         raise ValueError(f"adapter_name: the model has an adapter {name!r} already")
     layer = next(own for own in model.modules() if isinstance(own, RedLayer))
-    if not isinstance(name, str) or not name or "." in name or name == NAME or hasattr(layer.red_edit, name):
+    taken = isinstance(name, str) and (name in (NAME, *PARTS) or hasattr(layer.red_edit, name))
+    if not isinstance(name, str) or not name or "." in name or taken:
         raise ValueError(f"adapter_name: got {name!r}, which cannot be the name of an adapter; take another one")
     kinds = {adapter: KINDS[_config(model, adapter).kind] for adapter in adapters}
     for adapter, kind in kinds.items():

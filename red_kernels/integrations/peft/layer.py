@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...edit_module import NAME, EditVectors, RedEdit, edit_hook
-from ...edits.kinds import Edit, kind_named
+from ...edits.kinds import PARTS, Edit, kind_named
 from ...merge import is_finite, unfinite
 from ...module_facts import device_of, output_width
 from ...report import listed
@@ -39,7 +39,8 @@ class RedAdapters(RedEdit, nn.ModuleDict):
 
     def add_adapter(self, name: str, kind: str, dtype: torch.dtype, device: torch.device | None) -> EditVectors:
         """Add the vectors of an adapter, or new ones in their place. Raises ValueError for what cannot be a name."""
-        if not name or "." in name or name == NAME or (hasattr(self, name) and name not in self._modules):
+        taken = name in PARTS or (hasattr(self, name) and name not in self._modules)
+        if not name or "." in name or name == NAME or taken:
             raise ValueError(f"adapter_name: got {name!r}, which cannot be the name of an adapter; take another one")
         added = EditVectors(self.width, kind_named(kind), dtype, device)
         added.train(self.training)
