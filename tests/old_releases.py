@@ -1,4 +1,4 @@
-"""What supported releases of torch and Triton cannot do, with this package or without: no test asks it of them."""
+"""What supported releases of torch, Triton and transformers cannot do, this package or not: no test asks it of them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ TRITON = _release("triton")
 needs_interpreter = pytest.mark.skipif(
     TRITON < (3, 7) and _release("numpy") >= (2, 4),
     reason="the interpreter of Triton 3.6 does not run with numpy 2.4",
+)
+
+
+resumes_on_cpus = pytest.mark.skipif(
+    _release("transformers") < (5, 18),
+    reason="Trainer of transformers 5.17 asks torch for an optimizer's state on 'cpu:0', which torch does not know",
 )
 
 

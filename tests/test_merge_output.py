@@ -326,11 +326,11 @@ def test_a_merge_beside_another(work, monkeypatch, capsys):
 
 
 def test_a_full_disk_and_damaged_files(work, monkeypatch, capsys):
-    def check(words):
+    def check(*words):
         assert merge(work, work / "merged") == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ")
-        assert words in error, error
+        assert any(one in error for one in words), error
         assert sorted(os.listdir(work)) == ["base", "edits", "thesis.txt"]
 
     def full(*args, **options):
@@ -350,7 +350,7 @@ def test_a_full_disk_and_damaged_files(work, monkeypatch, capsys):
     config = json.loads((work / "base" / "config.json").read_text())
     for change in ({"architectures": ["Nothing"]}, {"architectures": 3}, {"architectures": ["AutoTokenizer"]}):
         (work / "base" / "config.json").write_text(json.dumps({**config, **change}))
-        check("names the class")
+        check("names the class", "Field 'architectures' expected")  # transformers 5.17 refuses a number itself
     for change in ({"hidden_size": "16"}, {"num_hidden_layers": None}):
         (work / "base" / "config.json").write_text(json.dumps({**config, **change}))
         check("could not be loaded")

@@ -8,6 +8,7 @@ import model_zoo as zoo
 import pytest
 import torch
 import torch.distributed
+from old_releases import resumes_on_cpus
 from stack_helpers import STEPS, as_parameters, files, hold_vectors, trainer_of, training
 from two_processes import run_pair
 
@@ -26,6 +27,7 @@ def test_save_and_resume(tmp_path):
         }
 
 
+@resumes_on_cpus
 def test_trainer(tmp_path):
     """DDP: two processes with half of the batch each, stopped and resumed half-way, end as one that went through."""
     pytest.importorskip("accelerate")
