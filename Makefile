@@ -33,7 +33,7 @@ BY_TWO := -n 2 --dist loadgroup
 RANDOM_ORDER := --random-order-bucket=global $(if $(SEED),--random-order-seed=$(SEED))
 TESTED := --constraint constraints.txt
 
-.PHONY: help demo test test-nightly test-torch test-gpu memcheck racecheck initcheck bench report lint format clean say-cuda say-aarch64
+.PHONY: help demo test test-deepspeed test-oldest test-nightly test-torch test-gpu memcheck racecheck initcheck bench report lint format clean say-cuda say-aarch64
 
 help:
 	@echo "make demo      fine-tune a language model on fused kernels and show what came of it (into $(DEMO)/)"
@@ -99,13 +99,18 @@ say-aarch64:
 test: .venv/test say-cuda say-aarch64
 	@$(MAKE) --no-print-directory --output-sync=target --jobs 2 lint $(EMULATOR) $(OLDEST)/done $(DEEPSPEED)/done
 	$(PART) "main" env OMP_NUM_THREADS=1 $(PYTEST) $(BY_TWO)
-	$(PART) "DeepSpeed" env PYTHONPATH=$(DEEPSPEED) $(PYTEST) tests/test_stacks_deepspeed.py
+	@$(MAKE) --no-print-directory --output-sync=target --jobs 2 test-deepspeed test-oldest
 	$(PART) "CUDA kernels, emulated" env $(FEW) $(EMULATED) $(PYTEST) $(BY_TWO)
 	$(PART) "Triton kernels, interpreted" env $(FEW) $(INTERPRETED) $(PYTEST) $(BY_TWO)
 	$(PART) "oldest Triton, interpreted" env $(FEW) PYTHONPATH=$(OLDEST) $(INTERPRETED) $(PYTEST) $(BY_TWO) $(OF_OLDEST)
-	$(PART) "oldest Triton, compiled" env PYTHONPATH=$(OLDEST) $(PYTEST) tests/test_ahead_of_time.py -k oldest
 	@$(PART)
 	@$(MAKE) --no-print-directory say-cuda say-aarch64
+
+test-deepspeed: $(DEEPSPEED)/done
+	$(PART) "DeepSpeed" env PYTHONPATH=$(DEEPSPEED) $(PYTEST) tests/test_stacks_deepspeed.py
+
+test-oldest: $(OLDEST)/done
+	$(PART) "oldest Triton, compiled" env PYTHONPATH=$(OLDEST) $(PYTEST) tests/test_ahead_of_time.py -k oldest
 
 test-nightly: lint $(OLDEST)/done $(EMULATOR) say-cuda
 	$(if $(NVCC_FOUND),$(PART) "build for three GPUs" env RED_KERNELS_ARCHS="80 90 100" $(BIN)/python csrc/build.py cuda)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .edits.kinds import KINDS, Edit
+from .edits.kinds import KINDS, Edit, Kind
 from .models.norms import NormSpec
 
 __all__ = ["adds_bias", "biasless_kinds", "folded", "why_not"]
 
 
-def why_not(edit: Edit, norm: NormSpec | None) -> str | None:
-    """Why no weights can stand in for an edit, behind a norm or a linear layer; None if they can."""
-    kind = edit.kind
+def why_not(kind: Kind, norm: NormSpec | None) -> str | None:
+    """Why no weights can stand in for an edit of a kind, behind a norm or a linear layer; None if they can."""
     if kind.fold is None:
         return f"it is of kind {kind.name!r}, which no layer's weights can stand in for"
     if norm is not None and kind.kernel != "affine":
@@ -27,7 +26,7 @@ def folded(
     """The weight and the bias of a module with an edit of its output folded in, in the dtype of `weight`.
 
     Args:
-        edit: one that `why_not` has nothing against.
+        edit: of a kind that `why_not` has nothing against.
         weight, bias: of a linear layer or of a norm, in the dtype to compute in.
         norm: what the norm does; None for a linear layer.
         columns: whether the weight is `(in, out)` and not `(out, in)`.

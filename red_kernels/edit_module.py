@@ -140,7 +140,8 @@ class EditVectors(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "kind" not in state:  # of a release whose modules had no kind, and None for parts that they did not have
             own = {name: held for name, held in state["_parameters"].items() if held is not None}
-            state = {**state, "_parameters": own, "kind": kind_with(state.pop("parts", own))}
+            rest = {name: held for name, held in state.items() if name != "parts"}
+            state = {**rest, "_parameters": own, "kind": kind_with(state.get("parts", own))}
         super().__setstate__(state)
         if self.lent:  # a copy, which no block is running in
             self.freeze()

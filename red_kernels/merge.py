@@ -234,10 +234,9 @@ def _targets(model: nn.Module, name: str) -> list[_Target]:
     goes_to = merge_targets(model)
     targets = []
     for site, own in edit_modules(model).items():
-        edit = own.named(name)
-        if edit is None:
+        if not own.has(name):
             continue
-        reason = why_not(edit, None)
+        reason = None if own.kind is None else why_not(own.kind, None)
         if reason is not None:
             raise ValueError(f"model: its edit cannot be merged: {reason}")
         inner, flag = goes_to.get(site) or _inside_of_lora(model, site, own, goes_to)
@@ -360,8 +359,7 @@ def _target(site: str, path: str, model: nn.Module, own: RedEdit, flag: str, use
             "merge"
         )
     target = _Target(site, path, module, own, spec, columns, flag)
-    edit = own.holder(own.names[0]).vectors() if own.names else None
-    reason = None if edit is None else why_not(edit, spec)
+    reason = None if own.kind is None else why_not(own.kind, spec)
     if reason is not None:
         raise ValueError(f"model: the edit of {path} cannot be merged: {reason}")
     if spec is not None and not spec.centered and target.needs_bias:

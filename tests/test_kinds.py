@@ -19,7 +19,8 @@ from torch import nn
 
 import red_kernels as rk
 from red_kernels.cli import main
-from red_kernels.edits.kinds import KINDS, PARTS, Kind, Part, kind_with, register_kind
+from red_kernels.edit_module import RedEdit
+from red_kernels.edits.kinds import KINDS, PARTS, Kind, Part, kind_with, register_kind, registry
 from red_kernels.naive import naive_edit
 from red_kernels.patch import edit_modules, edit_parameters
 
@@ -113,6 +114,35 @@ def test_copied_and_pickled(kind: str) -> None:
     file.seek(0)
     for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
         assert torch.equal(logits(other), logits(model))
+
+
+def test_a_pickle_of_a_kind_that_nobody_registered() -> None:
+    pickled = pickle.dumps(KINDS["curved"])
+    del registry._KINDS["curved"]
+    with pytest.raises(ValueError, match="kind: got 'curved', which is not registered, expected one of 'all'"):
+        pickle.loads(pickled)
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_modules_pickled_before_there_were_kinds(kind: str) -> None:
+    """Their state had the names of the parts, and None for each part that the kind does not have."""
+    model = trained(kind)
+    edited = logits(model)
+    for own in edit_modules(model).values():
+        held = own._parameters
+        state = {
+            **own.__dict__,
+            "parts": KINDS[kind].names,
+            "_parameters": {part: held.get(part) for part in KINDS["ln"].names},
+        }
+        del state["kind"]
+        former = RedEdit.__new__(RedEdit)
+        former.__setstate__(state)
+        assert former.__dict__.keys() == own.__dict__.keys()
+        own.__dict__.clear()
+        own.__dict__.update(former.__dict__)
+    assert torch.equal(logits(model), edited)
+    assert all(own.kind is KINDS[kind] and own.parts == KINDS[kind].names for own in edit_modules(model).values())
 
 
 def test_merged_by_its_fold_or_refused() -> None:

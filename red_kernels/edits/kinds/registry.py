@@ -45,7 +45,12 @@ def register_kind(kind: Kind) -> None:
 
 
 def kind_named(name: str) -> Kind:
-    """The kind of that name. Raises KeyError for one that is not there."""
+    """The kind of that name. Raises ValueError for one that nobody has registered."""
+    if name not in _KINDS:
+        raise ValueError(
+            f"kind: got {name!r}, which is not registered, expected one of {', '.join(map(repr, _KINDS))}; import the "
+            "package that registers it first (rk.register_kind)"
+        )
     return _KINDS[name]
 
 

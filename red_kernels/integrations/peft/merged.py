@@ -47,7 +47,7 @@ def merged_tensors(base: nn.Module, original: dict[str, Tensor | None], edit: Ed
         ValueError: no weights can stand in for the edit, or it has a bias and the module has no place for that.
     """
     spec = norm_spec(type(base))
-    reason = why_not(edit, spec)
+    reason = why_not(edit.kind, spec)
     if reason is not None:
         raise ValueError(f"adapter: the edit cannot be merged: {reason}")
     if spec is not None and not spec.centered and adds_bias(edit):
