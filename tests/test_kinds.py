@@ -18,6 +18,7 @@ import toy_kinds
 from torch import nn
 
 import red_kernels as rk
+from red_kernels import edit_module, edits
 from red_kernels.cli import main
 from red_kernels.edit_module import RedEdit
 from red_kernels.edits.kinds import KINDS, PARTS, Kind, Part, kind_with, register_kind, registry
@@ -249,6 +250,17 @@ def test_what_is_no_kind(kind: Any, error: type[Exception], message: str) -> Non
         register_kind(kind)
     assert (dict(KINDS), dict(PARTS)) == before
     register_kind(toy_kinds.CURVED)  # again: the same
+
+
+def test_every_kernel_that_a_kind_may_name_is_there() -> None:
+    assert set(edit_module._KERNELS) == set(registry.KERNELS)
+
+
+def test_named_edits_where_they_were() -> None:
+    for name in ("add_edit", "combine_edits", "use_edits"):
+        assert getattr(edits, name) is getattr(rk, name)
+    with pytest.raises(AttributeError, match=r"has no attribute .listed."):
+        _ = edits.listed  # type: ignore[attr-defined]
 
 
 def test_an_unknown_kind_is_refused_by_name() -> None:

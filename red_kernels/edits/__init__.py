@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .named import (
-        active_edit,
-        add_edit,
-        combine_edits,
-        delete_edit,
-        disable_edits,
-        edit_names,
-        switch_edit,
-        use_edits,
-    )
-
-__all__ = [
-    "active_edit",
-    "add_edit",
-    "combine_edits",
-    "delete_edit",
-    "disable_edits",
-    "edit_names",
-    "switch_edit",
-    "use_edits",
-]
+from importlib.util import find_spec
+from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    # At the first use: operations are made of kinds, and named edits of operations.
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.named"), name)
+    # What `named.py` has, at the first use: operations are made of kinds, and named edits of operations.
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}") is None:
+        named = importlib.import_module(f"{__name__}.named")
+        if name in named.__all__:
+            return getattr(named, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
