@@ -33,6 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from red_kernels._progress import Stage
+from red_kernels.backends.arguments import Dropout, Norm, Statistics, affine_edit
 from red_kernels.backends.triton import launch, linear, operations
 from red_kernels.backends.triton.rules import Architecture
 
@@ -314,34 +315,34 @@ def _run(case: Case) -> None:
     bias = None if case.kind == "scaling" else tensor(*size, dtype=DTYPES[case.vectors])
     ids = tensor(case.rows, dtype=torch.int64) if case.edit_ids else None
     edits = EDITS if case.edit_ids else 1
-    seed, p = (tensor(1, dtype=torch.int64), 0.1) if case.dropout else (None, 0.0)
+    dropout = Dropout(0.1, tensor(1, dtype=torch.int64)) if case.dropout else None
     weight = tensor(d, dtype=DTYPES[case.norms or case.dtype])
     norm_bias = weight if case.layer_norm else None
+    norm = Norm(weight, norm_bias, 1e-6, 0.0, case.layer_norm)
     rstd = tensor(case.rows, dtype=torch.float32)
-    mean = rstd if case.layer_norm else None
+    statistics = Statistics(rstd if case.layer_norm else None, rstd)
+    edit, without_bias = affine_edit(scale, bias, ids, dropout), affine_edit(scale, None, ids, dropout)
     needs_edit = (scale is not None, bias is not None)
     needs_norm = (case.train_norm, case.train_norm and case.layer_norm)
-    unchanged = scale is None and seed is None  # then dx is dz
+    unchanged = scale is None and dropout is None  # then dx is dz
 
     if case.operation == "linear_edit":
-        linear.run(tensor(case.rows, 4 * d), tensor(d, 4 * d), tensor(d), x, scale, bias, ids)
+        linear.run(tensor(case.rows, 4 * d), tensor(d, 4 * d), tensor(d), x, edit)
     elif case.operation in ("edit", "edit_add"):
-        operations.edit_forward(x, x if case.operation == "edit_add" else None, scale, bias, ids, seed, p)
+        operations.edit_forward(x, x if case.operation == "edit_add" else None, edit)
         needs = (not unchanged, *needs_edit)
-        operations.edit_backward(x, x if scale is not None else None, scale, ids, seed, p, edits, needs)
+        operations.edit_backward(x, x if scale is not None else None, without_bias, edits, needs)
     elif case.operation.startswith("edit_add"):
-        operations.edit_norm_forward(
-            x, x, scale, bias, weight, norm_bias, ids, seed, p, 1e-6, 0.0, case.layer_norm, case.keep_z
-        )
+        operations.edit_norm_forward(x, x, edit, norm, case.keep_z)
         z, again = (x, None) if case.keep_z else (None, x)
         operations.edit_norm_backward(
-            x, z, z, x if scale is not None else again, again, scale, None if case.keep_z else bias, weight, ids, seed,
-            mean, rstd, p, 0.0, edits, (not unchanged, True, *needs_edit, *needs_norm),
+            x, z, z, x if scale is not None else again, again, without_bias if case.keep_z else edit, norm, statistics,
+            edits, (not unchanged, True, *needs_edit, *needs_norm),
         )  # fmt: skip
     else:
-        operations.norm_edit_forward(x, weight, norm_bias, scale, bias, ids, 1e-6, 0.0, case.layer_norm)
+        operations.norm_edit_forward(x, norm, edit)
         operations.norm_edit_backward(
-            x, x, weight, norm_bias if scale is not None else None, scale, ids, mean, rstd, 0.0, edits,
+            x, x, norm if scale is not None else norm._replace(bias=None), without_bias, statistics, edits,
             (True, *needs_norm, *needs_edit),
         )  # fmt: skip
 

@@ -81,7 +81,7 @@ PEERS = ("triton", "transformers", "peft", "liger-kernel", "quack-kernels", "fla
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What a result depends on: device, clocks, threads, versions and the commit."""
-    from red_kernels.backends import native
+    from red_kernels.backends import cpu
 
     device = torch.device(device)
     processor = _processor()
@@ -91,7 +91,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "processor": processor,
         "processor_mhz": _processor_clocks(),
         "threads": torch.get_num_threads(),
-        "instruction_set": None if native.load_error() else native.instruction_set(),
+        "instruction_set": None if cpu.load_error() else cpu.instruction_set(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -28,7 +28,7 @@ from rich.table import Table
 
 import red_kernels as rk
 from red_kernels._files import write_files
-from red_kernels.backends import cuda
+from red_kernels.backends import Backend, cuda
 
 from .harness import Timing, environment, interleave
 
@@ -63,13 +63,13 @@ def stubbed() -> Iterator[None]:
     from red_kernels.backends import triton
     from red_kernels.backends.triton import launch, operations, rules
 
+    record = Backend("triton", triton, lambda: None, triton.unsupported)
     patches: list[Any] = [mock.patch.object(kernel, "_compiled", _AllCompiled()) for kernel in operations.KERNELS]
     patches += [
         mock.patch.object(triton, "_device", "cpu"),
         mock.patch.object(launch, "_current_device", launch._no_device),
         mock.patch.object(launch, "_current_stream", launch._no_stream),
-        mock.patch.dict(backends._MODULES, {"triton": triton}),
-        mock.patch.object(backends, "_missing", return_value=None),
+        mock.patch.dict(backends._known.by_name, {"triton": record}),
     ]
     for patch in patches:
         patch.start()

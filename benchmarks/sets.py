@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from red_kernels.backends import native
+from red_kernels.backends import cpu
 
 ALL = "all"
 # What holds torch's own kernels, the code of torch.compile and oneDNN's products to a set; the newest needs no holding.
@@ -35,7 +35,7 @@ def chosen(names: Sequence[str]) -> list[str]:
     Raises:
         ValueError: this processor does not run one of them.
     """
-    known = native.instruction_sets()
+    known = cpu.instruction_sets()
     unknown = [name for name in names if name not in (*known, ALL)]
     if unknown or not names:
         raise ValueError(

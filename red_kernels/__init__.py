@@ -1,9 +1,9 @@
 """Fused kernels for RED, the training of representation edits (arXiv 2402.15179)."""
 
-from . import functional, reference
+from . import _old_paths
 from ._version import __version__
 from .authors import export_authors
-from .backends import available_backends, backend
+from .backends import available_backends, backend, reference, register_backend
 from .checkpoint import load_edits, save_edits, saved_config
 from .config import RedConfig
 from .edits.kinds import register_kind
@@ -17,7 +17,10 @@ from .edits.named import (
     switch_edit,
     use_edits,
 )
-from .functional import (
+from .merge import MergeReport, merge, unmerge
+from .models import register_family
+from .ops import functional
+from .ops.functional import (
     edit,
     edit_add,
     edit_add_layer_norm,
@@ -26,10 +29,10 @@ from .functional import (
     linear_edit,
     rms_norm_edit,
 )
-from .merge import MergeReport, merge, unmerge
-from .models import register_family
 from .patch import edit_parameters, patch, unpatch
 from .report import PatchReport
+
+_old_paths.keep()
 
 __all__ = [
     "MergeReport",
@@ -57,6 +60,7 @@ __all__ = [
     "merge",
     "patch",
     "reference",
+    "register_backend",
     "register_family",
     "register_kind",
     "rms_norm_edit",

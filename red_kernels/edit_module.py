@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .blocks import lock, state_of
 from .edits.kinds import PARTS, Edit, Kind, kind_with
 from .edits.kinds.ln import NORM_EPS
-from .functional import edit, edit_add_layer_norm
+from .ops.functional import edit, edit_add_layer_norm
 from .recompute import recalled, runs_plainly
 from .selection import DEFAULT, OFF, Rows, Selection
 

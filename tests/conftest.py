@@ -100,6 +100,14 @@ def families() -> Iterator[None]:
 
 
 @pytest.fixture
+def known_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever backends the test registers are forgotten behind it."""
+    from red_kernels import backends
+
+    monkeypatch.setattr(backends, "_known", backends._Known(backends._TABLE))
+
+
+@pytest.fixture
 def kinds() -> Iterator[None]:
     """Whatever kinds of edit the test registers are forgotten behind it."""
     from red_kernels.edits.kinds import registry

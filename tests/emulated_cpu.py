@@ -19,6 +19,10 @@ import torch
 from build_tools import ROOT, build
 from torch import Tensor
 
+from red_kernels.backends import Backend
+from red_kernels.backends.arguments import FromFlat
+from red_kernels.backends.schemas import NAMES
+
 COMPILER = "aarch64-linux-gnu-g++"
 EMULATOR = "qemu-aarch64"
 PACKAGES = "g++-aarch64-linux-gnu qemu-user"
@@ -67,8 +71,6 @@ def build_program() -> Path:
 class Processor:
     """An emulated processor that waits for calls. ``stream`` has the kernels store past the cache, where they can."""
 
-    NAME = "cpu"
-
     def __init__(self, program: Path, cpu: str, **environment: str) -> None:
         self.stream = False
         self._process = subprocess.Popen(
@@ -105,8 +107,11 @@ class Processor:
         words = [_TYPES[dtype], 0, 0, len(values), by_eights, *[0] * 7]
         return _tensor(self.call("narrow", 1, words, {"x": values})[0], dtype, values.shape)
 
-    def unsupported(self, x: Tensor) -> str | None:
-        return None
+    @property
+    def backend(self) -> Backend:
+        """The record that has the operations run here."""
+        functions = {name: getattr(self, name) for name in NAMES}
+        return Backend("cpu", FromFlat(functions, tuple), lambda: None, lambda x: None, "cpu")
 
     def edit_forward(
         self, x: Tensor, residual: Any, scale: Any, bias: Any, edit_ids: Any, seed: Any, dropout_p: float

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import red_kernels as rk
 from red_kernels import backends
-from red_kernels.backends import cuda, native
+from red_kernels.backends import Backend, cuda
 
 Tensors = dict[str, Any]  # tensors, and None for what is absent
 Results = dict[str, Tensor]
@@ -55,15 +55,15 @@ TEST_ALL = os.environ.get("RED_KERNELS_TEST_ALL") == "1"
 
 def device_of(backend: str | None) -> str:
     """Where the tensors of a backend are."""
-    return "cuda" if (backend == "triton" and not INTERPRETED) or (backend == "cuda" and not EMULATED) else "cpu"
+    return "cpu" if backend is None else backends.by_name(backend).device or "cpu"
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """A backend, and for the compiled one an instruction set."""
+    """A backend, and one of the ways in which it can run, such as an instruction set."""
 
     backend: str
-    instruction_set: str | None = None
+    variant: str | None = None
 
     @property
     def device(self) -> str:
@@ -75,27 +75,32 @@ class Implementation:
         return self.backend != "reference"
 
     def __str__(self) -> str:
-        return self.backend if self.instruction_set is None else f"{self.backend}-{self.instruction_set}"
+        return self.backend if self.variant is None else f"{self.backend}-{self.variant}"
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         with rk.backend(self.backend):
-            if self.instruction_set is None:
+            if self.variant is None:
                 yield
             else:
-                with native.use_instruction_set(self.instruction_set):
+                with backends.by_name(self.backend).use(self.variant):
                     yield
 
 
-COMPILED = tuple(
-    Implementation("cpu", name) for name in (native.instruction_sets() if native.load_error() is None else ())
-)
-TRITON = (Implementation("triton"),) if rk.available_backends()["triton"] is None else ()
-CUDA = (Implementation("cuda"),) if rk.available_backends()["cuda"] is None else ()
+def implementations(record: Backend) -> tuple[Implementation, ...]:
+    """All that there is of a backend here."""
+    if record.missing() is not None:
+        return ()
+    return tuple(Implementation(record.name, variant) for variant in record.variants() or (None,))
+
+
+COMPILED = implementations(backends.by_name("cpu"))
+CUDA = implementations(backends.by_name("cuda"))
 IMPLEMENTATIONS = tuple(
     implementation
-    for implementation in (Implementation("reference"), *COMPILED, *TRITON, *CUDA)
-    if TEST_ON in (None, implementation.backend)
+    for record in reversed(backends.records())
+    for implementation in implementations(record)
+    if TEST_ON in (None, record.name)
 )
 if not IMPLEMENTATIONS:
     raise ValueError(

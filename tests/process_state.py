@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from red_kernels import backends, models
-from red_kernels.backends import native
+from red_kernels.backends import cpu
 from red_kernels.edits.kinds import KINDS
 
 SEED = 0
@@ -41,9 +41,10 @@ def state() -> dict[str, Any]:
         "whether autocast is on": torch.is_autocast_enabled("cpu"),
         "whether torch is deterministic": torch.are_deterministic_algorithms_enabled(),
         "the backend asked for": backends.forced_backend(),
-        "the instruction set": native.instruction_set() if native.load_error() is None else None,
+        "the instruction set": cpu.instruction_set() if cpu.load_error() is None else None,
         "the families": (len(models.FAMILIES), len(models.LAYOUTS)),
         "the kinds of edit": tuple(KINDS),
+        "the backends": tuple(record.name for record in backends.records()),
         "the working directory": os.getcwd(),
     }
     # pytest says here which test runs; libraries say once for a process what all of it is to know.

@@ -46,7 +46,7 @@ from torch import Tensor
 
 import red_kernels as rk
 from red_kernels import backends
-from red_kernels.backends import native
+from red_kernels.backends.arguments import Norm, affine_edit
 
 pytestmark = pytest.mark.skipif(emulated_cpu.why_not() is not None, reason=str(emulated_cpu.why_not()))
 
@@ -72,8 +72,7 @@ def processor(request: pytest.FixtureRequest, program: Path) -> Iterator[Process
 @pytest.fixture
 def emulated(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> Iterator[Processor]:
     """The public operations run on the emulated processor."""
-    monkeypatch.setitem(backends._MODULES, "cpu", processor)
-    monkeypatch.setattr(native, "load_error", lambda: None)
+    monkeypatch.setitem(backends._known.by_name, "cpu", processor.backend)
     with rk.backend("cpu"):
         yield processor
 
@@ -147,7 +146,7 @@ def test_kernels_widen_exactly(dtype: torch.dtype, emulated: Processor) -> None:
         assert_same_numbers(found[2], halves.float() + 0.0)
         norm = emulated.norm_edit_forward(halves[None, :5], None, None, None, None, None, 1e-5, 0.0, True)
         assert d >= 5
-        expected = rk.reference.norm_edit_forward(halves[None, :5], None, None, None, None, None, 1e-5, 0.0, True)
+        expected = rk.reference.norm_edit_forward(halves[None, :5], Norm(None, None, 1e-5, 0.0, True), affine_edit())
         assert torch.equal(norm[0].isnan(), expected[0].isnan())
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 import red_kernels as rk
 from red_kernels import backends
-from red_kernels.backends import gpu, native
+from red_kernels.backends import cpu, find_triton
 
-compiled_only = pytest.mark.skipif(native.load_error() is not None, reason=f"no CPU kernels: {native.load_error()}")
+compiled_only = pytest.mark.skipif(cpu.load_error() is not None, reason=f"no CPU kernels: {cpu.load_error()}")
 ROOT = Path(__file__).parent.parent
 
 
@@ -39,15 +39,15 @@ class Calls:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     found = Calls()
-    for module in (native, rk.reference):
+    for record in (backends.by_name("cpu"), backends.REFERENCE):
         for name in ("edit_forward", "edit_backward"):
-            function = getattr(module, name)
+            function = getattr(record.operations, name)
 
-            def counted(*arguments, _function=function, _name=module.NAME):  # type: ignore[no-untyped-def]
+            def counted(*arguments, _function=function, _name=record.name):  # type: ignore[no-untyped-def]
                 found.seen.append(_name)
                 return _function(*arguments)
 
-            monkeypatch.setattr(module, name, counted)
+            monkeypatch.setattr(record.operations, name, counted)
     return found
 
 
@@ -291,7 +291,7 @@ def test_backend_that_cannot_take_a_tensor(x: Tensor, reason: str) -> None:
 SHOW = """
 import torch
 from red_kernels import backends
-print(backends.choose(torch.ones(1, 1), "edit").NAME)
+print(backends.choose(torch.ones(1, 1), "edit").name)
 """
 
 
@@ -307,10 +307,10 @@ def test_environment_chooses_the_backend() -> None:
 
 @compiled_only
 def test_environment_chooses_the_instruction_set() -> None:
-    code = "from red_kernels.backends import native; print(native.instruction_set())"
-    first = native.instruction_sets()[0]
+    code = "from red_kernels.backends import cpu; print(cpu.instruction_set())"
+    first = cpu.instruction_sets()[0]
     assert _run(code, RED_KERNELS_CPU=first).stdout.strip() == first
-    assert _run(code, RED_KERNELS_CPU="").stdout.strip() == native.instruction_sets()[-1]
+    assert _run(code, RED_KERNELS_CPU="").stdout.strip() == cpu.instruction_sets()[-1]
     message = f"RED_KERNELS_CPU is 'neon9', expected one that this processor can run: {first}"
     done = _run(SHOW, RED_KERNELS_CPU="neon9")
     assert f"ValueError: {message}" in done.stderr
@@ -335,21 +335,21 @@ for function in (rk.edit, torch.compile(rk.edit, backend="eager")):
         print("said")
 """
     assert _run(code, RED_KERNELS_BACKEND="abacus").stdout == "said\nsaid\n"
-    if native.load_error() is None:
+    if cpu.load_error() is None:
         assert _run(code, RED_KERNELS_CPU="neon9").stdout == "said\nsaid\n"
 
 
 @compiled_only
 def test_instruction_sets() -> None:
-    names = native.instruction_sets()
+    names = cpu.instruction_sets()
     assert names[0] == ("neon" if platform.machine() in ("aarch64", "arm64") else "base")
-    before = native.instruction_set()
-    with native.use_instruction_set(names[0]):
-        assert native.instruction_set() == names[0]
-    assert native.instruction_set() == before
+    before = cpu.instruction_set()
+    with cpu.use_instruction_set(names[0]):
+        assert cpu.instruction_set() == names[0]
+    assert cpu.instruction_set() == before
     with pytest.raises(RuntimeError, match=f"'mmx', expected one that this processor can run: {names[0]}"):
-        native.use_instruction_set("mmx").__enter__()
-    assert native.instruction_set() == before
+        cpu.use_instruction_set("mmx").__enter__()
+    assert cpu.instruction_set() == before
 
 
 ANOTHER_TRITON = {
@@ -424,8 +424,8 @@ def test_the_driver_of_a_gpu(
 
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(gpu.ctypes, "CDLL", load)
-    assert gpu._driver() == expected
+    monkeypatch.setattr(find_triton.ctypes, "CDLL", load)
+    assert find_triton._driver() == expected
 
 
 def _interpreter_missing() -> str:
@@ -444,9 +444,9 @@ import torch, red_kernels as rk
 from red_kernels import backends
 assert rk.available_backends()["triton"] is None
 x, scale = torch.randn(3, 5, requires_grad=True), torch.randn(5)
-assert backends.choose(x, "edit").NAME != "triton"
+assert backends.choose(x, "edit").name != "triton"
 with rk.backend("triton"):
-    assert backends.choose(x, "edit").NAME == "triton"
+    assert backends.choose(x, "edit").name == "triton"
     y = rk.edit(x, scale)
 assert torch.equal(y, x * scale)
 y.sum().backward()
@@ -465,29 +465,29 @@ with rk.backend("triton"):
 
 @pytest.fixture
 def _without_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_dll", None)
-    monkeypatch.setattr(native, "_error", "it was never built; remedy: build it")
+    monkeypatch.setattr(cpu, "_dll", None)
+    monkeypatch.setattr(cpu, "_error", "it was never built; remedy: build it")
 
 
 @pytest.mark.usefixtures("_without_library")
 def test_without_the_library() -> None:
     """What an installation without a compiler does."""
     assert rk.available_backends()["cpu"] == "it was never built; remedy: build it"
-    assert backends.choose(torch.empty(1), "edit") is rk.reference
+    assert backends.choose(torch.empty(1), "edit") is backends.REFERENCE
     x, scale = torch.randn(3, 5), torch.randn(5)
     assert torch.equal(rk.edit(x, scale), x * scale)
     with pytest.raises(RuntimeError, match="the backend 'cpu' is missing: it was never built; remedy: build it"):
         rk.backend("cpu").__enter__()
     with pytest.raises(RuntimeError, match="the CPU kernels are missing: it was never built; remedy: build it"):
-        native.instruction_sets()
+        cpu.instruction_sets()
 
 
 def test_a_library_that_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = tmp_path / "libred_kernels_cpu.so"
-    monkeypatch.setattr(native, "_LIBRARY", library)
-    assert native._load()[1].startswith("it was never built; remedy:")
+    monkeypatch.setattr(cpu, "_LIBRARY", library)
+    assert cpu._load()[1].startswith("it was never built; remedy:")
     (tmp_path / "cpu.missing").write_text("no C++ compiler was found; remedy: install g++")
-    assert native._load()[1] == "no C++ compiler was found; remedy: install g++"
+    assert cpu._load()[1] == "no C++ compiler was found; remedy: install g++"
     library.write_bytes(b"\x7fELF, but not for long")
-    assert "libred_kernels_cpu.so does not load (" in native._load()[1]
-    assert "remedy" in native._load()[1]
+    assert "libred_kernels_cpu.so does not load (" in cpu._load()[1]
+    assert "remedy" in cpu._load()[1]

@@ -27,7 +27,7 @@ from op_cases import (
 from torch import Tensor
 
 import red_kernels as rk
-from red_kernels.backends import native
+from red_kernels.backends import cpu
 
 ROWS, D = 6, 37
 EVERY = [(operation, name) for operation in OPERATIONS for name in ARGUMENTS[operation]]
@@ -244,7 +244,7 @@ def test_overflow_is_infinity(dtype: torch.dtype, implementation: Implementation
 
 def _flushed(values: Tensor, dtype: torch.dtype, implementation: Implementation) -> Tensor:
     """The processor's own conversion to bf16 takes subnormal numbers for zeros."""
-    if (dtype, implementation.instruction_set) != (torch.bfloat16, "avx512_bf16"):
+    if (dtype, implementation.variant) != (torch.bfloat16, "avx512_bf16"):
         return values
     return torch.where(values.abs() < torch.finfo(torch.bfloat16).smallest_normal, values * 0, values)
 
@@ -309,7 +309,7 @@ def test_one_dimension(operation: str, implementation: Implementation) -> None:
         assert torch.equal(value, expected[name].reshape(value.shape)), name
 
 
-@pytest.mark.skipif(native.load_error() is not None, reason=f"no CPU kernels: {native.load_error()}")
+@pytest.mark.skipif(cpu.load_error() is not None, reason=f"no CPU kernels: {cpu.load_error()}")
 def test_operators_called_directly_check_for_themselves() -> None:
     """A wrong call of torch.ops.red_kernels must not read past a tensor."""
     ops = torch.ops.red_kernels

@@ -13,9 +13,9 @@ import pytest
 from torch._inductor import config
 
 from benchmarks import sets
-from red_kernels.backends import native
+from red_kernels.backends import cpu
 
-pytestmark = pytest.mark.skipif(native.load_error() is not None, reason="no CPU kernels are built")
+pytestmark = pytest.mark.skipif(cpu.load_error() is not None, reason="no CPU kernels are built")
 
 
 class Ran:
@@ -32,12 +32,12 @@ class Ran:
 
 @pytest.fixture
 def four(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "instruction_sets", lambda: ["base", "avx2", "avx512", "avx512_bf16"])
+    monkeypatch.setattr(cpu, "instruction_sets", lambda: ["base", "avx2", "avx512", "avx512_bf16"])
 
 
 def test_all_are_each_of_the_processor() -> None:
-    assert sets.chosen([sets.ALL]) == native.instruction_sets()
-    assert sets.chosen(native.instruction_sets()[::-1]) == native.instruction_sets()
+    assert sets.chosen([sets.ALL]) == cpu.instruction_sets()
+    assert sets.chosen(cpu.instruction_sets()[::-1]) == cpu.instruction_sets()
 
 
 @pytest.mark.parametrize("names", [["sse9"], ["base", "sse9"], []])
@@ -89,7 +89,7 @@ y, z = torch.compile(edited)(halves[0], halves[1], scale, bias, halves[2].detach
 
 
 @pytest.mark.long
-@pytest.mark.skipif("avx512" not in native.instruction_sets(), reason="the processor has nothing newer than AVX2")
+@pytest.mark.skipif("avx512" not in cpu.instruction_sets(), reason="the processor has nothing newer than AVX2")
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
 @pytest.mark.skipif(not hasattr(config.cpp, "march"), reason="this torch cannot be told")
 def test_compiled_code_has_nothing_newer(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_one_that_fails_does_not_stop_the_others(
 
 
 def test_torch_and_the_kernels_are_held_to_the_same_set(tmp_path: Path) -> None:
-    name = native.instruction_sets()[0]
+    name = cpu.instruction_sets()[0]
     command = ["-m", "red_kernels", "bench", "ops", "--quick", "--instruction-sets", name, "--output", str(tmp_path)]
     narrow = ["--operations", "edit", "--dtypes", "bf16", "--widths", "64", "--rows", "64", "--inputs", "fresh"]
     subprocess.run([sys.executable, *command, *narrow], check=True, capture_output=True)

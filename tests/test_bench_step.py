@@ -17,7 +17,7 @@ from torch import nn
 import red_kernels as rk
 from benchmarks import methods, runs
 from benchmarks.step import check, compare, growth, job, memory, models
-from red_kernels.backends import native
+from red_kernels.backends import cpu
 
 CPU = torch.device("cpu")
 EAGER = tuple(name for name in methods.STEP_METHODS if not name.endswith("-compile"))
@@ -120,7 +120,7 @@ def test_memory_is_exact():
     assert memory.peak_allocated(lambda: kept.zero_(), CPU) == 0
 
 
-@pytest.mark.skipif(native.load_error() is not None, reason="the CPU kernels are not built")
+@pytest.mark.skipif(cpu.load_error() is not None, reason="the CPU kernels are not built")
 @pytest.mark.parametrize("rows", [64, 4096])  # the large outputs come from the kernels' own pool
 def test_the_memory_of_our_operations_is_counted(rows):
     width, vectors = 256, 2 * 256 * 4

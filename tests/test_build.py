@@ -15,7 +15,7 @@ import pytest
 from build_tools import CUDA_LIBRARY, LIBRARY, ROOT, dynamic_symbols, program
 from patience import HANGS
 
-from red_kernels.backends import native
+from red_kernels.backends import cpu
 
 # A compiler of CUDA that makes empty objects in no time, and knows two GPUs.
 QUICK_NVCC = """#!/bin/sh
@@ -91,8 +91,8 @@ def _run(*command: str, folder: Path, **changes: str | None) -> str:
 @pytest.fixture(scope="module")
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both libraries, built by a Python that cannot import torch."""
-    if native.load_error() is not None:
-        pytest.skip(f"no CPU kernels: {native.load_error()}")
+    if cpu.load_error() is not None:
+        pytest.skip(f"no CPU kernels: {cpu.load_error()}")
     folder, torchless = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("torchless")
     (torchless / "sitecustomize.py").write_text(NO_TORCH)
     checked = _run(
@@ -123,7 +123,7 @@ def test_wheel_holds_the_package_and_its_libraries(wheel: Path) -> None:
     assert {LIBRARY, CUDA_LIBRARY} <= set(names)
     assert len([name for name in names if name.endswith(".so")]) == 2
     assert "red_kernels/py.typed" in names
-    assert "red_kernels/backends/native.py" in names
+    assert "red_kernels/backends/cpu.py" in names
     assert {"red_kernels/benchmarks/suite.py", "red_kernels/benchmarks/ops/implementations/quack.py"} <= set(names)
     packages = {name.split("/")[0] for name in names}
     assert {name for name in packages if not name.endswith(".dist-info")} == {"red_kernels"}

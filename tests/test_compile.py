@@ -28,13 +28,13 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import red_kernels as rk
-from red_kernels.backends import cuda, native
+from red_kernels.backends import cpu, cuda
 from red_kernels.backends.operators import SCHEMAS, flags
 
-compiled_only = pytest.mark.skipif(native.load_error() is not None, reason=f"no CPU kernels: {native.load_error()}")
+compiled_only = pytest.mark.skipif(cpu.load_error() is not None, reason=f"no CPU kernels: {cpu.load_error()}")
 BACKENDS = list(dict.fromkeys(implementation.backend for implementation in IMPLEMENTATIONS))
 # of the operators of a backend
-NAMESPACES = {"cpu": native.NAMESPACE, "triton": "red_kernels_triton", "cuda": cuda.NAMESPACE}
+NAMESPACES = {"cpu": cpu.NAMESPACE, "triton": "red_kernels_triton", "cuda": cuda.NAMESPACE}
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from torch._dynamo.testing import CompileCounter
 
 import red_kernels as rk
 from red_kernels import backends
-from red_kernels.backends import choice, cuda, gpu, native
+from red_kernels.backends import Backend, choice, cpu, cuda
 
 ROOT = Path(__file__).parent.parent
 emulated_only = pytest.mark.skipif(
@@ -172,8 +172,15 @@ def test_rows_in_words() -> None:
     assert choice.Row("cuda", "").where == "edit edit_norm norm_edit"
 
 
-def _backend(name: str, takes: bool = True) -> Any:
-    return SimpleNamespace(NAME=name, unsupported=lambda x: None if takes else f"{name} does not want to")
+def _backend(name: str, takes: bool | None) -> Backend:
+    """One of a GPU that takes every tensor or none; None: it is not there."""
+    return Backend(
+        name,
+        None if takes is None else SimpleNamespace(),
+        lambda: None if takes is not None else "it is not there",
+        lambda x: None if takes else f"{name} does not want to",
+        "cuda",
+    )
 
 
 @pytest.fixture
@@ -181,18 +188,9 @@ def there(monkeypatch: pytest.MonkeyPatch, built_for: Any) -> Any:
     """Has these be the backends of a GPU, of compute capability 9.0."""
     built_for("sm_90", H200)
 
-    def have(of_cuda: Any, of_triton: Any) -> None:
-        monkeypatch.setattr(gpu, "cuda", SimpleNamespace(usable=lambda: of_cuda is not None, NAME="cuda"))
-        if of_cuda is not None:
-            of_cuda.usable, of_cuda.capability = (lambda: True), cuda.capability
-            monkeypatch.setattr(gpu, "cuda", of_cuda)
-        monkeypatch.setattr(gpu, "TRITON", of_triton)
-        orders, only = gpu._orders()
-        monkeypatch.setattr(gpu, "_ORDERS", orders)
-        monkeypatch.setattr(gpu, "_ONLY", only)
-        modules = {"cuda": of_cuda, "triton": of_triton, "cpu": native, "reference": rk.reference}
-        monkeypatch.setattr(backends, "_MODULES", modules)
-        monkeypatch.setattr(backends, "_missing", lambda name: None if modules[name] is not None else "it is not there")
+    def have(of_cuda: bool | None, of_triton: bool | None) -> None:
+        table = _backend("triton", of_triton), _backend("cuda", of_cuda), cpu.BACKEND, backends.REFERENCE
+        monkeypatch.setattr(backends, "_known", backends._Known(table))
 
     return have
 
@@ -200,7 +198,7 @@ def there(monkeypatch: pytest.MonkeyPatch, built_for: Any) -> Any:
 class _OnGPU:
     """As much of a tensor on a GPU as choosing a backend asks for."""
 
-    is_cuda = True
+    is_cpu, is_cuda = False, True
 
     def __init__(self, *shape: int) -> None:
         self.shape = shape
@@ -217,20 +215,20 @@ LARGE: Any = _OnGPU(8192, 4096)
 
 
 def test_choice_between_both(there: Any) -> None:
-    there(_backend("cuda"), _backend("triton"))
-    assert [backends.choose(x, "edit_norm").NAME for x in (SMALL, LARGE)] == ["cuda", "triton"]
-    assert backends.choose(SMALL, "linear_edit").NAME == "triton"
+    there(True, True)
+    assert [backends.choose(x, "edit_norm").name for x in (SMALL, LARGE)] == ["cuda", "triton"]
+    assert backends.choose(SMALL, "linear_edit").name == "triton"
     for name in ("cuda", "triton", "reference"):
         with rk.backend(name):
-            assert [backends.choose(x, "edit_norm").NAME for x in (SMALL, LARGE)] == [name, name]
+            assert [backends.choose(x, "edit_norm").name for x in (SMALL, LARGE)] == [name, name]
 
 
 def test_choice_by_the_environment(there: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    there(_backend("cuda"), _backend("triton"))
+    there(True, True)
     monkeypatch.setattr(backends, "_FROM_ENVIRONMENT", "cuda")
-    assert backends.choose(LARGE, "edit_norm").NAME == "cuda"
+    assert backends.choose(LARGE, "edit_norm").name == "cuda"
     with rk.backend("triton"):
-        assert backends.choose(SMALL, "edit_norm").NAME == "triton"
+        assert backends.choose(SMALL, "edit_norm").name == "triton"
 
 
 @pytest.mark.parametrize(
@@ -248,11 +246,8 @@ def test_choice_by_the_environment(there: Any, monkeypatch: pytest.MonkeyPatch) 
 def test_choice_where_one_is_missing(
     of_cuda: bool | None, of_triton: bool | None, expected: list[str], there: Any
 ) -> None:
-    there(
-        None if of_cuda is None else _backend("cuda", of_cuda),
-        None if of_triton is None else _backend("triton", of_triton),
-    )
-    assert [backends.choose(x, "edit_norm").NAME for x in (SMALL, LARGE)] == expected
+    there(of_cuda, of_triton)
+    assert [backends.choose(x, "edit_norm").name for x in (SMALL, LARGE)] == expected
     if of_cuda is None:
         with pytest.raises(RuntimeError, match="the backend 'cuda' is missing: it is not there"):
             rk.backend("cuda").__enter__()
@@ -261,14 +256,13 @@ def test_choice_where_one_is_missing(
 def test_choice_in_compiled_code(there: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is traced without a break, and not once for each number of rows: once on each side of a row's limit."""
     torch._dynamo.reset()
-    there(_backend("cuda"), _backend("triton"))
+    there(True, True)
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: H200)
 
     def tells(x: Tensor) -> Tensor:
-        chosen = gpu.choose(x, "edit_norm")
-        assert chosen is not None
-        return x[:1, :1] * 0 + (2.0 if chosen.NAME == "cuda" else 3.0)
+        preferred = choice.preferred("edit_norm", x.numel(), x.shape[-1], cuda.capability(0))
+        return x[:1, :1] * 0 + (2.0 if preferred.backend == "cuda" else 3.0)
 
     counter = CompileCounter()
     compiled = torch.compile(tells, fullgraph=True, backend=counter, dynamic=True)
@@ -365,9 +359,9 @@ def test_import_with_a_wrong_path_of_the_emulator(which: str, tmp_path: Path) ->
     elif which == "no library":
         path.write_bytes(b"\x7fELF, but not for long")
     else:
-        if native.load_error() is not None:
-            pytest.skip(f"no CPU kernels: {native.load_error()}")
-        path, reason = native._LIBRARY, f"{native._LIBRARY} is no library of this version ("
+        if cpu.load_error() is not None:
+            pytest.skip(f"no CPU kernels: {cpu.load_error()}")
+        path, reason = cpu._LIBRARY, f"{cpu._LIBRARY} is no library of this version ("
     said, raised = _run(SHOW, RED_KERNELS_CUDA_EMULATED=str(path)).splitlines()
     assert said.startswith(reason)
     assert "; remedy: " in said
@@ -381,7 +375,7 @@ def test_schemas_without_the_library_of_the_cpu_kernels(tmp_path: Path) -> None:
     )
     code = """
 import torch, red_kernels as rk
-from red_kernels.backends.operators import SCHEMAS
+from red_kernels.backends.schemas import SCHEMAS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 assert rk.available_backends()["cpu"] is not None
@@ -414,9 +408,9 @@ def test_launches_are_skipped_in_the_emulator_only(monkeypatch: pytest.MonkeyPat
 def test_the_emulator_runs_where_it_is_asked_for() -> None:
     """And nowhere else: CPU tensors have kernels of their own."""
     x, scale = torch.randn(3, 5, requires_grad=True), torch.randn(5)
-    assert backends.choose(x, "edit").NAME != "cuda"
+    assert backends.choose(x, "edit").name != "cuda"
     with rk.backend("cuda"):
-        assert backends.choose(x, "edit").NAME == "cuda"
+        assert backends.choose(x, "edit").name == "cuda"
         y = rk.edit(x, scale)
         for other, reason in (
             (x.double(), "x has dtype torch.float64"),
@@ -428,7 +422,7 @@ def test_the_emulator_runs_where_it_is_asked_for() -> None:
     y.sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, scale.expand(3, 5))
-    assert cuda not in (gpu._ONLY or ())
+    assert "cuda" not in backends._known.orders.get("cpu", {})
 
 
 @emulated_only

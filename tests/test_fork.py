@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from build_tools import ROOT
 
-from red_kernels.backends import native
+from red_kernels.backends import cpu
 
 # A child that hangs is ended by an alarm and makes a status other than 0; the first of them ends the run.
 _FORKS = """
@@ -126,7 +126,7 @@ print("done")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.skipif(native.load_error() is not None, reason="needs the CPU kernels")
+@pytest.mark.skipif(cpu.load_error() is not None, reason="needs the CPU kernels")
 def test_forks_while_a_thread_is_in_an_operation() -> None:
     """A backward takes its column sums from the pool, which keeps nothing here: it gives them back to the system."""
     done = run(f"""

@@ -27,6 +27,7 @@ from torch import Tensor
 
 import red_kernels as rk
 from red_kernels import backends, functional
+from red_kernels.backends.arguments import Norm, affine_edit
 
 
 def _check(operation: str, tensors: Tensors, **options: Any) -> None:
@@ -221,7 +222,7 @@ def test_reference_has_second_derivatives() -> None:
     x, scale = torch.randn(3, 5).double().requires_grad_(), torch.randn(5).double().requires_grad_()
 
     def of(x: Tensor, scale: Tensor) -> Tensor:
-        return rk.reference.norm_edit_forward(x, None, None, scale, None, None, 1e-5, 0.0, True)[0]
+        return rk.reference.norm_edit_forward(x, Norm(None, None, 1e-5, 0.0, True), affine_edit(scale))[0]
 
     assert torch.autograd.gradgradcheck(of, (x, scale))
 

@@ -22,6 +22,7 @@ import red_kernels as rk
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from red_kernels.backends.arguments import affine_edit
 from red_kernels.backends.triton import launch, linear, tuned
 from red_kernels.backends.triton.rules import Architecture
 
@@ -417,7 +418,7 @@ def test_a_weight_of_its_own_class_is_left_to_torch(
     for force in (linear.force(True), nullcontext()):
         with force:
             for w, b in ((weight.as_subclass(Packed), linear_bias), (weight, linear_bias.as_subclass(Packed))):
-                assert linear.linear_edit_forward(x, w, b, None, scale, None, None) is None
+                assert linear.linear_edit_forward(x, w, b, None, affine_edit(scale)) is None
     assert not launches
 
 

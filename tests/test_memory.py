@@ -25,7 +25,7 @@ from op_cases import (
 from torch import Tensor
 
 import red_kernels as rk
-from red_kernels.backends import native
+from red_kernels.backends import cpu
 
 # Small outputs; several tiles of kernels; outputs that end within a vector and take pooled memory; outputs large enough
 # to go past the cache.
@@ -35,7 +35,7 @@ SIZES = [
     pytest.param((600, 577), marks=pytest.mark.nightly),
     pytest.param((1100, 2048), marks=pytest.mark.not_interpreted),
 ]
-compiled_only = pytest.mark.skipif(native.load_error() is not None, reason=f"no CPU kernels: {native.load_error()}")
+compiled_only = pytest.mark.skipif(cpu.load_error() is not None, reason=f"no CPU kernels: {cpu.load_error()}")
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_every_element_is_written(operation: str, shape: tuple[int, int], implem
 
 @compiled_only
 def test_nothing_is_written_behind_an_output(implementation: Implementation) -> None:
-    if implementation.instruction_set is None:
+    if implementation.variant is None:
         return
     size = 1 << 20
     whole = rk.edit(torch.randn(1, size))
@@ -147,7 +147,7 @@ def test_same_bits_twice_and_for_any_number_of_threads(
     torch.set_num_threads(1)
     first = _seeded(operation, tensors, grads, **options)
     assert same_bits(_seeded(operation, tensors, grads, **options), first)
-    if implementation.instruction_set is None:
+    if implementation.variant is None:
         return  # PyTorch's own sums depend on the number of threads
     for count in (2, 3):
         torch.set_num_threads(count)
@@ -181,31 +181,31 @@ def test_results_share_no_memory(operation: str, dtype: torch.dtype, implementat
 
 @compiled_only
 def test_pool_keeps_and_gives_back() -> None:
-    native.trim_memory()
+    cpu.trim_memory()
     with rk.backend("cpu"):
         y = rk.edit(torch.randn(1024, 1024))
-        assert native.kept_memory() < 4 << 20
+        assert cpu.kept_memory() < 4 << 20
         del y
-        assert native.kept_memory() >= 4 << 20
-        assert native.trim_memory() >= 4 << 20
-    assert native.kept_memory() == 0
+        assert cpu.kept_memory() >= 4 << 20
+        assert cpu.trim_memory() >= 4 << 20
+    assert cpu.kept_memory() == 0
 
 
 @compiled_only
 def test_without_the_pool_memory_is_torchs_own() -> None:
-    native.trim_memory()
+    cpu.trim_memory()
     with rk.backend("cpu"):
-        with native.without_pool():
+        with cpu.without_pool():
             y = rk.edit(torch.randn(1024, 1024))
-            with native.without_pool():
+            with cpu.without_pool():
                 pass
             rk.edit(torch.randn(1024, 1024))
-        assert native.kept_memory() == 0
+        assert cpu.kept_memory() == 0
         z = rk.edit(torch.randn(1024, 1024))
         del y
-        assert native.kept_memory() == 0
+        assert cpu.kept_memory() == 0
         del z
-        assert native.kept_memory() >= 4 << 20
+        assert cpu.kept_memory() >= 4 << 20
 
 
 @compiled_only

@@ -224,7 +224,7 @@ def test_rounded_once(operation: str, dtype: torch.dtype, implementation: Implem
 def test_fp32_is_rounded_to_the_nearest_and_even(dtype: torch.dtype, implementation: Implementation) -> None:
     """Every half, every middle between two, their neighbours in fp32, and NaNs of every kind, which stay NaNs."""
     values = between(dtype)
-    if implementation.instruction_set == "avx512_bf16":  # whose instruction takes subnormal numbers for zeros
+    if implementation.variant == "avx512_bf16":  # whose instruction takes subnormal numbers for zeros
         values = values[~(values.abs() < torch.finfo(torch.float32).tiny)]
     for bias in rows_of(values, 20_011):
         found = call(rk.edit, torch.zeros(1, len(bias), dtype=dtype), torch.ones(len(bias)), bias)

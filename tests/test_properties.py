@@ -191,7 +191,7 @@ def test_compiled_kernels_agree_with_one_another(rows: int, d: int, centered: bo
     tensors = arguments(operation, (rows, d), torch.bfloat16, seed=seed)
     found = []
     for implementation in IMPLEMENTATIONS:
-        if implementation.instruction_set not in (None, "base"):  # base has no fused multiply-add
+        if implementation.variant not in (None, "base"):  # base has no fused multiply-add
             with implementation.in_use():
                 torch.manual_seed(seed)
                 found.append(outputs_of(call(rk.edit_add, tensors["x"], tensors["residual"], tensors["scale"],

@@ -13,6 +13,7 @@ from launch_tables import SLAB, STEADY, TABLE, WHOLE
 
 pytest.importorskip("triton")
 
+from red_kernels.backends.arguments import Norm, Statistics, affine_edit
 from red_kernels.backends.triton import launch, operations, rules, tuned
 from red_kernels.backends.triton.rules import Architecture, RowTile, SlabTile
 
@@ -66,11 +67,12 @@ def test_kernels_are_launched_with_the_tiles_of_the_table(table: Path) -> None:
     ):
         for width in (768, 4096):
             x = torch.ones(5, width, dtype=torch.bfloat16)
-            operations.norm_edit_forward(x, x[0], None, x[0], x[0], None, 1e-6, 0.0, False)
+            operations.norm_edit_forward(x, Norm(x[0], None, 1e-6), affine_edit(x[0], x[0]))
         x = torch.ones(4096, 768, dtype=torch.bfloat16)
+        statistics = Statistics(None, x[:, 0].float())
         operations.norm_edit_backward(
-            x, x, None, None, x[0], None, None, x[:, 0].float(), 0.0, 1, (True, False, False, True, True)
-        )  # fmt: skip
+            x, x, Norm(None, None, 1e-6), affine_edit(x[0]), statistics, 1, (True, False, False, True, True)
+        )
     narrow, wide, backward, _ = launched
     assert narrow[:3] == ("norm_forward", (3, 1, 1), (768, 2, 256, 3, True))
     assert narrow[3] == 2

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 
 import red_kernels as rk
+from red_kernels.backends.arguments import Norm, Statistics, affine_edit
 from red_kernels.backends.triton import launch, linear, operations, rules, tuned
 from red_kernels.tuning import clocks, job
 from red_kernels.tuning.search import Bench
@@ -59,13 +60,10 @@ def launched() -> list[list[Any]]:
     with launch.recording(lambda kernel, grid, tensors, numbers, constants, warps, *rest: found.append(
         [kernel.name, list(constants), warps]
     )):  # fmt: skip
-        operations.edit_norm_forward(
-            x, x, x[0], x[0], x[0], None, None, None, 0.0, 1e-6, 0.0, False, True
-        )  # fmt: skip
-        operations.edit_norm_backward(
-            x, x, x, x, None, x[0], None, x[0], None, None, None, x[:, 0], 0.0, 0.0, 1,
-            (True, True, True, True, False, False),
-        )  # fmt: skip
+        norm = Norm(x[0], None, 1e-6)
+        operations.edit_norm_forward(x, x, affine_edit(x[0], x[0]), norm, True)
+        needs = (True, True, True, True, False, False)
+        operations.edit_norm_backward(x, x, x, x, None, affine_edit(x[0]), norm, Statistics(None, x[:, 0]), 1, needs)
     return found
 
 
@@ -130,7 +128,7 @@ def products(folder: Path) -> dict[str, Any]:
     for m in (4, 5, 6, 8, 9, 16):
         with launch.recording(lambda *launched: None):
             x = torch.ones(m, 4 * WIDTH).bfloat16()
-            used[m] = linear.linear_edit_forward(x, weight, None, None, None, None, None) is not None
+            used[m] = linear.linear_edit_forward(x, weight, None, None, affine_edit()) is not None
     return {"table": table, "shown": shown, "used": used}
 
 

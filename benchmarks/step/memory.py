@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from red_kernels.backends import native
+from red_kernels.backends import cpu
 
 
 def held_bytes(tensors: Iterable[Tensor], base: Iterable[Tensor]) -> int:
@@ -48,7 +48,7 @@ def peak_allocated(call: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces each profile on the standard error
-    torchs_own = contextlib.nullcontext() if native.load_error() else native.without_pool()
+    torchs_own = contextlib.nullcontext() if cpu.load_error() else cpu.without_pool()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torchs_own, torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()

@@ -1,24 +1,37 @@
 """Which implementation runs an operation: the one place where backends are listed and chosen.
 
-A backend is a module with ``NAME``, ``unsupported(x)`` (why it cannot take an activation, or None) and the six
-functions of :mod:`red_kernels.reference`, with the same arguments and results. It may also have
-``linear_edit_forward``: all of :func:`red_kernels.linear_edit`, without gradients, or None where it is better composed.
+To add one, write a file with its :class:`~red_kernels.backends.record.Backend` and a line of the table below; from
+outside of the package, :func:`register_backend`.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor
 
-from .. import reference
-from . import cuda, gpu, native
+from . import choice, cpu, cuda, find_triton, reference
+from .record import Backend
+from .schemas import NAMES
 
-_NAMES = ("triton", "cuda", "cpu", "reference")
+__all__ = [
+    "REFERENCE",
+    "Backend",
+    "available_backends",
+    "backend",
+    "by_name",
+    "choose",
+    "forced_backend",
+    "records",
+    "register_backend",
+]
+
+REFERENCE = Backend("reference", reference, lambda: None, lambda x: None)
+_TABLE = (find_triton.BACKEND, cuda.BACKEND, cpu.BACKEND, REFERENCE)
+
 _ENVIRONMENT = "RED_KERNELS_BACKEND"
 
 
@@ -45,14 +58,75 @@ class _Blocks:
 _thread = threading.local()
 _FROM_ENVIRONMENT = os.environ.get(_ENVIRONMENT) or None
 
-_MODULES: dict[str, Any] = {"cuda": cuda, "cpu": native, "reference": reference}
-if gpu.TRITON is not None:
-    _MODULES["triton"] = gpu.TRITON
+
+class _Known:
+    """The backends by name, and the orders in which they are tried for tensors of a type of device.
+
+    Attributes:
+        by_name: in the order in which they are listed.
+        orders: for a type of device, by the name of the backend that ``choice.py`` prefers; "" where it has no say.
+    """
+
+    def __init__(self, table: Iterable[Backend]) -> None:
+        self.by_name = {record.name: record for record in table}
+        self.orders: dict[str, dict[str, tuple[Backend, ...]]] = {}
+        self._added: tuple[Backend, ...] = ()
+        self._arrange()
+
+    def add(self, record: Backend) -> None:
+        self.by_name[record.name] = record
+        self._added = (record, *self._added)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        tried: dict[str, list[Backend]] = {}
+        for record in (*self._added, *(one for one in self.by_name.values() if one not in self._added)):
+            if record.automatic and record.operations is not None and record.device is not None:
+                tried.setdefault(record.device, []).append(record)
+        self.orders = {
+            device: {
+                first: tuple(sorted(found, key=lambda one: (one not in self._added, one.name != first)))
+                for first in ("", *(one.name for one in found))
+            }
+            for device, found in tried.items()
+        }
+
+
+_known = _Known(_TABLE)
+
+
+def records() -> tuple[Backend, ...]:
+    """All backends, those that are missing too."""
+    return tuple(_known.by_name.values())
+
+
+def register_backend(record: Backend) -> None:
+    """Make a further backend known: to ``rk.backend``, the choice, `red-kernels info` and the benchmarks.
+
+    Args:
+        record: with a name that no other has. If it is ``automatic``, tensors on its device go to it before all others
+            that were there.
+
+    Raises:
+        TypeError: it is no `Backend`.
+        ValueError: its name is taken; it is ``automatic`` for no device; it lacks a function.
+    """
+    if not isinstance(record, Backend):
+        raise TypeError(f"record: got {type(record).__name__}, expected a red_kernels.backends.Backend")
+    if not record.name or record.name in _known.by_name:
+        taken = ", ".join(map(repr, _known.by_name))
+        raise ValueError(f"record: got the name {record.name!r}, expected one that no other has, none of {taken}")
+    if record.automatic and record.device is None:
+        raise ValueError(f"record: {record.name!r} is automatic for no device, expected a device such as 'cpu'")
+    lacking = [name for name in NAMES if not callable(getattr(record.operations, name, None))]
+    if record.operations is not None and lacking:
+        raise ValueError(f"record: the operations of {record.name!r} lack {', '.join(lacking)}")
+    _known.add(record)
 
 
 def available_backends() -> dict[str, str | None]:
     """Every backend's name, with None if it can be used here, else the reason it is missing and the remedy."""
-    return {name: _missing(name) for name in _NAMES}
+    return {record.name: record.missing() for record in records()}
 
 
 @contextmanager
@@ -76,8 +150,8 @@ def backend(name: str) -> Iterator[None]:
         blocks.remove(entry)
 
 
-def choose(x: Tensor, operation: str) -> Any:
-    """The backend module for an operation on ``x``: the one asked for, else the fastest that takes ``x``.
+def choose(x: Tensor, operation: str) -> Backend:
+    """The backend for an operation on ``x``: the one asked for, else the fastest that takes ``x``.
 
     ``operation`` is "edit", "edit_norm", "norm_edit" or "linear_edit", for the table in ``choice.py``.
 
@@ -86,22 +160,32 @@ def choose(x: Tensor, operation: str) -> Any:
     """
     name = forced_backend()
     if name is None:
-        if x.is_cuda:
-            return gpu.choose(x, operation) or reference
-        if native.unsupported(x) is None:
-            return native
-        native.check_setting()
-        return reference
-    module = by_name(name)
-    reason = module.unsupported(x)
+        for record in _order(x, operation):
+            if record.unsupported(x) is None:
+                return record
+        return REFERENCE
+    record = _known.by_name[name]
+    reason = record.unsupported(x)
     if reason is not None:
         raise ValueError(f"the backend {name!r} was asked for, but {reason}; remedy: rk.backend('reference')")
-    return module
+    return record
 
 
-def by_name(name: str) -> Any:
-    """The backend module of that name; it must be available."""
-    return _MODULES[name]
+def _order(x: Tensor, operation: str) -> tuple[Backend, ...]:
+    """The backends to try for ``x``."""
+    device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type  # the type takes long to ask for
+    orders = _known.orders.get(device)
+    if orders is None:
+        return ()
+    if device == "cuda" and "cuda" in orders and "triton" in orders:
+        capability = cuda.capability(x.get_device())
+        return orders[choice.preferred(operation, x.numel(), x.shape[-1], capability).backend]
+    return orders[""]
+
+
+def by_name(name: str) -> Backend:
+    """The backend of that name. Raises KeyError for one that is not known."""
+    return _known.by_name[name]
 
 
 def forced_backend() -> str | None:
@@ -118,17 +202,9 @@ def forced_backend() -> str | None:
     return _FROM_ENVIRONMENT
 
 
-def _missing(name: str) -> str | None:
-    if name == "triton":
-        return gpu.triton_missing()
-    if name == "cuda":
-        return cuda.load_error()
-    return native.load_error() if name == "cpu" else None
-
-
 def _require(name: str, source: str) -> None:
-    if name not in _NAMES:
-        raise ValueError(f"{source} got {name!r}, expected one of {', '.join(map(repr, _NAMES))}")
-    reason = _missing(name)
+    if name not in _known.by_name:
+        raise ValueError(f"{source} got {name!r}, expected one of {', '.join(map(repr, _known.by_name))}")
+    reason = _known.by_name[name].missing()
     if reason is not None:
         raise RuntimeError(f"{source}: the backend {name!r} is missing: {reason}")

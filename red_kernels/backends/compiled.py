@@ -7,13 +7,13 @@ is needed. They are found once, here, and not at each call.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .operators import SCHEMAS, bits, register_fakes
+from .arguments import FromFlat
+from .schemas import NAMES, SCHEMAS, bits, register_fakes
 
 _defined: list[torch.library.Library] = []  # kept: what they defined goes with them
 
@@ -43,7 +43,7 @@ def register(namespace: str) -> None:
 
     Where none did, they are defined here: a library for another device only implements them.
     """
-    if not hasattr(getattr(torch.ops, namespace), _name(SCHEMAS[0])):
+    if not hasattr(getattr(torch.ops, namespace), NAMES[0]):
         library = torch.library.Library(namespace, "DEF")
         for schema in SCHEMAS:
             library.define(schema)
@@ -51,20 +51,7 @@ def register(namespace: str) -> None:
     register_fakes(namespace)
 
 
-def operations(namespace: str) -> tuple[Callable[..., Any], ...]:
-    """The six functions of a backend, in the order of ``SCHEMAS``: arguments and results as in
-    :mod:`red_kernels.reference`, several results as a plain tuple."""
+def operations(namespace: str) -> FromFlat:
+    """The functions of a backend, on the operators of a namespace; several results are a plain tuple."""
     operators = getattr(torch.ops, namespace)
-    found = [getattr(operators, _name(schema)).default for schema in SCHEMAS]
-    return tuple(_from_flags(operator) if "int needs" in str(operator._schema) else operator for operator in found)
-
-
-def _name(schema: str) -> str:
-    return schema[: schema.index("(")]
-
-
-def _from_flags(operator: Any) -> Callable[..., Any]:
-    def backward(*arguments: Any) -> Any:
-        return operator(*arguments[:-1], bits(arguments[-1]))
-
-    return backward
+    return FromFlat({name: getattr(operators, name).default for name in NAMES}, bits)

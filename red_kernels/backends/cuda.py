@@ -1,8 +1,7 @@
-"""The CUDA kernels of ``csrc/cuda``: loads the shared library, whose registered operators are the functions.
+"""The CUDA kernels of ``csrc/cuda``: loads the shared library, whose registered operators run them.
 
-These have the arguments and results of those in :mod:`red_kernels.reference`. For tests the variable
-RED_KERNELS_CUDA_EMULATED, the path of the same sources built for an emulator, has them run on CPU tensors: slowly, and
-where they are asked for only.
+For tests the variable RED_KERNELS_CUDA_EMULATED, the path of the same sources built for an emulator, has them run on
+CPU tensors: slowly, and where they are asked for only.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import compiled, native
-from .operators import KERNEL_DTYPES, not_plain
+from . import compiled, cpu
+from .record import Backend
+from .schemas import KERNEL_DTYPES, not_plain
 
-NAME = "cuda"
 _EMULATED_PATH = os.environ.get("RED_KERNELS_CUDA_EMULATED") or None
 EMULATED = _EMULATED_PATH is not None
 # On a GPU the operators of the CPU backend, which is imported first: its library defines what this one implements.
-NAMESPACE = "red_kernels_emulated" if EMULATED else native.NAMESPACE
+NAMESPACE = "red_kernels_emulated" if EMULATED else cpu.NAMESPACE
 
 _LIBRARY = Path(__file__).parent.parent / "lib" / "libred_kernels_cuda.so"
 _OLDEST = (8, 0)
@@ -64,16 +63,6 @@ def load_error() -> str | None:
     if _error is None and not EMULATED and not torch.cuda.is_available():
         return _NO_GPU
     return _error
-
-
-def usable() -> bool:
-    """Whether the library is there for tensors on a GPU. Asks for no GPU."""
-    return _error is None and not EMULATED
-
-
-def architectures() -> str:
-    """What the library was built for, such as "sm_80 sm_90 sm_100 compute_100"; "emulated" for the emulator's."""
-    return _architectures
 
 
 def unsupported(x: Tensor) -> str | None:
@@ -147,7 +136,7 @@ def skip_launches(on: bool) -> None:
 
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or why it is missing, with the remedy. It is loaded only where it could be used, without asking for
-    a GPU: see :func:`red_kernels.backends.gpu._load`."""
+    a GPU: see :func:`red_kernels.backends.find_triton`."""
     if _EMULATED_PATH is not None:
         expected = "expected the path of libred_kernels_cuda_emulated.so; remedy: build it, or unset the variable"
         return compiled.load(
@@ -176,11 +165,12 @@ if _dll is not None:
     _architectures, _codes, _error = _ask_architectures(_dll)
 if EMULATED:
     compiled.register(NAMESPACE)
-(
-    edit_forward,
-    edit_backward,
-    edit_norm_forward,
-    edit_norm_backward,
-    norm_edit_forward,
-    norm_edit_backward,
-) = compiled.operations(NAMESPACE)
+BACKEND = Backend(
+    "cuda",
+    None if _error is not None else compiled.operations(NAMESPACE),
+    load_error,
+    unsupported,
+    "cpu" if EMULATED else "cuda",
+    automatic=not EMULATED,
+    state=lambda: "in an emulator, on CPU tensors" if EMULATED else f"built for {_architectures}",
+)

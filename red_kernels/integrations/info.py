@@ -13,7 +13,7 @@ from rich.table import Table
 
 from .._errors import one_line
 from .._version import __version__
-from ..backends import available_backends, choice, choose, cuda, forced_backend, native
+from ..backends import available_backends, choice, choose, forced_backend, records
 from .base_dtype import choose_dtype, slowdown
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "gguf", "peft", "datasets", "matplotlib")
@@ -27,15 +27,11 @@ def show_info(console: Console) -> None:
     backends = Table(title="Backends")
     for heading in ("backend", "state"):
         backends.add_column(heading, overflow="fold")
-    for name, reason in available_backends().items():
-        state = "available" if reason is None else reason
-        if name == "cpu" and reason is None:
-            state += f"; instruction set {native.instruction_set()} of {', '.join(native.instruction_sets())}"
-        if name == "cuda" and reason is None:
-            state += "; in an emulator, on CPU tensors" if cuda.EMULATED else f"; built for {cuda.architectures()}"
-        if name == "triton" and reason is None:
-            state += _triton_state()
-        backends.add_row(name, state)
+    for record in records():
+        state = record.missing()
+        if state is None:
+            state = "; ".join(filter(None, ("available", record.state())))
+        backends.add_row(record.name, escape(state))
     console.print(backends)
 
     chosen = Table(title="Chosen for")
@@ -72,7 +68,7 @@ def show_info(console: Console) -> None:
 
 def _chosen(device: str) -> str:
     try:
-        name = choose(torch.empty(1, device=device), "edit").NAME
+        name = choose(torch.empty(1, device=device), "edit").name
         asked = forced_backend() is not None
     except (ValueError, RuntimeError) as error:  # what was asked for, and why it cannot be followed
         return f"none: {error}"
@@ -90,30 +86,6 @@ def _base_dtype(device: torch.device) -> tuple[str, str, str]:
     except RuntimeError as error:
         return "unknown", f"a product failed: {escape(one_line(error))}", ""
     return chosen.name, chosen.reason, f"{slower} times as long as in fp32"
-
-
-def _triton_state() -> str:
-    """Triton's version, and for each kind of device whether measured launch rules are in use there."""
-    import triton
-
-    from ..backends.triton import launch, tuned
-
-    devices = ["cpu"] if launch.INTERPRETED else [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    state = f"; Triton {triton.__version__}" + (", interpreted on the CPU" if launch.INTERPRETED else "")
-    for chip in dict.fromkeys(launch.architecture(torch.empty(0, device=device)) for device in devices):
-        try:
-            table = tuned.table_for(chip.name, chip.warp)
-        except (ValueError, OSError) as error:
-            state += f"; {chip.name}: launch rules cannot be used: {error}"
-            continue
-        if table is None:
-            state += f"; {chip.name}: no table of measured launch rules"
-        else:
-            state += (
-                f"; {chip.name}: {len(table.tiles)} measured launch rules, and {len(table.linear_wins)} sizes at which "
-                f"the fused matmul wins, from {table.path}, measured on {table.device} at {table.date}"
-            )
-    return escape(state)
 
 
 def _settings() -> list[tuple[str, str]]:

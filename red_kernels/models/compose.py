@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..backends.arguments import Edit, affine_edit, operands_of
 from ..edit_module import RedEdit, applied_inside, call_unedited, plain_only
-from ..functional import edit, edit_add, edit_add_layer_norm, edit_add_rms_norm, layer_norm_edit, rms_norm_edit
+from ..ops import fused
 from .fingerprint import BASE, unwrapped
 from .handoff import NextNorm, leave_note
-from .norms import NormArguments, globally_hooked, norm_arguments, unobserved
+from .norms import globally_hooked, is_dense, is_like, norm_arguments, unobserved
 
 __all__ = [
     "ARGUMENTS",
@@ -48,15 +49,7 @@ class Arguments(NamedTuple):
     defaults: dict[str, Any]
 
 
-class _Affine(NamedTuple):
-    """What the fused operations take of an edit."""
-
-    scale: Tensor | None = None
-    bias: Tensor | None = None
-    ids: Tensor | None = None
-
-
-_NO_EDIT = _Affine()
+_NO_EDIT = affine_edit()
 
 
 class _Sum(NamedTuple):
@@ -64,9 +57,15 @@ class _Sum(NamedTuple):
 
     x: Tensor
     residual: Tensor | None
-    vectors: _Affine
+    edit: Edit  # without the dropout, whose seed is not drawn yet
     p: float
     training: bool
+
+    @property
+    def with_dropout(self) -> Edit:
+        """The edit with the dropout behind it."""
+        dropout = fused.drawn_dropout(self.p, self.training, self.x)
+        return self.edit if dropout is None else self.edit._replace(dropout=dropout)
 
 
 def arguments_of(forward: Callable[..., Any]) -> Arguments:
@@ -160,7 +159,7 @@ def add_then_norm(
     if found is None:
         z = _computed(pending)
         return norm(z), z
-    normed, summed = _normed(pending, found, True)
+    normed, summed = fused.edit_add_norm(pending.x, pending.residual, pending.with_dropout, found)
     assert summed is not None
     return normed, summed
 
@@ -181,17 +180,15 @@ def edit_then_norm(
     pending = _sum(x, residual, own, None, p, training)
     if after is None:
         found = norm_arguments(norm, pending.x, pending.residual)
-        return norm(_computed(pending)) if found is None else _normed(pending, found, False)[0]
+        if found is None:
+            return norm(_computed(pending))
+        return fused.edit_add_norm(pending.x, pending.residual, pending.with_dropout, found, False)[0]
     z = _computed(pending)
-    found, vectors = norm_arguments(norm, z, None, after), _vectors(after, z)
-    if found is None or vectors is None or vectors is _NO_EDIT:
+    found, applied = norm_arguments(norm, z, None, after), _applied(after, z)
+    if found is None or applied is None or applied is _NO_EDIT:
         # The edit may hang on the norm itself, which then leaves it out.
         return after(call_unedited(norm, after, z))
-    (centered, _, offset), weight, norm_bias, eps = found
-    scale, bias, ids = vectors
-    if centered:
-        return layer_norm_edit(z, weight, norm_bias, scale, bias, eps, edit_ids=ids)
-    return rms_norm_edit(z, weight, scale, bias, eps, weight_offset=offset, edit_ids=ids)
+    return fused.norm_edit(z, found, applied)
 
 
 def edit_add_to_next(
@@ -211,7 +208,7 @@ def edit_add_to_next(
         found = link.arguments(block, pending.x, pending.residual)
         if found is not None:
             norm, arguments = found
-            normed, z = _normed(pending, arguments, True)
+            normed, z = fused.edit_add_norm(pending.x, pending.residual, pending.with_dropout, arguments)
             assert z is not None
             leave_note(z, normed, norm)
             return z
@@ -222,81 +219,56 @@ def _sum(
     x: Tensor, residual: Tensor | None, own: RedEdit | None, after: RedEdit | None, p: float, training: bool
 ) -> _Sum:
     """What is to be computed; all but its last addition is done where there is an edit behind that."""
-    vectors = _NO_EDIT
+    edit = _NO_EDIT
     if own is not None:
-        x, vectors = _left_to_do(own, x)
-    pending = _Sum(x, residual, vectors, p, training)
+        x, edit = _left_to_do(own, x)
+    pending = _Sum(x, residual, edit, p, training)
     if after is None:
         return pending
-    z, vectors = _left_to_do(after, _computed(pending))
-    return _Sum(z, None, vectors, 0.0, False)
+    z, edit = _left_to_do(after, _computed(pending))
+    return _Sum(z, None, edit, 0.0, False)
 
 
-def _left_to_do(own: RedEdit, x: Tensor) -> tuple[Tensor, _Affine]:
-    """`x` and the vectors that a fused operation has to apply to it; or `x` edited already, and none."""
-    vectors = _vectors(own, x)
-    return (own(x), _NO_EDIT) if vectors is None else (x, vectors)
+def _left_to_do(own: RedEdit, x: Tensor) -> tuple[Tensor, Edit]:
+    """`x` and the edit that a fused operation has to apply to it; or `x` edited already, and none."""
+    applied = _applied(own, x)
+    return (own(x), _NO_EDIT) if applied is None else (x, applied)
 
 
-def _vectors(own: RedEdit, x: Tensor) -> _Affine | None:
-    """The vectors that a fused operation can take, `_NO_EDIT` where none apply; None where the module is to be called.
+def _applied(own: RedEdit, x: Tensor) -> Edit | None:
+    """The edit that a fused operation can take, and that fits `x`; `_NO_EDIT` for none; None: call the module.
 
     That is so for tensors that are not plain, such as sharded ones, for kinds of edit whose kernel takes no addition,
     and for edits with hooks, which may bring their vectors to the device.
     """
-    if type(x) is not Tensor or plain_only() or (own.inside and not unobserved(own)):
+    if not is_dense(x) or plain_only() or (own.inside and not unobserved(own)):
         return None
     applied = own.applied(x)
     if applied is None:
         return _NO_EDIT
     if applied.kind.kernel != "affine":
         return None
-    vectors = applied.operands
-    scale, bias = vectors.get("scale"), vectors.get("bias")
-    if (scale is not None and type(scale) not in _PLAIN) or (bias is not None and type(bias) not in _PLAIN):
-        return None
-    return _Affine(scale, bias, applied.ids)
+    applied = operands_of(applied)
+    width, device, entries = x.shape[-1], x.device, 1 if applied.ids is None else 2
+    for vector in applied.vectors.values():
+        if vector is not None and not (
+            type(vector) in _PLAIN
+            and vector.shape[-1] == width
+            and vector.dim() == entries
+            and vector.device == device
+            and vector.is_floating_point()
+        ):
+            return None
+    return applied
 
 
 def _computed(pending: _Sum) -> Tensor:
-    x, residual, (scale, bias, ids), p, training = pending
-    edits = scale is not None or bias is not None
+    x, residual, edit, p, training = pending
+    edits = any(vector is not None for vector in edit.vectors.values())
     if residual is None:
-        return edit(x, scale, bias, edit_ids=ids) if edits else x
-    if edits and type(residual) is Tensor:
-        return edit_add(x, residual, scale, bias, dropout_p=p, training=training, edit_ids=ids)
+        return fused.edit(x, edit) if edits else x
+    if edits and is_like(residual, x):
+        return fused.edit_add(x, residual, pending.with_dropout)
     if edits:
-        x = edit(x, scale, bias, edit_ids=ids)
+        x = fused.edit(x, edit)
     return residual + (nn.functional.dropout(x, p, training) if training and p else x)
-
-
-def _normed(pending: _Sum, norm: NormArguments, need_z: bool) -> tuple[Tensor, Tensor | None]:
-    x, residual, (scale, bias, ids), p, training = pending
-    (centered, _, offset), weight, norm_bias, eps = norm
-    if centered:
-        return edit_add_layer_norm(
-            x,
-            residual,
-            scale,
-            bias,
-            weight,
-            norm_bias,
-            eps,
-            dropout_p=p,
-            training=training,
-            need_z=need_z,
-            edit_ids=ids,
-        )
-    return edit_add_rms_norm(
-        x,
-        residual,
-        scale,
-        bias,
-        weight,
-        eps,
-        weight_offset=offset,
-        dropout_p=p,
-        training=training,
-        need_z=need_z,
-        edit_ids=ids,
-    )

@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..backends.arguments import Norm
 from ..edit_module import OWN_HOOKS
 from ..selection import saved_tensor_hooks
 from .description import walk
 from .fingerprint import class_fingerprint
-from .norms import NormArguments, norm_arguments, unobserved
+from .norms import norm_arguments, unobserved
 
 __all__ = ["TAKES_NOTES", "NextNorm", "Step", "leave_note", "running", "take_note"]
 
@@ -117,7 +118,7 @@ class NextNorm:
     norm: tuple[str, ...]
     clamps_half: bool = False
 
-    def arguments(self, layer: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[nn.Module, NormArguments] | None:
+    def arguments(self, layer: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[nn.Module, Norm] | None:
         """The norm to hand `norm(residual + x)` to, with what that takes; None where `z` must not carry a note."""
         stacks = _running.stacks
         stack = stacks[-1]() if stacks else None

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 
+from ..backends.arguments import Norm
 from ..edit_module import NAME, RedEdit, plain_only
 from .fingerprint import fingerprint, forward_of, unwrapped
 
-__all__ = ["NormArguments", "NormSpec", "globally_hooked", "norm_arguments", "norm_spec", "unobserved"]
+__all__ = ["NormSpec", "globally_hooked", "is_dense", "is_like", "norm_arguments", "norm_spec", "unobserved"]
 
 
 class NormSpec(NamedTuple):
@@ -25,15 +26,6 @@ class NormSpec(NamedTuple):
     @property
     def title(self) -> str:
         return "LayerNorm" if self.centered else "RMSNorm"
-
-
-class NormArguments(NamedTuple):
-    """What a fused operation needs of one norm, read at the call."""
-
-    spec: NormSpec
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
 
 
 LAYER_NORM = NormSpec(True, "eps", 0.0)
@@ -85,10 +77,8 @@ def unobserved(module: nn.Module, own: RedEdit | None = None) -> bool:
     )
 
 
-def norm_arguments(
-    norm: nn.Module, x: Tensor, residual: Tensor | None, own: RedEdit | None = None
-) -> NormArguments | None:
-    """What a fused operation needs to stand in for `norm(residual + x)`, or None where it may not.
+def norm_arguments(norm: nn.Module, x: Tensor, residual: Tensor | None, own: RedEdit | None = None) -> Norm | None:
+    """What a fused operation needs to stand in for `norm(residual + x)`, and that it fits; or None where it may not.
 
     `own` is the norm's own edit, if the operation applies that too.
 
@@ -101,22 +91,37 @@ def norm_arguments(
     parameters = norm._parameters
     dtype = x.dtype
     if residual is not None:
-        if type(residual) is not Tensor:
+        if not is_like(residual, x):
             return None
         if residual.dtype != dtype:
             dtype = torch.promote_types(dtype, residual.dtype)
-    if type(x) is not Tensor or ("weight" not in parameters) or not _is_plain(parameters["weight"], x, dtype):
+    if not is_dense(x) or ("weight" not in parameters) or not _is_plain(parameters["weight"], x, dtype):
         return None
     bias = parameters.get("bias")
     if not _is_plain(bias, x, dtype):
         return None
     if dtype is not torch.float32 and torch.is_autocast_enabled(x.device.type):
         return None  # autocast runs norms in fp32
-    return NormArguments(spec, parameters["weight"], bias, getattr(norm, spec.eps))
+    return Norm(parameters["weight"], bias, getattr(norm, spec.eps), spec.offset, spec.centered)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether a kernel can read a tensor: of no class of its own, neither sparse nor nested."""
+    return type(x) is Tensor and x.layout is torch.strided and not x.is_nested
+
+
+def is_like(residual: Tensor, x: Tensor) -> bool:
+    """Whether a kernel can read a tensor beside `x`, element for element."""
+    return is_dense(residual) and residual.shape == x.shape and residual.device == x.device
 
 
 def _is_plain(vector: Tensor | None, x: Tensor, dtype: torch.dtype) -> bool:
     if vector is None:
         return True
     kind = type(vector)
-    return (kind is nn.Parameter or kind is Tensor) and vector.dtype == dtype and vector.device == x.device
+    return (
+        (kind is nn.Parameter or kind is Tensor)
+        and vector.dtype == dtype
+        and vector.device == x.device
+        and vector.shape == x.shape[-1:]
+    )

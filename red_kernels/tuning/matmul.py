@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends.arguments import affine_edit
 from ..backends.triton import linear, operations, tuned
 from .clocks import interleaved, quartiles
 from .search import Bench, Case, difference, poison
@@ -78,14 +79,14 @@ class Product:
     def call(self, tensors: Mapping[str, Tensor]) -> Result:
         t = tensors
         with self._precision():
-            return (linear.run(t["x"], t["weight"], None, t.get("residual"), t["scale"], t["bias"], None),)
+            return (linear.run(t["x"], t["weight"], None, t.get("residual"), affine_edit(t["scale"], t["bias"])),)
 
     def composed(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The same without the fused matmul."""
         t = tensors
         with self._precision(), tuned.forcing({}):
             h = F.linear(t["x"], t["weight"])
-            return operations.edit_forward(h, t.get("residual"), t["scale"], t["bias"], None, None, 0.0)
+            return operations.edit_forward(h, t.get("residual"), affine_edit(t["scale"], t["bias"]))
 
     @contextmanager
     def _precision(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..backends.arguments import Norm, Statistics, affine_edit
 from ..backends.triton import launch, operations, tuned
 from ..backends.triton.tuned import Key
 
@@ -97,34 +98,31 @@ class Pass:
 
     def call(self, tensors: Mapping[str, Tensor]) -> Result:
         t, centered = tensors, "layer_norm" in self.name
-        scale, bias, weight = t["scale"], t["bias"], t["weight"]
-        norm_bias = t["norm_bias"] if centered else None
+        edit = affine_edit(t["scale"], t["bias"])
+        norm = Norm(t["weight"], t["norm_bias"] if centered else None, EPS, 0.0, centered)
         found: Any
         if not self.backward:
             if self._kind == "edit":
-                found = operations.edit_forward(t["x"], t.get("residual"), scale, bias, None, None, 0.0)
+                found = operations.edit_forward(t["x"], t.get("residual"), edit)
             elif self._kind == "edit_norm":
-                found = operations.edit_norm_forward(
-                    t["x"], t["residual"], scale, bias, weight, norm_bias, None, None, 0.0, EPS, 0.0, centered, True
-                )
+                found = operations.edit_norm_forward(t["x"], t["residual"], edit, norm, True)
             else:
-                found = operations.norm_edit_forward(t["x"], weight, norm_bias, scale, bias, None, EPS, 0.0, centered)
+                found = operations.norm_edit_forward(t["x"], norm, edit)
             return found if isinstance(found, tuple) else (found,)
         for_scale, for_bias, for_weight, for_norm_bias = (self.sums > place for place in range(4))
-        mean, rstd = t["mean"] if centered else None, t["rstd"]
+        statistics = Statistics(t["mean"] if centered else None, t["rstd"])
+        edit = affine_edit(t["scale"])  # a backward has no use for the bias
         x = t["x"] if for_scale else None
         if self._kind == "edit":
-            found = operations.edit_backward(t["dy"], x, scale, None, None, 0.0, 1, (True, for_scale, for_bias))
+            found = operations.edit_backward(t["dy"], x, edit, 1, (True, for_scale, for_bias))
         elif self._kind == "edit_norm":
             found = operations.edit_norm_backward(
-                t["dy"], t["dz"], t["z"], x, None, scale, None, weight, None, None, mean, rstd, 0.0, 0.0, 1,
+                t["dy"], t["dz"], t["z"], x, None, edit, norm, statistics, 1,
                 (True, True, for_scale, for_bias, for_weight, for_norm_bias),
             )  # fmt: skip
         else:
             needs = (True, for_weight, for_norm_bias, for_scale, for_bias)
-            found = operations.norm_edit_backward(
-                t["dy"], t["x"], weight, norm_bias, scale, None, mean, rstd, 0.0, 1, needs
-            )
+            found = operations.norm_edit_backward(t["dy"], t["x"], norm, edit, statistics, 1, needs)
         return tuple(found)
 
     def _activations(self) -> tuple[str, ...]:

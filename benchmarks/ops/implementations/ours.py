@@ -9,25 +9,24 @@ import torch
 from torch import Tensor
 
 import red_kernels as rk
-from red_kernels.backends import available_backends
+from red_kernels.backends import records
 
 from ..operations import LAYER_EPS, RMS_EPS, Operation
 from .base import Function, Implementation
 
 
 def implementations(device: torch.device) -> list[Implementation]:
-    """`cpu` on a CPU, where it is the one that is taken by itself; `cuda` and `triton` on a GPU."""
-    names = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
-    reasons = available_backends()
+    """Those that may be taken by themselves: `cpu` on a CPU, `cuda` and `triton` on a GPU."""
+    found = [record for record in records() if record.automatic and record.device == device.type]
     return [
         Implementation(
-            name,
+            record.name,
             _function,
-            reasons[name],
+            record.missing(),
             ours=True,
-            active=contextlib.nullcontext if name == "cpu" else functools.partial(rk.backend, name),
+            active=contextlib.nullcontext if len(found) == 1 else functools.partial(rk.backend, record.name),
         )
-        for name in names
+        for record in found
     ]
 
 

@@ -1,7 +1,7 @@
 """The Triton kernels: the backend of tensors on a GPU. Importing it needs Triton; it is never imported without.
 
-The functions have the arguments and results of those in :mod:`red_kernels.reference`. Called plainly they start their
-kernels directly; while torch.compile traces they are operators, registered in the namespace ``red_kernels_triton``.
+The functions are those of :mod:`red_kernels.backends.reference`. Called plainly they start their kernels directly;
+while torch.compile traces they are operators, registered in the namespace ``red_kernels_triton``.
 
 Where to find what: ``kernels`` has a file for each family of kernels, over the device functions of ``device`` and
 ``norm_math``; ``rules`` says which tile and grid they take; ``operations`` allocates; ``launch`` starts them.
@@ -9,22 +9,23 @@ Where to find what: ``kernels`` has a file for each family of kernels, over the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
-from ...reference import EditGrads, EditNormGrads, NormEditGrads
-from ..operators import KERNEL_DTYPES, SCHEMAS, bits, flags, not_plain, register_fakes
-from . import operations
-from .launch import INTERPRETED, unusable
+from .. import compiled
+from ..arguments import flattened
+from ..schemas import KERNEL_DTYPES, SCHEMAS, flags, not_plain, register_fakes
+from . import operations, tuned
+from .launch import INTERPRETED, architecture, unusable
 from .linear import linear_edit_forward as linear_edit_forward  # the one thing that a backend may lack
 
-NAME = "triton"
 NAMESPACE = "red_kernels_triton"
 
 _device = "cpu" if INTERPRETED else "cuda"
-_ops: Any = getattr(torch.ops, NAMESPACE)
 _tracing = torch.compiler.is_compiling
 
 
@@ -42,57 +43,50 @@ def unsupported(x: Tensor) -> str | None:
     return not_plain(x)
 
 
-def edit_forward(*arguments: Any) -> Tensor:
-    if _tracing():
-        return _ops.edit_forward.default(*arguments)
-    return operations.edit_forward(*arguments)
-
-
-def edit_backward(*arguments: Any) -> EditGrads:
-    if _tracing():
-        return EditGrads(*_ops.edit_backward.default(*arguments[:-1], bits(arguments[-1])))
-    return operations.edit_backward(*arguments)
-
-
-def edit_norm_forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    if _tracing():
-        return _ops.edit_norm_forward.default(*arguments)
-    return operations.edit_norm_forward(*arguments)
-
-
-def edit_norm_backward(*arguments: Any) -> EditNormGrads:
-    if _tracing():
-        return EditNormGrads(*_ops.edit_norm_backward.default(*arguments[:-1], bits(arguments[-1])))
-    return operations.edit_norm_backward(*arguments)
-
-
-def norm_edit_forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-    if _tracing():
-        return _ops.norm_edit_forward.default(*arguments)
-    return operations.norm_edit_forward(*arguments)
-
-
-def norm_edit_backward(*arguments: Any) -> NormEditGrads:
-    if _tracing():
-        return NormEditGrads(*_ops.norm_edit_backward.default(*arguments[:-1], bits(arguments[-1])))
-    return operations.norm_edit_backward(*arguments)
+def state() -> str:
+    """Triton's version, and for each kind of device whether measured launch rules are in use there."""
+    devices = ["cpu"] if INTERPRETED else [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    said = f"Triton {triton.__version__}" + (", interpreted on the CPU" if INTERPRETED else "")
+    for chip in dict.fromkeys(architecture(torch.empty(0, device=device)) for device in devices):
+        try:
+            table = tuned.table_for(chip.name, chip.warp)
+        except (ValueError, OSError) as error:
+            said += f"; {chip.name}: launch rules cannot be used: {error}"
+            continue
+        if table is None:
+            said += f"; {chip.name}: no table of measured launch rules"
+        else:
+            said += (
+                f"; {chip.name}: {len(table.tiles)} measured launch rules, and {len(table.linear_wins)} sizes at which "
+                f"the fused matmul wins, from {table.path}, measured on {table.device} at {table.date}"
+            )
+    return said
 
 
 def _register() -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "DEF")
-    for schema in SCHEMAS:
-        name = schema[: schema.index("(")]
+    for schema, implementation in zip(SCHEMAS, flattened(operations, flags).values(), strict=True):
         library.define(schema)
-        library.impl(name, _operator(getattr(operations, name), name.endswith("backward")), _device.upper())
+        library.impl(schema[: schema.index("(")], implementation, _device.upper())
     register_fakes(NAMESPACE)
     return library
 
 
-def _operator(operation: Any, backward: bool) -> Any:
-    if not backward:
-        return operation
-    gradients = {"edit_backward": 3, "edit_norm_backward": 6, "norm_edit_backward": 5}[operation.__name__]
-    return lambda *arguments: tuple(operation(*arguments[:-1], flags(arguments[-1], gradients)))
+def _function(name: str) -> Callable[..., Any]:
+    """Kernels are started directly; while torch.compile traces, by an operator."""
+    direct, traced = getattr(operations, name), getattr(_traced, name)
+
+    def function(*arguments: Any) -> Any:
+        return traced(*arguments) if _tracing() else direct(*arguments)
+
+    return function
 
 
 _library = _register()  # kept: what it registered goes with it
+_traced = compiled.operations(NAMESPACE)
+edit_forward = _function("edit_forward")
+edit_backward = _function("edit_backward")
+edit_norm_forward = _function("edit_norm_forward")
+edit_norm_backward = _function("edit_norm_backward")
+norm_edit_forward = _function("norm_edit_forward")
+norm_edit_backward = _function("norm_edit_backward")

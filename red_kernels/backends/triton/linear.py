@@ -13,7 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..operators import not_plain
+from ..arguments import Edit, flat_edit
+from ..schemas import not_plain
 from . import rules, tuned
 from .kernels import linear
 from .launch import Kernel, architecture
@@ -29,14 +30,12 @@ def linear_edit_forward(
     weight: Tensor,
     linear_bias: Tensor | None,
     residual: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    edit_ids: Tensor | None,
+    edit: Edit,
 ) -> Tensor | None:
     """``residual + scale * (x @ weight.T + linear_bias) + bias``, or None where the composed form is to be used.
 
     ``x``, ``weight``, ``linear_bias`` and ``residual`` have one dtype. The product stays in fp32 until the result is
-    rounded, which the composed form's does not. A row whose ``edit_ids`` chooses no edit is NaN.
+    rounded, which the composed form's does not. A row whose id chooses no edit is NaN.
     """
     d, k = weight.shape
     rows = x.numel() // k
@@ -45,10 +44,10 @@ def linear_edit_forward(
     # other kinds of weights (quantised, distributed) know themselves how they are multiplied
     if not_plain(weight) or (linear_bias is not None and not_plain(linear_bias)):
         return None
-    tensors = (x, weight, linear_bias, residual, scale, bias, edit_ids)
+    tensors = (x, weight, linear_bias, residual, *flat_edit(edit)[:3])
     if _forced is None and not all(map(_as_measured, tensors)):
         return None
-    return run(*tensors)
+    return run(x, weight, linear_bias, residual, edit)
 
 
 def run(
@@ -56,21 +55,19 @@ def run(
     weight: Tensor,
     linear_bias: Tensor | None,
     residual: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    edit_ids: Tensor | None,
+    edit: Edit,
 ) -> Tensor:
     """Start the kernel, wherever it wins or not. Inputs that are not contiguous are copied first."""
     inputs = tuple(
         t if t is None or t.is_contiguous() else t.contiguous()
-        for t in (x, weight, linear_bias, residual, scale, bias, edit_ids)
+        for t in (x, weight, linear_bias, residual, *flat_edit(edit)[:3])
     )
     d, k = weight.shape
     rows = x.numel() // k
     z = x.new_empty(*x.shape[:-1], d)
     if rows:
         chip, precision = architecture(x), _precision(x.dtype, architecture(x))
-        edits = next((t.shape[0] for t in (scale, bias) if t is not None), 1)
+        edits = next((t.shape[0] for t in flat_edit(edit)[:2] if t is not None), 1)
         tile = rules.linear(tuned.bucket(rows), d, k, x.element_size(), precision, chip)
         blocks = -(-rows // tile.block_m) * -(-d // tile.block_n)
         _linear_edit(

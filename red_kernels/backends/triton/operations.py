@@ -1,6 +1,6 @@
 """The six operations on the kernels: what is allocated, which tile, which grid. No arithmetic.
 
-Arguments and results are those of :mod:`red_kernels.reference`. Inputs that are not contiguous are copied first.
+Arguments and results are those of :mod:`red_kernels.backends.reference`. Inputs that are not contiguous are copied.
 Nothing here waits for the device, and every size is known from shapes, so that CUDA graphs can capture it.
 """
 
@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...reference import EditGrads, EditNormGrads, NormEditGrads
+from ..arguments import Edit, Norm, Statistics, edit_of, flat_edit
+from ..reference import EditGrads, EditNormGrads, NormEditGrads
 from . import rules
 from .kernels import edit, norm, sums, wide
 from .launch import Kernel, architecture
@@ -30,15 +31,8 @@ KERNELS = (
 _LEAST_STRETCH = 16  # rows of a worker, but for the last ones
 
 
-def edit_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    edit_ids: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-) -> Tensor:
+def edit_forward(x: Tensor, residual: Tensor | None, edit: Edit) -> Tensor:
+    scale, bias, edit_ids, seed, p = flat_edit(edit)
     x, residual, scale, bias, edit_ids = _dense(x), _maybe(residual), _maybe(scale), _maybe(bias), _maybe(edit_ids)
     z = torch.empty_like(x)
     d = x.shape[-1]
@@ -48,23 +42,15 @@ def edit_forward(
         _edit_forward(
             (-(-rows // tile.rows), -(-d // tile.chunk), 1),
             (x, residual, scale, bias, edit_ids, seed, z),
-            (rows, _count(scale, bias, edit_ids), *_dropout(seed, dropout_p)),
+            (rows, _count(scale, bias, edit_ids), *_dropout(seed, p)),
             (d, tile.rows, tile.chunk),
             tile.warps,
         )
     return z
 
 
-def edit_backward(
-    dz: Tensor,
-    x: Tensor | None,
-    scale: Tensor | None,
-    edit_ids: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    n_edits: int,
-    needs: tuple[bool, bool, bool],
-) -> EditGrads:
+def edit_backward(dz: Tensor, x: Tensor | None, edit: Edit, n_edits: int, needs: tuple[bool, bool, bool]) -> EditGrads:
+    scale, _, edit_ids, seed, p = flat_edit(edit)
     dz, scale = _dense(dz), _maybe(scale) if needs[0] else None
     x = _maybe(x) if needs[1] else None
     d = dz.shape[-1]
@@ -78,7 +64,7 @@ def edit_backward(
     _edit_backward(
         (work.programs, slabs, 1),
         (dz, x, scale, work.ids, work.order, work.owners, seed, dx, *work.edit_lines),
-        (rows, n_edits, work.length, *_dropout(seed, dropout_p)),
+        (rows, n_edits, work.length, *_dropout(seed, p)),
         (d, tile.rows, tile.chunk),
         tile.warps,
     )
@@ -86,40 +72,13 @@ def edit_backward(
 
 
 def edit_norm_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    edit_ids: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    eps: float,
-    weight_offset: float,
-    centered: bool,
-    keep_z: bool,
+    x: Tensor, residual: Tensor | None, edit: Edit, norm: Norm, keep_z: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    return _forward(
-        x, residual, scale, bias, weight, norm_bias, edit_ids, seed, dropout_p, eps, weight_offset,
-        centered, keep_z, False,
-    )  # fmt: skip
+    return _forward(x, residual, edit, norm, keep_z, False)
 
 
-def norm_edit_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    edit_ids: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    centered: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    y, _, mean, rstd = _forward(
-        x, None, scale, bias, weight, norm_bias, edit_ids, None, 0.0, eps, weight_offset, centered, False, True
-    )
+def norm_edit_forward(x: Tensor, norm: Norm, edit: Edit) -> tuple[Tensor, Tensor | None, Tensor]:
+    y, _, mean, rstd = _forward(x, None, edit, norm, False, True)
     return y, mean, rstd
 
 
@@ -129,66 +88,43 @@ def edit_norm_backward(
     z: Tensor | None,
     x: Tensor | None,
     residual: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    edit_ids: Tensor | None,
-    seed: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    dropout_p: float,
-    weight_offset: float,
+    edit: Edit,
+    norm: Norm,
+    statistics: Statistics,
     n_edits: int,
     needs: tuple[bool, bool, bool, bool, bool, bool],
 ) -> EditNormGrads:
-    again = z is None  # then z is made again from what it was made of
-    return EditNormGrads(
-        *_backward(
-            dy, _maybe(dz), z, x if needs[2] or again else None, residual if again else None,
-            scale if needs[0] or again else None, bias if again else None, weight, None, edit_ids, seed, mean, rstd,
-            dropout_p, weight_offset, n_edits, needs, False,
-        )
-    )  # fmt: skip
+    norm = norm._replace(bias=None)
+    if z is not None:  # else it is made again from what it was made of
+        scale, _, ids, seed, p = flat_edit(edit)
+        edit, residual = edit_of(scale if needs[0] else None, None, ids, seed, p), None
+        x = x if needs[2] else None
+    return EditNormGrads(*_backward(dy, dz, z, x, residual, edit, norm, statistics, n_edits, needs, False))
 
 
 def norm_edit_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    edit_ids: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    weight_offset: float,
+    norm: Norm,
+    edit: Edit,
+    statistics: Statistics,
     n_edits: int,
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> NormEditGrads:
     all_needs = (needs[0], False, needs[3], needs[4], needs[1], needs[2])
+    norm = norm if needs[3] else norm._replace(bias=None)
     dx, _, dscale, dbias, dweight, dnorm_bias = _backward(
-        dy, None, x, None, None, scale, None, weight, norm_bias if needs[3] else None, edit_ids, None, mean, rstd,
-        0.0, weight_offset, n_edits, all_needs, True,
-    )  # fmt: skip
+        dy, None, x, None, None, edit, norm, statistics, n_edits, all_needs, True
+    )
     return NormEditGrads(dx, dweight, dnorm_bias, dscale, dbias)
 
 
 def _forward(
-    x: Tensor,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    edit_ids: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    eps: float,
-    weight_offset: float,
-    centered: bool,
-    keep_z: bool,
-    edit_last: bool,
+    x: Tensor, residual: Tensor | None, edit: Edit, norm: Norm, keep_z: bool, edit_last: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Both forwards with a norm: ``(y, z, mean, rstd)``."""
+    scale, bias, edit_ids, seed, p = flat_edit(edit)
+    weight, norm_bias, eps, offset, centered = norm
     for t in (x, residual, scale, bias, weight, norm_bias, edit_ids):
         if t is not None and not t.is_contiguous():
             x, residual, scale, bias = _dense(x), _maybe(residual), _maybe(scale), _maybe(bias)
@@ -202,7 +138,7 @@ def _forward(
     mean = torch.empty_like(rstd) if centered else None
     if rows:
         tensors = (x, residual, scale, bias, weight, norm_bias, edit_ids, seed, y, z, mean, rstd)
-        numbers = (rows, _count(scale, bias, edit_ids), *_dropout(seed, dropout_p), eps, weight_offset)
+        numbers = (rows, _count(scale, bias, edit_ids), *_dropout(seed, p), eps, offset)
         tile = rules.norm_forward(d, x.element_size(), architecture(x))
         if tile is None:
             tile = rules.wide_norm(d, x.element_size(), architecture(x))
@@ -219,23 +155,17 @@ def _backward(
     z: Tensor | None,
     x: Tensor | None,
     residual: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    edit_ids: Tensor | None,
-    seed: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    dropout_p: float,
-    weight_offset: float,
+    edit: Edit,
+    norm: Norm,
+    statistics: Statistics,
     n_edits: int,
     needs: tuple[bool, ...],
     edit_last: bool,
 ) -> tuple[Tensor | None, ...]:
     """Both backwards with a norm: the gradients of x, residual, scale, bias, weight and norm_bias."""
-    dy, z, x, residual = _dense(dy), _maybe(z), _maybe(x), _maybe(residual)
-    scale, bias, weight, norm_bias = _maybe(scale), _maybe(bias), _maybe(weight), _maybe(norm_bias)
+    scale, bias, edit_ids, seed, p = flat_edit(edit)
+    dy, dz, z, x, residual = _dense(dy), _maybe(dz), _maybe(z), _maybe(x), _maybe(residual)
+    scale, bias, weight, norm_bias = _maybe(scale), _maybe(bias), _maybe(norm.weight), _maybe(norm.bias)
     d = dy.shape[-1]
     rows = dy.numel() // d
     dx = torch.empty_like(dy) if needs[0] else None
@@ -250,10 +180,10 @@ def _backward(
     slabs = 1 if tile is not None else -(-d // slab.chunk)
     work = _work(dy, rows, tile or slab, slabs, edit_ids, n_edits, needs[2], needs[3])
     norm_lines = tuple(_lines(dy, work.programs) if need else None for need in needs[4:])
-    drop = _dropout(seed, dropout_p)
-    saved = (seed, mean, rstd)
+    drop = _dropout(seed, p)
+    saved = (seed, *statistics)
     results = (dx, dresidual, *work.edit_lines, *norm_lines)
-    numbers = (rows, n_edits, work.length, *drop, weight_offset)
+    numbers = (rows, n_edits, work.length, *drop, norm.offset)
     inputs = (dy, dz, z, x, residual, scale, bias, weight, norm_bias, work.ids, work.order, work.owners)
     if tile is not None:
         constants = (d, tile.rows, tile.chunk, tile.chunks, edit_last)
@@ -264,7 +194,7 @@ def _backward(
         _wide_averages(
             (rows, 1, 1),
             (dy, z, x, residual, scale, bias, weight, _maybe(edit_ids), *saved, averages),
-            (rows, n_edits, *drop, weight_offset),
+            (rows, n_edits, *drop, norm.offset),
             (d, row.chunk, edit_last),
             row.warps,
         )

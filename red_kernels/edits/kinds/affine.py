@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kind import Folded, Kind, Part, Vectors
+from .kind import Dropout, Edit, Folded, Kind, Part, Vectors
 
 SCALE = Part("scale", 1.0, key="activation_scaling", row=True)
 SHIFT = Part("bias", 0.0, key="activation_bias", row=True)
@@ -53,3 +53,10 @@ def _kind(name: str, help: str, *parts: Part) -> Kind:
 ALL = _kind("all", "scale * h + bias", SCALE, SHIFT)
 SCALING = _kind("scaling", "scale * h", SCALE)
 BIAS = _kind("bias", "h + bias", SHIFT)
+
+
+def affine_edit(
+    scale: Tensor | None = None, bias: Tensor | None = None, ids: Tensor | None = None, dropout: Dropout | None = None
+) -> Edit:
+    """The edit `scale * h + bias` of given vectors; None is the identity."""
+    return Edit(ALL, {"scale": scale, "bias": bias}, ids, dropout)

@@ -97,19 +97,33 @@ def _by_name(name: str) -> Kind:
     return kind_named(name)
 
 
+class Dropout(NamedTuple):
+    """A dropout behind an edit.
+
+    Attributes:
+        p: the probability of an element to be dropped.
+        seed: of its mask: an int64 tensor of one element, on the device of the activation.
+    """
+
+    p: float
+    seed: Tensor
+
+
 class Edit(NamedTuple):
-    """An edit as it is applied at one site.
+    """An edit as it is applied at one site, in one call.
 
     Attributes:
         kind: which; with other parts where edits of several kinds of its formula come together.
         vectors: part to tensor.
         ids: with them a tensor has one more dimension in front, and each row of the activation takes the entry that its
             id names. int64, of the activation's shape without its last dimension.
+        dropout: what is done to the edited activation; None for nothing.
     """
 
     kind: Kind
     vectors: Vectors
     ids: Tensor | None = None
+    dropout: Dropout | None = None
 
     @property
     def operands(self) -> Vectors:

@@ -31,6 +31,7 @@ SCHEMAS = (
     "Tensor? mean, Tensor rstd, float weight_offset, int n_edits, int needs) "
     "-> (Tensor dx, Tensor dweight, Tensor dnorm_bias, Tensor dscale, Tensor dbias)",
 )
+NAMES = tuple(schema[: schema.index("(")] for schema in SCHEMAS)
 
 
 def bits(needs: tuple[bool, ...]) -> int:

@@ -1,16 +1,16 @@
-"""Which backend runs a tensor on a GPU, and why one cannot be used here."""
+"""The record of the Triton backend: Triton is imported only where it could be used."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import choice, cuda
+from .record import Backend
 
 _OLDEST = (3, 6)
 _NO_GPU = (
@@ -20,26 +20,14 @@ _NO_GPU = (
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def choose(x: Tensor, operation: str) -> ModuleType | None:
-    """The backend for an operation on ``x``, a tensor on a GPU: the table's choice, or the other if that cannot take
-    ``x``; None if neither can."""
-    order = _ONLY
-    if order is None:  # both: there is something to choose
-        order = _ORDERS[choice.preferred(operation, x.numel(), x.shape[-1], cuda.capability(x.get_device())).backend]
-    for module in order:
-        if module.unsupported(x) is None:
-            return module
-    return None
-
-
-def triton_missing() -> str | None:
+def missing() -> str | None:
     """Why the Triton kernels cannot be used here, with the remedy, or None."""
-    if TRITON is not None and not _INTERPRETED and not torch.cuda.is_available():
+    if _TRITON is not None and not _INTERPRETED and not torch.cuda.is_available():
         return _NO_GPU
     return _MISSING
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
+def _load() -> tuple[Any, str | None]:
     """The Triton backend, or why it is missing, with the remedy. Triton is imported only where it could be used.
 
     Whether there is a GPU is not asked: that starts the driver, and a process that imports this could then not be
@@ -78,13 +66,21 @@ def _driver() -> bool:
     return True
 
 
-def _orders() -> tuple[dict[str, tuple[ModuleType, ...]], tuple[ModuleType, ...] | None]:
-    """The backends to try for each that may be preferred; and those there are, where that is not both."""
-    kernels = cuda if cuda.usable() else None
-    there = {"cuda": (kernels, TRITON), "triton": (TRITON, kernels)}
-    orders = {name: tuple(module for module in order if module is not None) for name, order in there.items()}
-    return orders, None if len(orders["cuda"]) == 2 else orders["cuda"]
+def _unsupported(x: Tensor) -> str | None:
+    return _MISSING if _TRITON is None else _TRITON.unsupported(x)
 
 
-TRITON, _MISSING = _load()
-_ORDERS, _ONLY = _orders()
+def _state() -> str:
+    return "" if _TRITON is None else _TRITON.state()
+
+
+_TRITON, _MISSING = _load()
+BACKEND = Backend(
+    "triton",
+    _TRITON,
+    missing,
+    _unsupported,
+    "cpu" if _INTERPRETED else "cuda",
+    automatic=not _INTERPRETED,
+    state=_state,
+)

@@ -1,11 +1,12 @@
 """The ``torch.autograd.Function`` of each public operation: what is saved, what is asked for; no arithmetic.
 
-``apply`` takes checked arguments (see :mod:`red_kernels.functional`): activations of one shape and dtype,
+``apply`` takes checked arguments one by one (see :mod:`red_kernels.ops.fused`): activations of one shape and dtype,
 ``edit_ids`` int64 or None, ``seed`` an int64 tensor of one element on the device of ``x``, or None for no dropout.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,23 +14,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from . import reference
-from .backends import by_name, choose
+from ..backends import REFERENCE, Backend, by_name, choose
+from ..backends.arguments import Edit, Norm, Statistics, edit_of, flat_edit
+from ..backends.reference import statistics
 
 _transforms_active = torch._C._are_functorch_transforms_active
+_tracing = torch.compiler.is_compiling
 Saved = tuple[Any, ...]  # what save_for_backward was given
+Gradients = tuple[Tensor | None, ...]
 
 
-def apply(function: Any, *arguments: Any) -> Any:
+def applied(function: Any) -> Callable[..., Any]:
     """``function.apply`` without torch's search for dead functorch wrappers, a third of what it costs.
 
     There can be such only where a function under ``vmap`` or ``grad`` let a tensor of its own escape. Not for use under
     such transforms: see :func:`plain_only`.
     """
-    if torch.compiler.is_compiling():
-        return function.apply(*arguments)
+    if _tracing():
+        return function.apply
     base: Any = super(Function, function)
-    return base.apply(*arguments)
+    return base.apply
 
 
 def plain_only(*tensors: Tensor | None) -> bool:
@@ -43,7 +47,7 @@ def forward_mode(*tensors: Tensor | None) -> bool:
     """Whether one of the tensors has a tangent of an open ``torch.autograd.forward_ad.dual_level``."""
     if forward_ad._current_level < 0:
         return False
-    if torch.compiler.is_compiling():  # what is traced is for all tensors
+    if _tracing():  # what is traced is for all tensors
         return True
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
@@ -53,11 +57,12 @@ class EditFunction(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor | None, bias: Tensor | None, edit_ids: Tensor | None) -> Tensor:
-        return _edit_forward(ctx, x, None, scale, bias, edit_ids, None, 0.0, (0, 1, 2))
+        need = ctx.needs_input_grad
+        return _edit_forward(ctx, x, None, edit_of(scale, bias, edit_ids), (need[0], need[1], need[2]))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _derivative(ctx, _edit_backward, grads)
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+        return *_derivative(ctx, _edit_backward, grads), None
 
 
 class EditAddFunction(Function):
@@ -77,11 +82,13 @@ class EditAddFunction(Function):
         seed: Tensor | None,
         dropout_p: float,
     ) -> Tensor:
-        return _edit_forward(ctx, x, residual, scale, bias, edit_ids, seed, dropout_p, (0, 2, 3))
+        need = ctx.needs_input_grad
+        edit = edit_of(scale, bias, edit_ids, seed, dropout_p)
+        return _edit_forward(ctx, x, residual, edit, (need[0], need[2], need[3]))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dx, dscale, dbias, _ = _derivative(ctx, _edit_backward, grads)
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+        dx, dscale, dbias = _derivative(ctx, _edit_backward, grads)
         return dx, grads[0] if ctx.needs_input_grad[1] else None, dscale, dbias, None, None, None
 
 
@@ -103,12 +110,12 @@ class EditAddRMSNormFunction(Function):
         weight_offset: float,
         need_z: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        tensors = (x, residual, scale, bias, weight, None, edit_ids, seed)
-        needs = (*ctx.needs_input_grad[:5], False)
-        return _edit_norm_forward(ctx, tensors, needs, dropout_p, eps, weight_offset, False, need_z)
+        edit = edit_of(scale, bias, edit_ids, seed, dropout_p)
+        norm = Norm(weight, None, eps, weight_offset)
+        return _edit_norm_forward(ctx, x, residual, edit, norm, need_z, (*ctx.needs_input_grad[:5], False))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         found = _derivative(ctx, _edit_norm_backward, grads)
         return *found[:5], None, None, None, None, None, None
 
@@ -131,12 +138,12 @@ class EditAddLayerNormFunction(Function):
         eps: float,
         need_z: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        tensors = (x, residual, scale, bias, weight, norm_bias, edit_ids, seed)
-        needs = ctx.needs_input_grad[:6]
-        return _edit_norm_forward(ctx, tensors, needs, dropout_p, eps, 0.0, True, need_z)
+        edit = edit_of(scale, bias, edit_ids, seed, dropout_p)
+        norm = Norm(weight, norm_bias, eps, 0.0, True)
+        return _edit_norm_forward(ctx, x, residual, edit, norm, need_z, ctx.needs_input_grad[:6])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         return *_derivative(ctx, _edit_norm_backward, grads), None, None, None, None, None
 
 
@@ -156,10 +163,11 @@ class RMSNormEditFunction(Function):
     ) -> Tensor:
         need = ctx.needs_input_grad
         needs = (need[0], need[1], False, need[2], need[3])
-        return _norm_edit_forward(ctx, (x, weight, None, scale, bias, edit_ids), needs, eps, weight_offset, False)
+        norm = Norm(weight, None, eps, weight_offset)
+        return _norm_edit_forward(ctx, x, norm, edit_of(scale, bias, edit_ids), needs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         dx, dweight, _, dscale, dbias = _derivative(ctx, _norm_edit_backward, grads)
         return dx, dweight, dscale, dbias, None, None, None
 
@@ -178,11 +186,11 @@ class LayerNormEditFunction(Function):
         edit_ids: Tensor | None,
         eps: float,
     ) -> Tensor:
-        tensors = (x, weight, norm_bias, scale, bias, edit_ids)
-        return _norm_edit_forward(ctx, tensors, ctx.needs_input_grad[:5], eps, 0.0, True)
+        norm = Norm(weight, norm_bias, eps, 0.0, True)
+        return _norm_edit_forward(ctx, x, norm, edit_of(scale, bias, edit_ids), ctx.needs_input_grad[:5])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         return *_derivative(ctx, _norm_edit_backward, grads), None, None
 
 
@@ -202,10 +210,11 @@ class LinearEditFunction(Function):
     ) -> Tensor:
         h = F.linear(x, weight, linear_bias)
         backend = choose(h, "edit")
-        _remember(ctx, backend.NAME, 0.0, scale, bias)
+        edit = edit_of(scale, bias, edit_ids)
+        _remember(ctx, backend, edit)
         need = ctx.needs_input_grad
         ctx.linear = (weight.dtype, None if linear_bias is None else linear_bias.dtype)
-        again = need[4] and backend is reference  # a second derivative needs what h was made of
+        again = need[4] and backend is REFERENCE  # a second derivative needs what h was made of
         ctx.save_for_backward(
             x if need[1] or again else None,
             weight if need[0] or again else None,
@@ -214,10 +223,10 @@ class LinearEditFunction(Function):
             scale if need[0] or need[1] or need[2] else None,
             edit_ids,
         )
-        return backend.edit_forward(h, residual, scale, bias, edit_ids, None, 0.0)
+        return backend.operations.edit_forward(h, residual, edit)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         return _derivative(ctx, _linear_edit_backward, grads)
 
 
@@ -238,91 +247,66 @@ class LinearEditInferenceFunction(Function):
         bias: Tensor | None,
         edit_ids: Tensor | None,
     ) -> Tensor:
-        fused = getattr(choose(x, "linear_edit"), "linear_edit_forward", None)
-        z = None if fused is None else fused(x, weight, linear_bias, residual, scale, bias, edit_ids)
+        edit = edit_of(scale, bias, edit_ids)
+        fused = getattr(choose(x, "linear_edit").operations, "linear_edit_forward", None)
+        z = None if fused is None else fused(x, weight, linear_bias, residual, edit)
         if z is None:
             h = F.linear(x, weight, linear_bias)
-            z = choose(h, "edit").edit_forward(h, residual, scale, bias, edit_ids, None, 0.0)
+            z = choose(h, "edit").operations.edit_forward(h, residual, edit)
         return z
 
 
-def _remember(ctx: Any, backend: str, dropout_p: float, scale: Tensor | None, bias: Tensor | None) -> None:
+def _remember(ctx: Any, backend: Backend, edit: Edit) -> None:
     """What every backward needs beside its tensors. The backend by name: autograd's threads do not share the choice."""
-    ctx.backend = backend
-    ctx.dropout_p = dropout_p
+    scale, bias, _, _, ctx.dropout_p = flat_edit(edit)
+    ctx.backend = backend.name
     ctx.vectors = (None if scale is None else scale.dtype, None if bias is None else bias.dtype)
     first = scale if scale is not None else bias
     ctx.n_edits = 1 if first is None or first.dim() == 1 else first.shape[0]
     ctx.set_materialize_grads(False)
 
 
-def _edit_forward(
-    ctx: Any,
-    x: Tensor,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    edit_ids: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    places: tuple[int, int, int],
-) -> Tensor:
+def _edit_forward(ctx: Any, x: Tensor, residual: Tensor | None, edit: Edit, needs: tuple[bool, bool, bool]) -> Tensor:
     backend = choose(x, "edit")
-    _remember(ctx, backend.NAME, dropout_p, scale, bias)
-    need = ctx.needs_input_grad
-    ctx.needs = tuple(need[place] for place in places)
-    ctx.save_for_backward(x if ctx.needs[1] else None, scale if ctx.needs[0] else None, edit_ids, seed)
-    return backend.edit_forward(x, residual, scale, bias, edit_ids, seed, dropout_p)
+    _remember(ctx, backend, edit)
+    ctx.needs = needs
+    scale, _, edit_ids, seed, _ = flat_edit(edit)
+    ctx.save_for_backward(x if needs[1] else None, scale if needs[0] else None, edit_ids, seed)
+    return backend.operations.edit_forward(x, residual, edit)
 
 
-def _edit_backward(ctx: Any, backend: Any, saved: Saved, dz: Tensor | None) -> tuple[Tensor | None, ...]:
+def _edit_backward(ctx: Any, backend: Backend, saved: Saved, dz: Tensor | None) -> Gradients:
     if dz is None:
-        return None, None, None, None
+        return None, None, None
     x, scale, edit_ids, seed = saved
-    dx, dscale, dbias = _edit_grads(ctx, backend, dz, x, scale, edit_ids, seed, ctx.needs)
-    return dx, dscale, dbias, None
+    return _edit_grads(ctx, backend, dz, x, edit_of(scale, None, edit_ids, seed, ctx.dropout_p), ctx.needs)
 
 
 def _edit_grads(
-    ctx: Any,
-    backend: Any,
-    dz: Tensor,
-    x: Tensor | None,
-    scale: Tensor | None,
-    edit_ids: Tensor | None,
-    seed: Tensor | None,
-    needs: tuple[bool, bool, bool],
+    ctx: Any, backend: Backend, dz: Tensor, x: Tensor | None, edit: Edit, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    unchanged = needs[0] and scale is None and seed is None  # then dx is dz, and nothing need be written
+    unchanged = needs[0] and _leaves(edit)  # then dx is dz, and nothing need be written
     asked = (needs[0] and not unchanged, needs[1], needs[2])
+    dx = dscale = dbias = None
     if any(asked):
-        dx, dscale, dbias = backend.edit_backward(dz, x, scale, edit_ids, seed, ctx.dropout_p, ctx.n_edits, asked)
-    else:
-        dx = dscale = dbias = None
+        dx, dscale, dbias = backend.operations.edit_backward(dz, x, edit, ctx.n_edits, asked)
     return dz if unchanged else dx, _as(dscale, ctx.vectors[0]), _as(dbias, ctx.vectors[1])
 
 
+def _leaves(edit: Edit) -> bool:
+    """Whether an edit leaves the gradient of what it is applied to as it is."""
+    return edit.dropout is None and edit.vectors["scale"] is None
+
+
 def _edit_norm_forward(
-    ctx: Any,
-    tensors: tuple[Tensor | None, ...],
-    needs: tuple[bool, ...],
-    dropout_p: float,
-    eps: float,
-    weight_offset: float,
-    centered: bool,
-    need_z: bool,
+    ctx: Any, x: Tensor, residual: Tensor | None, edit: Edit, norm: Norm, need_z: bool, needs: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor | None]:
-    x, residual, scale, bias, weight, norm_bias, edit_ids, seed = tensors
-    assert x is not None
     backend = choose(x, "edit_norm")
-    _remember(ctx, backend.NAME, dropout_p, scale, bias)
-    y, z, mean, rstd = backend.edit_norm_forward(
-        x, residual, scale, bias, weight, norm_bias, edit_ids, seed, dropout_p, eps, weight_offset, centered, need_z
-    )
-    ctx.needs = needs
-    ctx.eps, ctx.weight_offset = eps, weight_offset
-    ctx.norm_dtypes = (None if weight is None else weight.dtype, None if norm_bias is None else norm_bias.dtype)
+    _remember(ctx, backend, edit)
+    y, z, mean, rstd = backend.operations.edit_norm_forward(x, residual, edit, norm, need_z)
+    _remember_norm(ctx, norm, needs)
     if any(needs):
+        scale, bias, edit_ids, seed, _ = flat_edit(edit)
         recompute = not need_z  # without z, the edit is done again from what it was made of
         ctx.save_for_backward(
             z,
@@ -330,7 +314,7 @@ def _edit_norm_forward(
             residual if recompute else None,
             scale if needs[0] or recompute else None,
             bias if recompute else None,
-            weight,
+            norm.weight,
             edit_ids,
             seed,
             mean,
@@ -339,28 +323,31 @@ def _edit_norm_forward(
     return y, z
 
 
-def _edit_norm_backward(
-    ctx: Any, backend: Any, saved: Saved, dy: Tensor | None, dz: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _remember_norm(ctx: Any, norm: Norm, needs: tuple[bool, ...]) -> None:
+    weight, bias = norm.weight, norm.bias
+    ctx.norm, ctx.needs = norm[2:], needs  # what is no tensor
+    ctx.norm_dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
+
+
+def _edit_norm_backward(ctx: Any, backend: Backend, saved: Saved, dy: Tensor | None, dz: Tensor | None) -> Gradients:
     needs = ctx.needs
     if not any(needs):
         return None, None, None, None, None, None
     z, x, residual, scale, bias, weight, edit_ids, seed, mean, rstd = saved
+    edit = edit_of(scale, bias, edit_ids, seed, ctx.dropout_p)
     if dy is None:  # only z was used: the norm has no part in it
         if dz is None:
             return None, None, None, None, None, None
-        dx, dscale, dbias = _edit_grads(ctx, backend, dz, x, scale, edit_ids, seed, (needs[0], needs[2], needs[3]))
+        dx, dscale, dbias = _edit_grads(ctx, backend, dz, x, edit, (needs[0], needs[2], needs[3]))
         return dx, dz if needs[1] else None, dscale, dbias, None, None
+    norm, found = Norm(weight, None, *ctx.norm), Statistics(mean, rstd)
     if torch.is_grad_enabled():  # recorded: the statistics depend on what they were taken of
-        mean, rstd = reference.statistics(
-            z, x, residual, scale, bias, edit_ids, seed, ctx.dropout_p, ctx.eps, mean is not None
-        )
-    unchanged = needs[0] and scale is None and seed is None  # dx and dresidual are one tensor: write it once
+        found = statistics(z, x, residual, edit, norm)
+    unchanged = needs[0] and _leaves(edit)  # dx and dresidual are one tensor: write it once
     asked = (needs[0] and not unchanged, needs[1] or unchanged, *needs[2:])
-    dx, dresidual, dscale, dbias, dweight, dnorm_bias = backend.edit_norm_backward(
-        dy, dz, z, x, residual, scale, bias, weight, edit_ids, seed, mean, rstd,
-        ctx.dropout_p, ctx.weight_offset, ctx.n_edits, asked,
-    )  # fmt: skip
+    dx, dresidual, dscale, dbias, dweight, dnorm_bias = backend.operations.edit_norm_backward(
+        dy, dz, z, x, residual, edit, norm, found, ctx.n_edits, asked
+    )
     return (
         dresidual if unchanged else dx,
         dresidual if needs[1] else None,
@@ -371,35 +358,26 @@ def _edit_norm_backward(
     )
 
 
-def _norm_edit_forward(
-    ctx: Any,
-    tensors: tuple[Tensor | None, ...],
-    needs: tuple[bool, ...],
-    eps: float,
-    weight_offset: float,
-    centered: bool,
-) -> Tensor:
-    x, weight, norm_bias, scale, bias, edit_ids = tensors
-    assert x is not None
+def _norm_edit_forward(ctx: Any, x: Tensor, norm: Norm, edit: Edit, needs: tuple[bool, ...]) -> Tensor:
     backend = choose(x, "norm_edit")
-    _remember(ctx, backend.NAME, 0.0, scale, bias)
-    y, mean, rstd = backend.norm_edit_forward(x, weight, norm_bias, scale, bias, edit_ids, eps, weight_offset, centered)
-    ctx.needs = needs
-    ctx.eps, ctx.weight_offset = eps, weight_offset
-    ctx.norm_dtypes = (None if weight is None else weight.dtype, None if norm_bias is None else norm_bias.dtype)
+    _remember(ctx, backend, edit)
+    y, mean, rstd = backend.operations.norm_edit_forward(x, norm, edit)
+    _remember_norm(ctx, norm, needs)
     if any(needs):
-        ctx.save_for_backward(x, weight, norm_bias if needs[3] else None, scale, edit_ids, mean, rstd)
+        scale = edit.vectors["scale"]
+        ctx.save_for_backward(x, norm.weight, norm.bias if needs[3] else None, scale, edit.ids, mean, rstd)
     return y
 
 
-def _norm_edit_backward(ctx: Any, backend: Any, saved: Saved, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+def _norm_edit_backward(ctx: Any, backend: Backend, saved: Saved, dy: Tensor | None) -> Gradients:
     if dy is None or not any(ctx.needs):
         return None, None, None, None, None
     x, weight, norm_bias, scale, edit_ids, mean, rstd = saved
+    norm, edit, found = Norm(weight, norm_bias, *ctx.norm), edit_of(scale, None, edit_ids), Statistics(mean, rstd)
     if torch.is_grad_enabled():
-        mean, rstd = reference.statistics(x, None, None, None, None, None, None, 0.0, ctx.eps, mean is not None)
-    dx, dweight, dnorm_bias, dscale, dbias = backend.norm_edit_backward(
-        dy, x, weight, norm_bias, scale, edit_ids, mean, rstd, ctx.weight_offset, ctx.n_edits, ctx.needs
+        found = statistics(x, None, None, edit, norm)
+    dx, dweight, dnorm_bias, dscale, dbias = backend.operations.norm_edit_backward(
+        dy, x, norm, edit, found, ctx.n_edits, ctx.needs
     )
     return (
         dx,
@@ -410,7 +388,7 @@ def _norm_edit_backward(ctx: Any, backend: Any, saved: Saved, dy: Tensor | None)
     )
 
 
-def _linear_edit_backward(ctx: Any, backend: Any, saved: Saved, dz: Tensor | None) -> tuple[Tensor | None, ...]:
+def _linear_edit_backward(ctx: Any, backend: Backend, saved: Saved, dz: Tensor | None) -> Gradients:
     if dz is None:
         return None, None, None, None, None, None, None
     x, weight, h, linear_bias, scale, edit_ids = saved
@@ -420,7 +398,8 @@ def _linear_edit_backward(ctx: Any, backend: Any, saved: Saved, dz: Tensor | Non
     elif need[4] and torch.is_grad_enabled():
         raise _no_second_derivative("LinearEditFunction")
     through = need[0] or need[1] or need[2]
-    dh, dscale, dbias = _edit_grads(ctx, backend, dz, h, scale, edit_ids, None, (through, need[4], need[5]))
+    edit = edit_of(scale, None, edit_ids)
+    dh, dscale, dbias = _edit_grads(ctx, backend, dz, h, edit, (through, need[4], need[5]))
     dx = dweight = dlinear_bias = None
     if dh is not None:
         rows = dh.reshape(-1, dh.shape[-1])
@@ -434,7 +413,7 @@ def _as(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return gradient if gradient is None or gradient.dtype == dtype else gradient.to(dtype)
 
 
-def _derivative(ctx: Any, backward: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _derivative(ctx: Any, backward: Any, grads: Gradients) -> Gradients:
     """Run a backward, recorded where that can be.
 
     The reference's is plain PyTorch, which autograd records under ``create_graph=True``, and which takes tangents. The
@@ -442,9 +421,9 @@ def _derivative(ctx: Any, backward: Any, grads: tuple[Tensor | None, ...]) -> tu
     """
     saved = ctx.saved_tensors  # once: checkpointing recomputes them, and only once
     if forward_mode(*grads, *saved):
-        return backward(ctx, reference, saved, *grads)
+        return backward(ctx, REFERENCE, saved, *grads)
     backend = by_name(ctx.backend)
-    if backend is reference or not torch.is_grad_enabled():
+    if backend is REFERENCE or not torch.is_grad_enabled():
         return backward(ctx, backend, saved, *grads)
     with torch.no_grad():
         found = backward(ctx, backend, saved, *grads)
@@ -463,7 +442,7 @@ class _SecondDerivative(Function):
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         raise _no_second_derivative(ctx.name)
 
 

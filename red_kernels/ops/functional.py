@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, reference
+from ..backends.arguments import Edit, Norm, affine_edit
+from . import checks, fused
 from .autograd import (
     EditAddFunction,
     EditAddLayerNormFunction,
@@ -32,7 +33,7 @@ from .autograd import (
     LinearEditFunction,
     LinearEditInferenceFunction,
     RMSNormEditFunction,
-    apply,
+    applied,
     plain_only,
 )
 
@@ -61,12 +62,7 @@ def edit(
 
     Returns a tensor of the shape and dtype of ``x``. Errors: see the module.
     """
-    checks.activation(x)
-    checks.edit_vectors(x, scale, bias, edit_ids)
-    edit_ids = _ids(edit_ids)
-    if plain_only(x, scale, bias):
-        return reference.edit_forward(x, None, scale, bias, edit_ids, None, 0.0)
-    return apply(EditFunction, x, scale, bias, edit_ids)
+    return fused.edit(x, _edit(x, scale, bias, edit_ids))
 
 
 def edit_add(
@@ -84,10 +80,8 @@ def edit_add(
     Dropout acts only if ``training``; its mask comes from a seed drawn from torch's generator, so that a recomputation
     under activation checkpointing drops the same elements. Errors: see the module.
     """
-    x, residual, edit_ids, seed = _edit_arguments(x, residual, scale, bias, edit_ids, dropout_p, training)
-    if plain_only(x, residual, scale, bias):
-        return reference.edit_forward(x, residual, scale, bias, edit_ids, seed, dropout_p)
-    return apply(EditAddFunction, x, residual, scale, bias, edit_ids, seed, dropout_p)
+    own = _edit_in_sum(x, residual, scale, bias, edit_ids, dropout_p, training)
+    return fused.edit_add(x, residual, own)
 
 
 def edit_add_rms_norm(
@@ -111,17 +105,9 @@ def edit_add_rms_norm(
     ``weight - 1``. With ``need_z=False``, ``z`` is None: it is neither written nor rounded before the norm. Errors: see
     the module.
     """
-    x, residual, edit_ids, seed = _edit_arguments(x, residual, scale, bias, edit_ids, dropout_p, training)
-    checks.norm_vector(weight, x, "weight")
-    checks.epsilon(eps)
-    checks.number(weight_offset, "weight_offset")
-    if plain_only(x, residual, scale, bias, weight):
-        return reference.edit_norm_forward(
-            x, residual, scale, bias, weight, None, edit_ids, seed, dropout_p, eps, weight_offset, False, need_z
-        )[:2]
-    return apply(
-        EditAddRMSNormFunction, x, residual, scale, bias, weight, edit_ids, seed, dropout_p, eps, weight_offset, need_z
-    )
+    norm = Norm(weight, None, eps, weight_offset)
+    own = _edit_in_sum(x, residual, scale, bias, edit_ids, dropout_p, training, norm)
+    return fused.edit_add_norm(x, residual, own, norm, need_z)
 
 
 def edit_add_layer_norm(
@@ -144,17 +130,9 @@ def edit_add_layer_norm(
     ``norm_bias`` of shape ``(d,)``. Post-norm models never read ``z``: with ``need_z=False`` it is None and neither
     written nor rounded before the norm. Errors: see the module.
     """
-    x, residual, edit_ids, seed = _edit_arguments(x, residual, scale, bias, edit_ids, dropout_p, training)
-    checks.norm_vector(weight, x, "weight")
-    checks.norm_vector(norm_bias, x, "norm_bias")
-    checks.epsilon(eps)
-    if plain_only(x, residual, scale, bias, weight, norm_bias):
-        return reference.edit_norm_forward(
-            x, residual, scale, bias, weight, norm_bias, edit_ids, seed, dropout_p, eps, 0.0, True, need_z
-        )[:2]
-    return apply(
-        EditAddLayerNormFunction, x, residual, scale, bias, weight, norm_bias, edit_ids, seed, dropout_p, eps, need_z
-    )
+    norm = Norm(weight, norm_bias, eps, 0.0, True)
+    own = _edit_in_sum(x, residual, scale, bias, edit_ids, dropout_p, training, norm)
+    return fused.edit_add_norm(x, residual, own, norm, need_z)
 
 
 def rms_norm_edit(
@@ -168,15 +146,10 @@ def rms_norm_edit(
     edit_ids: Tensor | None = None,
 ) -> Tensor:
     """An edit behind an RMSNorm: ``scale * RMSNorm(x) + bias``, like ``x``. Errors: see the module."""
-    checks.activation(x)
-    checks.edit_vectors(x, scale, bias, edit_ids)
-    checks.norm_vector(weight, x, "weight")
-    checks.epsilon(eps)
-    checks.number(weight_offset, "weight_offset")
-    edit_ids = _ids(edit_ids)
-    if plain_only(x, weight, scale, bias):
-        return reference.norm_edit_forward(x, weight, None, scale, bias, edit_ids, eps, weight_offset, False)[0]
-    return apply(RMSNormEditFunction, x, weight, scale, bias, edit_ids, eps, weight_offset)
+    own = _edit(x, scale, bias, edit_ids)
+    norm = Norm(weight, None, eps, weight_offset)
+    checks.norm(norm, x)
+    return fused.norm_edit(x, norm, own)
 
 
 def layer_norm_edit(
@@ -193,15 +166,10 @@ def layer_norm_edit(
 
     Returns a tensor of the shape and dtype of ``x``. Errors: see the module.
     """
-    checks.activation(x)
-    checks.edit_vectors(x, scale, bias, edit_ids)
-    checks.norm_vector(weight, x, "weight")
-    checks.norm_vector(norm_bias, x, "norm_bias")
-    checks.epsilon(eps)
-    edit_ids = _ids(edit_ids)
-    if plain_only(x, weight, norm_bias, scale, bias):
-        return reference.norm_edit_forward(x, weight, norm_bias, scale, bias, edit_ids, eps, 0.0, True)[0]
-    return apply(LayerNormEditFunction, x, weight, norm_bias, scale, bias, edit_ids, eps)
+    own = _edit(x, scale, bias, edit_ids)
+    norm = Norm(weight, norm_bias, eps, 0.0, True)
+    checks.norm(norm, x)
+    return fused.norm_edit(x, norm, own)
 
 
 def linear_edit(
@@ -243,22 +211,27 @@ def linear_edit(
         for name, tensor in (("weight", weight), ("linear_bias", linear_bias)):
             if tensor is not None and tensor.dtype != x.dtype:
                 raise TypeError(f"{name} has dtype {tensor.dtype}, expected that of x, {x.dtype}")
-    if residual is not None and residual.dtype != x.dtype:
-        return edit_add(F.linear(x, weight, linear_bias), residual, scale, bias, edit_ids=edit_ids)
+    own = affine_edit(scale, bias, _ids(edit_ids))
     tensors = (x, weight, linear_bias, residual, scale, bias)
-    if plain_only(*tensors):
-        h = F.linear(x, weight, linear_bias)
-        return reference.edit_forward(h, residual, scale, bias, _ids(edit_ids), None, 0.0)
+    if plain_only(*tensors) or (residual is not None and residual.dtype != x.dtype):
+        return fused.edit_add(F.linear(x, weight, linear_bias), residual, own)
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    kind_of = LinearEditFunction if recorded or torch.compiler.is_compiling() else LinearEditInferenceFunction
-    return apply(kind_of, *tensors, _ids(edit_ids))
+    function = LinearEditFunction if recorded or torch.compiler.is_compiling() else LinearEditInferenceFunction
+    return applied(function)(*tensors, own.ids)
 
 
 def _ids(edit_ids: Tensor | None) -> Tensor | None:
     return edit_ids if edit_ids is None else edit_ids.to(torch.int64)
 
 
-def _edit_arguments(
+def _edit(x: Tensor, scale: Tensor | None, bias: Tensor | None, edit_ids: Tensor | None) -> Edit:
+    """Check an activation and its edit."""
+    checks.activation(x)
+    checks.edit_vectors(x, scale, bias, edit_ids)
+    return affine_edit(scale, bias, _ids(edit_ids))
+
+
+def _edit_in_sum(
     x: Tensor,
     residual: Tensor | None,
     scale: Tensor | None,
@@ -266,17 +239,14 @@ def _edit_arguments(
     edit_ids: Tensor | None,
     dropout_p: float,
     training: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Check what all edit_add operations share; bring x and residual to one dtype; draw the dropout seed."""
+    norm: Norm | None = None,
+) -> Edit:
+    """Check what the operations with a residual share; draw the seed of a dropout behind the last check."""
     checks.activation(x)
     checks.edit_vectors(x, scale, bias, edit_ids)
     if residual is not None:
         checks.same_shape(residual, x, "residual")
-        if residual.dtype != x.dtype:
-            dtype = torch.promote_types(x.dtype, residual.dtype)
-            x, residual = x.to(dtype), residual.to(dtype)
     checks.dropout(dropout_p)
-    seed = None
-    if training and dropout_p > 0.0:
-        seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=x.device)
-    return x, residual, _ids(edit_ids), seed
+    if norm is not None:
+        checks.norm(norm, x)
+    return affine_edit(scale, bias, _ids(edit_ids), fused.drawn_dropout(dropout_p, training, x))

@@ -8,6 +8,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from ..backends.arguments import Norm
+
 _STRIDED = torch.strided
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -61,6 +63,14 @@ def norm_vector(vector: Tensor | None, x: Tensor, name: str) -> None:
         _vector(vector, x, name)
         if vector.dim() != 1 or vector.shape[0] != x.shape[-1]:
             raise ValueError(f"{name} has shape {tuple(vector.shape)}, expected ({x.shape[-1]},), the width of x")
+
+
+def norm(norm: Norm, x: Tensor) -> None:
+    """Raise TypeError or ValueError unless a norm fits ``x``."""
+    norm_vector(norm.weight, x, "weight")
+    norm_vector(norm.bias, x, "norm_bias")
+    epsilon(norm.eps)
+    number(norm.offset, "weight_offset")
 
 
 def edit_vectors(x: Tensor, scale: Tensor | None, bias: Tensor | None, edit_ids: Tensor | None) -> None:

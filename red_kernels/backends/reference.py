@@ -2,7 +2,8 @@
 
 Forward and backward formulas are written out, so the same file states what a kernel has to compute and what it may
 save. Arithmetic is in fp32 (fp64 for fp64 activations) and each result is rounded once, to the activation's dtype.
-Shapes: activations ``(..., d)``; vectors ``(d,)``, or ``(n, d)`` with ``edit_ids`` of the activation's leading shape.
+Shapes: activations ``(..., d)``; vectors ``(d,)``, or ``(n, d)`` with ids of the activation's leading shape, and
+``n_edits`` is this n, or 1. A backward gets those of the forward's vectors only that it has a use for.
 
 Source: RED, arXiv 2402.15179 (the edit ``scale * h + bias``); RMSNorm, arXiv 1910.07467; LayerNorm, arXiv 1607.06450;
 Philox4x32-10, Salmon et al., SC 2011 (the dropout mask).
@@ -15,9 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .edits.kinds import affine
-
-NAME = "reference"
+from .arguments import Edit, Norm, Statistics
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -51,11 +50,6 @@ class NormEditGrads(NamedTuple):
     norm_bias: Tensor | None
     scale: Tensor | None
     bias: Tensor | None
-
-
-def unsupported(x: Tensor) -> str | None:
-    """Why this backend cannot take ``x``, or None: plain PyTorch takes every floating tensor."""
-    return None
 
 
 def philox_words(seed: Tensor, rows: int, columns: int) -> Tensor:
@@ -104,74 +98,33 @@ def dropout_factor(seed: Tensor, dropout_p: float, like: Tensor) -> Tensor:
     return keep.to(_compute_dtype(like)) * factor
 
 
-def edit_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    edit_ids: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-) -> Tensor:
+def edit_forward(x: Tensor, residual: Tensor | None, edit: Edit) -> Tensor:
     """``z = residual + dropout(scale * x + bias)`` (RED eq. 1, with the residual add behind it)."""
-    z = _as(_edit(x, residual, scale, bias, edit_ids, seed, dropout_p), x.dtype)
+    z = _as(_edit(x, residual, edit), x.dtype)
     return z.clone() if z is x else z
 
 
-def edit_backward(
-    dz: Tensor,
-    x: Tensor | None,
-    scale: Tensor | None,
-    edit_ids: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    n_edits: int,
-    needs: tuple[bool, bool, bool],
-) -> EditGrads:
+def edit_backward(dz: Tensor, x: Tensor | None, edit: Edit, n_edits: int, needs: tuple[bool, bool, bool]) -> EditGrads:
     """Gradients of :func:`edit_forward` for x, scale and bias, as ``needs`` says; that of the residual is ``dz``."""
-    g = _wide(dz)
-    if seed is not None:
-        g = g * dropout_factor(seed, dropout_p, dz)
-    dx = dscale = dbias = None
-    if needs[0]:
-        dx = _as(g if scale is None else g * _per_row(scale, edit_ids, g), dz.dtype)
-    if needs[1]:
-        assert x is not None
-        dscale = _column_sum(g * _wide(x), edit_ids, n_edits)
-    if needs[2]:
-        dbias = _column_sum(g, edit_ids, n_edits)
-    return EditGrads(dx, dscale, dbias)
+    return EditGrads(*_edit_grads(_wide(dz), x, edit, n_edits, needs, dz.dtype))
 
 
 def edit_norm_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    edit_ids: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    eps: float,
-    weight_offset: float,
-    centered: bool,
-    keep_z: bool,
+    x: Tensor, residual: Tensor | None, edit: Edit, norm: Norm, keep_z: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """``z`` as in :func:`edit_forward` and ``y = norm(z)``: LayerNorm if ``centered``, else RMSNorm.
+    """``z`` as in :func:`edit_forward` and ``y = norm(z)``: ``(y, z, mean, rstd)``.
 
-    Returns ``(y, z, mean, rstd)``. With ``keep_z`` the norm sees ``z`` as rounded, which is what whoever reads ``z``
-    sees; without, ``z`` is None and never rounded. ``mean`` (None for RMSNorm) and ``rstd`` have the leading shape.
+    With ``keep_z`` the norm sees ``z`` as rounded, which is what whoever reads ``z`` sees; without, ``z`` is None and
+    never rounded.
     """
-    z = _edit(x, residual, scale, bias, edit_ids, seed, dropout_p)
+    z = _edit(x, residual, edit)
     rounded = _as(z, x.dtype) if keep_z else None
     if rounded is x:
         rounded = x.clone()
     if rounded is not None:
         z = _wide(rounded)
-    normed, mean, rstd = _normalise(z, eps, centered)
-    y = _as(_affine(normed, weight, norm_bias, weight_offset), x.dtype)
-    return y, rounded, mean, rstd
+    normed, mean, rstd = _normalise(z, norm)
+    return _as(_affine(normed, norm), x.dtype), rounded, mean, rstd
 
 
 def edit_norm_backward(
@@ -180,106 +133,59 @@ def edit_norm_backward(
     z: Tensor | None,
     x: Tensor | None,
     residual: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    edit_ids: Tensor | None,
-    seed: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    dropout_p: float,
-    weight_offset: float,
+    edit: Edit,
+    norm: Norm,
+    statistics: Statistics,
     n_edits: int,
     needs: tuple[bool, bool, bool, bool, bool, bool],
 ) -> EditNormGrads:
     """Gradients of :func:`edit_norm_forward`; ``z`` is recomputed from ``x`` and ``residual`` where it was not kept."""
     if z is None:
         assert x is not None
-        z32 = _edit(x, residual, scale, bias, edit_ids, seed, dropout_p)
+        z32 = _edit(x, residual, edit)
     else:
         z32 = _wide(z)
-    g, dweight, dnorm_bias = _norm_backward(_wide(dy), z32, weight, mean, rstd, weight_offset, needs[4], needs[5])
+    g, dweight, dnorm_bias = _norm_backward(_wide(dy), z32, norm, statistics, needs[4], needs[5])
     if dz is not None:
         g = g + _wide(dz)
     dresidual = _as(g, dy.dtype) if needs[1] else None
-    if seed is not None:
-        g = g * dropout_factor(seed, dropout_p, dy)
-    dx = dscale = dbias = None
-    if needs[0]:
-        dx = _as(g if scale is None else g * _per_row(scale, edit_ids, g), dy.dtype)
-    if needs[2]:
-        assert x is not None
-        dscale = _column_sum(g * _wide(x), edit_ids, n_edits)
-    if needs[3]:
-        dbias = _column_sum(g, edit_ids, n_edits)
+    dx, dscale, dbias = _edit_grads(g, x, edit, n_edits, (needs[0], needs[2], needs[3]), dy.dtype)
     return EditNormGrads(dx, dresidual, dscale, dbias, dweight, dnorm_bias)
 
 
-def statistics(
-    z: Tensor | None,
-    x: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    edit_ids: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    eps: float,
-    centered: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """``mean`` and ``rstd`` of ``z``, or of what :func:`edit_norm_forward` makes of the others where it was not kept.
+def statistics(z: Tensor | None, x: Tensor | None, residual: Tensor | None, edit: Edit, norm: Norm) -> Statistics:
+    """Those of ``z``, or of what :func:`edit_norm_forward` makes of the others where it was not kept.
 
     For a backward that is itself differentiated: there they are no constants.
     """
     if z is None:
         assert x is not None
-        z = _edit(x, residual, scale, bias, edit_ids, seed, dropout_p)
-    return _normalise(_wide(z), eps, centered)[1:]
+        z = _edit(x, residual, edit)
+    return Statistics(*_normalise(_wide(z), norm)[1:])
 
 
-def norm_edit_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    edit_ids: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    centered: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def norm_edit_forward(x: Tensor, norm: Norm, edit: Edit) -> tuple[Tensor, Tensor | None, Tensor]:
     """``y = scale * norm(x) + bias``, an edit behind a post-norm (RED's ``res`` position). Returns (y, mean, rstd)."""
-    normed, mean, rstd = _normalise(_wide(x), eps, centered)
-    y = _affine(normed, weight, norm_bias, weight_offset)
-    y = _edit(y, None, scale, bias, edit_ids, None, 0.0)
+    normed, mean, rstd = _normalise(_wide(x), norm)
+    y = _edit(_affine(normed, norm), None, edit)
     return _as(y, x.dtype), mean, rstd
 
 
 def norm_edit_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    edit_ids: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    weight_offset: float,
+    norm: Norm,
+    edit: Edit,
+    statistics: Statistics,
     n_edits: int,
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> NormEditGrads:
     """Gradients of :func:`norm_edit_forward`."""
     x32, g = _wide(x), _wide(dy)
-    dscale = dbias = None
-    if needs[3]:
-        centred = x32 if mean is None else x32 - mean[..., None]
-        h = _affine(centred * rstd[..., None], weight, norm_bias, weight_offset)
-        dscale = _column_sum(g * h, edit_ids, n_edits)
-    if needs[4]:
-        dbias = _column_sum(g, edit_ids, n_edits)
-    if scale is not None:
-        g = g * _per_row(scale, edit_ids, g)
-    dx, dweight, dnorm_bias = _norm_backward(g, x32, weight, mean, rstd, weight_offset, needs[1], needs[2])
+    h = _affine(_normalised(x32, statistics), norm) if needs[3] else None
+    dh, dscale, dbias = _edit_grads(g, h, edit, n_edits, (True, needs[3], needs[4]), g.dtype)
+    assert dh is not None
+    dx, dweight, dnorm_bias = _norm_backward(dh, x32, norm, statistics, needs[1], needs[2])
     return NormEditGrads(_as(dx, dy.dtype) if needs[0] else None, dweight, dnorm_bias, dscale, dbias)
 
 
@@ -309,57 +215,66 @@ def _column_sum(values: Tensor, edit_ids: Tensor | None, n_edits: int) -> Tensor
     return values.new_zeros(n_edits, d).index_add(0, edit_ids.reshape(-1), values)
 
 
-def _edit(
-    x: Tensor,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    edit_ids: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-) -> Tensor:
+def _edit(x: Tensor, residual: Tensor | None, edit: Edit) -> Tensor:
     h = _wide(x)
-    vectors = {"scale": scale, "bias": bias}
-    h = affine.formula(h, {name: None if v is None else _per_row(v, edit_ids, h) for name, v in vectors.items()})
-    if seed is not None:
-        h = h * dropout_factor(seed, dropout_p, h)
+    vectors = {name: None if v is None else _per_row(v, edit.ids, h) for name, v in edit.vectors.items()}
+    h = edit.kind.formula(h, vectors)
+    if edit.dropout is not None:
+        h = h * dropout_factor(edit.dropout.seed, edit.dropout.p, h)
     return h if residual is None else _wide(residual) + h
 
 
-def _normalise(z: Tensor, eps: float, centered: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+def _edit_grads(
+    g: Tensor, x: Tensor | None, edit: Edit, n_edits: int, needs: tuple[bool, bool, bool], dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, in ``dtype``, scale and bias, where ``g`` is that of ``dropout(scale * x + bias)``."""
+    if edit.dropout is not None:
+        g = g * dropout_factor(edit.dropout.seed, edit.dropout.p, g)
+    scale = edit.vectors.get("scale")
+    dx = dscale = dbias = None
+    if needs[0]:
+        dx = _as(g if scale is None else g * _per_row(scale, edit.ids, g), dtype)
+    if needs[1]:
+        assert x is not None
+        dscale = _column_sum(g * _wide(x), edit.ids, n_edits)
+    if needs[2]:
+        dbias = _column_sum(g, edit.ids, n_edits)
+    return dx, dscale, dbias
+
+
+def _normalise(z: Tensor, norm: Norm) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``z`` of which each row has mean 0 (if ``norm`` is centered) and mean square 1, and its statistics."""
     mean = None
-    if centered:
+    if norm.centered:
         # Distances from one of the values: equal ones have none, and their sum does not overflow.
         origin = z[..., :1].detach()
         mean = origin[..., 0] + (z - origin).mean(-1)
         mean = mean + (z - mean[..., None]).mean(-1)  # what the first sum lost
         z = z - mean[..., None]
-    rstd = torch.rsqrt(z.square().mean(-1) + eps)
+    rstd = torch.rsqrt(z.square().mean(-1) + norm.eps)
     return z * rstd[..., None], mean, rstd
 
 
-def _affine(normed: Tensor, weight: Tensor | None, norm_bias: Tensor | None, weight_offset: float) -> Tensor:
-    if weight is not None:
-        normed = normed * (_as(weight, normed.dtype) + weight_offset)
-    return normed if norm_bias is None else normed + _as(norm_bias, normed.dtype)
+def _normalised(z: Tensor, statistics: Statistics) -> Tensor:
+    mean, rstd = statistics
+    return (z if mean is None else z - mean[..., None]) * rstd[..., None]
+
+
+def _affine(normed: Tensor, norm: Norm) -> Tensor:
+    if norm.weight is not None:
+        normed = normed * (_as(norm.weight, normed.dtype) + norm.offset)
+    return normed if norm.bias is None else normed + _as(norm.bias, normed.dtype)
 
 
 def _norm_backward(
-    dy: Tensor,
-    z: Tensor,
-    weight: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    weight_offset: float,
-    need_weight: bool,
-    need_norm_bias: bool,
+    dy: Tensor, z: Tensor, norm: Norm, statistics: Statistics, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``dz = rstd * (g - normed * mean(g * normed) - mean(g))``, ``g = dy * weight``; RMSNorm lacks the last term."""
-    normed = (z if mean is None else z - mean[..., None]) * rstd[..., None]
+    normed = _normalised(z, statistics)
     dweight = _column_sum(dy * normed, None, 1) if need_weight else None
-    dnorm_bias = _column_sum(dy, None, 1) if need_norm_bias else None
-    g = dy if weight is None else dy * (_as(weight, dy.dtype) + weight_offset)
+    dbias = _column_sum(dy, None, 1) if need_bias else None
+    g = dy if norm.weight is None else dy * (_as(norm.weight, dy.dtype) + norm.offset)
     dz = g - normed * (g * normed).mean(-1, keepdim=True)
-    if mean is not None:
+    if statistics.mean is not None:
         dz = dz - g.mean(-1, keepdim=True)
-    return dz * rstd[..., None], dweight, dnorm_bias
+    return dz * statistics.rstd[..., None], dweight, dbias

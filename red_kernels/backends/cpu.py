@@ -1,7 +1,6 @@
-"""The compiled CPU kernels of ``csrc/cpu``: loads the shared library, whose registered operators are the functions.
+"""The compiled CPU kernels of ``csrc/cpu``: loads the shared library, whose registered operators run them.
 
-These have the arguments and results of those in :mod:`red_kernels.reference`. The instruction set is chosen by the
-processor, or by the variable RED_KERNELS_CPU or :func:`use_instruction_set`.
+The instruction set is chosen by the processor, or by the variable RED_KERNELS_CPU or :func:`use_instruction_set`.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from pathlib import Path
 from torch import Tensor
 
 from . import compiled
-from .operators import KERNEL_DTYPES, not_plain
+from .record import Backend
+from .schemas import KERNEL_DTYPES, not_plain
 
-NAME = "cpu"
 NAMESPACE = "red_kernels"
 
 _LIBRARY = Path(__file__).parent.parent / "lib" / "libred_kernels_cpu.so"
@@ -27,15 +26,11 @@ def load_error() -> str | None:
     return _error
 
 
-def check_setting() -> None:
-    """Raise ValueError if RED_KERNELS_CPU was set and cannot be followed."""
-    if _wrong_setting is not None:
-        raise ValueError(_wrong_setting)
-
-
 def unsupported(x: Tensor) -> str | None:
-    """Why the kernels cannot take an activation, or None."""
+    """Why the kernels cannot take an activation, or None. Raises ValueError if RED_KERNELS_CPU cannot be followed."""
     if _error is not None:
+        if _error is _wrong_setting:
+            raise ValueError(_error)
         return _error
     if x.device.type != "cpu":
         return f"x is on {x.device}, and these kernels run on the CPU"
@@ -125,11 +120,13 @@ _wrong_setting = None if _dll is None else _check_setting(_dll)
 if _error is None:
     _error = _wrong_setting
 compiled.register(NAMESPACE)
-(
-    edit_forward,
-    edit_backward,
-    edit_norm_forward,
-    edit_norm_backward,
-    norm_edit_forward,
-    norm_edit_backward,
-) = compiled.operations(NAMESPACE)
+BACKEND = Backend(
+    "cpu",
+    None if _error is not None else compiled.operations(NAMESPACE),
+    load_error,
+    unsupported,
+    "cpu",
+    state=lambda: f"instruction set {instruction_set()} of {', '.join(instruction_sets())}",
+    variants=instruction_sets,
+    use=use_instruction_set,
+)

@@ -1,0 +1,180 @@
+"""What a call carries from the public operations to a backend, and the flat lists that registered operators take.
+
+The edit is an :class:`red_kernels.edits.kinds.Edit` whose vectors are the operands of its kernel, ``scale`` and
+``bias``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..edits.kinds import Dropout, Edit, affine_edit
+
+__all__ = ["Dropout", "Edit", "FromFlat", "Norm", "Statistics", "affine_edit", "edit_of", "flat_edit", "operands_of"]
+
+
+class Norm(NamedTuple):
+    """A norm in front of an edit or behind it: ``normed * (offset + weight) + bias``.
+
+    Attributes:
+        weight, bias: of shape ``(d,)``; None for none.
+        eps: added to the variance, or to the mean square.
+        offset: 1 for norms that store ``weight - 1``.
+        centered: LayerNorm; else RMSNorm.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    offset: float = 0.0
+    centered: bool = False
+
+
+class Statistics(NamedTuple):
+    """What a norm's forward leaves for its backward, in the activation's leading shape, fp32 (fp64 for fp64).
+
+    Attributes:
+        mean: of each row; None for RMSNorm.
+        rstd: one over the root of the mean square, of what is left of the mean if there is one.
+    """
+
+    mean: Tensor | None
+    rstd: Tensor
+
+
+def operands_of(edit: Edit) -> Edit:
+    """The same with the operands of its kernel as vectors, where its kind trains others."""
+    kind, vectors, ids, dropout = edit
+    if kind.operands is None:
+        return edit
+    vectors = kind.operands(vectors)
+    return affine_edit(vectors.get("scale"), vectors.get("bias"), ids, dropout)
+
+
+def flat_edit(edit: Edit) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]:
+    """``scale, bias, edit_ids, seed, dropout_p``; without a dropout, the last two are None and 0."""
+    _, vectors, ids, dropout = edit
+    scale, bias = vectors.get("scale"), vectors.get("bias")
+    return (scale, bias, ids, None, 0.0) if dropout is None else (scale, bias, ids, dropout.seed, dropout.p)
+
+
+def edit_of(
+    scale: Tensor | None,
+    bias: Tensor | None,
+    ids: Tensor | None = None,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Edit:
+    """The inverse of :func:`flat_edit`."""
+    return affine_edit(scale, bias, ids, None if seed is None else Dropout(dropout_p, seed))
+
+
+class FromFlat:
+    """The six functions of :mod:`red_kernels.reference`, made of six that take their arguments one by one.
+
+    Args:
+        functions: by name, with arguments as in ``SCHEMAS``.
+        needs: turns the flags of what a backward is to compute into what these functions take.
+    """
+
+    def __init__(self, functions: Mapping[str, Callable[..., Any]], needs: Callable[[tuple[bool, ...]], Any]) -> None:
+        self._edit_forward = functions["edit_forward"]
+        self._edit_backward = functions["edit_backward"]
+        self._edit_norm_forward = functions["edit_norm_forward"]
+        self._edit_norm_backward = functions["edit_norm_backward"]
+        self._norm_edit_forward = functions["norm_edit_forward"]
+        self._norm_edit_backward = functions["norm_edit_backward"]
+        self._needs = needs
+
+    def edit_forward(self, x: Tensor, residual: Tensor | None, edit: Edit) -> Tensor:
+        return self._edit_forward(x, residual, *flat_edit(edit))
+
+    def edit_backward(self, dz: Tensor, x: Tensor | None, edit: Edit, n_edits: int, needs: tuple[bool, ...]) -> Any:
+        scale, _, ids, seed, p = flat_edit(edit)
+        return self._edit_backward(dz, x, scale, ids, seed, p, n_edits, self._needs(needs))
+
+    def edit_norm_forward(self, x: Tensor, residual: Tensor | None, edit: Edit, norm: Norm, keep_z: bool) -> Any:
+        scale, bias, ids, seed, p = flat_edit(edit)
+        weight, norm_bias, *rest = norm
+        return self._edit_norm_forward(x, residual, scale, bias, weight, norm_bias, ids, seed, p, *rest, keep_z)
+
+    def edit_norm_backward(
+        self,
+        dy: Tensor,
+        dz: Tensor | None,
+        z: Tensor | None,
+        x: Tensor | None,
+        residual: Tensor | None,
+        edit: Edit,
+        norm: Norm,
+        statistics: Statistics,
+        n_edits: int,
+        needs: tuple[bool, ...],
+    ) -> Any:
+        scale, bias, ids, seed, p = flat_edit(edit)
+        return self._edit_norm_backward(
+            dy, dz, z, x, residual, scale, bias, norm.weight, ids, seed, *statistics, p, norm.offset, n_edits,
+            self._needs(needs),
+        )  # fmt: skip
+
+    def norm_edit_forward(self, x: Tensor, norm: Norm, edit: Edit) -> Any:
+        scale, bias, ids, _, _ = flat_edit(edit)
+        weight, norm_bias, *rest = norm
+        return self._norm_edit_forward(x, weight, norm_bias, scale, bias, ids, *rest)
+
+    def norm_edit_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        norm: Norm,
+        edit: Edit,
+        statistics: Statistics,
+        n_edits: int,
+        needs: tuple[bool, ...],
+    ) -> Any:
+        scale, _, ids, _, _ = flat_edit(edit)
+        return self._norm_edit_backward(
+            dy, x, norm.weight, norm.bias, scale, ids, *statistics, norm.offset, n_edits, self._needs(needs)
+        )
+
+
+def flattened(functions: Any, flags: Callable[[int, int], tuple[bool, ...]]) -> dict[str, Callable[..., Any]]:
+    """The inverse of :class:`FromFlat`: implementations of the operators of ``SCHEMAS``, made of a backend's functions.
+
+    ``flags`` makes the flags of so many gradients of an operator's ``needs``.
+    """
+
+    def edit_forward(x: Any, residual: Any, *edit: Any) -> Any:
+        return functions.edit_forward(x, residual, edit_of(*edit))
+
+    def edit_backward(dz: Any, x: Any, scale: Any, ids: Any, seed: Any, p: Any, n_edits: int, needs: int) -> Any:
+        return functions.edit_backward(dz, x, edit_of(scale, None, ids, seed, p), n_edits, flags(needs, 3))
+
+    def edit_norm_forward(x: Any, residual: Any, scale: Any, bias: Any, weight: Any, norm_bias: Any, *rest: Any) -> Any:
+        ids, seed, p, *of_norm, keep_z = rest
+        edit = edit_of(scale, bias, ids, seed, p)
+        return functions.edit_norm_forward(x, residual, edit, Norm(weight, norm_bias, *of_norm), keep_z)
+
+    def edit_norm_backward(*arguments: Any) -> Any:
+        *activations, scale, bias, weight, ids, seed, mean, rstd, p, offset, n_edits, needs = arguments
+        edit, norm = edit_of(scale, bias, ids, seed, p), Norm(weight, None, 0.0, offset, mean is not None)
+        statistics = Statistics(mean, rstd)
+        return functions.edit_norm_backward(*activations, edit, norm, statistics, n_edits, flags(needs, 6))
+
+    def norm_edit_forward(x: Any, weight: Any, norm_bias: Any, scale: Any, bias: Any, ids: Any, *of_norm: Any) -> Any:
+        return functions.norm_edit_forward(x, Norm(weight, norm_bias, *of_norm), edit_of(scale, bias, ids))
+
+    def norm_edit_backward(dy: Any, x: Any, weight: Any, norm_bias: Any, scale: Any, ids: Any, *rest: Any) -> Any:
+        mean, rstd, offset, n_edits, needs = rest
+        norm, statistics = Norm(weight, norm_bias, 0.0, offset, mean is not None), Statistics(mean, rstd)
+        return functions.norm_edit_backward(
+            dy, x, norm, edit_of(scale, None, ids), statistics, n_edits, flags(needs, 5)
+        )
+
+    every = (
+        edit_forward, edit_backward, edit_norm_forward, edit_norm_backward, norm_edit_forward, norm_edit_backward,
+    )  # fmt: skip
+    return {function.__name__: function for function in every}

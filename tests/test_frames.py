@@ -1,0 +1,124 @@
+"""How far it is to a kernel, in frames of this package; and that a fused layer checks once what it has to know."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import model_zoo as zoo
+import pytest
+import torch
+from op_cases import ARGUMENTS, OPERATIONS, arguments
+from torch import nn
+
+import red_kernels as rk
+from red_kernels.backends import cpu
+from red_kernels.ops import checks
+
+PACKAGE = str(Path(rk.__file__).parent)
+OPERATORS = str(Path(torch.__file__).parent / "_ops.py")
+pytestmark = pytest.mark.skipif(cpu.load_error() is not None, reason=f"no CPU kernels: {cpu.load_error()}")
+
+
+def ways(run: Callable[[], object]) -> list[list[str]]:
+    """For each operator of ours that a call reaches in this thread, the functions of the package it came through."""
+    found: list[list[str]] = []
+
+    def look(frame: FrameType, event: str, argument: object) -> None:
+        if event != "call" or frame.f_code.co_filename != OPERATORS or frame.f_code.co_name != "__call__":
+            return
+        if "red_kernels" not in str(frame.f_locals.get("self")):
+            return
+        way, above = [], frame.f_back
+        while above is not None:
+            if above.f_code.co_filename.startswith(PACKAGE):
+                way.append(above.f_code.co_name)
+            above = above.f_back
+        found.append(way[::-1])
+
+    sys.setprofile(look)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_five_frames_from_an_operation_to_its_kernel(operation: str) -> None:
+    tensors = {name: None if t is None else t.requires_grad_() for name, t in arguments(operation, (3, 8)).items()}
+    values = [tensors[name] for name in ARGUMENTS[operation]]
+    (way,) = ways(lambda: getattr(rk, operation)(*values))
+    assert way[0] == operation
+    assert len(way) <= 5, way
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "neox"])
+@pytest.mark.parametrize("position", ["ffn", "attn"])
+def test_eight_frames_from_a_patched_layer_to_its_kernel(name: str, position: str) -> None:
+    model = zoo.tiny(name)
+    report = rk.patch(model, rk.RedConfig(position=position))
+    assert report.fused
+    found = ways(lambda: model(**zoo.inputs(name)))
+    assert found
+    # The layer's own forward is where a way begins: what is above it are other layers and the model.
+    for way in found:
+        begin = max((at for at, function in enumerate(way) if function in ("forward", "fused_forward")), default=0)
+        assert len(way) - begin <= 8, way
+        assert len(way) <= 10, way
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_fused_layer_calls_no_checks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.tiny(name)
+    rk.patch(model)
+    called: list[str] = []
+    for check in ("activation", "edit_vectors", "same_shape", "norm_vector", "norm", "epsilon", "number"):
+        monkeypatch.setattr(checks, check, lambda *given, _check=check, **more: called.append(_check))
+    model(**zoo.inputs(name))
+    assert called == []
+
+
+def damaged(change: str, own: nn.Module) -> None:
+    if change == "width":
+        own.scale = nn.Parameter(torch.ones(3))
+    elif change == "dimensions":
+        own.scale = nn.Parameter(torch.ones(2, own.scale.shape[0]))
+    elif change == "dtype":
+        own.bias = nn.Parameter(torch.zeros(own.bias.shape, dtype=torch.int64), requires_grad=False)
+    else:
+        own.bias = nn.Parameter(own.bias.detach().to("meta"))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("width", r"scale has shape \(3,\), expected \(\d+,\), the width of x"),
+        ("dimensions", r"scale has shape \(2, \d+\), which needs edit_ids="),
+        ("dtype", r"bias has dtype torch\.int64, expected float32"),
+        ("device", r"bias is on meta, expected the device of x, cpu"),
+    ],
+)
+def test_vectors_that_do_not_fit_are_named_before_a_kernel_reads_them(name: str, change: str, said: str) -> None:
+    model = zoo.tiny(name)
+    rk.patch(model)
+    own: Any = next(module for module in model.modules() if isinstance(module, rk.edit_module.RedEdit))
+    damaged(change, own)
+    with pytest.raises((ValueError, TypeError), match=said):
+        model(**zoo.inputs(name))
+
+
+def test_a_residual_that_does_not_fit_is_added_as_torch_adds_it() -> None:
+    """No fused operation reads beyond its end."""
+    from red_kernels.fusion.compose import add, add_then_norm
+
+    norm, x = nn.LayerNorm(8), torch.randn(4, 8)
+    for residual in (torch.randn(1, 8), torch.randn(8)):
+        assert torch.equal(add(x, residual), residual + x)
+        normed, z = add_then_norm(x, residual, norm)
+        assert torch.equal(z, residual + x)
+        assert torch.equal(normed, norm(residual + x))
