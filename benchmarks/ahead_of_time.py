@@ -32,10 +32,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from red_kernels._progress import Stage
 from red_kernels.backends.arguments import Dropout, Norm, Statistics, affine_edit
 from red_kernels.backends.triton import launch, linear, operations
 from red_kernels.backends.triton.rules import Architecture
+from red_kernels.support.progress import Stage
 
 from .machine_code import Access, Conversions, Resources, accesses, conversions, resources
 

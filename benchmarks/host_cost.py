@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 import red_kernels as rk
-from red_kernels._files import write_files
 from red_kernels.backends import Backend, cuda
+from red_kernels.support.files import write_files
 
 from .harness import Timing, environment, interleave
 

@@ -28,8 +28,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import red_kernels as rk
-from red_kernels._files import write_files
-from red_kernels.integrations.base_dtype import ASKED, AUTO, DTYPES, resolve_dtype
+from red_kernels.finetune.base_dtype import ASKED, AUTO, DTYPES, resolve_dtype
+from red_kernels.support.files import write_files
 
 from .harness import Timing, environment, interleave
 

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 import red_kernels as rk
-from red_kernels.integrations._require import require
-from red_kernels.integrations.measure import pass_gradients
-from red_kernels.naive import naive_edit
-from red_kernels.patch import edit_modules
-from red_kernels.plan import make_plan
+from red_kernels.edits.find import edit_modules
+from red_kernels.finetune.measure import pass_gradients
+from red_kernels.patching.naive import naive_edit
+from red_kernels.patching.plan import make_plan
+from red_kernels.support.require import require
 
 RANK, ALPHA = 8, 16
 _QUERIES = ("q_proj", "query", "q", "query_proj", "q_lin")

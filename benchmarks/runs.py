@@ -20,10 +20,10 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from red_kernels._files import json_by_line, write_files
-from red_kernels._parse import read_json, shown
-from red_kernels._progress import Stage
-from red_kernels.integrations.base_dtype import AUTO, DTYPES, BaseDtype, choose_dtype
+from red_kernels.finetune.base_dtype import AUTO, DTYPES, BaseDtype, choose_dtype
+from red_kernels.support.files import json_by_line, write_files
+from red_kernels.support.parse import read_json, shown
+from red_kernels.support.progress import Stage
 
 from .failure import let_go
 from .harness import clocks, environment

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from red_kernels.integrations.base_dtype import ASKED, AUTO, BaseDtype, resolve_dtype
+from red_kernels.finetune.base_dtype import ASKED, AUTO, BaseDtype, resolve_dtype
 
 from .ops import job as ops
 from .quality import job as quality

@@ -2,10 +2,11 @@
 
 from . import _old_paths
 from ._version import __version__
-from .authors import export_authors
 from .backends import available_backends, backend, reference, register_backend
-from .checkpoint import load_edits, save_edits, saved_config
-from .config import RedConfig
+from .checkpoints.authors import export_authors
+from .checkpoints.checkpoint import load_edits, save_edits, saved_config
+from .edits.config import RedConfig
+from .edits.find import edit_parameters
 from .edits.kinds import register_kind
 from .edits.named import (
     active_edit,
@@ -17,7 +18,7 @@ from .edits.named import (
     switch_edit,
     use_edits,
 )
-from .merge import MergeReport, merge, unmerge
+from .merging.merge import MergeReport, merge, unmerge
 from .models import register_family
 from .ops import functional
 from .ops.functional import (
@@ -29,8 +30,8 @@ from .ops.functional import (
     linear_edit,
     rms_norm_edit,
 )
-from .patch import edit_parameters, patch, unpatch
-from .report import PatchReport
+from .patching.patch import patch, unpatch
+from .patching.report import PatchReport
 
 _old_paths.keep()
 

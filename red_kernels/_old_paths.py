@@ -1,22 +1,98 @@
-"""Modules by the names that they had: for imports of old code, and for pickles."""
+"""Modules by the names that they had, for the imports of other code and for pickles.
+
+Only what documents, pickles or other packages have named is kept: modules whose names began with `_` are not.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
-# What documents or pickles name, or have named.
+# What a module is now; several, where its names are in several now.
 _MODULES = {
-    "red_kernels.functional": "red_kernels.ops.functional",
-    "red_kernels.reference": "red_kernels.backends.reference",
-    "red_kernels.backends.native": "red_kernels.backends.cpu",
+    "authors": "checkpoints.authors",
+    "autograd": "ops.autograd",
+    "backends.native": "backends.cpu",
+    "blocks": "edits.blocks",
+    "checkpoint": "checkpoints.checkpoint",
+    "checks": "ops.checks",
+    "config": "edits.config",
+    "edit_module": "edits.module edits.vectors fusion.deferral",
+    "functional": "ops.functional",
+    "heads": "patching.heads",
+    "integrations.base_dtype": "finetune.base_dtype",
+    "integrations.base_models": "support.base_models",
+    "integrations.convert": "checkpoints.convert",
+    "integrations.data": "finetune.data",
+    "integrations.finetune": "finetune.job",
+    "integrations.info": "info",
+    "integrations.merged_folder": "merging.folder",
+    "merge": "merging.merge merging.report",
+    "merge_report": "merging.report",
+    "models.compose": "fusion.compose",
+    "models.handoff": "fusion.handoff",
+    "models.norms": "fusion.norms",
+    "naive": "patching.naive",
+    "patch": "patching.patch edits.find",
+    "patched": "patching.classes",
+    "plan": "patching.plan patching.sites",
+    "pretrained": "patching.pretrained",
+    "recompute": "edits.recompute",
+    "reference": "backends.reference",
+    "report": "patching.report support.text",
+    "selection": "edits.selection",
+    "watch": "patching.watch",
 }
+_FUNCTIONS = ("patch", "merge")  # of the package: an import of such a module must not put it in their place
+_PACKAGE = __name__.rpartition(".")[0]
+
+
+class _Several(ModuleType):
+    """Stands for a module whose names are in several modules now."""
+
+    def __init__(self, name: str, parts: Sequence[str]) -> None:
+        super().__init__(name, f"Names of {', '.join(parts)}.")
+        self._parts = [import_module(part) for part in parts]
+
+    def __getattr__(self, name: str) -> Any:
+        for part in self.__dict__.get("_parts", ()):
+            if hasattr(part, name):
+                return getattr(part, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+
+class _Finder(MetaPathFinder):
+    """Finds the modules of the table by their old names, at the first import."""
+
+    def find_spec(self, name: str, path: object, target: ModuleType | None = None) -> ModuleSpec | None:
+        old = name.removeprefix(f"{_PACKAGE}.")
+        return ModuleSpec(name, _Loader()) if old != name and old in _MODULES else None
+
+
+class _Loader(Loader):
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = _module(spec.name)
+        self._own = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It has run under its own name, whose spec it gets back."""
+        if self._own is not None:
+            module.__spec__ = self._own
+
+
+def _module(name: str) -> ModuleType:
+    parts = [f"{_PACKAGE}.{part}" for part in _MODULES[name.removeprefix(f"{_PACKAGE}.")].split()]
+    return import_module(parts[0]) if len(parts) == 1 else _Several(name, parts)
 
 
 def keep() -> None:
     """Have the old names stand for the modules of now."""
-    for old, new in _MODULES.items():
-        module = import_module(new)
-        package, _, name = old.rpartition(".")
-        sys.modules[old] = module
-        setattr(sys.modules[package], name, module)
+    for old in _FUNCTIONS:
+        sys.modules[f"{_PACKAGE}.{old}"] = _module(f"{_PACKAGE}.{old}")
+    sys.meta_path.append(_Finder())

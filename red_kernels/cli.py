@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ._arguments import Parser, layers
-from ._errors import explained, one_line
 from ._version import __version__
 from .edits.kinds import KINDS
-from .integrations._require import require
-from .integrations.bars import bars_on_terminals_only
+from .support.arguments import Parser, layers
+from .support.bars import bars_on_terminals_only
+from .support.errors import explained, one_line
+from .support.require import require
 
 _MERGE_ADVICE = {
     "rounding": "merge into --dtype fp32, or pass --force",
@@ -310,7 +310,7 @@ def _info(options: argparse.Namespace) -> int:
     require("rich", "red-kernels info")
     from rich.console import Console
 
-    from .integrations.info import show_info
+    from .info import show_info
 
     with _quiet_imports():  # it looks for all that there may be
         show_info(Console())
@@ -319,8 +319,8 @@ def _info(options: argparse.Namespace) -> int:
 
 def _merge(options: argparse.Namespace) -> int:
     with _quiet_imports():
-        from .integrations.merged_folder import merge_folder
-    from .merge import MergeRefused
+        from .merging.folder import merge_folder
+    from .merging.merge import MergeRefused
 
     try:
         report, notes = merge_folder(
@@ -343,10 +343,10 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     with _quiet_imports():
-        from .integrations.convert import convert
+        from .checkpoints.convert import convert
 
         if options.model is not None and importlib.util.find_spec("transformers") is not None:
-            from .integrations import base_models  # noqa: F401
+            from .support import base_models  # noqa: F401
     print(convert(options.source, options.output, options.model, options.position, options.overwrite))
     return 0
 
@@ -365,10 +365,10 @@ def _tune(given: dict[str, Any]) -> int:
             raise ValueError(f"--{name}: the search for launch rules has no such option")
     from rich.console import Console
 
-    from .tuning import require_gpu
+    from .backends.triton.tuning import require_gpu
 
     require_gpu()
-    from .tuning.job import Settings, tune
+    from .backends.triton.tuning.job import Settings, tune
 
     known = {field.name for field in dataclasses.fields(Settings)}
     tune(Settings(**{name: value for name, value in given.items() if name in known}), Console())
@@ -426,8 +426,8 @@ def _finetune(options: argparse.Namespace) -> int:
             require(package, "red-kernels finetune")
         from rich.console import Console
 
-        from .integrations.data import Columns
-        from .integrations.finetune import Settings, finetune
+        from .finetune.data import Columns
+        from .finetune.job import Settings, finetune
 
     given: dict[str, Any] = dict(vars(options))
     columns = Columns(given.get("text_column"), given.get("label_column"), header=not given["no_header"])

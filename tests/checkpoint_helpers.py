@@ -12,9 +12,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from red_kernels.checkpoint import CONFIG_NAME, HEAD_NAME, TENSORS_NAME, load_edits
-from red_kernels.config import RedConfig
-from red_kernels.patch import edit_parameters, patch
+from red_kernels.checkpoints.checkpoint import CONFIG_NAME, HEAD_NAME, TENSORS_NAME, load_edits
+from red_kernels.edits.config import RedConfig
+from red_kernels.edits.find import edit_parameters
+from red_kernels.patching.patch import patch
 
 WIDTH = model_zoo.HIDDEN
 

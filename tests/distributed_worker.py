@@ -12,10 +12,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import in_group
 
-from red_kernels.config import RedConfig
 from red_kernels.edits import add_edit, switch_edit
-from red_kernels.models import compose
-from red_kernels.patch import edit_parameters, patch, unpatch
+from red_kernels.edits.config import RedConfig
+from red_kernels.edits.find import edit_parameters
+from red_kernels.fusion import compose
+from red_kernels.patching.patch import patch, unpatch
 
 NAMES = ("llama", "gpt2", "t5", "bert")
 

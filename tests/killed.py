@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from red_kernels import _swap
+from red_kernels.support import swap as _swap
 
 OPERATIONS = (
     *((os, name) for name in ("open", "mkdir", "replace", "rename", "fsync", "unlink", "rmdir")),

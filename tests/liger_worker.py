@@ -18,7 +18,7 @@ from stack_helpers import hold_vectors, training
 from triton.runtime import interpreter
 
 import red_kernels as rk
-from red_kernels.models import compose
+from red_kernels.fusion import compose
 
 DEVICE = sys.argv[2]
 

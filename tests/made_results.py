@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from red_kernels._files import json_by_line
+from red_kernels.support.files import json_by_line
 
 PEERS = {"eager": 4.0, "eager-fused": 2.5, "compile": 1.4, "compile-max-autotune": 1.35, "liger": 1.2}
 SIZES = [(512, 576), (2048, 576), (512, 2048), (2048, 2048), (8192, 2048), (8192, 4096), (8192, 8192)]

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from red_kernels import patched, reference
-from red_kernels.config import RedConfig
-from red_kernels.models import compose
-from red_kernels.patch import edit_parameters, patch
+from red_kernels.backends import reference
+from red_kernels.edits.config import RedConfig
+from red_kernels.edits.find import edit_parameters
+from red_kernels.fusion import compose
+from red_kernels.patching import classes as patched
+from red_kernels.patching.patch import patch
 
 Run = Callable[[nn.Module, dict[str, Any]], dict[str, Tensor]]
 

@@ -11,7 +11,7 @@ import torch
 from row_cases import inputs, several
 
 import red_kernels as rk
-from red_kernels.edit_module import RedEdit
+from red_kernels.edits.module import RedEdit
 
 HOW = ["a", "b", "off"]
 

@@ -12,7 +12,7 @@ from patch_helpers import patched_and_peer
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from red_kernels.patch import edit_parameters
+from red_kernels.edits.find import edit_parameters
 
 Vectors = dict[str, dict[str, nn.Parameter]]
 RATE = 0.05

@@ -23,10 +23,11 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from two_processes import in_group
 
 import red_kernels as rk
-from red_kernels import _sharded, checkpoint
+from red_kernels.checkpoints import checkpoint
+from red_kernels.edits.find import edit_parameters
 from red_kernels.integrations.trainer import RedTrainer
 from red_kernels.integrations.trainer_callback import SaveEdits
-from red_kernels.patch import edit_parameters
+from red_kernels.support import sharded as _sharded
 
 HALF = STEPS // 2
 NAME = "llama"

@@ -17,11 +17,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import red_kernels as rk
-from red_kernels._site_names import match_sites
-from red_kernels.authors import CLASSIFIER_NAME, VECTORS_NAME, export_authors, inner_prefix
-from red_kernels.checkpoint import load_edits
-from red_kernels.config import RedConfig
-from red_kernels.patch import edit_parameters, patch, unpatch
+from red_kernels.checkpoints.authors import CLASSIFIER_NAME, VECTORS_NAME, export_authors, inner_prefix
+from red_kernels.checkpoints.checkpoint import load_edits
+from red_kernels.checkpoints.site_names import match_sites
+from red_kernels.edits.config import RedConfig
+from red_kernels.edits.find import edit_parameters
+from red_kernels.patching.patch import patch, unpatch
 
 CASES = [(name, position) for name, positions in authors_forms.SITES.items() for position in positions]
 

@@ -1,4 +1,4 @@
-"""Backends are records: `toy_backend.py`, which the package does not know, is one, and all that takes a backend takes it."""
+"""Backends are records: all that takes a backend takes that of `toy_backend.py`, which the package does not know."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ import red_kernels as rk
 from benchmarks.ops.implementations import ours
 from red_kernels import backends
 from red_kernels.backends import Backend, cpu, reference
-from red_kernels.integrations.info import show_info
+from red_kernels.info import show_info
 
 pytestmark = pytest.mark.usefixtures("toy")
 
@@ -106,7 +106,7 @@ def test_the_benchmarks_measure_it() -> None:
 def test_a_backend_that_is_missing_says_why() -> None:
     backends.register_backend(Backend("none", None, lambda: "it is not built; remedy: build it", lambda x: "no"))
     assert rk.available_backends()["none"] == "it is not built; remedy: build it"
-    with pytest.raises(RuntimeError, match="rk.backend: the backend 'none' is missing: it is not built; remedy"):
+    with pytest.raises(RuntimeError, match=r"rk\.backend: the backend 'none' is missing: it is not built; remedy"):
         rk.backend("none").__enter__()
     assert implementations(backends.by_name("none")) == ()
 

@@ -19,10 +19,10 @@ from benchmarks import runs, suite
 from benchmarks.quality import job as quality
 from benchmarks.step import growth
 from benchmarks.step import job as step
-from red_kernels import cli
-from red_kernels.integrations import base_dtype, info
-from red_kernels.integrations.base_dtype import choose_dtype, resolve_dtype, slowdown, told
-from red_kernels.integrations.finetune import Settings
+from red_kernels import cli, info
+from red_kernels.finetune import base_dtype
+from red_kernels.finetune.base_dtype import choose_dtype, resolve_dtype, slowdown, told
+from red_kernels.finetune.job import Settings
 
 CPU = torch.device("cpu")
 ABSENT = "absent"  # torch has no such function

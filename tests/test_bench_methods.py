@@ -122,7 +122,7 @@ def test_sisters_share_memory_and_nothing_else() -> None:
 
 
 def count(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
-    from red_kernels.models import compose
+    from red_kernels.fusion import compose
 
     right, calls = getattr(compose, name), []
 

@@ -24,7 +24,7 @@ import red_kernels as rk
 from benchmarks.quality import job, sentiment, tasks
 from benchmarks.quality.training import data_order, search_rate, train
 from benchmarks.runs import Run
-from red_kernels.integrations.data import Document
+from red_kernels.finetune.data import Document
 
 # ---- the search of a learning rate
 

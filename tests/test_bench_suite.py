@@ -20,7 +20,7 @@ from rich.console import Console
 from benchmarks import suite
 from benchmarks.runs import ResultFile, Run, run_cases
 from red_kernels import cli
-from red_kernels._files import json_by_line
+from red_kernels.support.files import json_by_line
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--quick", "--device", "cpu", "--operations", "edit", "--dtypes", "fp32", "--inputs", "fresh"]

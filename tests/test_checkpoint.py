@@ -31,11 +31,12 @@ from checkpoint_helpers import (
 )
 from torch import nn
 
-from red_kernels import checkpoint
-from red_kernels.authors import VECTORS_NAME
-from red_kernels.checkpoint import CONFIG_NAME, TENSORS_NAME, load_edits, save_edits, saved_config
-from red_kernels.config import RedConfig
-from red_kernels.patch import edit_parameters, patch
+from red_kernels.checkpoints import checkpoint
+from red_kernels.checkpoints.authors import VECTORS_NAME
+from red_kernels.checkpoints.checkpoint import CONFIG_NAME, TENSORS_NAME, load_edits, save_edits, saved_config
+from red_kernels.edits.config import RedConfig
+from red_kernels.edits.find import edit_parameters
+from red_kernels.patching.patch import patch
 
 # ---- our own form
 
@@ -344,7 +345,7 @@ def test_a_write_cut_short_by_the_system(tmp_path: Path) -> None:
 import resource, signal, sys
 sys.path.insert(0, sys.argv[2])
 from checkpoint_helpers import trained
-from red_kernels.checkpoint import save_edits
+from red_kernels.checkpoints.checkpoint import save_edits
 model = trained()
 resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
 try:

@@ -15,9 +15,9 @@ import tiny_folders
 from patience import HANGS
 
 from red_kernels import cli
-from red_kernels._arguments import layers as layers_of
 from red_kernels.backends import available_backends
-from red_kernels.integrations import _require
+from red_kernels.support import require as _require
+from red_kernels.support.arguments import layers as layers_of
 
 
 @pytest.fixture(scope="module")

@@ -180,7 +180,7 @@ def test_biases_without_a_place(name: str, tmp_path: Path, capsys: pytest.Captur
     ],
 )
 def test_the_reason_against_a_merge(name: str, config: dict[str, Any], reason: str, tmp_path: Path) -> None:
-    from red_kernels.merge import reason_against
+    from red_kernels.merging.merge import reason_against
 
     model = transformers.AutoModelForCausalLM.from_pretrained(MODELS[name](tmp_path))
     rk.patch(model, rk.RedConfig(**config))

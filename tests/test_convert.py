@@ -15,12 +15,21 @@ from authors_forms import CLASSIFIER, VECTORS
 from checkpoint_helpers import as_earlier, description, every_vector, same, trained, values
 from torch import Tensor, nn
 
-from red_kernels import _infer, cli, models
-from red_kernels.authors import export_authors
-from red_kernels.checkpoint import CONFIG_NAME, HEAD_NAME, TENSORS_NAME, load_edits, save_edits, saved_config
-from red_kernels.config import POSITIONS, RedConfig
-from red_kernels.integrations.convert import convert
-from red_kernels.patch import edit_parameters, patch
+from red_kernels import cli, models
+from red_kernels.checkpoints import infer as _infer
+from red_kernels.checkpoints.authors import export_authors
+from red_kernels.checkpoints.checkpoint import (
+    CONFIG_NAME,
+    HEAD_NAME,
+    TENSORS_NAME,
+    load_edits,
+    save_edits,
+    saved_config,
+)
+from red_kernels.checkpoints.convert import convert
+from red_kernels.edits.config import POSITIONS, RedConfig
+from red_kernels.edits.find import edit_parameters
+from red_kernels.patching.patch import patch
 
 CASES = [(name, position) for name, positions in authors_forms.SITES.items() for position in positions]
 

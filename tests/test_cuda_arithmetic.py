@@ -13,7 +13,7 @@ import torch
 from build_tools import ROOT, build
 from torch import Tensor
 
-from red_kernels import reference
+from red_kernels.backends import reference
 
 COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
 if COMPILER is None:

@@ -43,8 +43,8 @@ from op_cases import (
 from torch import Tensor
 
 import red_kernels as rk
-from red_kernels import checks
 from red_kernels.backends import cuda
+from red_kernels.ops import checks
 
 if not CUDA:
     pytest.skip(

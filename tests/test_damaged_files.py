@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 import red_kernels as rk
 from red_kernels import cli
-from red_kernels.integrations import finetune as job
+from red_kernels.finetune import job
 from red_kernels.integrations.trainer import checkpoints
 
 
@@ -204,7 +204,7 @@ def test_a_disk_without_room_is_found_first(
 def test_a_disk_that_fills_up(
     sources: Path, tmp_path: Path, small_disk: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("red_kernels.integrations.merged_folder.check_output", lambda *arguments: None)
+    monkeypatch.setattr("red_kernels.merging.folder.check_output", lambda *arguments: None)
     words = merging(sources)
     words[words.index("--output") + 1] = str(tmp_path / "merged")
     assert f"{tmp_path / 'merged'}" in failing(words, capsys)

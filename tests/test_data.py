@@ -9,7 +9,7 @@ import tiny_folders
 import torch
 from transformers import AutoTokenizer
 
-from red_kernels.integrations import data
+from red_kernels.finetune import data
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import red_kernels as rk
-from red_kernels.models.fingerprint import class_fingerprint
+from red_kernels.fusion.fingerprint import class_fingerprint
 
 DOCS = doc_examples.ROOT / "docs"
 
@@ -52,7 +52,7 @@ def test_patching(tmp_path):
 
 def test_positions_and_kinds_of_the_table():
     text = (DOCS / "patching.md").read_text()
-    from red_kernels.config import KINDS, POSITIONS
+    from red_kernels.edits.config import KINDS, POSITIONS
 
     assert set(re.findall(r"^\| `(\w+)`(?: \([^)]*\))? \| [^|]*\|[^|]*\|[^|]*\|[^|]*\|$", text, flags=re.M)) == set(
         POSITIONS

@@ -6,7 +6,7 @@ import pytest
 from doc_examples import run_page
 
 import red_kernels as rk
-from red_kernels.checkpoint import TENSORS_NAME
+from red_kernels.checkpoints.checkpoint import TENSORS_NAME
 
 for package in ("accelerate", "datasets", "peft", "torchao", "trl"):
     pytest.importorskip(package)

@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounter
 
 import red_kernels as rk
+from red_kernels.edits.find import edit_modules
 from red_kernels.integrations.peft import RedPeftConfig
-from red_kernels.patch import edit_modules
 
 NAME = "llama"
 

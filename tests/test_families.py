@@ -15,8 +15,9 @@ import transformers
 
 import red_kernels as rk
 from red_kernels import models
-from red_kernels.models import Family, Layout, Point, compose
-from red_kernels.patched import is_patched
+from red_kernels.fusion import compose
+from red_kernels.models import Family, Layout, Point
+from red_kernels.patching.classes import is_patched
 
 
 @pytest.fixture

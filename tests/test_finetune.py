@@ -26,10 +26,10 @@ from patience import HANGS
 from rich.console import Console
 
 from red_kernels import cli
-from red_kernels.checkpoint import TENSORS_NAME
-from red_kernels.integrations import data, progress
-from red_kernels.integrations.finetune import Settings, finetune
-from red_kernels.integrations.head import train_head
+from red_kernels.checkpoints.checkpoint import TENSORS_NAME
+from red_kernels.finetune import data, progress
+from red_kernels.finetune.head import train_head
+from red_kernels.finetune.job import Settings, finetune
 from red_kernels.integrations.trainer import HEAD_NAME, RedTrainer, checkpoints, load_trained, save_trained
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -373,8 +373,8 @@ def test_a_failed_save_leaves_the_former_checkpoint(
 def test_best_checkpoint_is_loaded_at_the_end(folders: dict[str, Path], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator
 
-    from red_kernels.config import RedConfig
-    from red_kernels.patch import patch
+    from red_kernels.edits.config import RedConfig
+    from red_kernels.patching.patch import patch
 
     model = AutoModelForCausalLM.from_pretrained(folders["llama"])
     patch(model, RedConfig())
@@ -408,8 +408,8 @@ def test_best_checkpoint_is_loaded_at_the_end(folders: dict[str, Path], tmp_path
 def test_trained_head_must_fit(folders: dict[str, Path], tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    from red_kernels.config import RedConfig
-    from red_kernels.patch import patch
+    from red_kernels.edits.config import RedConfig
+    from red_kernels.patching.patch import patch
 
     def model(labels: int) -> Any:
         made = AutoModelForSequenceClassification.from_pretrained(folders["bert"], num_labels=labels)

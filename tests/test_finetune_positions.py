@@ -8,7 +8,7 @@ import torch
 
 import red_kernels as rk
 from red_kernels.cli import main
-from red_kernels.naive import naive_edit
+from red_kernels.patching.naive import naive_edit
 
 
 @pytest.mark.parametrize(("position", "kind", "peer"), [("res_with_attn", "bias", False), ("res", "ln", True)])

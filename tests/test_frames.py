@@ -16,6 +16,7 @@ from torch import nn
 
 import red_kernels as rk
 from red_kernels.backends import cpu
+from red_kernels.edits.module import RedEdit
 from red_kernels.ops import checks
 
 PACKAGE = str(Path(rk.__file__).parent)
@@ -106,7 +107,7 @@ def damaged(change: str, own: nn.Module) -> None:
 def test_vectors_that_do_not_fit_are_named_before_a_kernel_reads_them(name: str, change: str, said: str) -> None:
     model = zoo.tiny(name)
     rk.patch(model)
-    own: Any = next(module for module in model.modules() if isinstance(module, rk.edit_module.RedEdit))
+    own: Any = next(module for module in model.modules() if isinstance(module, RedEdit))
     damaged(change, own)
     with pytest.raises((ValueError, TypeError), match=said):
         model(**zoo.inputs(name))

@@ -13,9 +13,9 @@ from stack_helpers import STEPS, listed, rows
 from torch import nn
 
 import red_kernels as rk
-from red_kernels.integrations.head import train_head
+from red_kernels.edits.find import edit_parameters
+from red_kernels.finetune.head import train_head
 from red_kernels.integrations.trainer import RedTrainer, head_parameters
-from red_kernels.patch import edit_parameters
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 PLAIN = {**SIZES, "pad_token_id": 0}

@@ -20,9 +20,10 @@ from killed import counted, each_kill
 from torch import nn
 
 import red_kernels as rk
-from red_kernels import _files, checkpoint
-from red_kernels.authors import CLASSIFIER_NAME, VECTORS_NAME
-from red_kernels.checkpoint import CONFIG_NAME, HEAD_NAME, TENSORS_NAME, save_with_head
+from red_kernels.checkpoints import checkpoint
+from red_kernels.checkpoints.authors import CLASSIFIER_NAME, VECTORS_NAME
+from red_kernels.checkpoints.checkpoint import CONFIG_NAME, HEAD_NAME, TENSORS_NAME, save_with_head
+from red_kernels.support import files as _files
 
 
 @functools.cache
@@ -220,7 +221,7 @@ def test_two_writers_and_two_readers(kinds: tuple[str, str], tmp_path: Path) -> 
 def test_a_reader_while_the_form_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the vectors of the earlier form and their description another process writes the new form."""
     save("earlier with head", tmp_path)
-    from red_kernels import _saved_folder
+    from red_kernels.checkpoints import folder as _saved_folder
 
     real = _saved_folder._read_config
     once = [True]
@@ -376,7 +377,7 @@ def test_numbers_in_names_that_are_none(tmp_path: Path) -> None:
 
 
 def test_a_new_run_removes_its_own_files_only(tmp_path: Path) -> None:
-    from red_kernels.integrations.run_folder import RunFolder
+    from red_kernels.finetune.run_folder import RunFolder
 
     for kind in ("head", "earlier with head"):
         save(kind, tmp_path / "edits")

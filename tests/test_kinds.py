@@ -18,12 +18,13 @@ import toy_kinds
 from torch import nn
 
 import red_kernels as rk
-from red_kernels import edit_module, edits
+from red_kernels import edits
 from red_kernels.cli import main
-from red_kernels.edit_module import RedEdit
+from red_kernels.edits import module
+from red_kernels.edits.find import edit_modules, edit_parameters
 from red_kernels.edits.kinds import KINDS, PARTS, Kind, Part, kind_with, register_kind, registry
-from red_kernels.naive import naive_edit
-from red_kernels.patch import edit_modules, edit_parameters
+from red_kernels.edits.module import RedEdit
+from red_kernels.patching.naive import naive_edit
 
 OURS = ("all", "scaling", "bias", "ln")
 TOYS = ("curved", "exponential")
@@ -253,7 +254,7 @@ def test_what_is_no_kind(kind: Any, error: type[Exception], message: str) -> Non
 
 
 def test_every_kernel_that_a_kind_may_name_is_there() -> None:
-    assert set(edit_module._KERNELS) == set(registry.KERNELS)
+    assert set(module._KERNELS) == set(registry.KERNELS)
 
 
 def test_named_edits_where_they_were() -> None:

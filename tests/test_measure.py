@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from red_kernels.integrations import measure
-from red_kernels.naive import naive_edit
+from red_kernels.finetune import measure
+from red_kernels.patching.naive import naive_edit
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,10 @@ from test_positions import peers
 from torch import nn
 
 import red_kernels as rk
-from red_kernels.config import RedConfig
-from red_kernels.edit_module import RedEdit
-from red_kernels.patch import edit_parameters, patch
+from red_kernels.edits.config import RedConfig
+from red_kernels.edits.find import edit_parameters
+from red_kernels.edits.module import RedEdit
+from red_kernels.patching.patch import patch
 
 BLOCKS = zoo.MIXTURES  # an FFN that is a block of experts has no weights to merge into
 DENSE = tuple(name for name in zoo.NAMES if name not in BLOCKS)

@@ -13,7 +13,7 @@ import transformers
 
 import red_kernels as rk
 from red_kernels.cli import main
-from red_kernels.integrations._replaced import MARKER
+from red_kernels.support.replaced import MARKER
 
 
 @pytest.fixture

@@ -13,10 +13,12 @@ import torch
 from killed import each_kill
 
 import red_kernels as rk
-from red_kernels import _files, _swap
 from red_kernels.cli import main
-from red_kernels.integrations import _replaced, merged_folder
-from red_kernels.integrations._replaced import MARKER, OutputFolder
+from red_kernels.merging import folder as merged_folder
+from red_kernels.support import files as _files
+from red_kernels.support import replaced as _replaced
+from red_kernels.support import swap as _swap
+from red_kernels.support.replaced import MARKER, OutputFolder
 
 _OWN = '{"format": "red_kernels merged model", "files": %s}'
 CONTENT = {"config.json": "{}", "deep/er": "weights"}

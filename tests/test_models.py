@@ -9,10 +9,12 @@ import pytest
 import torch
 from patch_helpers import batch_for, compare, loss_and_backward, watching
 
-from red_kernels.config import RedConfig
-from red_kernels.models import FAMILIES, LAYOUTS, compose
-from red_kernels.models.fingerprint import fingerprint
-from red_kernels.patch import edit_parameters, patch
+from red_kernels.edits.config import RedConfig
+from red_kernels.edits.find import edit_parameters
+from red_kernels.fusion import compose
+from red_kernels.fusion.fingerprint import fingerprint
+from red_kernels.models import FAMILIES, LAYOUTS
+from red_kernels.patching.patch import patch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -12,8 +12,8 @@ from checkpoint_helpers import authors_state, patched, trained
 from torch import Tensor, nn
 
 import red_kernels as rk
-from red_kernels.authors import VECTORS_NAME
-from red_kernels.checkpoint import TENSORS_NAME
+from red_kernels.checkpoints.authors import VECTORS_NAME
+from red_kernels.checkpoints.checkpoint import TENSORS_NAME
 
 
 def values(model: nn.Module, name: str) -> list[Tensor]:

@@ -17,9 +17,9 @@ from benchmarks.step import growth
 from benchmarks.step import job as step
 from red_kernels import cli
 from red_kernels.backends.triton import tuned
-from red_kernels.integrations.data import Document, split_documents
-from red_kernels.integrations.finetune import Settings
-from red_kernels.merge_report import SiteMerge
+from red_kernels.finetune.data import Document, split_documents
+from red_kernels.finetune.job import Settings
+from red_kernels.merging.report import SiteMerge
 
 NOT_FINITE = (math.nan, math.inf, -math.inf)
 

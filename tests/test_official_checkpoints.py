@@ -18,10 +18,11 @@ import transformers
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from red_kernels.authors import VECTORS_NAME, export_authors
-from red_kernels.checkpoint import load_edits, save_edits, saved_config
-from red_kernels.config import RedConfig
-from red_kernels.patch import edit_parameters, patch, unpatch
+from red_kernels.checkpoints.authors import VECTORS_NAME, export_authors
+from red_kernels.checkpoints.checkpoint import load_edits, save_edits, saved_config
+from red_kernels.edits.config import RedConfig
+from red_kernels.edits.find import edit_parameters
+from red_kernels.patching.patch import patch, unpatch
 
 OFFICIAL = Path(__file__).resolve().parents[1] / ".." / "shared" / "official"
 LENGTH = 6

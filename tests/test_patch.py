@@ -16,9 +16,10 @@ import transformers
 from patch_helpers import batch_for, loss_and_backward, patched_and_peer, watching
 from torch import nn
 
-from red_kernels.config import RedConfig
-from red_kernels.edit_module import RedEdit
-from red_kernels.patch import edit_config, edit_parameters, patch, unpatch
+from red_kernels.edits.config import RedConfig
+from red_kernels.edits.find import edit_parameters
+from red_kernels.edits.module import RedEdit
+from red_kernels.patching.patch import edit_config, patch, unpatch
 
 
 def snapshot(model):

@@ -9,11 +9,11 @@ import model_zoo as zoo
 import pytest
 import torch
 
-from red_kernels.config import RedConfig
-from red_kernels.models.compose import CACHES
-from red_kernels.models.fingerprint import unwrapped
-from red_kernels.patch import patch, unpatch
-from red_kernels.patched import is_patched
+from red_kernels.edits.config import RedConfig
+from red_kernels.fusion.compose import CACHES
+from red_kernels.fusion.fingerprint import unwrapped
+from red_kernels.patching.classes import is_patched
+from red_kernels.patching.patch import patch, unpatch
 
 
 def blocks_of(model):

@@ -8,7 +8,7 @@ import torch
 from old_releases import skip_untraced
 from patch_helpers import batch_for, layers_of, patched_and_peer, watching
 
-from red_kernels.patch import edit_parameters
+from red_kernels.edits.find import edit_parameters
 
 LAYOUTS = ["llama", "phi3", "gemma2", "gpt2", "opt", "opt_post_norm", "bert", "t5", "vit"]  # one model of each
 

@@ -9,8 +9,9 @@ import torch.distributed
 from patch_helpers import loss_and_backward, patched_and_peer, watching
 from two_processes import run_pair
 
-from red_kernels.config import RedConfig
-from red_kernels.patch import edit_parameters, patch
+from red_kernels.edits.config import RedConfig
+from red_kernels.edits.find import edit_parameters
+from red_kernels.patching.patch import patch
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")

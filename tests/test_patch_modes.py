@@ -24,9 +24,10 @@ from patch_helpers import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from red_kernels.config import RedConfig
-from red_kernels.models.handoff import _running
-from red_kernels.patch import edit_parameters, patch
+from red_kernels.edits.config import RedConfig
+from red_kernels.edits.find import edit_parameters
+from red_kernels.fusion.handoff import _running
+from red_kernels.patching.patch import patch
 
 FEW = ("llama", "gemma2", "gpt2", "t5")  # one of each way in which a note travels
 

@@ -21,7 +21,7 @@ from patch_helpers import (
 )
 from torch import nn
 
-from red_kernels.models.handoff import _NOTE, leave_note, take_note
+from red_kernels.fusion.handoff import _NOTE, leave_note, take_note
 
 FEW = ("llama", "gemma2", "gpt2", "t5")  # one of each way in which a note travels
 
@@ -335,8 +335,8 @@ def test_a_skipped_layer(watch):
 
 def test_the_handed_tensor_is_freed_once_taken(monkeypatch):
     """At no time is more than one note alive, and none after the forward."""
-    from red_kernels import patched
-    from red_kernels.models import compose
+    from red_kernels.fusion import compose
+    from red_kernels.patching import classes as patched
 
     model, _, _ = patched_and_peer("llama")
     alive: list[weakref.ref] = []

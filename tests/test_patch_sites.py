@@ -10,10 +10,11 @@ import torch
 from patch_helpers import Watch, batch_for, compare, loss_and_backward, patched_and_peer, watching
 from torch import Tensor, nn
 
-from red_kernels.config import RedConfig
-from red_kernels.models.handoff import leave_note, take_note
-from red_kernels.models.norms import norm_arguments
-from red_kernels.patch import edit_parameters, patch, unpatch
+from red_kernels.edits.config import RedConfig
+from red_kernels.edits.find import edit_parameters
+from red_kernels.fusion.handoff import leave_note, take_note
+from red_kernels.fusion.norms import norm_arguments
+from red_kernels.patching.patch import patch, unpatch
 
 FEW = ["llama", "gemma2", "gpt2", "opt", "opt_post_norm", "bert", "t5", "vit"]
 

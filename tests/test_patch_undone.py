@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import red_kernels as rk
-from red_kernels.edit_module import RedEdit
+from red_kernels.edits.module import RedEdit
 
-patch_module = importlib.import_module("red_kernels.patch")  # the package has a function of that name
+patch_module = importlib.import_module("red_kernels.patching.patch")  # the package has a function of that name
 
 
 def snapshot(model):

@@ -14,10 +14,11 @@ import transformers
 from patch_helpers import batch_for, in_inference_mode, layers_of, patched_and_peer, watching, without_gradients
 from torch import nn
 
-from red_kernels.checkpoint import save_edits
-from red_kernels.config import RedConfig
-from red_kernels.models.handoff import _running
-from red_kernels.patch import edit_config, edit_parameters, patch, unpatch
+from red_kernels.checkpoints.checkpoint import save_edits
+from red_kernels.edits.config import RedConfig
+from red_kernels.edits.find import edit_parameters
+from red_kernels.fusion.handoff import _running
+from red_kernels.patching.patch import edit_config, patch, unpatch
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import red_kernels as rk
-from red_kernels.edit_module import RedEdit
+from red_kernels.edits.module import RedEdit
 from red_kernels.integrations.peft import RedLayer, RedPeftConfig
-from red_kernels.patched import is_patched
+from red_kernels.patching.classes import is_patched
 
 ROOT = "base_model.model."
 

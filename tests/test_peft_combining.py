@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 
 import red_kernels as rk
 from red_kernels import cli
-from red_kernels.integrations import peft_folder
+from red_kernels.checkpoints import peft_folder
 from red_kernels.integrations.peft import RedLayer, RedPeftConfig
 
 

@@ -11,9 +11,10 @@ import torch
 from old_releases import skip_untraced
 from patch_helpers import batch_for, layers_of, loss_and_backward, philox_dropout, watching
 
-from red_kernels.config import RedConfig
-from red_kernels.edit_module import RedEdit
-from red_kernels.patch import edit_parameters, patch, unpatch
+from red_kernels.edits.config import RedConfig
+from red_kernels.edits.find import edit_parameters
+from red_kernels.edits.module import RedEdit
+from red_kernels.patching.patch import patch, unpatch
 
 CASES = [
     (name, position)

@@ -12,8 +12,9 @@ from patch_helpers import layers_of, loss_and_backward, philox_dropout
 from test_positions import held_to_the_formulas, peers
 from torch import nn
 
-from red_kernels.config import RedConfig
-from red_kernels.patch import edit_parameters, patch
+from red_kernels.edits.config import RedConfig
+from red_kernels.edits.find import edit_parameters
+from red_kernels.patching.patch import patch
 
 
 def logits(model, name):

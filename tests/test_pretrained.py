@@ -19,7 +19,7 @@ from stack_helpers import STEPS, files, same_vectors, trainer_of, training
 from torch import nn
 
 import red_kernels as rk
-from red_kernels.patch import edit_parameters
+from red_kernels.edits.find import edit_parameters
 
 SAID = r"no edits; they are beside it.*rk\.patch\(model, rk\.saved_config\('.*'\)\); rk\.load_edits\(model, '.*'\)"
 

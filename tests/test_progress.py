@@ -31,12 +31,13 @@ from transformers.utils import logging
 
 from benchmarks import runs
 from benchmarks.step import growth
-from red_kernels import _progress, cli
-from red_kernels._progress import Stage, duration
-from red_kernels.integrations import measure
-from red_kernels.integrations.bars import bars_on_terminals_only
-from red_kernels.integrations.base_dtype import BaseDtype
-from red_kernels.integrations.base_models import quietly
+from red_kernels import cli
+from red_kernels.finetune import measure
+from red_kernels.finetune.base_dtype import BaseDtype
+from red_kernels.support import progress as _progress
+from red_kernels.support.bars import bars_on_terminals_only
+from red_kernels.support.base_models import quietly
+from red_kernels.support.progress import Stage, duration
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -258,7 +259,7 @@ def test_finetune_says_how_long_a_slow_step_takes(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before the first step: each of 64 tokens takes two seconds, and 20 of 30 steps are left in the second run."""
-    from red_kernels.integrations import finetune
+    from red_kernels.finetune import job as finetune
 
     monkeypatch.setattr(finetune, "first_look", lambda model, batch, tokens: 2.0 * tokens)
     assert cli.main(words(folders, tmp_path / "out", "--steps", "3")) == 0

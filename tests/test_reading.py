@@ -14,11 +14,14 @@ import torch
 
 import red_kernels as rk
 from benchmarks import runs
-from red_kernels import _infer, _parse, _vectors, cli
-from red_kernels.authors import CLASSIFIER_NAME, VECTORS_NAME
+from red_kernels import cli
 from red_kernels.backends.triton import tuned
-from red_kernels.integrations import data, run_folder
-from red_kernels.report import PatchReport, SiteReport
+from red_kernels.checkpoints import infer as _infer
+from red_kernels.checkpoints import vectors as _vectors
+from red_kernels.checkpoints.authors import CLASSIFIER_NAME, VECTORS_NAME
+from red_kernels.finetune import data, run_folder
+from red_kernels.patching.report import PatchReport, SiteReport
+from red_kernels.support import parse as _parse
 
 DEEP = "[" * 200_000 + "]" * 200_000
 # All that str.splitlines cuts at, beside the CR and LF that end a row.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from red_kernels import recompute
+from red_kernels.edits import recompute
 
 BY_APPLY = pytest.param(
     True,

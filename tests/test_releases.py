@@ -14,10 +14,11 @@ import pytest
 import transformers
 from torch import nn
 
-from red_kernels.config import RedConfig
-from red_kernels.models import FAMILIES, LAYOUTS, Layout, child_at, family_of
-from red_kernels.models.fingerprint import BASE
-from red_kernels.patch import patch
+from red_kernels.edits.config import RedConfig
+from red_kernels.fusion.fingerprint import BASE
+from red_kernels.fusion.paths import child_at
+from red_kernels.models import FAMILIES, LAYOUTS, Layout, family_of
+from red_kernels.patching.patch import patch
 
 UNKNOWN = "is not one that is known"
 CROSS = "bert with cross attention"

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 import red_kernels as rk
-from red_kernels.integrations.run_folder import open_run
+from red_kernels.finetune.run_folder import open_run
 from red_kernels.integrations.trainer import RedTrainer, checkpoints
 
 SETTINGS = {"task": "causal-lm", "model": "m", "data": "d", "steps": 3}

@@ -12,8 +12,8 @@ from tiny_folders import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import red_kernels as rk
+from red_kernels.edits.find import edit_parameters
 from red_kernels.integrations.trainer import RedTrainer
-from red_kernels.patch import edit_parameters
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")

@@ -8,11 +8,12 @@ import torch
 from stack_helpers import BATCH, STEPS, files, hold_training, listed, same_vectors, trainer_of, training
 from transformers import Trainer
 
-from red_kernels.checkpoint import load_edits, saved_config
-from red_kernels.config import RedConfig
+from red_kernels.checkpoints.checkpoint import load_edits, saved_config
+from red_kernels.edits.config import RedConfig
+from red_kernels.edits.find import edit_parameters
 from red_kernels.integrations.trainer import RedTrainer
 from red_kernels.integrations.trainer_callback import SaveEdits
-from red_kernels.patch import edit_parameters, patch
+from red_kernels.patching.patch import patch
 
 pytest.importorskip("accelerate")
 

@@ -8,9 +8,10 @@ import torch
 from stack_helpers import Losses, files, hold_training, listed, same_vectors
 from tiny_folders import VOCABULARY, tiny_llama
 
-from red_kernels.config import RedConfig
+from red_kernels.edits.config import RedConfig
+from red_kernels.edits.find import edit_parameters
 from red_kernels.integrations.trainer import RedTrainer
-from red_kernels.patch import edit_parameters, patch
+from red_kernels.patching.patch import patch
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")

@@ -18,11 +18,11 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 import red_kernels as rk
-from red_kernels import checkpoint
-from red_kernels.checkpoint import HEAD_NAME, TENSORS_NAME
+from red_kernels.checkpoints import checkpoint
+from red_kernels.checkpoints.checkpoint import HEAD_NAME, TENSORS_NAME
+from red_kernels.checkpoints.convert import convert
 from red_kernels.cli import main
-from red_kernels.integrations.convert import convert
-from red_kernels.integrations.head import train_head
+from red_kernels.finetune.head import train_head
 from red_kernels.integrations.trainer import head_parameters, load_trained, save_trained
 
 LABELS = ("bad", "good", "odd")

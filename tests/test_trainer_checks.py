@@ -12,9 +12,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import red_kernels as rk
+from red_kernels.edits.find import edit_parameters
 from red_kernels.integrations.trainer import RedTrainer, head_parameters
 from red_kernels.integrations.trainer_callback import SaveEdits
-from red_kernels.patch import edit_parameters
 
 pytest.importorskip("accelerate")
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from red_kernels.config import RedConfig
-from red_kernels.patch import edit_parameters, patch
+from red_kernels.edits.config import RedConfig
+from red_kernels.edits.find import edit_parameters
+from red_kernels.patching.patch import patch
 
 STEPS = 50
 PUBLISHED_RATE = 2e-5  # with which the authors trained Llama-2

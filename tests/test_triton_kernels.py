@@ -41,7 +41,7 @@ from op_cases import (
 )
 from torch import Tensor
 
-from red_kernels import checks
+from red_kernels.ops import checks
 
 if not TRITON:
     pytest.skip("no Triton backend here: neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)

@@ -27,8 +27,8 @@ pytest.importorskip("triton")
 from red_kernels import cli
 from red_kernels.backends.triton import launch, tuned
 from red_kernels.backends.triton.rules import Architecture, RowTile
-from red_kernels.tuning import candidates, clocks, job, matmul, search, workloads
-from red_kernels.tuning.clocks import Quartiles
+from red_kernels.backends.triton.tuning import candidates, clocks, job, matmul, search, workloads
+from red_kernels.backends.triton.tuning.clocks import Quartiles
 
 ROOT = Path(__file__).parent.parent
 CHIP = Architecture("sm_90", 32, 132)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import model_zoo as zoo
 import pytest
@@ -12,18 +13,12 @@ from patch_helpers import watching
 from row_cases import NAMES, ROWS, eager, hold, inputs, several, weighted
 
 import red_kernels as rk
-from red_kernels import edit_module
-from red_kernels.models import compose
+from red_kernels.backends.arguments import Edit, Norm
+from red_kernels.edits import module
+from red_kernels.fusion import compose
+from red_kernels.ops import fused
 
 FAMILIES = ("llama", "gpt2", "bert", "t5", "opt", "distilbert", "falcon")
-FUSED = (
-    "edit",
-    "edit_add",
-    "edit_add_rms_norm",
-    "edit_add_layer_norm",
-    "rms_norm_edit",
-    "layer_norm_edit",
-)
 CASES = [
     ("falcon_sequential" if (name, position) == ("falcon", "res_with_attn") else name, position)
     for name in FAMILIES
@@ -64,17 +59,27 @@ def calls(monkeypatch):
     """Which operations run, as `(name, whether edits are chosen by row)`."""
     seen: list[tuple[str, bool]] = []
 
-    def recording(operation, function):
-        def call(*args, **kwargs):
-            seen.append((operation, kwargs.get("edit_ids") is not None))
-            return function(*args, **kwargs)
+    def recorded(operation):
+        def call(*args):
+            (own,) = (one for one in args if isinstance(one, Edit))
+            norms = [one for one in args if isinstance(one, Norm)]
+            title = "layer_norm" if norms and norms[0].centered else "rms_norm"
+            seen.append((operation.replace("norm", title), own.ids is not None))
+            return getattr(fused, operation)(*args)
 
         return call
 
-    for operation in FUSED:
-        monkeypatch.setattr(compose, operation, recording(operation, getattr(compose, operation)))
+    def alone(operation, function):
+        def call(*args, edit_ids=None, **kwargs):
+            seen.append((f"{operation} alone", edit_ids is not None))
+            return function(*args, edit_ids=edit_ids, **kwargs)
+
+        return call
+
+    watched = {name: recorded(name) for name in fused.__all__ if name != "drawn_dropout"}
+    monkeypatch.setattr(compose, "fused", SimpleNamespace(**watched, drawn_dropout=fused.drawn_dropout))
     for operation in ("edit", "edit_add_layer_norm"):
-        monkeypatch.setattr(edit_module, operation, recording(f"{operation} alone", getattr(edit_module, operation)))
+        monkeypatch.setattr(module, operation, alone(operation, getattr(module, operation)))
     return seen
 
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import red_kernels as rk
-from red_kernels import checkpoint, edit_module
-from red_kernels.authors import VECTORS_NAME
-from red_kernels.edit_module import RedEdit
+from red_kernels.checkpoints import checkpoint
+from red_kernels.checkpoints.authors import VECTORS_NAME
+from red_kernels.edits.module import RedEdit
+from red_kernels.edits.vectors import EditVectors
 
 
 class Doubled(nn.Module):
@@ -145,7 +146,7 @@ def test_no_advice_destroys_the_base() -> None:
     """`to_empty` of a model clears its weights: no message may advise it for the whole."""
     for path in (Path(rk.__file__).parent).rglob("*.py"):
         for line in path.read_text().splitlines():
-            if "to_empty" in line and path.name != "edit_module.py":
+            if "to_empty" in line and path.name != "vectors.py":
                 assert "clears all of its values" in line, f"{path}: {line}"
 
 
@@ -165,7 +166,7 @@ def test_a_new_edit_is_seen_when_it_is_whole(
     steps = []
     real = RedEdit.publish
 
-    def publish(self: RedEdit, name: str, holder: edit_module.EditVectors) -> None:
+    def publish(self: RedEdit, name: str, holder: EditVectors) -> None:
         real(self, name, holder)
         assert rk.edit_names(server) == ("default",)
         for request in (
@@ -190,7 +191,7 @@ def test_added_and_combined_edits_as_well(server: nn.Module, monkeypatch: pytest
     filled = trained()
     real = RedEdit.publish
 
-    def publish(self: RedEdit, name: str, holder: edit_module.EditVectors) -> None:
+    def publish(self: RedEdit, name: str, holder: EditVectors) -> None:
         assert holder.scale is not None
         assert not torch.equal(holder.scale, torch.ones(zoo.HIDDEN)), "visible before its values are there"
         real(self, name, holder)

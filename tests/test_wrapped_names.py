@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import red_kernels as rk
-from red_kernels.patch import edit_parameters
+from red_kernels.edits.find import edit_parameters
 
 peft = pytest.importorskip("peft")
 
@@ -106,7 +106,7 @@ def test_lora_first_as_well(name, tmp_path):
 @pytest.mark.parametrize("wrap", [lora, checkpointed], ids=["LoRA", "checkpointed layers"])
 def test_files_with_the_names_of_wrappers_go_on_loading(wrap, tmp_path, monkeypatch):
     """Earlier versions saved the names as they were then."""
-    from red_kernels import checkpoint
+    from red_kernels.checkpoints import checkpoint
 
     model = zoo.tiny("llama")
     rk.patch(model)

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from red_kernels.edit_module import call_unedited, edited_output
+from red_kernels.fusion.compose import add, add_then_norm
+from red_kernels.fusion.deferral import call_unedited, edited_output
+from red_kernels.fusion.fingerprint import class_fingerprint
 from red_kernels.models import Edits, Family, Layout, Point, register_family
-from red_kernels.models.compose import add, add_then_norm
-from red_kernels.models.fingerprint import class_fingerprint
 
 WIDTH, LAYERS = 16, 3
 

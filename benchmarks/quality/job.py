@@ -23,8 +23,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from red_kernels.integrations.base_dtype import AUTO
-from red_kernels.integrations.measure import HeldOut
+from red_kernels.finetune.base_dtype import AUTO
+from red_kernels.finetune.measure import HeldOut
 
 from ..methods import METHODS, QUALITY_METHODS, prepare
 from ..runs import Case, ResultFile, Run, run_cases

@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from red_kernels._files import write_files
-from red_kernels.integrations.data import Document, split_documents
+from red_kernels.finetune.data import Document, split_documents
+from red_kernels.support.files import write_files
 
 PROJECT, VERSION = "vaderSentiment", "3.3.2"
 ARCHIVE = f"{PROJECT}-{VERSION}.tar.gz"

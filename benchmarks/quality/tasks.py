@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, default_data_collator
 
-from red_kernels.integrations.base_dtype import ASKED, DTYPES
-from red_kernels.integrations.base_models import BaseModel, load_base
-from red_kernels.integrations.data import Document, LabelledTexts, TokenBlocks, python_topics, split_documents
-from red_kernels.integrations.measure import HeldOut, held_out_loss
+from red_kernels.finetune.base_dtype import ASKED, DTYPES
+from red_kernels.finetune.data import Document, LabelledTexts, TokenBlocks, python_topics, split_documents
+from red_kernels.finetune.measure import HeldOut, held_out_loss
+from red_kernels.support.base_models import BaseModel, load_base
 
 from . import sentiment
 from .training import data_order

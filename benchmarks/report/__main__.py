@@ -10,7 +10,7 @@ import difflib
 import sys
 from pathlib import Path
 
-from red_kernels._files import write_files
+from red_kernels.support.files import write_files
 
 from .documents import BEGIN, END, performance, put_block, readme_block
 from .results import load

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from red_kernels._files import write_files
+from red_kernels.support.files import write_files
 
 from .figures import (
     COPY,

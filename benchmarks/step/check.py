@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from red_kernels.models.norms import norm_spec
+from red_kernels.fusion.norms import norm_spec
 
 from ..methods import Prepared, sister
 

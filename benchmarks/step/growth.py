@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import red_kernels as rk
-from red_kernels.integrations.base_dtype import ASKED, AUTO
+from red_kernels.finetune.base_dtype import ASKED, AUTO
 
 from ..methods import METHODS, Prepared, edited_sites, prepare, sister
 from ..runs import Case, ResultFile, Run, run_cases

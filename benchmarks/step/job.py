@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from red_kernels.integrations.base_dtype import ASKED, AUTO
-from red_kernels.naive import naive_edit
+from red_kernels.finetune.base_dtype import ASKED, AUTO
+from red_kernels.patching.naive import naive_edit
 
 from ..methods import METHODS, STEP_METHODS, Prepared, edited_sites, prepare, sister
 from ..runs import Case, ResultFile, Run, run_cases

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from red_kernels.integrations.base_dtype import DTYPES
-from red_kernels.integrations.base_models import load_base
+from red_kernels.finetune.base_dtype import DTYPES
+from red_kernels.support.base_models import load_base
 
 LABELS = ["negative", "positive"]
 

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from ..blocks import Block, lock, state_of
-from ..edit_module import EditVectors, Gate, RedEdit, check_name
-from ..module_facts import wrapper_of
-from ..patch import edit_modules, outer_modules
-from ..report import listed
-from ..selection import DEFAULT, OFF, Rows, Selection
+from ..support.text import listed
+from .blocks import Block, lock, state_of
+from .find import edit_modules, outer_modules, wrapper_of
 from .kinds import PARTS
+from .module import RedEdit, check_name
+from .selection import DEFAULT, OFF, Rows, Selection
+from .vectors import EditVectors, Gate
 
 __all__ = [
     "active_edit",

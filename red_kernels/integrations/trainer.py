@@ -16,14 +16,14 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .._files import write_files
-from .._saved_folder import HEAD_NAME, TENSORS_NAME, MissingHead
-from .._sharded import is_sharded
-from .._wrapped_names import bare_name
-from ..checkpoint import check_patched as check_vectors
-from ..checkpoint import load_found, read, save_with_head
-from ..edit_module import RedEdit
-from ..patch import edit_modules, edit_parameters
+from ..checkpoints.checkpoint import check_patched as check_vectors
+from ..checkpoints.checkpoint import load_found, read, save_with_head
+from ..checkpoints.folder import HEAD_NAME, TENSORS_NAME, MissingHead
+from ..checkpoints.wrapped_names import bare_name
+from ..edits.find import edit_modules, edit_parameters
+from ..edits.module import RedEdit
+from ..support.files import write_files
+from ..support.sharded import is_sharded
 from .trainer_callback import check_patched
 
 __all__ = [

@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .._sharded import is_sharded
-from ..checkpoint import save_edits
-from ..patch import edit_config, edit_modules, edit_parameters
+from ..checkpoints.checkpoint import save_edits
+from ..edits.find import edit_modules, edit_parameters
+from ..patching.patch import edit_config
+from ..support.sharded import is_sharded
 
 __all__ = ["SaveEdits", "check_patched"]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from . import classic, decoders, encoders, parallel, t5
-from .description import PLACES, Edits, Family, Layout, Point, child_at, first_path
+from .description import PLACES, Edits, Family, Layout, Point
 
 __all__ = [
     "FAMILIES",
@@ -19,9 +19,7 @@ __all__ = [
     "Family",
     "Layout",
     "Point",
-    "child_at",
     "family_of",
-    "first_path",
     "register_family",
 ]
 

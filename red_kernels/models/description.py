@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import nn
-
 if TYPE_CHECKING:
-    from ..edit_module import RedEdit
+    from ..edits.module import RedEdit
 
 __all__ = [
     "PLACES",
@@ -20,9 +18,6 @@ __all__ = [
     "Layout",
     "Point",
     "attention_points",
-    "child_at",
-    "first_path",
-    "walk",
 ]
 
 PLACES = ("ffn", "attn", "qkv", "res", "attn_res")
@@ -167,32 +162,3 @@ def attention_points(
     )
     stream = Point("attn_res", outer, "", fuses=f"{title} behind the residual add", norm=norm, inside=True)
     return attention, stream
-
-
-def first_path(layer: nn.Module, paths: str) -> str | None:
-    """The first path of an entry of `Family.sites` that is there; None for none."""
-    for entry in paths.removesuffix("?").split("|"):
-        path, _, inner = entry.partition(" with ")
-        found = child_at(layer, path)
-        if found is not None and (not inner or child_at(found, inner) is not None):
-            return path
-    return None
-
-
-def child_at(module: nn.Module, path: str) -> nn.Module | None:
-    """The module at a dotted path, or None. `-1` is the last child of a list."""
-    found: nn.Module | None = module
-    for part in path.split(".") if path else ():
-        if part == "-1" and found is not None:
-            part = next(reversed(found._modules), "")
-        found = walk(found, [part])
-    return found
-
-
-def walk(module: nn.Module | None, parts: Iterable[str]) -> nn.Module | None:
-    """The module at a path in parts, or None; quick."""
-    for part in parts:
-        if module is None:
-            return None
-        module = module._modules.get(part)
-    return module

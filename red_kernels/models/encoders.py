@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..edit_module import call_unedited, edited_output
-from .compose import add_then_norm, behind, edit_add_to_next, edit_then_norm
+from ..fusion.compose import add_then_norm, behind, edit_add_to_next, edit_then_norm
+from ..fusion.deferral import call_unedited, edited_output
 from .description import RES, Edits, Family, Layout, Point, attention_points
 
 __all__ = ["FAMILIES"]

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..edit_module import call_unedited, edited_output
-from .compose import add, add_then_norm, edit_add_to_next, given, left_of_dropout
+from ..fusion.compose import add, add_then_norm, edit_add_to_next, given, left_of_dropout
+from ..fusion.deferral import call_unedited, edited_output
 from .description import RES, TO_NEXT, Edits, Family, Layout, Point, attention_points
 
 __all__ = ["FAMILIES"]

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..edit_module import call_unedited, edited_output
-from .compose import edit_add_to_next, given
+from ..fusion.compose import edit_add_to_next, given
+from ..fusion.deferral import call_unedited, edited_output
 from .description import RES, TO_NEXT, Edits, Family, Layout, Point
 
 __all__ = ["FAMILIES"]

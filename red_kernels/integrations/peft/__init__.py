@@ -15,7 +15,7 @@ hook for mixed batches (`_enable_peft_forward_hooks`); the tests run PEFT's own 
 
 from __future__ import annotations
 
-from .._require import require
+from ...support.require import require
 
 require("peft", "red_kernels.integrations.peft", "'peft>=0.21'")
 

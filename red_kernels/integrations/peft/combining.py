@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.utils import ModulesToSaveWrapper
 
-from ...edit_module import NAME
 from ...edits.kinds import KINDS, PARTS
-from ...report import listed
+from ...edits.module import NAME
+from ...support.text import listed
 from .layer import RedLayer
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from ...config import DTYPES, RedConfig
+from ...edits.config import DTYPES, RedConfig
 from ...edits.kinds import KINDS
 
 __all__ = ["RedPeftConfig", "RedPeftType"]

@@ -10,12 +10,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ...edit_module import NAME, EditVectors, RedEdit, edit_hook
 from ...edits.kinds import PARTS, Edit, kind_named
-from ...merge import is_finite, unfinite
-from ...module_facts import device_of, output_width
-from ...report import listed
-from ...selection import OFF, Selection
+from ...edits.module import NAME, RedEdit
+from ...edits.selection import OFF, Selection
+from ...edits.vectors import EditVectors
+from ...fusion.deferral import edit_hook
+from ...merging.merge import is_finite, unfinite
+from ...patching.module_facts import device_of, output_width
+from ...support.text import listed
 from .config import RedPeftConfig
 from .merged import mergeable, merged_tensors
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..._fold import adds_bias, folded, why_not
 from ...edits.kinds import Edit
-from ...models.linears import linear_columns
-from ...models.norms import norm_spec
+from ...fusion.norms import norm_spec
+from ...merging.fold import adds_bias, folded, why_not
+from ...merging.linears import linear_columns
 
 __all__ = ["mergeable", "merged_tensors"]
 

@@ -13,16 +13,17 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..._fold import biasless_kinds
-from ...edit_module import RedEdit
+from ...edits.find import wrapper_of
+from ...edits.module import RedEdit
 from ...edits.named import use_edits
-from ...merge import make_place, places_for_biases
-from ...module_facts import wrapper_of
-from ...patch import fuse
-from ...patched import unpatch_module
-from ...plan import bias_flags, known_sites, plan_edited
-from ...report import listed
-from ...selection import DEFAULT, Selection
+from ...edits.selection import DEFAULT, Selection
+from ...merging.fold import biasless_kinds
+from ...merging.merge import make_place, places_for_biases
+from ...patching.classes import unpatch_module
+from ...patching.patch import fuse
+from ...patching.plan import plan_edited
+from ...patching.sites import bias_flags, known_sites
+from ...support.text import listed
 from . import combining
 from .config import RedPeftConfig
 from .layer import RedLayer, width_of

@@ -1,0 +1,216 @@
+"""The config that the vectors of a checkpoint belong to, where the checkpoint does not say it itself.
+
+A file of the authors holds names and vectors alone. Told from a model, the position is that whose sites are the
+checkpoint's. From names alone, it is that for which some known family has these modules in each layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..edits.config import POSITIONS, RedConfig
+from ..edits.kinds import KINDS, kind_with
+from ..models import FAMILIES
+from ..patching.plan import make_plan
+from ..support.parse import layer_number, shown
+from ..support.text import listed
+from .site_names import match_sites
+from .vectors import SiteTensors
+
+__all__ = ["config_from_model", "config_from_names", "kind_of", "layers_by_stack"]
+
+
+class _LayerSite(NamedTuple):
+    """A site's name, cut at its layer's number."""
+
+    stack: str
+    number: int
+    path: str
+
+
+def kind_of(source: Path, vectors: SiteTensors) -> str:
+    """The kind of edit that has these vectors at each site.
+
+    Raises:
+        ValueError: sites of different kinds, or of none.
+    """
+    first = next(iter(vectors))
+    for site, parts in vectors.items():
+        if parts.keys() != vectors[first].keys():
+            raise ValueError(
+                f"{source}: {first} has {listed(list(vectors[first]))} and {site} has {listed(list(parts))}; all sites "
+                "have to be of one kind"
+            )
+        widths = {part: value.shape[0] for part, value in parts.items() if value.ndim == 1}
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"{source}: the vectors of {site} differ in width: {widths}")
+    kind = kind_with(vectors[first])
+    if kind is None:
+        raise ValueError(f"{source}: no kind of edit has {listed(list(vectors[first]))} alone; kinds: {_kinds()}")
+    return kind.name
+
+
+def config_from_names(source: Path, vectors: SiteTensors, position: str | None = None) -> RedConfig:
+    """The config of the vectors, told from the names of their sites.
+
+    Args:
+        source: the file, for messages.
+        vectors: site to part to tensor.
+        position: what is known already; then names are only read for the layers.
+
+    Raises:
+        ValueError: the names do not say it: none or several positions have such sites, or the layers of two stacks
+            were chosen differently.
+    """
+    kind = kind_of(source, vectors)
+    stacks: dict[str, dict[int, set[str]]] = {}
+    for site in vectors:
+        found = _layer_site(site)
+        if found is None:
+            raise ValueError(
+                f"{source}: the site {shown(site)} names no layer, so that its position cannot be told; {_ADVICE}"
+            )
+        stacks.setdefault(found.stack, {}).setdefault(found.number, set()).add(found.path)
+    if position is None:
+        layers = {frozenset(paths) for stack in stacks.values() for paths in stack.values()}
+        fitting = {
+            name: [
+                family.name for family in FAMILIES if all(_fits(_entries(family.sites, name), own) for own in layers)
+            ]
+            for name in POSITIONS
+        }
+        possible = [name for name, families in fitting.items() if families]
+        if not possible:
+            paths = sorted(frozenset.union(*layers))
+            raise ValueError(f"{source}: no position of a known family edits {listed(paths)} in each layer; {_ADVICE}")
+        if len(possible) > 1:
+            choices = ", ".join(f"{name!r} of {' or '.join(fitting[name])}" for name in possible)
+            raise ValueError(f"{source}: its sites are those of position {choices}; {_ADVICE}")
+        position = possible[0]
+    return RedConfig(position=position, kind=kind, layers=_chosen_layers(source, stacks), dtype=_dtype(vectors))
+
+
+def config_from_model(
+    source: Path, vectors: SiteTensors, model: nn.Module, position: str | None = None
+) -> tuple[RedConfig, dict[str, str]]:
+    """The config of the vectors, told from the model they were trained on; and checkpoint site to model site.
+
+    Args:
+        source: the file, for messages.
+        vectors: site to part to tensor.
+        model: not patched; it may be on the meta device.
+        position: what is known already; only this one is tried then.
+
+    Raises:
+        ValueError: no position of the model has these sites, or more than one; a width differs.
+    """
+    kind, dtype = kind_of(source, vectors), _dtype(vectors)
+    found: dict[str, tuple[RedConfig, dict[str, str]]] = {}
+    reasons: dict[str, str] = {}
+    for name in POSITIONS if position is None else (position,):
+        try:
+            config = RedConfig(position=name, kind=kind, dtype=dtype)
+            widths = _planned(model, config)
+            mapping = match_sites(vectors, widths)
+            chosen = set(mapping.values())
+            if len(mapping) == len(vectors) and chosen != widths.keys():
+                layers = {at.number for site in chosen if (at := _layer_site(site)) is not None}
+                config = RedConfig(position=name, kind=kind, dtype=dtype, layers=layers)
+                widths = _planned(model, config)
+        except ValueError as error:
+            reasons[name] = str(error)
+            continue
+        if len(mapping) < len(vectors) or chosen != widths.keys():
+            there = [site for site in vectors if site not in mapping]
+            missing = [site for site in widths if site not in chosen]
+            reasons[name] = f"in the checkpoint only: {listed(there)}; in the model only: {listed(missing)}"
+            continue
+        for site, to in mapping.items():
+            width = next(iter(vectors[site].values())).shape[0]
+            if width != widths[to]:
+                raise ValueError(f"{source}: {site} has width {width}, {to} in the {type(model).__name__} {widths[to]}")
+        found[name] = config, mapping
+    if len(found) > 1:
+        raise ValueError(f"{source}: its sites are those of the positions {listed(list(found))}; pass --position")
+    if not found:
+        why = "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
+        raise ValueError(f"{source}: no position of this {type(model).__name__} has these sites: {why}")
+    return next(iter(found.values()))
+
+
+def layers_by_stack(sites: Iterable[str]) -> dict[str, set[int]]:
+    """The numbers of the layers in each stack of layers, from the names of sites; those without a number are left."""
+    found: dict[str, set[int]] = {}
+    for site in sites:
+        cut = _layer_site(site)
+        if cut is not None:
+            found.setdefault(cut.stack, set()).add(cut.number)
+    return found
+
+
+def _layer_site(site: str) -> _LayerSite | None:
+    """Cut a name at its first number, which is the layer's (`encoder.block.3.layer.1.wo`); None where there is none."""
+    parts = site.split(".")
+    for place, part in enumerate(parts):
+        number = layer_number(part)
+        if number is not None:
+            return _LayerSite("".join(f"{before}." for before in parts[:place]), number, ".".join(parts[place + 1 :]))
+    return None
+
+
+def _planned(model: nn.Module, config: RedConfig) -> dict[str, int]:
+    return {site.report.site: site.width for site in make_plan(model, config).sites}
+
+
+def _entries(sites: dict[str, tuple[str, ...]], position: str) -> tuple[str, ...]:
+    places = POSITIONS[position]
+    if any(place not in sites for place in places):
+        return ()
+    return tuple(entry for place in places for entry in sites[place])
+
+
+def _fits(entries: Sequence[str], paths: frozenset[str]) -> bool:
+    """Whether `paths` are what a layer with these entries of `Family.sites` has: a partner for each."""
+    if not entries:
+        return not paths
+    first, *rest = entries
+    options = [_path_pattern(option.partition(" with ")[0]) for option in first.removesuffix("?").split("|")]
+    taken = [path for path in paths if any(option.fullmatch(path) for option in options)]
+    return any(_fits(rest, paths - {path}) for path in taken) or (first.endswith("?") and _fits(rest, paths))
+
+
+def _path_pattern(path: str) -> re.Pattern[str]:
+    parts = [r"[0-9]+" if part == "-1" else re.escape(part) for part in path.split(".")]
+    return re.compile(r"\.".join(parts))
+
+
+def _chosen_layers(source: Path, stacks: dict[str, dict[int, set[str]]]) -> Iterable[int] | None:
+    """None where each stack has its layers from 0 on; else the layers that all stacks have."""
+    if all(sorted(layers) == list(range(len(layers))) for layers in stacks.values()):
+        return None
+    first, *others = stacks.values()
+    if any(other.keys() != first.keys() for other in others):
+        raise ValueError(
+            f"{source}: not all layers are edited, and in {listed([name.rstrip('.') for name in stacks])} not the same "
+            "ones; which of them the model has cannot be told from names, so pass --model"
+        )
+    return sorted(first)
+
+
+def _dtype(vectors: SiteTensors) -> torch.dtype:
+    """Vectors are kept in fp32 at least: in half precision small updates are lost."""
+    doubles = any(value.dtype == torch.float64 for parts in vectors.values() for value in parts.values())
+    return torch.float64 if doubles else torch.float32
+
+
+def _kinds() -> str:
+    return ", ".join(f"{kind.name!r} ({' and '.join(kind.names)})" for kind in KINDS.values())
+
+
+_ADVICE = "pass --model with the base model's id, folder or config.json, or say it by --position"

@@ -1,0 +1,129 @@
+"""The names that sites had when the model was patched, whatever a library has put around them or the model since.
+
+PEFT's `get_peft_model` makes `base_model.model.model.layers.0.mlp.down_proj.base_layer` of
+`model.layers.0.mlp.down_proj`. Files of edits keep to the former name, so that they load with and without the wrapper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..edits.find import edit_modules, patched_holders
+from ..edits.module import SITE, RedEdit
+from .site_names import match_sites
+
+__all__ = [
+    "bare_name",
+    "bare_sites",
+    "former_name",
+    "inner_model",
+    "lora_around",
+    "match_wrapped",
+    "renamed_sites",
+    "unwrapped",
+]
+
+_Value = TypeVar("_Value")
+
+# The parts that wrappers put into names: PEFT's layers, torch.compile, activation checkpointing, FSDP 1. For names
+# without a model, those of files of earlier versions; a model says itself what its sites were called.
+_PARTS = frozenset({"base_layer", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+
+def unwrapped(name: str) -> str:
+    """A dotted name without the parts that wrappers of layers insert."""
+    return ".".join(part for part in name.split(".") if part not in _PARTS)
+
+
+def inner_model(model: nn.Module) -> tuple[str, nn.Module]:
+    """The model that was patched, by its name in `model`: without what was put around it, PEFT's model included.
+
+    It is `model` itself where several parts were patched, or none by `rk.patch`.
+    """
+    holders = patched_holders(model)
+    if len(holders) != 1:
+        return "", model
+    name, holder = next(iter(holders.items()))
+    if callable(getattr(type(holder), "get_base_model", None)):
+        wrapped: Any = holder
+        base = wrapped.get_base_model()
+        for path, module in holder.named_modules():
+            if module is base:
+                return ".".join(part for part in (name, path) if part), base
+    return name, holder
+
+
+def bare_name(model: nn.Module, name: str) -> str:
+    """The name of a parameter or a module of a model as it is without wrappers."""
+    prefix, _ = inner_model(model)
+    return unwrapped(name.removeprefix(f"{prefix}.") if prefix else name)
+
+
+def bare_sites(model: nn.Module) -> dict[str, str]:
+    """For each site its name without wrappers; as they are now where these would not be different for all sites."""
+    sites = edit_modules(model)
+    prefix, _ = inner_model(model)
+    holder = next(iter(patched_holders(model)), "")
+    found = {}
+    for site, own in sites.items():
+        name = former_name(own, site.removeprefix(f"{holder}.") if holder else site)
+        inner = prefix.removeprefix(holder).removeprefix(".")
+        found[site] = name.removeprefix(f"{inner}.") if inner else name
+    return found if len(set(found.values())) == len(found) else {site: site for site in sites}
+
+
+def lora_around(model: nn.Module, site: str) -> str:
+    """What speaks against merging an edit into the base layer inside of the wrappers that its site has got since.
+
+    LoRA adds to what its base layer returns, so an edit of that goes into the base layer's weight, and LoRA's part
+    stays. What else reads or changes the weight (DoRA, other tuners) does not. Empty where nothing does.
+    """
+    path = model
+    for part in site.split("."):
+        layer: Any = path
+        path = path._modules[part]  # type: ignore[assignment]
+        if part not in _PARTS:
+            continue
+        kind = type(layer).__name__
+        if part != "base_layer" or not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):
+            return f"it is inside of a {kind}, which is not known to leave its output alone; take that off to merge"
+        if getattr(layer, "merged", False):
+            return "LoRA is merged into the weight already, and the edit would apply to its part; unmerge LoRA first"
+        if getattr(layer, "lora_variant", None) or any((getattr(layer, "use_dora", None) or {}).values()):
+            return f"it is inside of a {kind} of a variant (such as DoRA) that reads the weight; take that off to merge"
+    return ""
+
+
+def former_name(own: RedEdit, name: str) -> str:
+    """What a site was called when it was patched, if its name has only got further parts since; else its name now."""
+    former = own.__dict__.get(SITE)
+    rest = iter(name.split("."))
+    return former if isinstance(former, str) and all(part in rest for part in former.split(".")) else name
+
+
+def renamed_sites(model: nn.Module, by_site: Mapping[str, _Value]) -> dict[str, _Value]:
+    """The same with the names that sites have without wrappers."""
+    names = bare_sites(model)
+    return {names[site]: value for site, value in by_site.items()}
+
+
+def match_wrapped(model: nn.Module, checkpoint_sites: Iterable[str], model_sites: Collection[str]) -> dict[str, str]:
+    """As `match_sites`, by the names that the sites of the model have without wrappers, or those of the checkpoint.
+
+    Raises:
+        ValueError: as `match_sites`.
+    """
+    ours = list(checkpoint_sites)
+    if any(site in model_sites for site in ours):
+        return match_sites(ours, model_sites)
+    names = bare_sites(model)
+    now = {names[site]: site for site in model_sites}
+    found = match_sites(ours, now)
+    if not found:
+        cleaned = {unwrapped(site): site for site in ours}
+        if len(cleaned) == len(ours):
+            found = {cleaned[site]: to for site, to in match_sites(cleaned, now).items()}
+    return {site: now[to] for site, to in found.items()}

@@ -1,0 +1,144 @@
+"""The edits of one site, by name, and the vectors of several of them stacked for the rows of a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import lock
+from .kinds import PARTS, Edit, Kind
+from .selection import DEFAULT, Rows, Selection
+from .vectors import EditVectors
+
+__all__ = ["EditBank"]
+
+
+class EditBank(EditVectors):
+    """The edits of one site, of one kind.
+
+    The edit named `"default"` is in the module's own Parameters, further ones are children of their names; `selection`
+    says which is applied.
+
+    Args:
+        width, kind, dtype, device: as for `EditVectors`.
+        selection: shared by all sites of a model.
+        own: with False there is no edit yet, and one named `"default"` is a child like others.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        kind: Kind | None,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        selection: Selection | None = None,
+        *,
+        own: bool = True,
+    ) -> None:
+        super().__init__(width, kind if own else None, dtype, device)
+        self.kind, self.width, self.own = kind, width, own
+        self.selection = Selection() if selection is None else selection
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the edits, in the order they came."""
+        added = tuple(self._modules.items())  # a copy: another thread may add or delete
+        return ((DEFAULT,) if self.own else ()) + tuple(name for name, holder in added if _is_visible(holder))
+
+    def has(self, name: str | None) -> bool:
+        """Whether there is an edit of this name."""
+        return _is_visible(self._modules.get(name)) if name in self._modules else self.own and name == DEFAULT
+
+    def holder(self, name: str) -> EditVectors:
+        """The module whose Parameters are an edit's vectors. Raises KeyError for a name that is not there."""
+        if self.own and name == DEFAULT:
+            return self
+        found = self._modules[name]
+        assert isinstance(found, EditVectors)
+        return found
+
+    def make(self, dtype: torch.dtype, device: torch.device | str | None) -> EditVectors:
+        """The vectors of a further edit, the identity at the start and frozen, which are no part of the module yet."""
+        made = EditVectors(self.width, self.kind, dtype, device)
+        made.train(self.training)
+        made.freeze()
+        return made
+
+    def publish(self, name: str, holder: EditVectors) -> None:
+        """Make vectors the edit of this name."""
+        with lock:  # a new dict and no change of the old one: other threads may be walking through it
+            self.__dict__["_modules"] = {**self._modules, name: holder}
+
+    def remove(self, name: str) -> None:
+        """Take the edit of this name away, if there is one."""
+        with lock:
+            self.__dict__["_modules"] = {key: holder for key, holder in self._modules.items() if key != name}
+
+    def named(self, name: str | None, again: bool = False) -> Edit | None:
+        """An edit, as by `EditVectors.vectors`; None where this site has none of that name."""
+        holder: Any = self._modules.get(name) if name is not None else None
+        if holder is None:
+            if not self.own or name != DEFAULT:
+                return None
+            holder = self
+        found: Edit = holder.vectors(again)
+        return found
+
+    def versions(self, state: Any) -> tuple[tuple[Tensor, int], ...]:
+        """The vectors that a state applies here, and how often each was changed in place."""
+        names = state.names if isinstance(state, Rows) else state if isinstance(state, tuple) else (state,)
+        return tuple(
+            (vector, vector._version)
+            for name in names
+            if isinstance(name, str) and self.has(name)
+            for vector in self.holder(name)._parameters.values()
+            if vector is not None and not vector.is_inference()
+        )
+
+    def of_rows(self, rows: Rows, hidden: Tensor, again: bool = False) -> Edit | None:
+        """What the rows of `hidden` have; None where no row is edited. `again`: as for `named`."""
+        if not any(self.has(name) for name in rows.names):
+            return None
+        if not again and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._make_trainable(rows)
+        if len(rows.names) == 1:
+            rows.each(hidden)
+            return self.named(rows.names[0], again)
+        return self._stacked(rows, again)._replace(ids=rows.ids_for(hidden))
+
+    def _make_trainable(self, rows: Rows) -> None:
+        """Thaw what is frozen, as the edits of a block may be trained; raise where their gradients would be lost."""
+        if any(name is not None and self.has(name) and self.holder(name).frozen for name in rows.names):
+            rows.thaw()
+        if rows.thawed and nn.parallel.DistributedDataParallel._active_ddp_module is not None:
+            raise RuntimeError(
+                "use_edits: DistributedDataParallel does not know the vectors of edits that were not active when it "
+                "was made, and would not sum up their gradients; set requires_grad on the vectors of "
+                "rk.edit_parameters(model, name) for all edits to train before wrapping the model"
+            )
+
+    def _stacked(self, rows: Rows, again: bool) -> Edit:
+        """The vectors of all names, one below the other. Never kept: nothing tells of a change through `.data`."""
+        found = [self.named(name, again) for name in rows.names]
+        there = [one for one in found if one is not None]
+        kind = next((one.kind for one in there if not one.kind.neutral), there[0].kind)
+        lacking = len(there) < len(found) and not kind.neutral
+        if lacking or any(one.kind.formula is not kind.formula for one in there):
+            raise ValueError(f"ids: rows with edits of kind {kind.name!r} and rows without cannot be in one batch")
+        every = [{} if one is None else one.vectors for one in found]
+        parts = dict.fromkeys(part for one in there for part, vector in one.vectors.items() if vector is not None)
+        return Edit(kind, {part: _below(part, [vectors.get(part) for vectors in every]) for part in parts})
+
+
+def _is_visible(holder: object) -> bool:
+    gate = getattr(holder, "gate", None)
+    return isinstance(holder, EditVectors) and (gate is None or gate.open)
+
+
+def _below(part: str, vectors: list[Tensor | None]) -> Tensor:
+    """Those of several edits, one below the other; where one lacks the part, it is as it starts: the identity."""
+    like = next(vector for vector in vectors if vector is not None)
+    start = torch.full_like(like, PARTS[part].start) if any(vector is None for vector in vectors) else None
+    return torch.stack([start if vector is None else vector for vector in vectors])  # type: ignore[misc]

@@ -1,0 +1,123 @@
+"""What to edit: the configuration of a patch."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from ..support.parse import checked_count, shown
+from .kinds import KINDS, Kind, kind_named
+
+__all__ = ["KINDS", "POSITIONS", "RedConfig"]
+
+# Each position by the places in a layer that it edits; what these are in an architecture, `models/` says.
+POSITIONS: dict[str, tuple[str, ...]] = {
+    "ffn": ("ffn",),
+    "attn": ("attn",),
+    "ffn_attn": ("attn", "ffn"),
+    "res": ("res",),
+    "res_with_attn": ("attn_res", "res"),
+    "more": ("qkv", "attn", "ffn"),
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class RedConfig:
+    """Which sites of a model are edited, and how (RED, arXiv 2402.15179).
+
+    Attributes:
+        position: where the edits lie. `"ffn"`: the output of each FFN's last projection; `"attn"`: of each attention's
+            output projection; `"ffn_attn"`: both; `"res"`: the residual stream behind each FFN (behind its norm in
+            post-norm layers); `"res_with_attn"`: behind each attention as well; `"more"` (RED++): the query, key and
+            value projections (one where they are one) and both of `"ffn_attn"`.
+        kind: `"all"` (`scale * h + bias`), `"scaling"` (`scale * h`), `"bias"` (`h + bias`), `"ln"`
+            (`LayerNorm(scale * h + bias)` with a trainable LayerNorm, which is not the identity at the start), or one
+            that `rk.register_kind` has added.
+        layers: indices of the layers to edit, a range or any iterable of integers from 0; None for all. They count the
+            layers of a stack, in an encoder-decoder model those of the encoder and of the decoder alike. Kept as a
+            sorted tuple; 100,000 at most.
+        dtype: of the vectors. In half precision an update smaller than half a rounding step at 1.0 is lost, so anything
+            but float32 is for inference.
+        sites: for layouts this package does not know: a glob, or several, for the names of the modules whose output is
+            edited (`"*.mlp.down_proj"`; `*` matches dots too). Kept as a tuple. Not together with `layers`.
+        train_head: keep the model's head trainable beside the edits, in fp32: all that lies outside of its base model.
+            A head that was drawn at random while loading needs this; by default it is frozen, and the report names it.
+
+    Raises:
+        ValueError, TypeError: a value out of those named here.
+    """
+
+    position: str = "ffn"
+    kind: str = "all"
+    layers: Iterable[int] | None = None
+    dtype: torch.dtype = torch.float32
+    sites: str | Iterable[str] | None = field(default=None)
+    train_head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.position not in tuple(POSITIONS):
+            raise ValueError(f"position: got {shown(self.position)}, supported: {_listed(POSITIONS)}")
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
+            raise ValueError(f"kind: got {shown(self.kind)}, supported: {_listed(KINDS)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: got {shown(self.dtype)}, supported: {', '.join(map(str, DTYPES))}")
+        if not isinstance(self.train_head, bool):
+            raise TypeError(f"train_head: got {shown(self.train_head)}, expected True or False")
+        if self.layers is not None and self.sites is not None:
+            raise ValueError("layers and sites: got both, expected one; sites= names the modules by itself")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _indices(self.layers))
+        if self.sites is not None:
+            object.__setattr__(self, "sites", _patterns(self.sites))
+
+    @property
+    def edit_kind(self) -> Kind:
+        """What `kind` names."""
+        return kind_named(self.kind)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the tensors that `kind` trains at each site."""
+        return self.edit_kind.names
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The places in a layer that `position` edits."""
+        return POSITIONS[self.position]
+
+
+def _indices(layers: Iterable[int]) -> tuple[int, ...]:
+    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
+        raise TypeError(f"layers: got {shown(layers)}, expected a range or a list of layer indices")
+    found = []
+    for layer in checked_count(layers, "layers"):
+        if isinstance(layer, bool):
+            raise TypeError(f"layers: got {layer!r}, expected integers")
+        try:
+            found.append(operator.index(layer))
+        except TypeError:
+            raise TypeError(f"layers: got {shown(layer)}, expected integers") from None
+    if not found:
+        raise ValueError("layers: got no layer at all, expected at least one; None stands for all layers")
+    if min(found) < 0:
+        raise ValueError(f"layers: got {shown(min(found))}, expected indices from 0")
+    if len(set(found)) != len(found):
+        raise ValueError(f"layers: got {shown(found)}, in which a layer comes twice")
+    return tuple(sorted(found))
+
+
+def _patterns(sites: str | Iterable[str]) -> tuple[str, ...]:
+    if not isinstance(sites, Iterable):
+        raise TypeError(f"sites: got {shown(sites)}, expected a glob of module names, or several")
+    patterns = (sites,) if isinstance(sites, str) else tuple(checked_count(sites, "sites"))
+    if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise ValueError(f"sites: got {shown(sites)}, expected a glob of module names, or several")
+    return patterns
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))

@@ -1,0 +1,140 @@
+"""The module that a site gets: its edits, and which of them it applies to the site's output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.functional import edit, edit_add_layer_norm
+from .bank import EditBank
+from .blocks import state_of
+from .kinds import PARTS, Edit
+from .kinds.ln import NORM_EPS
+from .recompute import recalled, runs_plainly
+from .selection import DEFAULT, OFF, Rows
+
+__all__ = ["NAME", "NORM_EPS", "SITE", "RedEdit", "check_name", "plain_only"]
+
+NAME = "red_edit"  # the child's name in the site: state_dict keys are `<site>.red_edit.scale`
+SITE = "_red_kernels_site"  # of a RedEdit: the name that its site had in the patched model
+
+
+class RedEdit(EditBank):
+    """The edits of one site, of one kind: RED's `scale * h + bias` (arXiv 2402.15179), or another.
+
+    Called, it applies what holds. Arguments: see `EditBank`.
+
+    Attributes:
+        of_tuple: whether the site may return a tuple, of which the first is edited, as layers do.
+        inside: whether no hook can apply the edit, only the forward of the layer.
+        watched: whether somebody asks, by `take_reached`, whether the edits have run.
+        seen: whether it was said, or need not be, that they have never run.
+    """
+
+    of_tuple = False
+    inside = False
+    watched = False
+    seen = False
+
+    def state(self) -> tuple[Any, bool]:
+        """What this forward applies, `OFF`, rows or what `by_state` takes; and whether it runs for the second time."""
+        state, block = state_of(self.selection)
+        state = self.live_state(state, block is not None)
+        if torch.compiler.is_compiling() or runs_plainly(self.selection):
+            return state, False
+        return recalled(self, state, block)
+
+    def is_active(self, name: str) -> bool:
+        """Whether an edit is applied outside of all blocks."""
+        return name == self.selection.chosen
+
+    def live_state(self, state: Any, in_block: bool) -> Any:
+        """What holds here, given what the selection says; a hashable value."""
+        return state
+
+    @property
+    def off(self) -> bool:
+        """Whether edits are disabled in this forward."""
+        return self.state()[0] is OFF
+
+    def applied(self, hidden: Tensor) -> Edit | None:
+        """What is applied to `hidden` now; None for nothing.
+
+        Raises:
+            RuntimeError: the forward runs again, and its edit was deleted since, or cannot be told.
+        """
+        state, again = self.state()
+        if state is OFF:
+            return None
+        if again:
+            names = state.names if isinstance(state, Rows) else (state,)
+            gone = [name for name in names if self.own and isinstance(name, str) and not self.has(name)]
+            if gone:
+                raise RuntimeError(
+                    f"under activation checkpointing a forward runs again with the edit {gone[0]!r}, which was "
+                    "deleted since; delete it behind the backward pass"
+                )
+        if isinstance(state, Rows):
+            return self.of_rows(state, hidden, again)
+        return self.by_state(state, again)
+
+    def by_state(self, state: Any, again: bool) -> Edit | None:
+        """One edit for all rows."""
+        return self.named(state, again)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`hidden` of shape `(..., width)`, edited, in its dtype. Raises TypeError for what is no tensor."""
+        if not isinstance(hidden, Tensor):
+            raise TypeError(f"the output of an edited module must be one tensor, got {type(hidden).__name__}")
+        applied = self.applied(hidden)
+        if applied is None:
+            return hidden
+        kernel = applied.kind.kernel
+        if kernel is None or plain_only() or type(hidden) is not Tensor:
+            return applied.plain(hidden)
+        return _KERNELS[kernel](hidden, applied)
+
+    def extra_repr(self) -> str:
+        names = ", ".join(self.names)
+        kind = "" if self.kind is None else f", {self.kind.name}"
+        return f"{self.width}{kind}" + ("" if names == DEFAULT else f", edits: {names}")
+
+
+def check_name(name: object) -> None:
+    """Raises TypeError or ValueError for what cannot be the name of an edit."""
+    if not isinstance(name, str):
+        raise TypeError(f"name: got {name!r}, expected a string")
+    if not name or "." in name or hasattr(RedEdit, name) or name in PARTS or name in _TAKEN:
+        raise ValueError(f"name: got {name!r}, which cannot be the name of an edit; take letters and digits")
+
+
+_TAKEN = ("width", "kind", "parts", "own", "selection", "training", "frozen", "lent", "watched", "seen")
+
+
+def _affine(hidden: Tensor, applied: Edit) -> Tensor:
+    vectors = applied.operands
+    return edit(hidden, vectors.get("scale"), vectors.get("bias"), edit_ids=applied.ids)
+
+
+def _affine_layer_norm(hidden: Tensor, applied: Edit) -> Tensor:
+    vectors, ids = applied.operands, applied.ids
+    scale, bias = vectors.get("scale"), vectors.get("bias")
+    weight, norm_bias = vectors.get("norm_weight"), vectors.get("norm_bias")
+    if ids is not None:  # the rows' norms differ: their vectors are an edit behind a norm without any
+        normed, _ = edit_add_layer_norm(hidden, None, scale, bias, None, None, NORM_EPS, edit_ids=ids, need_z=False)
+        return edit(normed, weight, norm_bias, edit_ids=ids)
+    return edit_add_layer_norm(hidden, None, scale, bias, weight, norm_bias, NORM_EPS, need_z=False)[0]
+
+
+_KERNELS = {"affine": _affine, "affine_layer_norm": _affine_layer_norm}
+
+
+def plain_only() -> bool:
+    """Whether only plain PyTorch will do: under `torch.compile` (fusion is Inductor's), tracing, and `torch.func`."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+    )

@@ -1,0 +1,124 @@
+"""Which of a model's named edits is applied: one for all, for each row of a batch its own, or none."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["DEFAULT", "OFF", "Off", "Rows", "Selection", "saved_tensor_hooks"]
+
+DEFAULT = "default"  # the edit that a patch makes
+# torch keeps no public way to ask whether saved tensors go through hooks, as under activation checkpointing.
+saved_tensor_hooks: Callable[[bool], Any] = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: "unknown"
+)
+
+
+class Off(Enum):
+    """The state inside of `disable_edits`. An Enum, so that copies of it are the same object."""
+
+    OFF = "off"
+
+
+OFF = Off.OFF
+
+
+class Rows:
+    """The edits of the rows of a batch.
+
+    Rows follow each other as in memory: where a tensor's first dimension is k times the batch (beams, or tokens laid
+    out in rows), each entry serves k of them in turn.
+
+    Args:
+        ids: for each row of the batch the name of its edit, or None for no edit.
+    """
+
+    def __init__(self, ids: Sequence[str | None]) -> None:
+        # Sorted: what is compiled for some edits serves every order of them.
+        self.names = sorted(set(ids), key=lambda name: (name is None, name or ""))
+        place = {name: at for at, name in enumerate(self.names)}
+        with torch.inference_mode(False):  # a block may be entered in inference mode, and train later
+            self.index = torch.tensor([place[name] for name in ids])
+        self.thaw: Callable[[], None] = _nothing  # makes the edits trainable
+        self.thawed = False  # whether it has
+        self._ids: dict[tuple[torch.Size, torch.device], Tensor] = {}
+
+    def each(self, hidden: Tensor) -> int:
+        """How many rows of `hidden` each entry serves."""
+        batch, rows = self.index.shape[0], hidden.shape[0] if hidden.dim() > 1 else 0
+        if hidden.dim() < 2 or rows % batch:
+            raise ValueError(f"ids: got {batch} of them for a batch of {rows} rows; use_edits takes one for each row")
+        return rows // batch
+
+    def ids_for(self, hidden: Tensor) -> Tensor:
+        shape = hidden.shape[:-1]
+        if torch.compiler.is_compiling():
+            return self._spread(hidden)
+        key = (shape, hidden.device)
+        ids = self._ids.get(key)
+        if ids is None:
+            with torch.inference_mode(False):
+                ids = self._ids[key] = self._spread(hidden)
+        return ids
+
+    def _spread(self, hidden: Tensor) -> Tensor:
+        shape = hidden.shape[:-1]
+        ids = self.index.to(hidden.device).repeat_interleave(self.each(hidden))
+        return ids.reshape(-1, *(1,) * (len(shape) - 1)).expand(shape).contiguous()
+
+
+def _nothing() -> None:
+    pass
+
+
+State = Rows | Off | str | None  # of a model's edits: by row, none, or the one of this name
+
+
+class Selection:
+    """What all sites of one patched model share: the active edit, and the blocks that are running.
+
+    A copy of the model, or one from a file, has its own: with the same edit chosen, and no block running.
+
+    Attributes:
+        chosen: the name of the edit that is applied outside of all blocks; None for none.
+        open: the `Block`s that are running.
+        shifting: how many of these may hold in one call in a thread and not in the next one.
+        here: for compiled code, which cannot ask for context variables: `applied` is what this thread's innermost block
+            applies.
+        unclear: what was applied under hooks for saved tensors of an unknown make, two states at most; see `recompute`.
+        first: what was applied before `varied`.
+        varied: whether there was ever anything else to apply than `first`.
+        unnoted: whether a forward without gradients has run before that; it may have been a first run.
+    """
+
+    def __init__(self) -> None:
+        self._reset(DEFAULT)
+
+    def _reset(self, chosen: str | None) -> None:
+        self.chosen = chosen
+        self.open: list[Any] = []
+        self.shifting = 0
+        self.here = threading.local()  # no subclass: torch 2.11 would not read the calling thread's own value
+        self.unclear: set[Any] = set()
+        self.first, self.varied, self.unnoted = chosen, False, False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"chosen": self.chosen}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._reset(state["chosen"])
+
+    def in_use(self, name: str) -> str:
+        """What uses the edit of this name, for a message; empty for nothing."""
+        if name == self.chosen:
+            return "it is the active edit; switch to another one first"
+        return "rows of a running use_edits have it" if self.in_rows(name) else ""
+
+    def in_rows(self, name: str) -> bool:
+        """Whether rows of a running block have this edit."""
+        return any(name in block.names for block in tuple(self.open))

@@ -1,0 +1,298 @@
+"""Measuring a job: held-out loss, peak memory, and training speed beside the eager edit and the frozen model."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from ..support.parse import shown
+from ..support.progress import Stage
+
+QUIET = 5.0  # seconds before a stage that is mostly short says how far it is
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Mean loss over the held-out targets; `accuracy` for classification only."""
+
+    loss: float
+    targets: int
+    accuracy: float | None = None
+
+    @classmethod
+    def of(cls, said: Any) -> HeldOut:
+        """From what `dataclasses.asdict` made of one, as a file holds it. Raises ValueError for anything else."""
+        form = {"loss": (int, float), "targets": (int,), "accuracy": (int, float, type(None))}
+        if (
+            not isinstance(said, dict)
+            or said.keys() != form.keys()
+            or any(isinstance(said[name], bool) or not isinstance(said[name], kinds) for name, kinds in form.items())
+        ):
+            raise ValueError(f"a held-out loss is {shown(said)}, expected numbers for {', '.join(form)}")
+        return cls(**said)
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(loss)`; infinite where that overflows."""
+        return math.inf if self.loss > 700 else math.exp(self.loss)
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Any, batches: Iterable[Mapping[str, torch.Tensor]], classification: bool, stage: Stage | None = None
+) -> HeldOut:
+    """The mean loss over all targets of the batches, in evaluation mode; the model's mode is given back after.
+
+    Args:
+        model: a transformers model that returns `loss` for `labels`, and `logits`.
+        batches: with `input_ids` and `labels`: `(batch, length)` with -100 where nothing is predicted, or `(batch,)`
+            class numbers.
+        classification: which of the two; with it the accuracy is measured as well.
+        stage: told of each batch that is done.
+
+    Raises:
+        ValueError: the batches hold no targets.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total, count, correct = 0.0, 0, 0
+    try:
+        for number, batch in enumerate(batches, start=1):
+            batch = {name: value.to(device) for name, value in batch.items()}
+            output = model(**batch)
+            labels = batch["labels"] if classification else batch["labels"][:, 1:]
+            targets = int((labels != -100).sum())
+            total += float(output.loss.float()) * targets
+            count += targets
+            if classification:
+                correct += int((output.logits.argmax(-1) == labels).sum())
+            if stage is not None:
+                stage.reached(number)
+    finally:
+        model.train(was_training)
+    if count == 0:
+        raise ValueError("batches: hold no targets")
+    return HeldOut(total / count, count, correct / count if classification else None)
+
+
+_COUNTED_LATER = 16 << 20
+
+
+class PeakMemory:
+    """The most memory used since this object was made: of the GPU, or of the whole process on a CPU.
+
+    On Linux the kernel's own high-water mark is reset at the start. Where it cannot be, or was not, `since_start` is
+    True: the mark then covers everything since the process began, loading included.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.since_start = False
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            self.since_start = True
+        else:
+            # Some kernels take the request and do nothing. Others count pages in batches, for each processor.
+            mark, now = _status("VmHWM"), _status("VmRSS")
+            self.since_start = mark is not None and now is not None and mark > now + _COUNTED_LATER
+
+    def bytes(self) -> int | None:
+        """The peak in bytes, or None where the system does not tell."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        mark = _status("VmHWM")
+        if mark is not None:
+            return mark
+        try:
+            import resource
+        except ImportError:  # Windows
+            return None
+        import sys
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _status(name: str) -> int | None:
+    """What Linux says of this process's memory, in bytes; None where there is no such number."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Training speed of one variant, in tokens per second, padding not counted, one sample a round."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The median of the samples."""
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The slowest and the fastest sample."""
+        return min(self.samples), max(self.samples)
+
+
+def compare_speed(
+    steps: Mapping[str, Callable[[], int]],
+    device: torch.device,
+    rounds: int = 7,
+    seconds: float = 60.0,
+    console: Console | None = None,
+) -> dict[str, Speed]:
+    """Time the steps in turn, so that what else the machine does falls on all of them alike.
+
+    Args:
+        steps: name to a function that does one training step and returns how many tokens it had.
+        device: waited for before each reading of the clock.
+        rounds: how often each step is timed; every other round goes through them backwards.
+        seconds: no new round is begun after this time, but there are always three.
+        console: where it is shown how far this is; None for nowhere.
+    """
+    warm_up = _seconds(steps, device)
+    fitting = math.floor(seconds / max(sum(each for each, _ in warm_up.values()), 1e-9)) + 1
+    rounds_here = min(rounds, max(3, fitting))  # for the estimate; the first steps take longer than the others
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    with contextlib.ExitStack() as shown:
+        stage = None
+        if console is not None:
+            stage = shown.enter_context(Stage(console, "comparing speeds", rounds_here, unit="round", after=QUIET))
+        begun = time.perf_counter()
+        for number in range(rounds):
+            if number >= 3 and time.perf_counter() - begun > seconds:
+                break
+            names = list(steps)
+            order = names if number % 2 == 0 else names[::-1]
+            for name, (taken, tokens) in _seconds({name: steps[name] for name in order}, device).items():
+                samples[name].append(tokens / taken)
+            if stage is not None:
+                stage.reached(min(number + 1, rounds_here))
+    return {name: Speed(tuple(values)) for name, values in samples.items()}
+
+
+def _seconds(steps: Mapping[str, Callable[[], int]], device: torch.device) -> dict[str, tuple[float, int]]:
+    """Do each step once: the seconds that it took, and its tokens."""
+    found = {}
+    for name, step in steps.items():
+        _wait_for(device)
+        start = time.perf_counter()
+        tokens = step()
+        _wait_for(device)
+        found[name] = (time.perf_counter() - start, tokens)
+    return found
+
+
+def first_look(model: Any, batch: Mapping[str, torch.Tensor], tokens: int) -> float:
+    """About how many seconds so many tokens will take, forward and backward, told from a few of them.
+
+    Calls of ever more tokens are timed. What a call costs whatever its size, which is most of it where threads wait for
+    each other, is told from what each token costs by the last two. No call follows one of a second or longer, unless
+    most of that was for no tokens, and none after ten seconds in all. Nothing is trained, no random number drawn, no
+    gradient left.
+
+    Args:
+        model: a transformers model that returns `loss` and trains something. Its mode is given back.
+        batch: its inputs; of tensors with two dimensions the first row is taken, of others the first element.
+        tokens: of a step.
+    """
+    device = next(model.parameters()).device
+    trained = [own for own in model.parameters() if own.requires_grad]
+    was_training = model.training
+    longest = batch["input_ids"].shape[1]
+
+    def seconds(count: int) -> float:
+        row = {name: (value[:1, :count] if value.ndim > 1 else value[:1]).to(device) for name, value in batch.items()}
+        _wait_for(device)
+        start = time.perf_counter()
+        torch.autograd.grad(model(**row).loss, trained, allow_unused=True)
+        _wait_for(device)
+        return time.perf_counter() - start
+
+    model.eval()  # no dropout, so no random numbers
+    try:
+        begun = time.perf_counter()
+        count = min(4, longest)
+        seconds(count)  # which prepares what the first call has to
+        taken, each = seconds(count), 0.0
+        while count < longest:
+            more = min(4 * count, longest)
+            former, taken = taken, seconds(more)
+            each, count = max(0.0, taken - former) / (more - count), more
+            grew = taken >= 2 * former
+            if (taken >= 1 and grew) or time.perf_counter() - begun > 10:
+                break
+    finally:
+        model.train(was_training)
+    return taken + (each if each else taken / count) * max(0, tokens - count)
+
+
+def training_step(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], trained: list[nn.Parameter], switch: Callable[[], Any]
+) -> Callable[[], int]:
+    """One step as `compare_speed` times it: forward, backward, AdamW. The learning rate is 0, so nothing changes.
+
+    Args:
+        model: a transformers model that returns `loss`.
+        batch: its inputs, `input_ids` among them.
+        trained: what the optimizer steps; may be empty for a model that only passes gradients through.
+        switch: called before each step, to put the model into the variant that is timed.
+    """
+    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0) if trained else None
+    tokens = real_tokens(batch)
+
+    def step() -> int:
+        switch()
+        model.train()
+        model(**batch).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return tokens
+
+    return step
+
+
+def real_tokens(batch: Mapping[str, torch.Tensor]) -> int:
+    """The tokens of a batch, without those that only fill up its shorter texts."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+
+def pass_gradients(model: nn.Module, sites: Iterable[str]) -> list[Any]:
+    """Make a frozen model run its backward from the first edited site on, without any edit; returns hook handles.
+
+    This is the floor for the training speed: the same backward passes, nothing to train.
+    """
+
+    def hook(module: nn.Module, arguments: object, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if torch.is_grad_enabled() and not first.requires_grad:
+            first.requires_grad_()
+
+    return [model.get_submodule(site).register_forward_hook(hook) for site in sites]
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,95 @@
+"""What a job shows: tables on the terminal and the loss curve as a PNG file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..support.files import write_files
+from ..support.require import require
+from .measure import HeldOut, Speed
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 site`, `2 sites`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def size(count: float) -> str:
+    """A number of bytes for people: `138 KB`, `1.2 GB`."""
+    for unit in ("bytes", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" or count >= 10 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def parameter_table(console: Console, groups: Mapping[str, tuple[int, int]], total: int) -> None:
+    """Print the trainable parameters: `groups` maps a name to its number of tensors and of parameters."""
+    table = Table(title="Trainable parameters")
+    for heading in ("what", "tensors", "parameters", "of the model"):
+        table.add_column(heading, justify="left" if heading == "what" else "right")
+    for name, (tensors, count) in groups.items():
+        table.add_row(name, f"{tensors:,}", f"{count:,}", f"{count / total:.4%}")
+    trained = sum(count for _, count in groups.values())
+    table.add_section()
+    whole = f"{total / 1e6:.1f}M" if total >= 1e5 else f"{total:,}"
+    table.add_row("together", "", f"{trained:,} of {whole}", f"{trained / total:.4%}")
+    console.print(table)
+
+
+def held_out_table(console: Console, rows: Mapping[str, HeldOut]) -> None:
+    """Print held-out loss with perplexity, or with accuracy for classification."""
+    classification = any(row.accuracy is not None for row in rows.values())
+    table = Table(title="Held-out")
+    table.add_column("")
+    table.add_column("loss", justify="right")
+    table.add_column("accuracy" if classification else "perplexity", justify="right")
+    for name, row in rows.items():
+        second = f"{row.accuracy:.2%}" if row.accuracy is not None else f"{row.perplexity:.2f}"
+        table.add_row(name, f"{row.loss:.5f}", second)
+    console.print(table)
+
+
+def speed_table(console: Console, speeds: Mapping[str, Speed], first: str) -> None:
+    """Print training speeds, each with its ratio to `first`."""
+    rounds = len(speeds[first].samples)
+    table = Table(title=f"Training speed (interleaved, {rounds} rounds; padding is not counted)")
+    table.add_column("")
+    for heading in ("tokens/s, median", "slowest to fastest", f"{first} is"):
+        table.add_column(heading, justify="right")
+    for name, speed in speeds.items():
+        low, high = speed.spread
+        ratio = "" if name == first else f"{speeds[first].median / speed.median:.2f}x as fast"
+        table.add_row(name, f"{speed.median:,.0f}", f"{low:,.0f} to {high:,.0f}", ratio)
+    console.print(table)
+
+
+def draw_loss_curve(path: Path, steps: Sequence[int], losses: Sequence[float], held_out: Mapping[int, float]) -> Path:
+    """Draw the training loss, and the held-out loss at the steps where it was measured, into a PNG file.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+        OSError: the file cannot be written; nothing is left behind.
+    """
+    require("matplotlib", "the loss curve")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)  # no display, and the user's own backend stays as it is
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="tab:blue", linewidth=1.2, label="training")
+    axes.plot(list(held_out), list(held_out.values()), "o--", color="tab:red", label="held out")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write_files(path.parent, {path.name: content.getvalue()})
+    return path

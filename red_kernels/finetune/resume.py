@@ -1,0 +1,187 @@
+"""Resuming a run: each file of its checkpoint is checked, and named where it is damaged, before anything is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_pt_utils import safe_globals
+
+from ..integrations.trainer import RedTrainer
+from ..support.errors import one_line
+from ..support.parse import read_json, shown
+
+__all__ = ["ResumingTrainer", "check_checkpoint"]
+
+# What Trainer computes with, once it has read it.
+_NUMBERS = ("global_step", "max_steps", "num_input_tokens_seen", "num_train_epochs", "logging_steps", "save_steps")
+_STATE: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(_NUMBERS, int),
+    "train_batch_size": int,
+    "eval_steps": (int, float),
+    "epoch": (int, float),
+    "total_flos": (int, float),
+    "log_history": list,
+    "stateful_callbacks": dict,
+}
+STATE, OPTIMIZER, SCHEDULER, RANDOM = "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"
+
+
+def check_checkpoint(checkpoint: Path) -> None:
+    """Check that a checkpoint's files are there, can be read, and are of the form that Trainer goes on from.
+
+    No file can run code: pickles are read by `torch.load(weights_only=True)`.
+
+    Args:
+        checkpoint: the folder, `checkpoint-<step>`.
+
+    Raises:
+        ValueError: a file is damaged or of another form; the message names it and says how to go on without it.
+        FileNotFoundError: one is missing.
+    """
+    checks: dict[str, Callable[[Path], None]] = {
+        STATE: _check_state,
+        OPTIMIZER: lambda path: _expect(_read(path), {"state": dict, "param_groups": list}),
+        SCHEDULER: lambda path: _expect(_read(path), {"last_epoch": int, "base_lrs": list}),
+        RANDOM: _check_random,
+    }
+    for name, check in checks.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise FileNotFoundError(f"--resume: {path} does not exist; {_remedy(checkpoint)}")
+        with _naming(path):
+            check(path)
+
+
+class ResumingTrainer(RedTrainer):
+    """A RedTrainer that names the file where a checkpoint does not fit it. Raises ValueError for that."""
+
+    def train_on(self, checkpoint: Path | None) -> None:
+        """Train, from a checkpoint on if there is one.
+
+        From one of the last step only its state and vectors are taken: Trainer would train a step before it looks.
+        """
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / STATE))
+            if state.global_step >= self.args.max_steps:
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = state
+                return
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            folder = Path(checkpoint)
+            assert self.optimizer is not None  # Trainer has just made both
+            assert self.lr_scheduler is not None
+            with _naming(folder / OPTIMIZER):
+                _check_optimizer(_read(folder / OPTIMIZER), self.optimizer)
+            with _naming(folder / SCHEDULER):
+                found, own = _read(folder / SCHEDULER), self.lr_scheduler.state_dict()
+                one = self.args.world_size == 1  # else there is a step of the scheduler for each process
+                wanted = {"base_lrs": own["base_lrs"], **({"last_epoch": self.state.global_step} if one else {})}
+                for name, expected in wanted.items():
+                    if found[name] != expected:
+                        raise ValueError(f"its {name} is {shown(found[name])}, expected {expected}")
+            with _naming(folder, f"{OPTIMIZER} or {SCHEDULER}"):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with contextlib.nullcontext() if checkpoint is None else _naming(Path(checkpoint) / RANDOM):
+            super()._load_rng_state(checkpoint)
+
+
+def _check_optimizer(found: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    groups = [group["params"] for group in found["param_groups"]]
+    own = [group["params"] for group in optimizer.param_groups]
+    if [len(group) for group in groups] != [len(group) for group in own]:
+        raise ValueError(
+            f"it is of {list(map(len, groups))} parameters in groups, this run trains {list(map(len, own))}"
+        )
+    numbers = itertools.chain.from_iterable(groups)
+    parameters = dict(zip(numbers, itertools.chain.from_iterable(own), strict=True))
+    if found["state"].keys() != parameters.keys():
+        raise ValueError(f"it has states of {len(found['state'])} parameters, expected {len(parameters)}")
+    for number, state in found["state"].items():
+        for name, value in state.items():
+            if not isinstance(value, torch.Tensor) or not bool(value.isfinite().all()):
+                raise ValueError(f"its {name} of parameter {number} is no tensor of finite numbers")
+            if value.dim() and value.shape != parameters[number].shape:
+                got, expected = tuple(value.shape), tuple(parameters[number].shape)
+                raise ValueError(f"its {name} of parameter {number} has shape {got}, expected {expected}")
+
+
+def _remedy(checkpoint: Path) -> str:
+    return f"remove {str(checkpoint)!r} to resume from the checkpoint before it, or start anew by --overwrite"
+
+
+@contextlib.contextmanager
+def _naming(path: Path, name: str = "") -> Iterator[None]:
+    """Errors of reading a file, or of using what it holds, as a ValueError that names it."""
+    folder = path if name else path.parent
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
+        reason = one_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {one_line(error)}"
+        where = path / name if name else path
+        raise ValueError(f"--resume: {where} is damaged or of another run: {reason}; {_remedy(folder)}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with safe_globals():  # what a random state of numpy consists of
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__}, expected a dict")
+    return found
+
+
+def _expect(found: dict[str, Any], form: Mapping[str, type | tuple[type, ...]]) -> None:
+    for name, kinds in form.items():
+        value = found.get(name)
+        if not isinstance(value, kinds) or isinstance(value, bool) or (isinstance(value, float) and value != value):
+            expected = kinds.__name__ if isinstance(kinds, type) else " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"its {name} is {shown(value)}, expected a {expected}")
+
+
+def _check_state(path: Path) -> None:
+    content = read_json(path)
+    _expect(content, _STATE)
+    TrainerState(**content)
+    best = content.get("best_model_checkpoint")
+    if not isinstance(best, str | None):
+        raise ValueError(f"its best_model_checkpoint is {shown(best)}, expected a text or null")
+    for name, said in content["stateful_callbacks"].items():
+        for one in said if isinstance(said, list) else [said]:
+            _expect(_a_dict(one, f"state of {name}"), {"args": dict, "attributes": dict})
+    TrainerControl.from_state(_a_dict(content["stateful_callbacks"].get("TrainerControl"), "TrainerControl"))
+    step = path.parent.name.rpartition("-")[2]
+    if str(content["global_step"]) != step:
+        raise ValueError(f"its global_step is {content['global_step']}, expected {step}")
+    for entry in content["log_history"]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            raise ValueError(f"its log_history has {shown(entry)}, expected an object with a step")
+        if not isinstance(entry.get("loss", math.nan), (int, float)):
+            raise ValueError(f"its log_history has the loss {shown(entry['loss'])}, expected a number")
+
+
+def _a_dict(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"its {what} is {shown(value)}, expected an object")
+    return value
+
+
+def _check_random(path: Path) -> None:
+    found = _read(path)
+    random.Random().setstate(found["python"])
+    np.random.RandomState().set_state(found["numpy"])
+    torch.Generator().set_state(found["cpu"])

@@ -1,0 +1,127 @@
+"""The norms a fused operation can stand in for, and when it may."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _torch_module
+
+from ..backends.arguments import Norm
+from ..edits.module import NAME, RedEdit, plain_only
+from .fingerprint import fingerprint, forward_of, unwrapped
+
+__all__ = ["NormSpec", "globally_hooked", "is_dense", "is_like", "norm_arguments", "norm_spec", "unobserved"]
+
+
+class NormSpec(NamedTuple):
+    """How a norm's class computes: LayerNorm if `centered`, else RMSNorm; where its epsilon is; Gemma's offset."""
+
+    centered: bool
+    eps: str
+    offset: float
+
+    @property
+    def title(self) -> str:
+        return "LayerNorm" if self.centered else "RMSNorm"
+
+
+LAYER_NORM = NormSpec(True, "eps", 0.0)
+# By the fingerprint of `forward`; the rounding of the normed value before the weight is the only difference to ours.
+_BY_FINGERPRINT = {
+    "78ed4555aca3957b": NormSpec(False, "variance_epsilon", 0.0),  # Llama, Mistral, Qwen2, Qwen3, Phi-3
+    "8d6c6d8edf142c35": NormSpec(False, "variance_epsilon", 0.0),  # T5
+    "a8b9757d188ce3aa": NormSpec(False, "eps", 1.0),  # Gemma 2 and 3
+    "ddff79d9bb15672b": NormSpec(True, "variance_epsilon", 0.0),  # DeBERTa
+}
+_specs: dict[Callable[..., Any], NormSpec | None] = {}
+
+
+def norm_spec(kind: type[nn.Module]) -> NormSpec | None:
+    """How norms of this class compute, or None for a class that is not known."""
+    current = forward_of(kind)
+    try:
+        return _specs[current]
+    except KeyError:
+        forward = unwrapped(current)
+        found = LAYER_NORM if forward is nn.LayerNorm.forward else _BY_FINGERPRINT.get(fingerprint(forward) or "")
+        _specs[current] = found
+        return found
+
+
+def globally_hooked() -> bool:
+    """Whether hooks for all modules are set: they may observe or replace any output."""
+    return bool(
+        _torch_module._global_forward_hooks
+        or _torch_module._global_forward_pre_hooks
+        or _torch_module._global_backward_hooks
+        or _torch_module._global_backward_pre_hooks
+    )
+
+
+def unobserved(module: nn.Module, own: RedEdit | None = None) -> bool:
+    """Whether a module's call is nothing but its class's `forward`: no hooks, no replaced or compiled `forward`.
+
+    The hook of an edit of its own, if it has that, does not count.
+    """
+    edited = own is not None and module._modules.get(NAME) is own
+    return not (
+        (len(module._forward_hooks) > 1 if edited else module._forward_hooks)
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
+    )
+
+
+def norm_arguments(norm: nn.Module, x: Tensor, residual: Tensor | None, own: RedEdit | None = None) -> Norm | None:
+    """What a fused operation needs to stand in for `norm(residual + x)`, and that it fits; or None where it may not.
+
+    `own` is the norm's own edit, if the operation applies that too.
+
+    It may not where somebody observes the norm or has replaced its `forward`, where the norm's parameters are no plain
+    tensors beside `x` (sharded, quantised, offloaded), and where the norm would return another dtype than it gets.
+    """
+    spec = norm_spec(type(norm))
+    if spec is None or not unobserved(norm, own) or globally_hooked() or plain_only():
+        return None
+    parameters = norm._parameters
+    dtype = x.dtype
+    if residual is not None:
+        if not is_like(residual, x):
+            return None
+        if residual.dtype != dtype:
+            dtype = torch.promote_types(dtype, residual.dtype)
+    if not is_dense(x) or ("weight" not in parameters) or not _is_plain(parameters["weight"], x, dtype):
+        return None
+    bias = parameters.get("bias")
+    if not _is_plain(bias, x, dtype):
+        return None
+    if dtype is not torch.float32 and torch.is_autocast_enabled(x.device.type):
+        return None  # autocast runs norms in fp32
+    return Norm(parameters["weight"], bias, getattr(norm, spec.eps), spec.offset, spec.centered)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether a kernel can read a tensor: of no class of its own, neither sparse nor nested."""
+    return type(x) is Tensor and x.layout is torch.strided and not x.is_nested
+
+
+def is_like(residual: Tensor, x: Tensor) -> bool:
+    """Whether a kernel can read a tensor beside `x`, element for element."""
+    return is_dense(residual) and residual.shape == x.shape and residual.device == x.device
+
+
+def _is_plain(vector: Tensor | None, x: Tensor, dtype: torch.dtype) -> bool:
+    if vector is None:
+        return True
+    kind = type(vector)
+    return (
+        (kind is nn.Parameter or kind is Tensor)
+        and vector.dtype == dtype
+        and vector.device == x.device
+        and vector.shape == x.shape[-1:]
+    )

@@ -1,0 +1,107 @@
+"""`red-kernels info`: what this installation can do on this machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ._version import __version__
+from .backends import available_backends, choice, choose, forced_backend, records
+from .finetune.base_dtype import choose_dtype, slowdown
+from .support.errors import one_line
+
+_PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "gguf", "peft", "datasets", "matplotlib")
+
+
+def show_info(console: Console) -> None:
+    """Print the backends with their state or why they are missing, the choice per device, settings and versions.
+
+    A setting that cannot be followed is shown with the reason, not raised.
+    """
+    backends = Table(title="Backends")
+    for heading in ("backend", "state"):
+        backends.add_column(heading, overflow="fold")
+    for record in records():
+        state = record.missing()
+        if state is None:
+            state = "; ".join(filter(None, ("available", record.state())))
+        backends.add_row(record.name, escape(state))
+    console.print(backends)
+
+    chosen = Table(title="Chosen for")
+    for heading in ("device", "backend"):
+        chosen.add_column(heading, overflow="fold")
+    for device, label in _devices():
+        chosen.add_row(label, _chosen(device))
+    console.print(chosen)
+
+    dtypes = Table(title="Base models (--dtype auto)")
+    for heading in ("device", "dtype", "why", "products in bf16, fp16 take"):
+        dtypes.add_column(heading, overflow="fold")
+    for _, label in _devices():
+        dtypes.add_row(label, *_base_dtype(torch.device(label.partition(" ")[0])))
+    console.print(dtypes)
+
+    if _settings():
+        settings = Table(title="Settings")
+        for heading in ("environment variable", "value"):
+            settings.add_column(heading, overflow="fold")
+        for name, value in _settings():
+            settings.add_row(name, repr(value))
+        console.print(settings)
+
+    versions = Table(title="Versions")
+    for heading in ("package", "version"):
+        versions.add_column(heading, overflow="fold")
+    versions.add_row("red_kernels", __version__)
+    versions.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in _PACKAGES:
+        versions.add_row(package, _version(package))
+    console.print(versions)
+
+
+def _chosen(device: str) -> str:
+    try:
+        name = choose(torch.empty(1, device=device), "edit").name
+        asked = forced_backend() is not None
+    except (ValueError, RuntimeError) as error:  # what was asked for, and why it cannot be followed
+        return f"none: {error}"
+    there = [other for other in ("cuda", "triton") if available_backends()[other] is None]
+    if device == "cpu" or asked or len(there) < 2:
+        return name
+    return "\n".join(f"{row.backend}: {row.where}" for row in choice.TABLE) + "\n(the first that fits)"
+
+
+def _base_dtype(device: torch.device) -> tuple[str, str, str]:
+    """What `auto` is, why, and how long the halves take; it is shown where a product fails."""
+    try:
+        chosen = choose_dtype(device)
+        slower = ", ".join(f"{slowdown(name, device):.2g}" for name in ("bf16", "fp16"))
+    except RuntimeError as error:
+        return "unknown", f"a product failed: {escape(one_line(error))}", ""
+    return chosen.name, chosen.reason, f"{slower} times as long as in fp32"
+
+
+def _settings() -> list[tuple[str, str]]:
+    return [(name, value) for name, value in sorted(os.environ.items()) if name.startswith("RED_KERNELS_")]
+
+
+def _devices() -> list[tuple[str, str]]:
+    devices = [("cpu", f"cpu ({torch.get_num_threads()} threads)")]
+    devices += [
+        ("cuda", f"cuda:{index} ({torch.cuda.get_device_name(index)})") for index in range(torch.cuda.device_count())
+    ]
+    return devices
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,61 @@
+"""An edit folded into the module before it: the one way, for `rk.merge` and for PEFT."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..edits.kinds import KINDS, Edit, Kind
+from ..fusion.norms import NormSpec
+
+__all__ = ["adds_bias", "biasless_kinds", "folded", "why_not"]
+
+
+def why_not(kind: Kind, norm: NormSpec | None) -> str | None:
+    """Why no weights can stand in for an edit of a kind, behind a norm or a linear layer; None if they can."""
+    if kind.fold is None:
+        return f"it is of kind {kind.name!r}, which no layer's weights can stand in for"
+    if norm is not None and kind.kernel != "affine":
+        return f"it is of kind {kind.name!r}, and a norm's weights stand in only for what changes each column by itself"
+    return None
+
+
+def folded(
+    edit: Edit, weight: Tensor, bias: Tensor | None, norm: NormSpec | None, columns: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The weight and the bias of a module with an edit of its output folded in, in the dtype of `weight`.
+
+    Args:
+        edit: of a kind that `why_not` has nothing against.
+        weight, bias: of a linear layer or of a norm, in the dtype to compute in.
+        norm: what the norm does; None for a linear layer.
+        columns: whether the weight is `(in, out)` and not `(out, in)`.
+    """
+    fold = edit.kind.fold
+    assert fold is not None
+    vectors = {
+        name: None if vector is None else vector.detach().to(weight.device, weight.dtype)
+        for name, vector in edit.vectors.items()
+    }
+    if norm is not None:
+        # A norm has a column of weights. Where the edit leaves them alone, their bits are left too.
+        given = (weight + norm.offset)[:, None]
+        made, bias = fold(given, bias, vectors)
+        return (weight if made is given else made[:, 0] - norm.offset), bias
+    given = weight.t() if columns else weight
+    made, bias = fold(given, bias, vectors)
+    return (weight if made is given else made.t() if columns else made), bias
+
+
+def adds_bias(edit: Edit) -> bool:
+    """Whether a module without a bias gets one when the edit is folded into it."""
+    if edit.kind.fold is None:
+        return False
+    vectors = {name: None if vector is None else vector.to("meta") for name, vector in edit.vectors.items()}
+    width = next((vector.shape[-1] for vector in vectors.values() if vector is not None), 1)
+    return edit.kind.fold(torch.empty(width, 1, device="meta"), None, vectors)[1] is not None
+
+
+def biasless_kinds() -> str:
+    """The kinds whose edits merge into a layer without a bias, for a message."""
+    return " or ".join(repr(kind.name) for kind in KINDS.values() if kind.fold is not None and not kind.needs_bias(1))

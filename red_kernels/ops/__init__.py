@@ -1,0 +1,1 @@
+"""The public operations, their checks and their gradients."""

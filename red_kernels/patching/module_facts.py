@@ -1,0 +1,63 @@
+"""What can be told of a module from outside: the width of its output, its device, its wrapper, its experts."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..fusion.norms import norm_spec
+from ..support.text import listed
+
+__all__ = ["device_of", "experts_in", "experts_remark", "linear_patterns", "output_width"]
+
+
+def output_width(module: nn.Module) -> int | None:
+    """The width of a module's one output tensor, where it can be told: linear layers of any make, and norms."""
+    for name in ("out_features", "nf"):
+        width = getattr(module, name, None)
+        if isinstance(width, int) and width > 0:
+            return width
+    if isinstance(module, nn.LayerNorm) or norm_spec(type(module)) is not None:
+        weight = getattr(module, "weight", None)
+        shape: Any = weight.shape if isinstance(weight, torch.Tensor) else getattr(module, "normalized_shape", ())
+        return int(shape[-1]) if len(shape) == 1 else None
+    return None
+
+
+def device_of(site: nn.Module, model: nn.Module) -> torch.device:
+    """Where the vectors of a site belong: beside its tensors, or without any beside the model's."""
+    tensors = (*site.parameters(), *site.buffers())
+    device = tensors[0].device if tensors else next((p.device for p in model.parameters()), torch.device("cpu"))
+    # accelerate keeps the weights elsewhere, and brings them here for the call of the site or of a part of it
+    for module in site.modules() if device.type == "meta" else ():
+        hook = getattr(module, "_hf_hook", None)
+        for one in (hook, *getattr(hook, "hooks", ())):
+            execution = getattr(one, "execution_device", None)
+            if execution is not None:
+                return torch.device(execution)
+    return device
+
+
+def experts_in(model: nn.Module) -> list[str]:
+    """Names of the modules whose weights are one 3-D Parameter for all experts."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if not hasattr(module, "kernel_size")  # a convolution
+        and any(p is not None and p.dim() == 3 and p.shape[0] > 1 for p in module._parameters.values())
+    ]
+
+
+def experts_remark(module: nn.Module, name: str) -> str:
+    inner = [f"{name}.{inner}" if inner else name for inner in experts_in(module)]
+    return f"; the weights of all experts are one 3-D Parameter in {listed(inner)}" if inner else ""
+
+
+def linear_patterns(model: nn.Module) -> str:
+    """The names of the linear layers, layer numbers replaced by `*`."""
+    names = [name for name, module in model.named_modules() if name and output_width(module) is not None]
+    patterns = dict.fromkeys(re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", name) for name in names)
+    return listed(list(patterns)) if patterns else "none"

@@ -1,0 +1,115 @@
+"""The edit written plainly in eager PyTorch, by forward hooks: the peer that the fused operations are compared with.
+
+This is how RED (arXiv 2402.15179) is usually written: the output of a module is multiplied and shifted, two passes over
+the whole activation, before the model goes on with its own residual addition and norm. Nothing here is fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..edits.kinds import KINDS, Kind
+from .module_facts import output_width
+
+__all__ = ["NaiveEdits", "naive_edit"]
+
+
+class NaiveEdits:
+    """Edits that hang on a model as forward hooks; a context manager that takes them off at its end.
+
+    Attributes:
+        parameters: site to part to Parameter, as the kind of edit has them. They are not registered in the model: its
+            `state_dict` and `parameters()` stay as they were.
+        active: False lets the model run unedited until it is True again.
+    """
+
+    def __init__(self, model: nn.Module, kind: Kind, parameters: dict[str, dict[str, nn.Parameter]]) -> None:
+        self._kind = kind
+        self.parameters = parameters
+        self.active = True
+        self._required_grad = {name: own.requires_grad for name, own in model.named_parameters()}
+        self._model = model
+        model.requires_grad_(False)
+        self._handles: list[RemovableHandle] = [
+            model.get_submodule(site).register_forward_hook(self._hook(parts)) for site, parts in parameters.items()
+        ]
+
+    def _hook(self, parts: dict[str, nn.Parameter]) -> Callable[[nn.Module, object, Any], Any]:
+        formula = self._kind.formula
+
+        def hook(module: nn.Module, arguments: object, output: Any) -> Any:
+            if not self.active:
+                return output
+            if isinstance(output, tuple):
+                return hook(module, arguments, output[0]), *output[1:]
+            return formula(output, parts).to(output.dtype)
+
+        return hook
+
+    def vectors(self) -> list[nn.Parameter]:
+        """All vectors in one list, as an optimizer takes them."""
+        return [vector for parts in self.parameters.values() for vector in parts.values()]
+
+    def remove(self) -> None:
+        """Take the hooks off and give the base parameters their former `requires_grad`; a second call does nothing."""
+        if not self._handles:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for name, own in self._model.named_parameters():
+            own.requires_grad_(self._required_grad.get(name, own.requires_grad))
+
+    def __enter__(self) -> NaiveEdits:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def naive_edit(
+    model: nn.Module,
+    sites: Iterable[str],
+    kind: str = "all",
+    dtype: torch.dtype = torch.float32,
+    widths: Mapping[str, int] | None = None,
+) -> NaiveEdits:
+    """Edit the outputs of modules by the formula of a kind of edit, in eager PyTorch, and freeze the base model.
+
+    Args:
+        model: the base model; it must not be patched.
+        sites: names of modules whose output is one tensor `(..., width)`, or a tuple that begins with it.
+        kind: as in `RedConfig`.
+        dtype: of the vectors. The output keeps the dtype of `h`, whatever this is.
+        widths: site to width, for modules other than linear layers, transformers' `Conv1D` and norms.
+
+    Returns:
+        The `NaiveEdits`, which holds the vectors and takes the edits off again.
+
+    Raises:
+        ValueError: no sites, an unknown site or kind, or a site whose width cannot be told. Nothing is changed then.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(map(repr, KINDS))}")
+    names = list(sites)
+    if not names:
+        raise ValueError("sites: got none, expected at least one module name")
+    modules = dict(model.named_modules())
+    parameters: dict[str, dict[str, nn.Parameter]] = {}
+    for site in names:
+        if site not in modules:
+            raise ValueError(f"sites: the model has no module {site!r}")
+        width, device = output_width(modules[site]), next((own.device for own in modules[site].parameters()), None)
+        width = (widths or {}).get(site, width)
+        if width is None or device is None:
+            raise ValueError(f"sites: {site!r} is a {type(modules[site]).__name__}, whose output width cannot be told")
+        parameters[site] = {part.name: nn.Parameter(part.made(width, dtype, device)) for part in KINDS[kind].parts}
+    return NaiveEdits(model, KINDS[kind], parameters)

@@ -1,0 +1,211 @@
+"""Patching a model: its sites get vectors, its layers run the fused operations, and all of it can be taken back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..edits.config import RedConfig
+from ..edits.find import STATE, PatchState, patches_of, wrapper_of
+from ..edits.module import NAME, SITE, RedEdit
+from ..edits.selection import Selection
+from ..fusion.deferral import INSIDE, edit_hook
+from ..fusion.fingerprint import BASE
+from ..support.text import listed
+from .classes import is_patched, patch_block, patch_norm, patch_stack, prepare_classes, unpatch_module
+from .heads import find_head, release_head
+from .plan import Plan, PlannedSite, make_plan
+from .pretrained import unwrap_saving, wrap_saving
+from .report import PatchReport, count_parameters
+from .watch import Site, missing, stop_watching, watch
+
+__all__ = ["attach", "edit_config", "fuse", "patch", "patch_with", "unpatch"]
+
+
+def patch(model: nn.Module, config: RedConfig | None = None) -> PatchReport:
+    """Edit a model in place, as RED does (arXiv 2402.15179): freeze it and give each site a trainable scale and bias.
+
+    A site is the module whose output is edited; it gets a child `red_edit` with the Parameters `scale` and `bias` of
+    shape `(width,)`, on its device. Where the layer's `forward` is one that is known, the edit is fused with what
+    follows it; elsewhere it runs by itself. Only this instance is touched. No random numbers are used up.
+
+    Args:
+        model: a transformers model, or anything that holds one or has modules named by `config.sites`. Patch before
+            wrapping it for distributed training.
+        config: what to edit; `RedConfig()` if None.
+
+    Returns:
+        A `PatchReport`; `print` shows a table.
+
+    Raises:
+        TypeError: model or config is something else.
+        ValueError: the model is patched already, has no sites, or none of the layers or sites asked for; it has layers
+            of unknown make beside known ones, such as wrapped ones, or one layer in two places; an FFN is made of
+            experts without a module for their down projection; or there is no head to train (`train_head`). Nothing is
+            changed then.
+    """
+    return patch_with(model, config, {}, stacklevel=3)
+
+
+def patch_with(
+    model: nn.Module, config: RedConfig | None, edits: Mapping[str, RedEdit], stacklevel: int = 2
+) -> PatchReport:
+    """As `patch`, with the edits that sites of these names had before; the other sites get new ones."""
+    config = RedConfig() if config is None else config
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    if not isinstance(config, RedConfig):
+        raise TypeError(f"config: got {type(config).__name__}, expected a RedConfig")
+    plan = make_plan(model, config)
+    for site in plan.sites:
+        _check_free(site)
+    head = find_head(model, [site.report.site for site in plan.sites], config)
+    selection = Selection()
+    with torch.inference_mode(False):  # what is made in inference mode can never be trained
+        made = [
+            edits.get(site.report.site) or RedEdit(site.width, config.edit_kind, config.dtype, site.device, selection)
+            for site in plan.sites
+        ]
+    for block in plan.blocks:
+        prepare_classes(block.module, block.layout, block.norm, block.stack)
+    parameters = {name: own for name, own in model.named_parameters() if own.requires_grad}
+    state = PatchState(config, set(parameters), {site.report.site: (site.norm, site.bias_flag) for site in plan.sites})
+
+    model.__dict__[STATE] = state
+    try:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+        head.train(model)
+        for site, edit in zip(plan.sites, made, strict=True):
+            attach(site, edit)
+            edit.__dict__[SITE] = site.report.site
+        fuse(plan)
+        wrap_saving(model, [site.report.site for site in plan.sites], config)
+        watch(model, [_watched(site, edit) for site, edit in zip(plan.sites, made, strict=True)])
+    except BaseException:  # of a class or a Parameter that somebody has made
+        _take_back(model, state)
+        raise
+    for text in plan.warnings:
+        warnings.warn(text, stacklevel=stacklevel)
+    trainable, total = count_parameters(model)
+    sites = tuple(site.report for site in plan.sites)
+    return PatchReport(
+        type(model).__name__,
+        config,
+        sites,
+        trainable,
+        total,
+        tuple(plan.warnings),
+        trained_head=head.trained_modules,
+        frozen_head=head.frozen_modules,
+    )
+
+
+def unpatch(model: nn.Module) -> None:
+    """Take a patch back: the classes, forwards and `requires_grad` are what they were, the vectors are gone.
+
+    Raises:
+        ValueError: the model is not patched, or was wrapped for distributed training since, or a patched layer in
+            some other way. Nothing is changed then.
+    """
+    patches = patches_of(model)
+    for name, module in model.named_modules():
+        subclassed = not is_patched(module) and any(BASE in kind.__dict__ for kind in type(module).__mro__)
+        if subclassed or wrapper_of(module) is not None:
+            where = f"{name} was" if name else "it was"
+            raise ValueError(f"model: {where} wrapped after patching, in {type(module).__name__}; unwrap it first")
+    lost: list[str] = []
+    for holder, state in patches.values():
+        lost += _take_back(holder, state)
+    if lost:
+        warnings.warn(
+            f"parameters that were trainable before patching have other names now and stay frozen: {listed(lost)}",
+            stacklevel=2,
+        )
+
+
+def edit_config(model: nn.Module) -> RedConfig:
+    """The config that a model was patched with.
+
+    Raises:
+        ValueError: the model is not patched, its parts were patched by different configs, or a site was replaced since
+            or has lost its hook.
+    """
+    patches = patches_of(model)
+    for holder, _ in patches.values():
+        wrong, left_out = missing(holder)
+        if wrong:
+            raise ValueError(
+                f"model: edits that rk.patch made are gone: {listed(wrong)}; call rk.unpatch and patch it anew"
+            )
+        if left_out:
+            warnings.warn(f"the layers of the edits at {listed(left_out)} are not in the model any more", stacklevel=3)
+    configs = [state.config for _, state in patches.values()]
+    if any(config != configs[0] for config in configs):
+        raise ValueError(
+            f"model: the parts of this {type(model).__name__} were patched by different configs: "
+            f"{listed(list(patches))}; take each by itself"
+        )
+    return configs[0]
+
+
+def attach(site: PlannedSite, edit: RedEdit) -> None:
+    """Give a site its vectors and the hook that applies them."""
+    edit.train(site.module.training)
+    edit.of_tuple, edit.inside = site.of_tuple, site.layer is not None
+    site.module._modules[NAME] = edit
+    hooked = site.module
+    if site.layer is not None:
+        hooked = site.layer
+        hooked.__dict__[INSIDE] = site.path
+    if edit_hook not in hooked._forward_hooks.values():
+        nn.Module.register_forward_hook(hooked, edit_hook, prepend=True)
+
+
+def fuse(plan: Plan) -> None:
+    """Make the planned blocks run their fused forwards."""
+    for block in plan.blocks:
+        patch_block(block.module, block.layout, block.link)
+        if block.norm is not None and not is_patched(block.norm):
+            patch_norm(block.norm)
+        if block.stack is not None and not is_patched(block.stack):
+            patch_stack(block.stack)
+
+
+def _check_free(site: PlannedSite) -> None:
+    if NAME in site.module._modules or hasattr(site.module, NAME):
+        raise ValueError(
+            f"model: {site.report.site}, a {type(site.module).__name__}, has an attribute {NAME!r} of its own, where "
+            "the edit would be; rename that, or choose other layers by layers="
+        )
+
+
+def _watched(site: PlannedSite, edit: RedEdit) -> tuple[Site, nn.Module | None, str]:
+    name, caller = site.report.site, site.caller
+    inner = name if caller is None else name.removeprefix(site.caller_name).removeprefix(".")
+    return Site(name, tuple(inner.split(".")) if inner else (), edit), caller, site.caller_name
+
+
+def _take_back(holder: nn.Module, state: PatchState) -> list[str]:
+    """Take one patch back; returns the names of trainable parameters that are no more."""
+    for module in list(holder.modules()):
+        unpatch_module(module)
+        hooks = module._forward_hooks
+        for key in [key for key, hook in hooks.items() if hook is edit_hook]:
+            del hooks[key]
+        if isinstance(module._modules.get(NAME), RedEdit):
+            del module._modules[NAME]
+        module.__dict__.pop(INSIDE, None)
+        stop_watching(module)
+        unwrap_saving(module)
+    release_head(holder)
+    parameters = dict(holder.named_parameters())
+    for name in state.were_trainable & parameters.keys():
+        parameter = parameters[name]
+        with torch.inference_mode(parameter.is_inference()):  # torch refuses it elsewhere
+            parameter.requires_grad = True
+    del holder.__dict__[STATE]
+    return sorted(state.were_trainable - parameters.keys())

@@ -1,0 +1,109 @@
+"""What a patch did, site by site, and its short table."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from ..edits.config import RedConfig
+from ..support.text import listed
+
+__all__ = ["PatchReport", "SiteReport", "count_parameters"]
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One edited site.
+
+    Attributes:
+        site: the module's dotted name.
+        width: of its output.
+        fused: what the edit shares one pass with (`"residual add + RMSNorm of the next layer"`), or None.
+        reason: why it is not fused, or not with more; empty where there is nothing to say.
+    """
+
+    site: str
+    width: int
+    fused: str | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """The result of `rk.patch`; `print` shows a table, layers that are alike in one row.
+
+    Attributes:
+        model: the class of the model.
+        config: what was asked for.
+        sites: one `SiteReport` for each edited site, in the model's order.
+        trainable: the number of trainable parameters, those of the edits and of a trained head.
+        total: the number of all parameters, the edits' included.
+        warnings: what else there is to know, such as blocks that could not be edited.
+        trained_head: the modules of the head that stay trainable (`RedConfig(train_head=True)`), by name.
+        frozen_head: the modules of a task head that are frozen like the base model, by name. The head of a language
+            model is no task head.
+    """
+
+    model: str
+    config: RedConfig
+    sites: tuple[SiteReport, ...]
+    trainable: int
+    total: int
+    warnings: tuple[str, ...] = ()
+    trained_head: tuple[str, ...] = ()
+    frozen_head: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        dtype = str(self.config.dtype).removeprefix("torch.")
+        patterns = self.config.sites
+        where = f"position {self.config.position}" if patterns is None else f"sites {listed(tuple(patterns))}"
+        lines = [f"RED in {self.model}: {where}, kind {self.config.kind}, vectors in {dtype}"]
+        lines += _table([("sites", "width", "fused with"), *_rows(self.sites)])
+        share = 100.0 * self.trainable / max(1, self.total)
+        lines.append(f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.3f}%)")
+        if self.trained_head:
+            lines.append(f"the head is trained too: {listed(self.trained_head)}")
+        if self.frozen_head:
+            lines.append(
+                f"the head is frozen: {listed(self.frozen_head)}; if it is newly made, train it beside the edits: "
+                "rk.RedConfig(train_head=True)"
+            )
+        return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Trainable and all parameters; 4-bit ones are counted as they are stored."""
+    every = list(model.parameters())
+    return sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every)
+
+
+def _rows(sites: tuple[SiteReport, ...]) -> list[tuple[str, str, str]]:
+    """One row for each group of sites that differ in their layer's number only."""
+    groups: dict[tuple[str, int, str], list[int]] = {}
+    for site in sites:
+        # The first number in a name is the layer's: encoder.block.3.layer.1.wo
+        number = re.search(r"(?<![^.])[0-9]{1,9}(?![^.])", site.site)
+        pattern = site.site if number is None else site.site[: number.start()] + "{}" + site.site[number.end() :]
+        what = site.fused or "nothing"
+        what += f" ({site.reason})" if site.reason else ""
+        groups.setdefault((pattern, site.width, what), []).append(-1 if number is None else int(number.group()))
+    return [(pattern.replace("{}", _ranges(at)), str(width), what) for (pattern, width, what), at in groups.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`[0, 1, 2, 5]` as `{0-2,5}`."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    texts = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+    return texts[0] if len(numbers) == 1 else "{" + ",".join(texts) + "}"
+
+
+def _table(rows: list[tuple[str, str, str]]) -> list[str]:
+    first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
+    return [f"  {row[0]:<{first}}  {row[1]:>{second}}  {row[2]}" for row in rows]

@@ -1,0 +1,211 @@
+"""Seeing to it that each edit runs: a site may be replaced, lose its hook or be passed by, and nothing else would tell.
+
+Each layer with sites has a hook behind its forward that asks whether its edits have run in this call. The patched model
+has one in front of its forward that asks whether these layers are still in it: whoever takes layers out for an early
+exit is told so once, what else is gone is an error.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..edits.module import NAME, RedEdit
+from ..fusion.deferral import OWN_HOOKS, edit_hook, take_reached
+from ..fusion.paths import walk
+from ..support.text import listed
+
+__all__ = ["Site", "Watch", "after_model", "before_model", "layer_hook", "missing", "stop_watching", "watch"]
+
+_SITES = "_red_kernels_sites"  # the attribute of a layer with its `Site`s
+_WATCH = "_red_kernels_watch"  # the attribute of a patched model with its `Watch`
+_REMEDY = "put it back, or call rk.unpatch(model) and patch what is there now"
+
+
+@dataclass
+class Site:
+    """An edited site in a module that calls it: the whole name, the path in that module, and the edits."""
+
+    name: str
+    path: tuple[str, ...]
+    own: RedEdit
+
+
+@dataclass
+class Watch:
+    """What has to be in a patched model: layers with watched sites, and sites that no layer can answer for."""
+
+    layers: list[tuple[tuple[str, ...], nn.Module]] = field(default_factory=list)
+    alone: list[Site] = field(default_factory=list)
+    left_out: set[str] = field(default_factory=set)  # layers of which it was said that they are not in the model
+
+
+def watch(model: nn.Module, sites: Iterable[tuple[Site, nn.Module | None, str]]) -> None:
+    """Watch sites of a model from now on.
+
+    Args:
+        model: that was patched.
+        sites: each with the layer that calls it whenever it is called itself, and the layer's name in the model. Where
+            there is none, the site's path is from the model, and whether it is called is only asked once.
+    """
+    found = Watch()
+    for site, layer, name in sites:
+        site.own.watched = True
+        if layer is None:
+            found.alone.append(site)
+            continue
+        if _SITES not in layer.__dict__:
+            layer.__dict__[_SITES] = []
+            nn.Module.register_forward_hook(layer, layer_hook)
+            found.layers.append((tuple(name.split(".")) if name else (), layer))
+        layer.__dict__[_SITES].append(site)
+    model.__dict__[_WATCH] = found
+    nn.Module.register_forward_pre_hook(model, before_model)
+    if found.alone:
+        nn.Module.register_forward_hook(model, after_model)
+
+
+def stop_watching(module: nn.Module) -> None:
+    """Take away what `watch` has put on a module."""
+    module.__dict__.pop(_SITES, None)
+    module.__dict__.pop(_WATCH, None)
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, hook in hooks.items() if hook in (layer_hook, after_model, before_model)]:
+            del hooks[key]
+
+
+def missing(model: nn.Module) -> tuple[list[str], list[str]]:
+    """What is wrong with the sites of a patched model, each by its name; and the sites whose layer is not in it."""
+    found: Watch | None = model.__dict__.get(_WATCH)
+    if found is None:
+        return [], []
+    wrong: list[str] = []
+    left_out: list[str] = []
+    for at, (path, layer) in enumerate(found.layers):
+        sites: list[Site] = layer.__dict__.get(_SITES, [])
+        if walk(model, path) is not layer:
+            moved = _path_to(model, layer)
+            if moved is None:
+                left_out += [site.name for site in sites]
+                continue
+            found.layers[at] = moved, layer
+        wrong += [f"{site.name} ({what})" for site in sites if (what := _wrong(layer, site))]
+        if layer_hook not in layer._forward_hooks.values():
+            wrong += [f"{site.name} (the hooks of its {type(layer).__name__} were removed)" for site in sites]
+    return wrong + [f"{site.name} ({what})" for site in found.alone if (what := _wrong(model, site))], left_out
+
+
+def before_model(model: nn.Module, args: Any) -> None:
+    """The hook in front of a patched model: RuntimeError where edits are gone, a warning where whole layers are."""
+    if torch.compiler.is_compiling():
+        return
+    found: Watch | None = model.__dict__.get(_WATCH)
+    if found is None or "_is_replica" in model.__dict__:
+        return
+    for path, layer in found.layers:
+        if walk(model, path) is not layer or layer_hook not in layer._forward_hooks.values():
+            break
+    else:
+        for site in found.alone:
+            module = walk(model, site.path)
+            if module is None or module._modules.get(NAME) is not site.own or _hook_is_lost(module, site.own):
+                break
+        else:
+            return
+    wrong, left_out = missing(model)
+    if wrong:
+        raise RuntimeError(f"model: edits that rk.patch made are gone: {listed(wrong)}; {_REMEDY}")
+    new = [name for name in left_out if name not in found.left_out]
+    if new:
+        found.left_out.update(new)
+        warnings.warn(
+            f"the layers of the edits at {listed(new)} are not in the model that runs; if that is for good, call "
+            "rk.unpatch(model) and patch what is there now",
+            stacklevel=2,
+        )
+
+
+def after_model(model: nn.Module, args: Any, output: Any) -> None:
+    """The hook behind a patched model, for sites that may be left out at times: a warning for those never reached."""
+    found: Watch | None = model.__dict__.get(_WATCH)
+    if torch.compiler.is_compiling() or found is None or "_is_replica" in model.__dict__:
+        return
+    never = []
+    for site in found.alone:
+        if not take_reached(site.own) and not site.own.seen and _excuse(model, site) is None:
+            never.append(site.name)
+        site.own.seen = True
+    if never:
+        warnings.warn(
+            f"the edits at {listed(never)} were not applied: nothing has called these modules in this forward. Is "
+            "their output computed elsewhere?",
+            stacklevel=2,
+        )
+
+
+def layer_hook(layer: nn.Module, args: Any, output: Any) -> None:
+    """The hook behind a layer. Raises RuntimeError where one of its edits did not run in this call."""
+    if torch.compiler.is_compiling():
+        return
+    for site in layer.__dict__.get(_SITES, ()):
+        if not take_reached(site.own):
+            _explain(layer, site)
+
+
+OWN_HOOKS.add(layer_hook)
+
+
+def _explain(layer: nn.Module, site: Site) -> None:
+    if "_is_replica" in layer.__dict__:  # of DataParallel, which copies modules one by one
+        return
+    wrong = _wrong(layer, site)
+    if not wrong:
+        excuse = _excuse(layer, site)
+        if excuse is not None:
+            return
+        wrong = f"the forward of its {type(layer).__name__} did not call the module"
+    raise RuntimeError(f"model: the edit at {site.name} was not applied: {wrong}; {_REMEDY}")
+
+
+def _wrong(layer: nn.Module, site: Site) -> str:
+    """Why the edits of a site cannot run, or nothing; `site.path` is brought up to date."""
+    module = walk(layer, site.path)
+    if module is None or module._modules.get(NAME) is not site.own:
+        holder = _path_to(layer, site.own)
+        if holder is None:
+            return "it is gone" if module is None else f"its module was replaced by a {type(module).__name__}"
+        site.path = holder[:-1]  # something was put around the module
+        module = walk(layer, site.path)
+        assert module is not None
+    return "its hook was removed" if _hook_is_lost(module, site.own) else ""
+
+
+def _hook_is_lost(module: nn.Module, own: RedEdit) -> bool:
+    return not own.inside and edit_hook not in module._forward_hooks.values()
+
+
+def _path_to(model: nn.Module, wanted: nn.Module) -> tuple[str, ...] | None:
+    return next((tuple(name.split(".")) for name, module in model.named_modules() if module is wanted), None)
+
+
+def _excuse(layer: nn.Module, site: Site) -> nn.Module | None:
+    """A compiled module between a layer and its site: what runs compiled does not tell."""
+    module: nn.Module | None = layer
+    for part in (*site.path, ""):
+        if module is None:
+            return None
+        forward = module.__dict__.get("forward", type(module).forward)
+        if (
+            module._compiled_call_impl is not None
+            or "_orig_mod" in module._modules  # torch.compile's wrapper
+            or hasattr(forward, "_torchdynamo_orig_callable")
+            or hasattr(forward, "_torchdynamo_inline")
+        ):
+            return module
+        module = module._modules.get(part)
+    return None

@@ -1,0 +1,1 @@
+"""What serves the whole package and knows nothing of edits: files, numbers, errors, progress."""

@@ -1,0 +1,98 @@
+"""Reading the command line: errors that show the usage of the command at hand, and what was meant."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import NoReturn
+
+from .parse import MOST_LAYERS, layer_number, shown
+
+__all__ = ["Parser", "layers"]
+
+# What other programs call these options; the nearest spelling would lead elsewhere.
+_OTHER_NAMES = {
+    "--adapter": "--edits",
+    "--base-model": "--model",
+    "--batch": "--batch-size",
+    "--dataset": "--data",
+    "--dataset-name": "--data",
+    "--epochs": "--steps",
+    "--lr-scheduler-type": "--schedule",
+    "--max-length": "--length",
+    "--max-seq-length": "--length",
+    "--max-steps": "--steps",
+    "--model-name": "--model",
+    "--model-name-or-path": "--model",
+    "--num-epochs": "--steps",
+    "--num-train-epochs": "--steps",
+    "--out-dir": "--output",
+    "--output-dir": "--output",
+    "--per-device-train-batch-size": "--batch-size",
+    "--save-steps": "--save-every",
+    "--scheduler": "--schedule",
+    "--seq-length": "--length",
+    "--target-modules": "--sites",
+    "--test-size": "--held-out",
+    "--time": "--minutes",
+    "--train-file": "--data",
+    "--validation-split": "--held-out",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that itself refuses what it does not know.
+
+    argparse hands unknown options of a command back to the top, whose usage says nothing of the command's options.
+    """
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse's, but for unknown arguments, which are an error. There are none in what it returns."""
+        if args is not None and self._subparsers is None:  # before a value of an unknown option is taken for another's
+            known = [option for option in self._option_string_actions if option.startswith("--")]
+            given = args[: args.index("--")] if "--" in args else args
+            options = [text.partition("=")[0] for text in given if text.startswith("--")]
+            strange = [name for name in options if not any(option.startswith(name) for option in known)]
+            if strange:
+                self._refuse(strange)
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self._refuse(unknown)
+        return found, unknown
+
+    def _refuse(self, unknown: list[str]) -> NoReturn:
+        options = [name.partition("=")[0] for name in unknown if name.startswith("-") and len(name) > 1]
+        if not options:
+            self.error(f"unexpected {shown(unknown[0])}")
+        meant = {name: self._meant(name) for name in options}
+        self.error(
+            "; ".join(f"{name}: unknown" + (f"; did you mean {near}?" if near else "") for name, near in meant.items())
+        )
+
+    def _meant(self, name: str) -> str:
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        spelt = f"--{name.lstrip('-').replace('_', '-').lower()}"
+        for candidate in (spelt, _OTHER_NAMES.get(spelt)):
+            if candidate in known:
+                return str(candidate)
+        near = difflib.get_close_matches(spelt, known, n=1)
+        return near[0] if near else ""
+
+
+def layers(text: str) -> tuple[int, ...]:
+    """`0-5,8` as (0, 1, 2, 3, 4, 5, 8). Raises argparse.ArgumentTypeError for what is no such list, or too long."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        start, end = layer_number(first), layer_number(last if dash else first)
+        if start is None or end is None:
+            raise argparse.ArgumentTypeError(f"got {shown(text)}, expected layer indices such as 0-5,8")
+        if end < start:
+            raise argparse.ArgumentTypeError(f"got {part.strip()!r}, whose end is below its start")
+        if len(found) + end - start >= MOST_LAYERS:
+            raise argparse.ArgumentTypeError(f"got {shown(text)}, expected {MOST_LAYERS:,} layers at most")
+        found.extend(range(start, end + 1))
+    return tuple(found)

