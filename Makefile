@@ -9,7 +9,7 @@ INTERPRETED := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 RED_KERNELS_TEST_ON=triton
 # One new value is reason enough for a case: test-nightly has all cases.
 FEW := RED_KERNELS_TEST_COMBINED=1
 OLDEST := $(CURDIR)/.venv/triton-3.6
-OF_OLDEST := tests/test_triton_kernels.py tests/test_interpreter.py
+OF_OLDEST := tests/backends/test_triton_kernels.py tests/backends/test_interpreter.py
 DEEPSPEED := $(CURDIR)/.venv/deepspeed
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f -not -path '*/__pycache__/*')
 # The CUDA kernels take minutes to compile. The demo has them where there is a GPU for them; the tests have them wherever
@@ -107,10 +107,10 @@ test: .venv/test say-cuda say-aarch64
 	@$(MAKE) --no-print-directory say-cuda say-aarch64
 
 test-deepspeed: $(DEEPSPEED)/done
-	$(PART) "DeepSpeed" env PYTHONPATH=$(DEEPSPEED) $(PYTEST) tests/test_stacks_deepspeed.py
+	$(PART) "DeepSpeed" env PYTHONPATH=$(DEEPSPEED) $(PYTEST) tests/integrations/test_stacks_deepspeed.py
 
 test-oldest: $(OLDEST)/done
-	$(PART) "oldest Triton, compiled" env PYTHONPATH=$(OLDEST) $(PYTEST) tests/test_ahead_of_time.py -k oldest
+	$(PART) "oldest Triton, compiled" env PYTHONPATH=$(OLDEST) $(PYTEST) tests/backends/test_ahead_of_time.py -k oldest
 
 test-nightly: lint $(OLDEST)/done $(EMULATOR) say-cuda
 	$(if $(NVCC_FOUND),$(PART) "build for three GPUs" env RED_KERNELS_ARCHS="80 90 100" $(BIN)/python csrc/build.py cuda)
@@ -118,7 +118,7 @@ test-nightly: lint $(OLDEST)/done $(EMULATOR) say-cuda
 	$(PART) "CUDA kernels, emulated" env $(ALL) $(EMULATED) $(PYTEST) $(BY_TWO)
 	$(PART) "Triton kernels, interpreted" env $(ALL) $(INTERPRETED) $(PYTEST) $(BY_TWO)
 	$(PART) "oldest Triton, interpreted" env PYTHONPATH=$(OLDEST) $(ALL) $(INTERPRETED) $(PYTEST) $(BY_TWO)
-	$(PART) "oldest Triton, compiled" env PYTHONPATH=$(OLDEST) $(ALL) $(PYTEST) tests/test_ahead_of_time.py
+	$(PART) "oldest Triton, compiled" env PYTHONPATH=$(OLDEST) $(ALL) $(PYTEST) tests/backends/test_ahead_of_time.py
 	@$(PART)
 
 # The main part with another torch, and with TRANSFORMERS another transformers: in a folder of its own, which holds an
@@ -158,7 +158,7 @@ test-gpu: .venv/test say-cuda
 	$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'make test-gpu needs a GPU that torch can use')"
 	RED_KERNELS_TEST_ON=cuda $(BIN)/python -m pytest
 	RED_KERNELS_TEST_ON=triton $(BIN)/python -m pytest
-	$(BIN)/python -m pytest tests/test_gpu.py tests/test_tune.py tests/test_stacks_liger.py tests/test_stacks_bases.py tests/test_docs_training.py
+	$(BIN)/python -m pytest tests/backends/test_gpu.py tests/backends/test_tune.py tests/integrations/test_stacks_liger.py tests/integrations/test_stacks_bases.py tests/docs/test_docs_training.py
 
 # compute-sanitizer watches every access of the CUDA kernels: memcheck those out of bounds, racecheck those to shared memory
 # that nothing orders, initcheck reads of what was never written. torch's own memory pool is one large allocation, and
@@ -167,7 +167,7 @@ test-gpu: .venv/test say-cuda
 memcheck racecheck initcheck: .venv/test
 	@command -v compute-sanitizer >/dev/null || { echo "make $@ needs compute-sanitizer (it comes with the CUDA toolkit) on PATH"; exit 1; }
 	RED_KERNELS_TEST_ON=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-		compute-sanitizer --tool $@ --target-processes all --error-exitcode 99 $(BIN)/python -m pytest tests/test_sanitized.py
+		compute-sanitizer --tool $@ --target-processes all --error-exitcode 99 $(BIN)/python -m pytest tests/backends/test_sanitized.py
 
 clean:
 	rm -rf .venv .venv-torch-* build dist *.egg-info red_kernels/lib/*.so red_kernels/lib/*.missing .pytest_cache .mypy_cache .ruff_cache .hypothesis

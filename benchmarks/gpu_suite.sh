@@ -161,12 +161,12 @@ tests() { # STAGE ON ARGUMENTS...; pytest's own status 5, no tests left, is a su
 stage_tests_cuda() { tests tests-cuda cuda "${PARALLEL[@]}" tests; }
 stage_tests_triton() { tests tests-triton triton "${PARALLEL[@]}" tests; }
 stage_tests_gpu() {
-    tests tests-gpu "" tests/test_gpu.py tests/test_tune.py tests/test_stacks_liger.py tests/test_stacks_bases.py \
-        tests/test_docs_training.py
+    tests tests-gpu "" tests/backends/test_gpu.py tests/backends/test_tune.py tests/integrations/test_stacks_liger.py tests/integrations/test_stacks_bases.py \
+        tests/docs/test_docs_training.py
 }
 sanitize() {
     RED_KERNELS_TEST_ON=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" --tool "$1" --target-processes all \
-        --error-exitcode 99 "$PYTHON" -m pytest -p no:cacheprovider tests/test_sanitized.py
+        --error-exitcode 99 "$PYTHON" -m pytest -p no:cacheprovider tests/backends/test_sanitized.py
 }
 stage_memcheck() { sanitize memcheck; }
 stage_racecheck() { sanitize racecheck; }

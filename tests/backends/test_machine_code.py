@@ -6,13 +6,13 @@ import functools
 import platform
 import re
 import sys
-from pathlib import Path
 
 import machine_code
 import pytest
 from machine_code import Function, Loop
+from places import ROOT
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "csrc"))
+sys.path.insert(0, str(ROOT / "csrc"))
 import build
 
 pytestmark = [

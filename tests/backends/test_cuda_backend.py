@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from patience import HANGS
+from places import ROOT
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -24,7 +25,6 @@ import red_kernels as rk
 from red_kernels import backends
 from red_kernels.backends import Backend, choice, cpu, cuda
 
-ROOT = Path(__file__).parent.parent
 emulated_only = pytest.mark.skipif(
     not cuda.EMULATED or cuda.load_error() is not None,
     reason=f"not in the emulator: RED_KERNELS_CUDA_EMULATED is no path of its library ({cuda.load_error()})",

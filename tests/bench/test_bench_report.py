@@ -6,7 +6,6 @@ import json
 import math
 import re
 import sys
-from pathlib import Path
 
 import made_results as made
 import pytest
@@ -28,7 +27,6 @@ from benchmarks.report.plots import LOOKS, write_plots
 from benchmarks.report.results import load, load_folder
 from benchmarks.report.text import number, ratio, ratios, table, time
 
-ROOT = Path(__file__).resolve().parent.parent
 README = f"# Some\n\ntext\n{BEGIN}\nold\n{END}\nmore\n"
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 _FENCE = re.compile(r"^```(?P<words>[^`\n]*)\n(?P<code>.*?)^```[ \t]*$", flags=re.DOTALL | re.MULTILINE)
 
 

@@ -51,7 +51,7 @@ def build_program() -> Path:
     with open(OBJECTS / "lock", "w") as lock:  # several processes of one test run want it
         fcntl.flock(lock, fcntl.LOCK_EX)
         jobs = build.kernel_jobs(COMPILER, "aarch64", OBJECTS)
-        harness = ROOT / "tests/harness"
+        harness = ROOT / "tests/backends/harness"
         jobs += [
             build.Job(harness / "conversions.cpp", OBJECTS / f"conversions_{job.built.name}", job.command)
             for job in list(jobs)

@@ -7,11 +7,10 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 ORDER = ["environment", "build", "tests-cuda", "tests-triton", "tests-gpu", "memcheck", "racecheck", "initcheck"]
 ORDER += ["host", "ops", "step", "tune", "growth", "remaining"]
 # A stand-in for python3: notes its arguments, fails or sleeps where it is told to, and makes files of results.
@@ -117,7 +116,7 @@ def test_everything_in_order_into_few_files(tree, tmp_path):
     suites = [note.partition("|") for note in notes if "-m pytest" in note]
     assert [on for on, _, what in suites if what.endswith(" tests")] == ["cuda", "triton"]
     assert sum(what.startswith("compute-sanitizer --tool") and on == "cuda" for on, _, what in suites) == 3
-    assert sum("tests/test_gpu.py" in what and on == "" for on, _, what in suites) == 1
+    assert sum("tests/backends/test_gpu.py" in what and on == "" for on, _, what in suites) == 1
     benches = [note for note in notes if " bench " in note and "--tune" not in note]
     assert all("--resume --minutes" in note and "--device cuda" in note for note in benches)
 

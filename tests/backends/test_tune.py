@@ -20,6 +20,7 @@ import torch
 from launch_tables import TABLE
 from old_releases import needs_interpreter
 from patience import HANGS
+from places import ROOT, python_path
 from rich.console import Console
 
 pytest.importorskip("triton")
@@ -30,7 +31,6 @@ from red_kernels.backends.triton.rules import Architecture, RowTile
 from red_kernels.backends.triton.tuning import candidates, clocks, job, matmul, search, workloads
 from red_kernels.backends.triton.tuning.clocks import Quartiles
 
-ROOT = Path(__file__).parent.parent
 CHIP = Architecture("sm_90", 32, 132)
 CHIPS = (CHIP, Architecture("sm_80", 32, 108), Architecture("gfx942", 64, 304))
 
@@ -240,7 +240,7 @@ def test_the_fused_matmul_has_to_win_every_case() -> None:
 def _worker(task: str, folder: Path, **variables: str) -> dict[str, Any]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **variables}
     environment.pop("RED_KERNELS_BACKEND", None)
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+    environment["PYTHONPATH"] = python_path()
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("tune_worker.py")), task, str(folder)],
         env=environment, capture_output=True, text=True, timeout=HANGS,

@@ -15,6 +15,7 @@ import model_zoo as zoo
 import pytest
 import torch
 import transformers
+from places import ROOT
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
@@ -24,7 +25,7 @@ from red_kernels.edits.config import RedConfig
 from red_kernels.edits.find import edit_parameters
 from red_kernels.patching.patch import patch, unpatch
 
-OFFICIAL = Path(__file__).resolve().parents[1] / ".." / "shared" / "official"
+OFFICIAL = ROOT / ".." / "shared" / "official"
 LENGTH = 6
 
 

@@ -29,6 +29,7 @@ from checkpoint_helpers import (
     trained,
     values,
 )
+from places import python_path
 from torch import nn
 
 from red_kernels.checkpoints import checkpoint
@@ -343,7 +344,6 @@ def test_a_write_cut_short_by_the_system(tmp_path: Path) -> None:
     """A real failing write, half of the file already on the disk: the size of files is limited in a child process."""
     script = """
 import resource, signal, sys
-sys.path.insert(0, sys.argv[2])
 from checkpoint_helpers import trained
 from red_kernels.checkpoints.checkpoint import save_edits
 model = trained()
@@ -354,7 +354,10 @@ except OSError as error:
     print("refused:", error)
 """
     run = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)], capture_output=True, text=True
+        [sys.executable, "-c", script, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": python_path()},
+        capture_output=True,
+        text=True,
     )
     assert "refused:" in run.stdout, run.stderr
     assert "File too large" in run.stdout

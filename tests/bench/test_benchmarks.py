@@ -6,11 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from patience import HANGS
+from places import ROOT
 
 import red_kernels as rk
 from benchmarks import harness, host_cost
@@ -35,7 +35,7 @@ def test_host_cost_without_a_launch(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, *command, "--output", str(output)],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,

@@ -157,7 +157,13 @@ def test_sdist_holds_what_a_build_needs(source: Path, tmp_path: Path) -> None:
     sources = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*") if path.suffix in kinds}
     assert sources
     assert sources <= names
-    assert {"setup.py", "csrc/build.py", "pyproject.toml", "red_kernels/reference.py", "tests/test_build.py"} <= names
+    assert {
+        "setup.py",
+        "csrc/build.py",
+        "pyproject.toml",
+        "red_kernels/backends/reference.py",
+        "tests/backends/test_build.py",
+    } <= names
     assert not [name for name in names if name.endswith((".so", ".missing", ".o"))]
 
 

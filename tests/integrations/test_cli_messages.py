@@ -16,12 +16,11 @@ import pytest
 import safetensors
 import tiny_folders
 import transformers
+from places import ROOT
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import red_kernels as rk
 from red_kernels import cli
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(

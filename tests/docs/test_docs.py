@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import doc_examples
 import pytest
 import torch
+from places import TESTS
 
 import red_kernels as rk
 from red_kernels.fusion.fingerprint import class_fingerprint
@@ -21,7 +21,7 @@ def printed(page: str) -> list[str]:
 
 
 def test_every_page_with_examples_is_run_by_one_test():
-    tests = {path: path.read_text() for path in Path(__file__).parent.glob("test_*.py")}
+    tests = {path: path.read_text() for path in TESTS.rglob("test_*.py")}
     for page in sorted(DOCS.glob("*.md")):
         if list(doc_examples.blocks(page)):
             name = f'"docs/{page.name}"'

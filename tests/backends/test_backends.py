@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from patience import HANGS
+from places import ROOT
 from torch import Tensor
 
 import red_kernels as rk
@@ -22,7 +23,6 @@ from red_kernels import backends
 from red_kernels.backends import cpu, find_triton
 
 compiled_only = pytest.mark.skipif(cpu.load_error() is not None, reason=f"no CPU kernels: {cpu.load_error()}")
-ROOT = Path(__file__).parent.parent
 
 
 class Calls:

@@ -23,6 +23,7 @@ import tiny_folders
 import torch
 from checkpoint_helpers import description
 from patience import HANGS
+from places import ROOT
 from rich.console import Console
 
 from red_kernels import cli
@@ -31,8 +32,6 @@ from red_kernels.finetune import data, progress
 from red_kernels.finetune.head import train_head
 from red_kernels.finetune.job import Settings, finetune
 from red_kernels.integrations.trainer import HEAD_NAME, RedTrainer, checkpoints, load_trained, save_trained
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ import tiny_folders
 import torch
 import tqdm.auto
 import tqdm.std
+from places import ROOT
 from rich.console import Console
 from torch import nn
 from transformers.utils import logging
@@ -38,8 +39,6 @@ from red_kernels.support import progress as _progress
 from red_kernels.support.bars import bars_on_terminals_only
 from red_kernels.support.base_models import quietly
 from red_kernels.support.progress import Stage, duration
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class Clock:

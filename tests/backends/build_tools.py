@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 LIBRARY = "red_kernels/lib/libred_kernels_cpu.so"
 CUDA_LIBRARY = "red_kernels/lib/libred_kernels_cuda.so"
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from old_releases import needs_interpreter
 from patience import HANGS
+from places import python_path
 
 pytest.importorskip("liger_kernel")
 pytest.importorskip("triton")
@@ -25,8 +26,7 @@ with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds
 @needs_interpreter
 def test_liger(order, device):
     """Losses and vectors of three steps as without Liger, its norms in use and none of ours in their place."""
-    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     environment["TRITON_INTERPRET"] = str(int(device == "cpu"))
     command = [sys.executable, str(HERE / "liger_worker.py"), order, device]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS, check=False)

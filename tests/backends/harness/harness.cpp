@@ -1,5 +1,5 @@
 // Runs the kernels of csrc/cpu without torch, for processors that are emulated: requests on the standard input, results on
-// the standard output, one after the other. tests/emulated_cpu.py speaks with it.
+// the standard output, one after the other. tests/backends/emulated_cpu.py speaks with it.
 //
 // A request is the name of a call (24 bytes), twelve int64 values and twelve arrays, each with its length in bytes in front
 // (-1: absent); a result is as many arrays as the call has. All is in this machine's byte order, which is little.

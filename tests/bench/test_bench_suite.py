@@ -10,11 +10,11 @@ import subprocess
 import sys
 import time
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from patience import HANGS
+from places import ROOT
 from rich.console import Console
 
 from benchmarks import suite
@@ -22,7 +22,6 @@ from benchmarks.runs import ResultFile, Run, run_cases
 from red_kernels import cli
 from red_kernels.support.files import json_by_line
 
-ROOT = Path(__file__).parents[1]
 TINY = ["--quick", "--device", "cpu", "--operations", "edit", "--dtypes", "fp32", "--inputs", "fresh"]
 TINY += ["--widths", "8", "--rows", "4"]
 CASES = [{"name": name, "variant": ""} for name in "abc"]
