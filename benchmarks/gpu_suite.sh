@@ -152,7 +152,7 @@ tests() { # STAGE ON ARGUMENTS...; pytest's own status 5, no tests left, is a su
     local stage=$1 on=$2
     shift 2
     [ -n "$on" ] && export RED_KERNELS_TEST_ON=$on
-    PASSED_TESTS=$KEPT/$stage.passed "$PYTHON" -m pytest -p benchmarks.passed_tests -p no:cacheprovider \
+    PASSED_TESTS=$KEPT/$stage.passed "$PYTHON" -m pytest -p benchmarks.tools.passed_tests -p no:cacheprovider \
         --continue-on-collection-errors "$@"
     local status=$?
     [ $status = 5 ] && status=0
@@ -176,7 +176,7 @@ bench() { # JOB SECONDS
     minutes=$(awk -v s="$2" 'BEGIN { printf "%.2f", (s > 40 ? s - 20 : s / 2) / 60 }')
     "$PYTHON" -m red_kernels bench "$1" --output "$FOUND" --resume --minutes "$minutes" --device cuda
 }
-stage_host() { "$PYTHON" -m benchmarks.host_cost --seconds 3 --output "$FOUND/host.json"; }
+stage_host() { "$PYTHON" -m benchmarks.tools.host_cost --seconds 3 --output "$FOUND/host.json"; }
 stage_ops() { bench ops "$1"; }
 stage_step() { bench step "$1"; }
 stage_tune() { "$PYTHON" -m red_kernels bench --tune --output "$FOUND/tune.json"; }

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from .ops.clocks import gradients
 from .ops.implementations import implementations
 from .ops.inputs import DTYPES, Inputs
 from .ops.job import prepared
 from .ops.operations import OPERATIONS, Operation
+from .ops.timing import gradients
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAMES = [one.name for one in implementations(DEVICE)]

@@ -365,7 +365,7 @@ def _tune(given: dict[str, Any]) -> int:
             raise ValueError(f"--{name}: the search for launch rules has no such option")
     from rich.console import Console
 
-    from .backends.triton.tuning import require_gpu
+    from .backends.find_triton import require_gpu
 
     require_gpu()
     from .backends.triton.tuning.job import Settings, tune

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .clocks import Candidate, gradients
 from .implementations.eager import composed
 from .inputs import Inputs
 from .operations import Arguments, Edit, Norm
+from .timing import Candidate, gradients
 
 NAMES = ("x", "residual", "scale", "bias")
 

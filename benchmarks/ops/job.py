@@ -23,13 +23,13 @@ from torch._functorch import config as functorch_config
 
 from ..failure import in_words
 from ..harness import Timing
+from ..memory import peak_allocated
 from ..runs import Case, ResultFile, Run, run_cases
-from ..step.memory import peak_allocated
 from .check import differing
-from .clocks import FLOOR, PASSES, Candidate, Times, device_times, gradients, host_times, wall_times
 from .implementations import implementations
 from .inputs import DTYPES, Copies, Inputs
 from .operations import NAMES, OPERATIONS, Operation, find
+from .timing import FLOOR, PASSES, Candidate, Times, device_times, gradients, host_times, wall_times
 
 JOB = "ops"
 INPUTS = ("fresh", "warm")

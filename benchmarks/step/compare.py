@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..failure import in_words
 from ..harness import Timing, timing
+from ..memory import held_bytes, peak_allocated
 from ..methods import Prepared
 from .check import Naive, check
-from .memory import held_bytes, peak_allocated
 
 FLOOR = "frozen-fused"  # of `benchmarks.methods`
 Makers = Mapping[str, Callable[[], Prepared]]

@@ -27,6 +27,18 @@ def missing() -> str | None:
     return _MISSING
 
 
+def require_gpu() -> None:
+    """Raise RuntimeError, naming what is missing, where the kernels cannot be measured on a GPU."""
+    purpose = "red-kernels bench --tune measures the Triton kernels on a GPU"
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"{purpose}, and torch {torch.__version__} finds none here")
+    reason = missing()
+    if reason is not None:
+        raise RuntimeError(f"{purpose}: {reason}")
+    if _INTERPRETED:
+        raise RuntimeError(f"{purpose}, and TRITON_INTERPRET=1 runs them on the CPU; remedy: unset it")
+
+
 def _load() -> tuple[Any, str | None]:
     """The Triton backend, or why it is missing, with the remedy. Triton is imported only where it could be used.
 

@@ -38,7 +38,7 @@ HEAD = "classifier"  # the module of a model whose state the second file holds
 
 _CHILD = ".delta_vector."
 # Inner models under these names are part of the authors' site names (`transformer.h.0`, `model.layers.0`). One under a
-# name of its own is not: `encoder.layer.0` where the model has `roberta.encoder.layer.0`.
+# name of its own is not: `encoder.layer.0` where the model has `inner.encoder.layer.0`.
 _COMMON_PREFIXES = ("model", "transformer")
 _RECORD = ".data/red_kernels_mark"  # in the archive that torch.save writes
 _MARKED_CLASSIFIER = re.compile(r"classifier\.[0-9a-f]{32}\.pth")

@@ -191,7 +191,7 @@ def load_edits(
     The values are copied into the model's own Parameters, on their devices and in their dtype: an optimizer made before
     goes on working, and so does a compiled model. Until all checks have passed nothing is changed. Values are taken as
     they are, NaN and infinity included. Site names may differ from the model's by one prefix, the same for all
-    (`encoder.layer.0...` in a file of the authors, `roberta.encoder.layer.0...` in a model with a head).
+    (`encoder.layer.0...` in a file of the authors, `inner.encoder.layer.0...` in a model with a head).
 
     A folder may hold a trained head: `red_head.safetensors` of `red-kernels finetune` and `RedTrainer`, or the authors'
     `classifier.pth`. Its values are copied into the model's parameters of those names, in their dtype: a head in fp32

@@ -1,7 +1,7 @@
 """Matching the site names of a checkpoint with those of a model.
 
-The same layer has several names: `encoder.layer.0.output.dense` from the inner model, `roberta.encoder.layer.0...` with
-a head around it, `base_model.model.roberta...` inside a wrapper. What differs is one prefix, the same for all sites, so
+The same layer has several names: `encoder.layer.0.output.dense` from the inner model, `inner.encoder.layer.0...` with
+a head around it, `base_model.model.inner...` inside a wrapper. What differs is one prefix, the same for all sites, so
 one rule "take this prefix off, put that one on" has to fit the whole checkpoint. Nothing is matched site by site.
 """
 

@@ -17,7 +17,7 @@ __all__ = ["NormSpec", "globally_hooked", "is_dense", "is_like", "norm_arguments
 
 
 class NormSpec(NamedTuple):
-    """How a norm's class computes: LayerNorm if `centered`, else RMSNorm; where its epsilon is; Gemma's offset."""
+    """How a norm's class computes: LayerNorm if `centered`, else RMSNorm; where its epsilon is; what the weight lacks."""
 
     centered: bool
     eps: str
@@ -29,13 +29,7 @@ class NormSpec(NamedTuple):
 
 
 LAYER_NORM = NormSpec(True, "eps", 0.0)
-# By the fingerprint of `forward`; the rounding of the normed value before the weight is the only difference to ours.
-_BY_FINGERPRINT = {
-    "78ed4555aca3957b": NormSpec(False, "variance_epsilon", 0.0),  # Llama, Mistral, Qwen2, Qwen3, Phi-3
-    "8d6c6d8edf142c35": NormSpec(False, "variance_epsilon", 0.0),  # T5
-    "a8b9757d188ce3aa": NormSpec(False, "eps", 1.0),  # Gemma 2 and 3
-    "ddff79d9bb15672b": NormSpec(True, "variance_epsilon", 0.0),  # DeBERTa
-}
+KNOWN: dict[str, NormSpec] = {}  # by the fingerprint of `forward`; `models` has them
 _specs: dict[Callable[..., Any], NormSpec | None] = {}
 
 
@@ -46,7 +40,7 @@ def norm_spec(kind: type[nn.Module]) -> NormSpec | None:
         return _specs[current]
     except KeyError:
         forward = unwrapped(current)
-        found = LAYER_NORM if forward is nn.LayerNorm.forward else _BY_FINGERPRINT.get(fingerprint(forward) or "")
+        found = LAYER_NORM if forward is nn.LayerNorm.forward else KNOWN.get(fingerprint(forward) or "")
         _specs[current] = found
         return found
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..fusion import norms
 from . import classic, decoders, encoders, parallel, t5
 from .description import PLACES, Edits, Family, Layout, Point
+from .modules import NORMS
 
 __all__ = [
     "FAMILIES",
@@ -86,5 +88,6 @@ def family_of(kind: type) -> Family | None:
     return None
 
 
+norms.KNOWN.update(NORMS)
 for _family in decoders.FAMILIES + classic.FAMILIES + encoders.FAMILIES + parallel.FAMILIES + t5.FAMILIES:
     register_family(_family)

@@ -24,8 +24,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from benchmarks import ahead_of_time, machine_code
-from benchmarks.ahead_of_time import DTYPES, LARGE_TENSORS, OPERATIONS, TARGETS, WIDTHS, Case, Program, Report
+from benchmarks.tools import ahead_of_time, machine_code
+from benchmarks.tools.ahead_of_time import DTYPES, LARGE_TENSORS, OPERATIONS, TARGETS, WIDTHS, Case, Program, Report
 from red_kernels.backends.triton import launch, linear, operations
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: Triton does not compile")

@@ -16,8 +16,8 @@ import pytest
 from build_tools import CUDA_LIBRARY, ROOT, build, dynamic_symbols, why_missing
 from patience import HANGS
 
-from benchmarks import cuda_code
-from benchmarks.cuda_code import Access, Code, Resources
+from benchmarks.tools import cuda_code
+from benchmarks.tools.cuda_code import Access, Code, Resources
 
 LIBRARY = ROOT / CUDA_LIBRARY
 REPORTS = ROOT / "build/csrc/cuda"

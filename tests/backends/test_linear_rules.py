@@ -12,7 +12,7 @@ from op_cases import DTYPES, HALVES, INTERPRETED
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from benchmarks import ahead_of_time
+from benchmarks.tools import ahead_of_time
 from red_kernels.backends.triton import launch, linear, rules, tuned
 from red_kernels.backends.triton.rules import Architecture
 

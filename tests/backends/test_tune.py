@@ -28,8 +28,9 @@ pytest.importorskip("triton")
 from red_kernels import cli
 from red_kernels.backends.triton import launch, tuned
 from red_kernels.backends.triton.rules import Architecture, RowTile
-from red_kernels.backends.triton.tuning import candidates, clocks, job, matmul, search, workloads
-from red_kernels.backends.triton.tuning.clocks import Quartiles
+from red_kernels.backends.triton.tuning import candidates, job, matmul, search, workloads
+from red_kernels.support import clocks
+from red_kernels.support.clocks import Quartiles
 
 CHIP = Architecture("sm_90", 32, 132)
 CHIPS = (CHIP, Architecture("sm_80", 32, 108), Architecture("gfx942", 64, 304))

@@ -22,8 +22,9 @@ from rich.console import Console
 import red_kernels as rk
 from red_kernels.backends.arguments import Norm, Statistics, affine_edit
 from red_kernels.backends.triton import launch, linear, operations, rules, tuned
-from red_kernels.backends.triton.tuning import clocks, job
+from red_kernels.backends.triton.tuning import job
 from red_kernels.backends.triton.tuning.search import Bench
+from red_kernels.support import clocks
 
 interpreter.mend()
 CPU = torch.device("cpu")

@@ -16,11 +16,12 @@ import torch
 from rich.console import Console
 
 import red_kernels as rk
-from benchmarks.ops import clocks, implementations, inputs, job, operations
+from benchmarks.ops import implementations, inputs, job, operations
+from benchmarks.ops import timing as clocks
 from benchmarks.ops.check import differing, evaluate, exact
-from benchmarks.ops.clocks import FLOOR, PASSES, Candidate
 from benchmarks.ops.implementations import apex, eager, flash_attention, liger, quack
 from benchmarks.ops.implementations.base import on_gpu
+from benchmarks.ops.timing import FLOOR, PASSES, Candidate
 from benchmarks.runs import Run
 
 CPU = torch.device("cpu")

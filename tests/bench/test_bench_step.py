@@ -15,8 +15,8 @@ from rich.console import Console
 from torch import nn
 
 import red_kernels as rk
-from benchmarks import methods, runs
-from benchmarks.step import check, compare, growth, job, memory, models
+from benchmarks import memory, methods, runs
+from benchmarks.step import check, compare, growth, job, models
 from red_kernels.backends import cpu
 
 CPU = torch.device("cpu")

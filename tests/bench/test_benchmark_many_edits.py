@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import red_kernels as rk
-from benchmarks import many_edits
+from benchmarks.tools import many_edits
 
 TINY = "--hidden 64 --layers 2 --batches 2x4 6x2 --edits 1 2 6 --lora 2 --seconds 0.01 --dtype fp32"
 

@@ -13,7 +13,8 @@ from patience import HANGS
 from places import ROOT
 
 import red_kernels as rk
-from benchmarks import harness, host_cost
+from benchmarks import harness
+from benchmarks.tools import host_cost
 
 
 def test_calls_are_interleaved():
@@ -31,7 +32,7 @@ def test_calls_are_interleaved():
 def test_host_cost_without_a_launch(tmp_path):
     """Every operation is timed up to the launch. In a process of its own, as it changes how malloc keeps memory."""
     output = tmp_path / "host.json"
-    command = ["-m", "benchmarks.host_cost", "--rows", "4", "--width", "64", "--seconds", "0.001"]
+    command = ["-m", "benchmarks.tools.host_cost", "--rows", "4", "--width", "64", "--seconds", "0.001"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, *command, "--output", str(output)],

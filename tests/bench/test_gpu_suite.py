@@ -273,7 +273,17 @@ def test_passed_tests_are_left_out_of_the_next_run(tmp_path):
 
     def run(*more, **variables):
         return subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "benchmarks.passed_tests", "-p", "no:cacheprovider", *more, "-q"],
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-p",
+                "benchmarks.tools.passed_tests",
+                "-p",
+                "no:cacheprovider",
+                *more,
+                "-q",
+            ],
             cwd=tmp_path,
             env={**inherited, "PYTHONPATH": str(ROOT), "PASSED_TESTS": str(names), **variables},
             capture_output=True,

@@ -11,10 +11,11 @@ import tiny_folders
 import torch
 
 import red_kernels as rk
-from benchmarks import many_edits, suite
+from benchmarks import suite
 from benchmarks.ops import job as ops
 from benchmarks.step import growth
 from benchmarks.step import job as step
+from benchmarks.tools import many_edits
 from red_kernels import cli
 from red_kernels.backends.triton import tuned
 from red_kernels.finetune.data import Document, split_documents

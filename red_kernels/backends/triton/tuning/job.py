@@ -18,11 +18,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...._version import __version__
+from ....support.clocks import graph_clock
 from ....support.files import json_by_line, write_files
 from ....support.progress import Stage
+from ...find_triton import require_gpu
 from .. import tuned
-from . import matmul, require_gpu
-from .clocks import graph_clock
+from . import matmul
 from .matmul import Product, products
 from .search import Bench, Case, Outcome, Target, geometric_mean, search, targets
 from .workloads import DTYPES, MOST_SETS, OPERATIONS, Pass, Workload, most_sums

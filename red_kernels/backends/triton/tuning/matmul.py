@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ....support.clocks import interleaved, quartiles
 from ...arguments import affine_edit
 from .. import linear, operations, tuned
-from .clocks import interleaved, quartiles
 from .search import Bench, Case, difference, poison
 from .workloads import DTYPES, Result, input_sets, record
 

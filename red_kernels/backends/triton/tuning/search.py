@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....support.clocks import Clock, Quartiles, interleaved, quartiles
 from .. import launch
 from ..rules import Architecture
 from ..tuned import RULES, Key, Rule
 from .candidates import REACH, candidates
-from .clocks import Clock, Quartiles, interleaved, quartiles
 from .workloads import Launches, Result, Workload, input_sets, record
 
 FINALISTS = 3

@@ -1,6 +1,6 @@
 """One batch with 1, 16 and 1,000 edits: a small decoder, forward and with backward, and the fused operation alone.
 
-    python -m benchmarks.many_edits --output results.json
+    python -m benchmarks.tools.many_edits --output results.json
 
 Every row of a batch has an edit of its own by `rk.use_edits`, in turn where there are fewer edits than rows. The peers
 have the same batch: `single`, the patched model with one edit for all rows; `frozen`, the base model, whose backward
@@ -31,7 +31,7 @@ import red_kernels as rk
 from red_kernels.finetune.base_dtype import ASKED, AUTO, DTYPES, resolve_dtype
 from red_kernels.support.files import write_files
 
-from .harness import Timing, environment, interleave
+from ..harness import Timing, environment, interleave
 
 VOCABULARY = 1024
 RANK = 8
@@ -258,7 +258,9 @@ def _seconds(text: str) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print tables, and write the result where asked."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.many_edits", description=str(__doc__).split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tools.many_edits", description=str(__doc__).split("\n")[0]
+    )
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batches", nargs="+", type=_batch, default=[(16, 128), (1000, 2)], help="ROWSxLENGTH")

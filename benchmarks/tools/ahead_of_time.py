@@ -1,8 +1,8 @@
 """Every Triton kernel compiled for real GPUs, without one: registers, spills, shared memory and widths of accesses.
 
-    python -m benchmarks.ahead_of_time             the kernels of a patched model, on every target
-    python -m benchmarks.ahead_of_time --markdown  the same as the table of docs/decisions.md
-    python -m benchmarks.ahead_of_time --all       whatever the operations can ask for (an hour and more)
+    python -m benchmarks.tools.ahead_of_time             the kernels of a patched model, on every target
+    python -m benchmarks.tools.ahead_of_time --markdown  the same as the table of docs/decisions.md
+    python -m benchmarks.tools.ahead_of_time --all       whatever the operations can ask for (an hour and more)
 
 What is compiled is what the operations launch on that GPU, with the tiles of :mod:`red_kernels.backends.triton.rules`:
 launches are recorded on tensors without memory. As in :mod:`red_kernels.backends.triton.launch`, addresses are

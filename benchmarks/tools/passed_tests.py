@@ -1,6 +1,6 @@
 """A pytest plugin for runs that are cut off: the names of tests that passed or were skipped go into a file at once.
 
-    PASSED_TESTS=FILE python -m pytest -p benchmarks.passed_tests
+    PASSED_TESTS=FILE python -m pytest -p benchmarks.tools.passed_tests
 
 The tests named in the file already are left out, so the next run goes on where this one ended.
 """

@@ -1,6 +1,6 @@
 """What a call costs the host: Python, checks, autograd, allocation, and everything up to the launch.
 
-    python -m benchmarks.host_cost [--rows 512] [--width 768] [--output FILE]
+    python -m benchmarks.tools.host_cost [--rows 512] [--width 768] [--output FILE]
 
 Where there is a GPU the Triton and the CUDA kernels are launched and not waited for. Elsewhere tensors on the CPU stand
 for those on a GPU: the launch itself is stubbed out of the Triton backend, and left out of the CUDA operators, if the
@@ -30,7 +30,7 @@ import red_kernels as rk
 from red_kernels.backends import Backend, cuda
 from red_kernels.support.files import write_files
 
-from .harness import Timing, environment, interleave
+from ..harness import Timing, environment, interleave
 
 CALLS = 200  # in a row, for one measurement
 TINY = (4, 64)
@@ -194,7 +194,9 @@ def _keep_memory() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table, and write the result where asked."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_cost", description=str(__doc__).split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tools.host_cost", description=str(__doc__).split("\n")[0]
+    )
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--seconds", type=float, default=10.0, help="for each implementation")

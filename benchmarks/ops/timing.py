@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from red_kernels.backends.triton.tuning.clocks import Clock, graph_clock, interleaved
+from red_kernels.support.clocks import Clock, graph_clock, interleaved
 
 from ..failure import in_words
 from ..harness import Timing, timing

@@ -1,0 +1,1 @@
+"""Programs beside the suite, each run by `python -m benchmarks.tools.NAME`."""
