@@ -9,6 +9,7 @@ from typing import Any
 
 import model_zoo as zoo
 import pytest
+import tiny_folders
 import torch
 import toy_backend
 from op_cases import (
@@ -28,6 +29,7 @@ import red_kernels as rk
 from benchmarks.ops.implementations import ours
 from red_kernels import backends
 from red_kernels.backends import Backend, cpu, reference
+from red_kernels.cli import main
 from red_kernels.info import show_info
 
 pytestmark = pytest.mark.usefixtures("toy")
@@ -89,6 +91,27 @@ def test_a_patched_model_trains_on_it() -> None:
     model(**zoo.inputs("llama")).loss.backward()
     assert toy_backend.runs["edit_norm_forward"] == toy_backend.runs["edit_norm_backward"] == len(report.sites)
     assert all(v.grad is not None for parts in rk.edit_parameters(model).values() for v in parts.values())
+
+
+def test_an_adapter_of_peft_trains_on_it() -> None:
+    pytest.importorskip("peft")
+    from peft import get_peft_model
+
+    from red_kernels.integrations.peft import RedPeftConfig
+
+    model = get_peft_model(zoo.tiny("llama"), RedPeftConfig())
+    model(**zoo.inputs("llama")).loss.backward()
+    assert toy_backend.runs["edit_norm_forward"] == toy_backend.runs["edit_norm_backward"] > 0
+
+
+def test_the_command_trains_and_saves_on_it(tmp_path: Path) -> None:
+    made = tiny_folders.llama_and_text(tmp_path)
+    arguments = ["finetune", "--model", str(made["llama"]), "--data", str(made["text"]), "--dtype", "fp32"]
+    arguments += ["--steps", "2", "--length", "16", "--batch-size", "2", "--output", str(tmp_path / "out")]
+    with rk.backend("toy"):
+        assert main(arguments) == 0
+    assert toy_backend.runs["edit_norm_backward"] > 0
+    assert rk.saved_config(tmp_path / "out" / "edits") == rk.RedConfig()
 
 
 def test_compiled_code_runs_on_it() -> None:

@@ -81,6 +81,12 @@ def test_kinds(tmp_path, kinds, capsys):
     assert all(site.fused for site in names["fused_report"].sites)
 
 
+def test_backends(tmp_path, known_backends, capsys):
+    names = doc_examples.run_page("docs/backends.md", tmp_path)
+    assert capsys.readouterr().out.splitlines() == ["torch.Size([4, 8]) 1e-06 False all ['bias', 'scale']", "None"]
+    assert torch.equal(names["y"], rk.rms_norm_edit(names["x"], None, names["scale"], None).detach())
+
+
 def test_families(tmp_path, families, capsys):
     names = doc_examples.run_page("docs/families.md", tmp_path)
     assert all(site.fused is None for site in names["report"].sites)

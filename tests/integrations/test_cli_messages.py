@@ -116,7 +116,7 @@ def test_an_error_of_many_lines_is_one(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def folder_of(kind: Any, config: Any, folder: Path) -> Path:
     kind(config).save_pretrained(folder)
-    tiny_folders._tokenizer().save_pretrained(folder)
+    tiny_folders.tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -9,14 +9,18 @@ import pickle
 import model_zoo as zoo
 import position_cases as cases
 import pytest
+import tiny_folders
 import torch
 import toy_family as toy
+import toy_kinds
 import transformers
 
 import red_kernels as rk
 from red_kernels import models
+from red_kernels.cli import main
 from red_kernels.fusion import compose
 from red_kernels.models import Family, Layout, Point
+from red_kernels.ops import fused as fused_operations
 from red_kernels.patching.classes import is_patched
 
 
@@ -36,9 +40,9 @@ def run(model, x):
 @pytest.mark.parametrize("layer", [toy.ToyLayer, toy.FusedLayer])
 def test_it_is_the_composition(layer, kind, position, registered, monkeypatch):
     calls: list[str] = []
-    for name in ("edit_add", "edit_add_layer_norm"):
-        original = getattr(compose, name)
-        monkeypatch.setattr(compose, name, lambda *a, _f=original, _n=name, **o: calls.append(_n) or _f(*a, **o))
+    for name in ("edit_add", "edit_add_norm"):
+        original = getattr(fused_operations, name)
+        monkeypatch.setattr(compose.fused, name, lambda *a, _f=original, _n=name, **o: calls.append(_n) or _f(*a, **o))
     plain = toy.model(layer)
     model = copy.deepcopy(plain)
     report = rk.patch(model, rk.RedConfig(position=position, kind=kind))
@@ -60,7 +64,7 @@ def test_it_is_the_composition(layer, kind, position, registered, monkeypatch):
         zoo.assert_as_exact(key, own[key], others[key], wanted_gradients[key])
     if kind == "all":
         assert ("edit_add" in calls) == (fused and "ffn" in position)
-        assert ("edit_add_layer_norm" in calls) == fused  # a fused forward takes the norm along without an edit too
+        assert ("edit_add_norm" in calls) == fused  # a fused forward takes the norm along without an edit too
     assert fused or not calls
 
 
@@ -138,6 +142,71 @@ def test_its_layouts_can_be_made_from_others(families):
     assert fused[0] == fused[1]
     with torch.no_grad():
         assert torch.equal(model(**zoo.inputs("llama")).logits, expected(**zoo.inputs("llama")).logits)
+
+
+def filled(model):
+    """Edits that are no identity any more."""
+    zoo.fill(rk.edit_parameters(model), cases.values(rk.edit_parameters(model)))
+    return model
+
+
+IDS = torch.arange(14).reshape(2, 7)
+
+
+@pytest.mark.parametrize("kind", ["all", "curved"])
+def test_saved_merged_or_refused(kind, registered, kinds, tmp_path):
+    toy_kinds.register()
+    model = toy.causal_lm()
+    report = rk.patch(model, rk.RedConfig(position="ffn_attn", kind=kind))
+    assert len(report.sites) == 2 * toy.LAYERS
+    assert all((site.fused is not None) == (kind == "all") for site in report.sites)
+    filled(model)
+    edited = model(IDS).logits
+    rk.save_edits(model, tmp_path / "edits")
+    other = toy.causal_lm()
+    rk.patch(other, rk.saved_config(tmp_path / "edits"))
+    rk.load_edits(other, tmp_path / "edits")
+    assert torch.equal(other(IDS).logits, edited)
+    if kind == "curved":
+        with pytest.raises(ValueError, match="kind 'curved', which no layer's weights can stand in for"):
+            rk.merge(model)
+    else:
+        rk.merge(model)
+        torch.testing.assert_close(model(IDS).logits, edited, rtol=1e-4, atol=1e-5)
+
+
+def test_as_an_adapter_of_peft(registered):
+    pytest.importorskip("peft")
+    from peft import get_peft_model
+
+    from red_kernels.integrations.peft import RedPeftConfig
+
+    patched = toy.causal_lm()
+    rk.patch(patched)
+    values = cases.values(rk.edit_parameters(patched))
+    zoo.fill(rk.edit_parameters(patched), values)
+    model = get_peft_model(toy.causal_lm(), RedPeftConfig()).eval()
+    zoo.fill(rk.edit_parameters(model.base_model.model), values)
+    expected = patched(IDS).logits
+    assert torch.equal(model(IDS).logits, expected)
+    model.merge_adapter()
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_on_the_command_line(registered, tmp_path):
+    toy.causal_lm(tiny_folders.VOCABULARY).save_pretrained(tmp_path / "base")
+    tiny_folders.tokenizer().save_pretrained(tmp_path / "base")
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i} of the text, with {i * i} words in it.\n" for i in range(100)))
+    out = tmp_path / "out"
+    arguments = ["finetune", "--model", str(tmp_path / "base"), "--data", str(text), "--output", str(out)]
+    assert main([*arguments, "--steps", "2", "--length", "16", "--batch-size", "2", "--dtype", "fp32"]) == 0
+    merged = tmp_path / "merged"
+    assert (
+        main(["merge", "--model", str(tmp_path / "base"), "--edits", str(out / "edits"), "--output", str(merged)]) == 0
+    )
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(merged)
+    assert type(loaded) is toy.ToyForCausalLM
 
 
 def _layout(**changes):
