@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..backends.arguments import Edit, affine_edit, operands_of
 from ..edits.module import RedEdit, plain_only
 from ..ops import fused
+from ..ops.checks import fits
 from .deferral import applied_inside, call_unedited
 from .fingerprint import BASE, unwrapped
 from .handoff import NextNorm, leave_note
@@ -242,7 +243,7 @@ def _applied(own: RedEdit, x: Tensor) -> Edit | None:
     That is so for tensors that are not plain, such as sharded ones, for kinds of edit whose kernel takes no addition,
     and for edits with hooks, which may bring their vectors to the device.
     """
-    if not is_dense(x) or plain_only() or (own.inside and not unobserved(own)):
+    if plain_only() or not is_dense(x) or (own.inside and not unobserved(own)):
         return None
     applied = own.applied(x)
     if applied is None:
@@ -250,22 +251,16 @@ def _applied(own: RedEdit, x: Tensor) -> Edit | None:
     if applied.kind.kernel != "affine":
         return None
     applied = operands_of(applied)
-    width, device, entries = x.shape[-1], x.device, 1 if applied.ids is None else 2
+    width, device, dimensions = x.shape[-1], x.device, 1 if applied.ids is None else 2
     for vector in applied.vectors.values():
-        if vector is not None and not (
-            type(vector) in _PLAIN
-            and vector.shape[-1] == width
-            and vector.dim() == entries
-            and vector.device == device
-            and vector.is_floating_point()
-        ):
+        if vector is not None and not (type(vector) in _PLAIN and fits(vector, width, device, dimensions)):
             return None
     return applied
 
 
 def _computed(pending: _Sum) -> Tensor:
     x, residual, edit, p, training = pending
-    edits = any(vector is not None for vector in edit.vectors.values())
+    edits = edit is not _NO_EDIT
     if residual is None:
         return fused.edit(x, edit) if edits else x
     if edits and is_like(residual, x):

@@ -17,7 +17,7 @@ __all__ = ["NormSpec", "globally_hooked", "is_dense", "is_like", "norm_arguments
 
 
 class NormSpec(NamedTuple):
-    """How a norm's class computes: LayerNorm if `centered`, else RMSNorm; where its epsilon is; what the weight lacks."""
+    """How a norm's class computes: LayerNorm if `centered`, else RMSNorm; where its epsilon is; the weight's offset."""
 
     centered: bool
     eps: str

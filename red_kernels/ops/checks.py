@@ -59,7 +59,7 @@ def same_shape(other: Tensor, x: Tensor, name: str) -> None:
 
 def norm_vector(vector: Tensor | None, x: Tensor, name: str) -> None:
     """Raise unless ``vector`` is None or a dense floating ``(d,)`` on the device of ``x``."""
-    if vector is not None and not _fits(vector, x.shape[-1], x.device):
+    if vector is not None and not fits(vector, x.shape[-1], x.device):
         _vector(vector, x, name)
         if vector.dim() != 1 or vector.shape[0] != x.shape[-1]:
             raise ValueError(f"{name} has shape {tuple(vector.shape)}, expected ({x.shape[-1]},), the width of x")
@@ -78,7 +78,7 @@ def edit_vectors(x: Tensor, scale: Tensor | None, bias: Tensor | None, edit_ids:
     if edit_ids is None:
         d, device = x.shape[-1], x.device
         for name, vector in (("scale", scale), ("bias", bias)):
-            if vector is None or _fits(vector, d, device):
+            if vector is None or fits(vector, d, device):
                 continue
             if isinstance(vector, Tensor) and _dense(vector) and vector.dim() == 2:
                 raise ValueError(
@@ -123,14 +123,15 @@ def _edit_ids(edit_ids: Tensor, x: Tensor, vectors: Tensor | None) -> None:
             raise IndexError(f"edit_ids has values from {low} to {high}, expected 0 to {vectors.shape[0] - 1}")
 
 
-def _fits(vector: Tensor, d: int, device: torch.device) -> bool:
-    """Whether a vector is all right, in few steps: what is wrong is found out after."""
+def fits(vector: Tensor, d: int, device: torch.device, dimensions: int = 1) -> bool:
+    """Whether a vector, or with two dimensions several, is all right, in few steps: what is wrong is found out after."""
     return (
         isinstance(vector, Tensor)
         and vector.layout is _STRIDED
         and vector.dtype in ACTIVATION_DTYPES
-        and vector.dim() == 1  # which no nested tensor has
-        and vector.shape[0] == d
+        and vector.dim() == dimensions
+        and not vector.is_nested  # which may have two dimensions
+        and vector.shape[-1] == d
         and vector.device == device
     )
 
