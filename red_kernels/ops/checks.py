@@ -124,7 +124,7 @@ def _edit_ids(edit_ids: Tensor, x: Tensor, vectors: Tensor | None) -> None:
 
 
 def fits(vector: Tensor, d: int, device: torch.device, dimensions: int = 1) -> bool:
-    """Whether a vector, or with two dimensions several, is all right, in few steps: what is wrong is found out after."""
+    """Whether a vector, or several in two dimensions, is all right, in few steps: what is wrong is found after."""
     return (
         isinstance(vector, Tensor)
         and vector.layout is _STRIDED
