@@ -116,7 +116,7 @@ def register_backend(record: Backend) -> None:
     if not record.name or record.name in _known.by_name:
         taken = ", ".join(map(repr, _known.by_name))
         raise ValueError(f"record: got the name {record.name!r}, expected one that no other has, none of {taken}")
-    if record.automatic and record.device is None:
+    if record.automatic and record.device is None and record.operations is not None:
         raise ValueError(f"record: {record.name!r} is automatic for no device, expected a device such as 'cpu'")
     lacking = [name for name in NAMES if not callable(getattr(record.operations, name, None))]
     if record.operations is not None and lacking:

@@ -122,7 +122,7 @@ if _error is None:
 compiled.register(NAMESPACE)
 BACKEND = Backend(
     "cpu",
-    None if _error is not None else compiled.operations(NAMESPACE),
+    None if _dll is None else compiled.operations(NAMESPACE),
     load_error,
     unsupported,
     "cpu",

@@ -197,9 +197,10 @@ def innermost(selection: Selection) -> Block | None:
 
 def _compiled_state(selection: Selection) -> State:
     if selection.shifting:
-        from .uncompiled import uncompiled_state  # not before it is needed: it brings the compiler
+        from .uncompiled import uncompiled  # not before it is needed: it brings the compiler
 
-        return uncompiled_state(selection)
+        state: State = uncompiled(state_of, selection)[0]
+        return state
     applied: State = getattr(selection.here, "applied", None)
     if applied is None and selection.open:
         raise RuntimeError(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
-from .blocks import state_of
-from .selection import Selection, State
-
-__all__ = ["uncompiled_state"]
+__all__ = ["uncompiled"]
 
 
 @torch.compiler.disable
-def uncompiled_state(selection: Selection) -> State:
-    """What holds here: whatever compiled code could read may be what another task or generator has left."""
-    return state_of(selection)[0]
+def uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`: what compiled code could read may be what another task or generator has left."""
+    return function(*arguments)

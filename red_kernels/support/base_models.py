@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ def model_class(config: Any, name: str) -> Any:
     if kind is None:
         raise ValueError(
             f"model: the configuration of {name!r} names the class {shown(getattr(config, 'architectures', None))} "
-            "(the entry 'architectures' of its config.json), expected a list with one that transformers has"
+            "(the entry 'architectures' of its config.json), expected a list with one that transformers or an imported package has"
         )
     return kind
 
@@ -151,9 +152,21 @@ def named_class(config: Any) -> Any:
 
 
 def class_named(name: object) -> Any:
-    """The model class of transformers that has this name; None where there is none."""
-    kind = getattr(transformers, name, None) if isinstance(name, str) else None
-    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
+    """The model class that has this name, of transformers or of a package that is imported; None where there is none."""
+    if not isinstance(name, str):
+        return None
+    kind = getattr(transformers, name, None)
+    if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+        return kind
+    return next((one for one in _model_classes(transformers.PreTrainedModel) if one.__name__ == name), None)
+
+
+def _model_classes(base: Any) -> Iterator[Any]:
+    """The classes made from one that their modules have by their names: no others can be found again."""
+    for kind in base.__subclasses__():
+        if getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind:
+            yield kind
+        yield from _model_classes(kind)
 
 
 def load_tokenizer(name: str, **options: Any) -> tuple[Any, str]:
@@ -263,5 +276,5 @@ def _give_padding(model: Any, tokenizer: Any) -> None:
         if tokenizer.eos_token is None:
             raise ValueError("model: its tokenizer has neither a padding nor an end-of-text token")
         tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
+    if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id

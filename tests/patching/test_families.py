@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from types import SimpleNamespace
 
 import model_zoo as zoo
 import position_cases as cases
@@ -40,9 +41,11 @@ def run(model, x):
 @pytest.mark.parametrize("layer", [toy.ToyLayer, toy.FusedLayer])
 def test_it_is_the_composition(layer, kind, position, registered, monkeypatch):
     calls: list[str] = []
-    for name in ("edit_add", "edit_add_norm"):
-        original = getattr(fused_operations, name)
-        monkeypatch.setattr(compose.fused, name, lambda *a, _f=original, _n=name, **o: calls.append(_n) or _f(*a, **o))
+    watched = {
+        name: lambda *a, _n=name: calls.append(_n) or getattr(fused_operations, _n)(*a)
+        for name in fused_operations.__all__
+    }
+    monkeypatch.setattr(compose, "fused", SimpleNamespace(**watched))
     plain = toy.model(layer)
     model = copy.deepcopy(plain)
     report = rk.patch(model, rk.RedConfig(position=position, kind=kind))
@@ -65,7 +68,7 @@ def test_it_is_the_composition(layer, kind, position, registered, monkeypatch):
     if kind == "all":
         assert ("edit_add" in calls) == (fused and "ffn" in position)
         assert ("edit_add_norm" in calls) == fused  # a fused forward takes the norm along without an edit too
-    assert fused or not calls
+    assert fused or not {"edit_add", "edit_add_norm"} & set(calls)
 
 
 def test_a_subclass_is_found_by_its_base(registered):

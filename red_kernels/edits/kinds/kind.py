@@ -81,7 +81,7 @@ class Kind:
         return tuple(part.name for part in self.parts)
 
     def __reduce__(self) -> tuple[Callable[[str], Kind], tuple[str]]:
-        return _by_name, (self.name,)  # formulas may be of any make, and a copy is the same kind
+        return kind_named, (self.name,)  # formulas may be of any make, and a copy is the same kind
 
     def needs_bias(self, width: int) -> bool:
         """Whether a linear layer without a bias gets one when this edit is merged into it."""
@@ -91,10 +91,20 @@ class Kind:
         return self.fold(torch.empty(width, 1, device="meta"), None, vectors)[1] is not None
 
 
-def _by_name(name: str) -> Kind:
-    from .registry import kind_named  # which holds what this file says
+_KINDS: dict[str, Kind] = {}  # by name; `registry.py` fills it
 
-    return kind_named(name)
+
+def kind_named(name: str) -> Kind:
+    """The kind of that name. Raises ValueError for one that nobody has registered."""
+    if name not in _KINDS:
+        raise ValueError(
+            f"kind: got {name!r}, which is not registered, expected one of {', '.join(map(repr, _KINDS))}; import the "
+            "package that registers it first (rk.register_kind)"
+        )
+    return _KINDS[name]
+
+
+_by_name = kind_named  # as pickles name it
 
 
 class Dropout(NamedTuple):

@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from .kind import Kind, Part
+from .kind import _KINDS, Kind, Part
 
 KERNELS = ("affine", "affine_layer_norm")
-_KINDS: dict[str, Kind] = {}
 _PARTS: dict[str, Part] = {}
 KINDS: Mapping[str, Kind] = MappingProxyType(_KINDS)
 PARTS: Mapping[str, Part] = MappingProxyType(_PARTS)  # of all kinds, by name, in the order that files and reports have
@@ -42,16 +41,6 @@ def register_kind(kind: Kind) -> None:
         raise ValueError(f"kind: got the kernel {kind.kernel!r}, expected None or one of {', '.join(KERNELS)}")
     _KINDS[kind.name] = kind
     _PARTS.update((part.name, part) for part in kind.parts)
-
-
-def kind_named(name: str) -> Kind:
-    """The kind of that name. Raises ValueError for one that nobody has registered."""
-    if name not in _KINDS:
-        raise ValueError(
-            f"kind: got {name!r}, which is not registered, expected one of {', '.join(map(repr, _KINDS))}; import the "
-            "package that registers it first (rk.register_kind)"
-        )
-    return _KINDS[name]
 
 
 def kind_with(parts: Iterable[str]) -> Kind | None:

@@ -6,9 +6,10 @@ import copy
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 
 from ...edits.kinds import KINDS, PARTS
@@ -16,15 +17,12 @@ from ...edits.module import NAME
 from ...support.text import listed
 from .layer import RedLayer
 
-if TYPE_CHECKING:
-    from .model import RedModel
-
 __all__ = ["check", "config_of", "fill"]
 
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
-def check(model: RedModel, adapters: Sequence[str], weights: Sequence[float], name: str, combination: str) -> None:
+def check(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], name: str, combination: str) -> None:
     """Raises TypeError or ValueError for arguments that `add_weighted_adapter` does not take."""
     if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
         raise TypeError(f"adapters: got {adapters!r}, expected a list of names")
@@ -58,7 +56,7 @@ def check(model: RedModel, adapters: Sequence[str], weights: Sequence[float], na
         )
 
 
-def config_of(model: RedModel, adapters: Sequence[str]) -> Any:
+def config_of(model: BaseTuner, adapters: Sequence[str]) -> Any:
     """The new adapter's config: all sites and all vectors that one of the adapters has."""
     configs = [_config(model, adapter) for adapter in adapters]
     made = copy.deepcopy(configs[0])
@@ -82,7 +80,7 @@ def config_of(model: RedModel, adapters: Sequence[str]) -> Any:
     return made
 
 
-def fill(model: RedModel, adapters: Sequence[str], weights: Sequence[float], name: str) -> None:
+def fill(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], name: str) -> None:
     """Give the new adapter its values, and its copy of what one of the adapters has trained as a whole."""
     with torch.no_grad():
         for layer in model.modules():
@@ -115,5 +113,5 @@ def _kind_of_all(kinds: set[str]) -> str:
     return min(fitting, key=lambda name: len(KINDS[name].parts))
 
 
-def _config(model: RedModel, adapter: str) -> Any:
+def _config(model: BaseTuner, adapter: str) -> Any:
     return model.peft_config[adapter]
