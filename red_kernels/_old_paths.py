@@ -18,6 +18,7 @@ _MODULES = {
     "authors": "checkpoints.authors",
     "autograd": "ops.autograd",
     "backends.native": "backends.cpu",
+    "backends.operators": "backends.schemas",
     "blocks": "edits.blocks",
     "checkpoint": "checkpoints.checkpoint",
     "checks": "ops.checks",

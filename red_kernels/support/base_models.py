@@ -139,7 +139,8 @@ def model_class(config: Any, name: str) -> Any:
     if kind is None:
         raise ValueError(
             f"model: the configuration of {name!r} names the class {shown(getattr(config, 'architectures', None))} "
-            "(the entry 'architectures' of its config.json), expected a list with one that transformers or an imported package has"
+            "(the entry 'architectures' of its config.json), expected a list with one that transformers has, or a "
+            "package that is imported"
         )
     return kind
 
@@ -152,7 +153,7 @@ def named_class(config: Any) -> Any:
 
 
 def class_named(name: object) -> Any:
-    """The model class that has this name, of transformers or of a package that is imported; None where there is none."""
+    """The model class of this name, of transformers or of a package that is imported; None where there is none."""
     if not isinstance(name, str):
         return None
     kind = getattr(transformers, name, None)

@@ -118,9 +118,8 @@ def test_the_command_trains_and_saves_on_it(tmp_path: Path) -> None:
 def test_compiled_code_runs_on_it() -> None:
     torch._dynamo.reset()
     (x, residual), scale = torch.randn(2, 4, 6), torch.randn(6, requires_grad=True)
-    found = torch.compile(rk.edit_add_rms_norm, fullgraph=True, backend="aot_eager")(
-        x, residual, scale, None, None, EPS
-    )
+    compiled = torch.compile(rk.edit_add_rms_norm, fullgraph=True, backend="aot_eager")
+    found = compiled(x, residual, scale, None, None, EPS)
     expected = rk.edit_add_rms_norm(x, residual, scale, None, None, EPS)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))  # type: ignore[arg-type]
 

@@ -14,6 +14,7 @@ from build_tools import ROOT, build
 from torch import Tensor
 
 from red_kernels.backends import reference
+from red_kernels.backends.arguments import Norm, Statistics
 
 COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
 if COMPILER is None:
@@ -178,8 +179,9 @@ def test_backward_of_a_row(arithmetic: ctypes.CDLL, d: int, centered: bool) -> N
     scalars = [ctypes.c_float(float(mean)), ctypes.c_float(float(rstd)), ctypes.c_int(centered), ctypes.c_int(d)]
     arithmetic.backward(*pointers, *scalars, ctypes.c_void_p(found.data_ptr()))
     dy64, z64, w64, mean64, rstd64 = (t.double() for t in (dy, z, w, mean, rstd))
-    statistic = mean64[None] if centered else None
-    exact, _, _ = reference._norm_backward(dy64[None], z64[None], w64, statistic, rstd64[None], 0.0, False, False)
+    statistics = Statistics(mean64[None] if centered else None, rstd64[None])
+    norm = Norm(w64, None, 0.0, 0.0, centered)
+    exact, _, _ = reference._norm_backward(dy64[None], z64[None], norm, statistics, False, False)
     n, g = (z64 - mean64) * rstd64, dy64 * w64
     c1, c2 = (n * g).mean(), g.mean() * centered
     # A term of the first sum has 4 roundings, of the second 1; the sums d - 1, the quotients 1; n has 2, and g 1.

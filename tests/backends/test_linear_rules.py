@@ -13,6 +13,7 @@ from op_cases import DTYPES, HALVES, INTERPRETED
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from benchmarks.tools import ahead_of_time
+from red_kernels.backends.arguments import affine_edit
 from red_kernels.backends.triton import launch, linear, rules, tuned
 from red_kernels.backends.triton.rules import Architecture
 
@@ -61,7 +62,7 @@ def _recorded(chip: Architecture, m: int, d: int, k: int, dtype: torch.dtype) ->
     found: list[tuple[Any, ...]] = []
     x, weight = torch.empty(m, k, dtype=dtype, device="meta"), torch.empty(d, k, dtype=dtype, device="meta")
     with launch.pretending(chip), launch.recording(lambda *launched: found.append(launched)):
-        linear.run(x, weight, None, None, None, None, None)
+        linear.run(x, weight, None, None, affine_edit())
     (launched,) = found
     return launched
 

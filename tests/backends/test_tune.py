@@ -430,7 +430,7 @@ def test_a_build_holds_the_tables(tmp_path: Path) -> None:
         capture_output=True,
     )  # fmt: skip
     assert (tmp_path / "built/red_kernels/backends/triton/tables/sm_00.json").is_file()
-    assert (tmp_path / "built/red_kernels/tuning/job.py").is_file()
+    assert (tmp_path / "built/red_kernels/backends/triton/tuning/job.py").is_file()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or launch.INTERPRETED, reason="needs a GPU")

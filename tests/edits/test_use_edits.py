@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import model_zoo as zoo
 import pytest
 import torch
 from old_releases import skip_untraced
-from patch_helpers import watching
+from patch_helpers import operations_run, watching
 from row_cases import NAMES, ROWS, eager, hold, inputs, several, weighted
 
 import red_kernels as rk
-from red_kernels.backends.arguments import Edit, Norm
+from red_kernels.backends.arguments import affine_edit
 from red_kernels.edits import module
-from red_kernels.fusion import compose
-from red_kernels.ops import fused
 
 FAMILIES = ("llama", "gpt2", "bert", "t5", "opt", "distilbert", "falcon")
 CASES = [
@@ -56,28 +53,16 @@ def test_few_edits(name, rows):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Which operations run, as `(name, whether edits are chosen by row)`."""
-    seen: list[tuple[str, bool]] = []
-
-    def recorded(operation):
-        def call(*args):
-            (own,) = (one for one in args if isinstance(one, Edit))
-            norms = [one for one in args if isinstance(one, Norm)]
-            title = "layer_norm" if norms and norms[0].centered else "rms_norm"
-            seen.append((operation.replace("norm", title), own.ids is not None))
-            return getattr(fused, operation)(*args)
-
-        return call
+    """Which operations run, as `(name, the edit)`."""
+    seen = operations_run(monkeypatch)
 
     def alone(operation, function):
         def call(*args, edit_ids=None, **kwargs):
-            seen.append((f"{operation} alone", edit_ids is not None))
+            seen.append((f"{operation} alone", affine_edit(ids=edit_ids)))
             return function(*args, edit_ids=edit_ids, **kwargs)
 
         return call
 
-    watched = {name: recorded(name) for name in fused.__all__ if name != "drawn_dropout"}
-    monkeypatch.setattr(compose, "fused", SimpleNamespace(**watched, drawn_dropout=fused.drawn_dropout))
     for operation in ("edit", "edit_add_layer_norm"):
         monkeypatch.setattr(module, operation, alone(operation, getattr(module, operation)))
     return seen
@@ -105,14 +90,14 @@ def test_the_fused_operations_get_the_ids(name, position, operations, gradients,
     with torch.set_grad_enabled(gradients):
         with rk.use_edits(model, ROWS):
             model(**inputs(name, len(ROWS)))
-        by_row = [operation for operation, with_ids in calls if with_ids]
+        by_row = [operation for operation, own in calls if own.ids is not None]
         assert {operation: by_row.count(operation) for operation in set(by_row)} == operations
         assert watch.taken == watch.left
         before = len(watch.left)
         calls.clear()
         model(**inputs(name, len(ROWS)))
         assert len(watch.left) == 2 * before  # by row as much is handed to the next norm as with one edit
-        assert not any(with_ids for _, with_ids in calls)
+        assert all(own.ids is None for _, own in calls)
         plain = [operation for operation, _ in calls]
         assert all(plain.count(operation) >= count for operation, count in operations.items())
 
@@ -123,7 +108,7 @@ def test_the_same_edit_in_all_rows_is_that_edit(calls):
         with rk.use_edits(model, ["b"] * 3):
             found = model(**inputs("llama", 3)).logits
         assert calls
-        assert not any(with_ids for _, with_ids in calls)
+        assert all(own.ids is None for _, own in calls)
         rk.switch_edit(model, "b")
         assert torch.equal(found, model(**inputs("llama", 3)).logits)
 

@@ -96,6 +96,7 @@ def implementations(record: Backend) -> tuple[Implementation, ...]:
 
 COMPILED = implementations(backends.by_name("cpu"))
 CUDA = implementations(backends.by_name("cuda"))
+TRITON = implementations(backends.by_name("triton"))
 IMPLEMENTATIONS = tuple(
     implementation
     for record in reversed(backends.records())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import model_zoo as zoo
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from red_kernels.backends import reference
+from red_kernels.backends.arguments import Edit, Norm
 from red_kernels.edits.config import RedConfig
 from red_kernels.edits.find import edit_parameters
 from red_kernels.fusion import compose
+from red_kernels.ops import fused
 from red_kernels.patching import classes as patched
 from red_kernels.patching.patch import patch
 
@@ -50,6 +53,29 @@ def watching(monkeypatch: pytest.MonkeyPatch) -> Watch:
     monkeypatch.setattr(compose, "leave_note", leave_note)
     monkeypatch.setattr(patched, "take_note", take_note)
     return watch
+
+
+def operations_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Edit]]:
+    """What fused layers run from now on: the operation, by its public name, and the edit it is given."""
+    calls: list[tuple[str, Edit]] = []
+
+    def recorded(operation: str) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            (own,) = (one for one in arguments if isinstance(one, Edit))
+            centered = any(one.centered for one in arguments if isinstance(one, Norm))
+            calls.append((operation.replace("norm", "layer_norm" if centered else "rms_norm"), own))
+            return getattr(fused, operation)(*arguments)
+
+        return run
+
+    watched = {name: recorded(name) for name in fused.__all__ if name != "drawn_dropout"}
+    monkeypatch.setattr(compose, "fused", SimpleNamespace(**watched, drawn_dropout=fused.drawn_dropout))
+    return calls
+
+
+def is_edited(own: Edit) -> bool:
+    """Whether an operation has anything of an edit to apply."""
+    return any(vector is not None for vector in own.vectors.values())
 
 
 def batch_for(model: nn.Module, name: str, **arguments: Any) -> dict[str, Tensor]:

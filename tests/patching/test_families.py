@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
-from types import SimpleNamespace
 
 import model_zoo as zoo
 import position_cases as cases
@@ -15,13 +14,12 @@ import torch
 import toy_family as toy
 import toy_kinds
 import transformers
+from patch_helpers import operations_run
 
 import red_kernels as rk
 from red_kernels import models
 from red_kernels.cli import main
-from red_kernels.fusion import compose
 from red_kernels.models import Family, Layout, Point
-from red_kernels.ops import fused as fused_operations
 from red_kernels.patching.classes import is_patched
 
 
@@ -40,12 +38,7 @@ def run(model, x):
 @pytest.mark.parametrize("kind", ["all", "ln"])
 @pytest.mark.parametrize("layer", [toy.ToyLayer, toy.FusedLayer])
 def test_it_is_the_composition(layer, kind, position, registered, monkeypatch):
-    calls: list[str] = []
-    watched = {
-        name: lambda *a, _n=name: calls.append(_n) or getattr(fused_operations, _n)(*a)
-        for name in fused_operations.__all__
-    }
-    monkeypatch.setattr(compose, "fused", SimpleNamespace(**watched))
+    calls = operations_run(monkeypatch)
     plain = toy.model(layer)
     model = copy.deepcopy(plain)
     report = rk.patch(model, rk.RedConfig(position=position, kind=kind))
@@ -65,10 +58,11 @@ def test_it_is_the_composition(layer, kind, position, registered, monkeypatch):
     assert own.keys() == wanted_gradients.keys()
     for key in own:
         zoo.assert_as_exact(key, own[key], others[key], wanted_gradients[key])
+    calls = [operation for operation, _ in calls]
     if kind == "all":
         assert ("edit_add" in calls) == (fused and "ffn" in position)
-        assert ("edit_add_norm" in calls) == fused  # a fused forward takes the norm along without an edit too
-    assert fused or not {"edit_add", "edit_add_norm"} & set(calls)
+        assert ("edit_add_layer_norm" in calls) == fused  # a fused forward takes the norm along without an edit too
+    assert fused or not {"edit_add", "edit_add_layer_norm"} & set(calls)
 
 
 def test_a_subclass_is_found_by_its_base(registered):

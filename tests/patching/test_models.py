@@ -7,11 +7,10 @@ import copy
 import model_zoo as zoo
 import pytest
 import torch
-from patch_helpers import batch_for, compare, loss_and_backward, watching
+from patch_helpers import batch_for, compare, is_edited, loss_and_backward, operations_run, watching
 
 from red_kernels.edits.config import RedConfig
 from red_kernels.edits.find import edit_parameters
-from red_kernels.fusion import compose
 from red_kernels.fusion.fingerprint import fingerprint
 from red_kernels.models import FAMILIES, LAYOUTS
 from red_kernels.patching.patch import patch
@@ -55,18 +54,10 @@ def test_report_says_what_is_run(name, monkeypatch):
     assert all(site.fused is not None and "Norm" in site.fused for site in report.sites)
     assert all(("whole block of experts" in site.reason) == (name in zoo.MIXTURES) for site in report.sites)
     assert name in zoo.MIXTURES or not any(site.reason for site in report.sites)
-    calls = []
-    for operation in ("edit_add", "edit_add_rms_norm", "edit_add_layer_norm"):
-        original = getattr(compose, operation)
-
-        def counted(x, residual, scale, *args, _original=original, _name=operation, **kwargs):
-            calls.append((_name, scale is not None))
-            return _original(x, residual, scale, *args, **kwargs)
-
-        monkeypatch.setattr(compose, operation, counted)
+    calls = operations_run(monkeypatch)
     watch = watching(monkeypatch)
     assert model(**zoo.inputs(name)).loss.requires_grad
-    edits = [operation for operation, edited in calls if edited]
+    edits = [operation for operation, own in calls if is_edited(own)]
     assert len(edits) == len(zoo.sites(name))
     assert "edit_add" not in edits
     assert len(watch.left) == (len(edits) if name in zoo.HANDING_ON else 0)

@@ -1,7 +1,7 @@
 // The conversions of neon.h, compiled with the flags of an instruction set.
 #include "harness.h"
 
-#include "../../csrc/cpu/neon.h"
+#include "../../../csrc/cpu/neon.h"
 
 namespace red {
 namespace RED_ISA {

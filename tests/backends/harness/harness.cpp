@@ -13,8 +13,8 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cpu/dispatch.h"
-#include "../../csrc/cpu/memory.h"
+#include "../../../csrc/cpu/dispatch.h"
+#include "../../../csrc/cpu/memory.h"
 
 namespace red {
 namespace neon {
