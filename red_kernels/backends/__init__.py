@@ -65,6 +65,7 @@ class _Known:
     Attributes:
         by_name: in the order in which they are listed.
         orders: for a type of device, by the name of the backend that ``choice.py`` prefers; "" where it has no say.
+        on_cpu: the order of a CPU.
     """
 
     def __init__(self, table: Iterable[Backend]) -> None:
@@ -90,6 +91,7 @@ class _Known:
             }
             for device, found in tried.items()
         }
+        self.on_cpu = self.orders["cpu"][""] if "cpu" in self.orders else ()
 
 
 _known = _Known(_TABLE)
@@ -173,7 +175,9 @@ def choose(x: Tensor, operation: str) -> Backend:
 
 def _order(x: Tensor, operation: str) -> tuple[Backend, ...]:
     """The backends to try for ``x``."""
-    device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type  # the type takes long to ask for
+    if x.is_cpu:  # the type of the device takes long to ask for
+        return _known.on_cpu
+    device = "cuda" if x.is_cuda else x.device.type
     orders = _known.orders.get(device)
     if orders is None:
         return ()

@@ -98,8 +98,10 @@ class FromFlat:
 
     def edit_norm_forward(self, x: Tensor, residual: Tensor | None, edit: Edit, norm: Norm, keep_z: bool) -> Any:
         scale, bias, ids, seed, p = flat_edit(edit)
-        weight, norm_bias, *rest = norm
-        return self._edit_norm_forward(x, residual, scale, bias, weight, norm_bias, ids, seed, p, *rest, keep_z)
+        weight, norm_bias, eps, offset, centered = norm
+        return self._edit_norm_forward(
+            x, residual, scale, bias, weight, norm_bias, ids, seed, p, eps, offset, centered, keep_z
+        )
 
     def edit_norm_backward(
         self,
@@ -122,8 +124,8 @@ class FromFlat:
 
     def norm_edit_forward(self, x: Tensor, norm: Norm, edit: Edit) -> Any:
         scale, bias, ids, _, _ = flat_edit(edit)
-        weight, norm_bias, *rest = norm
-        return self._norm_edit_forward(x, weight, norm_bias, scale, bias, ids, *rest)
+        weight, norm_bias, eps, offset, centered = norm
+        return self._norm_edit_forward(x, weight, norm_bias, scale, bias, ids, eps, offset, centered)
 
     def norm_edit_backward(
         self,

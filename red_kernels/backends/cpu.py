@@ -32,7 +32,7 @@ def unsupported(x: Tensor) -> str | None:
         if _error is _wrong_setting:
             raise ValueError(_error)
         return _error
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"x is on {x.device}, and these kernels run on the CPU"
     if x.dtype not in KERNEL_DTYPES:
         return f"x has dtype {x.dtype}, and these kernels take float32, bfloat16 and float16"

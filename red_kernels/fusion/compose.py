@@ -66,8 +66,9 @@ class _Sum(NamedTuple):
     @property
     def with_dropout(self) -> Edit:
         """The edit with the dropout behind it."""
-        dropout = fused.drawn_dropout(self.p, self.training, self.x)
-        return self.edit if dropout is None else self.edit._replace(dropout=dropout)
+        if not self.training or not self.p:
+            return self.edit
+        return self.edit._replace(dropout=fused.drawn_dropout(self.p, True, self.x))
 
 
 def arguments_of(forward: Callable[..., Any]) -> Arguments:

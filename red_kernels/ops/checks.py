@@ -67,10 +67,14 @@ def norm_vector(vector: Tensor | None, x: Tensor, name: str) -> None:
 
 def norm(norm: Norm, x: Tensor) -> None:
     """Raise TypeError or ValueError unless a norm fits ``x``."""
-    norm_vector(norm.weight, x, "weight")
-    norm_vector(norm.bias, x, "norm_bias")
-    epsilon(norm.eps)
-    number(norm.offset, "weight_offset")
+    weight, bias, eps, offset, _ = norm
+    if weight is not None:
+        norm_vector(weight, x, "weight")
+    if bias is not None:
+        norm_vector(bias, x, "norm_bias")
+    epsilon(eps)
+    if type(offset) is not float or offset != 0.0:
+        number(offset, "weight_offset")
 
 
 def edit_vectors(x: Tensor, scale: Tensor | None, bias: Tensor | None, edit_ids: Tensor | None) -> None:
@@ -125,15 +129,16 @@ def _edit_ids(edit_ids: Tensor, x: Tensor, vectors: Tensor | None) -> None:
 
 def fits(vector: Tensor, d: int, device: torch.device, dimensions: int = 1) -> bool:
     """Whether a vector, or several in two dimensions, is all right, in few steps: what is wrong is found after."""
-    return (
-        isinstance(vector, Tensor)
-        and vector.layout is _STRIDED
-        and vector.dtype in ACTIVATION_DTYPES
-        and vector.dim() == dimensions
-        and not vector.is_nested  # which may have two dimensions
-        and vector.shape[-1] == d
-        and vector.device == device
-    )
+    if (
+        not isinstance(vector, Tensor)
+        or vector.layout is not _STRIDED
+        or vector.dtype not in ACTIVATION_DTYPES
+        or vector.dim() != dimensions
+        or vector.device != device
+    ):
+        return False
+    # To count elements is quicker than to ask for a shape. No nested tensor has one dimension.
+    return vector.numel() == d if dimensions == 1 else not vector.is_nested and vector.shape[-1] == d
 
 
 def _vector(vector: Tensor, x: Tensor, name: str) -> None:

@@ -33,9 +33,9 @@ from .autograd import (
     LinearEditFunction,
     LinearEditInferenceFunction,
     RMSNormEditFunction,
-    applied,
-    plain_only,
+    direct,
 )
+from .passes import plain_only
 
 __all__ = [
     "EditAddFunction",
@@ -216,8 +216,9 @@ def linear_edit(
     if plain_only(*tensors) or (residual is not None and residual.dtype != x.dtype):
         return fused.edit_add(F.linear(x, weight, linear_bias), residual, own)
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    function = LinearEditFunction if recorded or torch.compiler.is_compiling() else LinearEditInferenceFunction
-    return applied(function)(*tensors, own.ids)
+    if torch.compiler.is_compiling():
+        return LinearEditFunction.apply(*tensors, own.ids)
+    return direct(LinearEditFunction if recorded else LinearEditInferenceFunction)(*tensors, own.ids)
 
 
 def _ids(edit_ids: Tensor | None) -> Tensor | None:

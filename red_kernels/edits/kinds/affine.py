@@ -59,4 +59,8 @@ def affine_edit(
     scale: Tensor | None = None, bias: Tensor | None = None, ids: Tensor | None = None, dropout: Dropout | None = None
 ) -> Edit:
     """The edit `scale * h + bias` of given vectors; None is the identity."""
-    return Edit(ALL, {"scale": scale, "bias": bias}, ids, dropout)
+    # As `Edit(...)`, without a call of Python: this runs in every operation.
+    return _made(Edit, (ALL, {"scale": scale, "bias": bias}, ids, dropout))
+
+
+_made = tuple.__new__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -75,7 +76,7 @@ class Kind:
     chain: Callable[[Vectors, Vectors], Vectors] | None = None
     neutral: bool = True
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """The names of its parts."""
         return tuple(part.name for part in self.parts)
