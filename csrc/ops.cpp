@@ -1,4 +1,4 @@
-// Registration of the operators and of their CPU kernels, and the few C functions that red_kernels/backends/native.py
+// Registration of the operators and of their CPU kernels, and the few C functions that red_kernels/backends/cpu.py
 // calls through ctypes. No Python headers: one library serves every Python.
 #include "ops.h"
 

@@ -1,5 +1,6 @@
 // The operators, as every library that implements them declares them. Shapes, dtypes and what is computed: see the
-// functions of the same names in red_kernels/reference.py. Results not asked for are undefined tensors (None in Python).
+// functions of the same names in red_kernels/backends/reference.py. Results not asked for are undefined tensors (None in
+// Python).
 #pragma once
 
 #include <torch/csrc/stable/library.h>

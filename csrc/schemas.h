@@ -1,4 +1,4 @@
-// The schemas of the operators, the same on every device. red_kernels/backends/operators.py has them for Python.
+// The schemas of the operators, the same on every device. red_kernels/backends/schemas.py has them for Python.
 #pragma once
 
 namespace red {

@@ -303,7 +303,7 @@ def all_cases(widths: Iterable[int] = WIDTHS, dtypes: Iterable[str] = tuple(DTYP
 
 
 def _run(case: Case) -> None:
-    """Forward and backward of an operation, with what :mod:`red_kernels.autograd` would hand on."""
+    """Forward and backward of an operation, with what :mod:`red_kernels.ops.passes` would hand on."""
     d, dtype = case.width, DTYPES[case.dtype]
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:

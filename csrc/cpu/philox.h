@@ -1,5 +1,5 @@
 // The dropout mask: Philox4x32-10 (Salmon et al., SC 2011), keyed by the seed and counted by row and column, so that a
-// mask is made again wherever it is needed and never stored. See philox_words in red_kernels/reference.py.
+// mask is made again wherever it is needed and never stored. See philox_words in red_kernels/backends/reference.py.
 #pragma once
 
 #include "vec.h"

@@ -1,5 +1,5 @@
 // The plain arithmetic of the kernels: no threads, no memory. Compiled by nvcc for a GPU, and by a C++ compiler for the
-// tests, which hold it to the fp64 reference (red_kernels/reference.py).
+// tests, which hold it to the fp64 reference (red_kernels/backends/reference.py).
 #pragma once
 
 #include <cfloat>

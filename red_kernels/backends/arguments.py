@@ -73,7 +73,7 @@ def edit_of(
 
 
 class FromFlat:
-    """The six functions of :mod:`red_kernels.reference`, made of six that take their arguments one by one.
+    """The six functions of :mod:`red_kernels.backends.reference`, made of six that take their arguments one by one.
 
     Args:
         functions: by name, with arguments as in ``SCHEMAS``.

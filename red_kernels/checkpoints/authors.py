@@ -3,7 +3,7 @@
 `delta_vector.pth` is a `torch.save`d dict from `<site>.delta_vector.activation_scaling` and `.activation_bias` to
 tensors of shape `[1, width]`; kind `ln` adds `<site>.delta_vector.activation_ln.weight` and `.bias`. `classifier.pth`
 is the state dict of the classifier head. Where both are written, they share a mark in a record of their own that
-torch.load passes by, so that a crash between two renames cannot mix two saves: see `_saved_folder.py`.
+torch.load passes by, so that a crash between two renames cannot mix two saves: see `folder.py`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A saved folder holds one small file, `red_edits.safetensors`. It has one tensor `(width,)` per vector, named as in the
 `state_dict` of a model with one edit: `<site>.red_edit.scale`, `<site>.red_edit.bias`, and for kind `ln` also
 `norm_weight` and `norm_bias`. Its metadata describes the edits, so that `saved_config` can tell how another copy of the
-base model has to be patched. A trained head is beside it, in `red_head.safetensors`; `_saved_folder.py` says how both
+base model has to be patched. A trained head is beside it, in `red_head.safetensors`; `folder.py` says how both
 are kept together. Folders of earlier versions have the description in a `red_config.json`.
 
 The authors' form is read and written by `authors.py`.

@@ -1,7 +1,7 @@
 """The edit and the residual add behind it: no row coupling, so a program has a slab of columns.
 
 ``z = residual + dropout(scale * x + bias)``. Whatever is absent is None, and is compiled away. Formulas:
-:mod:`red_kernels.reference`.
+:mod:`red_kernels.backends.reference`.
 """
 
 import triton

@@ -2,7 +2,7 @@
 
 One pair of kernels serves LayerNorm and RMSNorm (``mean`` or not) and both places of the edit: ``z = residual +
 dropout(scale * x + bias)``, ``y = norm(z)``, or with ``EDIT_LAST`` ``y = scale * norm(x) + bias``. Whatever is absent
-is None, and is compiled away. Formulas: :mod:`red_kernels.reference`.
+is None, and is compiled away. Formulas: :mod:`red_kernels.backends.reference`.
 """
 
 import triton
