@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -69,15 +70,20 @@ def readme_block(devices: Sequence[Device]) -> str:
     where = "; ".join(f"*{device.name}*: {_machine(device)}" for device in devices)
     return "\n\n".join(
         [
-            "Geometric means, least and greatest in brackets; in rows *over ours*, above 1 is in our favour. "
-            + where
-            + ".",
+            _filled(
+                "Geometric means, least and greatest in brackets; in rows *over ours*, above 1 is in our favour. "
+                f"{where}."
+            ),
             table(("", *(device.name for device in devices)), rows),
-            *notes,
+            *map(_filled, notes),
             "Every table, picture, loss and missing peer: [docs/performance.md](docs/performance.md); how it was "
             "measured and how to measure again: [docs/benchmarks.md](docs/benchmarks.md).",
         ]
     )
+
+
+def _filled(paragraph: str) -> str:
+    return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def put_block(text: str, block: str) -> str:
