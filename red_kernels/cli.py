@@ -107,7 +107,7 @@ def _parser() -> Parser:
 
 
 def _add_finetune_options(parser: argparse.ArgumentParser) -> None:
-    unset = argparse.SUPPRESS  # what is left out takes the default that integrations.finetune.Settings names
+    unset = argparse.SUPPRESS  # what is left out takes the default that finetune.job.Settings names
     model = parser.add_argument_group("model")
     model.add_argument("--task", choices=("causal-lm", "classification"), default="causal-lm", help="what is trained")
     model.add_argument(

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ._version import __version__
 from .backends import available_backends, choice, choose, forced_backend, records
+from .backends.schemas import KERNEL_DTYPES
 from .finetune.base_dtype import choose_dtype, slowdown
 from .support.errors import one_line
 
@@ -67,14 +68,17 @@ def show_info(console: Console) -> None:
 
 
 def _chosen(device: str) -> str:
+    dtypes: dict[str, list[str]] = {}  # by the backend that takes them
     try:
-        name = choose(torch.empty(1, device=device), "edit").name
+        for dtype in KERNEL_DTYPES:
+            name = choose(torch.empty(1, dtype=dtype, device=device), "edit").name
+            dtypes.setdefault(name, []).append(str(dtype).removeprefix("torch."))
         asked = forced_backend() is not None
     except (ValueError, RuntimeError) as error:  # what was asked for, and why it cannot be followed
         return f"none: {error}"
     there = [other for other in ("cuda", "triton") if available_backends()[other] is None]
-    if device == "cpu" or asked or len(there) < 2:
-        return name
+    if device == "cpu" or asked or len(there) < 2 or not set(dtypes) <= {"cuda", "triton"}:
+        return "\n".join(name if len(dtypes) == 1 else f"{name}: {', '.join(dtypes[name])}" for name in dtypes)
     return "\n".join(f"{row.backend}: {row.where}" for row in choice.TABLE) + "\n(the first that fits)"
 
 

@@ -69,19 +69,21 @@ class _Known:
     """
 
     def __init__(self, table: Iterable[Backend]) -> None:
-        self.by_name = {record.name: record for record in table}
+        self._table = tuple(table)
+        self.by_name = {record.name: record for record in self._table}
         self.orders: dict[str, dict[str, tuple[Backend, ...]]] = {}
         self._added: tuple[Backend, ...] = ()
         self._arrange()
 
     def add(self, record: Backend) -> None:
         self.by_name[record.name] = record
-        self._added = (record, *self._added)
-        self._arrange()
+        if record.missing() is None:
+            self._added = (record, *self._added)
+            self._arrange()
 
     def _arrange(self) -> None:
         tried: dict[str, list[Backend]] = {}
-        for record in (*self._added, *(one for one in self.by_name.values() if one not in self._added)):
+        for record in (*self._added, *self._table):
             if record.automatic and record.operations is not None and record.device is not None:
                 tried.setdefault(record.device, []).append(record)
         self.orders = {
@@ -110,7 +112,7 @@ def register_backend(record: Backend) -> None:
             that were there.
 
     Raises:
-        TypeError: it is no `Backend`.
+        TypeError: it is no `Backend`, or a field of it is no function.
         ValueError: its name is taken; it is ``automatic`` for no device; it lacks a function.
     """
     if not isinstance(record, Backend):
@@ -118,6 +120,12 @@ def register_backend(record: Backend) -> None:
     if not record.name or record.name in _known.by_name:
         taken = ", ".join(map(repr, _known.by_name))
         raise ValueError(f"record: got the name {record.name!r}, expected one that no other has, none of {taken}")
+    for field in ("missing", "unsupported", "state", "variants", "use"):
+        if not callable(getattr(record, field)):
+            raise TypeError(f"record: {field} of {record.name!r} is {getattr(record, field)!r}, expected a function")
+    known = isinstance(record.device, str) and ":" not in record.device
+    if record.device is not None and not known:
+        raise ValueError(f"record: {record.name!r} has the device {record.device!r}, expected a type such as 'cpu'")
     if record.automatic and record.device is None and record.operations is not None:
         raise ValueError(f"record: {record.name!r} is automatic for no device, expected a device such as 'cpu'")
     lacking = [name for name in NAMES if not callable(getattr(record.operations, name, None))]
@@ -153,7 +161,9 @@ def backend(name: str) -> Iterator[None]:
 
 
 def choose(x: Tensor, operation: str) -> Backend:
-    """The backend for an operation on ``x``: the one asked for, else the fastest that takes ``x``.
+    """The backend for an operation on ``x``: the one asked for, else the first that takes ``x``.
+
+    Added ones come first, then those of the package, on a GPU in the order of ``choice.py``.
 
     ``operation`` is "edit", "edit_norm", "norm_edit" or "linear_edit", for the table in ``choice.py``.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    # What `named.py` has, at the first use: operations are made of kinds, and named edits of operations.
+    # What `named.py` has, imported late, else in a circle: operations need the kinds, and named edits need operations.
     if not name.startswith("_") and find_spec(f"{__name__}.{name}") is None:
         named = importlib.import_module(f"{__name__}.named")
         if name in named.__all__:

@@ -12,6 +12,7 @@ from .bank import EditBank
 from .blocks import state_of
 from .kinds import PARTS, Edit
 from .kinds.ln import NORM_EPS
+from .kinds.registry import RESERVED
 from .recompute import recalled, runs_plainly
 from .selection import DEFAULT, OFF, Rows
 
@@ -111,6 +112,7 @@ def check_name(name: object) -> None:
 
 
 _TAKEN = ("width", "kind", "parts", "own", "selection", "training", "frozen", "lent", "watched", "seen")
+RESERVED.update(_TAKEN, dir(RedEdit))  # a part is an attribute of it
 
 
 def _affine(hidden: Tensor, applied: Edit) -> Tensor:

@@ -29,7 +29,7 @@ class NormSpec(NamedTuple):
 
 
 LAYER_NORM = NormSpec(True, "eps", 0.0)
-KNOWN: dict[str, NormSpec] = {}  # by the fingerprint of `forward`; `models` has them
+KNOWN: dict[str, NormSpec] = {}  # by the fingerprint of `forward`; `models/modules.py` has them
 _specs: dict[Callable[..., Any], NormSpec | None] = {}
 
 

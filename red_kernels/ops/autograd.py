@@ -251,8 +251,10 @@ class BundledEditFunction(Function):
 
 
 class BundledEditNormFunction(Function):
-    """``apply(x, residual, scale, bias, weight, norm_bias, edit, norm, need_z) -> (y, z)``: the last but one bundle
-    what comes before them."""
+    """``apply(x, residual, scale, bias, weight, norm_bias, edit, norm, need_z) -> (y, z)``.
+
+    ``edit`` and ``norm`` hold the vectors before them.
+    """
 
     @staticmethod
     def forward(

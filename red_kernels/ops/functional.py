@@ -3,8 +3,8 @@
 Every operation takes activations of shape ``(..., d)`` in float32, bfloat16, float16 (or float64, in plain PyTorch) and
 vectors ``scale``, ``bias`` of shape ``(d,)`` in any of these dtypes; or ``(n, d)`` with ``edit_ids``, integers of shape
 ``x.shape[:-1]``, where each row uses an edit of its own. Each of ``scale``, ``bias``, ``residual``, ``weight`` and
-``norm_bias`` may be None. Arithmetic is in fp32 and rounded once, to the dtype of ``x`` (of ``x + residual`` where
-these differ). Gradients are computed only for what asks for them.
+``norm_bias`` may be None. Arithmetic is in fp32 (fp64 for fp64) and rounded once, to the dtype of ``x`` (of
+``x + residual`` where these differ). Gradients are computed only for what asks for them.
 
 Derivatives: a kernel has one, and differentiating it again raises RuntimeError. Under ``rk.backend("reference")``, and
 for float64, every operation can be differentiated as often as one likes. Forward-mode derivatives (``torch.func.jvp``,

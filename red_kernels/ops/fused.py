@@ -1,4 +1,4 @@
-"""The operations on bundles, whose arguments nobody checks: for those who have proved that they fit.
+"""The operations on bundles, whose arguments nobody checks: for callers that have checked them.
 
 ``x`` and ``residual`` are dense floating activations ``(..., d)``; the vectors of ``own``, the edit, and of ``norm``
 fit them, and the ids are int64 and in range. The edit's vectors are ``scale`` and ``bias``, the operands of the kernel
@@ -31,7 +31,7 @@ from .passes import plain_only
 __all__ = ["drawn_dropout", "edit", "edit_add", "edit_add_norm", "norm_edit"]
 
 _tracing = torch.compiler.is_compiling
-# torch.compile traces the Functions whose arguments are one by one: it knows tensors in no bundle.
+# torch.compile traces the Functions whose arguments are one by one: it does not see tensors inside of a tuple.
 _edit, _edit_norm, _norm_edit = map(direct, (BundledEditFunction, BundledEditNormFunction, BundledNormEditFunction))
 
 

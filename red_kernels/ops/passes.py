@@ -1,6 +1,6 @@
-"""Forward and backward of each pair of operations on bundles: what is saved, what is asked for; no arithmetic.
+"""Forward and backward of each pair of operations on bundles: what is saved and what is asked for.
 
-``ctx`` is the context of a ``torch.autograd.Function``; :mod:`red_kernels.ops.autograd` has these.
+The only arithmetic here is the products of a linear layer's backward. ``ctx`` is the context of a ``torch.autograd.Function``; :mod:`red_kernels.ops.autograd` has these.
 """
 
 from __future__ import annotations

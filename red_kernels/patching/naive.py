@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..edits.kinds import KINDS, Kind
+from ..edits.kinds import KINDS, Edit, Kind
 from .module_facts import output_width
 
 __all__ = ["NaiveEdits", "naive_edit"]
@@ -41,14 +41,16 @@ class NaiveEdits:
         ]
 
     def _hook(self, parts: dict[str, nn.Parameter]) -> Callable[[nn.Module, object, Any], Any]:
-        formula = self._kind.formula
+        kind = self._kind
 
         def hook(module: nn.Module, arguments: object, output: Any) -> Any:
             if not self.active:
                 return output
             if isinstance(output, tuple):
                 return hook(module, arguments, output[0]), *output[1:]
-            return formula(output, parts).to(output.dtype)
+            if kind.kernel is None:  # its formula is written for fp32
+                return Edit(kind, parts).plain(output)
+            return kind.formula(output, parts).to(output.dtype)
 
         return hook
 

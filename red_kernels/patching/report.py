@@ -20,7 +20,7 @@ class SiteReport:
     Attributes:
         site: the module's dotted name.
         width: of its output.
-        fused: what the edit shares one pass with (`"residual add + RMSNorm of the next layer"`), or None.
+        fused: what the edit shares one pass with (`"residual add + next layer's RMSNorm"`), or None.
         reason: why it is not fused, or not with more; empty where there is nothing to say.
     """
 

@@ -47,6 +47,8 @@ def test_it_is_listed_and_shown() -> None:
     shown = io.StringIO()
     show_info(Console(file=shown, width=200))
     assert "available; for playing" in shown.getvalue()
+    if cpu.load_error() is None:
+        assert re.search(r"toy: float32\W+cpu: bfloat16, float16", shown.getvalue())
     assert implementations(backends.by_name("toy")) == (Implementation("toy"),)
 
 
@@ -134,6 +136,8 @@ def test_a_backend_that_is_missing_says_why() -> None:
     with pytest.raises(RuntimeError, match=r"rk\.backend: the backend 'none' is missing: it is not built; remedy"):
         rk.backend("none").__enter__()
     assert implementations(backends.by_name("none")) == ()
+    backends.register_backend(Backend("gone", reference, lambda: "not here", lambda x: None, "cpu"))
+    assert backends.choose(torch.ones(2, 3), "edit").name == "toy"
 
 
 @pytest.mark.parametrize(
@@ -146,6 +150,8 @@ def test_a_backend_that_is_missing_says_why() -> None:
             r"record: got the name 'cpu', expected one that no other has, none of 'triton', ",
         ),
         ({"name": ""}, ValueError, "record: got the name ''"),
+        ({"device": "cpu:0"}, ValueError, "record: 'new' has the device 'cpu:0', expected a type such as 'cpu'"),
+        ({"missing": None}, TypeError, "record: missing of 'new' is None, expected a function"),
         ({"device": None}, ValueError, "record: 'new' is automatic for no device, expected a device such as 'cpu'"),
         (
             {"operations": SimpleNamespace(edit_forward=reference.edit_forward)},
@@ -158,7 +164,7 @@ def test_what_is_no_backend_is_refused(record: Any, error: type[Exception], said
     before = backends.records()
     if isinstance(record, dict):
         given = {"name": "new", "operations": reference, "device": "cpu"} | record
-        record = Backend(missing=lambda: None, unsupported=lambda x: None, **given)
+        record = Backend(**{"missing": lambda: None, "unsupported": lambda x: None} | given)
     with pytest.raises(error, match=said):
         rk.register_backend(record)
     assert backends.records() == before

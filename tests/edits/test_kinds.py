@@ -77,6 +77,22 @@ def test_as_the_formula_by_hooks(kind: str) -> None:
                 torch.testing.assert_close(found[site][part].grad, vector.grad)
 
 
+@pytest.mark.parametrize("kind", ["curved", "matrix"])
+def test_a_formula_has_fp32_whatever_the_model_has(kind: str) -> None:
+    register_kind(
+        Kind(
+            "matrix", (Part("matrix", 0.1, lambda width: (width, width)),), lambda h, v: h + h @ v["matrix"], "h + h M"
+        )
+    )
+    model, plain = trained(kind).bfloat16(), zoo.tiny("llama").bfloat16()
+    found = edit_parameters(model)
+    with naive_edit(plain, found, kind) as naive:
+        for site, parts in naive.parameters.items():
+            for part, vector in parts.items():
+                vector.data.copy_(found[site][part])
+        assert torch.equal(logits(model), logits(plain))
+
+
 @pytest.mark.parametrize("kind", [*OURS, *TOYS])
 def test_the_start_is_the_identity_or_the_kind_says_so(kind: str) -> None:
     model = zoo.tiny("llama")
@@ -241,7 +257,21 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (replace(toy_kinds.CURVED, name="new", parts=()), ValueError, "expected at least one, none twice"),
         (replace(toy_kinds.CURVED, name="new", parts=(Part("a.b"),)), ValueError, "a part named 'a.b'"),
         (replace(toy_kinds.CURVED, name="new", parts=(Part("frozen"),)), ValueError, "a part named 'frozen'"),
-        (replace(toy_kinds.CURVED, name="new", parts=(Part("scale", 0.5),)), ValueError, "with another start or shape"),
+        (
+            replace(toy_kinds.CURVED, name="new", parts=(Part("scale", 0.5),)),
+            ValueError,
+            "with another start, shape, key",
+        ),
+        (replace(toy_kinds.CURVED, name="new", parts=(Part("width"),)), ValueError, "a part named 'width'"),
+        (replace(toy_kinds.CURVED, name="new", parts=(Part("forward"),)), ValueError, "a part named 'forward'"),
+        (replace(toy_kinds.CURVED, name="new", parts=(Part("default"),)), ValueError, "a part named 'default'"),
+        (replace(toy_kinds.CURVED, name="new", parts=[Part("curve")]), TypeError, "expected a tuple of"),
+        (replace(toy_kinds.CURVED, name="new", formula=None), TypeError, "got the formula None"),
+        (
+            replace(toy_kinds.CURVED, name="new", kernel="affine"),
+            ValueError,
+            r"the vectors \['curve'\], expected some of scale",
+        ),
         (replace(toy_kinds.CURVED, name="new", kernel="cubic"), ValueError, "kernel 'cubic', expected None or one of"),
     ],
 )
