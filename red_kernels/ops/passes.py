@@ -1,6 +1,7 @@
 """Forward and backward of each pair of operations on bundles: what is saved and what is asked for.
 
-The only arithmetic here is the products of a linear layer's backward. ``ctx`` is the context of a ``torch.autograd.Function``; :mod:`red_kernels.ops.autograd` has these.
+The only arithmetic here is the products of a linear layer's backward. ``ctx`` is the context of a
+``torch.autograd.Function``; :mod:`red_kernels.ops.autograd` has these.
 """
 
 from __future__ import annotations
