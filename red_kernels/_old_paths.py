@@ -16,7 +16,7 @@ from typing import Any
 # What a module is now; several, where its names are in several now.
 _MODULES = {
     "authors": "checkpoints.authors",
-    "autograd": "ops.autograd",
+    "autograd": "ops.autograd ops.passes",
     "backends.native": "backends.cpu",
     "backends.operators": "backends.schemas",
     "blocks": "edits.blocks",
@@ -31,16 +31,28 @@ _MODULES = {
     "integrations.convert": "checkpoints.convert",
     "integrations.data": "finetune.data",
     "integrations.finetune": "finetune.job",
+    "integrations.head": "finetune.head",
     "integrations.info": "info",
+    "integrations.measure": "finetune.measure",
     "integrations.merged_folder": "merging.folder",
+    "integrations.output_folder": "support.output_folder",
+    "integrations.peft_folder": "checkpoints.peft_folder",
+    "integrations.progress": "finetune.progress",
+    "integrations.report": "finetune.report",
+    "integrations.resume": "finetune.resume",
+    "integrations.run_folder": "finetune.run_folder",
     "merge": "merging.merge merging.report",
     "merge_report": "merging.report",
     "models.compose": "fusion.compose",
+    "models.fingerprint": "fusion.fingerprint",
     "models.handoff": "fusion.handoff",
+    "models.linears": "merging.linears",
     "models.norms": "fusion.norms",
+    "module_facts": "patching.module_facts edits.find",
     "naive": "patching.naive",
+    "next_norm": "patching.next_norm patching.sites patching.recognise",
     "patch": "patching.patch edits.find",
-    "patched": "patching.classes",
+    "patched": "patching.classes patching.recognise",
     "plan": "patching.plan patching.sites",
     "pretrained": "patching.pretrained",
     "recompute": "edits.recompute",
@@ -76,6 +88,8 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
+    _own: ModuleSpec | None = None  # also where a module is loaded again
+
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = _module(spec.name)
         self._own = module.__spec__

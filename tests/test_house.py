@@ -35,6 +35,7 @@ OLD_NAMES = {
     "edit_module": ("RedEdit", "EditVectors", "Gate", "edit_hook", "call_unedited", "edited_output", "NAME"),
     "functional": ("edit", "EditAddRMSNormFunction"),
     "integrations.convert": ("convert",),
+    "integrations.head": ("train_head",),
     "merge": ("merge", "unmerge", "MergeReport"),
     "models.compose": ("add", "add_then_norm", "edit_add_to_next", "edit_then_norm"),
     "naive": ("naive_edit",),
@@ -134,6 +135,8 @@ def test_every_old_name_is_there_and_stands_for_the_module_of_now() -> None:
     assert inspect.isfunction(rk.merge)
     with pytest.raises(AttributeError, match=r"module 'red_kernels\.edit_module' has no attribute 'nothing'"):
         _ = importlib.import_module("red_kernels.edit_module").nothing
+    with pytest.raises(AttributeError):
+        _ = importlib.reload(importlib.import_module("red_kernels.edit_module")).nothing
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("red_kernels.never_was")
 

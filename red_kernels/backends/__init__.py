@@ -117,6 +117,8 @@ def register_backend(record: Backend) -> None:
     """
     if not isinstance(record, Backend):
         raise TypeError(f"record: got {type(record).__name__}, expected a red_kernels.backends.Backend")
+    if not isinstance(record.name, str):
+        raise TypeError(f"record: got the name {record.name!r}, expected a string")
     if not record.name or record.name in _known.by_name:
         taken = ", ".join(map(repr, _known.by_name))
         raise ValueError(f"record: got the name {record.name!r}, expected one that no other has, none of {taken}")
@@ -128,6 +130,8 @@ def register_backend(record: Backend) -> None:
         raise ValueError(f"record: {record.name!r} has the device {record.device!r}, expected a type such as 'cpu'")
     if record.automatic and record.device is None and record.operations is not None:
         raise ValueError(f"record: {record.name!r} is automatic for no device, expected a device such as 'cpu'")
+    if record.operations is None and record.missing() is None:
+        raise ValueError(f"record: {record.name!r} has no operations, and `missing` does not say why")
     lacking = [name for name in NAMES if not callable(getattr(record.operations, name, None))]
     if record.operations is not None and lacking:
         raise ValueError(f"record: the operations of {record.name!r} lack {', '.join(lacking)}")

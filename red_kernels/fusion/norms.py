@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -96,7 +97,10 @@ def norm_arguments(norm: nn.Module, x: Tensor, residual: Tensor | None, own: Red
         return None
     if dtype is not torch.float32 and torch.is_autocast_enabled(x.device.type):
         return None  # autocast runs norms in fp32
-    return Norm(parameters["weight"], bias, getattr(norm, spec.eps), spec.offset, spec.centered)
+    eps = getattr(norm, spec.eps)
+    if type(eps) not in (float, int) or not 0.0 <= eps < math.inf:  # it may be a tensor, trained or not
+        return None
+    return Norm(parameters["weight"], bias, eps, spec.offset, spec.centered)
 
 
 def is_dense(x: Tensor) -> bool:
@@ -115,6 +119,7 @@ def _is_plain(vector: Tensor | None, x: Tensor, dtype: torch.dtype) -> bool:
     kind = type(vector)
     return (
         (kind is nn.Parameter or kind is Tensor)
+        and vector.layout is torch.strided
         and vector.dtype == dtype
         and vector.device == x.device
         and vector.shape == x.shape[-1:]

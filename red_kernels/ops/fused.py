@@ -30,8 +30,7 @@ from .passes import plain_only
 
 __all__ = ["drawn_dropout", "edit", "edit_add", "edit_add_norm", "norm_edit"]
 
-_tracing = torch.compiler.is_compiling
-# torch.compile traces the Functions whose arguments are one by one: it does not see tensors inside of a tuple.
+# For calls that nobody traces: what traces sees no tensors inside of a tuple, and takes them for constants.
 _edit, _edit_norm, _norm_edit = map(direct, (BundledEditFunction, BundledEditNormFunction, BundledNormEditFunction))
 
 
@@ -40,7 +39,7 @@ def edit(x: Tensor, own: Edit) -> Tensor:
     scale, bias, ids, _, _ = flat_edit(own)
     if plain_only(x, scale, bias):
         return reference.edit_forward(x, None, own)
-    if _tracing():
+    if _traced():
         return EditFunction.apply(x, scale, bias, ids)
     return _edit(x, None, scale, bias, own)
 
@@ -52,7 +51,7 @@ def edit_add(x: Tensor, residual: Tensor | None, own: Edit) -> Tensor:
     scale, bias, *rest = flat_edit(own)
     if plain_only(x, residual, scale, bias):
         return reference.edit_forward(x, residual, own)
-    if _tracing():
+    if _traced():
         return EditAddFunction.apply(x, residual, scale, bias, *rest)
     return _edit(x, residual, scale, bias, own)
 
@@ -67,7 +66,7 @@ def edit_add_norm(
     weight, norm_bias, eps, offset, centered = norm
     if plain_only(x, residual, scale, bias, weight, norm_bias):
         return reference.edit_norm_forward(x, residual, own, norm, need_z)[:2]
-    if not _tracing():
+    if not _traced():
         return _edit_norm(x, residual, scale, bias, weight, norm_bias, own, norm, need_z)
     if centered:
         return EditAddLayerNormFunction.apply(x, residual, scale, bias, weight, norm_bias, ids, seed, p, eps, need_z)
@@ -80,11 +79,16 @@ def norm_edit(x: Tensor, norm: Norm, own: Edit) -> Tensor:
     weight, norm_bias, eps, offset, centered = norm
     if plain_only(x, weight, norm_bias, scale, bias):
         return reference.norm_edit_forward(x, norm, own)[0]
-    if not _tracing():
+    if not _traced():
         return _norm_edit(x, weight, norm_bias, scale, bias, norm, own)
     if centered:
         return LayerNormEditFunction.apply(x, weight, norm_bias, scale, bias, ids, eps)
     return RMSNormEditFunction.apply(x, weight, scale, bias, ids, eps, offset)
+
+
+def _traced() -> bool:
+    """Whether torch.compile or torch.jit.trace is looking."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def drawn_dropout(p: float, training: bool, like: Tensor) -> Dropout | None:

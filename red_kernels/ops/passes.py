@@ -199,8 +199,8 @@ def _as(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return gradient if gradient is None or gradient.dtype == dtype else gradient.to(dtype)
 
 
-def derivative(ctx: Any, backward: Any, grads: Gradients) -> Gradients:
-    """Run a backward, recorded where that can be.
+def derivative(ctx: Any, backward: Any, grads: Gradients, name: str = "") -> Gradients:
+    """Run a backward, recorded where that can be; ``name`` is that of the public Function, if ``ctx`` is another's.
 
     The reference's is plain PyTorch, which autograd records under ``create_graph=True``, and which takes tangents. The
     kernels' results are marked under ``create_graph=True``, so that differentiating them again says why not.
@@ -213,7 +213,7 @@ def derivative(ctx: Any, backward: Any, grads: Gradients) -> Gradients:
         return backward(ctx, backend, saved, *grads)
     with torch.no_grad():
         found = backward(ctx, backend, saved, *grads)
-    name = type(ctx).__name__.removesuffix("Backward").removeprefix("Bundled")
+    name = name or type(ctx).__name__.removesuffix("Backward")
     # The mark hangs on all that the gradients depend on, so that no way to a second derivative goes past it.
     on = [t for t in (*grads, *saved) if t is not None and t.requires_grad]
     return tuple(None if g is None else _SecondDerivative.apply(name, g.detach(), *on) for g in found)

@@ -151,6 +151,8 @@ def test_a_backend_that_is_missing_says_why() -> None:
         ),
         ({"name": ""}, ValueError, "record: got the name ''"),
         ({"device": "cpu:0"}, ValueError, "record: 'new' has the device 'cpu:0', expected a type such as 'cpu'"),
+        ({"name": 5}, TypeError, "record: got the name 5, expected a string"),
+        ({"operations": None}, ValueError, "record: 'new' has no operations, and `missing` does not say why"),
         ({"missing": None}, TypeError, "record: missing of 'new' is None, expected a function"),
         ({"device": None}, ValueError, "record: 'new' is automatic for no device, expected a device such as 'cpu'"),
         (

@@ -17,6 +17,8 @@ from torch import nn
 import red_kernels as rk
 from red_kernels.backends import cpu
 from red_kernels.edits.module import RedEdit
+from red_kernels.fusion.compose import add, add_then_norm
+from red_kernels.fusion.norms import norm_arguments
 from red_kernels.ops import checks
 
 PACKAGE = str(Path(rk.__file__).parent)
@@ -113,10 +115,39 @@ def test_vectors_that_do_not_fit_are_named_before_a_kernel_reads_them(name: str,
         model(**zoo.inputs(name))
 
 
+@pytest.mark.parametrize("eps", [torch.tensor(0.1), nn.Parameter(torch.tensor(0.1)), -1e-3, float("nan"), "0.1"])
+def test_a_norm_whose_epsilon_is_no_number_computes_itself(eps: Any) -> None:
+    norm = nn.LayerNorm(8)
+    x = torch.randn(4, 8)
+    assert norm_arguments(norm, x, None) is not None
+    norm.__dict__["eps"] = eps
+    assert norm_arguments(norm, x, None) is None
+    norm.__dict__["eps"] = 0
+    assert norm_arguments(norm, x, None) is not None
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("edits", [None, 3])
+def test_a_trace_of_torch_jit_takes_other_vectors(operation: str, edits: int | None) -> None:
+    """And other ids: they are no constants."""
+
+    def draw(seed: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+        tensors = arguments(operation, (3, 8), edits=edits, seed=seed)
+        ids = torch.randint(0, 3, (3,), generator=torch.Generator().manual_seed(seed))
+        return [tensors[name] for name in ARGUMENTS[operation]], ids
+
+    def run(ids: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        found = getattr(rk, operation)(*values, edit_ids=None if edits is None else ids)
+        return found[0] if isinstance(found, tuple) else found
+
+    values, ids = draw(0)
+    traced = torch.jit.trace(run, (ids, *values), check_trace=False)
+    others, other_ids = draw(1)
+    assert torch.equal(traced(other_ids, *others), run(other_ids, *others))
+
+
 def test_a_residual_that_does_not_fit_is_added_as_torch_adds_it() -> None:
     """No fused operation reads beyond its end."""
-    from red_kernels.fusion.compose import add, add_then_norm
-
     norm, x = nn.LayerNorm(8), torch.randn(4, 8)
     for residual in (torch.randn(1, 8), torch.randn(8)):
         assert torch.equal(add(x, residual), residual + x)
