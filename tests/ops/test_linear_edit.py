@@ -168,11 +168,12 @@ def test_a_row_without_an_edit_is_nan(absent: tuple[str, ...]) -> None:
     tensors = _tensors(7, 70, 40, edits=3) | dict.fromkeys(absent)
     x, weight, linear_bias, scale, bias, residual = (None if t is None else t.to(device) for t in tensors.values())
     ids = torch.tensor([0, 3, 1, -1, 2, 2**40, 2], device=device)
-    z = linear.run(x, weight, linear_bias, residual, scale, bias, ids)
+    z = linear.run(x, weight, linear_bias, residual, affine_edit(scale, bias, ids))
     wrong = torch.tensor([1, 3, 5])
     assert bool(z[wrong].isnan().all())
     right = torch.tensor([0, 2, 4, 6])
-    assert torch.equal(z[right], linear.run(x, weight, linear_bias, residual, scale, bias, ids.clamp(0, 2))[right])
+    clamped = affine_edit(scale, bias, ids.clamp(0, 2))
+    assert torch.equal(z[right], linear.run(x, weight, linear_bias, residual, clamped)[right])
     assert not z[right].isnan().any()
 
 
