@@ -93,9 +93,9 @@ def test_kernels_are_chosen() -> None:
         for operation in ("edit", "edit_norm", "norm_edit", "linear_edit"):
             row = choice.preferred(operation, shape[0] * shape[1], shape[1], capability)
             for dtype in DTYPES:
-                chosen = backends.choose(torch.empty(shape, device=DEVICE, dtype=dtype), operation).NAME
+                chosen = backends.choose(torch.empty(shape, device=DEVICE, dtype=dtype), operation).name
                 assert chosen == (row.backend if found[row.backend] is None else "triton"), (shape, operation, dtype)
-    assert backends.choose(torch.ones(3, 5, device=DEVICE, dtype=torch.float64), "edit").NAME == "reference"
+    assert backends.choose(torch.ones(3, 5, device=DEVICE, dtype=torch.float64), "edit").name == "reference"
 
 
 def test_the_library_was_built_for_this_gpu() -> None:
