@@ -246,7 +246,7 @@ class BundledEditFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
-        dx, dscale, dbias = derivative(ctx, edit_backward, grads, "EditAddFunction")
+        dx, dscale, dbias = derivative(ctx, edit_backward, grads)
         return dx, grads[0] if ctx.needs_input_grad[1] else None, dscale, dbias, None
 
 
@@ -273,8 +273,7 @@ class BundledEditNormFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
-        name = f"EditAdd{_title(ctx)}Function"
-        return *derivative(ctx, edit_norm_backward, grads, name), None, None, None
+        return *derivative(ctx, edit_norm_backward, grads), None, None, None
 
 
 class BundledNormEditFunction(Function):
@@ -295,12 +294,7 @@ class BundledNormEditFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
-        return *derivative(ctx, norm_edit_backward, grads, f"{_title(ctx)}EditFunction"), None, None
-
-
-def _title(ctx: Any) -> str:
-    _, _, centered = ctx.norm
-    return "LayerNorm" if centered else "RMSNorm"
+        return *derivative(ctx, norm_edit_backward, grads), None, None
 
 
 def direct(function: Any) -> Callable[..., Any]:

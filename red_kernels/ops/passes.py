@@ -20,6 +20,7 @@ from ..backends.reference import statistics
 _transforms_active = torch._C._are_functorch_transforms_active
 Saved = tuple[Any, ...]  # what save_for_backward was given
 Gradients = tuple[Tensor | None, ...]
+_made: Any = tuple.__new__  # of a NamedTuple, without a call of Python
 FlatEdit = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -127,7 +128,7 @@ def edit_norm_backward(ctx: Any, backend: Backend, saved: Saved, dy: Tensor | No
             return None, None, None, None, None, None
         dx, dscale, dbias = _edit_grads(ctx, backend, dz, x, edit, (needs[0], needs[2], needs[3]))
         return dx, dz if needs[1] else None, dscale, dbias, None, None
-    norm, found = Norm(weight, None, *ctx.norm), Statistics(mean, rstd)
+    norm, found = _made(Norm, (weight, None, *ctx.norm)), _made(Statistics, (mean, rstd))
     if torch.is_grad_enabled():  # recorded: the statistics depend on what they were taken of
         found = statistics(z, x, residual, edit, norm)
     unchanged = needs[0] and _leaves(edit)  # dx and dresidual are one tensor: write it once
@@ -159,7 +160,8 @@ def norm_edit_backward(ctx: Any, backend: Backend, saved: Saved, dy: Tensor | No
     if dy is None or not any(ctx.needs):
         return None, None, None, None, None
     x, weight, norm_bias, scale, edit_ids, mean, rstd = saved
-    norm, edit, found = Norm(weight, norm_bias, *ctx.norm), edit_of(scale, None, edit_ids), Statistics(mean, rstd)
+    norm, edit = _made(Norm, (weight, norm_bias, *ctx.norm)), edit_of(scale, None, edit_ids)
+    found = _made(Statistics, (mean, rstd))
     if torch.is_grad_enabled():
         found = statistics(x, None, None, edit, norm)
     dx, dweight, dnorm_bias, dscale, dbias = backend.operations.norm_edit_backward(
@@ -199,8 +201,8 @@ def _as(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return gradient if gradient is None or gradient.dtype == dtype else gradient.to(dtype)
 
 
-def derivative(ctx: Any, backward: Any, grads: Gradients, name: str = "") -> Gradients:
-    """Run a backward, recorded where that can be; ``name`` is that of the public Function, if ``ctx`` is another's.
+def derivative(ctx: Any, backward: Any, grads: Gradients) -> Gradients:
+    """Run a backward, recorded where that can be.
 
     The reference's is plain PyTorch, which autograd records under ``create_graph=True``, and which takes tangents. The
     kernels' results are marked under ``create_graph=True``, so that differentiating them again says why not.
@@ -213,10 +215,21 @@ def derivative(ctx: Any, backward: Any, grads: Gradients, name: str = "") -> Gra
         return backward(ctx, backend, saved, *grads)
     with torch.no_grad():
         found = backward(ctx, backend, saved, *grads)
-    name = name or type(ctx).__name__.removesuffix("Backward")
+    name = _public_name(ctx)
     # The mark hangs on all that the gradients depend on, so that no way to a second derivative goes past it.
     on = [t for t in (*grads, *saved) if t is not None and t.requires_grad]
     return tuple(None if g is None else _SecondDerivative.apply(name, g.detach(), *on) for g in found)
+
+
+def _public_name(ctx: Any) -> str:
+    """The name of the public Function that does what the Function of ``ctx`` does."""
+    name = type(ctx).__name__.removesuffix("Backward")
+    if not name.startswith("Bundled"):
+        return name
+    if name == "BundledEditFunction":
+        return "EditAddFunction"
+    title = "LayerNorm" if ctx.norm[-1] else "RMSNorm"
+    return f"EditAdd{title}Function" if name == "BundledEditNormFunction" else f"{title}EditFunction"
 
 
 class _SecondDerivative(Function):
