@@ -1,12 +1,13 @@
 """Modules by the names that they had, for the imports of other code and for pickles.
 
-Only what documents, pickles or other packages have named is kept: modules whose names began with `_` are not.
+Modules whose names began with `_` are not kept, nor those of the search for launch rules.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -111,3 +112,12 @@ def keep() -> None:
     for old in _FUNCTIONS:
         sys.modules[f"{_PACKAGE}.{old}"] = _module(f"{_PACKAGE}.{old}")
     sys.meta_path.append(_Finder())
+    for package in {f"{_PACKAGE}.{old}".rpartition(".")[0] for old in _MODULES}:
+        import_module(package).__dict__["__getattr__"] = partial(_attribute, package)
+
+
+def _attribute(package: str, name: str) -> ModuleType:
+    """A module by its old name, where only the package was imported."""
+    if f"{package}.{name}".removeprefix(f"{_PACKAGE}.") in _MODULES:
+        return import_module(f"{package}.{name}")
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")

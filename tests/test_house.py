@@ -133,6 +133,11 @@ def test_every_old_name_is_there_and_stands_for_the_module_of_now() -> None:
             assert all(hasattr(module, name) for name in getattr(now, "__all__", ()))
     assert inspect.isfunction(rk.patch)
     assert inspect.isfunction(rk.merge)
+    assert rk.edit_module is importlib.import_module("red_kernels.edit_module")  # type: ignore[attr-defined]
+    assert rk.models.compose is sys.modules["red_kernels.fusion.compose"]  # type: ignore[attr-defined]
+    assert rk.backends.native is rk.backends.cpu  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="module 'red_kernels' has no attribute 'nothing'"):
+        _ = rk.nothing  # type: ignore[attr-defined]
     with pytest.raises(AttributeError, match=r"module 'red_kernels\.edit_module' has no attribute 'nothing'"):
         _ = importlib.import_module("red_kernels.edit_module").nothing
     with pytest.raises(AttributeError):

@@ -109,7 +109,7 @@ def register_backend(record: Backend) -> None:
 
     Args:
         record: with a name that no other has. If it is ``automatic``, tensors on its device go to it before all others
-            that were there.
+            that were there; one that is missing now is not asked again.
 
     Raises:
         TypeError: it is no `Backend`, or a field of it is no function.

@@ -22,6 +22,7 @@ import torch
 
 from .._version import __version__
 from ..edits.config import RedConfig
+from ..edits.kinds import KINDS
 from ..support.files import locked
 from ..support.text import listed
 from .vectors import SiteTensors, checked_tensor, collect, split_key
@@ -143,8 +144,7 @@ def make_saved(
         "dtype": str(config.dtype).removeprefix("torch."),
         "inner_prefix": prefix,
         "sites": {
-            site: {"width": next(iter(parts.values())).shape[-1], "vectors": list(parts)}
-            for site, parts in vectors.items()
+            site: {"width": KINDS[config.kind].width(parts), "vectors": list(parts)} for site, parts in vectors.items()
         },
         "head": None,
     }

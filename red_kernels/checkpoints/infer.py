@@ -47,12 +47,14 @@ def kind_of(source: Path, vectors: SiteTensors) -> str:
                 f"{source}: {first} has {listed(list(vectors[first]))} and {site} has {listed(list(parts))}; all sites "
                 "have to be of one kind"
             )
-        widths = {part: value.shape[0] for part, value in parts.items() if value.ndim == 1}
-        if len(set(widths.values())) > 1:
-            raise ValueError(f"{source}: the vectors of {site} differ in width: {widths}")
     kind = kind_with(vectors[first])
     if kind is None:
         raise ValueError(f"{source}: no kind of edit has {listed(list(vectors[first]))} alone; kinds: {_kinds()}")
+    for site, parts in vectors.items():
+        try:
+            kind.width(parts)
+        except ValueError as error:
+            raise ValueError(f"{source}: the vectors of {site} {error}") from None
     return kind.name
 
 
@@ -132,8 +134,9 @@ def config_from_model(
             reasons[name] = f"in the checkpoint only: {listed(there)}; in the model only: {listed(missing)}"
             continue
         for site, to in mapping.items():
-            width = next(iter(vectors[site].values())).shape[0]
-            if width != widths[to]:
+            edited = kind_with(vectors[site])
+            width = None if edited is None else edited.width(vectors[site])
+            if width not in (None, widths[to]):
                 raise ValueError(f"{source}: {site} has width {width}, {to} in the {type(model).__name__} {widths[to]}")
         found[name] = config, mapping
     if len(found) > 1:

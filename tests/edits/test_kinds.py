@@ -119,6 +119,46 @@ def test_saved_and_loaded(kind: str, tmp_path: Path) -> None:
         rk.export_authors(model, tmp_path / "theirs")
 
 
+GAINED = Kind(
+    "gained",
+    (
+        Part("gain", 0.0, lambda width: (1,)),
+        Part("rows", 0.5, lambda width: (width, 2)),
+        Part("level", 0.0, lambda w: ()),
+    ),
+    lambda h, v: h + v["gain"] * h + h @ v["rows"] @ v["rows"].T * v["level"],
+    "a kind whose parts have shapes of their own",
+)
+
+
+def test_parts_of_any_shape_are_saved_and_converted(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from peft import get_peft_model
+
+    from red_kernels.checkpoints.convert import convert
+    from red_kernels.integrations.peft import RedPeftConfig
+
+    register_kind(GAINED)
+    model = trained("gained")
+    rk.save_edits(model, tmp_path / "edits")
+    other = zoo.tiny("llama")
+    rk.patch(other, rk.saved_config(tmp_path / "edits"))
+    rk.load_edits(other, tmp_path / "edits")
+    assert torch.equal(logits(other), logits(model))
+    get_peft_model(zoo.tiny("llama"), RedPeftConfig(kind="gained")).save_pretrained(tmp_path / "peft")
+    zoo.tiny("llama").save_pretrained(tmp_path / "base")
+    convert(tmp_path / "peft", tmp_path / "converted", model=str(tmp_path / "base"))
+    assert rk.saved_config(tmp_path / "converted").kind == "gained"
+
+
+def test_a_width_is_told_from_all_shapes() -> None:
+    found = {part.name: torch.ones(part.shape(6)) for part in GAINED.parts}
+    assert GAINED.width(found) == 6
+    assert GAINED.width({"gain": torch.ones(1)}) is None  # as for every width
+    with pytest.raises(ValueError, match=r"differ in width: \{'gain': 1, 'rows': \(5, 3\), 'level': \(\)\}"):
+        GAINED.width(found | {"rows": torch.ones(5, 3)})
+
+
 @pytest.mark.parametrize("kind", TOYS)
 def test_copied_and_pickled(kind: str) -> None:
     model = trained(kind)
@@ -268,6 +308,11 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
             replace(toy_kinds.CURVED, name="new", kernel="affine"),
             ValueError,
             r"the vectors \['curve'\], expected some of scale",
+        ),
+        (
+            replace(toy_kinds.CURVED, name="new", formula=lambda h, v: h),
+            ValueError,
+            "parts of 'curved' and another form",
         ),
         (replace(toy_kinds.CURVED, name="new", kernel="cubic"), ValueError, "kernel 'cubic', expected None or one of"),
     ],

@@ -84,6 +84,25 @@ class Kind:
     def __reduce__(self) -> tuple[Callable[[str], Kind], tuple[str]]:
         return kind_named, (self.name,)  # formulas may be of any make, and a copy is the same kind
 
+    def width(self, vectors: Vectors) -> int | None:
+        """The width of the output that vectors of these shapes are for; None where they fit every width.
+
+        Raises:
+            ValueError: they fit none.
+        """
+        held = ((part, vectors.get(part.name)) for part in self.parts)
+        shapes = {part: tuple(vector.shape) for part, vector in held if vector is not None}
+
+        def fit(width: int) -> bool:
+            return all(tuple(part.shape(width)) == shape for part, shape in shapes.items())
+
+        sizes = dict.fromkeys(size for shape in shapes.values() for size in shape)
+        found = [size for size in (*sizes, 1) if fit(size)]
+        if not found:
+            shown = {part.name: shape[0] if len(shape) == 1 else shape for part, shape in shapes.items()}
+            raise ValueError(f"differ in width: {shown}")
+        return None if fit(found[0] + 1) else found[0]
+
     def needs_bias(self, width: int) -> bool:
         """Whether a linear layer without a bias gets one when this edit is merged into it."""
         if self.fold is None:

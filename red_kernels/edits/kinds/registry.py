@@ -27,8 +27,9 @@ def register_kind(kind: Kind) -> None:
 
     Raises:
         TypeError: it is no `Kind`, its parts are no tuple of `Part`, or its formula cannot be called.
-        ValueError: its name is taken or empty; it has no parts; a part's name is not valid or is reserved, or another
-            kind has a part of that name with other values; its kernel is not known, or does not take what it is given.
+        ValueError: its name is taken or empty; it has no parts; a part's name is not valid or is reserved; another kind
+            has a part of that name with other values, or all of its parts and another formula; its kernel is not known,
+            or does not take what it is given.
     """
     if not isinstance(kind, Kind):
         raise TypeError(f"kind: got {type(kind).__name__}, expected a red_kernels.edits.kinds.Kind")
@@ -45,6 +46,12 @@ def register_kind(kind: Kind) -> None:
             raise ValueError(f"kind: got a part named {part.name!r}, expected a name that an attribute can have")
         if _PARTS.get(part.name, part) != part:
             raise ValueError(f"kind: another kind has a part {part.name!r} with another start, shape, key or row")
+    same = kind_with(kind.names)
+    if same is not None and same.formula is not kind.formula:
+        raise ValueError(
+            f"kind: {kind.name!r} has the parts of {same.name!r} and another formula; give its parts names of their "
+            "own, as files of PEFT and of RED's authors tell a kind by them"
+        )
     if kind.kernel is not None:
         if kind.kernel not in KERNELS:
             raise ValueError(f"kind: got the kernel {kind.kernel!r}, expected None or one of {', '.join(KERNELS)}")
