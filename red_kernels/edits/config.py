@@ -22,6 +22,7 @@ POSITIONS: dict[str, tuple[str, ...]] = {
     "res_with_attn": ("attn_res", "res"),
     "more": ("qkv", "attn", "ffn"),
 }
+STACKS = ("text", "vision", "audio", "encoder", "decoder", "other", "all")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -46,6 +47,9 @@ class RedConfig:
             edited (`"*.mlp.down_proj"`; `*` matches dots too). Kept as a tuple. Not together with `layers`.
         train_head: keep the model's head trainable beside the edits, in fp32: all that lies outside of its base model.
             A head that was drawn at random while loading needs this; by default it is frozen, and the report names it.
+        stacks: which stacks of layers are edited where a model has several: `"text"`, `"vision"`, `"audio"`,
+            `"encoder"`, `"decoder"` or `"other"`, several of them, or `"all"`. None: those of text, the encoder's and
+            the decoder's; all in a model without any.
 
     Raises:
         ValueError, TypeError: a value out of those named here.
@@ -57,6 +61,7 @@ class RedConfig:
     dtype: torch.dtype = torch.float32
     sites: str | Iterable[str] | None = field(default=None)
     train_head: bool = False
+    stacks: str | Iterable[str] | None = None
 
     def __post_init__(self) -> None:
         if self.position not in tuple(POSITIONS):
@@ -71,6 +76,10 @@ class RedConfig:
             raise ValueError("layers and sites: got both, expected one; sites= names the modules by itself")
         if self.layers is not None:
             object.__setattr__(self, "layers", _indices(self.layers))
+        if self.stacks is not None and self.sites is not None:
+            raise ValueError("stacks and sites: got both, expected one; sites= names the modules by itself")
+        if self.stacks is not None:
+            object.__setattr__(self, "stacks", _stacks(self.stacks))
         if self.sites is not None:
             object.__setattr__(self, "sites", _patterns(self.sites))
 
@@ -108,6 +117,15 @@ def _indices(layers: Iterable[int]) -> tuple[int, ...]:
     if len(set(found)) != len(found):
         raise ValueError(f"layers: got {shown(found)}, in which a layer comes twice")
     return tuple(sorted(found))
+
+
+def _stacks(stacks: str | Iterable[str]) -> tuple[str, ...]:
+    if not isinstance(stacks, Iterable):
+        raise TypeError(f"stacks: got {shown(stacks)}, expected one of {_listed(STACKS)}, or several")
+    found = (stacks,) if isinstance(stacks, str) else tuple(checked_count(stacks, "stacks"))
+    if not found or not all(isinstance(stack, str) and stack in STACKS for stack in found):
+        raise ValueError(f"stacks: got {shown(stacks)}, supported: {_listed(STACKS)}, or several")
+    return found
 
 
 def _patterns(sites: str | Iterable[str]) -> tuple[str, ...]:

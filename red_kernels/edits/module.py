@@ -29,13 +29,15 @@ class RedEdit(EditBank):
 
     Attributes:
         of_tuple: whether the site may return a tuple, of which the first is edited, as layers do.
-        inside: whether no hook can apply the edit, only the forward of the layer.
+        inside: whether the edit is of the sum that the site's output becomes a part of.
+        place: in its layer, as in `models.family.PLACES`; empty where that is not known.
         watched: whether somebody asks, by `take_reached`, whether the edits have run.
         seen: whether it was said, or need not be, that they have never run.
     """
 
     of_tuple = False
     inside = False
+    place = ""
     watched = False
     seen = False
 
@@ -111,7 +113,21 @@ def check_name(name: object) -> None:
         raise ValueError(f"name: got {name!r}, which cannot be the name of an edit; take letters and digits")
 
 
-_TAKEN = ("width", "kind", "parts", "own", "selection", "training", "frozen", "lent", "watched", "seen")
+_TAKEN = (
+    "width",
+    "kind",
+    "parts",
+    "own",
+    "selection",
+    "training",
+    "frozen",
+    "lent",
+    "watched",
+    "seen",
+    "inside",
+    "of_tuple",
+    "place",
+)
 RESERVED.update(_TAKEN, dir(RedEdit))  # a part is an attribute of it
 
 

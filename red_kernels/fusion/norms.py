@@ -1,10 +1,8 @@
-"""The norms a fused operation can stand in for, and when it may."""
+"""When a fused operation may stand in for a norm, and for a tensor."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,38 +10,28 @@ from torch.nn.modules import module as _torch_module
 
 from ..backends.arguments import Norm
 from ..edits.module import NAME, RedEdit, plain_only
-from .fingerprint import fingerprint, forward_of, unwrapped
+from .norm_kinds import NormSpec, could_be_norm, norm_spec
 
-__all__ = ["NormSpec", "globally_hooked", "is_dense", "is_like", "norm_arguments", "norm_spec", "unobserved"]
+__all__ = [
+    "SPEC",
+    "NormSpec",
+    "could_be_norm",
+    "globally_hooked",
+    "is_dense",
+    "is_like",
+    "norm_arguments",
+    "norm_spec",
+    "spec_of",
+    "unobserved",
+]
 
-
-class NormSpec(NamedTuple):
-    """How a norm's class computes: LayerNorm if `centered`, else RMSNorm; where its epsilon is; the weight's offset."""
-
-    centered: bool
-    eps: str
-    offset: float
-
-    @property
-    def title(self) -> str:
-        return "LayerNorm" if self.centered else "RMSNorm"
-
-
-LAYER_NORM = NormSpec(True, "eps", 0.0)
-KNOWN: dict[str, NormSpec] = {}  # by the fingerprint of `forward`; `models/modules.py` has them
-_specs: dict[Callable[..., Any], NormSpec | None] = {}
+SPEC = "_red_kernels_norm"  # the attribute of a patched norm with its `NormSpec`
 
 
-def norm_spec(kind: type[nn.Module]) -> NormSpec | None:
-    """How norms of this class compute, or None for a class that is not known."""
-    current = forward_of(kind)
-    try:
-        return _specs[current]
-    except KeyError:
-        forward = unwrapped(current)
-        found = LAYER_NORM if forward is nn.LayerNorm.forward else KNOWN.get(fingerprint(forward) or "")
-        _specs[current] = found
-        return found
+def spec_of(norm: nn.Module) -> NormSpec | None:
+    """How a patched norm computes; None for any other module."""
+    found: NormSpec | None = norm.__dict__.get(SPEC)
+    return found
 
 
 def globally_hooked() -> bool:
@@ -80,27 +68,35 @@ def norm_arguments(norm: nn.Module, x: Tensor, residual: Tensor | None, own: Red
     It may not where somebody observes the norm or has replaced its `forward`, where the norm's parameters are no plain
     tensors beside `x` (sharded, quantised, offloaded), and where the norm would return another dtype than it gets.
     """
-    spec = norm_spec(type(norm))
+    spec = spec_of(norm)
     if spec is None or not unobserved(norm, own) or globally_hooked() or plain_only():
         return None
-    parameters = norm._parameters
     dtype = x.dtype
     if residual is not None:
         if not is_like(residual, x):
             return None
         if residual.dtype != dtype:
             dtype = torch.promote_types(dtype, residual.dtype)
-    if not is_dense(x) or ("weight" not in parameters) or not _is_plain(parameters["weight"], x, dtype):
+    if not is_dense(x):
         return None
-    bias = parameters.get("bias")
-    if not _is_plain(bias, x, dtype):
-        return None
+    parameters = norm._parameters
+    weight = bias = None
+    if spec.weight:
+        weight = parameters.get(spec.weight)
+        if weight is None or not _is_plain(weight, x, dtype):
+            return None
+    if spec.bias:
+        bias = parameters.get(spec.bias)
+        if bias is not None and not _is_plain(bias, x, dtype):
+            return None
+    if spec.centered and spec.offset:
+        return None  # no kernel adds to the weight of a LayerNorm
     if dtype is not torch.float32 and torch.is_autocast_enabled(x.device.type):
         return None  # autocast runs norms in fp32
-    eps = getattr(norm, spec.eps)
+    eps = spec.epsilon(norm, dtype)
     if type(eps) not in (float, int) or not 0.0 <= eps < math.inf:  # it may be a tensor, trained or not
         return None
-    return Norm(parameters["weight"], bias, eps, spec.offset, spec.centered)
+    return Norm(weight, bias, eps, spec.offset, spec.centered)
 
 
 def is_dense(x: Tensor) -> bool:
@@ -113,9 +109,7 @@ def is_like(residual: Tensor, x: Tensor) -> bool:
     return is_dense(residual) and residual.shape == x.shape and residual.device == x.device
 
 
-def _is_plain(vector: Tensor | None, x: Tensor, dtype: torch.dtype) -> bool:
-    if vector is None:
-        return True
+def _is_plain(vector: Tensor, x: Tensor, dtype: torch.dtype) -> bool:
     kind = type(vector)
     return (
         (kind is nn.Parameter or kind is Tensor)

@@ -19,9 +19,9 @@ from ..edits.config import RedConfig
 from ..edits.find import edit_modules, merge_targets, patched_holders, wrapper_of
 from ..edits.module import RedEdit
 from ..edits.named import active_edit
-from ..fusion.deferral import edit_hook
 from ..fusion.fingerprint import BASE
 from ..fusion.norms import NormSpec, norm_spec
+from ..fusion.site import edit_hook
 from ..patching.module_facts import device_of
 from ..patching.patch import edit_config, patch_with, unpatch
 from ..patching.plan import make_plan
@@ -317,12 +317,12 @@ def _changed_before(owner: nn.Module, module: nn.Module) -> bool:
 def _target(site: str, path: str, model: nn.Module, own: RedEdit, flag: str, users: dict[int, list[str]]) -> _Target:
     owner, module = model.get_submodule(site), model.get_submodule(path)
     kind = type(module).__name__
-    if own.inside or (own.of_tuple and path == site and norm_spec(type(module)) is None):
+    if own.inside or (own.of_tuple and path == site and norm_spec(module) is None):
         raise ValueError(
             f"model: the edit at {site} is of the residual stream, which no layer's weights give; it cannot be merged"
         )
     weight = module._parameters.get("weight")
-    spec = norm_spec(type(module))
+    spec = norm_spec(module)
     if weight is None or (spec is None and weight.dim() != 2):
         raise ValueError(
             f"model: {path} is a {kind} without a weight matrix of its own (a block of experts, or a wrapper such as "

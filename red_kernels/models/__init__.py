@@ -1,48 +1,37 @@
-"""What the patch knows of each architecture: where the sites are, and how a layer's forward is fused.
+"""Where the sites of a model are: found by its structure, for any architecture; and what only names can tell.
 
-Each file describes layers of one shape. A fused forward stands in for a library's forward only where that is recognised
-by its fingerprint; where it is not, the site is edited all the same, unfused. Another package adds a family of its own
-by `register_family`.
+Nothing here says how a model computes: edits are fused with whatever takes them (`fusion/`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
 
-from ..fusion import norms
-from . import classic, decoders, encoders, parallel, t5
-from .description import PLACES, Edits, Family, Layout, Point
-from .modules import NORMS
+from torch import nn
 
-__all__ = [
-    "FAMILIES",
-    "LAYOUTS",
-    "Edits",
-    "Family",
-    "Layout",
-    "Point",
-    "family_of",
-    "register_family",
-]
+from .family import PLACES, Family
+from .structure import Block, FoundSite, blocks_in
+from .table import TABLE
 
-FAMILIES: list[Family] = []
-LAYOUTS: dict[str, Layout] = {}
+__all__ = ["FAMILIES", "Block", "Family", "FoundSite", "blocks_in", "family_of", "register_family", "registered"]
+
+FAMILIES: list[Family] = list(TABLE)  # those of the table, and what others have registered
 _BY_LAYER: dict[str, tuple[str, Family]] = {}  # class name to the end of its module's name, and the family
 
 
 def register_family(family: Family) -> None:
-    """Make the layers of an architecture known to `rk.patch`.
+    """Say where the sites of layers of one class are, instead of leaving it to their structure.
 
-    A family needs no more than the class names of its layers and the paths of its sites; with layouts its edits are
-    fused. Layouts of the families here may be used again under a key of their own (`dataclasses.replace`).
+    .. deprecated:: 0.4
+       The sites of any architecture are found, and every edit is fused that can be. This is for layers whose structure
+       misleads; `RedConfig(sites=...)` names modules without it.
 
     Args:
         family: the description; see `Family`.
 
     Raises:
         TypeError: it is no `Family`.
-        ValueError: a layer's class or a layout's key is known already, a place does not exist or has no site, or a
-            layout has a point elsewhere.
+        ValueError: a layer's class is known already, or a place does not exist or has no site.
     """
     if not isinstance(family, Family):
         raise TypeError(f"family: got {type(family).__name__}, expected a Family")
@@ -58,28 +47,27 @@ def register_family(family: Family) -> None:
         raise ValueError(f"family: got sites for {list(family.sites)}, expected paths for some of {list(PLACES)}")
     if any(isinstance(paths, str) for paths in family.sites.values()):
         raise ValueError(f"family: got sites {family.sites}, expected a tuple of paths for each place")
-    for layout in family.layouts:
-        for point in layout.points:
-            path = ".".join(filter(None, (layout.block, point.site)))
-            if point.place not in Edits._fields or path not in _paths(family.sites.get(point.place, ())):
-                raise ValueError(
-                    f"family: layout {layout.key!r} has a point for {point.place!r} at {path!r}, which is none of the "
-                    f"family's sites that a forward can apply: {family.sites}"
-                )
-    keys = [layout.key for layout in family.layouts]
-    taken = [key for key in keys if key in LAYOUTS or keys.count(key) > 1]
-    if taken:
-        raise ValueError(f"family: the layouts' keys {', '.join(taken)} are taken; give each one of its own")
+    warnings.warn(
+        "rk.register_family is deprecated: sites are found by structure, and fused without a description; "
+        "RedConfig(sites=...) names modules where that fails",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    _add(family)
     FAMILIES.append(family)
-    LAYOUTS.update({layout.key: layout for layout in family.layouts})
-    _BY_LAYER.update({name: (module, family) for module, name in classes})
+    _REGISTERED.append(family)
 
 
-def _paths(entries: Iterable[str]) -> set[str]:
-    return {path.partition(" with ")[0] for entry in entries for path in entry.removesuffix("?").split("|")}
+_REGISTERED: list[Family] = []
 
 
-def family_of(kind: type) -> Family | None:
+def _add(family: Family) -> None:
+    for entry in family.layers:
+        module, _, name = entry.rpartition(".")
+        _BY_LAYER[name] = module, family
+
+
+def family_of(kind: type[nn.Module]) -> Family | None:
     """The family of a layer's class, by its name or a base's."""
     for base in kind.__mro__:
         module, family = _BY_LAYER.get(base.__name__, ("", None))
@@ -88,6 +76,11 @@ def family_of(kind: type) -> Family | None:
     return None
 
 
-norms.KNOWN.update(NORMS)
-for _family in decoders.FAMILIES + classic.FAMILIES + encoders.FAMILIES + parallel.FAMILIES + t5.FAMILIES:
-    register_family(_family)
+def registered(kind: type[nn.Module]) -> Family | None:
+    """The family of a layer's class, if somebody else has registered it: its sites are taken for those of the layer."""
+    found = family_of(kind)
+    return found if found in _REGISTERED else None
+
+
+for _family in TABLE:
+    _add(_family)

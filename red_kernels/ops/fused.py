@@ -28,7 +28,7 @@ from .autograd import (
 )
 from .passes import plain_only
 
-__all__ = ["drawn_dropout", "edit", "edit_add", "edit_add_norm", "norm_edit"]
+__all__ = ["drawn_dropout", "edit", "edit_add", "edit_add_norm", "norm_edit", "of_one_dtype"]
 
 # For calls that nobody traces: what traces sees no tensors inside of a tuple, and takes them for constants.
 _edit, _edit_norm, _norm_edit = map(direct, (BundledEditFunction, BundledEditNormFunction, BundledNormEditFunction))
@@ -47,7 +47,7 @@ def edit(x: Tensor, own: Edit) -> Tensor:
 def edit_add(x: Tensor, residual: Tensor | None, own: Edit) -> Tensor:
     """``residual + dropout(edit(x))``."""
     if residual is not None and residual.dtype != x.dtype:
-        x, residual = _of_one_dtype(x, residual)
+        x, residual = of_one_dtype(x, residual)
     scale, bias, *rest = flat_edit(own)
     if plain_only(x, residual, scale, bias):
         return reference.edit_forward(x, residual, own)
@@ -61,7 +61,7 @@ def edit_add_norm(
 ) -> tuple[Tensor, Tensor | None]:
     """``z = residual + dropout(edit(x))`` and ``y = norm(z)``, as ``(y, z)``; ``z`` is None with ``need_z=False``."""
     if residual is not None and residual.dtype != x.dtype:
-        x, residual = _of_one_dtype(x, residual)
+        x, residual = of_one_dtype(x, residual)
     scale, bias, ids, seed, p = flat_edit(own)
     weight, norm_bias, eps, offset, centered = norm
     if plain_only(x, residual, scale, bias, weight, norm_bias):
@@ -103,6 +103,7 @@ def drawn_dropout(p: float, training: bool, like: Tensor) -> Dropout | None:
     return Dropout(p, torch.randint(0, 2**62, (1,), dtype=torch.int64, device=like.device))
 
 
-def _of_one_dtype(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def of_one_dtype(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype that their sum has."""
     dtype = torch.promote_types(x.dtype, residual.dtype)
     return x.to(dtype), residual.to(dtype)

@@ -93,7 +93,7 @@ def edit_norm_forward(
     backend = choose(x, "edit_norm")
     scale, bias, edit_ids, seed = remember(ctx, backend, edit)
     y, z, mean, rstd = backend.operations.edit_norm_forward(x, residual, edit, norm, need_z)
-    _remember_norm(ctx, norm, needs)
+    remember_norm(ctx, norm, needs)
     if any(needs):
         recompute = not need_z  # without z, the edit is done again from what it was made of
         ctx.save_for_backward(
@@ -111,7 +111,7 @@ def edit_norm_forward(
     return y, z
 
 
-def _remember_norm(ctx: Any, norm: Norm, needs: tuple[bool, ...]) -> None:
+def remember_norm(ctx: Any, norm: Norm, needs: tuple[bool, ...]) -> None:
     weight, bias = norm.weight, norm.bias
     ctx.norm, ctx.needs = norm[2:], needs  # what is no tensor
     ctx.norm_dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
@@ -150,7 +150,7 @@ def norm_edit_forward(ctx: Any, x: Tensor, norm: Norm, edit: Edit, needs: tuple[
     backend = choose(x, "norm_edit")
     scale, _, edit_ids, _ = remember(ctx, backend, edit)
     y, mean, rstd = backend.operations.norm_edit_forward(x, norm, edit)
-    _remember_norm(ctx, norm, needs)
+    remember_norm(ctx, norm, needs)
     if any(needs):
         ctx.save_for_backward(x, norm.weight, norm.bias if needs[3] else None, scale, edit_ids, mean, rstd)
     return y
@@ -224,12 +224,12 @@ def derivative(ctx: Any, backward: Any, grads: Gradients) -> Gradients:
 def _public_name(ctx: Any) -> str:
     """The name of the public Function that does what the Function of ``ctx`` does."""
     name = type(ctx).__name__.removesuffix("Backward")
-    if not name.startswith("Bundled"):
-        return name
-    if name == "BundledEditFunction":
+    if name in ("BundledEditFunction", "SumFunction"):
         return "EditAddFunction"
+    if not name.startswith("Bundled") and name != "NormOfSumFunction":
+        return name
     title = "LayerNorm" if ctx.norm[-1] else "RMSNorm"
-    return f"EditAdd{title}Function" if name == "BundledEditNormFunction" else f"{title}EditFunction"
+    return f"{title}EditFunction" if name == "BundledNormEditFunction" else f"EditAdd{title}Function"
 
 
 class _SecondDerivative(Function):

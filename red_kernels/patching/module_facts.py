@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..fusion.norms import norm_spec
+from ..fusion.norms import could_be_norm
 from ..support.text import listed
 
 __all__ = ["device_of", "experts_in", "experts_remark", "linear_patterns", "output_width"]
@@ -20,7 +20,7 @@ def output_width(module: nn.Module) -> int | None:
         width = getattr(module, name, None)
         if isinstance(width, int) and width > 0:
             return width
-    if isinstance(module, nn.LayerNorm) or norm_spec(type(module)) is not None:
+    if isinstance(module, nn.LayerNorm) or could_be_norm(module):
         weight = getattr(module, "weight", None)
         shape: Any = weight.shape if isinstance(weight, torch.Tensor) else getattr(module, "normalized_shape", ())
         return int(shape[-1]) if len(shape) == 1 else None

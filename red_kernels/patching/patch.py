@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,10 +13,11 @@ from ..edits.config import RedConfig
 from ..edits.find import STATE, PatchState, patches_of, wrapper_of
 from ..edits.module import NAME, SITE, RedEdit
 from ..edits.selection import Selection
-from ..fusion.deferral import INSIDE, edit_hook
 from ..fusion.fingerprint import BASE
+from ..fusion.paths import child_at
+from ..fusion.site import edit_hook
 from ..support.text import listed
-from .classes import is_patched, patch_block, patch_norm, patch_stack, prepare_classes, unpatch_module
+from .classes import is_patched, patch_norm, patch_scope, prepare_classes, unpatch_module
 from .heads import find_head, release_head
 from .plan import Plan, PlannedSite, make_plan
 from .pretrained import unwrap_saving, wrap_saving
@@ -69,8 +71,7 @@ def patch_with(
             edits.get(site.report.site) or RedEdit(site.width, config.edit_kind, config.dtype, site.device, selection)
             for site in plan.sites
         ]
-    for block in plan.blocks:
-        prepare_classes(block.module, block.layout, block.norm, block.stack)
+    prepare_classes([*plan.blocks, *plan.stacks], plan.norms)
     parameters = {name: own for name, own in model.named_parameters() if own.requires_grad}
     state = PatchState(config, set(parameters), {site.report.site: (site.norm, site.bias_flag) for site in plan.sites})
 
@@ -155,24 +156,25 @@ def edit_config(model: nn.Module) -> RedConfig:
 def attach(site: PlannedSite, edit: RedEdit) -> None:
     """Give a site its vectors and the hook that applies them."""
     edit.train(site.module.training)
-    edit.of_tuple, edit.inside = site.of_tuple, site.layer is not None
+    edit.of_tuple, edit.inside, edit.place = site.of_tuple, site.inside, site.place
     site.module._modules[NAME] = edit
-    hooked = site.module
-    if site.layer is not None:
-        hooked = site.layer
-        hooked.__dict__[INSIDE] = site.path
-    if edit_hook not in hooked._forward_hooks.values():
-        nn.Module.register_forward_hook(hooked, edit_hook, prepend=True)
+    if edit_hook not in site.module._forward_hooks.values():
+        nn.Module.register_forward_hook(site.module, edit_hook, prepend=True)
 
 
 def fuse(plan: Plan) -> None:
-    """Make the planned blocks run their fused forwards."""
-    for block in plan.blocks:
-        patch_block(block.module, block.layout, block.link)
-        if block.norm is not None and not is_patched(block.norm):
-            patch_norm(block.norm)
-        if block.stack is not None and not is_patched(block.stack):
-            patch_stack(block.stack)
+    """Let values wait in the planned blocks, and the norms take them."""
+    for module in plan.stacks:
+        patch_scope(module, stack=True)
+    for module in plan.blocks:
+        patch_scope(module, stack=False)
+    for norm in plan.norms:
+        patch_norm(norm)
+    for site in plan.sites:
+        inner = child_at(site.module, "" if site.norm == "." else site.norm) if site.norm else None
+        if inner is not None:
+            own: Any = site.module._modules[NAME]
+            patch_norm(inner, own)
 
 
 def _check_free(site: PlannedSite) -> None:
@@ -198,7 +200,6 @@ def _take_back(holder: nn.Module, state: PatchState) -> list[str]:
             del hooks[key]
         if isinstance(module._modules.get(NAME), RedEdit):
             del module._modules[NAME]
-        module.__dict__.pop(INSIDE, None)
         stop_watching(module)
         unwrap_saving(module)
     release_head(holder)

@@ -1,47 +1,51 @@
-"""The sites of a model: the layers that are known, and the modules in them whose output a position edits."""
+"""The sites of a model: its layers, and the modules in them whose output a position edits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..edits.config import RedConfig
-from ..fusion.norms import norm_spec
+from ..fusion.norms import could_be_norm
 from ..fusion.paths import child_at, first_path
-from ..models import FAMILIES, Family, family_of
+from ..models import Block, Family, blocks_in, family_of, registered
 from ..support.text import listed
 from .module_facts import experts_in, linear_patterns, output_width
 
-__all__ = [
-    "Place",
-    "bias_flags",
-    "check_names",
-    "chosen",
-    "known_sites",
-    "norm_inside",
-    "places_in",
-    "resolved",
-    "unknown_lists",
-    "width_of",
-]
+__all__ = ["ChosenSite", "bias_flags", "check_names", "chosen", "known_sites", "norm_inside", "stacks_of"]
+
+_TEXT = ("text", "encoder", "decoder")
 
 
 @dataclass(frozen=True)
-class Place:
-    """A layer of a known family: in the list `stack.<key>`, at `index`."""
+class ChosenSite:
+    """A site that a position edits in a layer.
 
-    name: str
-    layer: nn.Module
-    family: Family
-    stack: nn.Module
-    list_key: str
-    index: int
+    Attributes:
+        place: in the layer, one of `models.family.PLACES`.
+        path: from the layer; `""` is the layer.
+        width: of the output; 0 where that is not told.
+        of_tuple: whether the module may return a tuple, whose first entry is edited.
+        inside: whether the edit is of the sum that the output becomes a part of.
+        norm: path in the module of the norm that its output ends in; `"."` for itself, `""` for none.
+        bias_flag: attribute of the model's config that gives this linear layer a bias.
+        remark: what the report says of it.
+    """
+
+    place: str
+    path: str
+    width: int
+    of_tuple: bool = False
+    inside: bool = False
+    norm: str = ""
+    bias_flag: str = ""
+    remark: str = ""
 
 
 def known_sites(model: nn.Module, config: RedConfig) -> dict[str, str]:
-    """The sites that a position edits in the known layers, edited already or not, in the model's order.
+    """The sites that a position edits, edited already or not, in the model's order.
 
     Returns:
         The name of each, and that of the norm in it by which its output ends; empty where there is none.
@@ -50,19 +54,20 @@ def known_sites(model: nn.Module, config: RedConfig) -> dict[str, str]:
         ValueError: as `make_plan`, of the layers.
     """
     return {
-        ".".join((place.name, *resolved(place.layer, path))): norm_inside(place, path)
-        for place, sites in chosen(model, config, [])
-        for _, path in sites
+        f"{block.name}.{site.path}" if site.path else block.name: site.norm
+        for block, sites in chosen(model, config, [])
+        for site in sites
     }
 
 
 def bias_flags(model: nn.Module) -> dict[str, str]:
     """The linear layers to which an attribute of the model's config gives a bias, and that attribute."""
-    return {
-        ".".join((place.name, *resolved(place.layer, path))): flag
-        for place in places_in(model)
-        for path, flag in place.family.bias_flags.items()
-    }
+    return {f"{block.name}.{path}": flag for block in blocks_in(model) for path, flag in _flags(block).items()}
+
+
+def _flags(block: Block) -> dict[str, str]:
+    family = family_of(type(block.module))
+    return {} if family is None else family.bias_flags
 
 
 def check_names(named: Iterable[tuple[nn.Module, str]]) -> None:
@@ -73,148 +78,147 @@ def check_names(named: Iterable[tuple[nn.Module, str]]) -> None:
             raise ValueError(f"model: {first} and {name} are the same module; one edit cannot be in both")
 
 
-def chosen(model: nn.Module, config: RedConfig, warnings: list[str]) -> list[tuple[Place, list[tuple[str, str]]]]:
-    """The layers to edit, and the place in the layer and the path of each of their sites."""
-    places = list(places_in(model))
-    if not places:
-        raise ValueError(_no_sites(model))
-    check_names((place.layer, place.name) for place in places)
-    wanted = None if config.layers is None else set(config.layers)
-    unknown = _unknown_layers(places)
-    asked = [name for name, index in unknown.items() if wanted is None or index in wanted]
-    if asked:
-        raise ValueError(
-            f"model: the layers {listed(asked)} beside known ones are not known; patch before wrapping layers, choose "
-            "others by layers=, or name modules by sites="
-        )
-    if unknown:
-        warnings.append(f"not edited, as these layers are not known: {listed(list(unknown))}")
-    if wanted is not None:
-        missing = sorted(wanted - {place.index for place in places})
+def stacks_of(blocks: list[Block], config: RedConfig) -> tuple[list[Block], list[str]]:
+    """The layers of the stacks that a config asks for, and the kinds of those that it leaves out.
+
+    Raises:
+        ValueError: there is no stack of a kind that it names.
+    """
+    kinds = list(dict.fromkeys(block.kind for block in blocks))
+    if config.stacks is None:
+        wanted = [kind for kind in kinds if kind in _TEXT] or kinds
+    elif "all" in config.stacks:
+        wanted = kinds
+    else:
+        missing = [kind for kind in config.stacks if kind not in kinds]
         if missing:
-            last = max(place.index for place in places)
-            raise ValueError(f"layers: {missing} are not in this {type(model).__name__}, whose layers are 0 to {last}")
-        places = [place for place in places if place.index in wanted]
-    chosen = [(place, _sites_of(place, config)) for place in places]
-    lost = {f"{place.name} (no {missing})" for place, (_, missing) in chosen if missing}
-    if lost:
-        names = [place.name for place, (_, missing) in chosen if missing]
-        experts = [name for name in experts_in(model) if any(name.startswith(f"{layer}.") for layer in names)]
-        remark = f": the weights of all experts are one 3-D Parameter in {listed(experts)}" if experts else ""
-        raise ValueError(
-            f"model: not all layers have what position {config.position!r} edits: {listed(sorted(lost))}{remark}; "
-            "choose others by layers=, or name modules by sites="
-        )
-    return [(place, sites) for place, (sites, _) in chosen]
-
-
-def places_in(model: nn.Module) -> Iterator[Place]:
-    for stack_name, stack in model.named_modules():
-        for list_key, children in stack.named_children():
-            if not isinstance(children, nn.ModuleList):
-                continue
-            for key, layer in children._modules.items():  # named_children would leave out a layer's second place
-                family = None if layer is None else family_of(type(layer))
-                if layer is not None and family is not None:
-                    name = ".".join(part for part in (stack_name, list_key, key) if part)
-                    yield Place(name, layer, family, stack, list_key, int(key))
-
-
-def _unknown_layers(places: list[Place]) -> dict[str, int]:
-    """Layers of unknown make in the lists of the known ones, such as a wrapper around one: their names and indices."""
-    found: dict[str, int] = {}
-    for place in places:
-        layers = place.stack._modules[place.list_key]
-        assert layers is not None
-        for key, child in layers._modules.items():
-            if child is not None and family_of(type(child)) is None and _has_linear_layers(child):
-                name = f"{place.name.rpartition('.')[0]}.{key} ({type(child).__name__})"
-                found[name] = int(key)
-    return found
-
-
-def _has_linear_layers(module: nn.Module) -> bool:
-    return any(output_width(part) is not None for part in module.modules())
-
-
-def unknown_lists(model: nn.Module) -> list[str]:
-    """Lists of layers with linear layers in them, beside the known ones: a vision tower, for instance."""
-    found: list[str] = []
-    inside: list[str] = []  # prefixes of what has been looked at
-    for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in inside):
-            continue
-        if family_of(type(module)) is not None:
-            inside.append(f"{name}.")
-        elif isinstance(module, nn.ModuleList) and len(module) > 1:
-            kinds = {type(child) for child in module}
-            if any(map(_has_linear_layers, module)) and all(family_of(kind) is None for kind in kinds):
-                found.append(f"{name} ({', '.join(sorted(kind.__name__ for kind in kinds))})")
-                inside.append(f"{name}.")
-    return found
-
-
-def _sites_of(place: Place, config: RedConfig) -> tuple[list[tuple[str, str]], str]:
-    """The place in the layer and the path of each site that a position edits there; and what is missing."""
-    sites: list[tuple[str, str]] = []
-    for kind in config.places:
-        entries = place.family.sites.get(kind)
-        if entries is None:
-            return (
-                [],
-                "residual stream behind its attention, which runs beside the FFN" if kind == "attn_res" else kind,
+            raise ValueError(
+                f"stacks: got {', '.join(map(repr, missing))}, this model has {', '.join(map(repr, kinds))}"
             )
-        for entry in entries:
-            path = first_path(place.layer, entry)
-            if path is not None:
-                sites.append((kind, path))
-            elif not entry.endswith("?"):
-                return [], entry
-    order = {id(module): at for at, module in enumerate(place.layer.modules())}
-    sites.sort(key=lambda site: (site[0] == "res", order[id(child_at(place.layer, site[1]))]))
-    return sites, ""
+        wanted = list(config.stacks)
+    return [block for block in blocks if block.kind in wanted], [kind for kind in kinds if kind not in wanted]
 
 
-def norm_inside(place: Place, path: str) -> str:
-    norm = place.family.norms.get(path)
-    if norm is None:
+def chosen(model: nn.Module, config: RedConfig, warnings: list[str]) -> list[tuple[Block, list[ChosenSite]]]:
+    """The layers to edit, and the sites in them."""
+    every = blocks_in(model)
+    blocks, left = stacks_of(every, config)
+    found = [(block, _sites_of(block, config)) for block in blocks]
+    if not any(sites for _, sites in found):
+        raise ValueError(_no_sites(model, config, every))
+    for kind in left:
+        stack = [block for block in every if block.kind == kind]
+        if any(_sites_of(block, config) for block in stack):
+            where = f"{stack[0].stack}.{stack[0].list_key}".strip(".")
+            warnings.append(f"not edited: the {len(stack)} layers of {where}; RedConfig(stacks={kind!r}) edits them")
+    if config.layers is not None:
+        wanted = set(config.layers)
+        missing = sorted(wanted - {block.index for block in blocks})
+        if missing:
+            last = max(block.index for block in blocks)
+            raise ValueError(f"layers: {missing} are not in this {type(model).__name__}, whose layers are 0 to {last}")
+        found = [(block, sites) for block, sites in found if block.index in wanted]
+        lost = [block.name for block, sites in found if not sites]
+        if lost:
+            raise ValueError(
+                f"layers: {listed(lost)} have nothing that position {config.position!r} edits; choose others"
+            )
+    bare = [block.name for block, sites in found if not sites]
+    if bare:
+        warnings.append(f"not edited, as they have nothing that position {config.position!r} edits: {listed(bare)}")
+    partly = _partly(found, config)
+    if partly:
+        warnings.append(f"edited in part: {listed(partly)}")
+    return [(block, sites) for block, sites in found if sites]
+
+
+def _partly(found: list[tuple[Block, list[ChosenSite]]], config: RedConfig) -> list[str]:
+    """Layers that lack a place which a position edits and others of the model have."""
+    places = {site.place for _, sites in found for site in sites}
+    return [
+        f"{block.name} (no {' and no '.join(sorted(places - {site.place for site in sites}))})"
+        for block, sites in found
+        if sites and places - {site.place for site in sites}
+    ]
+
+
+def _sites_of(block: Block, config: RedConfig) -> list[ChosenSite]:
+    family = registered(type(block.module))
+    if family is not None:
+        return _registered_sites(block, family, config)
+    family = family_of(type(block.module))
+    norms = {} if family is None else family.norms
+    flags = _flags(block)
+    found = []
+    for site in block.sites:
+        if site.place not in config.places:
+            continue
+        module = child_at(block.module, site.path)
+        assert module is not None
+        norm = norm_inside(module, site.width) if site.place in ("res", "attn_res") else ""
+        if site.path in norms:
+            inner = norms[site.path]
+            norm = "." if inner == site.path else inner.removeprefix(site.path).removeprefix(".")
+        inside = site.place == "attn_res" and not norm and not _adds_itself(module, site.width)
+        remark = ""
+        if site.place == "ffn" and output_width(module) is None:
+            remark = "the output of the whole block of experts"
+        found.append(
+            ChosenSite(site.place, site.path, site.width, site.of_tuple, inside, norm, flags.get(site.path, ""), remark)
+        )
+    return found
+
+
+def norm_inside(module: nn.Module, width: int) -> str:
+    """The path of the norm that a module's output ends in, as far as its children tell: a projection, then a norm."""
+    if could_be_norm(module):
+        return "."
+    children = [(name, child) for name, child in module.named_children() if not isinstance(child, nn.Dropout)]
+    if any(child._modules and output_width(child) is None for _, child in children):
         return ""
-    return "." if norm == path else norm.removeprefix(path).removeprefix(".")
+    linear = [name for name, child in children if output_width(child) == width and not could_be_norm(child)]
+    norms = [name for name, child in children if could_be_norm(child)]
+    return norms[0] if len(linear) == 1 and len(norms) == 1 and children[0][0] == linear[0] else ""
 
 
-def width_of(site: nn.Module, place: Place, name: str) -> int:
-    width = output_width(site) or _stream_width(place)
-    if width is None:
-        raise ValueError(f"model: the width of the output of {name}, a {type(site).__name__}, cannot be told")
-    return width
+def _adds_itself(module: nn.Module, width: int) -> bool:
+    """Whether a sublayer has its norm in front, and so adds to the stream itself."""
+    return any(could_be_norm(child) and output_width(child) == width for child in module.children())
 
 
-def _stream_width(place: Place) -> int | None:
-    """The width of the residual stream, by a norm of the layer: for a site that does not say its own."""
-    # Norms of queries and keys are deeper in and may be as narrow as a head.
-    for module in (*place.layer.children(), *place.layer.modules()):
-        if norm_spec(type(module)) is not None:
-            return output_width(module)
-    return None
+def _registered_sites(block: Block, family: Family, config: RedConfig) -> list[ChosenSite]:
+    found: list[ChosenSite] = []
+    for place in config.places:
+        for entry in family.sites.get(place, ()):
+            path = first_path(block.module, entry)
+            if path is None:
+                if entry.endswith("?"):
+                    continue
+                return []
+            path = resolved(block.module, path)
+            module = child_at(block.module, path)
+            assert module is not None
+            norm = family.norms.get(path, "")
+            norm = "." if norm and norm == path else norm.removeprefix(path).removeprefix(".")
+            found.append(
+                ChosenSite(
+                    place,
+                    path,
+                    output_width(module) or 0,
+                    place in ("res", "attn_res"),
+                    place in family.inside,
+                    norm,
+                    family.bias_flags.get(path, ""),
+                    family.remarks.get(path, ""),
+                )
+            )
+    order = {id(module): at for at, module in enumerate(block.module.modules())}
+    found.sort(key=lambda site: (site.place == "res", order[id(child_at(block.module, site.path))]))
+    return found
 
 
-def _no_sites(model: nn.Module) -> str:
-    supported = "; ".join(family.name for family in FAMILIES)
-    experts = experts_in(model)
-    remark = (
-        f" The weights of all experts are one 3-D Parameter in {listed(experts)}: no module gives their output."
-        if experts
-        else ""
-    )
-    return (
-        f"model: {type(model).__name__} has no layers that are known; supported: {supported}.{remark} For another "
-        f"layout name the modules whose output is to be edited, as in RedConfig(sites='*.down_proj'); its linear "
-        f"layers are {linear_patterns(model)}"
-    )
-
-
-def resolved(layer: nn.Module, path: str) -> list[str]:
-    """The parts of a path, `-1` replaced by the name it stands for."""
+def resolved(layer: nn.Module, path: str) -> str:
+    """A path with `-1` replaced by the name it stands for."""
     parts: list[str] = []
     module: nn.Module | None = layer
     for part in path.split(".") if path else ():
@@ -222,4 +226,19 @@ def resolved(layer: nn.Module, path: str) -> list[str]:
             part = next(reversed(module._modules), "")
         parts.append(part)
         module = None if module is None else module._modules.get(part)
-    return parts
+    return ".".join(parts)
+
+
+def _no_sites(model: nn.Module, config: RedConfig, blocks: list[Block]) -> str:
+    experts = experts_in(model)
+    remark = f" Its experts are in {listed(experts)}." if experts else ""
+    looked = (
+        f"looked for repeated layers with an FFN or an attention in lists of modules, and in them for what position "
+        f"{config.position!r} edits ({', '.join(config.places)})"
+    )
+    found = f"found {len(blocks)} layers, none of which has that" if blocks else "found no such layers"
+    return (
+        f"model: {type(model).__name__} has nothing to edit: {looked}; {found}.{remark} For another layout name the "
+        f"modules whose output is to be edited, as in RedConfig(sites='*.down_proj'); its linear layers are "
+        f"{linear_patterns(model)}"
+    )

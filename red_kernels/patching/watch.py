@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from ..edits.module import NAME, RedEdit
-from ..fusion.deferral import OWN_HOOKS, edit_hook, take_reached
 from ..fusion.paths import walk
+from ..fusion.scopes import OWN_HOOKS
+from ..fusion.site import edit_hook, take_reached
 from ..support.text import listed
 
 __all__ = ["Site", "Watch", "after_model", "before_model", "layer_hook", "missing", "stop_watching", "watch"]

@@ -14,7 +14,7 @@ from ...edits.kinds import PARTS, Edit, kind_named
 from ...edits.module import NAME, RedEdit
 from ...edits.selection import OFF, Selection
 from ...edits.vectors import EditVectors
-from ...fusion.deferral import edit_hook
+from ...fusion.site import edit_hook
 from ...merging.merge import is_finite, unfinite
 from ...patching.module_facts import device_of, output_width
 from ...support.text import listed

@@ -28,7 +28,7 @@ def mergeable(module: nn.Module, what: str) -> nn.Module:
             "floating-point tensor: rounding to a quantised one would lose the edit"
         )
     # A subclass of an embedding may scale what it looks up.
-    known = linear_columns(kind) is not None or norm_spec(kind) is not None or kind.forward is nn.Embedding.forward
+    known = linear_columns(kind) is not None or norm_spec(module) is not None or kind.forward is nn.Embedding.forward
     replaced = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")  # accelerate's may stay
     if weight is None or not known or replaced:
         raise ValueError(f"{what}: a {kind.__name__} is of no known make, so that the edit cannot be merged into it")
@@ -46,7 +46,7 @@ def merged_tensors(base: nn.Module, original: dict[str, Tensor | None], edit: Ed
     Raises:
         ValueError: no weights can stand in for the edit, or it has a bias and the module has no place for that.
     """
-    spec = norm_spec(type(base))
+    spec = norm_spec(base)
     reason = why_not(edit.kind, spec)
     if reason is not None:
         raise ValueError(f"adapter: the edit cannot be merged: {reason}")

@@ -1,0 +1,51 @@
+"""An attention's output where no value may wait: the edit of the stream behind its addition, in plain operations.
+
+Under `torch.compile`, tracing and `torch.func`, and where somebody observes the inside of a block, the output of an
+attention is marked as a `Stream`, an alias of it. The addition that takes it applies the edit of the sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..edits.module import RedEdit
+
+__all__ = ["Stream", "marked"]
+
+_PASSED_ON = {
+    F.dropout, torch.dropout, Tensor.mul, torch.mul, Tensor.div, torch.div, Tensor.view, Tensor.reshape, torch.reshape,
+    Tensor.contiguous, Tensor.to, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.flatten,
+    Tensor.unflatten, Tensor.transpose, torch.transpose, Tensor.permute, torch.permute, Tensor.squeeze,
+    Tensor.unsqueeze, F.layer_norm, F.rms_norm,
+}  # fmt: skip
+_SUMS = {Tensor.add, torch.add, Tensor.add_}
+
+
+class Stream(Tensor):
+    """What is added to the residual stream, which then is edited by `own`."""
+
+    own: RedEdit
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        if func in _SUMS:
+            own = next(part.own for part in args if isinstance(part, Stream))
+            return own(result)
+        if func in _PASSED_ON:
+            found = next((part.own for part in args if isinstance(part, Stream)), None)
+            if found is not None and isinstance(result, Tensor):
+                return marked(result, found)
+        return result
+
+
+def marked(output: Tensor, own: RedEdit) -> Tensor:
+    """The output of an attention, such that `own` edits the sum that it becomes a part of."""
+    stream: Any = output.as_subclass(Stream)
+    stream.own = own
+    return stream

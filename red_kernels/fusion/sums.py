@@ -1,0 +1,364 @@
+"""What an addition does that takes a waiting value, and how the norm of the sum comes into the same pass.
+
+The addition knows the norm from an earlier call: it computes `z = residual + dropout(edit(x))` and `y = norm(z)`,
+returns `z`, and leaves `y` as a note on that tensor. The norm, when it is called with that very tensor, takes the note off and
+returns `y`. Where the norm is not known yet, the note says how `z` was made, and the norm that reads it computes `y` of
+that, to the same bits (`ops/handover.py`): results never depend on what has been learnt. Whatever happens on the way
+(another tensor, another norm, an exception, an early exit), the note goes with the tensor it hangs on.
+
+`y` and `z` come from one autograd node, so the gradient of `z` that a tensor hook would see lacks what comes through
+`y`. That is why a note is left only where nobody gets hold of `z` on its way.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..backends.arguments import Edit, Norm
+from ..edits.module import RedEdit
+from ..edits.selection import saved_tensor_hooks
+from ..ops import fused
+from ..ops.handover import Handover, norm_of, sum_of
+from .applied import left_to_do
+from .norms import norm_arguments, spec_of, unobserved
+from .scopes import Scope, chain, observed, running, stack_of
+from .waiting import NO_EDIT, Waiting, edited, wait
+
+__all__ = ["Link", "Note", "Record", "add", "add_edit", "hand_over", "norm_of_waiting", "take_note"]
+
+_NOTE = "_red_kernels_note"
+_MISSES = 3  # after so many, a sum is known to have no one norm
+_SEARCHES = 2  # and after so many calls without a norm, to have none
+
+
+class Link:
+    """The norm that reads a sum, learnt from an earlier call.
+
+    Attributes:
+        norm: the module.
+        across: whether it lies outside of the block that computes the sum, in the same stack.
+        passes: the modules that the sum passes on its way, the norm included; none within one block, whose inside
+            nobody observes while values wait.
+        title: for the report.
+    """
+
+    __slots__ = ("across", "free", "hooks", "norm", "passes", "title")
+
+    def __init__(self, norm: nn.Module, across: bool, passes: tuple[nn.Module, ...], title: str) -> None:
+        self.norm, self.across, self.passes, self.title = norm, across, passes, title
+        self.hooks, self.free = -1, False
+
+    def unseen(self) -> bool:
+        """Whether nobody observes a sum on its way."""
+        if self.hooks != RemovableHandle.next_id or not self.free or self.across:
+            # Hooks of transformers observe at times, so a way across blocks is asked for each time.
+            self.free = not any(map(observed, self.passes))
+            self.hooks = RemovableHandle.next_id
+        return self.free
+
+
+class Record:
+    """What is known of the sums of one site in one mode (training or not, with gradients or without).
+
+    Attributes:
+        name: the site's.
+        link: the norm of its sums, if there is one.
+        alone: nothing but that norm reads them, so they need not be kept.
+        proven: an addition or a norm has taken the site's value.
+        at_once: something else has, so that it need not wait.
+        astray: it was settled without gradients, as by an `autograd.Function`: give it a node of its own.
+        what: what the edit was fused with in the last forward; `by` the function that settled it.
+    """
+
+    __slots__ = (
+        "alone",
+        "astray",
+        "at_once",
+        "behind",
+        "by",
+        "decided",
+        "link",
+        "misses",
+        "name",
+        "proven",
+        "searches",
+        "what",
+    )  # fmt: skip
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+        self.link: Link | None = None
+        self.alone = self.proven = self.at_once = self.astray = self.decided = False
+        self.misses = self.searches = 0
+        self.what: str | None = None
+        self.by = ""
+        self.behind: Record | None = None
+
+    def settled(self, by: str) -> None:
+        """A function that takes no waiting value was given one."""
+        self.by, self.what = by, None
+        self.at_once = not self.proven
+
+    def taken(self, what: str) -> None:
+        self.proven, self.what, self.by = not self.astray, what, ""
+
+    def missed(self) -> None:
+        """The norm did not read the sum this time."""
+        self.link, self.alone, self.decided = None, False, True
+        self.misses += 1
+
+    def decide(self, stream: object, total: Tensor, normed: Tensor) -> None:
+        """Tell from what goes on as the stream, in the first call, whether the sum is read by its norm alone."""
+        if not self.decided and (stream is total or stream is normed):
+            self.decided = True
+            self.alone = stream is normed
+
+    def of_norm(self) -> Record:
+        """The record of what the norm of this site's value is added to."""
+        if self.behind is None:
+            self.behind = Record(self.name)
+        return self.behind
+
+
+class Note:
+    """On a sum: the value of its norm, or how to compute it.
+
+    Attributes:
+        record: of the site.
+        scope: in which the sum was made; `stack` the one in which it may be handed on, or None.
+        source: the module whose output the sum is at last, or None for the scope's.
+        normed, norm, weight: the value, whose it is, and the weight that the norm had.
+        handover: in its place, how to compute it.
+    """
+
+    __slots__ = (
+        "__weakref__", "handover", "holder", "hooks", "norm", "normed", "record", "recorded", "scope", "source",
+        "stack", "total", "version", "weight",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        total: Tensor,
+        record: Record,
+        scope: Scope,
+        stack: Scope | None,
+        source: nn.Module | None,
+        normed: Tensor | None = None,
+        norm: nn.Module | None = None,
+        handover: Handover | None = None,
+    ) -> None:
+        self.record, self.scope, self.stack, self.source = record, scope, stack, source or scope.module
+        self.normed, self.norm, self.handover = normed, norm, handover
+        self.weight = None if norm is None else norm_weight(norm)
+        self.total = weakref.ref(total)
+        self.version = _version(total)
+        self.recorded = torch.is_grad_enabled()
+        self.hooks = saved_tensor_hooks(True)
+        self.holder = scope.left
+        total.__dict__[_NOTE] = self
+        scope.left.append(self)
+
+    def holds_for(self, total: Tensor) -> bool:
+        """Whether the sum is what it was, and nobody watches its gradient."""
+        return (
+            self.version == _version(total)
+            and self.recorded == torch.is_grad_enabled()
+            and not total.retains_grad
+            and total._backward_hooks is None
+            and _same_hooks(self.hooks, saved_tensor_hooks(True))
+        )
+
+    def leave(self, scope: Scope) -> None:
+        """Its scope ends: go on to the stack, or come off the sum."""
+        stack = self.stack
+        if stack is not None and stack is not scope:
+            self.holder = stack.left
+            stack.left.append(self)
+            return
+        total = self.total()
+        if total is not None and total.__dict__.get(_NOTE) is self:
+            del total.__dict__[_NOTE]
+        if self.normed is not None:
+            self.record.missed()
+
+
+def _same_hooks(first: Any, second: Any) -> bool:
+    if first is None or second is None:
+        return first is second
+    return bool(first == second)
+
+
+def _version(z: Tensor) -> int:
+    return -1 if z.is_inference() else z._version
+
+
+def add(value: Waiting, residual: Tensor) -> Tensor:
+    """`residual + value`, for a plain residual of the value's shape on its device."""
+    x, edit, record = value.h, value.edit, value.record
+    for other in value.others:
+        other.record.taken("residual add")
+        residual = edited(other.h, residual, other.edit)
+    adds = "residual add" if edit.dropout is None else "dropout + residual add"
+    after = value.after
+    if after is not None:
+        total = edited(x, residual, edit)
+        return add_edit(after, total, record)
+    return hand_over(x, residual, edit, record, adds)
+
+
+def add_edit(own: RedEdit, total: Tensor, record: Record, source: nn.Module | None = None) -> Tensor:
+    """`edit(total)`, an edit of the residual stream, with the norm that reads it; `source` has returned the total."""
+    edit = left_to_do(own, total)
+    if edit is None:
+        return own(total)
+    if edit is NO_EDIT:
+        return total
+    return hand_over(total, None, edit, record, "", source)
+
+
+def hand_over(
+    x: Tensor, residual: Tensor | None, edit: Edit, record: Record, adds: str, source: nn.Module | None = None
+) -> Tensor:
+    """`z = residual + dropout(edit(x))`, with `norm(z)` for the norm that is known to read it."""
+    scopes = running()
+    if not scopes:
+        record.taken(adds)
+        return edited(x, residual, edit)
+    scope = scopes[-1]
+    for undecided, total, normed in scope.undecided:
+        undecided.decide(residual, total, normed)
+    if residual is not None and residual.dtype != x.dtype:
+        x, residual = fused.of_one_dtype(x, residual)
+    link, again = record.link, saved_tensor_hooks(True) is not None
+    if link is not None and not again:
+        found = _ready(link, scopes, x, residual)
+        if found is not None:
+            what = f"{adds} + {link.title}" if adds else link.title
+            record.taken(what)
+            if record.alone and residual is not None:
+                return wait(x, edit, record, residual=residual)
+            normed, z = fused.edit_add_norm(x, residual, edit, found)
+            assert z is not None
+            Note(z, record, scope, _open_stack(scopes) if link.across else None, source, normed, link.norm)
+            return z
+    record.taken(adds)
+    searching = record.searches < _SEARCHES or record.misses >= _MISSES
+    # In a second run the same must be saved as in the first one, whatever was learnt meanwhile.
+    stack = None if again else _open_stack(scopes)
+    if ((link is None and searching) or again) and not (scope.stack and stack is None):
+        if link is None and not again:
+            record.searches += 1
+        z, handover = sum_of(x, residual, edit)
+        Note(z, record, scope, stack, source, handover=handover)
+        return z
+    return edited(x, residual, edit)
+
+
+def _open_stack(scopes: list[Scope]) -> Scope | None:
+    """The stack in which a sum may be handed from block to block now; None for none."""
+    stack = stack_of(scopes)
+    if stack is None or stack.collects or saved_tensor_hooks(True) is not None:
+        return None
+    # Reentrant checkpointing runs a training model without gradients first, and then block by block.
+    if stack.module.training and not torch.is_grad_enabled():
+        return None
+    return stack
+
+
+def _ready(link: Link, scopes: list[Scope], x: Tensor, residual: Tensor | None) -> Norm | None:
+    """The norm's arguments, if a note may be left for it."""
+    if link.across and _open_stack(scopes) is None:
+        return None
+    if not link.unseen():
+        return None
+    return norm_arguments(link.norm, x, residual)
+
+
+def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
+    """Take the note off `z`, if there is one, and return `norm(z)` if that can be told from it."""
+    note: Note | None = z.__dict__.pop(_NOTE, None)
+    if note is None:
+        return None
+    scopes = running()
+    here = bool(scopes) and scopes[-1] is note.scope and not note.scope.stack
+    if not here and (note.stack is None or note.stack is not stack_of(scopes) or note.stack.collects):
+        return None
+    if not note.holds_for(z) or not unobserved(norm):
+        return None
+    record = note.record
+    if note.normed is not None:
+        if note.norm is not norm or note.weight is not norm_weight(norm):
+            return None
+        note.holder.remove(note)
+        return note.normed
+    handover = note.handover
+    assert handover is not None
+    found = norm_arguments(norm, handover.x, handover.residual)
+    if found is None:
+        return None
+    link = _learn(note, norm, here)
+    if not link.unseen():
+        return None
+    if record.misses < _MISSES and note.hooks is None:
+        record.link = link
+    if record.what is not None:
+        record.what = f"{record.what} + {link.title}" if record.what else link.title
+    note.holder.remove(note)
+    normed = norm_of(z, handover, found)
+    if here and not record.decided and note.hooks is None and handover.residual is not None:
+        note.scope.undecided.append((record, z, normed))
+    return normed
+
+
+def _learn(note: Note, norm: nn.Module, here: bool) -> Link:
+    kind = title_of(norm)
+    if here:
+        return Link(norm, False, (norm,), kind)
+    assert note.stack is not None
+    stack = note.stack.module
+    leaving = tuple(chain(stack, note.source))
+    entering = tuple(chain(stack, norm))
+    passes = tuple(dict.fromkeys((*leaving, *entering)))
+    return Link(norm, True, passes, f"final {kind}" if len(entering) == 1 else f"next layer's {kind}")
+
+
+def title_of(norm: nn.Module) -> str:
+    spec = spec_of(norm)
+    return "norm" if spec is None else spec.title
+
+
+def norm_weight(norm: nn.Module) -> Tensor | None:
+    """The weight of a norm that is known."""
+    spec = spec_of(norm)
+    return norm._parameters.get(spec.weight) if spec is not None and spec.weight else None
+
+
+def norm_of_waiting(norm: nn.Module, value: Waiting) -> Tensor | None:
+    """The norm of a waiting value in one pass; None where it has to be settled first."""
+    if value.done is not None or value.others:
+        return None
+    found = norm_arguments(norm, value.h, value.residual)
+    if found is None:
+        return None
+    return normalised(value, found, title_of(norm))
+
+
+def normalised(value: Waiting, norm: Norm, title: str) -> Tensor:
+    """The norm of a waiting value, which waits for an addition itself if the value came from none."""
+    record = value.record
+    y, _ = fused.edit_add_norm(value.h, value.residual, value.edit, norm, False)
+    if value.residual is not None:
+        return y
+    record.taken(f"its own {title}")
+    behind = record.of_norm()
+    scopes = running()
+    if (behind.at_once and value.after is None) or not scopes:
+        return y
+    made = wait(y, NO_EDIT, behind, after=value.after)
+    scopes[-1].made.append(weakref.ref(made))
+    return made

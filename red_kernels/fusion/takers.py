@@ -1,0 +1,324 @@
+"""The functions that take a waiting value as it is: additions, dropouts, factors, views, and norms."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends.arguments import Edit, Norm, affine_edit
+from ..ops import fused
+from .norms import is_like
+from .scopes import running
+from .sums import add, normalised
+from .waiting import PLAIN, TAKERS, Waiting, wait
+
+Arguments = tuple[Any, ...]
+Keywords = dict[str, Any]
+
+
+def _open(value: object) -> bool:
+    """Whether it waits, and for more than its norm."""
+    return type(value) is Waiting and value.done is None and value.residual is None
+
+
+def _like(value: Waiting, **changes: Any) -> Waiting:
+    """A waiting value that was made from another one."""
+    fields: dict[str, Any] = {"others": value.others, "after": value.after, **changes}
+    made = wait(fields.pop("h", value.h), fields.pop("edit", value.edit), value.record, **fields)
+    scopes = running()
+    if scopes:
+        scopes[-1].made.append(weakref.ref(made))
+    return made
+
+
+# --- additions
+
+
+def _add(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    if kwargs or len(args) != 2:
+        return NotImplemented
+    first, second = args
+    value, residual = (first, second) if type(first) is Waiting else (second, first)
+    if not _open(value):
+        return NotImplemented
+    kind = type(residual)
+    if kind is Waiting:
+        return _meet(value, residual)
+    if kind not in PLAIN or not is_like(residual, value.h) or not residual.is_floating_point():
+        return NotImplemented
+    return add(value, residual)
+
+
+def _meet(first: Waiting, second: Waiting) -> Any:
+    """The sum of two that wait: it waits for the residual, if neither needs one of its own."""
+    if not _open(first) or not _open(second) or first is second or first.shape != second.shape:
+        return NotImplemented
+    if first.after is not None or second.after is not None or first.h.dtype != second.h.dtype:
+        return NotImplemented
+    others = (*first.others, *second.others, first)
+    return _like(second, others=others)
+
+
+def _add_in_place(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    if kwargs or len(args) != 2:
+        return NotImplemented
+    target, other = args
+    if type(target) is Waiting:
+        if not _open(target) or target.base is not None or target.viewed or target.others:
+            return NotImplemented
+        if type(other) not in PLAIN or not is_like(other, target.h) or other.dtype != target.h.dtype:
+            return NotImplemented
+        target.done = add(target, other)  # whoever else holds it sees the sum
+        return target.done
+    if type(target) not in PLAIN or not _open(other) or not is_like(target, other.h):
+        return NotImplemented
+    if target.dtype != other.h.dtype or (target.is_leaf and target.requires_grad and torch.is_grad_enabled()):
+        return NotImplemented
+    return target.copy_(add(other, target))
+
+
+# --- dropout
+
+
+def _dropout(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    value, p, training, inplace = _given(args, kwargs, ("input", "p", "training", "inplace"), (None, 0.5, True, False))
+    if not _open(value) or value.others:
+        return NotImplemented
+    if not training or p == 0.0:
+        return value
+    if inplace or value.edit.dropout is not None or not isinstance(p, float) or not 0.0 <= p < 1.0:
+        return NotImplemented
+    return _like(value, edit=value.edit._replace(dropout=fused.drawn_dropout(p, True, value.h)))
+
+
+def _torch_dropout(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    value, p, training = _given(args, kwargs, ("input", "p", "train"), (None, None, None))
+    return _dropout(func, (value, p, training), {}) if p is not None and training is not None else NotImplemented
+
+
+# --- factors
+
+
+def _mul(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    if kwargs or len(args) != 2:
+        return NotImplemented
+    first, second = args
+    value, factor = (first, second) if type(first) is Waiting else (second, first)
+    if not _open(value) or value.others or value.after is not None or type(factor) is Waiting:
+        return NotImplemented
+    edit = _times(value.edit, factor, value.h)
+    return NotImplemented if edit is None else _like(value, edit=edit)
+
+
+def _div(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    if kwargs or len(args) != 2 or type(args[1]) not in (int, float) or args[1] == 0:
+        return NotImplemented
+    return _mul(func, (args[0], 1.0 / args[1]), {})
+
+
+def _times(edit: Edit, factor: Any, h: Tensor) -> Edit | None:
+    """The edit whose result is a factor times as large, a number or a tensor; None where no edit is."""
+    kind, width = type(factor), h.shape[-1]
+    if kind is float or kind is int:
+        own: Any = float(factor)
+    elif kind in PLAIN and factor.is_floating_point() and factor.layout is torch.strided:
+        if torch.result_type(h, factor) != h.dtype or (factor.dim() and factor.device != h.device):
+            return None
+        if factor.dim() > h.dim() or h.dtype == torch.float64:
+            return None
+        wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
+        if factor.numel() == 1:
+            own = wide.reshape(()).to(h.device)
+        elif factor.numel() == width and factor.shape[-1] == width:
+            own = wide.reshape(width)
+        else:
+            return _times_by_sample(edit, factor, wide, h)
+    else:
+        return None
+    scale, bias = edit.vectors.get("scale"), edit.vectors.get("bias")
+    if scale is None:
+        scale = torch.ones(width, device=h.device) * own
+        if edit.ids is not None and bias is not None:
+            scale = scale.expand(bias.shape[0], width).contiguous()
+    else:
+        scale = scale * own
+    return affine_edit(scale, None if bias is None else bias * own, edit.ids, edit.dropout)
+
+
+def _times_by_sample(edit: Edit, factor: Tensor, wide: Tensor, h: Tensor) -> Edit | None:
+    """A gate of each sample: `(batch, 1, ..., 1 or width)`; each sample gets vectors of its own."""
+    width, batch = h.shape[-1], h.shape[0]
+    if edit.ids is not None or factor.dim() != h.dim() or h.dim() < 2 or factor.shape[0] != batch:
+        return None
+    if factor.shape[-1] not in (1, width) or any(size != 1 for size in factor.shape[1:-1]) or h.numel() == 0:
+        return None
+    own = wide.reshape(batch, -1).expand(batch, width)
+    scale, bias = edit.vectors.get("scale"), edit.vectors.get("bias")
+    ids = torch.arange(batch, device=h.device).view(-1, *(1,) * (h.dim() - 2)).expand(h.shape[:-1]).contiguous()
+    return affine_edit(
+        (own if scale is None else scale * own).contiguous(), None if bias is None else bias * own, ids, edit.dropout
+    )
+
+
+# --- views and casts
+
+
+def _view(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    """Views and reshapes that keep the order of the elements, and the last dimension."""
+    return _viewed(args[0], lambda tensor: func(tensor, *args[1:], **kwargs)) if args else NotImplemented
+
+
+def _viewed(value: Any, view: Callable[[Tensor], Tensor], ordered: bool = True) -> Any:
+    if not _open(value) or value.others or not value.h.is_contiguous():
+        return NotImplemented
+    h, edit = value.h, value.edit
+    seen = view(h)
+    if type(seen) is not Tensor or seen.dtype != h.dtype or seen.numel() != h.numel():
+        return NotImplemented
+    if seen.dim() == 0 or seen.shape[-1] != h.shape[-1]:
+        return NotImplemented
+    if not ordered and edit.dropout is not None:  # the mask goes by the order of the elements
+        return NotImplemented
+    if edit.ids is not None:
+        edit = edit._replace(ids=view(edit.ids.unsqueeze(-1).expand(h.shape).contiguous())[..., 0].contiguous())
+    if h.data_ptr() != seen.data_ptr() and h.numel():
+        return _like(value, h=seen, edit=edit)
+    value.viewed = True
+    return _like(value, h=seen, edit=edit, base=value, again=view)
+
+
+def _transpose(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    if kwargs or len(args) != 3 or not _open(args[0]):
+        return NotImplemented
+    last = args[0].dim() - 1
+    if any(type(at) is not int or at % (last + 1) == last for at in args[1:]):
+        return NotImplemented
+    return _viewed(args[0], lambda tensor: func(tensor, *args[1:]), ordered=False)
+
+
+def _permute(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    if kwargs or not args or not _open(args[0]):
+        return NotImplemented
+    order = args[1] if len(args) == 2 and type(args[1]) in (tuple, list, torch.Size) else args[1:]
+    count = args[0].dim()
+    if len(order) != count or any(type(at) is not int for at in order) or order[-1] % count != count - 1:
+        return NotImplemented
+    return _viewed(args[0], lambda tensor: func(tensor, *args[1:]), ordered=False)
+
+
+def _same(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    """`contiguous`, of what is; the sum is contiguous in any case."""
+    if len(args) != 1 or kwargs or not _open(args[0]):
+        return NotImplemented
+    return args[0] if args[0].h.is_contiguous() else NotImplemented
+
+
+def _cast(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    """A cast to the dtype and the device that it has already."""
+    if not args or not _open(args[0]):
+        return NotImplemented
+    value = args[0]
+    if kwargs.keys() - {"dtype", "device"}:
+        return NotImplemented
+    for wanted in (*args[1:], *kwargs.values()):
+        if isinstance(wanted, torch.dtype):
+            same = wanted == value.h.dtype
+        elif isinstance(wanted, (torch.device, str)):
+            same = torch.device(wanted) == value.h.device
+        elif isinstance(wanted, Tensor) and len(args) == 2:
+            same = wanted.dtype == value.h.dtype and wanted.device == value.h.device
+        else:
+            return NotImplemented
+        if not same:
+            return NotImplemented
+    return value
+
+
+def _cast_to(dtype: torch.dtype) -> Callable[[Any, Arguments, Keywords], Any]:
+    def cast(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+        value = args[0]
+        return value if len(args) == 1 and not kwargs and _open(value) and value.h.dtype == dtype else NotImplemented
+
+    return cast
+
+
+# --- norms called as functions
+
+
+def _layer_norm(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    names = ("input", "normalized_shape", "weight", "bias", "eps")
+    value, shape, weight, bias, eps = _given(args, kwargs, names, (None, None, None, None, 1e-5))
+    return _norm(value, shape, Norm(weight, bias, eps, 0.0, True), "LayerNorm")
+
+
+def _rms_norm(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    value, shape, weight, eps = _given(args, kwargs, ("input", "normalized_shape", "weight", "eps"), (None,) * 4)
+    if eps is None and isinstance(value, Tensor) and value.is_floating_point():
+        eps = torch.finfo(value.dtype).eps
+    return _norm(value, shape, Norm(weight, None, eps, 0.0, False), "RMSNorm")
+
+
+def _norm(value: Any, shape: Any, norm: Norm, title: str) -> Any:
+    if type(value) is not Waiting or value.done is not None or value.others:
+        return NotImplemented
+    h = value.h
+    if tuple(shape) != h.shape[-1:] or (h.dtype != torch.float32 and torch.is_autocast_enabled(h.device.type)):
+        return NotImplemented
+    for vector in norm[:2]:
+        if vector is not None and (
+            type(vector) not in PLAIN
+            or vector.dtype != h.dtype
+            or vector.device != h.device
+            or vector.shape != h.shape[-1:]
+        ):
+            return NotImplemented
+    if value.residual is not None and value.residual.dtype != h.dtype:
+        return NotImplemented
+    return normalised(value, norm, title)
+
+
+def _given(args: Arguments, kwargs: Keywords, names: tuple[str, ...], defaults: tuple[Any, ...]) -> list[Any]:
+    found = dict(zip(names, defaults, strict=True))
+    found.update(zip(names, args, strict=False))
+    found.update(kwargs)
+    return [found[name] for name in names]
+
+
+def _data_ptr(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    raise RuntimeError(
+        "data_ptr: the output of an edited site has no memory until it is added to the residual stream; use it in an "
+        "operation of torch first"
+    )
+
+
+for _functions, _taker in (
+    ((Tensor.add, torch.add), _add),
+    ((Tensor.add_,), _add_in_place),
+    ((F.dropout,), _dropout),
+    ((torch.dropout,), _torch_dropout),
+    ((Tensor.mul, torch.mul, torch.multiply, Tensor.multiply), _mul),
+    ((Tensor.div, torch.div, torch.true_divide, Tensor.true_divide), _div),
+    (
+        (Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, Tensor.unflatten, Tensor.unsqueeze,
+         torch.unsqueeze, Tensor.squeeze, torch.squeeze, Tensor.view_as, Tensor.reshape_as),
+        _view,
+    ),
+    ((Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes), _transpose),
+    ((Tensor.permute, torch.permute), _permute),
+    ((Tensor.contiguous,), _same),
+    ((Tensor.to, Tensor.type_as), _cast),
+    ((Tensor.float,), _cast_to(torch.float32)),
+    ((Tensor.half,), _cast_to(torch.float16)),
+    ((Tensor.bfloat16,), _cast_to(torch.bfloat16)),
+    ((Tensor.double,), _cast_to(torch.float64)),
+    ((F.layer_norm,), _layer_norm),
+    ((F.rms_norm,), _rms_norm),
+    ((Tensor.data_ptr,), _data_ptr),
+):  # fmt: skip
+    for _function in _functions:
+        TAKERS[_function] = _taker

@@ -1,0 +1,233 @@
+"""A value that waits: what an edited site returns, unedited, for the addition behind it to edit in its own pass.
+
+`Waiting` is a tensor without storage. It holds the site's output and the edit; `takers.py` says which functions take it
+as it is. Any other one settles it: the edit is applied, and the call goes on with a plain tensor. So no code needs to
+know of it, and none can get a wrong value.
+
+Autograd does not go through it. A function of torch sees the plain tensors in its place. `autograd.Function.apply` and
+callers in C++ do not ask; for them the value has a node of its own as long as it is not known who takes it, and later
+one that raises, so that no gradient is ever lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ..backends.arguments import Edit, affine_edit, flat_edit
+from ..edits.selection import saved_tensor_hooks
+from ..ops import fused
+from ..ops.autograd import direct
+from ..ops.passes import Gradients
+
+if TYPE_CHECKING:
+    from ..edits.module import RedEdit
+    from .sums import Record
+
+__all__ = ["NO_EDIT", "PLAIN", "TAKERS", "Waiting", "edited", "is_plain", "wait"]
+
+NO_EDIT = affine_edit()
+PLAIN = (Tensor, nn.Parameter)
+TAKERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {}  # by function; `takers.py` fills it
+_wrapper: Any = Tensor._make_wrapper_subclass
+_metadata: set[Any] = {
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda", "is_cpu", "is_meta",
+                 "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_xpu", "is_mps", "itemsize", "is_leaf")
+    if hasattr(getattr(Tensor, name, None), "__get__")
+} | {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.is_floating_point, Tensor.is_complex,
+    Tensor.element_size, Tensor.get_device, Tensor.__len__, Tensor.is_signed, Tensor.ndimension,
+}  # fmt: skip
+
+
+class Waiting(Tensor):
+    """The output of a site, and the edit that is not applied to it yet.
+
+    Attributes:
+        h: the site's output, or a view of it.
+        edit: with the factors and the dropout that came behind it.
+        record: what is known of the site.
+        residual: what the edited value was added to, where the norm of the sum is waited for too.
+        others: values that wait, to which this one was added.
+        after: an edit of the sum that this value becomes a part of; it cannot be applied to the value alone.
+        base, again: the value that this is a view of, and the function that views it.
+        viewed: whether there is such a view of this one.
+        done: the plain tensor in its place, once it is settled with gradients, or needs none.
+    """
+
+    h: Tensor
+    edit: Edit
+    record: Record
+    residual: Tensor | None
+    others: tuple[Waiting, ...]
+    after: RedEdit | None
+    base: Waiting | None
+    again: Callable[[Tensor], Tensor] | None
+    viewed: bool
+    done: Tensor | None
+    differentiable: bool
+    __slots__ = (
+        "after", "again", "base", "differentiable", "done", "edit", "h", "others", "record", "residual", "viewed",
+    )  # fmt: skip
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        taker = TAKERS.get(func)
+        if taker is not None:
+            found = taker(func, args, kwargs or {})
+            if found is not NotImplemented:
+                return found
+        elif func in _metadata:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", str(func))
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", name)
+        return func(*_plainly(args, name), **_plainly(kwargs or {}, name))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        with torch.no_grad():  # autograd is above
+            return func(*_plainly(args, str(func)), **_plainly(kwargs or {}, str(func)))
+
+    def settle(self) -> Tensor:
+        """The edited value as a plain tensor, computed once."""
+        done = self.done
+        if done is None:
+            done = self._computed()
+            if torch.is_grad_enabled() or not self.differentiable:
+                self.done = done
+            else:  # perhaps by the forward of an autograd.Function
+                self.record.astray = True
+        return done
+
+    def settle_for(self, name: str) -> Tensor:
+        """As `settle`; the report says of the site that a function of this name took its value."""
+        if self.done is None:
+            self.record.settled(name)
+        return self.settle()
+
+    def _computed(self) -> Tensor:
+        if self.after is not None:
+            raise RuntimeError(
+                f"model: the edit of the residual stream behind {self.record.name or 'an attention'} cannot be "
+                "applied: its output was not added to the stream in its block"
+            )
+        if self.base is not None and self.again is not None:
+            return self.again(self.base.settle())
+        residual = self.residual
+        for other in self.others:
+            residual = other.settle() if residual is None else residual + other.settle()
+        return edited(self.h, residual, self.edit)
+
+
+def edited(x: Tensor, residual: Tensor | None, edit: Edit) -> Tensor:
+    """`residual + dropout(edit(x))`; `x` itself where there is nothing to do."""
+    plain = edit.dropout is None and edit.ids is None and not any(v is not None for v in edit.vectors.values())
+    if residual is None:
+        if plain:
+            return x
+        return fused.edit(x, edit) if edit.dropout is None else fused.edit_add(x, None, edit)
+    return residual + x if plain else fused.edit_add(x, residual, edit)
+
+
+def is_plain(x: object) -> bool:
+    """Whether it is a tensor of no class of its own."""
+    return type(x) in PLAIN
+
+
+def wait(
+    h: Tensor,
+    edit: Edit,
+    record: Record,
+    *,
+    residual: Tensor | None = None,
+    others: tuple[Waiting, ...] = (),
+    after: RedEdit | None = None,
+    base: Waiting | None = None,
+    again: Callable[[Tensor], Tensor] | None = None,
+) -> Waiting:
+    """A value that waits. The edit's vectors fit `h`, a dense floating tensor."""
+    vectors = edit.vectors
+    needs = torch.is_grad_enabled() and (
+        h.requires_grad
+        or any(vector is not None and vector.requires_grad for vector in vectors.values())
+        or (residual is not None and residual.requires_grad)
+        or any(other.differentiable for other in others)
+    )
+    # Under hooks for saved tensors the same must be saved in a second run: no node that only a first one needs.
+    if needs and not record.proven and residual is None and not others and saved_tensor_hooks(True) is None:
+        made: Any = _node(h, *flat_edit(edit)[:2], edit)
+    else:
+        made = _wrapper(Waiting, h.shape, dtype=h.dtype, device=h.device, requires_grad=needs)
+        if needs:
+            with torch._C.DisableTorchFunctionSubclass():
+                made._backward_hooks = _LOST
+    made.h, made.edit, made.record = h, edit, record
+    made.residual, made.others, made.after, made.base, made.again = residual, others, after, base, again
+    made.viewed, made.done, made.differentiable = False, None, needs
+    return made
+
+
+class WaitingFunction(Function):
+    """``apply(h, scale, bias, edit)``: the wrapper, with a node for who takes it without asking."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, scale: Tensor | None, bias: Tensor | None, edit: Edit) -> Tensor:
+        ctx.edit = edit
+        ctx.save_for_backward(h, scale, bias)
+        return _wrapper(Waiting, h.shape, dtype=h.dtype, device=h.device)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+        dy, (h, scale, bias) = grads[0], ctx.saved_tensors
+        if dy is None:
+            return None, None, None, None
+        with torch.enable_grad():
+            leaves = [None if t is None else t.detach().requires_grad_() for t in (h, scale, bias)]
+            vectors = dict(zip(("scale", "bias"), leaves[1:], strict=True))
+            again = edited(leaves[0], None, ctx.edit._replace(vectors=vectors))
+        asked = [
+            leaf for leaf, needed in zip(leaves, ctx.needs_input_grad, strict=False) if needed and leaf is not None
+        ]
+        found = iter(torch.autograd.grad(again, asked, dy))
+        return *(
+            next(found) if needed and leaf is not None else None
+            for leaf, needed in zip(leaves, ctx.needs_input_grad, strict=False)
+        ), None
+
+
+_node = direct(WaitingFunction)
+
+
+def _lost(gradient: Tensor) -> None:
+    raise RuntimeError(
+        "the value of an edited site was given to an autograd.Function, or to code in C++, in place of the addition "
+        "that took it before, and its gradient would be lost; run the forward again: the edit is then applied at once"
+    )
+
+
+_LOST = {0: _lost}
+
+
+def _plainly(value: Any, name: str) -> Any:
+    """The same with all that waits settled."""
+    kind = type(value)
+    if kind is Waiting:
+        return value.settle_for(name)
+    if kind is tuple or kind is list:
+        return kind(_plainly(part, name) for part in value)
+    if kind is dict:
+        return {key: _plainly(part, name) for key, part in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return kind(*(_plainly(part, name) for part in value))
+    return value

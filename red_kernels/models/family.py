@@ -1,0 +1,42 @@
+"""The description of layers whose sites their structure does not tell, or names alone have to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["PLACES", "Family"]
+
+PLACES = ("ffn", "attn", "qkv", "res", "attn_res")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Layers of one make.
+
+    Attributes:
+        name: for messages.
+        layers: class names of the layer (a subclass is found by its base's name); one that others have too with the
+            end of its module's name before it, `modeling_x.Block`.
+        sites: place (`"ffn"`, `"attn"`, `"qkv"`, `"res"`, `"attn_res"`) to the paths of the edited modules in the
+            layer. `-1` is the last child of a list; `""` is the layer; `a|b` is the first of the two that is there;
+            `a with b` is `a` if that has a child `b`; a path that ends in `?` may be missing.
+        inside: places whose edits are of the sum that the module's output becomes a part of.
+        norms: path of a site to that of the norm in it by which its output ends: an edit there can be merged into it.
+        bias_flags: path of a site to the attribute of the model's config that gives that linear layer a bias.
+        remarks: path of a site to what the report says of it.
+        layouts, first_norm, known, final_norm: of releases in which forwards were replaced; no longer read.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    sites: dict[str, tuple[str, ...]]
+    layouts: tuple[Any, ...] = ()
+    inside: tuple[str, ...] = ()
+    first_norm: tuple[str, ...] = ()
+    known: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    final_norm: str | None = None
+    norms: dict[str, str] = field(default_factory=dict)
+    bias_flags: dict[str, str] = field(default_factory=dict)
+    remarks: dict[str, str] = field(default_factory=dict)
