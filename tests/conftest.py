@@ -91,12 +91,12 @@ def families() -> Iterator[None]:
     """Whatever families the test registers are forgotten behind it."""
     from red_kernels import models
 
-    before = list(models.FAMILIES), dict(models.LAYOUTS), dict(models._BY_LAYER)
+    before = list(models.FAMILIES), list(models._REGISTERED), dict(models._BY_LAYER)
     yield
     models.FAMILIES[:] = before[0]
-    for registry, kept in ((models.LAYOUTS, before[1]), (models._BY_LAYER, before[2])):
-        registry.clear()
-        registry.update(kept)
+    models._REGISTERED[:] = before[1]
+    models._BY_LAYER.clear()
+    models._BY_LAYER.update(before[2])
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def state() -> dict[str, Any]:
         "whether torch is deterministic": torch.are_deterministic_algorithms_enabled(),
         "the backend asked for": backends.forced_backend(),
         "the instruction set": cpu.instruction_set() if cpu.load_error() is None else None,
-        "the families": (len(models.FAMILIES), len(models.LAYOUTS)),
+        "the families": len(models.FAMILIES),
         "the kinds of edit": tuple(KINDS),
         "the backends": tuple(record.name for record in backends.records()),
         "the working directory": os.getcwd(),

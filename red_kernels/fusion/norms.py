@@ -80,7 +80,8 @@ def norm_arguments(norm: nn.Module, x: Tensor, residual: Tensor | None, own: Red
     if not is_dense(x):
         return None
     parameters = norm._parameters
-    weight = bias = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
     if spec.weight:
         weight = parameters.get(spec.weight)
         if weight is None or not _is_plain(weight, x, dtype):
@@ -89,14 +90,15 @@ def norm_arguments(norm: nn.Module, x: Tensor, residual: Tensor | None, own: Red
         bias = parameters.get(spec.bias)
         if bias is not None and not _is_plain(bias, x, dtype):
             return None
-    if spec.centered and spec.offset:
-        return None  # no kernel adds to the weight of a LayerNorm
+    offset = spec.offset
+    if spec.centered and offset and weight is not None:  # no kernel adds to the weight of a LayerNorm
+        weight, offset = weight + offset, 0.0
     if dtype is not torch.float32 and torch.is_autocast_enabled(x.device.type):
         return None  # autocast runs norms in fp32
     eps = spec.epsilon(norm, dtype)
     if type(eps) not in (float, int) or not 0.0 <= eps < math.inf:  # it may be a tensor, trained or not
         return None
-    return Norm(weight, bias, eps, spec.offset, spec.centered)
+    return Norm(weight, bias, eps, offset, spec.centered)
 
 
 def is_dense(x: Tensor) -> bool:

@@ -29,7 +29,7 @@ from .norms import norm_arguments, spec_of, unobserved
 from .scopes import Scope, chain, observed, running, stack_of
 from .waiting import NO_EDIT, Waiting, edited, wait
 
-__all__ = ["Link", "Note", "Record", "add", "add_edit", "hand_over", "norm_of_waiting", "take_note"]
+__all__ = ["Link", "Note", "Record", "add", "add_edit", "hand_over", "norm_of_waiting", "take_note", "total"]
 
 _NOTE = "_red_kernels_note"
 _MISSES = 3  # after so many, a sum is known to have no one norm
@@ -69,6 +69,7 @@ class Record:
         name: the site's.
         link: the norm of its sums, if there is one.
         alone: nothing but that norm reads them, so they need not be kept.
+        lazy: something was done to a sum before its norm read it, so that it waits as well.
         proven: an addition or a norm has taken the site's value.
         at_once: something else has, so that it need not wait.
         astray: it was settled without gradients, as by an `autograd.Function`: give it a node of its own.
@@ -76,24 +77,14 @@ class Record:
     """
 
     __slots__ = (
-        "alone",
-        "astray",
-        "at_once",
-        "behind",
-        "by",
-        "decided",
-        "link",
-        "misses",
-        "name",
-        "proven",
-        "searches",
+        "alone", "astray", "at_once", "behind", "by", "decided", "lazy", "link", "misses", "name", "proven", "searches",
         "what",
     )  # fmt: skip
 
     def __init__(self, name: str = "") -> None:
         self.name = name
         self.link: Link | None = None
-        self.alone = self.proven = self.at_once = self.astray = self.decided = False
+        self.alone = self.proven = self.at_once = self.astray = self.decided = self.lazy = False
         self.misses = self.searches = 0
         self.what: str | None = None
         self.by = ""
@@ -117,6 +108,10 @@ class Record:
         if not self.decided and (stream is total or stream is normed):
             self.decided = True
             self.alone = stream is normed
+
+    def total(self, value: Waiting) -> Tensor:
+        """A sum that waits, computed."""
+        return total(value)
 
     def of_norm(self) -> Record:
         """The record of what the norm of this site's value is added to."""
@@ -181,7 +176,13 @@ class Note:
             stack.left.append(self)
             return
         total = self.total()
-        if total is not None and total.__dict__.get(_NOTE) is self:
+        if total is None:
+            pass
+        elif stack is scope and (outer := _open_stack(running()[:-1])) is not None:
+            self.stack, self.holder = outer, outer.left
+            outer.left.append(self)
+            return
+        elif total.__dict__.get(_NOTE) is self:
             del total.__dict__[_NOTE]
         if self.normed is not None:
             self.record.missed()
@@ -203,12 +204,24 @@ def add(value: Waiting, residual: Tensor) -> Tensor:
     for other in value.others:
         other.record.taken("residual add")
         residual = edited(other.h, residual, other.edit)
-    adds = "residual add" if edit.dropout is None else "dropout + residual add"
+    adds = _adds(edit)
+    if value.residual is not None:  # a sum to which something more is added
+        record.lazy = True
+        residual = value.residual + residual
     after = value.after
     if after is not None:
         total = edited(x, residual, edit)
         return add_edit(after, total, record)
     return hand_over(x, residual, edit, record, adds)
+
+
+def _adds(edit: Edit) -> str:
+    return "residual add" if edit.dropout is None else "dropout + residual add"
+
+
+def total(value: Waiting) -> Tensor:
+    """A sum that waits, computed now, with a note for the norm that may read it."""
+    return hand_over(value.h, value.residual, value.edit, value.record, _adds(value.edit), later=True)
 
 
 def add_edit(own: RedEdit, total: Tensor, record: Record, source: nn.Module | None = None) -> Tensor:
@@ -222,9 +235,18 @@ def add_edit(own: RedEdit, total: Tensor, record: Record, source: nn.Module | No
 
 
 def hand_over(
-    x: Tensor, residual: Tensor | None, edit: Edit, record: Record, adds: str, source: nn.Module | None = None
+    x: Tensor,
+    residual: Tensor | None,
+    edit: Edit,
+    record: Record,
+    adds: str,
+    source: nn.Module | None = None,
+    later: bool = False,
 ) -> Tensor:
-    """`z = residual + dropout(edit(x))`, with `norm(z)` for the norm that is known to read it."""
+    """`z = residual + dropout(edit(x))`, with `norm(z)` for the norm that is known to read it.
+
+    The sum waits too, unless this is `later`, where it is not known yet, or varies, what reads it.
+    """
     scopes = running()
     if not scopes:
         record.taken(adds)
@@ -234,29 +256,37 @@ def hand_over(
         undecided.decide(residual, total, normed)
     if residual is not None and residual.dtype != x.dtype:
         x, residual = fused.of_one_dtype(x, residual)
-    link, again = record.link, saved_tensor_hooks(True) is not None
+    record.taken(adds)
+    again = saved_tensor_hooks(True) is not None
+    waits = record.lazy or record.alone or again or _is_searching(record)
+    if waits and residual is not None and not scope.stack and not later:
+        if not again:
+            record.searches += record.link is None
+        value = wait(x, edit, record, residual=residual)
+        scope.made.append(weakref.ref(value))
+        return value
+    link = record.link
     if link is not None and not again:
         found = _ready(link, scopes, x, residual)
         if found is not None:
-            what = f"{adds} + {link.title}" if adds else link.title
-            record.taken(what)
-            if record.alone and residual is not None:
-                return wait(x, edit, record, residual=residual)
+            record.taken(f"{adds} + {link.title}" if adds else link.title)
             normed, z = fused.edit_add_norm(x, residual, edit, found)
             assert z is not None
             Note(z, record, scope, _open_stack(scopes) if link.across else None, source, normed, link.norm)
             return z
-    record.taken(adds)
-    searching = record.searches < _SEARCHES or record.misses >= _MISSES
-    # In a second run the same must be saved as in the first one, whatever was learnt meanwhile.
     stack = None if again else _open_stack(scopes)
-    if ((link is None and searching) or again) and not (scope.stack and stack is None):
-        if link is None and not again:
+    if ((link is None and (later or _is_searching(record))) or again) and not (scope.stack and stack is None):
+        if not later and not again:
             record.searches += 1
         z, handover = sum_of(x, residual, edit)
         Note(z, record, scope, stack, source, handover=handover)
         return z
     return edited(x, residual, edit)
+
+
+def _is_searching(record: Record) -> bool:
+    """Whether it is not known yet what reads the sums of a site; or known that it varies."""
+    return record.link is None and (record.searches < _SEARCHES or record.misses >= _MISSES)
 
 
 def _open_stack(scopes: list[Scope]) -> Scope | None:
@@ -345,20 +375,40 @@ def norm_of_waiting(norm: nn.Module, value: Waiting) -> Tensor | None:
     found = norm_arguments(norm, value.h, value.residual)
     if found is None:
         return None
-    return normalised(value, found, title_of(norm))
+    return normalised(value, found, title_of(norm), norm)
 
 
-def normalised(value: Waiting, norm: Norm, title: str) -> Tensor:
+def normalised(value: Waiting, found: Norm, title: str, norm: nn.Module | None = None) -> Tensor:
     """The norm of a waiting value, which waits for an addition itself if the value came from none."""
-    record = value.record
-    y, _ = fused.edit_add_norm(value.h, value.residual, value.edit, norm, False)
-    if value.residual is not None:
-        return y
+    record, residual = value.record, value.residual
+    scopes = running()
+    if residual is not None:
+        return _norm_of_sum(value, residual, found, title, norm)
+    y, _ = fused.edit_add_norm(value.h, None, value.edit, found, False)
     record.taken(f"its own {title}")
     behind = record.of_norm()
-    scopes = running()
     if (behind.at_once and value.after is None) or not scopes:
         return y
     made = wait(y, NO_EDIT, behind, after=value.after)
     scopes[-1].made.append(weakref.ref(made))
     return made
+
+
+def _norm_of_sum(value: Waiting, residual: Tensor, found: Norm, title: str, norm: nn.Module | None) -> Tensor:
+    """The norm of a sum that waits; the sum is computed as well unless nothing else is known to read it."""
+    record, again = value.record, saved_tensor_hooks(True) is not None
+    record.taken(f"{_adds(value.edit)} + {title}")
+    if record.alone and not again:
+        return fused.edit_add_norm(value.h, residual, value.edit, found, False)[0]
+    if record.link is not None and not again:
+        normed, value.done = fused.edit_add_norm(value.h, residual, value.edit, found)
+        return normed
+    z, handover = sum_of(value.h, residual, value.edit)
+    value.done = z
+    normed = norm_of(z, handover, found)
+    scopes = running()
+    if norm is not None and not again and record.misses < _MISSES:
+        record.link = Link(norm, False, (norm,), title)
+        if scopes and not record.decided:
+            scopes[-1].undecided.append((record, z, normed))
+    return normed

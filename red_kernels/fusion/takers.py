@@ -21,8 +21,13 @@ Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
 
 
+def _waits(value: object) -> bool:
+    """Whether it still waits: a site's value, or its sum."""
+    return type(value) is Waiting and value.done is None
+
+
 def _open(value: object) -> bool:
-    """Whether it waits, and for more than its norm."""
+    """Whether it waits, and was not added to anything yet."""
     return type(value) is Waiting and value.done is None and value.residual is None
 
 
@@ -44,11 +49,16 @@ def _add(func: Any, args: Arguments, kwargs: Keywords) -> Any:
         return NotImplemented
     first, second = args
     value, residual = (first, second) if type(first) is Waiting else (second, first)
-    if not _open(value):
+    if type(residual) is Waiting:
+        if not _waits(residual):
+            residual = residual.settle()
+        elif not _waits(value):
+            value, residual = residual, value.settle()
+        else:
+            return _meet(value, residual)
+    if not _waits(value):
         return NotImplemented
     kind = type(residual)
-    if kind is Waiting:
-        return _meet(value, residual)
     if kind not in PLAIN or not is_like(residual, value.h) or not residual.is_floating_point():
         return NotImplemented
     return add(value, residual)
@@ -56,8 +66,11 @@ def _add(func: Any, args: Arguments, kwargs: Keywords) -> Any:
 
 def _meet(first: Waiting, second: Waiting) -> Any:
     """The sum of two that wait: it waits for the residual, if neither needs one of its own."""
-    if not _open(first) or not _open(second) or first is second or first.shape != second.shape:
+    if first is second or first.shape != second.shape:
         return NotImplemented
+    if first.residual is not None or second.residual is not None:  # a sum is settled, and the other one added to it
+        value, other = (first, second) if second.residual is not None else (second, first)
+        return add(value, other.settle())
     if first.after is not None or second.after is not None or first.h.dtype != second.h.dtype:
         return NotImplemented
     others = (*first.others, *second.others, first)
@@ -69,8 +82,10 @@ def _add_in_place(func: Any, args: Arguments, kwargs: Keywords) -> Any:
         return NotImplemented
     target, other = args
     if type(target) is Waiting:
-        if not _open(target) or target.base is not None or target.viewed or target.others:
+        if not _waits(target) or target.base is not None or target.viewed or target.others:
             return NotImplemented
+        if type(other) is Waiting:
+            other = other.settle()
         if type(other) not in PLAIN or not is_like(other, target.h) or other.dtype != target.h.dtype:
             return NotImplemented
         target.done = add(target, other)  # whoever else holds it sees the sum
@@ -79,7 +94,8 @@ def _add_in_place(func: Any, args: Arguments, kwargs: Keywords) -> Any:
         return NotImplemented
     if target.dtype != other.h.dtype or (target.is_leaf and target.requires_grad and torch.is_grad_enabled()):
         return NotImplemented
-    return target.copy_(add(other, target))
+    total = add(other, target)
+    return target.copy_(total.settle() if type(total) is Waiting else total)
 
 
 # --- dropout
@@ -109,10 +125,14 @@ def _mul(func: Any, args: Arguments, kwargs: Keywords) -> Any:
         return NotImplemented
     first, second = args
     value, factor = (first, second) if type(first) is Waiting else (second, first)
-    if not _open(value) or value.others or value.after is not None or type(factor) is Waiting:
+    if not _open(value) or value.after is not None or type(factor) is Waiting:
         return NotImplemented
-    edit = _times(value.edit, factor, value.h)
-    return NotImplemented if edit is None else _like(value, edit=edit)
+    edits = [_times(one.edit, factor, one.h) for one in (value, *value.others)]
+    found = [edit for edit in edits if edit is not None]
+    if len(found) < len(edits):
+        return NotImplemented
+    others = tuple(_like(one, edit=edit) for one, edit in zip(value.others, found[1:], strict=True))
+    return _like(value, edit=found[0], others=others)
 
 
 def _div(func: Any, args: Arguments, kwargs: Keywords) -> Any:
@@ -170,13 +190,18 @@ def _times_by_sample(edit: Edit, factor: Tensor, wide: Tensor, h: Tensor) -> Edi
 
 def _view(func: Any, args: Arguments, kwargs: Keywords) -> Any:
     """Views and reshapes that keep the order of the elements, and the last dimension."""
-    return _viewed(args[0], lambda tensor: func(tensor, *args[1:], **kwargs)) if args else NotImplemented
+    if not args:
+        return NotImplemented
+    value, *how = args
+    return _viewed(value, lambda tensor: func(tensor, *how, **kwargs))
 
 
 def _viewed(value: Any, view: Callable[[Tensor], Tensor], ordered: bool = True) -> Any:
-    if not _open(value) or value.others or not value.h.is_contiguous():
+    if not _waits(value) or value.others or not value.h.is_contiguous():
         return NotImplemented
-    h, edit = value.h, value.edit
+    h, edit, residual = value.h, value.edit, value.residual
+    if residual is not None and not residual.is_contiguous():
+        return NotImplemented
     seen = view(h)
     if type(seen) is not Tensor or seen.dtype != h.dtype or seen.numel() != h.numel():
         return NotImplemented
@@ -187,40 +212,45 @@ def _viewed(value: Any, view: Callable[[Tensor], Tensor], ordered: bool = True) 
     if edit.ids is not None:
         edit = edit._replace(ids=view(edit.ids.unsqueeze(-1).expand(h.shape).contiguous())[..., 0].contiguous())
     if h.data_ptr() != seen.data_ptr() and h.numel():
-        return _like(value, h=seen, edit=edit)
+        return NotImplemented
     value.viewed = True
-    return _like(value, h=seen, edit=edit, base=value, again=view)
+    if residual is not None:
+        value.record.lazy = True
+        residual = view(residual)
+    return _like(value, h=seen, edit=edit, residual=residual, base=value, again=view)
 
 
 def _transpose(func: Any, args: Arguments, kwargs: Keywords) -> Any:
-    if kwargs or len(args) != 3 or not _open(args[0]):
+    if kwargs or len(args) != 3 or not _waits(args[0]):
         return NotImplemented
-    last = args[0].dim() - 1
-    if any(type(at) is not int or at % (last + 1) == last for at in args[1:]):
+    value, *how = args
+    last = value.dim() - 1
+    if any(type(at) is not int or at % (last + 1) == last for at in how):
         return NotImplemented
-    return _viewed(args[0], lambda tensor: func(tensor, *args[1:]), ordered=False)
+    return _viewed(value, lambda tensor: func(tensor, *how), ordered=False)
 
 
 def _permute(func: Any, args: Arguments, kwargs: Keywords) -> Any:
-    if kwargs or not args or not _open(args[0]):
+    if kwargs or not args or not _waits(args[0]):
         return NotImplemented
-    order = args[1] if len(args) == 2 and type(args[1]) in (tuple, list, torch.Size) else args[1:]
-    count = args[0].dim()
+    value, *how = args
+    order = how[0] if len(how) == 1 and type(how[0]) in (tuple, list, torch.Size) else how
+    count = value.dim()
     if len(order) != count or any(type(at) is not int for at in order) or order[-1] % count != count - 1:
         return NotImplemented
-    return _viewed(args[0], lambda tensor: func(tensor, *args[1:]), ordered=False)
+    return _viewed(value, lambda tensor: func(tensor, *how), ordered=False)
 
 
 def _same(func: Any, args: Arguments, kwargs: Keywords) -> Any:
     """`contiguous`, of what is; the sum is contiguous in any case."""
-    if len(args) != 1 or kwargs or not _open(args[0]):
+    if len(args) != 1 or kwargs or not _waits(args[0]):
         return NotImplemented
     return args[0] if args[0].h.is_contiguous() else NotImplemented
 
 
 def _cast(func: Any, args: Arguments, kwargs: Keywords) -> Any:
     """A cast to the dtype and the device that it has already."""
-    if not args or not _open(args[0]):
+    if not args or not _waits(args[0]):
         return NotImplemented
     value = args[0]
     if kwargs.keys() - {"dtype", "device"}:

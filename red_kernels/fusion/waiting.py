@@ -11,6 +11,7 @@ one that raises, so that no gradient is ever lost.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ __all__ = ["NO_EDIT", "PLAIN", "TAKERS", "Waiting", "edited", "is_plain", "wait"
 NO_EDIT = affine_edit()
 PLAIN = (Tensor, nn.Parameter)
 TAKERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {}  # by function; `takers.py` fills it
+_ALONE = 2  # references to what only one attribute holds: that, and the argument of `getrefcount`
 _wrapper: Any = Tensor._make_wrapper_subclass
 _metadata: set[Any] = {
     getattr(Tensor, name).__get__
@@ -101,6 +103,8 @@ class Waiting(Tensor):
     def settle(self) -> Tensor:
         """The edited value as a plain tensor, computed once."""
         done = self.done
+        if type(done) is Waiting:  # it was added to in place
+            return done.settle()
         if done is None:
             done = self._computed()
             if torch.is_grad_enabled() or not self.differentiable:
@@ -112,7 +116,10 @@ class Waiting(Tensor):
     def settle_for(self, name: str) -> Tensor:
         """As `settle`; the report says of the site that a function of this name took its value."""
         if self.done is None:
-            self.record.settled(name)
+            if self.residual is None:
+                self.record.settled(name)
+            else:
+                self.record.alone = False
         return self.settle()
 
     def _computed(self) -> Tensor:
@@ -121,9 +128,12 @@ class Waiting(Tensor):
                 f"model: the edit of the residual stream behind {self.record.name or 'an attention'} cannot be "
                 "applied: its output was not added to the stream in its block"
             )
-        if self.base is not None and self.again is not None:
+        # A view of what somebody else holds too has to share its memory.
+        if self.base is not None and self.again is not None and sys.getrefcount(self.base) > _ALONE:
             return self.again(self.base.settle())
-        residual = self.residual
+        if self.residual is not None:
+            return self.record.total(self)
+        residual: Tensor | None = None
         for other in self.others:
             residual = other.settle() if residual is None else residual + other.settle()
         return edited(self.h, residual, self.edit)
@@ -187,7 +197,7 @@ class WaitingFunction(Function):
         return _wrapper(Waiting, h.shape, dtype=h.dtype, device=h.device)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         dy, (h, scale, bias) = grads[0], ctx.saved_tensors
         if dy is None:
@@ -195,6 +205,7 @@ class WaitingFunction(Function):
         with torch.enable_grad():
             leaves = [None if t is None else t.detach().requires_grad_() for t in (h, scale, bias)]
             vectors = dict(zip(("scale", "bias"), leaves[1:], strict=True))
+            assert leaves[0] is not None
             again = edited(leaves[0], None, ctx.edit._replace(vectors=vectors))
         asked = [
             leaf for leaf, needed in zip(leaves, ctx.needs_input_grad, strict=False) if needed and leaf is not None

@@ -9,6 +9,8 @@ __all__ = [
     "ATTENTION",
     "FFN",
     "MIXER",
+    "READ_BEFORE",
+    "RETURN_TUPLES",
     "SKIP",
     "is_between",
     "is_down",
@@ -34,10 +36,12 @@ ATTENTION, MIXER, FFN, SKIP = "attention", "mixer", "ffn", "skip"
 _SKIPPED = re.compile(
     r"norm|modulation$|ada_?ln|adapter|lora|embed(?!\w*_mlp$)|pooler|pooling|router|indexer|quantiz|classif|predict"
     r"|rel_?pos|pos_(bias|emb|enc|mlp|proj|\w*proj)|linear_pos|position_?(bias|enc|emb|mlp)|relative|rotary|rope"
-    r"|bias_mlp|cpb|time_?(step|_emb|_proj)|per_layer|laurel|altup|bottleneck|gating_conv"
+    r"|bias_mlp|cpb|time_?(step|_emb|_proj)|per_layer|laurel|altup|bottleneck"
     r"|down_?sample|up_?sample|_heads?$|^heads?$|compress"
 )
-_NEVER = re.compile(r"norm|modulation|_bias")  # of attention or not
+_NEVER = re.compile(
+    r"^(?!norm_attn_norm$).*norm|modulation|_bias|hyper_?connection"
+)  # of attention or not; but for DBRX's half
 _CONVOLUTION = re.compile(r"^l?conv(\d?d|_module|_layer|olution\w*)?$")
 _SKIPPED_CLASS = re.compile(
     r"Ada\w*Norm|Adapter|Router|Modulation|RelPos|PositionBias|Indexer|ConvModule|ConvolutionModule"
@@ -163,7 +167,7 @@ def is_between(name: str) -> bool:
 def is_qkv(name: str, mixer: bool = False) -> bool:
     """Whether a linear layer gives an attention's queries, keys or values."""
     words = _words(name)
-    if words & _NO_PROJECTION or words & {"output", "intermediate"}:
+    if words & (_NO_PROJECTION - {"gate"} if "q" in words else _NO_PROJECTION) or words & {"output", "intermediate"}:
         return False
     return bool(words & _QKV_WORDS) or (name.lower() in _QKV_NAMES and not mixer)
 
@@ -222,6 +226,14 @@ def is_router(name: str) -> bool:
 def is_mixture(kind: str) -> bool:
     """Whether a class is called as a mixture of experts."""
     return _MIXTURE_CLASS.search(kind) is not None
+
+
+# Attentions whose stream is not to be had, for the layer or a class of its own has read it by then.
+READ_BEFORE = ("crossattention", "norm_attn_norm")
+
+
+# Linear layers that return a bias or a scale beside their output.
+RETURN_TUPLES = ("ColumnParallelLinear", "RowParallelLinear")
 
 
 def kind_by_path(path: str) -> str:

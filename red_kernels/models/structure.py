@@ -79,6 +79,7 @@ class _Shape:
         torch_attention: whether it is torch's own attention, which reads its projections' weights and calls none.
         is_list: whether it holds layers, and gives no value of its own.
         is_container: whether it may be a list of layers.
+        of_tuple: whether a linear layer returns a tuple, its output first.
         stacked: whether one Parameter has the weights of several experts, or of several heads.
         parts: its children and their names.
     """
@@ -90,17 +91,19 @@ class _Shape:
         "is_list",
         "kind",
         "norm",
+        "of_tuple",
         "out",
         "parts",
         "stacked",
         "torch_attention",
     )
 
-    def __init__(self, kind: type, facts: tuple[Any, ...], parts: tuple[tuple[str, _Shape], ...]) -> None:
+    def __init__(self, kind: type[nn.Module], facts: tuple[Any, ...], parts: tuple[tuple[str, _Shape], ...]) -> None:
         self.kind = kind.__name__
-        self.out, self.into, self.norm, self.stacked, self.torch_attention = facts
-        self.is_container = issubclass(kind, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
-        self.is_list = self.is_container and kind.forward is nn.Module.forward
+        self.out, self.into, self.norm, self.stacked, self.torch_attention, self.of_tuple = facts
+        holds = issubclass(kind, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+        self.is_container = holds and any(key[-1:].isdigit() for key, _ in parts)
+        self.is_list = holds and kind.forward is nn.Module.forward
         self.parts = parts
         self.anatomy: _Anatomy | None = None
 
@@ -185,22 +188,23 @@ def _facts(module: nn.Module, kind: type) -> tuple[Any, ...]:
     """The first facts of a `_Shape`."""
     own = module.__dict__
     if issubclass(kind, nn.MultiheadAttention):
-        return own["embed_dim"], 0, None, False, True
-    out = own.get("out_features", own.get("nf"))
+        return own["embed_dim"], 0, None, False, True, True
+    out = own.get("out_features", own.get("nf") if "weight" in module._parameters else None)
     if out is None and hasattr(kind, "out_features"):
         out = getattr(module, "out_features", None)
     if type(out) is int and out > 0:
         into = own.get("in_features", own.get("nx"))
         if into is None and hasattr(kind, "in_features"):
             into = getattr(module, "in_features", None)
-        return out, into if type(into) is int else 0, None, False, False
+        of_tuple = "quant_mode" in own or kind.__name__ in names.RETURN_TUPLES
+        return out, into if type(into) is int else 0, None, False, False, of_tuple
     if names.is_norm(kind.__name__) and (not module._modules or module._parameters):
-        return 0, 0, _norm_width(module), False, False
+        return 0, 0, _norm_width(module), False, False, False
     stacked = "kernel_size" not in own and any(
         parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1
         for parameter in module._parameters.values()
     )
-    return 0, 0, None, stacked, False
+    return 0, 0, None, stacked, False, False
 
 
 def _norm_width(module: nn.Module) -> int:
@@ -241,7 +245,9 @@ def _kind_of(owner: _Owner, model: nn.Module) -> str:
             return "audio"
         if "vocab_size" in has:
             return "text"
-    return sides[-1] if sides else "other"
+    if type(model).__module__.partition(".")[0] in ("timm", "torchvision"):
+        return "vision"
+    return sides[-1] if sides else names.kind_by_path(type(model).__name__) or "other"
 
 
 # The level that repeats.
@@ -333,7 +339,11 @@ class _Anatomy:
         self.ffns: list[tuple[str, int, bool]] = []  # path, width, whether a mixture
         self.direct: list[_Leaf] = []  # of an attention, in the layer itself
         self.width = _stream_width(shape)
+        self.joint = False  # whether one projection ends attention and FFN
         rest = self._visit(shape, "", "", None)
+        told = [width for _, width, mixture in self.ffns if not mixture]
+        if told and self.width not in told:
+            self.width = told[-1]
         self._settle_attentions(rest)
         self._settle_ffns(rest)
         self.kinds = frozenset(
@@ -351,7 +361,7 @@ class _Anatomy:
                 attention.leaves.append(_Leaf(at, self.order[at], part.out, part.into, label))
                 continue
             own = names.label_of(name, part.kind)
-            if own == names.SKIP:
+            if own == names.SKIP and (attention is None or name != "heads"):
                 continue
             if part.torch_attention:
                 self.attentions.append(_Attention(at, self.order[at], False, whole=part.out))
@@ -361,7 +371,7 @@ class _Anatomy:
                     leaf.label = names.leaf_label(leaf.name)
                 (self.direct if leaf.label == names.ATTENTION else free).append(leaf)
             elif part.parts or part.stacked:
-                free += self._visit_part(name, part, at, own or label, attention)
+                free += self._visit_part(name, part, at, label if own in ("", names.SKIP) else own, attention)
         taken = self._chains(free)
         return [leaf for leaf in free if leaf.path not in taken]
 
@@ -378,7 +388,7 @@ class _Anatomy:
             if attention is not None:
                 attention.of_experts = True
             elif not part.is_list:
-                self.ffns.append((at, self.width, True))
+                self.ffns.append((at, 0, True))  # as wide as the stream
             return []
         return self._visit(part, at, label, None)
 
@@ -450,9 +460,6 @@ class _Anatomy:
             widths.update(one.whole for one in self.attentions if one.whole)
             widths.update(width for _, width, _ in self.ffns if width)
             self.width = widths.most_common(1)[0][0] if widths else self.width
-        told = [width for _, width, mixture in self.ffns if not mixture]
-        if told and self.width not in told:
-            self.width = told[-1]
         if not self.ffns and self.attentions:
             self.ffns = [(path, self.width, False) for path in self._wider(rest)]
         self.ffns = [(path, width or self.width, mixture) for path, width, mixture in self.ffns]
@@ -472,15 +479,18 @@ class _Anatomy:
         }
         if beside or any(one.out or one.whole for one in self.attentions):
             return list(beside)
+        self.joint = True
         return [down.path for down in rest if down.into > down.out and any(up.into == down.out < up.out for up in rest)]
 
     def _sites(self) -> tuple[FoundSite, ...]:
-        sites = [FoundSite("ffn", path, width, mixture) for path, width, mixture in self.ffns]
+        sites = [
+            FoundSite("ffn", path, width, mixture or self._gives_tuple(path)) for path, width, mixture in self.ffns
+        ]
         for one in self.attentions:
             if one.whole:
                 sites.append(FoundSite("attn", one.path, one.whole, True))
-            sites += [FoundSite("attn", leaf.path, leaf.out, False) for leaf in one.out]
-            sites += [FoundSite("qkv", leaf.path, leaf.out, False) for leaf in one.qkv]
+            sites += [FoundSite("attn", leaf.path, leaf.out, self._gives_tuple(leaf.path)) for leaf in one.out]
+            sites += [FoundSite("qkv", leaf.path, leaf.out, self._gives_tuple(leaf.path)) for leaf in one.qkv]
         sites += self._streams()
         return tuple(sorted(sites, key=lambda site: (site.place == "res", self.order[site.path])))
 
@@ -491,24 +501,28 @@ class _Anatomy:
             return
         for one in self.attentions:
             ends = one.path if one.whole else (one.out[0].path if one.out else "")
-            given = ends and (self._ends_in_norm(ends) or self._sublayer(ends, bool(one.whole)))
-            path = given or (ends and self._inside(one))
+            normed = self._ends_in_norm(ends) if ends else ""
+            given = normed or (ends and self._sublayer(ends, bool(one.whole)))
+            path, inside = (given, False) if given else self._behind(one)
             if path:
-                inside = path not in (given, _NORM_BEHIND) and not self._adds_itself(one)
                 yield FoundSite(
-                    "attn_res", path, self.width, path not in (self._ends_in_norm(ends), _NORM_BEHIND), inside
+                    "attn_res", path, self.width, self._gives_tuple(ends) or path not in (normed, _NORM_BEHIND), inside
                 )
         if self.ffns:
             last, _, mixture = max(self.ffns, key=lambda one: self.order[one[0]])
             normed = self._ends_in_norm(last) if len(self.ffns) == 1 else ""
             path = normed or self._sublayer(last, mixture)
-            yield FoundSite("res", path, self.width, not normed)
+            yield FoundSite("res", path, self.width, not normed or self._gives_tuple(last))
+
+    def _gives_tuple(self, path: str) -> bool:
+        return bool(_at(self.shape, path).of_tuple)
 
     def _has_two_streams(self) -> bool:
         """Whether a layer carries a stream of context beside its own: its output has both."""
         paths = [path for path, _, _ in self.ffns] + [leaf.path for one in self.attentions for leaf in one.out]
         aside = [path for path in paths if re.search(r"context|txt|add_out|visn|layout", path)]
-        return bool(aside) and len(aside) < len(paths)
+        added = any("add_k_proj" in leaf.path for one in self.attentions for leaf in one.qkv)
+        return added or self.joint or 0 < len(aside) < len(paths)
 
     def _ends_in_norm(self, site: str) -> str:
         """The module that ends in the norm of the stream, where it holds nothing but a projection before that."""
@@ -519,37 +533,43 @@ class _Anatomy:
         keys = [key for key, _ in parts]
         behind = [part for _, part in parts[keys.index(name) + 1 :]]
         alone = sum(bool(part.out) for _, part in parts) == 1
-        return path if alone and any(part.norm == self.width for part in behind) else ""
+        normed = any(part.norm == self.width and not part.kind.startswith("BatchNorm") for part in behind)
+        return path if alone and normed else ""
 
     def _sublayer(self, site: str, whole: bool) -> str:
         """The entry of a list of sublayers that holds a site: it has the norm in front, and adds to the stream."""
         parts = site.split(".")
         if len(parts) < 4 - whole or not parts[1].isdigit() or not _at(self.shape, parts[0]).is_list:
             return ""
+        start = f"{parts[0]}."
+        if not all(one.path.startswith(start) for one in self.attentions) or not all(
+            path.startswith(start) for path, _, _ in self.ffns
+        ):
+            return ""
         entry = _at(self.shape, ".".join(parts[:2]))
         return ".".join(parts[:2]) if any(part.norm is not None for _, part in entry.parts) else ""
 
-    def _inside(self, attention: _Attention) -> str:
-        """The attention behind which the layer adds to its stream, before the FFN reads that."""
+    def _behind(self, attention: _Attention) -> tuple[str, bool]:
+        """The path by which the stream behind an attention goes, and whether only the layer itself has that stream."""
         path = attention.path
-        if not path or not self.ffns or path == "crossattention":
-            return ""
+        if not path or not self.ffns or path in names.READ_BEFORE:
+            return "", False
         if any(ffn.startswith(f"{path}.") for ffn, _, _ in self.ffns):
-            return ""
+            return "", False
         own = [key for key, part in self.shape.parts if part.norm is not None or names.stands_for_norm(key, part.kind)]
         if len(own) > len(self.attentions):
-            return _NORM_BEHIND if _NORM_BEHIND in own else path
+            return (_NORM_BEHIND, False) if _NORM_BEHIND in own else (path, True)
         if self._adds_itself(attention):
-            return path
+            return path, False
         if any(norm == self.width for norm in _norms_within(_at(self.shape, path))):
-            return ""
+            return "", False
         in_ffn = any(
             norm == self.width
             for key, part in self.shape.parts
             if any(ffn.startswith(f"{key}.") for ffn, _, mixture in self.ffns if not mixture)
             for norm in _norms_within(part)
         )
-        return path if in_ffn and len(own) == len(self.attentions) else ""
+        return (path, True) if in_ffn and len(own) == len(self.attentions) else ("", False)
 
     def _adds_itself(self, attention: _Attention) -> bool:
         """Whether an attention ends in the norm of the stream: it adds to the stream before that."""
@@ -587,8 +607,9 @@ def _norms_within(shape: _Shape, aside: bool = False) -> Iterator[int]:
         if part.norm and not names.is_norm_of_heads(name):
             yield part.norm
         elif part.parts and not re.search(r"bottleneck|lora|router|experts", name):
-            if not (aside and names.label_of(name, part.kind) == names.FFN):
-                yield from _norms_within(part, aside)
+            if aside and names.label_of(name, part.kind) == names.FFN:
+                continue
+            yield from _norms_within(part, aside)
 
 
 def _count(shape: _Shape) -> int:

@@ -102,7 +102,7 @@ def _planned(model: nn.Module, block: Block, site: ChosenSite, config: RedConfig
         SiteReport(name, width, None, "; ".join(filter(None, (reason, site.remark)))),
         place=site.place,
         inside=site.inside,
-        of_tuple=site.of_tuple or site.place in ("res", "attn_res"),
+        of_tuple=True,
         norm=site.norm,
         bias_flag=site.bias_flag,
         caller=None if module is block.module else block.module,
@@ -168,9 +168,14 @@ def _plan_around(plan: Plan, model: nn.Module, blocks: list[Block], widths: dict
             scopes[entry] = modules[entry]
             owner = _owner(entry, modules)
             stacks[owner] = modules[owner]
-    plan.blocks = [module for name, module in scopes.items() if name not in stacks]
-    plan.stacks = [module for name, module in stacks.items()]
     wanted = set(widths.values())
+    for name in list(stacks):  # the norm behind a stack may be its owner's
+        while name:
+            name = name.rpartition(".")[0]
+            if any(could_be_norm(child) and output_width(child) in wanted for child in modules[name].children()):
+                stacks[name] = modules[name]
+    plan.blocks = [module for name, module in scopes.items() if name not in stacks]
+    plan.stacks = list(stacks.values())
     for stack in dict.fromkeys((*plan.stacks, *plan.blocks)):
         for module in stack.modules():
             if could_be_norm(module) and output_width(module) in (*wanted, None) and norm_spec(module) is not None:

@@ -1,17 +1,14 @@
 """Every architecture of transformers' auto mappings, tiny and with random weights, made from its own configuration.
 
-Sizes are not listed per model: a configuration's own fields say what they are, by their names (`shrunk`). `OVERRIDES`
-holds what a name does not tell. `python tests/patching/architectures.py [task] [model_type ...]` counts what builds.
+`python tests/patching/architectures.py [task] [model_type ...]` counts how many build, run and have gradients, and says
+why the others do not. What makes them tiny is in `architecture_sizes`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import inspect
-import math
-import re
 import signal
 import sys
 import traceback
@@ -23,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from architecture_sizes import AUDIO, FULL, IMAGE, LENGTH, VOCABULARY, WIDTH, shrunk
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
@@ -38,10 +36,9 @@ TASKS = {
     "sequence-classification": "SEQUENCE_CLASSIFICATION",
     "image-text-to-text": "IMAGE_TEXT_TO_TEXT",
 }
-WIDTH, INNER, LAYERS, HEADS, VOCABULARY, EXPERTS, IMAGE, AUDIO = 64, 96, 3, 4, 120, 4, 32, 64
 FIRST_ORDINARY = 80  # token ids from here on are no special tokens
 MOST_PARAMETERS = 5_000_000
-BATCH, LENGTH = 2, 8
+BATCH = 2
 
 
 class Unbuildable(Exception):
@@ -77,303 +74,6 @@ def architectures(task: str | None = None) -> list[Architecture]:
             for class_name in [classes] if isinstance(classes, str) else classes:
                 found.append(Architecture(name, model_type, class_name, CONFIG_MAPPING_NAMES[model_type]))
     return found
-
-
-# What an integer field of a name is set to, at most: the first pattern that matches the whole name decides.
-_KEPT = -1
-_RULES: list[tuple[str, int]] = [
-    (r"type_vocab_size|num_labels|num_channels|num_encoder_blocks|num_stages|altup_num_inputs|.*_id"
-     r"|.*(_index|rate|stride|kernel_size|steps|seconds|frame_size|scale|sampling|_hz|seed|num_buckets|_distance|n_floor"
-     r"|theta|length_per_tok|_prob|max_period|_multiple_of|scale_factor|hop_length|n_fft|samples_per_token)", _KEPT),
-    (r".*vocab_size|.*_group_vocab|entity_emb_num|.*num_embeddings|vocab_size_\w+", VOCABULARY),
-    (r"codebook_size", 128),
-    (r"q_lora_rank|kv_lora_rank|o_lora_rank|hc_lowrank|.*_lora_rank|.*_rank", 32),
-    (r"num_codebooks|num_quantizers|num_semantic_quantizers|n_groups|mamba_n_?groups|o_groups", 2),
-    (r"(num_|n_)?shared_experts?|moe_num_shared_experts|num_kv_shared_layers", 1),
-    (r".*(experts_per_tok|experts_per_token|top_k_experts|moe_top_?k|moe_k|index_topk_blocks|index_kpool)", 2),
-    (r"(moe_)?(num_|n_)?(routed_|local_)?experts|moe_num_experts|zero_expert_num", EXPERTS),
-    (r"n_group|num_expert_group", 2),
-    (r"mm_tokens_per_image|vision_soft_tokens_per_image", 4),
-    (r"base_channels", 32),
-    (r"num_filters", 8),
-    (r"topk_group|num_hidden_groups|inner_group_num|first_k_dense_replace|num_dense_layers|.*_offset|\w*mem_blocks"
-     r"|num_hash|num_hashes|num_random_blocks", 1),
-    (r".*(shared|moe|expert)\w*(intermediate|ffn_hidden|ffn)_(size|dim)", 48),
-    (r".*(intermediate_size|intermediate_size_mlp|ffn_dim|ffn_hidden_size|d_ff|dim_ff|dff|n_inner|inner_dim|d_inner)"
-     r"|mlp_dim|ffn_size|feed_forward_size|.*_hidden_dim|hidden_dim|encoder_cross_output_size", INNER),
-    (r".*(num_key_value_heads|num_kv_heads|kv_n_heads|num_query_groups)", 2),
-    (r"mamba_(n|num)_heads", 8),
-    (r".*(qk_rope_head_dim|rotary_dim)", 8),
-    (r".*(head_dim|head_size|d_kv|d_head|dim_head|kv_channels|key_dim|headdim|d_state|state_size)", WIDTH // HEADS),
-    (r".*(heads|n_head)", HEADS),
-    (r".*(layers|n_layer|num_blocks|depth|n_layers|layers_per_stack|_per_block)", LAYERS),
-    (r"max_source_positions", AUDIO // 2),
-    (r".*max_(position|2d_position|temporal)_embeddings|n_positions|n_ctx|max_.*positions|max_seq_len|context_length"
-     r"|model_max_length|max_pos_emb", 128),
-    (r"image_size|force_image_size|crop_size|resolution|input_size", IMAGE),
-    (r"patch_size", 8),
-    (r"num_mel_bins|n_mel_bins|input_feat_per_channel|input_feat_size|feature_size|feature_projection_input_dim", AUDIO),
-    (r".*(sliding_window|sliding_window_size|window_length|attention_window_size|index_topk|keep_window_size)", 4),
-    (r".*(_period|_interval|_every_n_layers|window_pattern|sparse_step|layer_interval|_frequency)", 2),
-    (r".*chunk_size", 8),
-]  # fmt: skip
-_COMPILED = [(re.compile(pattern), value) for pattern, value in _RULES]
-_LAYER_INDICES = re.compile(r".*(_idxs|_indexes|_indices|_layers|layer_ids|_layer_idx)|out_indices")
-_SPECIAL = re.compile(r".*(token_id|token_index|_id|_token_ids|_index)")
-_WHERE_NONE = {
-    "head_dim": WIDTH // HEADS,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "n_routed_experts": EXPERTS,
-    "n_shared_experts": 1,
-    "vocab_size": VOCABULARY,
-}
-
-# By model type (or task and model type, or class): fields that their names do not give away.
-_SWIN = {"image_size": 64, "window_size": 2}
-_CODEC = {"downsampling_ratios": (2, 2), "depths": (2, 2, 2), "num_filters": 8}
-OVERRIDES: dict[str, dict[str, Any]] = {
-    "DbrxAttentionConfig": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},  # the class lacks the second
-    "FunAsrNanoAdaptorConfig": {"intermediate_size": WIDTH // 4},
-    "GraniteSpeech5EncoderConfig": {"num_mel_bins": AUDIO // 4},
-    "DiffusionGemmaTextConfig": {"num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": 48},
-    "apertus1p5": {"image_token_offset": 8, "audio_token_offset": 136},
-    "apertus1p5_text": {"vocab_size": 300},
-    "aria": {"projector_patch_to_query_dict": {16: 4}},
-    "chameleon": {"vocabulary_map": {"<image>": 40} | {f"IMGIMG{chr(65 + code)}Z": 41 + code for code in range(10)}},
-    "chameleon_vqgan": {"num_embeddings": 10},
-    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
-    "emu3": {"vocabulary_map": {"<image>": 40, "<|extra_200|>": 41}
-             | {f"<|visual token {code:06d}|>": 42 + code for code in range(16)}},
-    "emu3_vqgan": {"codebook_size": 16},
-    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [0, 1, 2, 2],
-                        "downsample_rate": "1/2", "image_grid_pinpoints": [[64, 64]]},
-    "llava_next": {"image_grid_pinpoints": [[64, 64]]},
-    "llava_next_video": {"image_grid_pinpoints": [[64, 64]]},
-    "llava_onevision": {"image_grid_pinpoints": [[64, 64]]},
-    "molmo2_adapter": {"vision_feature_layer": [2, 1]},
-    "muse_spark_audio": {"num_hidden_layers": 4},
-    "step3p5": {"sliding_window": 4},
-    "t5": {"decoder_start_token_id": 0},
-    "audio-spectrogram-transformer": {"max_length": AUDIO},
-    "bit": {"num_groups": 4},
-    "cohere_compass_text": {
-        "rope_parameters": {
-            kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
-            for kind in ("full_attention", "sliding_attention")
-        }
-    },
-    "donut-swin": _SWIN,
-    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
-    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 1.0, "hidden_dim": 320, "image_size": 64},
-    "falcon_h1": {"mamba_d_ssm": 64},
-    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
-    "hgnet_v2": {"stem_channels": (3, 8, 16), "stage_in_channels": (16, 32, 32, 64), "stage_mid_channels": (8, 8, 16, 16),
-                 "stage_out_channels": (32, 32, 64, 64), "hidden_sizes": [32, 32, 64, 64], "embedding_size": 16,
-                 "stage_numb_of_layers": (2, 2, 2, 2)},
-    "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
-    "lilt": {"hidden_size": 96, "intermediate_size": 144},
-    "moonshine_streaming": {"num_key_value_heads": HEADS},
-    "levit": {"image_size": 64, "patch_size": 16},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
-    "mamba2": {"num_heads": 8},
-    "mobilevitv2": {"image_size": 64},
-    "image-classification:perceiver": {"num_cross_attention_heads": 1},
-    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
-                       "indexer_compress_ratio": 2},
-    "causal-lm:reformer": {"is_decoder": True},
-    "reformer": {"axial_pos_shape": (2, 4), "axial_pos_embds_dim": (16, 48), "local_attn_chunk_length": 4,
-                 "lsh_attn_chunk_length": 4},
-    "shieldgemma2": {"yes_token_index": 81, "no_token_index": 82},
-    "swin": _SWIN,
-    "textnet": {"stem_out_channels": 16},
-    "vibevoice_acoustic_tokenizer_encoder": _CODEC,
-    "vibevoice_acoustic_tokenizer_decoder": _CODEC,
-    "vibevoice_acoustic_tokenizer": _CODEC,
-    "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
-              "attention_hidden_size": 2 * WIDTH, "attention_head_dim": 2 * WIDTH // HEADS},
-}  # fmt: skip
-# What a configuration's class has to be given to be made at all.
-FULL: dict[str, dict[str, Any]] = {
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
-}
-
-
-class _Tokens:
-    """Small ids for special tokens, the same for one name all through a configuration."""
-
-    def __init__(self) -> None:
-        self.ids: dict[str, int] = {}
-
-    def small(self, name: str, value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return type(value)(self.small(f"{name}.{i}", each) for i, each in enumerate(value))
-        if not isinstance(value, int) or isinstance(value, bool) or value < 30:
-            return value
-        return self.ids.setdefault(name.replace("_index", "_id"), 30 + len(self.ids))
-
-
-def _rule(name: str) -> int | None:
-    return next((value for pattern, value in _COMPILED if pattern.fullmatch(name)), None)
-
-
-def _small_integer(name: str, value: int) -> int:
-    most = _rule(name)
-    if most == _KEPT or value <= 1:
-        return value
-    if most is None:  # some width, whatever its name
-        return WIDTH if value > 128 or value > WIDTH and name.endswith(("size", "dim")) else value
-    return most if most == VOCABULARY else min(value, most)
-
-
-def _small_list(name: str, value: list[int] | tuple[int, ...]) -> list[int] | tuple[int, ...]:
-    """Of a model in stages: the ratios between the stages are kept."""
-    if re.fullmatch(r".*(depths|layers|num_block_repeats|stage_num_blocks|stage_numb_of_layers)", name):
-        return type(value)(min(each, 2) for each in value)
-    if re.fullmatch(r".*heads", name):
-        return type(value)(each // math.gcd(*value) for each in value)
-    if re.fullmatch(r".*image_size", name):
-        return type(value)(IMAGE for _ in value)
-    if re.fullmatch(r".*(size|sizes|dims|dim|channels|planes)", name) and (unit := math.gcd(*value)) > 16:
-        return type(value)(each // unit * 16 for each in value)
-    return value
-
-
-def _is_integers(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and bool(value) and all(type(each) is int for each in value)
-
-
-def _is_indices(name: str, value: Any) -> bool:
-    return _LAYER_INDICES.fullmatch(name) is not None and _is_integers(value) and max(value) > 1
-
-
-def _per_layer(config: transformers.PreTrainedConfig) -> dict[int, dict[str, Any]]:
-    spec = vars(config).get("_heterogeneity_spec")
-    return spec.per_layer_overrides if spec is not None else {}
-
-
-def _layer_count(config: transformers.PreTrainedConfig) -> int | None:
-    """None where its layers are not all in one row, as they are not in a model of stages."""
-    count = getattr(config, "num_hidden_layers", None)
-    stages = _rule(config.attribute_map.get("num_hidden_layers", "num_hidden_layers")) == _KEPT
-    return count if isinstance(count, int) and not stages else None
-
-
-def _chosen_layers(config: transformers.PreTrainedConfig) -> list[int]:
-    """The layers of the full size whose like the tiny model has: one of each kind at least."""
-    count = _layer_count(config)
-    if count is None:
-        return list(range(LAYERS))
-    kinds: list[list[str]] = [[repr(_per_layer(config).get(index))] for index in range(count)]
-    for name, value in vars(config).items():
-        if name.startswith("_") or not isinstance(value, (list, tuple)):
-            continue
-        if _is_indices(name, value):
-            per_layer = [str(index in value) for index in range(count)]
-        elif len(value) == count and count > 4:
-            per_layer = [repr(each) for each in value]
-        else:
-            continue
-        for kind, each in zip(kinds, per_layer, strict=True):
-            kind.append(each)
-    seen: dict[tuple[str, ...], int] = {}
-    for index, kind in enumerate(kinds):
-        seen.setdefault(tuple(kind), index)
-    chosen = sorted(seen.values())[: LAYERS + 2]
-    chosen += [index for index in range(count) if index not in chosen][: max(0, LAYERS - len(chosen))]
-    return sorted(chosen)
-
-
-def _small_rope(value: dict[str, Any], head: int, mrope: bool) -> dict[str, Any]:
-    small = dict(value)
-    if mrope and "rope_theta" in value:  # models fall back to sections of the full size
-        small.setdefault("mrope_section", [16, 24, 24])
-    for name, each in tuple(small.items()):
-        if isinstance(each, dict):
-            small[name] = _small_rope(each, head, mrope)
-        elif name == "original_max_position_embeddings" and isinstance(each, int):
-            small[name] = 64
-        elif name in ("short_factor", "long_factor") and each is not None:
-            small[name] = list(each)[: int(head * value.get("partial_rotary_factor", 1.0)) // 2]
-        elif name == "mrope_section" and each is not None:
-            half = int(head * (value.get("partial_rotary_factor") or 1.0)) // 2
-            parts = [max(1, half * part // sum(each)) for part in each]
-            parts[0] += half - sum(parts)
-            small[name] = parts
-    return small
-
-
-def shrunk(
-    config: transformers.PreTrainedConfig, task: str = "", tokens: _Tokens | None = None
-) -> transformers.PreTrainedConfig:
-    """A tiny configuration of the same class, with its sub-configurations."""
-    tokens = tokens or _Tokens()
-    kind, held = type(config), vars(config)
-    usual = {field.name: field.default for field in dataclasses.fields(kind)}
-    values = {name: held.get(kind.attribute_map.get(name, name)) for name in usual}
-    chosen, count = _chosen_layers(config), _layer_count(config)
-    layers_field = kind.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    small: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, transformers.PreTrainedConfig):
-            small[name] = shrunk(value, task, tokens)
-        elif value is None and name in _WHERE_NONE:
-            small[name] = _WHERE_NONE[name]
-        elif isinstance(value, bool) or value is None or name in ("dtype", "id2label", "label2id", "architectures"):
-            pass
-        elif name in (layers_field, "num_hidden_layers", "num_kv_shared_layers") and value == count:
-            small[name] = len(chosen)
-        elif count is not None and _is_indices(name, value):
-            small[name] = type(value)(chosen.index(index) for index in value if index in chosen)
-        elif isinstance(value, (list, tuple)) and len(value) == count and count > 4:
-            each_small = [_small_integer(name, value[index]) if _is_integers(value) else value[index] for index in chosen]
-            small[name] = type(value)(each_small)
-        elif _SPECIAL.fullmatch(name) and isinstance(value, (int, list, tuple)):
-            small[name] = tokens.small(name, value)
-        elif name == "embed_dim" and "depths" in usual:
-            small[name] = 16 if isinstance(value, int) else _small_list(name, value)
-        elif isinstance(value, int):
-            small[name] = _small_integer(name, value)
-        elif _is_integers(value):
-            small[name] = _small_list(name, value)
-        if name not in small and value is not None and usual[name] is not value and not isinstance(value, dict):
-            small[name] = value
-    small |= _related(small, values)
-    for name in (config.model_type, f"{task}:{config.model_type}", kind.__name__):
-        small |= OVERRIDES.get(name, {})
-    if per_layer := _per_layer(config):
-        small["per_layer_config"] = {}
-        for place, index in enumerate(chosen):
-            own = per_layer.get(index, {})
-            less = {name: _small_integer(name, each) if isinstance(each, int) else each for name, each in own.items()}
-            less |= {name: each for name, each in _related(small | less, values | own).items() if name in less or each != small[name]}
-            small["per_layer_config"][place] = less
-    rope_parameters = values.get("rope_parameters")
-    if isinstance(rope_parameters, dict) and small.get("rope_parameters", rope_parameters) is rope_parameters:
-        head = small.get("qk_rope_head_dim") or small.get("head_dim") or WIDTH // HEADS
-        mrope = "mrope_section" in (getattr(config, "ignore_keys_at_rope_validation", None) or ())
-        small["rope_parameters"] = _small_rope(rope_parameters, head, mrope)
-    return kind(**small)
-
-
-def _related(small: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Sizes that other sizes decide: where the full ones are equal, or add up, the small ones do too."""
-    related = {}
-    for name in small:
-        heads = name.replace("key_value_heads", "attention_heads")
-        if heads != name and heads in small and values[heads] == values[name]:
-            related[name] = small[heads]
-    rope, plain = values.get("qk_rope_head_dim"), values.get("qk_nope_head_dim")
-    if rope and plain:
-        small = small | ({"qk_nope_head_dim": small["qk_rope_head_dim"]} if plain == rope else {})
-        related["qk_nope_head_dim"] = small["qk_nope_head_dim"]
-        sums = {rope: small["qk_rope_head_dim"], rope + plain: small["qk_rope_head_dim"] + small["qk_nope_head_dim"]}
-        for name in ("head_dim", "qk_head_dim"):
-            if values.get(name) in sums:
-                related[name] = sums[values[name]]
-    return related
 
 
 def tiny_config(architecture: Architecture) -> transformers.PreTrainedConfig:
@@ -455,6 +155,7 @@ def _images(config: Any, taken: Iterable[str]) -> Iterator[dict[str, Any]]:
     """An image per row, as one model or another takes it: whole, in crops, or cut into patches."""
     channels = _first(config, "num_channels", "in_channels", "in_chans", otherwise=3)
     patch = _first(config, "patch_size", otherwise=8)
+    patch = patch if isinstance(patch, int) else patch[-1]
     sides = _first(config, "image_size", "input_size", otherwise=IMAGE)
     height, width = (sides, sides) if isinstance(sides, int) else sides[-2:]
     grid = {"image_grid_thw": torch.tensor([[1, 4, 4]] * BATCH), "image_grid_hw": torch.tensor([[4, 4]] * BATCH)}
@@ -465,7 +166,8 @@ def _images(config: Any, taken: Iterable[str]) -> Iterator[dict[str, Any]]:
     flat = channels * _first(config, "temporal_patch_size", "patch_temporal", otherwise=1) * patch**2
     if "image_grid_thw" not in taken and "spatial_shapes" not in taken:
         for shape in ((), (1,), (5,)):
-            yield grid | {"pixel_values": _noise(*shape, channels, height, width)}
+            pixels = {"pixel_values": _noise(*shape, channels, height, width)}
+            yield from ([grid | pixels, pixels] if grid else [pixels])
     yield grid | {"pixel_values": _noise(16, flat)}
     yield grid | {"pixel_values": _noise(16, flat).flatten(0, 1)}
     yield grid | {"pixel_values": _noise(16, channels, patch, patch).flatten(0, 1)}
@@ -474,9 +176,11 @@ def _images(config: Any, taken: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 def _sounds(config: Any, taken: Iterable[str]) -> Iterator[dict[str, Any]]:
     mask = torch.ones(BATCH, AUDIO, dtype=torch.int64)
-    for given in ({"input_features": _noise(AUDIO, AUDIO), "input_features_mask": mask},
-                  {"input_values": _noise(1600)}, {"input_values": _noise(1, 1600)}):  # fmt: skip
-        yield {name: value for name, value in given.items() if name in taken}
+    yield {"input_features": _noise(AUDIO, AUDIO)} | (
+        {"input_features_mask": mask} if "input_features_mask" in taken else {}
+    )
+    yield {"input_values": _noise(1600)}
+    yield {"input_values": _noise(1, 1600)}
 
 
 def _placed(model: Any, batch: dict[str, Any], given: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -489,9 +193,10 @@ def _placed(model: Any, batch: dict[str, Any], given: dict[str, Any], kind: str)
     if getter is None or token is None:
         return batch | given
     wanted = inspect.signature(getter).parameters
-    passed = given if {"args", "kwargs"} >= wanted.keys() else {name: given[name] for name in given if name in wanted}
+    passed = given if {"args", "kwargs"} >= wanted.keys() else {n: v for n, v in (batch | given).items() if n in wanted}
     output = getter(**passed)
-    features = getattr(output, "pooler_output", output)
+    features = getattr(output, "pooler_output", None)
+    features = next(tensors(output)) if features is None else features
     count = sum(each.numel() // each.shape[-1] for each in tensors(features)) // BATCH
     ids = batch["input_ids"]
     ids = torch.cat([ids[:, :2], torch.full((BATCH, count), token), ids[:, 2:]], dim=1)
@@ -521,9 +226,8 @@ def inputs(architecture: Architecture, model: nn.Module) -> dict[str, Any]:
     batch: dict[str, Any] = {}
     if main == "inputs" and task == "speech-seq2seq":
         main = "input_values"
-    if main == "pixel_values" or task == "image-classification":
-        images = [image for image in _images(config, taken) if ("spatial_shapes" in image) == (image["pixel_values"].dim() == 3)]
-        batch |= images[0]
+    if (main == "pixel_values" or task == "image-classification") and "input_ids" not in taken:
+        batch |= next(_images(config, taken))
     elif main == "input_values":
         batch["input_values"] = _noise(1600)
     elif main == "input_features":  # as many frames as bands: models differ in which of them comes first
@@ -541,23 +245,57 @@ def inputs(architecture: Architecture, model: nn.Module) -> dict[str, Any]:
         batch["bbox"] = torch.tensor([1, 2, 3, 4]).expand(BATCH, LENGTH, 4)
     if main == "inputs":
         batch = {"inputs": batch["pixel_values" if "pixel_values" in batch else "input_ids"]}
-    if (adjust := INPUTS.get(architecture.model_type)) is not None:
-        return adjust(model, batch)
-    if task == "image-text-to-text" and "pixel_values" in taken:
+    if (added := INPUTS.get(architecture.model_type)) is not None:
+        batch |= added(model)
+    if task.startswith("image") and "input_ids" in batch and "pixel_values" in taken and "pixel_values" not in batch:
         batch = _with(model, batch, _images(config, taken), "image")
-    if task == "speech-seq2seq" and main == "input_ids":
+    if task == "speech-seq2seq" and main == "input_ids" and "input_features" not in batch:
         batch = _with(model, batch, _sounds(config, taken), "audio")
     return batch
 
 
-_Adjust = Callable[[Any, dict[str, Any]], dict[str, Any]]
-INPUTS: dict[str, _Adjust] = {
-    "audio-spectrogram-transformer": lambda model, batch: {"input_values": _noise(AUDIO, AUDIO)},
-    "dia": lambda model, batch: batch | {"decoder_input_ids": _ids(LENGTH * 9, seed=2).view(BATCH, LENGTH, 9)},
-    "omniasr_ctc": lambda model, batch: {"input_values": _noise(1, 1600)},
-    "pix2struct": lambda model, batch: {"flattened_patches": _noise(16, 770), "decoder_input_ids": _ids(seed=2)},
-    "voxtral_realtime": lambda model, batch: batch | {"input_features": _noise(AUDIO, AUDIO)},
+def _as_assistant(model: Any) -> dict[str, Any]:
+    """The keys and values of the model that it assists."""
+    text = model.config.get_text_config()
+    layers = {kind: text.per_layer_config[kind] for kind in dict.fromkeys(text.layer_types)}
+    shapes = {kind: (each.num_key_value_heads, LENGTH, each.head_dim) for kind, each in layers.items()}
+    states = {kind: (_noise(*shape), _noise(*shape)) for kind, shape in shapes.items()}
+    places = torch.arange(LENGTH).expand(BATCH, -1)
+    embeddings = _noise(LENGTH, 2 * model.config.backbone_hidden_size)
+    # With all hidden states asked for, it does without a short cut that more than one token breaks.
+    return {
+        "inputs_embeds": embeddings,
+        "shared_kv_states": states,
+        "position_ids": places,
+        "output_hidden_states": True,
+    }
+
+
+def _after(count: int, token: int) -> Tensor:
+    return torch.cat([torch.full((BATCH, count), token), _ids()], dim=1)
+
+
+# fmt: off
+INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {  # by model type: what is added to the batch
+    "audio-spectrogram-transformer": lambda model: {"input_values": _noise(AUDIO, AUDIO)},
+    "dia": lambda model: {"decoder_input_ids": _ids(LENGTH * 9, seed=2).view(BATCH, LENGTH, 9)},
+    "gemma4_assistant": _as_assistant,
+    "gemma4_unified_assistant": _as_assistant,
+    "idefics": lambda model: {"pixel_values": _noise(1, 3, IMAGE, IMAGE),
+                              "image_attention_mask": torch.ones(BATCH, LENGTH, 1, dtype=torch.int64)},
+    "instructblip": lambda model: {"qformer_input_ids": _ids(seed=3)},
+    "instructblipvideo": lambda model: {"qformer_input_ids": _ids(seed=3), "input_ids": _after(64, 40),
+                                        "pixel_values": _noise(2, 3, IMAGE, IMAGE)},
+    "kosmos-2": lambda model: {"input_ids": _after(64, FIRST_ORDINARY),
+                               "image_embeds_position_mask": (_after(64, 0) == 0).long()},
+    "kyutai_speech_to_text": lambda model: {"input_ids": _ids(LENGTH * 3).view(BATCH, LENGTH, 3)},
+    "omniasr_ctc": lambda model: {"input_values": _noise(1, 1600)},
+    "pi0": lambda model: {"state": _noise(32), "noise": _noise(8, 32), "timestep": torch.ones(BATCH) / 2,
+                          "pixel_attention_mask": torch.ones(BATCH, 1, dtype=torch.bool)},
+    "pix2struct": lambda model: {"flattened_patches": _noise(16, 2 + WIDTH).abs().clamp(max=3)},
+    "voxtral_realtime": lambda model: {"input_features": _noise(AUDIO, AUDIO)},
 }
+# fmt: on
 
 
 def tensors(output: Any) -> Iterator[Tensor]:
@@ -578,7 +316,7 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     for value in tensors(model(**inputs)):
         if value.is_floating_point() and value.requires_grad:
             pattern = torch.cos(torch.arange(value.numel(), dtype=torch.float32, device=value.device))
-            finite = value.float().masked_fill(value.isinf(), 0.0)
+            finite = value.float().masked_fill(value.abs() > 1e30, 0.0)  # masked logits
             total = total.to(value.device) + (finite.flatten() * pattern).sum()
     return total
 
@@ -605,7 +343,7 @@ def _try(architecture: Architecture) -> tuple[list[str], str]:
             model = build(architecture)
             done.append("build")
             batch = inputs(architecture, model)
-            if architecture.task == "image-text-to-text" and not any("pixel" in name for name in batch):
+            if architecture.task == "image-text-to-text" and not batch.keys() & {"pixel_values", "flattened_patches"}:
                 done.append("take text alone")
             total = run(model, batch)
             if not total.isfinite():

@@ -16,8 +16,9 @@ from red_kernels.backends import reference
 from red_kernels.backends.arguments import Edit, Norm
 from red_kernels.edits.config import RedConfig
 from red_kernels.edits.find import edit_parameters
-from red_kernels.fusion import compose
-from red_kernels.ops import fused
+from red_kernels.fusion import site, sums, takers, waiting
+from red_kernels.ops import fused, handover
+from red_kernels.ops.handover import Handover
 from red_kernels.patching import classes as patched
 from red_kernels.patching.patch import patch
 
@@ -26,9 +27,9 @@ Run = Callable[[nn.Module, dict[str, Any]], dict[str, Tensor]]
 
 @dataclass
 class Watch:
-    """Which notes were left on a layer's output, and which of them were taken."""
+    """The norms that notes were left for, and those that took what they were to return from one."""
 
-    left: list[nn.Module] = field(default_factory=list)
+    left: list[nn.Module | None] = field(default_factory=list)
     taken: list[nn.Module] = field(default_factory=list)
 
     def clear(self) -> None:
@@ -37,12 +38,14 @@ class Watch:
 
 
 def watching(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    """Watch the notes on sums. Where the norm is not known yet, one is left for None."""
     watch = Watch()
-    leave, take = compose.leave_note, patched.take_note
+    take = sums.take_note
 
-    def leave_note(z: Tensor, normed: Tensor, norm: nn.Module) -> None:
-        watch.left.append(norm)
-        leave(z, normed, norm)
+    class Note(sums.Note):
+        def __init__(self, total: Tensor, *args: Any, **kwargs: Any) -> None:
+            super().__init__(total, *args, **kwargs)
+            watch.left.append(self.norm)
 
     def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
         normed = take(norm, z)
@@ -50,26 +53,35 @@ def watching(monkeypatch: pytest.MonkeyPatch) -> Watch:
             watch.taken.append(norm)
         return normed
 
-    monkeypatch.setattr(compose, "leave_note", leave_note)
+    monkeypatch.setattr(sums, "Note", Note)
     monkeypatch.setattr(patched, "take_note", take_note)
     return watch
 
 
 def operations_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Edit]]:
-    """What fused layers run from now on: the operation, by its public name, and the edit it is given."""
+    """What fused passes run from now on: the operation, by its public name, and the edit it is given."""
     calls: list[tuple[str, Edit]] = []
 
-    def recorded(operation: str) -> Callable[..., Any]:
+    def recorded(operation: str, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
-            (own,) = (one for one in arguments if isinstance(one, Edit))
+            own = next((one for one in arguments if isinstance(one, Edit)), None)
+            if own is None:
+                own = next(one.edit for one in arguments if isinstance(one, Handover))
             centered = any(one.centered for one in arguments if isinstance(one, Norm))
-            calls.append((operation.replace("norm", "layer_norm" if centered else "rms_norm"), own))
-            return getattr(fused, operation)(*arguments)
+            calls.append((name.replace("norm", "layer_norm" if centered else "rms_norm"), own))
+            return function(*arguments)
 
         return run
 
-    watched = {name: recorded(name) for name in fused.__all__ if name != "drawn_dropout"}
-    monkeypatch.setattr(compose, "fused", SimpleNamespace(**watched, drawn_dropout=fused.drawn_dropout))
+    ours = ("edit", "edit_add", "edit_add_norm", "norm_edit")
+    watched = {name: recorded(name, getattr(fused, name), name) for name in ours}
+    rest = {name: getattr(fused, name) for name in fused.__all__ if name not in ours}
+    for module in (site, sums, takers, waiting):
+        if hasattr(module, "fused"):
+            monkeypatch.setattr(module, "fused", SimpleNamespace(**watched, **rest))
+    # Where the norm is not known yet, the sum and its norm are computed one after the other.
+    monkeypatch.setattr(sums, "sum_of", recorded("sum_of", handover.sum_of, "edit_add"))
+    monkeypatch.setattr(sums, "norm_of", recorded("norm_of", handover.norm_of, "edit_add_norm"))
     return calls
 
 

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from red_kernels.edits.config import RedConfig
 from red_kernels.edits.find import edit_parameters
-from red_kernels.fusion.handoff import _running
+from red_kernels.fusion.scopes import _running
 from red_kernels.patching.patch import patch
 
 FEW = ("llama", "gemma2", "gpt2", "t5")  # one of each way in which a note travels
@@ -178,7 +178,7 @@ def test_an_exception_and_a_direct_call_after_it(name, watch):
         with contextlib.suppress(Interrupted):
             model(**batch)
         handle.remove()
-        assert not _running.stacks
+        assert not _running.scopes
         # The FFN called by itself is edited: nothing is deferred any more.
         site = model.get_submodule(zoo.sites(name)[0])
         weight = site.weight
