@@ -13,15 +13,16 @@ from ..edits.module import NAME, SITE, RedEdit, plain_only
 from ..ops import fused
 from . import takers as takers  # which register themselves
 from .applied import left_to_do
-from .norms import norm_arguments, unobserved
-from .scopes import OWN_HOOKS, running
+from .norms import is_dense, norm_arguments, unobserved
+from .scopes import OWN_HOOKS, observed, running
 from .stream import marked
 from .sums import Record, add_edit
-from .waiting import NO_EDIT, Waiting, wait
+from .waiting import NO_EDIT, After, Waiting, wait
 
-__all__ = ["BEHIND", "edit_hook", "norm_with_edit", "record_of", "take_reached"]
+__all__ = ["BEHIND", "CARRIER", "carry_hook", "edit_hook", "last_record", "norm_with_edit", "record_of", "take_reached"]
 
 BEHIND = "_red_kernels_behind"  # of a norm: the `RedEdit` of the site whose output is the norm's
+CARRIER = "_red_kernels_carrier"  # of an unedited projection whose output waits: a `RedEdit` of its layer
 _RECORDS = "_red_kernels_records"
 
 
@@ -47,8 +48,8 @@ class Records:
         return Records, ()
 
 
-def record_of(own: RedEdit, training: bool) -> Record:
-    """What is known of a site in the mode that it runs in."""
+def record_of(own: nn.Module, training: bool) -> Record:
+    """What is known of a site, by its `RedEdit` or itself, in the mode that it runs in."""
     records = own.__dict__.get(_RECORDS)
     if records is None:
         records = own.__dict__[_RECORDS] = Records()
@@ -58,6 +59,12 @@ def record_of(own: RedEdit, training: bool) -> Record:
         record = records.modes[mode] = Record(own.__dict__.get(SITE, ""))
     records.modes[-1] = record  # the last one
     return record
+
+
+def last_record(own: nn.Module) -> Record | None:
+    """What is known of a site in the mode that it ran in last; None before it ran."""
+    records = own.__dict__.get(_RECORDS)
+    return None if records is None else records.modes.get(-1)
 
 
 def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -78,11 +85,36 @@ def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
         if edited is not None:
             return edited if first is output else (edited, *output[1:])
     # Called as a module: hooks that bring its parameters to the device must fire.
-    edited = marked(first, own) if own.inside else own(first)
+    if own.inside:
+        if own.off:
+            return None
+        edited = marked(first, own)
+    else:
+        edited = own(first)
     return edited if first is output else (edited, *output[1:])
 
 
-OWN_HOOKS.add(edit_hook)
+def carry_hook(module: nn.Module, args: Any, output: Any) -> Any:
+    """The forward hook of an attention's last projection in a layer whose FFN is edited.
+
+    Its output has no edit, and waits for the same addition and norm, which then take one pass.
+    """
+    own: RedEdit = module.__dict__[CARRIER]
+    scopes = running()
+    if not scopes or type(output) is not Tensor or not output.is_floating_point() or plain_only() or own.off:
+        return None
+    scope = scopes[-1]
+    record = record_of(module, module.training)
+    if record.at_once or scope.stack or not is_dense(output):
+        return None
+    if not scope.verdict.holds_for(own, scope.module):
+        return None
+    value = wait(output, NO_EDIT, record)
+    scope.made.append(weakref.ref(value))
+    return value
+
+
+OWN_HOOKS.update((edit_hook, carry_hook))
 
 
 def take_reached(own: RedEdit) -> bool:
@@ -105,7 +137,7 @@ def _in_pass(own: RedEdit, module: nn.Module, h: Any) -> Tensor | None:
     if record.at_once and not own.inside:
         return None
     scope = scopes[-1]
-    if scope.stack or not scope.verdict.holds_for(own, scope.module) or len(module._forward_hooks) != 1:
+    if scope.stack or not scope.verdict.holds_for(own, scope.module):
         return None
     if own.inside:
         return _stream_behind(own, h, record)
@@ -121,19 +153,20 @@ def _in_pass(own: RedEdit, module: nn.Module, h: Any) -> Tensor | None:
 
 def _stream(own: RedEdit, module: nn.Module, z: Any) -> Tensor | None:
     """The edit of a block's output, in one pass with the norm that reads it."""
-    if type(z) is not Tensor or len(module._forward_hooks) != 1 or not unobserved(own):
+    if type(z) is not Tensor or observed(module) or not unobserved(own):
         return None
     return add_edit(own, z, record_of(own, module.training), module)
 
 
 def _stream_behind(own: RedEdit, h: Any, record: Record) -> Tensor | None:
     """What an attention returns, for the addition behind which the stream is edited."""
-    if type(h) is Waiting:
-        h.after = own
+    if type(h) is Waiting and h.done is None and h.residual is None and not h.others:
+        h.after = After(own, record)
         return h
+    h = h.settle() if type(h) is Waiting else h
     if type(h) is not Tensor or not h.is_floating_point() or own.off:
-        return None
-    value = wait(h, NO_EDIT, record, after=own)
+        return None  # then the edit is applied in plain operations, or is off
+    value = wait(h, NO_EDIT, record, after=After(own, record))
     running()[-1].made.append(weakref.ref(value))
     return value
 

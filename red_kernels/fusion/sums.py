@@ -211,7 +211,8 @@ def add(value: Waiting, residual: Tensor) -> Tensor:
     after = value.after
     if after is not None:
         total = edited(x, residual, edit)
-        return add_edit(after, total, record)
+        record.taken(adds)
+        return add_edit(after.own, total, after.record)
     return hand_over(x, residual, edit, record, adds)
 
 

@@ -15,7 +15,7 @@ from ..ops import fused
 from .norms import is_like
 from .scopes import running
 from .sums import add, normalised
-from .waiting import PLAIN, TAKERS, Waiting, wait
+from .waiting import NO_EDIT, PLAIN, TAKERS, Waiting, wait
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
@@ -73,6 +73,8 @@ def _meet(first: Waiting, second: Waiting) -> Any:
         return add(value, other.settle())
     if first.after is not None or second.after is not None or first.h.dtype != second.h.dtype:
         return NotImplemented
+    if second.edit is NO_EDIT:  # the one with an edit goes into the last pass
+        first, second = second, first
     others = (*first.others, *second.others, first)
     return _like(second, others=others)
 
@@ -125,7 +127,7 @@ def _mul(func: Any, args: Arguments, kwargs: Keywords) -> Any:
         return NotImplemented
     first, second = args
     value, factor = (first, second) if type(first) is Waiting else (second, first)
-    if not _open(value) or value.after is not None or type(factor) is Waiting:
+    if not _open(value) or type(factor) is Waiting:
         return NotImplemented
     edits = [_times(one.edit, factor, one.h) for one in (value, *value.others)]
     found = [edit for edit in edits if edit is not None]

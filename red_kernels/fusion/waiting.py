@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..edits.module import RedEdit
     from .sums import Record
 
-__all__ = ["NO_EDIT", "PLAIN", "TAKERS", "Waiting", "edited", "is_plain", "wait"]
+__all__ = ["NO_EDIT", "After", "PLAIN", "TAKERS", "Waiting", "edited", "is_plain", "wait"]
 
 NO_EDIT = affine_edit()
 PLAIN = (Tensor, nn.Parameter)
@@ -46,6 +46,13 @@ _metadata: set[Any] = {
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.is_floating_point, Tensor.is_complex,
     Tensor.element_size, Tensor.get_device, Tensor.__len__, Tensor.is_signed, Tensor.ndimension,
 }  # fmt: skip
+
+
+class After(NamedTuple):
+    """An edit of the sum that a value becomes a part of, and what is known of its site."""
+
+    own: RedEdit
+    record: Record
 
 
 class Waiting(Tensor):
@@ -68,7 +75,7 @@ class Waiting(Tensor):
     record: Record
     residual: Tensor | None
     others: tuple[Waiting, ...]
-    after: RedEdit | None
+    after: After | None
     base: Waiting | None
     again: Callable[[Tensor], Tensor] | None
     viewed: bool
@@ -125,7 +132,7 @@ class Waiting(Tensor):
     def _computed(self) -> Tensor:
         if self.after is not None:
             raise RuntimeError(
-                f"model: the edit of the residual stream behind {self.record.name or 'an attention'} cannot be "
+                f"model: the edit of the residual stream behind {self.after.record.name or 'an attention'} cannot be "
                 "applied: its output was not added to the stream in its block"
             )
         # A view of what somebody else holds too has to share its memory.
@@ -161,7 +168,7 @@ def wait(
     *,
     residual: Tensor | None = None,
     others: tuple[Waiting, ...] = (),
-    after: RedEdit | None = None,
+    after: After | None = None,
     base: Waiting | None = None,
     again: Callable[[Tensor], Tensor] | None = None,
 ) -> Waiting:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -76,7 +78,7 @@ class _Shape:
         out: width of the output of a linear layer, and 0 of others.
         into: width of its input, 0 where that is not told.
         norm: width of a norm, 0 where that is not told, None for what is no norm.
-        torch_attention: whether it is torch's own attention, which reads its projections' weights and calls none.
+        torch_attention: whether it is an attention as torch's own, which reads its projections' weights and calls none.
         is_list: whether it holds layers, and gives no value of its own.
         is_container: whether it may be a list of layers.
         of_tuple: whether a linear layer returns a tuple, its output first.
@@ -187,7 +189,7 @@ class _Finder:
 def _facts(module: nn.Module, kind: type) -> tuple[Any, ...]:
     """The first facts of a `_Shape`."""
     own = module.__dict__
-    if issubclass(kind, nn.MultiheadAttention):
+    if type(own.get("embed_dim")) is int and _reads_weights(kind):
         return own["embed_dim"], 0, None, False, True, True
     out = own.get("out_features", own.get("nf") if "weight" in module._parameters else None)
     if out is None and hasattr(kind, "out_features"):
@@ -205,6 +207,16 @@ def _facts(module: nn.Module, kind: type) -> tuple[Any, ...]:
         for parameter in module._parameters.values()
     )
     return 0, 0, None, stacked, False, False
+
+
+@functools.lru_cache(maxsize=1024)
+def _reads_weights(kind: type) -> bool:
+    """Whether an attention hands the weights of its projections to torch's function, so that they are not called."""
+    if issubclass(kind, nn.MultiheadAttention):
+        return True
+    functions = [value for base in kind.__mro__ if base is not nn.Module for value in vars(base).values()]
+    codes = [getattr(inspect.unwrap(value), "__code__", None) for value in functions if inspect.isfunction(value)]
+    return any(code is not None and "multi_head_attention_forward" in code.co_names for code in codes)
 
 
 def _norm_width(module: nn.Module) -> int:
@@ -497,7 +509,7 @@ class _Anatomy:
     def _streams(self) -> Iterator[FoundSite]:
         """The modules that give the stream behind an attention or the FFN; none where that is not to be told."""
         keys = {key for key, _ in self.shape.parts}
-        if self.shape.is_list or "bottleneck" in keys or self._has_two_streams():
+        if self.shape.is_list or "bottleneck" in keys or _has_copies(self.shape) or self._has_two_streams():
             return
         for one in self.attentions:
             ends = one.path if one.whole else (one.out[0].path if one.out else "")
@@ -591,8 +603,15 @@ def _at(shape: _Shape, path: str) -> _Shape:
     return shape
 
 
+def _has_copies(shape: _Shape) -> bool:
+    """Whether a layer's stream is several, which it mixes by hyper-connections: as wide as all of them together."""
+    return any("hyper_connection" in key for key, _ in shape.parts)
+
+
 def _stream_width(shape: _Shape) -> int:
     """The width of the residual stream, by the layer's own norms, and else by those further in; 0 for unknown."""
+    if _has_copies(shape):
+        return 0
     found = (
         Counter(part.norm for _, part in shape.parts if part.norm)
         or Counter(_norms_within(shape, aside=True))

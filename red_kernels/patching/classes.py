@@ -13,11 +13,11 @@ from ..edits.module import RedEdit, plain_only
 from ..fusion.fingerprint import BASE, CAPTURED
 from ..fusion.norms import SPEC, norm_spec
 from ..fusion.scopes import SCOPE, Scope, Verdict, running
-from ..fusion.site import BEHIND, norm_with_edit
+from ..fusion.site import BEHIND, CARRIER, carry_hook, norm_with_edit
 from ..fusion.sums import norm_of_waiting, take_note
 from ..fusion.waiting import Waiting
 
-__all__ = ["is_patched", "patch_norm", "patch_scope", "prepare_classes", "unpatch_module"]
+__all__ = ["carry", "is_patched", "patch_norm", "patch_scope", "prepare_classes", "unpatch_module"]
 
 _NORM, _SCOPE = "norm", "scope"
 # What pickles of earlier releases call them: no block has a forward of its own any more.
@@ -59,13 +59,23 @@ def patch_norm(norm: nn.Module, own: RedEdit | None = None) -> bool:
     return True
 
 
+def carry(module: nn.Module, own: RedEdit) -> None:
+    """Let the output of an unedited projection wait, as those of the sites do; `own` is an edit of its layer."""
+    if carry_hook not in module._forward_hooks.values():
+        module.__dict__[CARRIER] = own
+        nn.Module.register_forward_hook(module, carry_hook, prepend=True)
+
+
 def is_patched(module: nn.Module) -> bool:
     """Whether the module's class is one of ours."""
     return BASE in type(module).__dict__
 
 
 def unpatch_module(module: nn.Module) -> None:
-    """Give a module back the class it had; nothing if it is not patched."""
+    """Give a module back the class it had, and take off what makes its output wait; nothing if it is not patched."""
+    if module.__dict__.pop(CARRIER, None) is not None:
+        for key in [key for key, hook in module._forward_hooks.items() if hook is carry_hook]:
+            del module._forward_hooks[key]
     if is_patched(module):
         _set_class(module, type(module).__dict__[BASE])
         for name in (SCOPE, SPEC, BEHIND):

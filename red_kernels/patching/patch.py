@@ -17,7 +17,7 @@ from ..fusion.fingerprint import BASE
 from ..fusion.paths import child_at
 from ..fusion.site import edit_hook
 from ..support.text import listed
-from .classes import is_patched, patch_norm, patch_scope, prepare_classes, unpatch_module
+from .classes import carry, is_patched, patch_norm, patch_scope, prepare_classes, unpatch_module
 from .heads import find_head, release_head
 from .plan import Plan, PlannedSite, make_plan
 from .pretrained import unwrap_saving, wrap_saving
@@ -170,11 +170,14 @@ def fuse(plan: Plan) -> None:
         patch_scope(module, stack=False)
     for norm in plan.norms:
         patch_norm(norm)
+    for module, edited in plan.carriers:
+        own: Any = edited._modules[NAME]
+        if own.kind is not None and own.kind.kernel == "affine" and own.place != "res":
+            carry(module, own)
     for site in plan.sites:
         inner = child_at(site.module, "" if site.norm == "." else site.norm) if site.norm else None
         if inner is not None:
-            own: Any = site.module._modules[NAME]
-            patch_norm(inner, own)
+            patch_norm(inner, site.module._modules[NAME])  # type: ignore[arg-type]
 
 
 def _check_free(site: PlannedSite) -> None:

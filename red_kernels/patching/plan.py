@@ -48,6 +48,7 @@ class Plan:
     blocks: list[nn.Module] = field(default_factory=list)  # inside of which values wait
     stacks: list[nn.Module] = field(default_factory=list)  # inside of which a block's sum is handed to the next
     norms: list[nn.Module] = field(default_factory=list)  # that may read what is edited
+    carriers: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)  # unedited attentions' last projections
     warnings: list[str] = field(default_factory=list)
 
 
@@ -176,6 +177,13 @@ def _plan_around(plan: Plan, model: nn.Module, blocks: list[Block], widths: dict
                 stacks[name] = modules[name]
     plan.blocks = [module for name, module in scopes.items() if name not in stacks]
     plan.stacks = list(stacks.values())
+    for block in blocks:
+        inside = [name for name in widths if name == block.name or name.startswith(f"{block.name}.")]
+        for site in block.sites if inside else ():
+            name = f"{block.name}.{site.path}" if site.path else block.name
+            module = modules[name]
+            if site.place == "attn" and name not in widths and not isinstance(module, nn.MultiheadAttention):
+                plan.carriers.append((module, modules[inside[0]]))
     for stack in dict.fromkeys((*plan.stacks, *plan.blocks)):
         for module in stack.modules():
             if could_be_norm(module) and output_width(module) in (*wanted, None) and norm_spec(module) is not None:

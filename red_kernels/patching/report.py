@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from ..edits.config import RedConfig
+from ..edits.module import RedEdit
+from ..fusion.site import last_record
 from ..support.text import listed
 
-__all__ = ["PatchReport", "SiteReport", "count_parameters"]
+__all__ = ["PatchReport", "SiteReport", "count_parameters", "what_of"]
 
 
 @dataclass(frozen=True)
@@ -21,23 +26,41 @@ class SiteReport:
         site: the module's dotted name.
         width: of its output.
         fused: what the edit shares one pass with (`"residual add + next layer's RMSNorm"`), or None.
-        reason: why it is not fused, or not with more; empty where there is nothing to say.
+        reason: why it is not fused; empty where there is nothing to say.
+        remark: what else there is to say of the site.
     """
 
     site: str
     width: int
     fused: str | None
     reason: str = ""
+    remark: str = ""
+
+
+def what_of(own: RedEdit) -> tuple[str | None, str] | None:
+    """What an edit was fused with in the last forward, and the function that kept it from that; None before it ran."""
+    record = last_record(own)
+    if record is None or (record.what is None and not record.by):
+        return None
+    if record.what is None:
+        return None, f"its output is taken by {record.by}"
+    behind = record.behind
+    if behind is not None and behind.what:
+        return f"{record.what}; then {behind.what}", ""
+    return record.what or None, ""
 
 
 @dataclass(frozen=True)
 class PatchReport:
     """The result of `rk.patch`; `print` shows a table, layers that are alike in one row.
 
+    It is true at every time: of a site that has run it says what was fused in its last forward, of another one what is
+    expected.
+
     Attributes:
         model: the class of the model.
         config: what was asked for.
-        sites: one `SiteReport` for each edited site, in the model's order.
+        planned: one `SiteReport` for each edited site, in the model's order, as expected when it was patched.
         trainable: the number of trainable parameters, those of the edits and of a trained head.
         total: the number of all parameters, the edits' included.
         warnings: what else there is to know, such as blocks that could not be edited.
@@ -48,12 +71,32 @@ class PatchReport:
 
     model: str
     config: RedConfig
-    sites: tuple[SiteReport, ...]
+    planned: tuple[SiteReport, ...]
     trainable: int
     total: int
     warnings: tuple[str, ...] = ()
     trained_head: tuple[str, ...] = ()
     frozen_head: tuple[str, ...] = ()
+    edits: Mapping[str, weakref.ref[RedEdit]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def sites(self) -> tuple[SiteReport, ...]:
+        """One `SiteReport` for each edited site, in the model's order, as it is now."""
+        return tuple(self._now(site) for site in self.planned)
+
+    def _now(self, site: SiteReport) -> SiteReport:
+        reference = self.edits.get(site.site)
+        own = None if reference is None else reference()
+        found = None if own is None else what_of(own)
+        return (
+            site
+            if found is None
+            else replace(site, fused=found[0], reason="; ".join(filter(None, (found[1], site.remark))))
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.model, self.config, self.sites, self.trainable, self.total, self.warnings,
+                           self.trained_head, self.frozen_head)  # fmt: skip
 
     def __str__(self) -> str:
         dtype = str(self.config.dtype).removeprefix("torch.")
@@ -71,6 +114,10 @@ class PatchReport:
                 "rk.RedConfig(train_head=True)"
             )
         return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
+
+
+def _restored(*fields: Any) -> PatchReport:
+    return PatchReport(*fields)
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

@@ -118,6 +118,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "llava_next_video": _CROPS,
     "llava_onevision": _CROPS,
     "mamba2": {"num_heads": 8},
+    "minicpm_ocr": {"image_token_id": 40},
+    "minicpmv4_6": {"image_token_id": 40},
+    "minicpmv4_7": {"image_token_id": 40},
     "mobilevitv2": {"image_size": 64},
     "molmo2_adapter": {"vision_feature_layer": [2, 1]},
     "moonshine_streaming": {"num_key_value_heads": HEADS},  # the class lacks it, checkpoints have it
@@ -138,6 +141,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "vibevoice_acoustic_tokenizer_decoder": _CODEC,
     "vibevoice_acoustic_tokenizer_encoder": _CODEC,
     "vipllava": {"vision_feature_layer": (-1, -2, 0, 1, 2)},
+    "voxtral": {"audio_token_id": 40},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
               "attention_hidden_size": 2 * WIDTH, "attention_head_dim": 2 * WIDTH // HEADS},

@@ -29,7 +29,7 @@ Run = Callable[[nn.Module, dict[str, Any]], dict[str, Tensor]]
 class Watch:
     """The norms that notes were left for, and those that took what they were to return from one."""
 
-    left: list[nn.Module | None] = field(default_factory=list)
+    left: list[nn.Module] = field(default_factory=list)
     taken: list[nn.Module] = field(default_factory=list)
 
     def clear(self) -> None:
@@ -38,19 +38,23 @@ class Watch:
 
 
 def watching(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    """Watch the notes on sums. Where the norm is not known yet, one is left for None."""
+    """Watch the notes on sums: those that have the norm's value, and those it was computed by when the norm came."""
     watch = Watch()
     take = sums.take_note
 
     class Note(sums.Note):
-        def __init__(self, total: Tensor, *args: Any, **kwargs: Any) -> None:
-            super().__init__(total, *args, **kwargs)
-            watch.left.append(self.norm)
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            if self.norm is not None:
+                watch.left.append(self.norm)
 
     def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
+        note = z.__dict__.get(sums._NOTE)
         normed = take(norm, z)
         if normed is not None:
             watch.taken.append(norm)
+            if note.norm is None:
+                watch.left.append(norm)
         return normed
 
     monkeypatch.setattr(sums, "Note", Note)

@@ -21,7 +21,7 @@ from patch_helpers import (
 )
 from torch import nn
 
-from red_kernels.fusion.handoff import _NOTE, leave_note, take_note
+from red_kernels.fusion.sums import _NOTE
 
 FEW = ("llama", "gemma2", "gpt2", "t5")  # one of each way in which a note travels
 

@@ -373,6 +373,14 @@ def test_torch_layers() -> None:
         assert all(site.of_tuple for site in block.sites if site.place == "attn")
 
 
+def test_projections_that_are_not_called() -> None:
+    """WavLM hands the weights of its projections to torch's function."""
+    layers = {**_SMALL, "num_feat_extract_layers": 1, "conv_dim": [8], "conv_stride": [2], "conv_kernel": [2]}
+    block = blocks_in(from_config("WavLMConfig", **layers, num_conv_pos_embedding_groups=2))[0]
+    assert (paths(block, "attn"), paths(block, "qkv")) == (["attention"], [])
+    assert paths(block, "ffn") == ["feed_forward.output_dense"]
+
+
 def test_lists_of_sublayers() -> None:
     """A layer that is a list is not called: no module gives its stream. A list of sublayers in turn has no layers."""
     ffn = sequential(D, INNER, D)
@@ -398,7 +406,7 @@ class MultiHead(nn.Module):
 
 def test_an_attention_of_single_heads() -> None:
     layer = Layer(sequential(D, INNER, D))
-    layer.attn = MultiHead()
+    layer.add_module("attn", MultiHead())
     model = nn.Module()
     model.transformer = nn.ModuleDict({"h": nn.ModuleList([layer]), "ln_f": nn.LayerNorm(D)})
     block = only(model)

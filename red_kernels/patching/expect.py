@@ -1,0 +1,162 @@
+"""What a patched model is going to fuse, before it runs: a forward of its twin on tensors without values."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..edits.find import edit_modules
+from ..fusion.scopes import OWN_HOOKS
+from .module_facts import experts_in
+from .report import what_of
+
+__all__ = ["expected"]
+
+_MOST = 0.5  # seconds that the forward may take
+
+
+class _TooLate(Exception):
+    pass
+
+
+def expected(model: nn.Module, example: Any = None) -> dict[str, tuple[str | None, str]]:
+    """What each site's edit is fused with, and the reason why not; nothing where that cannot be told in half a second.
+
+    Args:
+        model: patched; it is not run, and no random numbers are used up.
+        example: what it is called with, a dict of arguments or one argument; None for its own `dummy_inputs`.
+    """
+    if example is None:
+        example = _dummy(model)
+    if example is None:
+        return {}
+    try:
+        twin = _twin(model)
+    except Exception:  # of a class of somebody's own
+        return {}
+    with _aside():
+        for attempt in _attempts(twin, example):
+            try:
+                _run(twin, attempt)
+                break
+            except _TooLate:
+                break
+            except Exception:  # what depends on values has none
+                continue
+    return {site: found for site, own in edit_modules(twin).items() if (found := what_of(own)) is not None}
+
+
+def _attempts(twin: nn.Module, example: Any) -> Iterator[Any]:
+    """What to call a twin with: some models look into their inputs for padding, and some into the mask if there is one."""
+    yield example
+    if isinstance(example, Mapping):
+        without = {name: value for name, value in example.items() if "mask" not in name}
+        ids = example.get("input_ids")
+        if isinstance(ids, Tensor) and "attention_mask" not in example:
+            yield {**example, "attention_mask": torch.ones_like(ids)}
+        elif len(without) < len(example):
+            yield without
+    _bypass_experts(twin)
+    yield example
+
+
+def _dummy(model: nn.Module) -> Any:
+    """What transformers calls a model with to try it, and what its forward takes of that."""
+    if not hasattr(model, "dummy_inputs"):
+        return None
+    try:
+        name = getattr(model, "main_input_name", "input_ids")
+        if name == "pixel_values":
+            size = getattr(model.config, "image_size", 224)
+            height, width = size if isinstance(size, (tuple, list)) else (size, size)
+            return {name: torch.empty(1, getattr(model.config, "num_channels", 3), height, width, device="meta")}
+        found = dict(model.dummy_inputs)  # type: ignore[arg-type]
+        if getattr(model.config, "is_encoder_decoder", False):
+            found.setdefault("decoder_input_ids", found.get("input_ids"))
+        return found
+    except Exception:
+        return None
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy without memory for its tensors, and without hooks of others."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(
+            torch.empty_like(parameter, device="meta", requires_grad=False), parameter.requires_grad
+        )
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if hook not in OWN_HOOKS]:
+                del hooks[key]
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+    return twin
+
+
+@contextlib.contextmanager
+def _aside() -> Iterator[None]:
+    """Without a trace in what the caller has: random numbers, warnings, grad mode."""
+    python = random.getstate()
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.inference_mode(False):
+        warnings.simplefilter("ignore")
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            try:
+                yield
+            finally:
+                random.setstate(python)
+
+
+def _run(twin: nn.Module, example: Any) -> None:
+    until = time.perf_counter() + _MOST
+
+    def look(module: nn.Module, args: Any) -> None:
+        if time.perf_counter() > until:
+            raise _TooLate
+
+    dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
+
+    def emptied(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return torch.empty_like(value, device="meta", dtype=dtype if value.is_floating_point() else value.dtype)
+
+    handles = [module.register_forward_pre_hook(look) for module in _outer(twin)]
+    OWN_HOOKS.add(look)
+    try:
+        batch = tree_map(emptied, dict(example) if isinstance(example, Mapping) else example)
+        if isinstance(batch, dict):
+            twin(**batch)
+        elif isinstance(batch, (tuple, list)):
+            twin(*batch)
+        else:
+            twin(batch)
+    finally:
+        OWN_HOOKS.discard(look)
+        for handle in handles:
+            handle.remove()
+
+
+def _outer(twin: nn.Module) -> list[nn.Module]:
+    """Entries of lists: where the time is looked at."""
+    lists = [module for module in twin.modules() if isinstance(module, nn.ModuleList)]
+    return list(dict.fromkeys(child for one in lists for child in one if len(list(child.children())) > 1))
+
+
+def _bypass_experts(twin: nn.Module) -> None:
+    """Which expert takes a token depends on values: let a mixture return what it gets."""
+    for name in experts_in(twin):
+        module = twin.get_submodule(name)
+        module.forward = lambda hidden, *args, **kwargs: hidden
