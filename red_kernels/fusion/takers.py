@@ -105,11 +105,18 @@ def _add_in_place(func: Any, args: Arguments, kwargs: Keywords) -> Any:
 
 def _dropout(func: Any, args: Arguments, kwargs: Keywords) -> Any:
     value, p, training, inplace = _given(args, kwargs, ("input", "p", "training", "inplace"), (None, 0.5, True, False))
-    if not _open(value) or value.others:
+    if not _waits(value):
         return NotImplemented
     if not training or p == 0.0:
         return value
-    if inplace or value.edit.dropout is not None or not isinstance(p, float) or not 0.0 <= p < 1.0:
+    if (
+        value.residual is not None
+        or value.others
+        or inplace
+        or value.edit.dropout is not None
+        or not isinstance(p, float)
+        or not 0.0 <= p < 1.0
+    ):
         return NotImplemented
     return _like(value, edit=value.edit._replace(dropout=fused.drawn_dropout(p, True, value.h)))
 

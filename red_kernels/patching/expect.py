@@ -46,7 +46,7 @@ def expected(model: nn.Module, example: Any = None) -> dict[str, tuple[str | Non
     with _aside():
         for attempt in _attempts(twin, example):
             try:
-                _run(twin, attempt)
+                _run(twin, *attempt)
                 break
             except _TooLate:
                 break
@@ -55,18 +55,18 @@ def expected(model: nn.Module, example: Any = None) -> dict[str, tuple[str | Non
     return {site: found for site, own in edit_modules(twin).items() if (found := what_of(own)) is not None}
 
 
-def _attempts(twin: nn.Module, example: Any) -> Iterator[Any]:
-    """What to call a twin with: some models look into their inputs for padding, and some into the mask if there is one."""
-    yield example
+def _attempts(twin: nn.Module, example: Any) -> Iterator[tuple[Any, bool]]:
+    """What to call a twin with, and whether its integers keep their values, which some models look into."""
+    yield example, False
     if isinstance(example, Mapping):
-        without = {name: value for name, value in example.items() if "mask" not in name}
         ids = example.get("input_ids")
         if isinstance(ids, Tensor) and "attention_mask" not in example:
-            yield {**example, "attention_mask": torch.ones_like(ids)}
-        elif len(without) < len(example):
-            yield without
+            yield {**example, "attention_mask": torch.ones_like(ids)}, False
+        without = {name: value for name, value in example.items() if "mask" not in name}
+        yield without, False
+        yield without, True
     _bypass_experts(twin)
-    yield example
+    yield example, False
 
 
 def _dummy(model: nn.Module) -> Any:
@@ -119,7 +119,7 @@ def _aside() -> Iterator[None]:
                 random.setstate(python)
 
 
-def _run(twin: nn.Module, example: Any) -> None:
+def _run(twin: nn.Module, example: Any, integers: bool = False) -> None:
     until = time.perf_counter() + _MOST
 
     def look(module: nn.Module, args: Any) -> None:
@@ -131,6 +131,8 @@ def _run(twin: nn.Module, example: Any) -> None:
     def emptied(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        if integers and not value.is_floating_point():
+            return value.cpu()
         return torch.empty_like(value, device="meta", dtype=dtype if value.is_floating_point() else value.dtype)
 
     handles = [module.register_forward_pre_hook(look) for module in _outer(twin)]

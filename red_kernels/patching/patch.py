@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,41 +21,47 @@ from ..fusion.site import edit_hook
 from ..support.text import listed
 from .classes import carry, is_patched, patch_norm, patch_scope, prepare_classes, unpatch_module
 from .heads import find_head, release_head
+from .expect import expected
 from .plan import Plan, PlannedSite, make_plan
 from .pretrained import unwrap_saving, wrap_saving
-from .report import PatchReport, count_parameters
+from .report import PatchReport, SiteReport, count_parameters
 from .watch import Site, missing, stop_watching, watch
 
 __all__ = ["attach", "edit_config", "fuse", "patch", "patch_with", "unpatch"]
 
 
-def patch(model: nn.Module, config: RedConfig | None = None) -> PatchReport:
+def patch(model: nn.Module, config: RedConfig | None = None, *, example: Any = None) -> PatchReport:
     """Edit a model in place, as RED does (arXiv 2402.15179): freeze it and give each site a trainable scale and bias.
 
     A site is the module whose output is edited; it gets a child `red_edit` with the Parameters `scale` and `bias` of
-    shape `(width,)`, on its device. Where the layer's `forward` is one that is known, the edit is fused with what
-    follows it; elsewhere it runs by itself. Only this instance is touched. No random numbers are used up.
+    shape `(width,)`, on its device. The sites are found by the structure of the model, whatever its architecture. The
+    edit is applied by the addition and the norm that take the site's output, in one pass; where something else takes
+    it, the edit runs by itself. Only this instance is touched. No random numbers are used up.
 
     Args:
-        model: a transformers model, or anything that holds one or has modules named by `config.sites`. Patch before
+        model: any model whose layers have an FFN or an attention, or modules named by `config.sites`. Patch before
             wrapping it for distributed training.
         config: what to edit; `RedConfig()` if None.
+        example: what the model is called with: a dict of arguments, a tuple of them, or one. With it the report says
+            what will be fused before the first forward; models of transformers need none.
 
     Returns:
         A `PatchReport`; `print` shows a table.
 
     Raises:
         TypeError: model or config is something else.
-        ValueError: the model is patched already, has no sites, or none of the layers or sites asked for; it has layers
-            of unknown make beside known ones, such as wrapped ones, or one layer in two places; an FFN is made of
-            experts without a module for their down projection; or there is no head to train (`train_head`). Nothing is
-            changed then.
+        ValueError: the model is patched already, has no sites, or none of the layers, stacks or sites asked for; one
+            layer is in two places; or there is no head to train (`train_head`). Nothing is changed then.
     """
-    return patch_with(model, config, {}, stacklevel=3)
+    return patch_with(model, config, {}, stacklevel=3, example=example)
 
 
 def patch_with(
-    model: nn.Module, config: RedConfig | None, edits: Mapping[str, RedEdit], stacklevel: int = 2
+    model: nn.Module,
+    config: RedConfig | None,
+    edits: Mapping[str, RedEdit],
+    stacklevel: int = 2,
+    example: Any = None,
 ) -> PatchReport:
     """As `patch`, with the edits that sites of these names had before; the other sites get new ones."""
     config = RedConfig() if config is None else config
@@ -92,17 +100,26 @@ def patch_with(
     for text in plan.warnings:
         warnings.warn(text, stacklevel=stacklevel)
     trainable, total = count_parameters(model)
-    sites = tuple(site.report for site in plan.sites)
+    foreseen = expected(model, example) if config.edit_kind.kernel == "affine" else {}
     return PatchReport(
         type(model).__name__,
         config,
-        sites,
+        tuple(_foreseen(site.report, foreseen) for site in plan.sites),
         trainable,
         total,
         tuple(plan.warnings),
         trained_head=head.trained_modules,
         frozen_head=head.frozen_modules,
+        edits={site.report.site: weakref.ref(edit) for site, edit in zip(plan.sites, made, strict=True)},
     )
+
+
+def _foreseen(site: SiteReport, found: Mapping[str, tuple[str | None, str]]) -> SiteReport:
+    if site.site not in found:
+        unknown = site.reason or "what it is fused with is known after the first forward"
+        return replace(site, reason="; ".join(filter(None, (unknown, site.remark))))
+    fused, reason = found[site.site]
+    return replace(site, fused=fused, reason="; ".join(filter(None, (reason or site.reason, site.remark))))
 
 
 def unpatch(model: nn.Module) -> None:

@@ -100,7 +100,7 @@ def _planned(model: nn.Module, block: Block, site: ChosenSite, config: RedConfig
         module,
         width,
         device_of(module, model),
-        SiteReport(name, width, None, "; ".join(filter(None, (reason, site.remark)))),
+        SiteReport(name, width, None, reason, site.remark),
         place=site.place,
         inside=site.inside,
         of_tuple=True,
@@ -141,7 +141,7 @@ def _plan_named(model: nn.Module, config: RedConfig) -> Plan:
             )
         # What is in a list may be called or not.
         caller = None if isinstance(modules[parent], (nn.ModuleList, nn.ModuleDict)) else modules[parent]
-        report = SiteReport(name, width, None, "named by sites=")
+        report = SiteReport(name, width, None, remark="named by sites=")
         plan.sites.append(
             PlannedSite(module, width, device_of(module, model), report, caller=caller, caller_name=parent)
         )

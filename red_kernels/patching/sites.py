@@ -159,12 +159,20 @@ def _sites_of(block: Block, config: RedConfig) -> list[ChosenSite]:
         if site.path in norms:
             inner = norms[site.path]
             norm = "." if inner == site.path else inner.removeprefix(site.path).removeprefix(".")
-        inside = site.place == "attn_res" and not norm and not _adds_itself(module, site.width)
         remark = ""
         if site.place == "ffn" and output_width(module) is None:
             remark = "the output of the whole block of experts"
         found.append(
-            ChosenSite(site.place, site.path, site.width, site.of_tuple, inside, norm, flags.get(site.path, ""), remark)
+            ChosenSite(
+                site.place,
+                site.path,
+                site.width,
+                site.of_tuple,
+                site.inside and not norm,
+                norm,
+                flags.get(site.path, ""),
+                remark,
+            )
         )
     return found
 
@@ -179,11 +187,6 @@ def norm_inside(module: nn.Module, width: int) -> str:
     linear = [name for name, child in children if output_width(child) == width and not could_be_norm(child)]
     norms = [name for name, child in children if could_be_norm(child)]
     return norms[0] if len(linear) == 1 and len(norms) == 1 and children[0][0] == linear[0] else ""
-
-
-def _adds_itself(module: nn.Module, width: int) -> bool:
-    """Whether a sublayer has its norm in front, and so adds to the stream itself."""
-    return any(could_be_norm(child) and output_width(child) == width for child in module.children())
 
 
 def _registered_sites(block: Block, family: Family, config: RedConfig) -> list[ChosenSite]:
