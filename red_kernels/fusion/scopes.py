@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from ..edits.module import RedEdit
-from .norms import globally_hooked
+from .norms import OWN_HOOKS, globally_hooked
 from .waiting import Waiting
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["OWN_HOOKS", "SCOPE", "Scope", "Verdict", "observed", "running", "scope_of", "stack_of"]
 
 SCOPE = "_red_kernels_scope"  # the attribute of a patched block or stack with its `Verdict`
-OWN_HOOKS: set[Callable[..., Any]] = set()  # of this package: they see a waiting value and leave it alone
 _CAPTURING = "transformers.utils.output_capturing"
 
 

@@ -16,14 +16,25 @@ from .applied import left_to_do
 from .norms import is_dense, norm_arguments, unobserved
 from .scopes import OWN_HOOKS, observed, running
 from .stream import marked
-from .sums import Record, add_edit
+from .sums import Record, add_edit, title_of
 from .waiting import NO_EDIT, After, Waiting, wait
 
-__all__ = ["BEHIND", "CARRIER", "carry_hook", "edit_hook", "last_record", "norm_with_edit", "record_of", "take_reached"]
+__all__ = [
+    "BEHIND",
+    "CARRIER",
+    "RECORDS",
+    "behind_hook",
+    "carry_hook",
+    "edit_hook",
+    "last_record",
+    "norm_with_edit",
+    "record_of",
+    "take_reached",
+]
 
 BEHIND = "_red_kernels_behind"  # of a norm: the `RedEdit` of the site whose output is the norm's
 CARRIER = "_red_kernels_carrier"  # of an unedited projection whose output waits: a `RedEdit` of its layer
-_RECORDS = "_red_kernels_records"
+RECORDS = "_red_kernels_records"
 
 
 class _Told(threading.local):
@@ -50,9 +61,9 @@ class Records:
 
 def record_of(own: nn.Module, training: bool) -> Record:
     """What is known of a site, by its `RedEdit` or itself, in the mode that it runs in."""
-    records = own.__dict__.get(_RECORDS)
+    records = own.__dict__.get(RECORDS)
     if records is None:
-        records = own.__dict__[_RECORDS] = Records()
+        records = own.__dict__[RECORDS] = Records()
     mode = 2 * training + torch.is_grad_enabled()
     record: Record | None = records.modes.get(mode)
     if record is None:
@@ -63,7 +74,7 @@ def record_of(own: nn.Module, training: bool) -> Record:
 
 def last_record(own: nn.Module) -> Record | None:
     """What is known of a site in the mode that it ran in last; None before it ran."""
-    records = own.__dict__.get(_RECORDS)
+    records = own.__dict__.get(RECORDS)
     return None if records is None else records.modes.get(-1)
 
 
@@ -94,6 +105,18 @@ def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
     return edited if first is output else (edited, *output[1:])
 
 
+def behind_hook(norm: nn.Module, args: Any, output: Any) -> Any:
+    """The forward hook of the norm that gives the stream behind an attention, in a post-norm layer."""
+    own: RedEdit = norm.__dict__[BEHIND]
+    if own.watched and not torch.compiler.is_compiling():
+        _told.reached.add(id(own))
+    if not plain_only():
+        done, _told.output = _told.output, None
+        if done is not None and done[0] is own and done[1] is output:
+            return None
+    return own(output)
+
+
 def carry_hook(module: nn.Module, args: Any, output: Any) -> Any:
     """The forward hook of an attention's last projection in a layer whose FFN is edited.
 
@@ -114,7 +137,7 @@ def carry_hook(module: nn.Module, args: Any, output: Any) -> Any:
     return value
 
 
-OWN_HOOKS.update((edit_hook, carry_hook))
+OWN_HOOKS.update((edit_hook, carry_hook, behind_hook))
 
 
 def take_reached(own: RedEdit) -> bool:
@@ -131,7 +154,7 @@ def _in_pass(own: RedEdit, module: nn.Module, h: Any) -> Tensor | None:
     scopes = running()
     if not scopes:
         return None
-    if own.place == "res":
+    if own.place in ("res", "attn_res") and not own.inside:
         return _stream(own, module, h)
     record = record_of(own, module.training)
     if record.at_once and not own.inside:
@@ -183,5 +206,6 @@ def norm_with_edit(norm: nn.Module, x: Tensor) -> Tensor | None:
     if edit is None or edit is NO_EDIT:
         return None
     y = fused.norm_edit(x, found, edit)
+    record_of(own, norm.training).taken(title_of(norm))
     _told.output = own, y
     return y

@@ -29,7 +29,18 @@ from .norms import norm_arguments, spec_of, unobserved
 from .scopes import Scope, chain, observed, running, stack_of
 from .waiting import NO_EDIT, Waiting, edited, wait
 
-__all__ = ["Link", "Note", "Record", "add", "add_edit", "hand_over", "norm_of_waiting", "take_note", "total"]
+__all__ = [
+    "Link",
+    "Note",
+    "Record",
+    "add",
+    "add_edit",
+    "hand_over",
+    "norm_of_waiting",
+    "take_note",
+    "title_of",
+    "total",
+]
 
 _NOTE = "_red_kernels_note"
 _MISSES = 3  # after so many, a sum is known to have no one norm

@@ -87,6 +87,11 @@ def _add_in_place(func: Any, args: Arguments, kwargs: Keywords) -> Any:
         if not _waits(target) or target.base is not None or target.viewed or target.others:
             return NotImplemented
         if type(other) is Waiting:
+            if target.residual is None and _open(other):
+                met = _meet(target, other)
+                if met is not NotImplemented:
+                    target.done = met
+                    return met
             other = other.settle()
         if type(other) not in PLAIN or not is_like(other, target.h) or other.dtype != target.h.dtype:
             return NotImplemented

@@ -13,7 +13,7 @@ from ..edits.module import RedEdit, plain_only
 from ..fusion.fingerprint import BASE, CAPTURED
 from ..fusion.norms import SPEC, norm_spec
 from ..fusion.scopes import SCOPE, Scope, Verdict, running
-from ..fusion.site import BEHIND, CARRIER, carry_hook, norm_with_edit
+from ..fusion.site import BEHIND, CARRIER, RECORDS, carry_hook, norm_with_edit
 from ..fusion.sums import norm_of_waiting, take_note
 from ..fusion.waiting import Waiting
 
@@ -73,6 +73,7 @@ def is_patched(module: nn.Module) -> bool:
 
 def unpatch_module(module: nn.Module) -> None:
     """Give a module back the class it had, and take off what makes its output wait; nothing if it is not patched."""
+    module.__dict__.pop(RECORDS, None)
     if module.__dict__.pop(CARRIER, None) is not None:
         for key in [key for key, hook in module._forward_hooks.items() if hook is carry_hook]:
             del module._forward_hooks[key]
@@ -127,14 +128,15 @@ def _norm_forward(base: type[nn.Module]) -> Callable[..., Any]:
         current = base.forward  # may have been replaced since
         if current is original and len(args) == 1 and not kwargs and not plain_only():
             x = args[0]
-            if type(x) is Waiting:
+            normed = None
+            if BEHIND in self.__dict__:
+                x = x.settle() if type(x) is Waiting else x
+                normed = norm_with_edit(self, x) if type(x) is Tensor else None
+                args = (x,)
+            elif type(x) is Waiting:
                 normed = norm_of_waiting(self, x)
             elif type(x) is Tensor:
                 normed = take_note(self, x)
-                if normed is None and BEHIND in self.__dict__:
-                    normed = norm_with_edit(self, x)
-            else:
-                normed = None
             if normed is not None:
                 return normed
         return current(self, *args, **kwargs)

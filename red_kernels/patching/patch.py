@@ -17,7 +17,7 @@ from ..edits.module import NAME, SITE, RedEdit
 from ..edits.selection import Selection
 from ..fusion.fingerprint import BASE
 from ..fusion.paths import child_at
-from ..fusion.site import edit_hook
+from ..fusion.site import BEHIND, behind_hook, edit_hook
 from ..support.text import listed
 from .classes import carry, is_patched, patch_norm, patch_scope, prepare_classes, unpatch_module
 from .heads import find_head, release_head
@@ -173,10 +173,14 @@ def edit_config(model: nn.Module) -> RedConfig:
 def attach(site: PlannedSite, edit: RedEdit) -> None:
     """Give a site its vectors and the hook that applies them."""
     edit.train(site.module.training)
-    edit.of_tuple, edit.inside, edit.place = site.of_tuple, site.inside, site.place
+    edit.of_tuple, edit.place = site.of_tuple, site.place
+    edit.inside = site.inside or site.hooked is not None
     site.module._modules[NAME] = edit
-    if edit_hook not in site.module._forward_hooks.values():
-        nn.Module.register_forward_hook(site.module, edit_hook, prepend=True)
+    hooked, hook = (site.module, edit_hook) if site.hooked is None else (site.hooked, behind_hook)
+    if site.hooked is not None:
+        site.hooked.__dict__[BEHIND] = edit
+    if hook not in hooked._forward_hooks.values():
+        nn.Module.register_forward_hook(hooked, hook, prepend=True)
 
 
 def fuse(plan: Plan) -> None:
@@ -192,7 +196,7 @@ def fuse(plan: Plan) -> None:
         if own.kind is not None and own.kind.kernel == "affine" and own.place != "res":
             carry(module, own)
     for site in plan.sites:
-        inner = child_at(site.module, "" if site.norm == "." else site.norm) if site.norm else None
+        inner = child_at(site.module, "" if site.norm == "." else site.norm) if site.norm else site.hooked or site.last
         if inner is not None:
             patch_norm(inner, site.module._modules[NAME])  # type: ignore[arg-type]
 
@@ -216,8 +220,9 @@ def _take_back(holder: nn.Module, state: PatchState) -> list[str]:
     for module in list(holder.modules()):
         unpatch_module(module)
         hooks = module._forward_hooks
-        for key in [key for key, hook in hooks.items() if hook is edit_hook]:
+        for key in [key for key, hook in hooks.items() if hook in (edit_hook, behind_hook)]:
             del hooks[key]
+        module.__dict__.pop(BEHIND, None)
         if isinstance(module._modules.get(NAME), RedEdit):
             del module._modules[NAME]
         stop_watching(module)

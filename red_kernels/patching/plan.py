@@ -18,6 +18,7 @@ from ..models import Block, blocks_in
 from ..support.text import listed
 from .module_facts import device_of, experts_in, experts_remark, linear_patterns, output_width
 from .report import SiteReport
+from .post_norm import with_norms
 from .sites import ChosenSite, check_names, chosen
 
 __all__ = ["Plan", "PlannedSite", "make_plan", "plan_edited"]
@@ -32,6 +33,8 @@ class PlannedSite:
     device: torch.device
     report: SiteReport
     place: str = ""
+    hooked: nn.Module | None = None  # whose output is edited, where that is not the module's
+    last: nn.Module | None = None  # the norm whose output is the module's
     inside: bool = False  # whether the edit is of the sum that the output becomes a part of
     of_tuple: bool = False  # whether the module may return a tuple, of which the first is edited
     norm: str = ""  # name in the module of the norm that its output ends in, to merge into
@@ -48,7 +51,9 @@ class Plan:
     blocks: list[nn.Module] = field(default_factory=list)  # inside of which values wait
     stacks: list[nn.Module] = field(default_factory=list)  # inside of which a block's sum is handed to the next
     norms: list[nn.Module] = field(default_factory=list)  # that may read what is edited
-    carriers: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)  # unedited attentions' last projections
+    carriers: list[tuple[nn.Module, nn.Module]] = field(
+        default_factory=list
+    )  # unedited last projections, and an edited site
     warnings: list[str] = field(default_factory=list)
 
 
@@ -80,7 +85,7 @@ def plan_edited(model: nn.Module) -> Plan:
 
 def _plan_known(model: nn.Module, config: RedConfig) -> Plan:
     plan = Plan()
-    found = chosen(model, config, plan.warnings)
+    found = with_norms(chosen(model, config, plan.warnings))
     check_names((block.module, block.name) for block, _ in found)
     for block, sites in found:
         plan.sites += [_planned(model, block, site, config) for site in sites]
@@ -102,6 +107,8 @@ def _planned(model: nn.Module, block: Block, site: ChosenSite, config: RedConfig
         device_of(module, model),
         SiteReport(name, width, None, reason, site.remark),
         place=site.place,
+        hooked=child_at(block.module, site.behind) if site.behind else None,
+        last=child_at(block.module, site.last) if site.last else None,
         inside=site.inside,
         of_tuple=True,
         norm=site.norm,
@@ -182,7 +189,7 @@ def _plan_around(plan: Plan, model: nn.Module, blocks: list[Block], widths: dict
         for site in block.sites if inside else ():
             name = f"{block.name}.{site.path}" if site.path else block.name
             module = modules[name]
-            if site.place == "attn" and name not in widths and not isinstance(module, nn.MultiheadAttention):
+            if site.place in ("attn", "ffn") and name not in widths and not site.of_tuple:
                 plan.carriers.append((module, modules[inside[0]]))
     for stack in dict.fromkeys((*plan.stacks, *plan.blocks)):
         for module in stack.modules():

@@ -32,6 +32,8 @@ class ChosenSite:
         norm: path in the module of the norm that its output ends in; `"."` for itself, `""` for none.
         bias_flag: attribute of the model's config that gives this linear layer a bias.
         remark: what the report says of it.
+        behind: of a stream behind an attention, the path in the layer of the norm that gives it, in post-norm layers.
+        last: of a layer's output, the path in the layer of the norm that gives it, in post-norm layers.
     """
 
     place: str
@@ -42,6 +44,8 @@ class ChosenSite:
     norm: str = ""
     bias_flag: str = ""
     remark: str = ""
+    behind: str = ""
+    last: str = ""
 
 
 def known_sites(model: nn.Module, config: RedConfig) -> dict[str, str]:
@@ -104,8 +108,9 @@ def chosen(model: nn.Module, config: RedConfig, warnings: list[str]) -> list[tup
     every = blocks_in(model)
     blocks, left = stacks_of(every, config)
     found = [(block, _sites_of(block, config)) for block in blocks]
-    if not any(sites for _, sites in found):
-        raise ValueError(_no_sites(model, config, every))
+    places = {site.place for _, sites in found for site in sites}
+    if any(place not in places for place in config.places):
+        raise ValueError(_no_sites(model, config, every, [place for place in config.places if place not in places]))
     for kind in left:
         stack = [block for block in every if block.kind == kind]
         if any(_sites_of(block, config) for block in stack):
@@ -232,16 +237,27 @@ def resolved(layer: nn.Module, path: str) -> str:
     return ".".join(parts)
 
 
-def _no_sites(model: nn.Module, config: RedConfig, blocks: list[Block]) -> str:
+_CALLED = {
+    "ffn": "FFN with a last projection",
+    "attn": "attention with an output projection",
+    "qkv": "query, key or value projection that is called",
+    "res": "module that gives the residual stream behind the FFN",
+    "attn_res": "residual stream behind an attention that ends before the FFN begins",
+}
+
+
+def _no_sites(model: nn.Module, config: RedConfig, blocks: list[Block], missing: list[str]) -> str:
+    kind = type(model).__name__
+    if blocks:
+        names = dict.fromkeys(type(block.module).__name__ for block in blocks)
+        looked = f"the {len(blocks)} layers that were found ({', '.join(names)}) have"
+    else:
+        looked = "no repeated layers were found in lists of modules, and so there is"
+    what = " and no ".join(_CALLED[place] for place in missing)
     experts = experts_in(model)
-    remark = f" Its experts are in {listed(experts)}." if experts else ""
-    looked = (
-        f"looked for repeated layers with an FFN or an attention in lists of modules, and in them for what position "
-        f"{config.position!r} edits ({', '.join(config.places)})"
-    )
-    found = f"found {len(blocks)} layers, none of which has that" if blocks else "found no such layers"
+    remark = f" Its experts are in {listed(experts)}." if experts and not blocks else ""
     return (
-        f"model: {type(model).__name__} has nothing to edit: {looked}; {found}.{remark} For another layout name the "
-        f"modules whose output is to be edited, as in RedConfig(sites='*.down_proj'); its linear layers are "
-        f"{linear_patterns(model)}"
+        f"model: this {kind} lacks what position {config.position!r} edits: {looked} no {what}.{remark} For another "
+        f"layout name the modules whose output is to be edited, as in RedConfig(sites='*.down_proj'); its linear "
+        f"layers are {linear_patterns(model)}"
     )

@@ -208,13 +208,17 @@ def test_a_forward_that_leaves_the_inner_edit_out_is_found():
     patch(model, RedConfig(position="res_with_attn"))
     layer = model.model.layers[1]
     layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
-    with pytest.raises(RuntimeError, match="forward of this LlamaDecoderLayer was replaced"):
+    with pytest.raises(RuntimeError, match="layers.1.self_attn was not applied: the forward of its LlamaDecoderLayer did not call"):
         model(**zoo.inputs("llama"))
 
 
-def test_an_unknown_forward_cannot_be_edited_inside():
+def test_a_stream_that_nothing_is_added_to_is_an_error():
+    """The stream behind an attention is edited by the addition; a layer without one would lose the edit."""
     model = zoo.tiny("llama")
-    model.model.layers[1].forward = model.model.layers[1].forward
-    with pytest.raises(ValueError, match=r"model.layers.1 is no module's output.*was replaced"):
-        patch(model, RedConfig(position="res_with_attn"))
-    patch(model, RedConfig(position="res"))
+    patch(model, RedConfig(position="res_with_attn"))
+    layer = model.model.layers[1]
+    layer.forward = lambda hidden_states, **kwargs: layer.mlp(
+        layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)[0].exp()
+    )
+    with pytest.raises(RuntimeError, match=r"layers.1.self_attn cannot be applied.*was not added to the stream"):
+        model(**zoo.inputs("llama"))
