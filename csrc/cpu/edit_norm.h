@@ -18,13 +18,14 @@ void edit_norm_forward_rows(const EditNormForward& p, int64_t begin, int64_t end
     T *y = output<T>(p.y, d, i), *z = output<T>(p.z, d, i);
     Statistics s;
     const auto pass = [&](auto has_residual, auto keeps_z) __attribute__((always_inline)) {
-      RowSums<T, Centered> sums(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
-        return edited.value(at, j, has_residual);
-      });
+      const auto seen = [&](auto at, int64_t j) __attribute__((always_inline)) {
+        return rounded(T{}, edited.value(at, j, has_residual));
+      };
+      RowSums<T, Centered> sums(d, seen);
       sweep_sums<sums.kParts>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
         prepare<Stream>(y + j);
-        V h = edited.value(at, j, has_residual);
-        if (keeps_z) h = at.template store_rounded<Stream>(z + j, h);
+        // The norm sees z as rounded, whether it is kept or not.
+        const V h = keeps_z ? at.template store_rounded<Stream>(z + j, edited.value(at, j, has_residual)) : seen(at, j);
         at.template store<false>(held + j, h);
         sums.add(at, k, h);
       });
@@ -79,7 +80,7 @@ void edit_norm_backward_rows(const EditNormBackward& p, const Chunk& chunk, cons
           prefetch(x + j);
           prefetch(dz + j);
         } else {
-          value = edited.value(at, j, has_residual);
+          value = rounded(T{}, edited.value(at, j, has_residual));
           at.template store<false>(held + j, value);
         }
         const V normed = at.valid(normalised<Centered>(value, s)), gradient = at.load(dy + j);

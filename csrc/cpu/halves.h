@@ -29,6 +29,11 @@ RED_INLINE V store_rounded(T* p, V v) {
   widen2(T{}, h, v.a, v.b);
   return v;
 }
+template <class T>
+RED_INLINE V rounded(T, V v) {
+  widen2(T{}, narrow2(T{}, v.a, v.b), v.a, v.b);
+  return v;
+}
 
 #else
 
@@ -66,6 +71,8 @@ RED_INLINE V load(const BFloat16* p) {
   return {bits<N>(words_of(get<H>(p)) << 16), bits<N>(words_of(get<H>(p + W)) << 16)};
 }
 #endif
+
+RED_INLINE N without_lower(U u) { return bits<N>(u & 0xffff0000u); }
 
 // fp32 words whose upper halves are the bf16 nearest to v, ties to even. A NaN is cut and not rounded, which could make it
 // infinite or a zero; it is quiet, as arithmetic leaves none that is not, so its upper half is a NaN too.
@@ -111,6 +118,14 @@ RED_INLINE V store_rounded(BFloat16* p, V v) {
   put<Stream>(p + W, b);
   return {bits<N>(words_of(a) << 16), bits<N>(words_of(b) << 16)};
 }
+RED_INLINE V rounded(BFloat16, V v) {
+#if defined(__AVX512BF16__)  // to the same number as what is stored, subnormal ones included
+  const H a = narrow(BFloat16{}, v.a), b = narrow(BFloat16{}, v.b);
+  return {bits<N>(words_of(a) << 16), bits<N>(words_of(b) << 16)};
+#else
+  return {without_lower(nearest_bfloat16(v.a)), without_lower(nearest_bfloat16(v.b))};
+#endif
+}
 #elif RED_LANES == 8
 // The bf16 nearest to 16 columns, ties to even: word i has column i in its lower half and column i + 8 in its upper one. Both
 // registers are rounded together, in lanes of 16 bits. No NaN becomes infinite or a zero: `subs` stops at the largest
@@ -132,12 +147,16 @@ template <bool Stream>
 RED_INLINE void store(BFloat16* p, V v) {
   put_in_order<Stream>(p, nearest_bfloat16(v));
 }
+RED_INLINE V widened(__m256i words) {
+  return {bits<N>(_mm256_slli_epi32(words, 16)), bits<N>(_mm256_blend_epi16(words, _mm256_setzero_si256(), 0x55))};
+}
 template <bool Stream>
 RED_INLINE V store_rounded(BFloat16* p, V v) {
   const __m256i words = nearest_bfloat16(v);
   put_in_order<Stream>(p, words);
-  return {bits<N>(_mm256_slli_epi32(words, 16)), bits<N>(_mm256_blend_epi16(words, _mm256_setzero_si256(), 0x55))};
+  return widened(words);
 }
+RED_INLINE V rounded(BFloat16, V v) { return widened(nearest_bfloat16(v)); }
 #else
 template <bool Stream>
 RED_INLINE void store(BFloat16* p, V v) {
@@ -147,7 +166,10 @@ template <bool Stream>
 RED_INLINE V store_rounded(BFloat16* p, V v) {
   const U a = nearest_bfloat16(v.a), b = nearest_bfloat16(v.b);
   put<Stream>(p, upper_halves(a, b));
-  return {bits<N>(a & 0xffff0000u), bits<N>(b & 0xffff0000u)};
+  return {without_lower(a), without_lower(b)};
+}
+RED_INLINE V rounded(BFloat16, V v) {
+  return {without_lower(nearest_bfloat16(v.a)), without_lower(nearest_bfloat16(v.b))};
 }
 #endif
 
@@ -177,6 +199,9 @@ RED_INLINE V store_rounded(Float16* p, V v) {
   put<Stream>(p, a);
   put<Stream>(p + W, b);
   return {widen(Float16{}, a), widen(Float16{}, b)};
+}
+RED_INLINE V rounded(Float16, V v) {
+  return {widen(Float16{}, narrow(Float16{}, v.a)), widen(Float16{}, narrow(Float16{}, v.b))};
 }
 #else
 // Of words with an fp16 in their upper halves and zeros below. Multiplying by a power of two moves the exponent, subnormals
@@ -212,6 +237,9 @@ RED_INLINE V store_rounded(Float16* p, V v) {
   const U a = nearest_float16(v.a), b = nearest_float16(v.b);
   put<Stream>(p, upper_halves(a, b));
   return {widen_upper(a), widen_upper(b)};
+}
+RED_INLINE V rounded(Float16, V v) {
+  return {widen_upper(nearest_float16(v.a)), widen_upper(nearest_float16(v.b))};
 }
 #endif
 template <bool Stream>

@@ -47,7 +47,7 @@ struct EditNormForward {
   Dropout dropout;
   float eps;
   bool stream;
-  void *y, *z;  // z null: not kept, and not rounded before the norm
+  void *y, *z;  // z null: not kept; the norm sees it as rounded all the same
   float *mean, *rstd;
 };
 

@@ -89,6 +89,8 @@ RED_INLINE V store_rounded(float* p, V v) {
   store<Stream>(p, v);
   return v;
 }
+// The same value, and nothing is stored: elements of the type of the first argument.
+RED_INLINE V rounded(float, V v) { return v; }
 
 }  // namespace RED_ISA
 }  // namespace red

@@ -73,7 +73,7 @@ struct NormForward {
   Edit edit;
   Vectors weight, norm_bias;
   float weight_offset, eps;
-  void *y, *z;  // z null: not kept, and not rounded before the norm
+  void *y, *z;  // z null: not kept; the norm sees it as rounded all the same
   float *mean, *rstd;
 };
 

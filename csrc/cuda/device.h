@@ -317,13 +317,16 @@ RED_DEVICE void add_raw(const Raw& residual, float (&v)[kVector<T>]) {
   RED_UNROLL for (int i = 0; i < kVector<T>; ++i) v[i] = r[i] + v[i];
 }
 
-// What the edit made of a row, with the residual: in fp32, `x` and `residual` as they lie in memory.
+// What the edit made of a row, with the residual: z as it lies in memory where it is kept, and as a norm sees it in any
+// case. `x` and `residual` too are as they lie in memory.
 template <class T>
-RED_DEVICE void edited(const Edit& edit, const RowEdit& own, int64_t seed, int64_t row, int64_t column, int64_t count,
-                       bool whole, const Raw& x, const Raw& residual, bool added, float (&v)[kVector<T>]) {
+RED_DEVICE Raw edited(const Edit& edit, const RowEdit& own, int64_t seed, int64_t row, int64_t column, int64_t count,
+                      bool whole, const Raw& x, const Raw& residual, bool added) {
+  float v[kVector<T>];
   unpack<T>(x, v);
   apply_edit<T>(edit, own, seed, row, column, count, whole, v);
   if (added) add_raw<T>(residual, v);
+  return pack<T>(v);
 }
 
 RED_DEVICE int64_t edit_id(const Edit& edit, int64_t row) { return edit.ids == nullptr ? 0 : edit.ids[row]; }

@@ -134,7 +134,7 @@ RED_KERNEL(kSlabThreads, NORM ? 1 : 2) slab_backward(RED_ARGUMENT SlabBackward a
           if (a.z)
             unpack<T>(z[u], v);
           else
-            edited<T>(a.edit, own, seed, rows[u], s.column, s.count, s.whole, x[u], r[u], bool(a.residual), v);
+            unpack<T>(edited<T>(a.edit, own, seed, rows[u], s.column, s.count, s.whole, x[u], r[u], bool(a.residual)), v);
           const float rstd = a.rstd[rows[u]], mean = a.mean != nullptr ? a.mean[rows[u]] : 0.0f;
           const float c1 = a.averages[rows[u]], c2 = a.averages[a.rows + rows[u]];
           load_weight<T>(a.weight, a.weight_offset, s.column, s.count, s.whole, w);

@@ -146,7 +146,7 @@ RED_KERNEL(32 * most_warps(KIND), 1) norm_backward(RED_ARGUMENT NormBackward a) 
       unpack<T>(*stages.at(stage, 0, k), g);
       if (again) {
         const Raw x = *stages.at(stage, at_x, k), r = a.residual ? *stages.at(stage, at_r, k) : Raw{};
-        edited<T>(a.edit, own, seed, row, column(k), kSize, true, x, r, bool(a.residual), normed);
+        unpack<T>(edited<T>(a.edit, own, seed, row, column(k), kSize, true, x, r, bool(a.residual)), normed);
       } else {
         unpack<T>(*stages.at(stage, at_z, k), normed);
       }

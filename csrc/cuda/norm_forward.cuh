@@ -41,6 +41,7 @@ RED_KERNEL(kForwardThreads, 1) norm_forward(RED_ARGUMENT NormForward a) {
   RED_UNROLL for (int k = 0; k < N; ++k) {
     fill<T>(v[k], 0.0f);
     if (column(k) >= d) continue;
+    Raw z;  // as the norm sees it, whether it is kept or not
     if constexpr (PLAIN) {
       float scale[kSize], bias[kSize];
       load_vector<T, kWide>(a.edit.scale, column(k), kSize, true, scale);
@@ -48,16 +49,14 @@ RED_KERNEL(kForwardThreads, 1) norm_forward(RED_ARGUMENT NormForward a) {
       unpack<T>(x[k], v[k]);
       RED_UNROLL for (int i = 0; i < kSize; ++i) v[k][i] = multiply_add(v[k][i], scale[i], bias[i]);
       add_raw<T>(r[k], v[k]);
+      z = pack<T>(v[k]);
     } else if (a.edit_last) {
-      unpack<T>(x[k], v[k]);
+      z = x[k];
     } else {
-      edited<T>(a.edit, own, seed, row, column(k), kSize, true, x[k], r[k], bool(a.residual), v[k]);
+      z = edited<T>(a.edit, own, seed, row, column(k), kSize, true, x[k], r[k], bool(a.residual));
     }
-    if (a.z != nullptr) {  // the norm sees what is kept
-      const Raw z = pack<T>(v[k]);
-      store16(static_cast<T*>(a.z) + row * d + column(k), z);
-      unpack<T>(z, v[k]);
-    }
+    if (a.z != nullptr) store16(static_cast<T*>(a.z) + row * d + column(k), z);
+    unpack<T>(z, v[k]);
     RED_UNROLL for (int i = 0; i < kSize; ++i) s[0] += CENTERED ? v[k][i] : v[k][i] * v[k][i];
   }
   group.sum(s);

@@ -14,8 +14,9 @@ namespace cuda {
 template <class T>
 struct Piece {
   RED_DEVICE Piece(int64_t d, bool aligned, int64_t first)
-      : column(first), count(column + kVector<T> <= d ? kVector<T> : d - column), whole(aligned) {}
-  int64_t column, count;
+      : column(first), count(static_cast<int>(column + kVector<T> <= d ? kVector<T> : d - column)), whole(aligned) {}
+  int64_t column;
+  int count;
   bool whole;
 };
 
@@ -28,14 +29,14 @@ RED_KERNEL(kWideThreads, 3) wide_forward(RED_ARGUMENT NormForward a) {
   const int64_t first = static_cast<int64_t>(group.thread) * kSize, step = static_cast<int64_t>(group.threads) * kSize;
   const bool centered = a.mean != nullptr;
 
-  // What is normed. A thread reads of z only what it wrote itself.
+  // What is normed, as rounded. A thread reads of z only what it wrote itself.
   const auto input = [&](const Piece<T>& p, bool kept, float (&v)[kSize]) {
     const T* from = kept ? static_cast<const T*>(a.z) + row * a.d : row_of<T>(a.x, row);
     const Raw x = load_raw(from, p.column, p.count, p.whole);
     if (kept || a.edit_last) return unpack<T>(x, v);
     Raw r{};
     if (a.residual) r = load_raw(row_of<T>(a.residual, row), p.column, p.count, p.whole);
-    edited<T>(a.edit, own, seed, row, p.column, p.count, p.whole, x, r, bool(a.residual), v);
+    unpack<T>(edited<T>(a.edit, own, seed, row, p.column, p.count, p.whole, x, r, bool(a.residual)), v);
   };
 
   const float d = static_cast<float>(a.d);
@@ -45,7 +46,6 @@ RED_KERNEL(kWideThreads, 3) wide_forward(RED_ARGUMENT NormForward a) {
   if (centered) {
     float v[kSize];
     input(Piece<T>(a.d, a.aligned, 0), false, v);
-    if (a.z != nullptr) unpack<T>(pack<T>(v), v);
     origin = v[0];
   }
   float s[1] = {0.0f};
@@ -53,11 +53,7 @@ RED_KERNEL(kWideThreads, 3) wide_forward(RED_ARGUMENT NormForward a) {
     const Piece<T> p(a.d, a.aligned, c);
     float v[kSize];
     input(p, false, v);
-    if (a.z != nullptr) {
-      const Raw z = pack<T>(v);
-      store_raw<T>(a.z, row, a.d, p.column, p.count, p.whole, z);
-      unpack<T>(z, v);
-    }
+    if (a.z != nullptr) store_raw<T>(a.z, row, a.d, p.column, p.count, p.whole, pack<T>(v));
     RED_UNROLL for (int i = 0; i < kSize; ++i)
       if (i < p.count) s[0] += centered ? half_distance(v[i], origin, 1.0f / d) : v[i] * v[i];
   }
@@ -117,7 +113,7 @@ RED_KERNEL(kWideThreads, 2) row_averages(RED_ARGUMENT RowAverages a) {
       const Raw x = load_raw(row_of<T>(a.x, row), p.column, p.count, p.whole);
       Raw r{};
       if (a.residual) r = load_raw(row_of<T>(a.residual, row), p.column, p.count, p.whole);
-      edited<T>(a.edit, own, seed, row, p.column, p.count, p.whole, x, r, bool(a.residual), v);
+      unpack<T>(edited<T>(a.edit, own, seed, row, p.column, p.count, p.whole, x, r, bool(a.residual)), v);
     }
     load_weight<T>(a.weight, a.weight_offset, p.column, p.count, p.whole, w);
     if (a.edit_last) apply_scale<T>(a.edit, own, p.column, p.count, p.whole, g);

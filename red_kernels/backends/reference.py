@@ -100,7 +100,7 @@ def dropout_factor(seed: Tensor, dropout_p: float, like: Tensor) -> Tensor:
 
 def edit_forward(x: Tensor, residual: Tensor | None, edit: Edit) -> Tensor:
     """``z = residual + dropout(scale * x + bias)`` (RED eq. 1, with the residual add behind it)."""
-    z = _as(_edit(x, residual, edit), x.dtype)
+    z = _stream(x, residual, edit)
     return z.clone() if z is x else z
 
 
@@ -114,17 +114,13 @@ def edit_norm_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """``z`` as in :func:`edit_forward` and ``y = norm(z)``: ``(y, z, mean, rstd)``.
 
-    With ``keep_z`` the norm sees ``z`` as rounded, which is what whoever reads ``z`` sees; without, ``z`` is None and
-    never rounded.
+    The norm sees ``z`` as rounded to the dtype of ``x``, which is what whoever reads ``z`` sees, and without ``keep_z``
+    too, where ``z`` is None: nothing else depends on whether it is kept.
     """
-    z = _edit(x, residual, edit)
-    rounded = _as(z, x.dtype) if keep_z else None
-    if rounded is x:
-        rounded = x.clone()
-    if rounded is not None:
-        z = _wide(rounded)
-    normed, mean, rstd = _normalise(z, norm)
-    return _as(_affine(normed, norm), x.dtype), rounded, mean, rstd
+    z = _stream(x, residual, edit)
+    normed, mean, rstd = _normalise(_wide(z), norm)
+    kept = (z.clone() if z is x else z) if keep_z else None
+    return _as(_affine(normed, norm), x.dtype), kept, mean, rstd
 
 
 def edit_norm_backward(
@@ -142,9 +138,8 @@ def edit_norm_backward(
     """Gradients of :func:`edit_norm_forward`; ``z`` is recomputed from ``x`` and ``residual`` where it was not kept."""
     if z is None:
         assert x is not None
-        z32 = _edit(x, residual, edit)
-    else:
-        z32 = _wide(z)
+        z = _stream(x, residual, edit)
+    z32 = _wide(z)
     g, dweight, dnorm_bias = _norm_backward(_wide(dy), z32, norm, statistics, needs[4], needs[5])
     if dz is not None:
         g = g + _wide(dz)
@@ -160,7 +155,7 @@ def statistics(z: Tensor | None, x: Tensor | None, residual: Tensor | None, edit
     """
     if z is None:
         assert x is not None
-        z = _edit(x, residual, edit)
+        z = _stream(x, residual, edit)
     return Statistics(*_normalise(_wide(z), norm)[1:])
 
 
@@ -222,6 +217,11 @@ def _edit(x: Tensor, residual: Tensor | None, edit: Edit) -> Tensor:
     if edit.dropout is not None:
         h = h * dropout_factor(edit.dropout.seed, edit.dropout.p, h)
     return h if residual is None else _wide(residual) + h
+
+
+def _stream(x: Tensor, residual: Tensor | None, edit: Edit) -> Tensor:
+    """``z``, rounded to the dtype of ``x``; it may be ``x`` itself."""
+    return _as(_edit(x, residual, edit), x.dtype)
 
 
 def _edit_grads(

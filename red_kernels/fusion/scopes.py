@@ -22,6 +22,7 @@ from .norms import OWN_HOOKS, globally_hooked
 from .waiting import Waiting
 
 if TYPE_CHECKING:
+    from ..ops.handover import Handover
     from .sums import Note, Record
 
 __all__ = ["OWN_HOOKS", "SCOPE", "Scope", "Verdict", "observed", "running", "scope_of", "stack_of"]
@@ -88,7 +89,7 @@ class Scope:
         self.module, self.verdict, self.stack, self.collects = module, verdict, verdict.stack, collects
         self.made: list[weakref.ref[Waiting]] = []
         self.left: list[Note] = []
-        self.undecided: list[tuple[Record, Tensor, Tensor]] = []
+        self.undecided: list[tuple[Record, Tensor, Tensor, Handover]] = []
         self.handed = False
 
     def close(self, output: Any) -> Any:
@@ -101,8 +102,8 @@ class Scope:
                     value.settle_for(f"{type(self.module).__name__} keeps it")
         for note in self.left:
             note.leave(self)
-        for record, total, normed in self.undecided:
-            record.decide(output[0] if type(output) is tuple and output else output, total, normed)
+        for record, total, normed, handover in self.undecided:
+            record.decide(output[0] if type(output) is tuple and output else output, total, normed, handover)
         return output
 
 

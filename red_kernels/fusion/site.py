@@ -32,7 +32,7 @@ __all__ = [
     "take_reached",
 ]
 
-BEHIND = "_red_kernels_behind"  # of a norm: the `RedEdit` of the site whose output is the norm's
+BEHIND = "_red_kernels_behind"  # of a norm: the `RedEdit` of the site whose output is the norm's, and the site
 CARRIER = "_red_kernels_carrier"  # of an unedited projection whose output waits: a `RedEdit` of its layer
 RECORDS = "_red_kernels_records"
 
@@ -107,7 +107,7 @@ def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
 
 def behind_hook(norm: nn.Module, args: Any, output: Any) -> Any:
     """The forward hook of the norm that gives the stream behind an attention, in a post-norm layer."""
-    own: RedEdit = norm.__dict__[BEHIND]
+    own: RedEdit = norm.__dict__[BEHIND][0]
     if own.watched and not torch.compiler.is_compiling():
         _told.reached.add(id(own))
     if not plain_only():
@@ -176,6 +176,8 @@ def _in_pass(own: RedEdit, module: nn.Module, h: Any) -> Tensor | None:
 
 def _stream(own: RedEdit, module: nn.Module, z: Any) -> Tensor | None:
     """The edit of a block's output, in one pass with the norm that reads it."""
+    if type(z) is Waiting:
+        z = z.settle()
     if type(z) is not Tensor or observed(module) or not unobserved(own):
         return None
     return add_edit(own, z, record_of(own, module.training), module)
@@ -196,8 +198,8 @@ def _stream_behind(own: RedEdit, h: Any, record: Record) -> Tensor | None:
 
 def norm_with_edit(norm: nn.Module, x: Tensor) -> Tensor | None:
     """`edit(norm(x))` in one pass, for a norm whose output is that of an edited site; None where that may not be."""
-    own: RedEdit = norm.__dict__[BEHIND]
-    if not unobserved(own):
+    own, site = norm.__dict__[BEHIND]
+    if not unobserved(own) or not unobserved(site, own):
         return None
     found = norm_arguments(norm, x, None, own)
     if found is None:

@@ -6,6 +6,7 @@ attention is marked as a `Stream`, an alias of it. The addition that takes it ap
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..edits.module import RedEdit
 
-__all__ = ["Stream", "marked"]
+__all__ = ["Stream", "is_lost", "marked"]
 
 _PASSED_ON = {
     F.dropout, torch.dropout, Tensor.mul, torch.mul, Tensor.div, torch.div, Tensor.view, Tensor.reshape, torch.reshape,
@@ -36,6 +37,8 @@ class Stream(Tensor):
             result = func(*args, **(kwargs or {}))
         if func in _SUMS:
             own = next(part.own for part in args if isinstance(part, Stream))
+            if not torch.compiler.is_compiling():
+                _marked.edits.discard(id(own))
             return own(result)
         if func in _PASSED_ON:
             found = next((part.own for part in args if isinstance(part, Stream)), None)
@@ -44,8 +47,26 @@ class Stream(Tensor):
         return result
 
 
+class _Marked(threading.local):
+    def __init__(self) -> None:
+        self.edits: set[int] = set()  # ids of those whose addition has not come yet
+
+
+_marked = _Marked()
+
+
+def is_lost(own: RedEdit) -> bool:
+    """Whether the edit of a stream was not applied since it was marked, as the block has ended by now."""
+    if id(own) in _marked.edits:
+        _marked.edits.discard(id(own))
+        return True
+    return False
+
+
 def marked(output: Tensor, own: RedEdit) -> Tensor:
     """The output of an attention, such that `own` edits the sum that it becomes a part of."""
+    if not torch.compiler.is_compiling():
+        _marked.edits.add(id(own))
     stream: Any = output.as_subclass(Stream)
     stream.own = own
     return stream

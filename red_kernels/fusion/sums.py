@@ -114,11 +114,12 @@ class Record:
         self.link, self.alone, self.decided = None, False, True
         self.misses += 1
 
-    def decide(self, stream: object, total: Tensor, normed: Tensor) -> None:
+    def decide(self, stream: object, total: Tensor, normed: Tensor, handover: Handover) -> None:
         """Tell from what goes on as the stream, in the first call, whether the sum is read by its norm alone."""
         if not self.decided and (stream is total or stream is normed):
             self.decided = True
             self.alone = stream is normed
+            handover.keeps_sum = not self.alone
 
     def total(self, value: Waiting) -> Tensor:
         """A sum that waits, computed."""
@@ -264,8 +265,8 @@ def hand_over(
         record.taken(adds)
         return edited(x, residual, edit)
     scope = scopes[-1]
-    for undecided, total, normed in scope.undecided:
-        undecided.decide(residual, total, normed)
+    for undecided, total, normed, handover in scope.undecided:
+        undecided.decide(residual, total, normed, handover)
     if residual is not None and residual.dtype != x.dtype:
         x, residual = fused.of_one_dtype(x, residual)
     record.taken(adds)
@@ -353,7 +354,7 @@ def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
     note.holder.remove(note)
     normed = norm_of(z, handover, found)
     if here and not record.decided and note.hooks is None and handover.residual is not None:
-        note.scope.undecided.append((record, z, normed))
+        note.scope.undecided.append((record, z, normed, handover))
     return normed
 
 
@@ -422,5 +423,5 @@ def _norm_of_sum(value: Waiting, residual: Tensor, found: Norm, title: str, norm
     if norm is not None and not again and record.misses < _MISSES:
         record.link = Link(norm, False, (norm,), title)
         if scopes and not record.decided:
-            scopes[-1].undecided.append((record, z, normed))
+            scopes[-1].undecided.append((record, z, normed, handover))
     return normed

@@ -88,7 +88,7 @@ def _add_in_place(func: Any, args: Arguments, kwargs: Keywords) -> Any:
             return NotImplemented
         if type(other) is Waiting:
             if target.residual is None and _open(other):
-                met = _meet(target, other)
+                met = _meet(_like(target), other)
                 if met is not NotImplemented:
                     target.done = met
                     return met
@@ -267,9 +267,9 @@ def _cast(func: Any, args: Arguments, kwargs: Keywords) -> Any:
     if not args or not _waits(args[0]):
         return NotImplemented
     value = args[0]
-    if kwargs.keys() - {"dtype", "device"}:
+    if kwargs.keys() - {"dtype", "device", "non_blocking"}:
         return NotImplemented
-    for wanted in (*args[1:], *kwargs.values()):
+    for wanted in (*args[1:], *(kwargs[name] for name in ("dtype", "device") if name in kwargs)):
         if isinstance(wanted, torch.dtype):
             same = wanted == value.h.dtype
         elif isinstance(wanted, (torch.device, str)):

@@ -25,12 +25,13 @@ from ..edits.selection import saved_tensor_hooks
 from ..ops import fused
 from ..ops.autograd import direct
 from ..ops.passes import Gradients
+from .stream import marked
 
 if TYPE_CHECKING:
     from ..edits.module import RedEdit
     from .sums import Record
 
-__all__ = ["NO_EDIT", "After", "PLAIN", "TAKERS", "Waiting", "edited", "is_plain", "wait"]
+__all__ = ["NO_EDIT", "PLAIN", "TAKERS", "After", "Waiting", "edited", "is_plain", "wait"]
 
 NO_EDIT = affine_edit()
 PLAIN = (Tensor, nn.Parameter)
@@ -131,10 +132,7 @@ class Waiting(Tensor):
 
     def _computed(self) -> Tensor:
         if self.after is not None:
-            raise RuntimeError(
-                f"model: the edit of the residual stream behind {self.after.record.name or 'an attention'} cannot be "
-                "applied: its output was not added to the stream in its block"
-            )
+            return marked(edited(self.h, None, self.edit), self.after.own)
         # A view of what somebody else holds too has to share its memory.
         if self.base is not None and self.again is not None and sys.getrefcount(self.base) > _ALONE:
             return self.again(self.base.settle())

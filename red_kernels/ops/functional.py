@@ -102,8 +102,7 @@ def edit_add_rms_norm(
 
     Returns ``(y, z)``: ``z = residual + dropout(scale * x + bias)`` and ``y = z / rms(z) * (weight_offset + weight)``
     with ``rms(z) = sqrt(mean(z**2) + eps)``. ``weight_offset=1`` serves norms that store
-    ``weight - 1``. With ``need_z=False``, ``z`` is None: it is neither written nor rounded before the norm. Errors: see
-    the module.
+    ``weight - 1``. With ``need_z=False``, ``z`` is None and not written; ``y`` is the same. Errors: see the module.
     """
     norm = Norm(weight, None, eps, weight_offset)
     own = _edit_in_sum(x, residual, scale, bias, edit_ids, dropout_p, training, norm)

@@ -43,10 +43,10 @@ def patch_scope(module: nn.Module, stack: bool) -> None:
     module.__dict__[SCOPE] = Verdict(stack)
 
 
-def patch_norm(norm: nn.Module, own: RedEdit | None = None) -> bool:
+def patch_norm(norm: nn.Module, behind: tuple[RedEdit, nn.Module] | None = None) -> bool:
     """Make a norm take waiting values and notes, and apply the edit of its output; whether it can.
 
-    `own` is that of a site whose output is the norm's.
+    `behind` is the edit of a site whose output is the norm's, and that site.
     """
     spec = norm_spec(norm)
     if spec is None:
@@ -54,8 +54,8 @@ def patch_norm(norm: nn.Module, own: RedEdit | None = None) -> bool:
     if not is_patched(norm):
         _set_class(norm, _patched_class(type(norm), _NORM))
         norm.__dict__[SPEC] = spec
-    if own is not None:
-        norm.__dict__[BEHIND] = own
+    if behind is not None:
+        norm.__dict__[BEHIND] = behind
     return True
 
 

@@ -20,8 +20,8 @@ from ..fusion.paths import child_at
 from ..fusion.site import BEHIND, behind_hook, edit_hook
 from ..support.text import listed
 from .classes import carry, is_patched, patch_norm, patch_scope, prepare_classes, unpatch_module
-from .heads import find_head, release_head
 from .expect import expected
+from .heads import find_head, release_head
 from .plan import Plan, PlannedSite, make_plan
 from .pretrained import unwrap_saving, wrap_saving
 from .report import PatchReport, SiteReport, count_parameters
@@ -178,7 +178,7 @@ def attach(site: PlannedSite, edit: RedEdit) -> None:
     site.module._modules[NAME] = edit
     hooked, hook = (site.module, edit_hook) if site.hooked is None else (site.hooked, behind_hook)
     if site.hooked is not None:
-        site.hooked.__dict__[BEHIND] = edit
+        site.hooked.__dict__[BEHIND] = edit, site.hooked
     if hook not in hooked._forward_hooks.values():
         nn.Module.register_forward_hook(hooked, hook, prepend=True)
 
@@ -198,7 +198,8 @@ def fuse(plan: Plan) -> None:
     for site in plan.sites:
         inner = child_at(site.module, "" if site.norm == "." else site.norm) if site.norm else site.hooked or site.last
         if inner is not None:
-            patch_norm(inner, site.module._modules[NAME])  # type: ignore[arg-type]
+            edit: Any = site.module._modules[NAME]
+            patch_norm(inner, (edit, site.hooked or site.module))
 
 
 def _check_free(site: PlannedSite) -> None:

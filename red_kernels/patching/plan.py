@@ -17,8 +17,8 @@ from ..fusion.paths import child_at
 from ..models import Block, blocks_in
 from ..support.text import listed
 from .module_facts import device_of, experts_in, experts_remark, linear_patterns, output_width
-from .report import SiteReport
 from .post_norm import with_norms
+from .report import SiteReport
 from .sites import ChosenSite, check_names, chosen
 
 __all__ = ["Plan", "PlannedSite", "make_plan", "plan_edited"]

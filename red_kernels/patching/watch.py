@@ -19,6 +19,7 @@ from ..edits.module import NAME, RedEdit
 from ..fusion.paths import walk
 from ..fusion.scopes import OWN_HOOKS
 from ..fusion.site import edit_hook, take_reached
+from ..fusion.stream import is_lost
 from ..support.text import listed
 
 __all__ = ["Site", "Watch", "after_model", "before_model", "layer_hook", "missing", "stop_watching", "watch"]
@@ -156,6 +157,11 @@ def layer_hook(layer: nn.Module, args: Any, output: Any) -> None:
     for site in layer.__dict__.get(_SITES, ()):
         if not take_reached(site.own):
             _explain(layer, site)
+        if site.own.inside and is_lost(site.own):
+            raise RuntimeError(
+                f"model: the edit of the residual stream behind {site.name} cannot be applied: its output was not added "
+                "to the stream in its block"
+            )
 
 
 OWN_HOOKS.add(layer_hook)

@@ -37,6 +37,7 @@ from op_cases import (
     drawn_factor,
     eager,
     fused,
+    kept_and_not,
     run,
     same_bits,
     truth,
@@ -278,6 +279,12 @@ def test_any_argument_may_be_absent(operation: str, emulated: Processor) -> None
 def test_without_z(operation: str, dtype: torch.dtype, emulated: Processor) -> None:
     tensors, grads = arguments(operation, (70, 130), dtype), upstream((70, 130), dtype, number=1)
     case(operation, [(tensors, grads)], need_z=False).hold()
+    for shape in ((70, 130), (5, 77)):
+        for absent in ((), ("residual",), ("scale", "bias")):
+            for drawn in ({}, {"dropout_p": 0.25, "training": True}):
+                tensors = arguments(operation, shape, dtype) | dict.fromkeys(absent)
+                kept, made_again = kept_and_not(operation, tensors, upstream(shape, dtype)[0], **drawn)
+                assert same_bits(made_again, kept), (shape, absent, drawn)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

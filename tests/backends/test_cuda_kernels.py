@@ -33,6 +33,7 @@ from op_cases import (
     eager,
     exact,
     fused,
+    kept_and_not,
     leaves,
     outputs_of,
     run,
@@ -251,6 +252,25 @@ def test_edits_dealt_to_rows(operation: str, kind: str, d: int, dealt: str) -> N
     unused[ids.long()] = False
     assert not found["d scale"][unused].any()
     assert not found["d bias"][unused].any()
+
+
+@pytest.mark.usefixtures("device", "empty_is_nan")
+@pytest.mark.parametrize("edits", [None, 5])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", FEW_WIDTHS)
+@pytest.mark.parametrize("operation", WITH_NORM_BEHIND)
+def test_whether_z_is_kept_changes_no_bit(
+    operation: str, d: int, dtype: torch.dtype, p: float, edits: int | None
+) -> None:
+    """Where all gradients are asked for, and so the layout is the same: that of a kFull backward of as many arrays."""
+    rows = rows_of(d)
+    options: dict[str, Any] = {} if edits is None else {"edit_ids": _dealt(rows, edits)}
+    options |= {"dropout_p": p, "training": True} if p else {}
+    tensors, (dy,) = arguments(operation, (rows, d), dtype, edits=edits), upstream((rows, d), dtype, number=1)
+    with CUDA[0].in_use():
+        kept, made_again = kept_and_not(operation, tensors, dy, **options)
+    assert same_bits(made_again, kept)
 
 
 UNKNOWN = [-1, 5, -(2**31) - 1, 2**31, 2**62, -(2**62)]

@@ -33,6 +33,7 @@ from op_cases import (
     eager,
     exact,
     fused,
+    kept_and_not,
     leaves,
     outputs_of,
     run,
@@ -301,6 +302,25 @@ def test_y_is_the_norm_of_the_z_returned(operation: str, kind: str, dtype: torch
     norm = F.layer_norm if "layer" in operation else F.rms_norm
     of_z = [norm(t, (D,), eps=EPS) for t in (z, z.double())]
     assert_as_good_as({"y": y}, {"y": of_z[0]}, {"y": of_z[1]})
+
+
+@pytest.mark.parametrize("edits", [None, 5])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("operation", WITH_NORM_BEHIND)
+def test_whether_z_is_kept_changes_no_bit(
+    operation: str, kind: str, dtype: torch.dtype, p: float, edits: int | None
+) -> None:
+    """With the same tiles: those of the rules have fewer rows where ``z`` is made again, and so other sums."""
+    shape = (ROWS, _width(kind))
+    options: dict[str, Any] = {} if edits is None else {"edit_ids": torch.arange(ROWS) * 7 % edits}
+    options |= {"dropout_p": p, "training": True} if p else {}
+    tensors, (dy,) = arguments(operation, shape, dtype, edits=edits), upstream(shape, dtype, number=1)
+    with _tiles(kind):
+        for absent in ((), ("residual",)):
+            kept, made_again = kept_and_not(operation, tensors | dict.fromkeys(absent), dy, **options)
+            assert same_bits(made_again, kept)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 31, 32, 33, 127, 128, 129])

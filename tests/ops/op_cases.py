@@ -313,6 +313,25 @@ def _mean(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
+def kept_and_not(
+    operation: str, tensors: Tensors, dy: Tensor, asking: tuple[str, ...] | None = None, **options: Any
+) -> tuple[Results, Results]:
+    """``y`` and the gradients of what asks for them (without: of all), that of ``z`` absent: with ``z`` and without."""
+    found = []
+    for need_z in (True, False):
+        torch.manual_seed(3)  # of the dropout
+        given = {
+            name: None if t is None else t.detach().requires_grad_(asking is None or name in asking)
+            for name, t in tensors.items()
+        }
+        y, z = fused(operation, given, need_z=need_z, **options)
+        assert (z is not None) == need_z
+        wanted = {name: t for name, t in given.items() if t is not None and t.requires_grad}
+        gradients = torch.autograd.grad(y, list(wanted.values()), dy) if wanted else ()
+        found.append({"y": y.detach()} | {f"d {name}": g for name, g in zip(wanted, gradients, strict=True)})
+    return found[0], found[1]
+
+
 def drawn_factor(number: int, p: float, shape: tuple[int, ...]) -> Tensor:
     """The dropout factors of the first operation that is called next: the generators are seeded with ``number``."""
     torch.manual_seed(number)

@@ -162,13 +162,13 @@ def in_inference_mode(model, batch):
         return {"logits": model(**batch).logits.clone()}
 
 
-_dropout = torch.nn.functional.dropout
-
-
 def philox_dropout(x, p=0.5, training=True, inplace=False):
     """torch's dropout with the mask of the fused operations, drawn from the same generator in the same order."""
     if type(x) is waiting.Waiting:
-        return _dropout(x, p, training, inplace)
+        taken = takers._dropout(None, (x, p, training, inplace), {})
+        if taken is not NotImplemented:
+            return taken
+        x = x.settle()
     if not training or p == 0.0:
         return x
     seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=x.device)

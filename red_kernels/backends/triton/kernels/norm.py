@@ -35,7 +35,7 @@ def norm_forward(
     weight_offset: tl.float32,
     D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, EDIT_LAST: tl.constexpr,
 ):  # fmt: skip
-    """One tile for each program: reads x and residual once, writes y and, where asked for, z as it is rounded."""
+    """One tile for each program: reads x and residual once, writes y and, where asked for, z."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     id = load_ids(ids, row, live) if ids is not None else None
@@ -47,11 +47,9 @@ def norm_forward(
         if EDIT_LAST:
             v = xs[c].to(tl.float32)
         else:
-            v = edited(xs[c], scale, bias, id, edits, seed, threshold, factor, row, c * CHUNK, D, ROWS, CHUNK)
-            if residual is not None:
-                v = rs[c].to(tl.float32) + v
-            if z is not None:
-                v = v.to(z.dtype.element_ty).to(tl.float32)
+            r = rs[c] if residual is not None else xs[c]
+            v = stream(xs[c], xs[c], r, scale, bias, id, edits, seed, threshold, factor, row, c * CHUNK, D, ROWS, CHUNK,
+                       False, residual is not None)  # fmt: skip
         zs = zs + (v,)
         total += v if mean is not None else v * v
     if z is not None:

@@ -60,14 +60,17 @@ def affine(normed, weight, norm_bias, weight_offset, first,
 def stream(z, x, residual, scale, bias, ids, edits, seed, threshold, factor, row, first,
            D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
            KEPT: tl.constexpr, ADDED: tl.constexpr):  # fmt: skip
-    """What the norm saw, in fp32: ``z`` if it was kept, or else made again from ``x`` and the residual, if added."""
+    """What the norm sees, in fp32: ``z`` if it is at hand, or else made from ``x`` and the residual, if added.
+
+    Rounded to the dtype of ``x``, which is that of ``z``, in any case.
+    """
     if KEPT:
         return z.to(tl.float32)
     else:
         h = edited(x, scale, bias, ids, edits, seed, threshold, factor, row, first, D, ROWS, CHUNK)
         if ADDED:
             h = residual.to(tl.float32) + h
-        return h
+        return h.to(x.dtype).to(tl.float32)
 
 
 @triton.jit

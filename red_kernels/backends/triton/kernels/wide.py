@@ -48,11 +48,9 @@ def wide_forward(
             v = v.to(tl.float32)
         else:
             r = load(residual, row, live, first, D, CHUNK) if residual is not None else v
-            v = edited(v, scale, bias, id, edits, seed, threshold, factor, row, first, D, 1, CHUNK)
-            if residual is not None:
-                v = r.to(tl.float32) + v
+            v = stream(v, v, r, scale, bias, id, edits, seed, threshold, factor, row, first, D, 1, CHUNK,
+                       False, residual is not None)  # fmt: skip
             if z is not None:
-                v = v.to(z.dtype.element_ty).to(tl.float32)
                 store(z, v, row, live, first, D, CHUNK)
         if mean is not None:
             # Mean and squared distances of the piece, joined to those so far (Chan et al. 1983): no digits are lost to
