@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..edits.module import NAME, SITE, RedEdit, plain_only
+from ..edits.selection import saved_tensor_hooks
 from ..ops import fused
 from . import takers as takers  # which register themselves
 from .applied import left_to_do
+from .fingerprint import BASE
+from .former import INSIDE, refuse_inside
 from .norms import is_dense, norm_arguments, unobserved
-from .scopes import OWN_HOOKS, observed, running
+from .observe import observed
+from .record import Record
+from .scopes import OWN_HOOKS, running
 from .stream import marked
-from .sums import Record, add_edit, title_of
+from .sums import add_edit, title_of
 from .waiting import NO_EDIT, After, Waiting, wait
 
 __all__ = [
@@ -42,6 +48,16 @@ class _Told(threading.local):
         self.reached: set[int] = set()  # ids of watched edits that have run
 
     output: tuple[RedEdit, Tensor] | None = None  # an edit that is in this output already
+    normed: _Normed | None = None  # the output of a norm that its site may return
+
+
+class _Normed(NamedTuple):
+    """What a norm has computed of `x`, for the edit of the site that may return it."""
+
+    own: RedEdit
+    output: weakref.ref[Tensor]
+    x: Tensor
+    norm: nn.Module
 
 
 _told = _Told()
@@ -80,6 +96,8 @@ def last_record(own: nn.Module) -> Record | None:
 
 def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
     """The forward hook of an edited module."""
+    if INSIDE in module.__dict__:
+        refuse_inside(module)
     own = module._modules.get(NAME)
     if own is None:
         return None
@@ -89,19 +107,21 @@ def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
         _told.reached.add(id(own))
     first = output[0] if own.of_tuple and type(output) is tuple else output
     if not plain:
-        done, _told.output = _told.output, None
-        if done is not None and done[0] is own and done[1] is first:
+        if _is_edited(own, first):
             return None
-        edited = _in_pass(own, module, first)
+        edited = _from_norm(own, module, first)
+        if edited is None:
+            edited = _in_pass(own, module, first)
         if edited is not None:
             return edited if first is output else (edited, *output[1:])
+        record_of(own, module.training).alone_in_pass()
     # Called as a module: hooks that bring its parameters to the device must fire.
     if own.inside:
         if own.off:
             return None
         edited = marked(first, own)
     else:
-        edited = own(first)
+        edited = own(_taken_over(first) if type(first) is Waiting else first)
     return edited if first is output else (edited, *output[1:])
 
 
@@ -111,9 +131,11 @@ def behind_hook(norm: nn.Module, args: Any, output: Any) -> Any:
     if own.watched and not torch.compiler.is_compiling():
         _told.reached.add(id(own))
     if not plain_only():
-        done, _told.output = _told.output, None
-        if done is not None and done[0] is own and done[1] is output:
+        if _is_edited(own, output):
             return None
+        edited = _from_norm(own, norm, output)
+        if edited is not None:
+            return edited
     return own(output)
 
 
@@ -128,9 +150,7 @@ def carry_hook(module: nn.Module, args: Any, output: Any) -> Any:
         return None
     scope = scopes[-1]
     record = record_of(module, module.training)
-    if record.at_once or scope.stack or not is_dense(output):
-        return None
-    if not scope.verdict.holds_for(own, scope.module):
+    if record.at_once or not is_dense(output) or not scope.lets_wait(own):
         return None
     value = wait(output, NO_EDIT, record)
     scope.made.append(weakref.ref(value))
@@ -160,10 +180,12 @@ def _in_pass(own: RedEdit, module: nn.Module, h: Any) -> Tensor | None:
     if record.at_once and not own.inside:
         return None
     scope = scopes[-1]
-    if scope.stack or not scope.verdict.holds_for(own, scope.module):
+    if not scope.lets_wait(own):
         return None
     if own.inside:
         return _stream_behind(own, h, record)
+    if type(h) is Waiting:
+        h = _taken_over(h)
     if type(h) is not Tensor:
         return None
     edit = left_to_do(own, h)
@@ -172,6 +194,12 @@ def _in_pass(own: RedEdit, module: nn.Module, h: Any) -> Tensor | None:
     value = wait(h, edit, record)
     scope.made.append(weakref.ref(value))
     return value
+
+
+def _taken_over(value: Waiting) -> Tensor:
+    """What a site returns that waits already, as the output of an unedited projection in it does."""
+    unedited = value.edit is NO_EDIT and value.after is None and value.residual is None and not value.others
+    return value.h if unedited and value.done is None else value.settle()
 
 
 def _stream(own: RedEdit, module: nn.Module, z: Any) -> Tensor | None:
@@ -196,18 +224,68 @@ def _stream_behind(own: RedEdit, h: Any, record: Record) -> Tensor | None:
     return value
 
 
-def norm_with_edit(norm: nn.Module, x: Tensor) -> Tensor | None:
-    """`edit(norm(x))` in one pass, for a norm whose output is that of an edited site; None where that may not be."""
+def norm_with_edit(norm: nn.Module, x: Tensor, forward: Callable[..., Any]) -> Any:
+    """`norm(x)`, for a norm whose output may be that of an edited site: with the edit, in one pass, where it is.
+
+    Whether the site returns it as it is depends on the site's forward. The first call tells.
+    """
     own, site = norm.__dict__[BEHIND]
+    _told.output = _told.normed = None
     if not unobserved(own) or not unobserved(site, own):
-        return None
-    found = norm_arguments(norm, x, None, own)
-    if found is None:
-        return None
-    edit = left_to_do(own, x)
-    if edit is None or edit is NO_EDIT:
-        return None
-    y = fused.norm_edit(x, found, edit)
-    record_of(own, norm.training).taken(title_of(norm))
+        return forward(norm, x)
+    record = record_of(own, norm.training)
+    if record.returned_by != _forwards(site):
+        y = forward(norm, x)
+        if type(y) is Tensor:
+            _told.normed = _Normed(own, weakref.ref(y), x, norm)
+        return y
+    y = _with_edit(own, norm, x, record)
+    if y is None:
+        return forward(norm, x)
     _told.output = own, y
     return y
+
+
+def _with_edit(own: RedEdit, norm: nn.Module, x: Tensor, record: Record) -> Tensor | None:
+    """`edit(norm(x))` in one pass; None where that may not be."""
+    found = norm_arguments(norm, x, None, own)
+    edit = None if found is None else left_to_do(own, x)
+    if found is None or edit is None or edit is NO_EDIT:
+        return None
+    record.taken(title_of(norm))
+    return fused.norm_edit(x, found, edit)
+
+
+def _from_norm(own: RedEdit, site: nn.Module, output: Any) -> Tensor | None:
+    """The edited output of a site that has returned the output of its norm, to the bits of later calls."""
+    normed, _told.normed = _told.normed, None
+    if normed is None or normed.own is not own or normed.output() is not output:
+        return None
+    record = record_of(own, normed.norm.training)
+    if saved_tensor_hooks(True) is None:  # a second run has to save what the first one has saved
+        record.returned_by = _forwards(site)
+    return _with_edit(own, normed.norm, normed.x, record)
+
+
+def _is_edited(own: RedEdit, output: Any) -> bool:
+    """Whether the norm has applied the edit to an output already."""
+    done = _told.output
+    if done is None or done[0] is not own:
+        return False
+    _told.output = None
+    if done[1] is not output:
+        for record in own.__dict__[RECORDS].modes.values():
+            record.returned_by = None
+        raise RuntimeError(
+            f"model: {own.__dict__.get(SITE, 'an edited site')} used to return the output of its norm as it is, and "
+            "does not do so now, after the edit was applied by the norm; run the forward again: the edit is then "
+            "applied to what it returns"
+        )
+    return True
+
+
+def _forwards(site: nn.Module) -> tuple[Any, Any]:
+    """The forward of a site's class, and of the class that ours is made from: either may be replaced."""
+    kind = type(site)
+    base = kind.__dict__.get(BASE)
+    return kind.forward, None if base is None else base.forward

@@ -1,23 +1,23 @@
 """What an addition does that takes a waiting value, and how the norm of the sum comes into the same pass.
 
 The addition knows the norm from an earlier call: it computes `z = residual + dropout(edit(x))` and `y = norm(z)`,
-returns `z`, and leaves `y` as a note on that tensor. The norm, when it is called with that very tensor, takes the note off and
-returns `y`. Where the norm is not known yet, the note says how `z` was made, and the norm that reads it computes `y` of
-that, to the same bits (`ops/handover.py`): results never depend on what has been learnt. Whatever happens on the way
-(another tensor, another norm, an exception, an early exit), the note goes with the tensor it hangs on.
+returns `z`, and leaves `y` as a note on that tensor. The norm, when it is called with that very tensor, takes the note
+off and returns `y`. Where the norm is not known yet, the norm that reads `z` computes `y`, to the same bits: results
+never depend on what has been learnt. Whatever happens on the way (another tensor, another norm, an exception, an early
+exit), the note goes with the tensor it hangs on.
 
-`y` and `z` come from one autograd node, so the gradient of `z` that a tensor hook would see lacks what comes through
-`y`. That is why a note is left only where nobody gets hold of `z` on its way.
+`y` and `z` have nodes of their own in the graph (`ops/handover.py`), so the gradient of `z` is whole, whoever asks for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..backends.arguments import Edit, Norm
 from ..edits.module import RedEdit
@@ -26,13 +26,13 @@ from ..ops import fused
 from ..ops.handover import Handover, norm_of, sum_of
 from .applied import left_to_do
 from .norms import norm_arguments, spec_of, unobserved
-from .scopes import Scope, chain, observed, running, stack_of
+from .observe import chain
+from .record import Link, Record
+from .scopes import Scope, running, stack_of
 from .waiting import NO_EDIT, Waiting, edited, wait
 
 __all__ = [
-    "Link",
     "Note",
-    "Record",
     "add",
     "add_edit",
     "hand_over",
@@ -42,94 +42,10 @@ __all__ = [
     "total",
 ]
 
+_AS_IT_IS = contextlib.nullcontext()
 _NOTE = "_red_kernels_note"
 _MISSES = 3  # after so many, a sum is known to have no one norm
 _SEARCHES = 2  # and after so many calls without a norm, to have none
-
-
-class Link:
-    """The norm that reads a sum, learnt from an earlier call.
-
-    Attributes:
-        norm: the module.
-        across: whether it lies outside of the block that computes the sum, in the same stack.
-        passes: the modules that the sum passes on its way, the norm included; none within one block, whose inside
-            nobody observes while values wait.
-        title: for the report.
-    """
-
-    __slots__ = ("across", "free", "hooks", "norm", "passes", "title")
-
-    def __init__(self, norm: nn.Module, across: bool, passes: tuple[nn.Module, ...], title: str) -> None:
-        self.norm, self.across, self.passes, self.title = norm, across, passes, title
-        self.hooks, self.free = -1, False
-
-    def unseen(self) -> bool:
-        """Whether nobody observes a sum on its way."""
-        if self.hooks != RemovableHandle.next_id or not self.free or self.across:
-            # Hooks of transformers observe at times, so a way across blocks is asked for each time.
-            self.free = not any(map(observed, self.passes))
-            self.hooks = RemovableHandle.next_id
-        return self.free
-
-
-class Record:
-    """What is known of the sums of one site in one mode (training or not, with gradients or without).
-
-    Attributes:
-        name: the site's.
-        link: the norm of its sums, if there is one.
-        alone: nothing but that norm reads them, so they need not be kept.
-        lazy: something was done to a sum before its norm read it, so that it waits as well.
-        proven: an addition or a norm has taken the site's value.
-        at_once: something else has, so that it need not wait.
-        astray: it was settled without gradients, as by an `autograd.Function`: give it a node of its own.
-        what: what the edit was fused with in the last forward; `by` the function that settled it.
-    """
-
-    __slots__ = (
-        "alone", "astray", "at_once", "behind", "by", "decided", "lazy", "link", "misses", "name", "proven", "searches",
-        "what",
-    )  # fmt: skip
-
-    def __init__(self, name: str = "") -> None:
-        self.name = name
-        self.link: Link | None = None
-        self.alone = self.proven = self.at_once = self.astray = self.decided = self.lazy = False
-        self.misses = self.searches = 0
-        self.what: str | None = None
-        self.by = ""
-        self.behind: Record | None = None
-
-    def settled(self, by: str) -> None:
-        """A function that takes no waiting value was given one."""
-        self.by, self.what = by, None
-        self.at_once = not self.proven
-
-    def taken(self, what: str) -> None:
-        self.proven, self.what, self.by = not self.astray, what, ""
-
-    def missed(self) -> None:
-        """The norm did not read the sum this time."""
-        self.link, self.alone, self.decided = None, False, True
-        self.misses += 1
-
-    def decide(self, stream: object, total: Tensor, normed: Tensor, handover: Handover) -> None:
-        """Tell from what goes on as the stream, in the first call, whether the sum is read by its norm alone."""
-        if not self.decided and (stream is total or stream is normed):
-            self.decided = True
-            self.alone = stream is normed
-            handover.keeps_sum = not self.alone
-
-    def total(self, value: Waiting) -> Tensor:
-        """A sum that waits, computed."""
-        return total(value)
-
-    def of_norm(self) -> Record:
-        """The record of what the norm of this site's value is added to."""
-        if self.behind is None:
-            self.behind = Record(self.name)
-        return self.behind
 
 
 class Note:
@@ -237,6 +153,9 @@ def total(value: Waiting) -> Tensor:
     return hand_over(value.h, value.residual, value.edit, value.record, _adds(value.edit), later=True)
 
 
+Record.total = staticmethod(total)
+
+
 def add_edit(own: RedEdit, total: Tensor, record: Record, source: nn.Module | None = None) -> Tensor:
     """`edit(total)`, an edit of the residual stream, with the norm that reads it; `source` has returned the total."""
     edit = left_to_do(own, total)
@@ -265,36 +184,52 @@ def hand_over(
         record.taken(adds)
         return edited(x, residual, edit)
     scope = scopes[-1]
-    for undecided, total, normed, handover in scope.undecided:
-        undecided.decide(residual, total, normed, handover)
+    for undecided, total, normed in scope.undecided:
+        undecided.decide(residual, total, normed)
     if residual is not None and residual.dtype != x.dtype:
         x, residual = fused.of_one_dtype(x, residual)
     record.taken(adds)
     again = saved_tensor_hooks(True) is not None
     waits = record.lazy or record.alone or again or _is_searching(record)
-    if waits and residual is not None and not scope.stack and not later:
+    if waits and residual is not None and not scope.stack and not later and (again or not record.astray):
         if not again:
             record.searches += record.link is None
         value = wait(x, edit, record, residual=residual)
         scope.made.append(weakref.ref(value))
         return value
     link = record.link
+    if link is not None and link.norm is None:
+        record.missed()
+        link = None
     if link is not None and not again:
         found = _ready(link, scopes, x, residual)
         if found is not None:
             record.taken(f"{adds} + {link.title}" if adds else link.title)
-            normed, z = fused.edit_add_norm(x, residual, edit, found)
-            assert z is not None
+            with _counting():
+                z, handover = sum_of(x, residual, edit, found)
+                normed = norm_of(z, handover, found)
             Note(z, record, scope, _open_stack(scopes) if link.across else None, source, normed, link.norm)
             return z
     stack = None if again else _open_stack(scopes)
     if ((link is None and (later or _is_searching(record))) or again) and not (scope.stack and stack is None):
         if not later and not again:
             record.searches += 1
-        z, handover = sum_of(x, residual, edit)
+        with _counting():
+            z, handover = sum_of(x, residual, edit)
         Note(z, record, scope, stack, source, handover=handover)
         return z
     return edited(x, residual, edit)
+
+
+def _counting() -> contextlib.AbstractContextManager[None]:
+    """Let torch count how often a sum is changed in place, which it does not of one made in inference mode."""
+    return _out_of_inference() if torch.is_inference_mode_enabled() else _AS_IT_IS
+
+
+@contextlib.contextmanager
+def _out_of_inference() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _is_searching(record: Record) -> bool:
@@ -315,18 +250,17 @@ def _open_stack(scopes: list[Scope]) -> Scope | None:
 
 def _ready(link: Link, scopes: list[Scope], x: Tensor, residual: Tensor | None) -> Norm | None:
     """The norm's arguments, if a note may be left for it."""
-    if link.across and _open_stack(scopes) is None:
+    norm = link.norm
+    if norm is None or (link.across and _open_stack(scopes) is None) or not link.unseen():
         return None
-    if not link.unseen():
-        return None
-    return norm_arguments(link.norm, x, residual)
+    return norm_arguments(norm, x, residual)
 
 
 def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
     """Take the note off `z`, if there is one, and return `norm(z)` if that can be told from it."""
     note: Note | None = z.__dict__.pop(_NOTE, None)
     if note is None:
-        return None
+        return _take_through_view(norm, z)
     scopes = running()
     here = bool(scopes) and scopes[-1] is note.scope and not note.scope.stack
     if not here and (note.stack is None or note.stack is not stack_of(scopes) or note.stack.collects):
@@ -354,20 +288,31 @@ def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
     note.holder.remove(note)
     normed = norm_of(z, handover, found)
     if here and not record.decided and note.hooks is None and handover.residual is not None:
-        note.scope.undecided.append((record, z, normed, handover))
+        note.scope.undecided.append((record, z, normed))
     return normed
+
+
+def _take_through_view(norm: nn.Module, z: Tensor) -> Tensor | None:
+    """As `take_note`, for a view that has the elements of a sum in their order, as a reshape to rows."""
+    total = z._base
+    if total is None or _NOTE not in total.__dict__ or z.retains_grad or z._backward_hooks is not None:
+        return None
+    same = z.dtype == total.dtype and z.shape[-1:] == total.shape[-1:] and z.numel() == total.numel()
+    if not (same and z.is_contiguous() and total.is_contiguous() and z.storage_offset() == total.storage_offset()):
+        return None
+    normed = take_note(norm, total)
+    return None if normed is None else normed.view(z.shape)
 
 
 def _learn(note: Note, norm: nn.Module, here: bool) -> Link:
     kind = title_of(norm)
     if here:
-        return Link(norm, False, (norm,), kind)
+        return Link(norm, False, kind, (), (norm,))
     assert note.stack is not None
     stack = note.stack.module
-    leaving = tuple(chain(stack, note.source))
-    entering = tuple(chain(stack, norm))
-    passes = tuple(dict.fromkeys((*leaving, *entering)))
-    return Link(norm, True, passes, f"final {kind}" if len(entering) == 1 else f"next layer's {kind}")
+    leaving, entering = tuple(chain(stack, note.source)), tuple(chain(stack, norm))
+    title = f"final {kind}" if len(entering) == 1 else f"next layer's {kind}"
+    return Link(norm, True, title, leaving, entering)
 
 
 def title_of(norm: nn.Module) -> str:
@@ -412,16 +357,19 @@ def _norm_of_sum(value: Waiting, residual: Tensor, found: Norm, title: str, norm
     record, again = value.record, saved_tensor_hooks(True) is not None
     record.taken(f"{_adds(value.edit)} + {title}")
     if record.alone and not again:
-        return fused.edit_add_norm(value.h, residual, value.edit, found, False)[0]
+        scale = value.edit.vectors.get("scale")
+        # A backward that does not need `h` for the scale keeps the sum, in the place of both that it is made of.
+        keeps = torch.is_grad_enabled() and (scale is None or not scale.requires_grad)
+        return fused.edit_add_norm(value.h, residual, value.edit, found, keeps)[0]
     if record.link is not None and not again:
-        normed, value.done = fused.edit_add_norm(value.h, residual, value.edit, found)
-        return normed
+        value.done, handover = sum_of(value.h, residual, value.edit, found)
+        return norm_of(value.done, handover, found)
     z, handover = sum_of(value.h, residual, value.edit)
     value.done = z
     normed = norm_of(z, handover, found)
     scopes = running()
     if norm is not None and not again and record.misses < _MISSES:
-        record.link = Link(norm, False, (norm,), title)
+        record.link = Link(norm, False, title, (), (norm,))
         if scopes and not record.decided:
-            scopes[-1].undecided.append((record, z, normed, handover))
+            scopes[-1].undecided.append((record, z, normed))
     return normed

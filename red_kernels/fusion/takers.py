@@ -204,27 +204,27 @@ def _times_by_sample(edit: Edit, factor: Tensor, wide: Tensor, h: Tensor) -> Edi
 
 def _view(func: Any, args: Arguments, kwargs: Keywords) -> Any:
     """Views and reshapes that keep the order of the elements, and the last dimension."""
-    if not args:
+    if not args or not _waits(args[0]):
         return NotImplemented
     value, *how = args
+    if not value.h.is_contiguous():
+        return _moved(value, lambda tensor: func(tensor, *how, **kwargs))
     return _viewed(value, lambda tensor: func(tensor, *how, **kwargs))
 
 
 def _viewed(value: Any, view: Callable[[Tensor], Tensor], ordered: bool = True) -> Any:
-    if not _waits(value) or value.others or not value.h.is_contiguous():
+    if value.others:
         return NotImplemented
     h, edit, residual = value.h, value.edit, value.residual
     if residual is not None and not residual.is_contiguous():
         return NotImplemented
     seen = view(h)
-    if type(seen) is not Tensor or seen.dtype != h.dtype or seen.numel() != h.numel():
-        return NotImplemented
-    if seen.dim() == 0 or seen.shape[-1] != h.shape[-1]:
+    if not _keeps_rows(h, seen) or seen.numel() != h.numel():
         return NotImplemented
     if not ordered and edit.dropout is not None:  # the mask goes by the order of the elements
         return NotImplemented
     if edit.ids is not None:
-        edit = edit._replace(ids=view(edit.ids.unsqueeze(-1).expand(h.shape).contiguous())[..., 0].contiguous())
+        edit = edit._replace(ids=_ids(edit.ids, h, view))
     if h.data_ptr() != seen.data_ptr() and h.numel():
         return NotImplemented
     value.viewed = True
@@ -234,10 +234,60 @@ def _viewed(value: Any, view: Callable[[Tensor], Tensor], ordered: bool = True) 
     return _like(value, h=seen, edit=edit, residual=residual, base=value, again=view)
 
 
+def _moved(value: Waiting, move: Callable[[Tensor], Tensor]) -> Any:
+    """What copies whole rows to other places may do so before they are edited."""
+    if value.residual is not None or value.others or value.after is not None or value.edit.dropout is not None:
+        return NotImplemented
+    h, edit = value.h, value.edit
+    moved = move(h)
+    if not _keeps_rows(h, moved) or moved is h:
+        return NotImplemented
+    if edit.ids is not None:
+        edit = edit._replace(ids=_ids(edit.ids, h, move))
+    return _like(value, h=moved, edit=edit)
+
+
+def _keeps_rows(h: Tensor, seen: Any) -> bool:
+    return type(seen) is Tensor and seen.dtype == h.dtype and seen.dim() > 0 and seen.shape[-1] == h.shape[-1]
+
+
+def _ids(ids: Tensor, h: Tensor, view: Callable[[Tensor], Tensor]) -> Tensor:
+    """The ids of the rows where a view or a move puts them."""
+    return view(ids.unsqueeze(-1).expand(h.shape).contiguous())[..., 0].contiguous()
+
+
+def _roll(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    """`torch.roll` along other dimensions than the last."""
+    value, shifts, dims = _given(args, kwargs, ("input", "shifts", "dims"), (None, None, None))
+    if not _open(value) or dims is None:
+        return NotImplemented
+    along = dims if isinstance(dims, (tuple, list)) else (dims,)
+    count = value.dim()
+    if not along or any(type(at) is not int or at % count == count - 1 for at in along):
+        return NotImplemented
+    return _moved(value, lambda tensor: torch.roll(tensor, shifts, dims))
+
+
+def _sliced(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    """Slices along other dimensions than the last."""
+    if len(args) != 2 or kwargs or not _open(args[0]):
+        return NotImplemented
+    value, index = args
+    index = index if type(index) is tuple else (index,)
+    rest = value.dim() - 1
+    if len(index) > rest and index[rest:] == (slice(None),):
+        index = index[:rest]
+    if not index or len(index) > rest or any(type(one) is not slice for one in index):
+        return NotImplemented
+    return _moved(value, lambda tensor: tensor[index].contiguous())
+
+
 def _transpose(func: Any, args: Arguments, kwargs: Keywords) -> Any:
     if kwargs or len(args) != 3 or not _waits(args[0]):
         return NotImplemented
     value, *how = args
+    if not value.h.is_contiguous():
+        return NotImplemented
     last = value.dim() - 1
     if any(type(at) is not int or at % (last + 1) == last for at in how):
         return NotImplemented
@@ -248,6 +298,8 @@ def _permute(func: Any, args: Arguments, kwargs: Keywords) -> Any:
     if kwargs or not args or not _waits(args[0]):
         return NotImplemented
     value, *how = args
+    if not value.h.is_contiguous():
+        return NotImplemented
     order = how[0] if len(how) == 1 and type(how[0]) in (tuple, list, torch.Size) else how
     count = value.dim()
     if len(order) != count or any(type(at) is not int for at in order) or order[-1] % count != count - 1:
@@ -256,10 +308,11 @@ def _permute(func: Any, args: Arguments, kwargs: Keywords) -> Any:
 
 
 def _same(func: Any, args: Arguments, kwargs: Keywords) -> Any:
-    """`contiguous`, of what is; the sum is contiguous in any case."""
+    """`contiguous`; the sum is that in any case."""
     if len(args) != 1 or kwargs or not _waits(args[0]):
         return NotImplemented
-    return args[0] if args[0].h.is_contiguous() else NotImplemented
+    value = args[0]
+    return value if value.h.is_contiguous() else _moved(value, Tensor.contiguous)
 
 
 def _cast(func: Any, args: Arguments, kwargs: Keywords) -> Any:
@@ -355,6 +408,8 @@ for _functions, _taker in (
     ((Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes), _transpose),
     ((Tensor.permute, torch.permute), _permute),
     ((Tensor.contiguous,), _same),
+    ((Tensor.roll, torch.roll), _roll),
+    ((Tensor.__getitem__,), _sliced),
     ((Tensor.to, Tensor.type_as), _cast),
     ((Tensor.float,), _cast_to(torch.float32)),
     ((Tensor.half,), _cast_to(torch.float16)),

@@ -29,7 +29,7 @@ from .stream import marked
 
 if TYPE_CHECKING:
     from ..edits.module import RedEdit
-    from .sums import Record
+    from .record import Record
 
 __all__ = ["NO_EDIT", "PLAIN", "TAKERS", "After", "Waiting", "edited", "is_plain", "wait"]
 
@@ -88,6 +88,11 @@ class Waiting(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():  # it was given to something compiled: settle it outside of the graph
+            from ..edits.uncompiled import uncompiled
+
+            plain = uncompiled(_plainly, (args, kwargs or {}), getattr(func, "__name__", str(func)))
+            return func(*plain[0], **plain[1])
         taker = TAKERS.get(func)
         if taker is not None:
             found = taker(func, args, kwargs or {})
@@ -117,6 +122,7 @@ class Waiting(Tensor):
             done = self._computed()
             if torch.is_grad_enabled() or not self.differentiable:
                 self.done = done
+                self.base = self.again = None  # so that what only this was a view of is not computed as well
             else:  # perhaps by the forward of an autograd.Function
                 self.record.astray = True
         return done
@@ -179,8 +185,10 @@ def wait(
         or any(other.differentiable for other in others)
     )
     # Under hooks for saved tensors the same must be saved in a second run: no node that only a first one needs.
-    if needs and not record.proven and residual is None and not others and saved_tensor_hooks(True) is None:
-        made: Any = _node(h, *flat_edit(edit)[:2], edit)
+    second = saved_tensor_hooks(True) is not None
+    unknown = not (record.proven or second) if residual is None else second or record.link is None
+    if needs and unknown and not others:
+        made: Any = _node(h, residual, *flat_edit(edit)[:2], edit)
     else:
         made = _wrapper(Waiting, h.shape, dtype=h.dtype, device=h.device, requires_grad=needs)
         if needs:
@@ -193,25 +201,27 @@ def wait(
 
 
 class WaitingFunction(Function):
-    """``apply(h, scale, bias, edit)``: the wrapper, with a node for who takes it without asking."""
+    """``apply(h, residual, scale, bias, edit)``: the wrapper, with a node for who takes it without asking."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, scale: Tensor | None, bias: Tensor | None, edit: Edit) -> Tensor:
+    def forward(
+        ctx: Any, h: Tensor, residual: Tensor | None, scale: Tensor | None, bias: Tensor | None, edit: Edit
+    ) -> Tensor:
         ctx.edit = edit
-        ctx.save_for_backward(h, scale, bias)
+        ctx.save_for_backward(h, residual, scale, bias)
         return _wrapper(Waiting, h.shape, dtype=h.dtype, device=h.device)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
-        dy, (h, scale, bias) = grads[0], ctx.saved_tensors
+        dy, saved = grads[0], ctx.saved_tensors
         if dy is None:
-            return None, None, None, None
+            return None, None, None, None, None
         with torch.enable_grad():
-            leaves = [None if t is None else t.detach().requires_grad_() for t in (h, scale, bias)]
-            vectors = dict(zip(("scale", "bias"), leaves[1:], strict=True))
+            leaves = [None if t is None else t.detach().requires_grad_() for t in saved]
+            vectors = dict(zip(("scale", "bias"), leaves[2:], strict=True))
             assert leaves[0] is not None
-            again = edited(leaves[0], None, ctx.edit._replace(vectors=vectors))
+            again = edited(leaves[0], leaves[1], ctx.edit._replace(vectors=vectors))
         asked = [
             leaf for leaf, needed in zip(leaves, ctx.needs_input_grad, strict=False) if needed and leaf is not None
         ]

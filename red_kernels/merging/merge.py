@@ -317,7 +317,8 @@ def _changed_before(owner: nn.Module, module: nn.Module) -> bool:
 def _target(site: str, path: str, model: nn.Module, own: RedEdit, flag: str, users: dict[int, list[str]]) -> _Target:
     owner, module = model.get_submodule(site), model.get_submodule(path)
     kind = type(module).__name__
-    if own.inside or (own.of_tuple and path == site and norm_spec(module) is None):
+    of_stream = own.place in ("res", "attn_res")
+    if own.inside or (of_stream and path == site and norm_spec(module) is None):
         raise ValueError(
             f"model: the edit at {site} is of the residual stream, which no layer's weights give; it cannot be merged"
         )

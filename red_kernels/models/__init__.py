@@ -22,7 +22,7 @@ _BY_LAYER: dict[str, tuple[str, Family]] = {}  # class name to the end of its mo
 def register_family(family: Family) -> None:
     """Say where the sites of layers of one class are, instead of leaving it to their structure.
 
-    .. deprecated:: 0.4
+    .. deprecated:: 0.1
        The sites of any architecture are found, and every edit is fused that can be. This is for layers whose structure
        misleads; `RedConfig(sites=...)` names modules without it.
 

@@ -23,6 +23,7 @@ __all__ = [
     "is_output_by_order",
     "is_qkv",
     "is_router",
+    "is_wrapped",
     "kind_by_path",
     "label_of",
     "leaf_label",
@@ -162,6 +163,11 @@ def _words(name: str) -> frozenset[str]:
 def is_between(name: str) -> bool:
     """Whether a linear layer's own name says nothing, so that its parent's has to."""
     return name.isdigit() or name in _PASSED
+
+
+def is_wrapped(name: str) -> bool:
+    """Whether a linear layer is called as what another module has been put around."""
+    return re.fullmatch(r"_?(inner|wrapped|original|orig|base)(_(module|layer|linear|fn))?", name) is not None
 
 
 def is_qkv(name: str, mixer: bool = False) -> bool:

@@ -5,38 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from ..edits.module import RedEdit
 from . import names
+from .anatomy import FoundSite, Shape, anatomy_of, holds_experts
 
 __all__ = ["Block", "FoundSite", "blocks_in"]
-
-_NORM_BEHIND = "sa_layer_norm"  # the norm behind an attention that gives the stream, by the one name that says so
-
-
-@dataclass(frozen=True)
-class FoundSite:
-    """A module of a layer whose output an edit may change.
-
-    Attributes:
-        place: `"ffn"`, `"attn"`, `"qkv"`, `"res"` or `"attn_res"`.
-        path: dotted, relative to the layer; `""` is the layer.
-        width: of the output.
-        of_tuple: whether the module may return a tuple, whose first entry is edited.
-        inside: for `"attn_res"`, whether the layer adds the module's output to the stream: no module gives the sum.
-    """
-
-    place: str
-    path: str
-    width: int
-    of_tuple: bool
-    inside: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,46 +49,6 @@ def blocks_in(model: nn.Module) -> list[Block]:
     return finder.blocks
 
 
-class _Shape:
-    """What is looked at of a module. Modules alike share one, so that what is found in it is found once.
-
-    Attributes:
-        kind: name of the class.
-        out: width of the output of a linear layer, and 0 of others.
-        into: width of its input, 0 where that is not told.
-        norm: width of a norm, 0 where that is not told, None for what is no norm.
-        torch_attention: whether it is an attention as torch's own, which reads its projections' weights and calls none.
-        is_list: whether it holds layers, and gives no value of its own.
-        is_container: whether it may be a list of layers.
-        of_tuple: whether a linear layer returns a tuple, its output first.
-        stacked: whether one Parameter has the weights of several experts, or of several heads.
-        parts: its children and their names.
-    """
-
-    __slots__ = (
-        "anatomy",
-        "into",
-        "is_container",
-        "is_list",
-        "kind",
-        "norm",
-        "of_tuple",
-        "out",
-        "parts",
-        "stacked",
-        "torch_attention",
-    )
-
-    def __init__(self, kind: type[nn.Module], facts: tuple[Any, ...], parts: tuple[tuple[str, _Shape], ...]) -> None:
-        self.kind = kind.__name__
-        self.out, self.into, self.norm, self.stacked, self.torch_attention, self.of_tuple = facts
-        holds = issubclass(kind, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
-        self.is_container = holds and any(key[-1:].isdigit() for key, _ in parts)
-        self.is_list = holds and kind.forward is nn.Module.forward
-        self.parts = parts
-        self.anatomy: _Anatomy | None = None
-
-
 @dataclass(frozen=True)
 class _Owner:
     """The module that a list belongs to, the path of the list in it, and the next config above it."""
@@ -123,32 +62,34 @@ class _Finder:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.blocks: list[Block] = []
-        self._shapes: dict[tuple[Any, ...], _Shape] = {}
-        self._shape_of: dict[int, _Shape] = {}
+        self._shapes: dict[tuple[Any, ...], Shape] = {}
+        self._shape_of: dict[int, Shape] = {}
         self._seen: set[int] = set()
         self._edited: dict[tuple[str, int], str] = {}
 
-    def shape(self, module: nn.Module) -> _Shape:
+    def shape(self, module: nn.Module) -> Shape:
         known = self._shape_of.get(id(module))
         if known is not None:
             return known
         kind = type(module)
         facts = _facts(module, kind)
-        parts: tuple[tuple[str, _Shape], ...] = ()
+        parts: tuple[tuple[str, Shape], ...] = ()
         if not facts[0] and not facts[4]:
             parts = tuple(
                 (name, self.shape(child))
                 for name, child in module._modules.items()
                 if child is not None and not isinstance(child, RedEdit)
             )
+        if len(parts) == 1 and parts[0][1].out and not parts[0][1].torch_attention and names.is_wrapped(parts[0][0]):
+            facts, parts = (parts[0][1].out, parts[0][1].into, *facts[2:]), ()  # a linear layer, as what it holds
         key = (kind, facts, parts)
         found = self._shapes.get(key)
         if found is None:
-            found = self._shapes[key] = _Shape(kind, facts, parts)
+            found = self._shapes[key] = Shape(kind, facts, parts)
         self._shape_of[id(module)] = found
         return found
 
-    def search(self, module: nn.Module, shape: _Shape, name: str, owner: _Owner) -> None:
+    def search(self, module: nn.Module, shape: Shape, name: str, owner: _Owner) -> None:
         """Find the layers below a module."""
         if not shape.parts or id(module) in self._seen:
             return
@@ -170,10 +111,12 @@ class _Finder:
                 inner = _Owner(owner.name, f"{owner.key}.{key}" if owner.key else key, owner.config)
                 self.search(child, part, path, inner)
 
-    def _block(self, name: str, module: nn.Module, shape: _Shape, owner: _Owner, index: int) -> Block:
+    def _block(self, name: str, module: nn.Module, shape: Shape, owner: _Owner, index: int) -> Block:
         parallel = _runs_in_parallel(module)
         sites = []
-        for site in _anatomy(shape).sites:
+        anatomy = anatomy_of(shape)
+        width = getattr(owner.config, "hidden_size", None) if anatomy.by_norms else None
+        for site in anatomy.sites:
             if parallel and site.place == "attn_res":
                 continue
             target: Any = module
@@ -181,13 +124,13 @@ class _Finder:
                 target = target._modules[part]
             place = (site.place, id(target))
             if self._edited.setdefault(place, name) == name:  # some layers share an attention
-                sites.append(site)
+                sites.append(replace(site, width=width) if type(width) is int and width > 0 else site)
         kind = _kind_of(owner, self.model)
         return Block(name, module, owner.name, owner.key, index, kind, tuple(sites))
 
 
 def _facts(module: nn.Module, kind: type) -> tuple[Any, ...]:
-    """The first facts of a `_Shape`."""
+    """The first facts of a `Shape`."""
     own = module.__dict__
     if type(own.get("embed_dim")) is int and _reads_weights(kind):
         return own["embed_dim"], 0, None, False, True, True
@@ -265,406 +208,28 @@ def _kind_of(owner: _Owner, model: nn.Module) -> str:
 # The level that repeats.
 
 
-def _is_block(shape: _Shape) -> bool:
+def _is_block(shape: Shape) -> bool:
     """Whether an entry of a list is a layer: no stage of layers."""
     if shape.out or shape.torch_attention or not shape.parts:
         return False
-    kinds = _anatomy(shape).kinds
+    kinds = anatomy_of(shape).kinds
     return bool(kinds) and not any(_repeats(entries, kinds) for entries in _lists_within(shape))
 
 
-def _repeats(entries: list[_Shape], kinds: frozenset[str]) -> bool:
+def _repeats(entries: list[Shape], kinds: frozenset[str]) -> bool:
     """Whether a list holds layers of these kinds, or several of each by themselves."""
-    found = [_anatomy(entry).kinds for entry in entries]
+    found = [anatomy_of(entry).kinds for entry in entries]
     return any(kinds <= one for one in found) or all(sum(kind in one for one in found) > 1 for kind in kinds)
 
 
-def _lists_within(shape: _Shape) -> Iterator[list[_Shape]]:
+def _lists_within(shape: Shape) -> Iterator[list[Shape]]:
     """The entries of each list within a module, but for experts."""
     inner = [
         (key, part)
         for key, part in shape.parts
-        if part.parts and not names.is_experts(key, part.kind) and not _holds_experts(part)
+        if part.parts and not names.is_experts(key, part.kind) and not holds_experts(part)
     ]
     if shape.is_container:
         yield [part for key, part in inner if key[-1:].isdigit()]
     for _, part in inner:
         yield from _lists_within(part)
-
-
-def _holds_experts(shape: _Shape) -> bool:
-    """Whether a module is a mixture: it owns the experts, or weights of theirs."""
-    inside = False
-    for name, part in shape.parts:
-        if _are_experts(name, part):
-            return True
-        inside = inside or (bool(part.parts) and _holds_experts(part))
-    return inside and any(names.is_router(name) for name, _ in shape.parts)
-
-
-def _are_experts(name: str, shape: _Shape) -> bool:
-    return not shape.out and (
-        (shape.stacked and names.label_of(name, shape.kind) not in (names.ATTENTION, names.MIXER, names.SKIP))
-        or names.is_experts(name, shape.kind)
-    )
-
-
-# What a layer is made of.
-
-
-@dataclass
-class _Leaf:
-    """A linear layer."""
-
-    path: str
-    order: int
-    out: int
-    into: int
-    label: str = ""
-
-    @property
-    def name(self) -> str:
-        """The last name on its path that says something."""
-        parts = self.path.split(".")
-        return parts[-2] if len(parts) > 1 and names.is_between(parts[-1]) else parts[-1]
-
-
-@dataclass
-class _Attention:
-    path: str
-    order: int
-    mixer: bool
-    whole: int = 0  # the width, where no linear layer gives the output: torch's own reads its weights
-    of_experts: bool = False
-    leaves: list[_Leaf] = field(default_factory=list)
-    out: list[_Leaf] = field(default_factory=list)
-    qkv: list[_Leaf] = field(default_factory=list)
-
-
-class _Anatomy:
-    """The attentions and FFNs of a layer, and the sites in them."""
-
-    def __init__(self, shape: _Shape) -> None:
-        self.shape = shape
-        self.order: dict[str, int] = {"": -1}
-        self.attentions: list[_Attention] = []
-        self.ffns: list[tuple[str, int, bool]] = []  # path, width, whether a mixture
-        self.direct: list[_Leaf] = []  # of an attention, in the layer itself
-        self.width = _stream_width(shape)
-        self.joint = False  # whether one projection ends attention and FFN
-        rest = self._visit(shape, "", "", None)
-        told = [width for _, width, mixture in self.ffns if not mixture]
-        if told and self.width not in told:
-            self.width = told[-1]
-        self._settle_attentions(rest)
-        self._settle_ffns(rest)
-        self.kinds = frozenset(
-            kind for kind, found in ((names.ATTENTION, self.attentions), (names.FFN, self.ffns)) if found
-        )
-        self.sites = self._sites() if self.kinds else ()
-
-    def _visit(self, shape: _Shape, path: str, label: str, attention: _Attention | None) -> list[_Leaf]:
-        """Take the parts of a module to their attentions and FFNs; return the linear layers left over."""
-        free: list[_Leaf] = []
-        for name, part in shape.parts:
-            at = f"{path}.{name}" if path else name
-            self.order[at] = len(self.order)
-            if part.out and attention is not None and not part.torch_attention:
-                attention.leaves.append(_Leaf(at, self.order[at], part.out, part.into, label))
-                continue
-            own = names.label_of(name, part.kind)
-            if own == names.SKIP and (attention is None or name != "heads"):
-                continue
-            if part.torch_attention:
-                self.attentions.append(_Attention(at, self.order[at], False, whole=part.out))
-            elif part.out:
-                leaf = _Leaf(at, self.order[at], part.out, part.into, label)
-                if not label:
-                    leaf.label = names.leaf_label(leaf.name)
-                (self.direct if leaf.label == names.ATTENTION else free).append(leaf)
-            elif part.parts or part.stacked:
-                free += self._visit_part(name, part, at, label if own in ("", names.SKIP) else own, attention)
-        taken = self._chains(free)
-        return [leaf for leaf in free if leaf.path not in taken]
-
-    def _visit_part(self, name: str, part: _Shape, at: str, label: str, attention: _Attention | None) -> list[_Leaf]:
-        mixture = _holds_experts(part) or _are_experts(name, part) or (names.is_mixture(part.kind) and bool(part.parts))
-        if attention is not None and label == names.FFN and not mixture and _count(part) < 2:  # a wrapped projection
-            label = names.ATTENTION
-        if label in (names.ATTENTION, names.MIXER):
-            if attention is None and not part.is_list:
-                attention = _Attention(at, self.order[at], label == names.MIXER)
-                self.attentions.append(attention)
-            return self._visit(part, at, label, attention)
-        if mixture:
-            if attention is not None:
-                attention.of_experts = True
-            elif not part.is_list:
-                self.ffns.append((at, 0, True))  # as wide as the stream
-            return []
-        return self._visit(part, at, label, None)
-
-    def _chains(self, leaves: list[_Leaf]) -> set[str]:
-        """Take the FFNs that are complete among some linear layers; return the paths of what belongs to them."""
-        named = any(leaf.label == names.FFN for leaf in leaves)
-        pairs = [
-            (up, down)
-            for down in leaves
-            for up in leaves
-            if up is not down
-            and up.into == down.out
-            and down.into != down.out
-            and up.out in (down.into, 2 * down.into)
-            and (down.into > down.out or (named and up.order < down.order))
-        ]
-        pairs = [pair for pair in pairs if pair[1].out == self.width] or [
-            pair for pair in pairs if pair[1].into > pair[1].out
-        ]
-        if not pairs and named:
-            pairs = self._even_chain(leaves)
-        downs = {down.path: down for _, down in pairs}
-        self.ffns += [(path, down.out, False) for path, down in downs.items()]
-        inner = {down.into for down in downs.values()}
-        even = any(down.into == down.out for down in downs.values())
-        return set(downs) | {
-            leaf.path
-            for leaf in leaves
-            if (leaf.out in inner or leaf.out // 2 in inner) and (leaf.label == names.FFN or not even)
-        }
-
-    def _even_chain(self, leaves: list[_Leaf]) -> list[tuple[_Leaf, _Leaf]]:
-        """An FFN that is as wide as the stream: names tell its last projection, and else the order does."""
-        even = [leaf for leaf in leaves if leaf.into == leaf.out or leaf.into * 2 == leaf.out]
-        if len(even) < 2:
-            return []
-        called = [leaf for leaf in even if names.is_down(leaf.path.rpartition(".")[2])]
-        down = called[-1] if called else leaves[-1]
-        if down.into != down.out or (self.width and down.out != self.width):
-            return []
-        ups = [leaf for leaf in even if leaf is not down and leaf.into == down.out]
-        return [(ups[0], down)] if ups else []
-
-    def _settle_attentions(self, rest: list[_Leaf]) -> None:
-        """Tell each attention's output from what it reads."""
-        if self.direct:
-            own = _Attention("", -1, False, leaves=list(self.direct))
-            if not any(names.is_output(leaf.name) for leaf in own.leaves):
-                named = [leaf for leaf in rest if names.is_output(leaf.name)]
-                own.leaves += (named or [leaf for leaf in rest if names.is_output_by_order(leaf.name)])[:1]
-            self.attentions.append(own)
-        found: list[_Attention] = []
-        for one in self.attentions:
-            found += _apart(one)
-        for one in found:
-            if not one.whole:
-                _settle(one, self.width)
-            if one.of_experts and not one.out:
-                one.whole = self.width
-        found = [one for one in found if one.whole or one.out or one.qkv]
-        if any(not one.mixer for one in found):
-            found = [one for one in found if not one.mixer]
-        self.attentions = found
-
-    def _settle_ffns(self, rest: list[_Leaf]) -> None:
-        """Keep what adds to the stream."""
-        if not self.width or not self.ffns:
-            widths = Counter(leaf.out for one in self.attentions for leaf in one.out)
-            widths.update(one.whole for one in self.attentions if one.whole)
-            widths.update(width for _, width, _ in self.ffns if width)
-            self.width = widths.most_common(1)[0][0] if widths else self.width
-        if not self.ffns and self.attentions:
-            self.ffns = [(path, self.width, False) for path in self._wider(rest)]
-        self.ffns = [(path, width or self.width, mixture) for path, width, mixture in self.ffns]
-        if any(width == self.width for _, width, _ in self.ffns):
-            self.ffns = [one for one in self.ffns if one[1] == self.width]
-
-    def _wider(self, rest: list[_Leaf]) -> list[str]:
-        """The last projections of FFNs that read something beside the stream, or project attention's value as well."""
-        beside = {
-            down.path: down
-            for up in rest
-            for down in rest
-            if up.order < down.order
-            and up.label == down.label == names.FFN
-            and up.into > down.out == self.width
-            and up.out in (down.into, 2 * down.into)
-        }
-        if beside or any(one.out or one.whole for one in self.attentions):
-            return list(beside)
-        self.joint = True
-        return [down.path for down in rest if down.into > down.out and any(up.into == down.out < up.out for up in rest)]
-
-    def _sites(self) -> tuple[FoundSite, ...]:
-        sites = [
-            FoundSite("ffn", path, width, mixture or self._gives_tuple(path)) for path, width, mixture in self.ffns
-        ]
-        for one in self.attentions:
-            if one.whole:
-                sites.append(FoundSite("attn", one.path, one.whole, True))
-            sites += [FoundSite("attn", leaf.path, leaf.out, self._gives_tuple(leaf.path)) for leaf in one.out]
-            sites += [FoundSite("qkv", leaf.path, leaf.out, self._gives_tuple(leaf.path)) for leaf in one.qkv]
-        sites += self._streams()
-        return tuple(sorted(sites, key=lambda site: (site.place == "res", self.order[site.path])))
-
-    def _streams(self) -> Iterator[FoundSite]:
-        """The modules that give the stream behind an attention or the FFN; none where that is not to be told."""
-        keys = {key for key, _ in self.shape.parts}
-        if self.shape.is_list or "bottleneck" in keys or _has_copies(self.shape) or self._has_two_streams():
-            return
-        for one in self.attentions:
-            ends = one.path if one.whole else (one.out[0].path if one.out else "")
-            normed = self._ends_in_norm(ends) if ends else ""
-            given = normed or (ends and self._sublayer(ends, bool(one.whole)))
-            path, inside = (given, False) if given else self._behind(one)
-            if path:
-                yield FoundSite(
-                    "attn_res", path, self.width, self._gives_tuple(ends) or path not in (normed, _NORM_BEHIND), inside
-                )
-        if self.ffns:
-            last, _, mixture = max(self.ffns, key=lambda one: self.order[one[0]])
-            normed = self._ends_in_norm(last) if len(self.ffns) == 1 else ""
-            path = normed or self._sublayer(last, mixture)
-            yield FoundSite("res", path, self.width, not normed or self._gives_tuple(last))
-
-    def _gives_tuple(self, path: str) -> bool:
-        return bool(_at(self.shape, path).of_tuple)
-
-    def _has_two_streams(self) -> bool:
-        """Whether a layer carries a stream of context beside its own: its output has both."""
-        paths = [path for path, _, _ in self.ffns] + [leaf.path for one in self.attentions for leaf in one.out]
-        aside = [path for path in paths if re.search(r"context|txt|add_out|visn|layout", path)]
-        added = any("add_k_proj" in leaf.path for one in self.attentions for leaf in one.qkv)
-        return added or self.joint or 0 < len(aside) < len(paths)
-
-    def _ends_in_norm(self, site: str) -> str:
-        """The module that ends in the norm of the stream, where it holds nothing but a projection before that."""
-        path, _, name = site.rpartition(".")
-        if not path:
-            return ""
-        parts = _at(self.shape, path).parts
-        keys = [key for key, _ in parts]
-        behind = [part for _, part in parts[keys.index(name) + 1 :]]
-        alone = sum(bool(part.out) for _, part in parts) == 1
-        normed = any(part.norm == self.width and not part.kind.startswith("BatchNorm") for part in behind)
-        return path if alone and normed else ""
-
-    def _sublayer(self, site: str, whole: bool) -> str:
-        """The entry of a list of sublayers that holds a site: it has the norm in front, and adds to the stream."""
-        parts = site.split(".")
-        if len(parts) < 4 - whole or not parts[1].isdigit() or not _at(self.shape, parts[0]).is_list:
-            return ""
-        start = f"{parts[0]}."
-        if not all(one.path.startswith(start) for one in self.attentions) or not all(
-            path.startswith(start) for path, _, _ in self.ffns
-        ):
-            return ""
-        entry = _at(self.shape, ".".join(parts[:2]))
-        return ".".join(parts[:2]) if any(part.norm is not None for _, part in entry.parts) else ""
-
-    def _behind(self, attention: _Attention) -> tuple[str, bool]:
-        """The path by which the stream behind an attention goes, and whether only the layer itself has that stream."""
-        path = attention.path
-        if not path or not self.ffns or path in names.READ_BEFORE:
-            return "", False
-        if any(ffn.startswith(f"{path}.") for ffn, _, _ in self.ffns):
-            return "", False
-        own = [key for key, part in self.shape.parts if part.norm is not None or names.stands_for_norm(key, part.kind)]
-        if len(own) > len(self.attentions):
-            return (_NORM_BEHIND, False) if _NORM_BEHIND in own else (path, True)
-        if self._adds_itself(attention):
-            return path, False
-        if any(norm == self.width for norm in _norms_within(_at(self.shape, path))):
-            return "", False
-        in_ffn = any(
-            norm == self.width
-            for key, part in self.shape.parts
-            if any(ffn.startswith(f"{key}.") for ffn, _, mixture in self.ffns if not mixture)
-            for norm in _norms_within(part)
-        )
-        return (path, True) if in_ffn and len(own) == len(self.attentions) else ("", False)
-
-    def _adds_itself(self, attention: _Attention) -> bool:
-        """Whether an attention ends in the norm of the stream: it adds to the stream before that."""
-        if not attention.path or not attention.out:
-            return False
-        last = [key for key, part in _at(self.shape, attention.path).parts if part.norm == self.width]
-        return any(self.order[f"{attention.path}.{key}"] > attention.out[0].order for key in last)
-
-
-def _anatomy(shape: _Shape) -> _Anatomy:
-    if shape.anatomy is None:
-        shape.anatomy = _Anatomy(shape)
-    return shape.anatomy
-
-
-def _at(shape: _Shape, path: str) -> _Shape:
-    for part in path.split("."):
-        shape = dict(shape.parts)[part]
-    return shape
-
-
-def _has_copies(shape: _Shape) -> bool:
-    """Whether a layer's stream is several, which it mixes by hyper-connections: as wide as all of them together."""
-    return any("hyper_connection" in key for key, _ in shape.parts)
-
-
-def _stream_width(shape: _Shape) -> int:
-    """The width of the residual stream, by the layer's own norms, and else by those further in; 0 for unknown."""
-    if _has_copies(shape):
-        return 0
-    found = (
-        Counter(part.norm for _, part in shape.parts if part.norm)
-        or Counter(_norms_within(shape, aside=True))
-        or Counter(_norms_within(shape))
-    )
-    return int(found.most_common(1)[0][0]) if found else 0
-
-
-def _norms_within(shape: _Shape, aside: bool = False) -> Iterator[int]:
-    """The widths of the norms in a module, but for those of queries and keys; `aside` leaves out those in FFNs."""
-    for name, part in shape.parts:
-        if part.norm and not names.is_norm_of_heads(name):
-            yield part.norm
-        elif part.parts and not re.search(r"bottleneck|lora|router|experts", name):
-            if aside and names.label_of(name, part.kind) == names.FFN:
-                continue
-            yield from _norms_within(part, aside)
-
-
-def _count(shape: _Shape) -> int:
-    """The number of linear layers in a module."""
-    return sum(1 if part.out else _count(part) for _, part in shape.parts)
-
-
-def _apart(attention: _Attention) -> list[_Attention]:
-    """An attention, or those of a module that holds several."""
-    groups: dict[str, list[_Leaf]] = {}
-    depth = attention.path.count(".") + 1 if attention.path else 0
-    for leaf in attention.leaves:
-        groups.setdefault(leaf.path.split(".")[depth], []).append(leaf)
-    whole = [
-        key
-        for key, leaves in groups.items()
-        if len(leaves) > 1
-        and any(names.is_qkv(leaf.name) for leaf in leaves)
-        and any(names.is_output(leaf.name) or names.is_output_by_order(leaf.name) for leaf in leaves)
-    ]
-    if len(whole) < 2:
-        return [attention]
-    found = []
-    for key in whole:
-        path = f"{attention.path}.{key}" if attention.path else key
-        found += _apart(_Attention(path, groups[key][0].order, attention.mixer, leaves=groups[key]))
-    return found
-
-
-def _settle(attention: _Attention, width: int) -> None:
-    """Tell the output projections of an attention and its queries, keys and values."""
-    leaves = attention.leaves
-    attention.qkv = [leaf for leaf in leaves if names.is_qkv(leaf.name, attention.mixer)]
-    rest = [leaf for leaf in leaves if leaf not in attention.qkv and not names.is_other(leaf.name)]
-    called = [leaf for leaf in rest if names.is_output(leaf.name)]
-    plain = [leaf for leaf in rest if any(map(names.is_output_by_order, (leaf.name, leaf.path.rpartition(".")[2])))]
-    wide = [leaf for leaf in rest if leaf.out == width or not width]
-    out = called or plain[-1:] or wide[-1:]
-    attention.out = out if attention.qkv or len(leaves) > 1 else []

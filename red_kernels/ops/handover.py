@@ -1,12 +1,15 @@
-"""A sum and the norm of it, computed one after the other, with one backward pass for both.
+"""A sum and the norm of it as two nodes of autograd, with one forward and one backward pass for both.
 
-`edit_add_norm` needs to know the norm when it adds. Where the norm is not known until it is called, `sum_of` adds and
-`norm_of` normalises, to the bits of `edit_add_norm`, gradients included: the node of the norm runs first in a backward
-pass, hands its gradient to the node of the sum, and that runs the fused backward.
+`sum_of` computes the sum, and in the same pass its norm where that is known; `norm_of` gives the norm. Where it is
+not known until it is called, it is computed then, to the same bits. In a backward pass the node of the norm runs first.
+It hands its gradient to the node of the sum, and that runs the fused backward. It does so only where nobody can ask for
+the gradient of the sum itself; elsewhere each node computes its own part.
 """
 
 from __future__ import annotations
 
+import functools
+import weakref
 from typing import Any
 
 import torch
@@ -37,14 +40,16 @@ class Handover:
 
     Attributes:
         x, residual, edit: what was added.
-        keeps_sum: whether the sum is used beside its norm. Where it is not, the backward of the sum reads none.
+        norm, normed: the norm, where it is known, and what it gave: the value and the row's statistics.
+        total: the sum.
     """
 
-    __slots__ = ("edit", "handed", "keeps_sum", "residual", "task", "x")
+    __slots__ = ("edit", "handed", "norm", "normed", "residual", "task", "total", "x")
 
-    def __init__(self, x: Tensor, residual: Tensor | None, edit: Edit) -> None:
-        self.x, self.residual, self.edit = x, residual, edit
-        self.keeps_sum = True
+    def __init__(self, x: Tensor, residual: Tensor | None, edit: Edit, norm: Norm | None) -> None:
+        self.x, self.residual, self.edit, self.norm = x, residual, edit, norm
+        self.normed: tuple[Tensor, Tensor | None, Tensor] | None = None
+        self.total: weakref.ref[Tensor] | None = None
         self.task = -1
         self.handed: tuple[Any, ...] = ()
 
@@ -54,14 +59,42 @@ class Handover:
         self.handed, self.task = (), -1
         return handed if task == torch._C._current_graph_task_id() else ()
 
+    def may_hand_over(self) -> bool:
+        """Whether nobody gets the gradient of the sum in the backward pass that is running.
 
-def sum_of(x: Tensor, residual: Tensor | None, edit: Edit) -> tuple[Tensor, Handover]:
-    """`residual + dropout(edit(x))`, and what `norm_of` takes. Arguments as of :func:`red_kernels.ops.fused.edit_add`."""
+        A pass for the gradients of some tensors may be for that of the sum; one for all leaves comes to this module's.
+        """
+        total = None if self.total is None else self.total()
+        if total is not None and (total.retains_grad or total._backward_hooks is not None):
+            return False
+        return bool(torch._C._will_engine_execute_node(_leaf_node()))
+
+
+@functools.cache
+def _leaf() -> Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros((), requires_grad=True)
+
+
+@functools.cache
+def _leaf_node() -> Any:
+    with torch.enable_grad(), torch.inference_mode(False):
+        return torch.autograd.graph.get_gradient_edge(_leaf()).node
+
+
+def sum_of(x: Tensor, residual: Tensor | None, edit: Edit, norm: Norm | None = None) -> tuple[Tensor, Handover]:
+    """`residual + dropout(edit(x))`, and what `norm_of` takes, which may be the norm already.
+
+    Arguments as of :func:`red_kernels.ops.fused.edit_add_norm`.
+    """
     if residual is not None and residual.dtype != x.dtype:
         x, residual = of_one_dtype(x, residual)
-    handover = Handover(x, residual, edit)
+    handover = Handover(x, residual, edit, norm)
     scale, bias, *_ = flat_edit(edit)
-    return _sum(x, residual, scale, bias, handover), handover
+    _leaf_node()
+    z = _sum(x, residual, scale, bias, _leaf(), handover)
+    handover.total = weakref.ref(z)
+    return z, handover
 
 
 def norm_of(z: Tensor, handover: Handover, norm: Norm) -> Tensor:
@@ -70,15 +103,30 @@ def norm_of(z: Tensor, handover: Handover, norm: Norm) -> Tensor:
 
 
 class SumFunction(Function):
-    """``apply(x, residual, scale, bias, handover) -> z``."""
+    """``apply(x, residual, scale, bias, leaf, handover) -> z``; ``leaf`` only tells a backward pass for all leaves."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, scale: Tensor | None, bias: Tensor | None, handover: Handover
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        leaf: Tensor,
+        handover: Handover,
     ) -> Tensor:
-        need = ctx.needs_input_grad
+        need, edit, norm = ctx.needs_input_grad, handover.edit, handover.norm
+        needs = (need[0], need[2], need[3])
         ctx.handover = handover
-        return edit_forward(ctx, x, residual, handover.edit, (need[0], need[2], need[3]))
+        if norm is None:
+            return edit_forward(ctx, x, residual, edit, needs)
+        backend = choose(x, "edit_norm")
+        scale, _, ids, seed = remember(ctx, backend, edit)
+        ctx.needs = needs
+        ctx.save_for_backward(x if needs[1] else None, scale if needs[0] else None, ids, seed)
+        y, z, *statistics = backend.operations.edit_norm_forward(x, residual, edit, norm, True)
+        handover.normed = (y, *statistics)
+        return z
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
@@ -86,14 +134,16 @@ class SumFunction(Function):
         handed = ctx.handover.take()
         if not handed:
             dx, dscale, dbias = derivative(ctx, edit_backward, grads)
-            return dx, grads[0] if need[1] else None, dscale, dbias, None
-        dy, saved, ctx.norm, ctx.norm_dtypes = handed
+            return dx, grads[0] if need[1] else None, dscale, dbias, None, None
+        dy, z, weight, mean, rstd, ctx.norm, ctx.norm_dtypes = handed
+        x, scale, ids, seed = ctx.saved_tensors
         asked, ctx.needs = ctx.needs, (*need[:4], False, False)
+        saved = (z, x, None, scale, None, weight, ids, seed, mean, rstd)
         try:
             found = edit_norm_backward(ctx, by_name(ctx.backend), saved, dy, grads[0])
         finally:
             ctx.needs = asked
-        return *found[:4], None
+        return *found[:4], None, None
 
 
 class NormOfSumFunction(Function):
@@ -103,15 +153,19 @@ class NormOfSumFunction(Function):
     def forward(
         ctx: Any, z: Tensor, weight: Tensor | None, norm_bias: Tensor | None, norm: Norm, handover: Handover
     ) -> Tensor:
-        x, residual, edit = handover.x, handover.residual, handover.edit
-        backend = choose(x, "edit_norm")
-        scale, bias, ids, seed = remember(ctx, backend, edit)
-        y, _, mean, rstd = backend.operations.edit_norm_forward(x, residual, edit, norm, False)
+        backend = choose(z, "edit_norm")
+        remember(ctx, backend, _BARE)
+        if handover.normed is None:
+            # Of the sum itself: what it was made of may have been changed in place since.
+            y, _, mean, rstd = backend.operations.edit_norm_forward(z, None, _BARE, norm, False)
+        else:
+            y, mean, rstd = handover.normed
+            handover.normed = None
         need = ctx.needs_input_grad
         remember_norm(ctx, norm, (need[0], False, False, False, need[1], need[2]))
         if any(need):
             ctx.handover = handover
-            ctx.save_for_backward(z, x, residual, scale, bias, weight, ids, seed, mean, rstd)
+            ctx.save_for_backward(z, weight, mean, rstd)
         return y
 
     @staticmethod
@@ -119,34 +173,26 @@ class NormOfSumFunction(Function):
         dy = grads[0]
         if dy is None:
             return None, None, None, None, None
-        if torch.is_grad_enabled() or not ctx.needs_input_grad[0]:  # recorded: each node by itself
-            dz, dweight, dbias = derivative(ctx, _norm_backward, grads)
-            return dz, dweight, dbias, None, None
-        saved, handover = ctx.saved_tensors, ctx.handover
-        z, x, residual, scale, bias, weight, ids, seed, mean, rstd = saved
-        if handover.keeps_sum:
-            residual = bias = None
-        else:
-            z = None
+        need, handover = ctx.needs_input_grad, ctx.handover
+        if torch.is_grad_enabled() or not need[0] or not handover.may_hand_over():  # each node by itself
+            return *derivative(ctx, _norm_backward, grads), None, None
+        saved = ctx.saved_tensors
         handover.task = torch._C._current_graph_task_id()
-        handover.handed = (
-            dy, (z, x, residual, scale, bias, weight, ids, seed, mean, rstd), ctx.norm, ctx.norm_dtypes,
-        )  # fmt: skip
+        handover.handed = (dy, *saved, ctx.norm, ctx.norm_dtypes)
         dweight = dbias = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        if need[1] or need[2]:
             _, dweight, dbias = _norm_backward(ctx, by_name(ctx.backend), saved, dy, through=False)
         return None, dweight, dbias, None, None
 
 
 def _norm_backward(ctx: Any, backend: Any, saved: tuple[Any, ...], dy: Tensor, through: bool = True) -> Gradients:
-    """The gradients of the sum and of the norm's parameters, where the sum's are not asked for together with them."""
-    z, *_, weight, _, _, mean, rstd = saved
+    """The gradients of the sum and of the norm's parameters."""
+    z, weight, mean, rstd = saved
     asked, ctx.needs = ctx.needs, (ctx.needs[0] and through, *ctx.needs[1:])
-    dtypes, ctx.vectors, p, ctx.dropout_p = ctx.vectors, (None, None), ctx.dropout_p, 0.0
     try:
         found = edit_norm_backward(ctx, backend, (z, None, None, None, None, weight, None, None, mean, rstd), dy, None)
     finally:
-        ctx.needs, ctx.vectors, ctx.dropout_p = asked, dtypes, p
+        ctx.needs = asked
     return found[0], found[4], found[5]
 
 

@@ -1,4 +1,4 @@
-"""The classes of patched blocks, stacks and norms: subclasses of the same name, which pickle by what they are made from."""
+"""The classes of patched blocks, stacks and norms: subclasses of the same name, pickled by what they are made from."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..edits.module import RedEdit, plain_only
 from ..fusion.fingerprint import BASE, CAPTURED
+from ..fusion.former import LEFT
 from ..fusion.norms import SPEC, norm_spec
 from ..fusion.scopes import SCOPE, Scope, Verdict, running
 from ..fusion.site import BEHIND, CARRIER, RECORDS, carry_hook, norm_with_edit
@@ -20,8 +21,9 @@ from ..fusion.waiting import Waiting
 __all__ = ["carry", "is_patched", "patch_norm", "patch_scope", "prepare_classes", "unpatch_module"]
 
 _NORM, _SCOPE = "norm", "scope"
-# What pickles of earlier releases call them: no block has a forward of its own any more.
+# What pickles of earlier releases call them; all else was a block with a forward of its own.
 _FORMER = {"": _NORM, "stack": _SCOPE}
+_FORMER_DROPOUT = "dropout"  # which needs no class of ours any more
 _classes: dict[tuple[type, str, Callable[..., Any]], type[nn.Module]] = {}
 
 
@@ -73,7 +75,8 @@ def is_patched(module: nn.Module) -> bool:
 
 def unpatch_module(module: nn.Module) -> None:
     """Give a module back the class it had, and take off what makes its output wait; nothing if it is not patched."""
-    module.__dict__.pop(RECORDS, None)
+    for name in (RECORDS, *LEFT):
+        module.__dict__.pop(name, None)
     if module.__dict__.pop(CARRIER, None) is not None:
         for key in [key for key, hook in module._forward_hooks.items() if hook is carry_hook]:
             del module._forward_hooks[key]
@@ -115,6 +118,8 @@ def _reduce_ex(self: nn.Module, protocol: int) -> tuple[Any, ...]:
 
 
 def _restore(base: type[nn.Module], key: str) -> nn.Module:
+    if key == _FORMER_DROPOUT:
+        return base.__new__(base)
     key = _FORMER.get(key, key)
     kind = _patched_class(base, key if key in (_NORM, _SCOPE) else _SCOPE)
     return kind.__new__(kind)
@@ -131,7 +136,8 @@ def _norm_forward(base: type[nn.Module]) -> Callable[..., Any]:
             normed = None
             if BEHIND in self.__dict__:
                 x = x.settle() if type(x) is Waiting else x
-                normed = norm_with_edit(self, x) if type(x) is Tensor else None
+                if type(x) is Tensor:
+                    return norm_with_edit(self, x, current)
                 args = (x,)
             elif type(x) is Waiting:
                 normed = norm_of_waiting(self, x)
@@ -160,6 +166,7 @@ def _scope_forward(base: type[nn.Module]) -> Callable[..., Any]:
             output = base.forward(self, *args, **kwargs)
             return scope.close(output)
         finally:
+            scope.end()
             del scopes[depth:]
 
     return forward

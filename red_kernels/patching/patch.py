@@ -94,13 +94,13 @@ def patch_with(
         fuse(plan)
         wrap_saving(model, [site.report.site for site in plan.sites], config)
         watch(model, [_watched(site, edit) for site, edit in zip(plan.sites, made, strict=True)])
+        foreseen = expected(model, example) if config.edit_kind.kernel == "affine" else {}
     except BaseException:  # of a class or a Parameter that somebody has made
         _take_back(model, state)
         raise
     for text in plan.warnings:
         warnings.warn(text, stacklevel=stacklevel)
     trainable, total = count_parameters(model)
-    foreseen = expected(model, example) if config.edit_kind.kernel == "affine" else {}
     return PatchReport(
         type(model).__name__,
         config,
@@ -193,7 +193,8 @@ def fuse(plan: Plan) -> None:
         patch_norm(norm)
     for module, edited in plan.carriers:
         own: Any = edited._modules[NAME]
-        if own.kind is not None and own.kind.kernel == "affine" and own.place != "res":
+        kinds = [own.holder(name).kind for name in own.names]
+        if all(kind.kernel == "affine" for kind in kinds) and own.place != "res":
             carry(module, own)
     for site in plan.sites:
         inner = child_at(site.module, "" if site.norm == "." else site.norm) if site.norm else site.hooked or site.last

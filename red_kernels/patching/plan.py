@@ -21,6 +21,9 @@ from .post_norm import with_norms
 from .report import SiteReport
 from .sites import ChosenSite, check_names, chosen
 
+# Of what a layer does not call every time: attention to an encoder that may not be there, or to global tokens.
+_CONDITIONAL = re.compile(r"cross|enc_?(oder)?_?(dec)?_?att|_global\b|[ew]2[ew]", re.IGNORECASE)
+
 __all__ = ["Plan", "PlannedSite", "make_plan", "plan_edited"]
 
 
@@ -113,7 +116,7 @@ def _planned(model: nn.Module, block: Block, site: ChosenSite, config: RedConfig
         of_tuple=True,
         norm=site.norm,
         bias_flag=site.bias_flag,
-        caller=None if module is block.module else block.module,
+        caller=None if module is block.module or _CONDITIONAL.search(site.path) else block.module,
         caller_name=block.name,
     )
 

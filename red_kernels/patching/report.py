@@ -38,12 +38,12 @@ class SiteReport:
 
 
 def what_of(own: RedEdit) -> tuple[str | None, str] | None:
-    """What an edit was fused with in the last forward, and the function that kept it from that; None before it ran."""
+    """What an edit was fused with in the last forward, and why with nothing; None before it ran."""
     record = last_record(own)
-    if record is None or (record.what is None and not record.by):
+    if record is None or (record.what is None and own.kind is not None and not own.kind.kernel):
         return None
     if record.what is None:
-        return None, f"its output is taken by {record.by}"
+        return None, f"its output is taken by {record.by}" if record.by else "it is applied by itself"
     behind = record.behind
     if behind is not None and behind.what:
         return f"{record.what}; then {behind.what}", ""

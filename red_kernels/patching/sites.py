@@ -196,6 +196,7 @@ def norm_inside(module: nn.Module, width: int) -> str:
 
 def _registered_sites(block: Block, family: Family, config: RedConfig) -> list[ChosenSite]:
     found: list[ChosenSite] = []
+    stream = next((site.width for site in block.sites if site.place in ("res", "ffn", "attn")), 0)
     for place in config.places:
         for entry in family.sites.get(place, ()):
             path = first_path(block.module, entry)
@@ -212,7 +213,7 @@ def _registered_sites(block: Block, family: Family, config: RedConfig) -> list[C
                 ChosenSite(
                     place,
                     path,
-                    output_width(module) or 0,
+                    output_width(module) or (stream if place != "qkv" else 0),
                     place in ("res", "attn_res"),
                     place in family.inside,
                     norm,

@@ -159,8 +159,8 @@ def layer_hook(layer: nn.Module, args: Any, output: Any) -> None:
             _explain(layer, site)
         if site.own.inside and is_lost(site.own):
             raise RuntimeError(
-                f"model: the edit of the residual stream behind {site.name} cannot be applied: its output was not added "
-                "to the stream in its block"
+                f"model: the edit of the residual stream behind {site.name} cannot be applied: its output was not "
+                "added to the stream in its block"
             )
 
 

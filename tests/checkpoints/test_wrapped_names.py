@@ -151,7 +151,11 @@ def test_merging_inside_of_lora_is_exact(name, kind, tmp_path):
     rk.patch(model, rk.RedConfig(kind=kind))
     model = filled(lora(model)).double().eval()
     batch = zoo.inputs(name)
+    # Hooks of others have the library's norms run, which round to float32 in Llama; fused ones keep float64.
+    hooks = [module.register_forward_hook(lambda module, args, output: None) for module in model.modules()]
     wanted = model(**batch).logits
+    for hook in hooks:
+        hook.remove()
     rk.merge(model)
     torch.testing.assert_close(model(**batch).logits, wanted, atol=1e-11, rtol=1e-9)
     merged = model.merge_and_unload()

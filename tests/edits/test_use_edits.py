@@ -8,7 +8,7 @@ import model_zoo as zoo
 import pytest
 import torch
 from old_releases import skip_untraced
-from patch_helpers import operations_run, watching
+from patch_helpers import learn, operations_run, watching
 from row_cases import NAMES, ROWS, eager, hold, inputs, several, weighted
 
 import red_kernels as rk
@@ -87,6 +87,9 @@ def calls(monkeypatch):
 def test_the_fused_operations_get_the_ids(name, position, operations, gradients, calls, monkeypatch):
     watch = watching(monkeypatch)
     _, model, _ = several(name, position)
+    learn(model, name)
+    calls.clear()
+    watch.clear()
     with torch.set_grad_enabled(gradients):
         with rk.use_edits(model, ROWS):
             model(**inputs(name, len(ROWS)))

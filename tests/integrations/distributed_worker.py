@@ -6,7 +6,9 @@ Arguments: the rank, the port.
 from __future__ import annotations
 
 import model_zoo as zoo
+import pytest
 import torch
+from patch_helpers import watching
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -15,10 +17,11 @@ from two_processes import in_group
 from red_kernels.edits import add_edit, switch_edit
 from red_kernels.edits.config import RedConfig
 from red_kernels.edits.find import edit_parameters
-from red_kernels.fusion import compose
 from red_kernels.patching.patch import patch, unpatch
 
 NAMES = ("llama", "gpt2", "t5", "bert")
+# Norms that read what another layer has returned.
+ACROSS = ("input_layernorm", "model.norm", "ln_1", "ln_f", "layer.0.layer_norm", "final_layer_norm")
 
 
 def wrapped(how: str, model: torch.nn.Module) -> torch.nn.Module:
@@ -58,24 +61,23 @@ def main(how: str, rank: int) -> None:
         unfused, truth = zoo.Unfused(model, values), zoo.exact(model, values)
         patch(model, RedConfig())
         zoo.fill(edit_parameters(model), values)
-        left = []
-        leave = compose.leave_note
-        compose.leave_note = lambda z, normed, norm, _leave=leave, _left=left: (
-            _left.append(1),
-            _leave(z, normed, norm),
-        )
+        names = {id(module): name for name, module in model.named_modules()}
+        monkeypatch = pytest.MonkeyPatch()
+        watch = watching(monkeypatch)
         parallel = wrapped(how, model)
         train(parallel, (unfused, truth), name, rank, steps=2)
-        compose.leave_note = leave
+        monkeypatch.undo()
         try:
             unpatch(parallel)
         except ValueError as error:
             assert "wrapped after patching" in str(error)  # noqa: PT017
         else:
             raise AssertionError("a wrapped model was unpatched")
+        assert watch.taken == watch.left, (how, name)
         # Whole-model wrapping leaves the layers alone; wrapped layers hand nothing on.
+        across = [norm for norm in watch.left if names[id(norm)].endswith(ACROSS)]
         expected = 2 * len(zoo.sites(name)) if how != "fsdp layers" and name in zoo.HANDING_ON else 0
-        assert len(left) == expected, (how, name, len(left), expected)
+        assert len(across) == expected, (how, name, len(across), expected)
         for site, parts in edit_parameters(model).items():
             for part, vector in parts.items():
                 own = vector.full_tensor() if isinstance(vector, DTensor) else vector

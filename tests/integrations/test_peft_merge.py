@@ -205,7 +205,7 @@ class _Attention(nn.Module):
     [
         (lambda: zoo.tiny("llama"), {"position": "res"}, r"position: 'res' .*PEFT cannot wrap"),
         (lambda: zoo.tiny("mixtral"), {}, r"position: 'ffn' .*PEFT cannot wrap"),
-        (lambda: nn.Sequential(nn.Linear(2, 2)), {}, "no layers that are known"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), {}, "lacks what position 'ffn' edits: no repeated layers were found"),
         (_Attention, {"target_modules": ["out_proj"]}, "never be applied"),
         (_Attention, {"target_modules": ["pair"]}, "target_modules: 'pair' is a LSTM"),
         (lambda: nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 2)), {"target_modules": ["0", "1"]}, "'1' is a LSTM"),

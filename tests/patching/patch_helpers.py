@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -16,25 +17,34 @@ from red_kernels.backends import reference
 from red_kernels.backends.arguments import Edit, Norm
 from red_kernels.edits.config import RedConfig
 from red_kernels.edits.find import edit_parameters
-from red_kernels.fusion import site, sums, takers, waiting
+from red_kernels.fusion import scopes, site, sums, takers, waiting
+from red_kernels.fusion.record import Record
 from red_kernels.ops import fused, handover
 from red_kernels.ops.handover import Handover
 from red_kernels.patching import classes as patched
+from red_kernels.patching import expect
 from red_kernels.patching.patch import patch
 
 Run = Callable[[nn.Module, dict[str, Any]], dict[str, Tensor]]
 
+expect._MOST = 60.0  # what a report foresees is not to depend on how busy this machine is
+
 
 @dataclass
 class Watch:
-    """The norms that notes were left for, and those that took what they were to return from one."""
+    """The norms that notes were left for, and those that took what they were to return from one.
+
+    `across` has those of the latter that lie outside of the layer in which the note was left.
+    """
 
     left: list[nn.Module] = field(default_factory=list)
     taken: list[nn.Module] = field(default_factory=list)
+    across: list[nn.Module] = field(default_factory=list)
 
     def clear(self) -> None:
         self.left.clear()
         self.taken.clear()
+        self.across.clear()
 
 
 def watching(monkeypatch: pytest.MonkeyPatch) -> Watch:
@@ -43,23 +53,45 @@ def watching(monkeypatch: pytest.MonkeyPatch) -> Watch:
     take = sums.take_note
 
     class Note(sums.Note):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            if self.norm is not None:
+        def __init__(self, total: Tensor, *args: Any, **kwargs: Any) -> None:
+            super().__init__(total, *args, **kwargs)
+            if self.norm is not None and not total.is_meta:  # what `patch` foresees is computed without values
                 watch.left.append(self.norm)
 
     def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
         note = z.__dict__.get(sums._NOTE)
+        if note is None and z._base is not None:  # of a view, the note is on the sum
+            note = z._base.__dict__.get(sums._NOTE)
         normed = take(norm, z)
-        if normed is not None:
+        if normed is not None and not z.is_meta:
             watch.taken.append(norm)
             if note.norm is None:
                 watch.left.append(norm)
+            if scopes.running()[-1] is not note.scope:
+                watch.across.append(norm)
         return normed
 
     monkeypatch.setattr(sums, "Note", Note)
     monkeypatch.setattr(patched, "take_note", take_note)
     return watch
+
+
+@contextlib.contextmanager
+def stack_running(module: nn.Module) -> Iterator[scopes.Scope]:
+    """As while the forward of a stack of blocks is running."""
+    scope = scopes.Scope(module, scopes.Verdict(stack=True))
+    scopes.running().append(scope)
+    try:
+        yield scope
+        scope.close(None)
+    finally:
+        scopes.running().remove(scope)
+
+
+def leave_note(z: Tensor, normed: Tensor, norm: nn.Module) -> None:
+    """What a block of the running stack does that knows the norm behind it."""
+    stack = scopes.running()[-1]
+    sums.Note(z, Record(), stack, stack, None, normed, norm)
 
 
 def operations_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Edit]]:
@@ -114,6 +146,19 @@ def patched_and_peer(
         if prepare is not None:
             prepare(one)
     return model, unfused, truth
+
+
+def learn(model: nn.Module, name: str) -> None:
+    """Run a model in each mode until it knows what follows its sites, as in all forwards but the first."""
+    modes = [module.training for module in model.modules()]
+    for training in (True, False):
+        model.train(training)
+        for recorded in (True, False):
+            with torch.set_grad_enabled(recorded):
+                for _ in range(2):
+                    model(**batch_for(model, name))
+    for module, training in zip(model.modules(), modes, strict=True):
+        module.training = training
 
 
 def compare(

@@ -1,9 +1,8 @@
-"""Families of other packages, and the counts of trainable parameters on the real configurations."""
+"""Layers whose structure misleads, and what describes them; the counts of trained parameters of real models."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import pickle
 
 import model_zoo as zoo
@@ -14,18 +13,17 @@ import torch
 import toy_family as toy
 import toy_kinds
 import transformers
-from patch_helpers import operations_run
 
 import red_kernels as rk
 from red_kernels import models
 from red_kernels.cli import main
-from red_kernels.models import Family, Layout, Point
-from red_kernels.patching.classes import is_patched
+from red_kernels.models import Family
 
 
 @pytest.fixture
 def registered(families):
-    toy.register()
+    with pytest.warns(DeprecationWarning, match="register_family is deprecated: sites are found by structure"):
+        toy.register()
 
 
 def run(model, x):
@@ -34,80 +32,82 @@ def run(model, x):
     return output.detach()
 
 
-@pytest.mark.parametrize("position", ["ffn", "attn", "ffn_attn", "res"])
+def sites_of(model, position):
+    return [site.site for site in rk.patch(model, rk.RedConfig(position=position)).sites]
+
+
+def test_the_structure_misleads():
+    assert sites_of(toy.model(), "ffn") == [
+        f"layers.{at}.{name}" for at in range(toy.LAYERS) for name in ("narrow", "down")
+    ]
+    with pytest.raises(ValueError, match="no attention with an output projection"):
+        rk.patch(toy.model(), rk.RedConfig(position="attn"))
+
+
+WANTED = {"ffn": ["down"], "attn": ["mixer"], "ffn_attn": ["mixer", "down"], "res": [""]}
+
+
+@pytest.mark.parametrize("position", WANTED)
 @pytest.mark.parametrize("kind", ["all", "ln"])
-@pytest.mark.parametrize("layer", [toy.ToyLayer, toy.FusedLayer])
-def test_it_is_the_composition(layer, kind, position, registered, monkeypatch):
-    calls = operations_run(monkeypatch)
-    plain = toy.model(layer)
+def test_it_is_the_composition(kind, position, registered):
+    plain = toy.model()
     model = copy.deepcopy(plain)
-    report = rk.patch(model, rk.RedConfig(position=position, kind=kind))
-    fused = layer is toy.FusedLayer
-    assert all((site.fused is not None) == fused for site in report.sites)
-    assert {is_patched(one) for one in model.layers} == {fused}
+    x = torch.randn(2, 5, toy.WIDTH)
+    report = rk.patch(model, rk.RedConfig(position=position, kind=kind), example=(x,))
     values = cases.values(rk.edit_parameters(model))
-    wanted = {"ffn": ["layers.{}.down"], "attn": ["layers.{}.mixer"], "res": ["layers.{}"]}
-    wanted["ffn_attn"] = wanted["attn"] + wanted["ffn"]
-    assert set(values) == {site.format(at) for site in wanted[position] for at in range(toy.LAYERS)}
+    assert list(values) == [f"layers.{at}.{path}".rstrip(".") for at in range(toy.LAYERS) for path in WANTED[position]]
     zoo.fill(rk.edit_parameters(model), values)
     unfused, truth = zoo.Unfused(plain, values), zoo.exact(plain, values)
-    x = torch.randn(2, 5, toy.WIDTH)
-    found, peer, exact = run(model, x), run(unfused.model, x), run(truth.model, x.double())
-    zoo.assert_as_exact("output", found, peer, exact)
-    own, others, wanted_gradients = zoo.gradients(rk.edit_parameters(model)), unfused.gradients(), truth.gradients()
-    assert own.keys() == wanted_gradients.keys()
-    for key in own:
-        zoo.assert_as_exact(key, own[key], others[key], wanted_gradients[key])
-    calls = [operation for operation, _ in calls]
-    if kind == "all":
-        assert ("edit_add" in calls) == (fused and "ffn" in position)
-        assert ("edit_add_layer_norm" in calls) == fused  # a fused forward takes the norm along without an edit too
-    assert fused or not {"edit_add", "edit_add_layer_norm"} & set(calls)
+    for _ in range(2):
+        found, peer, exact = run(model, x), run(unfused.model, x), run(truth.model, x.double())
+        zoo.assert_as_exact("output", found, peer, exact)
+        own, others, wanted = zoo.gradients(rk.edit_parameters(model)), unfused.gradients(), truth.gradients()
+        assert own.keys() == wanted.keys()
+        for key in own:
+            zoo.assert_as_exact(key, own[key], others[key], wanted[key])
+        last = f"layers.{toy.LAYERS - 1}"  # behind which no norm stands
+        for site in report.sites:
+            expected = "" if position == "res" else "residual add"
+            if site.site.endswith("mixer") or not site.site.startswith(last):
+                norm = "LayerNorm" if site.site.endswith("mixer") else "next layer's LayerNorm"
+                expected = f"{expected} + {norm}" if expected else norm
+            assert (site.fused or "") == (expected if kind == "all" else ""), site
 
 
 def test_a_subclass_is_found_by_its_base(registered):
-    class Mine(toy.FusedLayer):
-        pass
-
-    model = toy.model(Mine)
-    assert all(site.fused for site in rk.patch(model).sites)
-
-
-def test_a_changed_forward_is_edited_unfused(registered):
-    class Changed(toy.FusedLayer):
+    class Mine(toy.ToyLayer):
         def forward(self, x):
             return super().forward(x) + 1.0
 
-    report = rk.patch(toy.model(Changed))
-    assert all(
-        site.fused is None and "Changed.forward is not one that is known" in site.reason for site in report.sites
-    )
+    model = toy.model()
+    for layer in model.layers:
+        layer.__class__ = Mine
+    assert sites_of(model, "attn") == [f"layers.{at}.mixer" for at in range(toy.LAYERS)]
 
 
 def test_a_place_that_the_family_lacks(registered):
-    model = toy.model(toy.ToyLayer)
-    with pytest.raises(ValueError, match=r"'more'.*layers.0 \(no qkv\)"):
+    model = toy.model()
+    with pytest.raises(ValueError, match=r"lacks what position 'more' edits: .* no query, key or value projection"):
         rk.patch(model, rk.RedConfig(position="more"))
     assert not any(hasattr(module, "red_edit") for module in model.modules())
 
 
-@pytest.mark.parametrize("layer", [toy.ToyLayer, toy.FusedLayer])
-def test_pickle_copy_and_unpatch(layer, registered):
-    model = toy.model(layer)
+def test_pickle_copy_and_unpatch(registered):
+    model = toy.model()
     base = copy.deepcopy(model)
     rk.patch(model, rk.RedConfig(position="ffn_attn"))
     zoo.fill(rk.edit_parameters(model), cases.values(rk.edit_parameters(model)))
     x = torch.randn(2, 5, toy.WIDTH)
     for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
         assert torch.equal(other(x), model(x))
-        assert type(other.layers[0]).__name__ == layer.__name__
+        assert type(other.layers[0]).__name__ == "ToyLayer"
         rk.unpatch(other)
-        assert type(other.layers[0]) is layer
+        assert type(other.layers[0]) is toy.ToyLayer
         assert torch.equal(other(x), base(x))
 
 
 def test_rows_of_a_batch(registered):
-    model = toy.model(toy.FusedLayer)
+    model = toy.model()
     rk.patch(model)
     rk.add_edit(model, "a")
     zoo.fill(rk.edit_parameters(model, "a"), cases.values(rk.edit_parameters(model, "a")))
@@ -120,25 +120,6 @@ def test_rows_of_a_batch(registered):
         edited = model(x)
     torch.testing.assert_close(found, torch.stack([edited[0], base[1], base[2]]))
     assert not torch.allclose(found[0], base[0])
-
-
-def test_its_layouts_can_be_made_from_others(families):
-    """A layer that is laid out as one here: the layout again, under a key of its own."""
-    llama = next(family for family in models.FAMILIES if "LlamaDecoderLayer" in family.layers)
-    layouts = tuple(dataclasses.replace(layout, key=f"mine_{layout.key}") for layout in llama.layouts)
-    rk.register_family(dataclasses.replace(llama, name="Mine", layers=("MyDecoderLayer",), layouts=layouts))
-
-    class MyDecoderLayer(torch.nn.Module):  # not of a class that is known, but with its forward
-        forward = transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward
-
-    model = zoo.tiny("llama")
-    expected = zoo.tiny("llama")
-    for layer in model.model.layers:
-        layer.__class__ = MyDecoderLayer
-    fused = [[site.fused for site in rk.patch(one).sites] for one in (model, expected)]
-    assert fused[0] == fused[1]
-    with torch.no_grad():
-        assert torch.equal(model(**zoo.inputs("llama")).logits, expected(**zoo.inputs("llama")).logits)
 
 
 def filled(model):
@@ -206,11 +187,6 @@ def test_on_the_command_line(registered, tmp_path):
     assert type(loaded) is toy.ToyForCausalLM
 
 
-def _layout(**changes):
-    given = {"key": "new", "forward": toy.fused, "known": ("0" * 16,)}
-    return Layout(**{**given, "points": (Point("ffn", "down", "down", fuses="residual add"),), **changes})
-
-
 def _family(**changes):
     return Family(**{"name": "New", "layers": ("NewLayer",), "sites": {"ffn": ("down",)}, **changes})
 
@@ -232,28 +208,16 @@ def _family(**changes):
         (_family(sites={"mlp": ("down",)}), ValueError, "family: got sites for ['mlp'], expected paths for some of"),
         (_family(inside=("stream",)), ValueError, "expected paths for some of"),
         (_family(sites={"ffn": "down"}), ValueError, "expected a tuple of paths"),
-        (_family(layouts=(_layout(key="distilbert"),)), ValueError, "keys distilbert are taken"),
-        (_family(layouts=(_layout(), _layout())), ValueError, "keys new, new are taken"),
-        (
-            _family(layouts=(_layout(points=(Point("ffn", "up", "up", fuses=""),)),)),
-            ValueError,
-            "layout 'new' has a point for 'ffn' at 'up'",
-        ),
-        (
-            _family(layouts=(_layout(points=(Point("attn", "down", "down", fuses=""),)),)),
-            ValueError,
-            "layout 'new' has a point for 'attn' at 'down'",
-        ),
-        (_family(layouts=(_layout(block="ffn"),)), ValueError, "a point for 'ffn' at 'ffn.down'"),
     ],
 )
 def test_what_cannot_be_registered(family, error, match, families):
-    before = [copy.copy(registry) for registry in (models.FAMILIES, models.LAYOUTS, models._BY_LAYER)]
+    before = [copy.copy(registry) for registry in (models.FAMILIES, models._REGISTERED, models._BY_LAYER)]
     with pytest.raises(error) as raised:
         rk.register_family(family)
     assert match in str(raised.value)
-    assert before == [models.FAMILIES, models.LAYOUTS, models._BY_LAYER]
-    rk.register_family(_family(layouts=(_layout(),)))  # the right one can be, once
+    assert before == [models.FAMILIES, models._REGISTERED, models._BY_LAYER]
+    with pytest.warns(DeprecationWarning, match="register_family"):
+        rk.register_family(_family())  # the right one can be, once
     with pytest.raises(ValueError, match="known already"):
         rk.register_family(_family())
 

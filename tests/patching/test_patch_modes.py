@@ -15,6 +15,7 @@ from patch_helpers import (
     batch_for,
     compare,
     layers_of,
+    learn,
     loss_and_backward,
     patched_and_peer,
     philox_dropout,
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from red_kernels.edits.config import RedConfig
 from red_kernels.edits.find import edit_parameters
+from red_kernels.fusion import sums
 from red_kernels.fusion.scopes import _running
 from red_kernels.patching.patch import patch
 
@@ -66,7 +68,7 @@ def test_eval_after_train(name):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", [*FEW, "bert", "opt"])
 def test_checkpointing(name, reentrant, watch):
-    """Nothing is handed on: inside a checkpoint a layer's output and its note would live and die apart."""
+    """Nothing is handed on to the next layer: around a checkpoint its output and its note would live and die apart."""
 
     def run(model, batch):
         model.train()
@@ -85,7 +87,12 @@ def test_checkpointing(name, reentrant, watch):
         return result
 
     compare(name, run)
-    assert not watch.left
+    assert not watch.across
+    assert watch.taken == watch.left
+    watch.clear()
+    compare(name, run, prepare=lambda model: learn(model, name) or watch.clear())
+    assert not watch.across
+    assert watch.taken == watch.left
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "phi3"])
@@ -287,7 +294,8 @@ def test_autocast_of_a_half_precision_model(name):
 
 def test_a_deleted_model_is_freed_at_once():
     model, _, _ = patched_and_peer("llama")
-    model(**zoo.inputs("llama")).loss.backward()
+    for _ in range(2):
+        model(**zoo.inputs("llama")).loss.backward()
     gc.collect()
     gc.disable()
     try:
@@ -318,9 +326,13 @@ def _saved_bytes(output, smallest):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "t5", "bert"])
 def test_less_is_saved_for_backward(name, dtype):
-    """In half precision at least an activation a layer: nothing is kept in fp32. In fp32 there is nothing to save."""
+    """In half precision at least an activation a layer: nothing is kept in fp32. In fp32 there is nothing to save.
+
+    The first forward, in which the norms are not known before they are called, keeps more.
+    """
     model, unfused, _ = patched_and_peer(name, dtype)
     batch = zoo.inputs(name, batch=4, length=32)
+    model(**batch).loss.backward()
     activation = 4 * 32 * zoo.HIDDEN * dtype.itemsize if dtype != torch.float32 else 0
     fused, plain = (_saved_bytes(one(**batch).logits, 4 * 32 * zoo.HIDDEN) for one in (model, unfused.model))
     assert fused <= plain - len(zoo.sites(name)) * activation
@@ -328,11 +340,47 @@ def test_less_is_saved_for_backward(name, dtype):
 
 def test_a_copy_hands_on_by_itself(watch):
     model, _, _ = patched_and_peer("t5")
+    model(**zoo.inputs("t5")).loss.backward()
     other = copy.deepcopy(model)
-    other(**zoo.inputs("t5")).loss.backward()
-    assert watch.taken == watch.left
-    assert len(watch.left) == len(zoo.sites("t5"))
-    assert all(any(norm is module for module in other.modules()) for norm in watch.left)
+    for _ in range(2):
+        watch.clear()
+        other(**zoo.inputs("t5")).loss.backward()
+        assert watch.taken == watch.left
+        assert len(watch.across) == len(zoo.sites("t5"))
+        assert all(any(norm is module for module in other.modules()) for norm in watch.left)
     alone = copy.deepcopy(model.encoder.block[0])
     with torch.no_grad():
         alone(torch.randn(1, 4, zoo.HIDDEN))
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+@pytest.mark.parametrize("name", FEW)
+def test_an_exception_keeps_nothing(name, learnt, monkeypatch):
+    """Notes, sums and norms of them are gone with the exception: who runs out of memory tries again with less."""
+    model, _, _ = patched_and_peer(name)
+    batch = zoo.inputs(name)
+    if learnt:
+        learn(model, name)
+    alive = []
+
+    class Note(sums.Note):
+        def __init__(self, total, *args, **kwargs):
+            super().__init__(total, *args, **kwargs)
+            alive.extend(weakref.ref(one) for one in (self, total, self.normed) if one is not None)
+
+    def fail(*_):
+        raise Interrupted
+
+    monkeypatch.setattr(sums, "Note", Note)
+    gc.collect()
+    gc.disable()
+    try:
+        handle = model.get_submodule(zoo.sites(name)[2]).register_forward_hook(fail)
+        with contextlib.suppress(Interrupted):
+            model(**batch)
+        handle.remove()
+        assert alive
+        assert all(reference() is None for reference in alive)
+        assert not _running.scopes
+    finally:
+        gc.enable()

@@ -7,13 +7,23 @@ from typing import Any
 import model_zoo as zoo
 import pytest
 import torch
-from patch_helpers import Watch, batch_for, compare, loss_and_backward, patched_and_peer, watching
+from patch_helpers import (
+    Watch,
+    batch_for,
+    compare,
+    leave_note,
+    loss_and_backward,
+    patched_and_peer,
+    stack_running,
+    watching,
+)
 from torch import Tensor, nn
 
 from red_kernels.edits.config import RedConfig
 from red_kernels.edits.find import edit_parameters
-from red_kernels.fusion.handoff import leave_note, take_note
 from red_kernels.fusion.norms import norm_arguments
+from red_kernels.fusion.sums import take_note
+from red_kernels.patching.classes import patch_norm
 from red_kernels.patching.patch import patch, unpatch
 
 FEW = ["llama", "gemma2", "gpt2", "opt", "opt_post_norm", "bert", "t5", "vit"]
@@ -168,8 +178,18 @@ def test_a_site_kept_in_float32(name: str, watch: Watch) -> None:
     assert not watch.left
 
 
+def known(norm: nn.Module) -> nn.Module:
+    """A norm as it is in a patched model."""
+    assert patch_norm(norm)
+    return norm
+
+
+def test_a_norm_in_no_patched_model() -> None:
+    assert norm_arguments(nn.LayerNorm(8), torch.randn(2, 8), None) is None
+
+
 def test_norms_under_autocast() -> None:
-    norm = nn.LayerNorm(8)
+    norm = known(nn.LayerNorm(8))
     with torch.autocast("cpu", torch.bfloat16):
         assert norm_arguments(norm, torch.randn(2, 8), None) is not None
         assert norm_arguments(norm.bfloat16(), torch.randn(2, 8).bfloat16(), None) is None
@@ -179,9 +199,9 @@ def test_norms_under_autocast() -> None:
 
 def test_norms_whose_parameters_are_no_plain_tensors_beside_the_input() -> None:
     x = torch.randn(2, 8)
-    assert norm_arguments(nn.LayerNorm(8, elementwise_affine=False), x, None) is not None
-    assert norm_arguments(nn.LayerNorm(8, device="meta"), x, None) is None
-    norm = nn.LayerNorm(8)
+    assert norm_arguments(known(nn.LayerNorm(8, elementwise_affine=False)), x, None) is not None
+    assert norm_arguments(known(nn.LayerNorm(8, device="meta")), x, None) is None
+    norm = known(nn.LayerNorm(8))
     weight = norm.weight
     del norm.weight  # as FSDP does with its own views
     norm.weight = weight.detach()
@@ -190,11 +210,13 @@ def test_norms_whose_parameters_are_no_plain_tensors_beside_the_input() -> None:
     class Sharded(Tensor):
         pass
 
-    norm = nn.LayerNorm(8)
+    norm = known(nn.LayerNorm(8))
     norm.weight = nn.Parameter(norm.weight.detach().as_subclass(Sharded))
     assert norm_arguments(norm, x, None) is None
-    assert norm_arguments(nn.LayerNorm(8), x.as_subclass(Sharded), None) is None
-    assert norm_arguments(nn.LayerNorm(8), x, x.as_subclass(Sharded)) is None
+    assert norm_arguments(known(nn.LayerNorm(8)), x.as_subclass(Sharded), None) is None
+    assert norm_arguments(known(nn.LayerNorm(8)), x, x.as_subclass(Sharded)) is None
+    assert norm_arguments(known(nn.LayerNorm(8)), x, None) is not None
+    assert not patch_norm(nn.BatchNorm1d(8))
     assert norm_arguments(nn.BatchNorm1d(8), x, None) is None
 
 
@@ -205,15 +227,18 @@ def test_a_note_is_for_one_norm_and_one_weight() -> None:
     with torch.no_grad():
         z = torch.randn(2, 3, zoo.HIDDEN)
         normed = torch.randn(2, 3, zoo.HIDDEN)
-        leave_note(z, normed, last)
-        assert take_note(first, z) is None
-        assert take_note(last, z) is None, "a note is gone once a norm has seen it"
-        leave_note(z, normed, last)
-        swapped = {"weight": torch.randn(zoo.HIDDEN)}
-        assert not torch.equal(torch.func.functional_call(last, swapped, (z,)), normed)
-        leave_note(z, normed, last)
-        assert torch.equal(last(z), normed)
-        assert not torch.equal(last(z), normed)
+        with stack_running(model.get_submodule("model")):
+            leave_note(z, normed, last)
+            assert take_note(first, z) is None
+            assert take_note(last, z) is None, "a note is gone once a norm has seen it"
+            leave_note(z, normed, last)
+            swapped = {"weight": torch.randn(zoo.HIDDEN)}
+            assert not torch.equal(torch.func.functional_call(last, swapped, (z,)), normed)
+            leave_note(z, normed, last)
+            assert torch.equal(last(z), normed)
+            assert not torch.equal(last(z), normed)
+            leave_note(z, normed, last)
+        assert not torch.equal(last(z), normed), "the stack has ended"
 
 
 def test_the_base_stays_frozen_and_the_vectors_train() -> None:
@@ -257,13 +282,34 @@ def vectors_of(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     return edit_parameters(model)
 
 
-def test_one_module_at_two_sites() -> None:
+def test_one_module_in_two_layers() -> None:
+    """Its edit is one, and applied wherever the module is called."""
     model = zoo.tiny("llama")
     layers = model.get_submodule("model.layers")
     layers.get_submodule("2.mlp").down_proj = layers.get_submodule("0.mlp").down_proj
-    with pytest.raises(ValueError, match=r"layers.0.mlp.down_proj and .*layers.2.mlp.down_proj are the same module"):
-        patch(model, RedConfig())
-    assert not hasattr(layers.get_submodule("0.mlp").down_proj, "red_edit")
+    sites = zoo.sites("llama")[:2]
+    values = zoo.vectors(sites)
+    unfused, truth = zoo.Unfused(model, values), zoo.exact(model, values)
+    with pytest.warns(UserWarning, match=r"not edited.*model\.layers\.2"):
+        report = patch(model, RedConfig())
+    assert [site.site for site in report.sites] == sites
+    zoo.fill(edit_parameters(model), values)
+    for _ in range(3):
+        for one in (model, unfused.model, truth.model):
+            one.zero_grad()
+        results = [
+            loss_and_backward(one, batch_for(one, "llama"))["logits"] for one in (model, unfused.model, truth.model)
+        ]
+        zoo.assert_as_exact("logits", *results[:3])
+        found, plain, exact = zoo.gradients(edit_parameters(model)), unfused.gradients(), truth.gradients()
+        for key in exact:
+            zoo.assert_as_exact(key, found[key], plain[key], exact[key])
+        for vector in (*vectors(unfused), *vectors(truth)):
+            vector.grad = None
+
+
+def vectors(peer: zoo.Unfused) -> list[nn.Parameter]:
+    return [vector for parts in peer.vectors.values() for vector in parts.values()]
 
 
 def test_layers_beside_the_known_ones_are_named() -> None:
@@ -273,7 +319,7 @@ def test_layers_beside_the_known_ones_are_named() -> None:
             self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2))
             self.language = zoo.tiny("llama")
 
-    with pytest.warns(UserWarning, match=r"not edited.*blocks \(TransformerEncoderLayer\)"):
+    with pytest.warns(UserWarning, match=r"not edited: the 2 layers of blocks; .*stacks='other'"):
         report = patch(Tower(), RedConfig())
     assert [site.site for site in report.sites] == [f"language.{site}" for site in zoo.sites("llama")]
 
@@ -310,10 +356,14 @@ def test_the_inner_model_by_itself(name: str, kind: str, watch: Watch) -> None:
     report = patch(inner, RedConfig())
     assert [f"{kind}.{site.site}" for site in report.sites] == list(values)
     zoo.fill(edit_parameters(model), values)
-    results = [loss_and_backward(one, batch_for(one, name))["logits"] for one in (model, unfused.model, truth.model)]
-    zoo.assert_as_exact("logits", *results[:3])
-    assert watch.taken == watch.left
-    assert len(watch.left) == (len(values) if name in zoo.HANDING_ON else 0)
+    for _ in range(2):
+        watch.clear()
+        results = [
+            loss_and_backward(one, batch_for(one, name))["logits"] for one in (model, unfused.model, truth.model)
+        ]
+        zoo.assert_as_exact("logits", *results[:3])
+        assert watch.taken == watch.left
+        assert len(watch.across) == (len(values) if name in zoo.HANDING_ON else 0)
     unpatch(model)
     assert not any("red_edit" in key for key in model.state_dict())
 

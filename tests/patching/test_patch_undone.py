@@ -138,13 +138,16 @@ STEPS = [
     "attach",
     "fuse",
     "watch",
-    "patch_block",
+    "patch_scope",
     "patch_norm",
-    "patch_stack",
+    "carry",
+    "wrap_saving",
     "_check_free",
     "RedEdit",
     "prepare_classes",
+    "expected",
 ]
+ONCE = ("fuse", "watch", "wrap_saving", "prepare_classes", "expected")
 
 
 @pytest.mark.parametrize("error", [Stop, KeyboardInterrupt, MemoryError, ValueError])
@@ -159,7 +162,7 @@ def test_every_step_is_taken_back(step, error, monkeypatch):
     def failing(*args, **kwargs):
         result = real(*args, **kwargs)
         calls.append(step)
-        if len(calls) == 2 or step in ("fuse", "watch", "patch_stack"):
+        if len(calls) == 2 or step in ONCE:
             raise error("in the middle")
         return result
 

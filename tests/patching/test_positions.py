@@ -208,9 +208,8 @@ def test_a_forward_that_leaves_the_inner_edit_out_is_found():
     patch(model, RedConfig(position="res_with_attn"))
     layer = model.model.layers[1]
     layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
-    with pytest.raises(
-        RuntimeError, match="layers.1.self_attn was not applied: the forward of its LlamaDecoderLayer did not call"
-    ):
+    found = r"layers.1.self_attn was not applied: the forward of its LlamaDecoderLayer did not call"
+    with pytest.raises(RuntimeError, match=found):
         model(**zoo.inputs("llama"))
 
 

@@ -327,6 +327,18 @@ def test_ffns(ffn: nn.Module, expected: str | None) -> None:
     assert (paths(block, "attn"), paths(block, "qkv")) == (["attn.proj"], ["attn.qkv"])
 
 
+@pytest.mark.parametrize("told_by", ["attention", "config"])
+def test_the_width_of_a_mixture_beside_norms_of_another(told_by: str) -> None:
+    layer = Layer(Mixture())
+    layer.norm1 = layer.norm2 = nn.LayerNorm(4 * D)
+    if told_by == "config":
+        del layer.attn
+    model = Stack(layer)
+    model.config = transformers.LlamaConfig(hidden_size=D)
+    (block,) = blocks_in(model)
+    assert {site.width for site in block.sites if site.place in ("ffn", "res")} == {D}
+
+
 def test_what_is_beside_the_sublayers() -> None:
     modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
     layer = Layer(

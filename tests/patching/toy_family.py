@@ -1,5 +1,6 @@
-"""A model of another package, and its family, in one file: edited unfused by its sites alone, and fused by a layout.
+"""A model of another package whose structure misleads, and the `Family` that says where its sites are.
 
+The mixer of a layer has no name that tells attention, and a gate of the stream looks like a second FFN.
 `ToyForCausalLM` has the same layers as a model of transformers.
 """
 
@@ -13,10 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from red_kernels.fusion.compose import add, add_then_norm
-from red_kernels.fusion.deferral import call_unedited, edited_output
-from red_kernels.fusion.fingerprint import class_fingerprint
-from red_kernels.models import Edits, Family, Layout, Point, register_family
+from red_kernels.models import Family, register_family
 
 WIDTH, LAYERS = 16, 3
 
@@ -26,34 +24,25 @@ class ToyLayer(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.mixer = nn.Linear(WIDTH, WIDTH)
+        self.widen, self.narrow = nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
         self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.mixer(self.norm1(x))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class FusedLayer(ToyLayer):
-    """The same, of a family with a layout."""
+        normed = self.norm2(x)
+        gate = torch.sigmoid(self.narrow(F.gelu(self.widen(normed))))
+        return x + self.down(F.gelu(self.up(gate * normed)))
 
 
 class ToyModel(nn.Module):
-    def __init__(self, layer: type[nn.Module]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layer() for _ in range(LAYERS))
+        self.layers = nn.ModuleList(ToyLayer() for _ in range(LAYERS))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
         return x
-
-
-def fused(layer: Any, edits: Edits, x: Tensor) -> Tensor:
-    mixed = call_unedited(layer.mixer, edits.attn, layer.norm1(x))
-    normed, x = add_then_norm(mixed, x, layer.norm2, own=edits.attn)
-    output = call_unedited(layer.down, edits.ffn, F.gelu(layer.up(normed)))
-    output = add(output, x, edits.ffn) if edits.res is None else edits.res(add(output, x, edits.ffn))
-    return edited_output(edits.res, output)
 
 
 class ToyConfig(PretrainedConfig):
@@ -70,7 +59,7 @@ class ToyForCausalLM(PreTrainedModel):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.embed = nn.Embedding(config.vocab_size, WIDTH)
-        self.model = ToyModel(FusedLayer)
+        self.model = ToyModel()
         self.lm_head = nn.Linear(WIDTH, config.vocab_size, bias=False)
         self.post_init()
 
@@ -83,30 +72,17 @@ class ToyForCausalLM(PreTrainedModel):
         return CausalLMOutput(loss=loss, logits=logits)
 
 
-SITES = {"ffn": ("down",), "attn": ("mixer",), "res": ("",)}
-UNFUSED = Family(name="Toy", layers=("ToyLayer",), sites=SITES)
-FUSED = Family(
-    name="Fused toy",
-    layers=("toy_family.FusedLayer",),
-    sites=SITES,
-    layouts=(
-        Layout(
-            key="toy",
-            forward=fused,
-            known=(str(class_fingerprint(ToyLayer)),),
-            points=(
-                Point("attn", "mixer", "mixer", fuses="residual add + LayerNorm", norm="norm2", bare="residual add"),
-                Point("ffn", "down", "down", fuses="residual add"),
-                Point("res", "", "", fuses="nothing more"),
-            ),
-        ),
-    ),
+FAMILY = Family(
+    name="Toy",
+    layers=("toy_family.ToyLayer",),
+    sites={"ffn": ("down",), "attn": ("mixer",), "res": ("",)},
+    layouts=("what a release wrote in which forwards were replaced",),
 )
 
 
-def model(layer: type[nn.Module]) -> ToyModel:
+def model() -> ToyModel:
     torch.manual_seed(0)
-    return ToyModel(layer)
+    return ToyModel()
 
 
 def causal_lm(vocabulary: int = 64) -> ToyForCausalLM:
@@ -119,8 +95,7 @@ def causal_lm(vocabulary: int = 64) -> ToyForCausalLM:
 
 
 def register() -> None:
-    register_family(UNFUSED)
-    register_family(FUSED)
+    register_family(FAMILY)
 
 
 AutoConfig.register(ToyConfig.model_type, ToyConfig)

@@ -1,0 +1,50 @@
+"""Whether hooks of others see what a module is given or returns."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .norms import OWN_HOOKS
+
+__all__ = ["chain", "observed"]
+
+_CAPTURING = "transformers.utils.output_capturing"
+
+
+def observed(module: nn.Module, entering: bool = True, leaving: bool = True) -> bool:
+    """Whether hooks of others see what a module is given or returns."""
+    if module._backward_hooks or module._backward_pre_hooks:
+        return True
+    if entering and module._forward_pre_hooks and any(map(_observes, module._forward_pre_hooks.values())):
+        return True
+    return bool(leaving and module._forward_hooks and any(map(_observes, module._forward_hooks.values())))
+
+
+def _observes(hook: Callable[..., Any]) -> bool:
+    """Whether a hook may look at what passes: any but ours may, and but transformers' own, which stay once needed."""
+    if hook in OWN_HOOKS:
+        return False
+    if getattr(hook, "__module__", None) != _CAPTURING:
+        return True
+    capturing = sys.modules.get(_CAPTURING)
+    collector = getattr(capturing, "_active_collector", None)
+    if collector is None:
+        return True
+    collected = collector.get()
+    return torch.is_grad_enabled() and collected is not None and "hidden_states" in collected
+
+
+def chain(outer: nn.Module, inner: nn.Module) -> Iterator[nn.Module]:
+    """The modules between two, the second one included; nothing where it is not inside of the first."""
+    for name, module in outer.named_modules():
+        if module is inner:
+            between: nn.Module = outer
+            for part in name.split("."):
+                between = between._modules[part]  # type: ignore[assignment]
+                yield between
+            return

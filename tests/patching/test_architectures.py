@@ -1,0 +1,57 @@
+"""Every architecture of transformers, patched, computes what plain forward hooks compute; most sites are fused."""
+
+from __future__ import annotations
+
+import architectures as zoo
+import pytest
+from architecture_runs import POSITIONS, is_fused, run
+
+from red_kernels.models import blocks_in
+
+EVERY = zoo.architectures()
+# A run of each change tries every architecture at one position, so that neighbours share none.
+ONE = [(one, POSITIONS[at % len(POSITIONS)]) for at, one in enumerate(EVERY)]
+REST = [(one, position) for one in EVERY for position in POSITIONS if (one, position) not in ONE]
+# Their own forward raises, or they need what is not installed; and what runs backward in its own way.
+REVERSIBLE = ("reformer",)
+
+
+def _named(case: object) -> str:
+    return str(case)
+
+
+def check(architecture: zoo.Architecture, position: str) -> None:
+    result = run(architecture, position)
+    assert not result.wrong
+    if result.reason.startswith("cannot be built"):
+        pytest.skip(result.reason)
+    if not result.sites and not result.reason.startswith("does not run"):
+        places = {"ffn": ("ffn",), "attn": ("attn",), "more": ("qkv", "attn", "ffn"), "res": ("res",)}[position]
+        found = {site.place for block in blocks_in(zoo.build(architecture)) for site in block.sites}
+        assert not set(places) <= found, f"refused, with all places there: {result.reason}"
+
+
+@pytest.mark.parametrize(("architecture", "position"), ONE, ids=_named)
+def test_as_plain_hooks(architecture: zoo.Architecture, position: str) -> None:
+    if architecture.model_type not in REVERSIBLE:
+        check(architecture, position)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("architecture", "position"), REST, ids=_named)
+def test_as_plain_hooks_elsewhere(architecture: zoo.Architecture, position: str) -> None:
+    if architecture.model_type not in REVERSIBLE:
+        check(architecture, position)
+
+
+# Some that no table names.
+UNNAMED = ("gemma smollm3 olmo2 granite cohere starcoder2 deepseek_v3 gpt_oss bloom bart glm4 stablelm llama4_text "
+           "qwen3_next").split()  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNNAMED)
+def test_fused_with_addition_and_norm(name: str) -> None:
+    one = next(one for one in zoo.architectures("causal-lm") if one.model_type == name)
+    sites = run(one, "ffn").sites
+    assert sites
+    assert all(is_fused(site) and "Norm" in str(site.fused) for site in sites), sites
