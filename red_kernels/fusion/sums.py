@@ -6,7 +6,7 @@ off and returns `y`. Where the norm is not known yet, the norm that reads `z` co
 never depend on what has been learnt. Whatever happens on the way (another tensor, another norm, an exception, an early
 exit), the note goes with the tensor it hangs on.
 
-`y` and `z` have nodes of their own in the graph (`ops/handover.py`), so the gradient of `z` is whole, whoever asks for it.
+`y` and `z` have nodes of their own in the graph (`ops/handover.py`): the gradient of `z` is whole, whoever asks for it.
 """
 
 from __future__ import annotations
@@ -275,7 +275,7 @@ def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
         return note.normed
     handover = note.handover
     assert handover is not None
-    found = norm_arguments(norm, handover.x, handover.residual)
+    found = norm_arguments(norm, z, None)
     if found is None:
         return None
     link = _learn(note, norm, here)
@@ -287,7 +287,7 @@ def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
         record.what = f"{record.what} + {link.title}" if record.what else link.title
     note.holder.remove(note)
     normed = norm_of(z, handover, found)
-    if here and not record.decided and note.hooks is None and handover.residual is not None:
+    if here and not record.decided and note.hooks is None:
         note.scope.undecided.append((record, z, normed))
     return normed
 

@@ -36,18 +36,18 @@ _BARE = affine_edit()
 
 
 class Handover:
-    """What a sum is made of, for the norm that may follow; and what the norm's backward hands to that of the sum.
+    """What the forward of a sum leaves to that of its norm, and the backward of the norm to that of the sum.
 
     Attributes:
-        x, residual, edit: what was added.
-        norm, normed: the norm, where it is known, and what it gave: the value and the row's statistics.
+        edit, norm: of the sum; and of the norm, where it is known.
+        normed: what that gave: the value and the row's statistics.
         total: the sum.
     """
 
-    __slots__ = ("edit", "handed", "norm", "normed", "residual", "task", "total", "x")
+    __slots__ = ("edit", "handed", "norm", "normed", "task", "total")
 
-    def __init__(self, x: Tensor, residual: Tensor | None, edit: Edit, norm: Norm | None) -> None:
-        self.x, self.residual, self.edit, self.norm = x, residual, edit, norm
+    def __init__(self, edit: Edit, norm: Norm | None) -> None:
+        self.edit, self.norm = edit, norm
         self.normed: tuple[Tensor, Tensor | None, Tensor] | None = None
         self.total: weakref.ref[Tensor] | None = None
         self.task = -1
@@ -89,10 +89,13 @@ def sum_of(x: Tensor, residual: Tensor | None, edit: Edit, norm: Norm | None = N
     """
     if residual is not None and residual.dtype != x.dtype:
         x, residual = of_one_dtype(x, residual)
-    handover = Handover(x, residual, edit, norm)
+    handover = Handover(edit, norm)
     scale, bias, *_ = flat_edit(edit)
-    _leaf_node()
-    z = _sum(x, residual, scale, bias, _leaf(), handover)
+    leaf = None  # it must not be the one thing that asks for gradients
+    if any(tensor is not None and tensor.requires_grad for tensor in (x, residual, scale, bias)):
+        _leaf_node()
+        leaf = _leaf()
+    z = _sum(x, residual, scale, bias, leaf, handover)
     handover.total = weakref.ref(z)
     return z, handover
 
@@ -112,7 +115,7 @@ class SumFunction(Function):
         residual: Tensor | None,
         scale: Tensor | None,
         bias: Tensor | None,
-        leaf: Tensor,
+        leaf: Tensor | None,
         handover: Handover,
     ) -> Tensor:
         need, edit, norm = ctx.needs_input_grad, handover.edit, handover.norm

@@ -192,7 +192,7 @@ def _plan_around(plan: Plan, model: nn.Module, blocks: list[Block], widths: dict
         for site in block.sites if inside else ():
             name = f"{block.name}.{site.path}" if site.path else block.name
             module = modules[name]
-            if site.place in ("attn", "ffn") and name not in widths and not site.of_tuple:
+            if site.place in ("attn", "ffn") and name not in widths and not isinstance(module, nn.MultiheadAttention):
                 plan.carriers.append((module, modules[inside[0]]))
     for stack in dict.fromkeys((*plan.stacks, *plan.blocks)):
         for module in stack.modules():

@@ -116,8 +116,18 @@ def operations_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Edit]]:
         if hasattr(module, "fused"):
             monkeypatch.setattr(module, "fused", SimpleNamespace(**watched, **rest))
     # Where the norm is not known yet, the sum and its norm are computed one after the other.
-    monkeypatch.setattr(sums, "sum_of", recorded("sum_of", handover.sum_of, "edit_add"))
-    monkeypatch.setattr(sums, "norm_of", recorded("norm_of", handover.norm_of, "edit_add_norm"))
+    # Where it is, one pass computes both, and what is called for the norm only hands its part out.
+    alone, both = (recorded("sum_of", handover.sum_of, name) for name in ("edit_add", "edit_add_norm"))
+    norm_of = recorded("norm_of", handover.norm_of, "edit_add_norm")
+
+    def sum_of(*arguments: Any) -> Any:
+        return (both if isinstance(arguments[-1], Norm) else alone)(*arguments)
+
+    def norm_of_sum(z: Tensor, given: Handover, norm: Norm) -> Tensor:
+        return (norm_of if given.norm is None else handover.norm_of)(z, given, norm)
+
+    monkeypatch.setattr(sums, "sum_of", sum_of)
+    monkeypatch.setattr(sums, "norm_of", norm_of_sum)
     return calls
 
 

@@ -53,7 +53,8 @@ def test_accelerate_offload(name, when, offload, tmp_path, monkeypatch):
             "logits", found, unfused.model(**zoo.inputs(name)).logits, truth.model(**zoo.inputs(name)).logits
         )
     assert not watch.left
-    assert not any("Norm" in (site.fused or "") for site in report.sites), "accelerate brings the norms' weights"
+    if name != "bert":  # there torch's own function is called with the sum, when its weights have been brought
+        assert not any("Norm" in (site.fused or "") for site in report.sites), "accelerate brings the norms' weights"
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
