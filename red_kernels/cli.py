@@ -69,6 +69,13 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(required=True, metavar="info | finetune | merge | convert | bench")
     info = commands.add_parser("info", help="show the backends, the machine and the versions of what is installed")
     info.set_defaults(run=_info)
+    info.add_argument(
+        "--model",
+        help="show instead what would be edited in this model and what each edit would be fused with: a folder, a "
+        ".gguf file, a hub id or the name of a packaged model; no weights are loaded",
+    )
+    info.add_argument("--position", default="ffn", help="of the edits, with --model")
+    info.add_argument("--kind", default="all", help="of the edits, with --model")
     finetune = commands.add_parser(
         "finetune",
         help="train edits on a model and show what they bring",
@@ -310,10 +317,13 @@ def _info(options: argparse.Namespace) -> int:
     require("rich", "red-kernels info")
     from rich.console import Console
 
-    from .info import show_info
+    from .info import show_info, show_model
 
     with _quiet_imports():  # it looks for all that there may be
-        show_info(Console())
+        if options.model is None:
+            show_info(Console())
+        else:
+            show_model(Console(), options.model, options.position, options.kind)
     return 0
 
 

@@ -7,6 +7,7 @@ import platform
 from importlib import metadata
 
 import torch
+import transformers
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -14,7 +15,10 @@ from rich.table import Table
 from ._version import __version__
 from .backends import available_backends, choice, choose, forced_backend, records
 from .backends.schemas import KERNEL_DTYPES
+from .edits.config import RedConfig
 from .finetune.base_dtype import choose_dtype, slowdown
+from .patching.patch import patch
+from .support.base_models import described_base, named_class, quietly
 from .support.errors import one_line
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "gguf", "peft", "datasets", "matplotlib")
@@ -65,6 +69,26 @@ def show_info(console: Console) -> None:
     for package in _PACKAGES:
         versions.add_row(package, _version(package))
     console.print(versions)
+
+
+def show_model(console: Console, name: str, position: str = "ffn", kind: str = "all") -> None:
+    """Print what `rk.patch` would edit in a model, and what each edit would be fused with; no weights are loaded.
+
+    Args:
+        console: to print on.
+        name: a folder, a `.gguf` file, a hub id or the name of a packaged model.
+        position, kind: as of `RedConfig`.
+
+    Raises:
+        OSError: the model cannot be found or read.
+        ValueError: its configuration is of no known model, or there is nothing to edit.
+    """
+    config = RedConfig(position=position, kind=kind)
+    described = described_base(name)
+    made = named_class(described) or transformers.AutoModelForCausalLM.from_config  # GGUF files name no class
+    with torch.device("meta"), quietly():
+        model = made(described)
+    console.print(escape(str(patch(model, config))), soft_wrap=True)
 
 
 def _chosen(device: str) -> str:

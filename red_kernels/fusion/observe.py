@@ -31,12 +31,20 @@ def _observes(hook: Callable[..., Any]) -> bool:
         return False
     if getattr(hook, "__module__", None) != _CAPTURING:
         return True
-    capturing = sys.modules.get(_CAPTURING)
-    collector = getattr(capturing, "_active_collector", None)
+    collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
     if collector is None:
         return True
     collected = collector.get()
-    return torch.is_grad_enabled() and collected is not None and "hidden_states" in collected
+    if not collected or not torch.is_grad_enabled():
+        return False
+    names = getattr(getattr(hook, "__code__", None), "co_freevars", ())
+    held = dict(zip(names, getattr(hook, "__closure__", None) or (), strict=False))
+    try:
+        key, index = held["key"].cell_contents, held["index"].cell_contents
+    except (KeyError, ValueError):
+        return "hidden_states" in collected
+    # Of other things it keeps what stands beside the value, such as attention's weights.
+    return key in collected and (key == "hidden_states" or index == 0)
 
 
 def chain(outer: nn.Module, inner: nn.Module) -> Iterator[nn.Module]:

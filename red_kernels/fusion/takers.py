@@ -393,6 +393,12 @@ def _data_ptr(func: Any, args: Arguments, kwargs: Keywords) -> Any:
     )
 
 
+def _made_like(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    """A new tensor, of which the value only gives the dtype, the device and perhaps the shape."""
+    value, *how = args
+    return func(value.h, *how, **kwargs) if type(value) is Waiting else NotImplemented
+
+
 for _functions, _taker in (
     ((Tensor.add, torch.add), _add),
     ((Tensor.add_,), _add_in_place),
@@ -418,6 +424,11 @@ for _functions, _taker in (
     ((F.layer_norm,), _layer_norm),
     ((F.rms_norm,), _rms_norm),
     ((Tensor.data_ptr,), _data_ptr),
+    (
+        (Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor, torch.empty_like,
+         torch.zeros_like, torch.ones_like, torch.full_like),
+        _made_like,
+    ),
 ):  # fmt: skip
     for _function in _functions:
         TAKERS[_function] = _taker

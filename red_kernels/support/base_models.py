@@ -129,6 +129,16 @@ def load_base(
     return BaseModel(model, tokenizer, model.config._name_or_path, frozenset(missing))
 
 
+def described_base(name: str) -> Any:
+    """The configuration of a base model, by a name as for `load_base`. Raises OSError, ValueError as that."""
+    packaged = next((model for model in PACKAGED if model.name == name), None)
+    path = packaged.locate() if packaged else Path(name)
+    gguf = gguf_options(path) if path.suffix == ".gguf" else {}
+    source = str(path.resolve().parent) if gguf else str(path) if path.exists() else name
+    with quietly(), explaining(name):
+        return transformers.AutoConfig.from_pretrained(source, **OWN_CODE, **gguf)
+
+
 def model_class(config: Any, name: str) -> Any:
     """The class of transformers that a configuration names as its model's.
 

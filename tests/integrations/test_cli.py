@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,17 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert error.startswith("error: ")
     assert "Traceback" not in error
     return error
+
+
+def test_info_of_a_model(llama: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The report of a patch; no weights are loaded."""
+    shutil.copy(llama / "config.json", tmp_path)
+    assert cli.main(["info", "--model", str(tmp_path), "--position", "attn"]) == 0
+    printed = capsys.readouterr().out
+    assert "self_attn.o_proj" in printed
+    assert "residual add + RMSNorm" in printed
+    assert "position" in fails(["info", "--model", str(tmp_path), "--position", "nowhere"], capsys)
+    fails(["info", "--model", str(tmp_path / "none")], capsys)
 
 
 def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
