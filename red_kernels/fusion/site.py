@@ -213,7 +213,7 @@ def _stream(own: RedEdit, module: nn.Module, z: Any) -> Tensor | None:
 
 def _stream_behind(own: RedEdit, h: Any, record: Record) -> Tensor | None:
     """What an attention returns, for the addition behind which the stream is edited."""
-    if type(h) is Waiting and h.done is None and h.residual is None and not h.others:
+    if type(h) is Waiting and h.waits() and h.residual is None and not h.others:
         h.after = After(own, record)
         return h
     h = h.settle() if type(h) is Waiting else h

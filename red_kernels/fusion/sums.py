@@ -55,8 +55,8 @@ class Note:
         record: of the site.
         scope: in which the sum was made; `stack` the one in which it may be handed on, or None.
         source: the module whose output the sum is at last, or None for the scope's.
-        normed, norm, weight: the value, whose it is, and the weight that the norm had.
-        handover: in its place, how to compute it.
+        handover: by which a norm's value is computed.
+        normed, norm, weight: the value, whose it is, and the weight that the norm had, where it is computed already.
     """
 
     __slots__ = (
@@ -71,9 +71,9 @@ class Note:
         scope: Scope,
         stack: Scope | None,
         source: nn.Module | None,
+        handover: Handover,
         normed: Tensor | None = None,
         norm: nn.Module | None = None,
-        handover: Handover | None = None,
     ) -> None:
         self.record, self.scope, self.stack, self.source = record, scope, stack, source or scope.module
         self.normed, self.norm, self.handover = normed, norm, handover
@@ -208,7 +208,8 @@ def hand_over(
             with _counting():
                 z, handover = sum_of(x, residual, edit, found)
                 normed = norm_of(z, handover, found)
-            Note(z, record, scope, _open_stack(scopes) if link.across else None, source, normed, link.norm)
+            stack = _open_stack(scopes) if link.across else None
+            Note(z, record, scope, stack, source, handover, normed, link.norm)
             return z
     stack = None if again else _open_stack(scopes)
     if ((link is None and (later or _is_searching(record))) or again) and not (scope.stack and stack is None):
@@ -216,7 +217,7 @@ def hand_over(
             record.searches += 1
         with _counting():
             z, handover = sum_of(x, residual, edit)
-        Note(z, record, scope, stack, source, handover=handover)
+        Note(z, record, scope, stack, source, handover)
         return z
     return edited(x, residual, edit)
 
@@ -234,7 +235,7 @@ def _out_of_inference() -> Iterator[None]:
 
 def _is_searching(record: Record) -> bool:
     """Whether it is not known yet what reads the sums of a site; or known that it varies."""
-    return record.link is None and (record.searches < _SEARCHES or record.misses >= _MISSES)
+    return record.link is None and (record.searches < _SEARCHES or record.misses > 0)
 
 
 def _open_stack(scopes: list[Scope]) -> Scope | None:
@@ -269,12 +270,11 @@ def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
         return None
     record = note.record
     if note.normed is not None:
-        if note.norm is not norm or note.weight is not norm_weight(norm):
-            return None
-        note.holder.remove(note)
-        return note.normed
+        if note.norm is norm and note.weight is norm_weight(norm):
+            note.holder.remove(note)
+            return note.normed
+        record.missed()  # another norm reads this sum: it computes of it what it would in a first call
     handover = note.handover
-    assert handover is not None
     found = norm_arguments(norm, z, None)
     if found is None:
         return None
@@ -328,7 +328,7 @@ def norm_weight(norm: nn.Module) -> Tensor | None:
 
 def norm_of_waiting(norm: nn.Module, value: Waiting) -> Tensor | None:
     """The norm of a waiting value in one pass; None where it has to be settled first."""
-    if value.done is not None or value.others:
+    if not value.waits() or value.others:
         return None
     found = norm_arguments(norm, value.h, value.residual)
     if found is None:

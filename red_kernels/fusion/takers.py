@@ -23,12 +23,12 @@ Keywords = dict[str, Any]
 
 def _waits(value: object) -> bool:
     """Whether it still waits: a site's value, or its sum."""
-    return type(value) is Waiting and value.done is None
+    return type(value) is Waiting and value.waits()
 
 
 def _open(value: object) -> bool:
     """Whether it waits, and was not added to anything yet."""
-    return type(value) is Waiting and value.done is None and value.residual is None
+    return type(value) is Waiting and value.residual is None and value.waits()
 
 
 def _like(value: Waiting, **changes: Any) -> Waiting:
@@ -361,7 +361,7 @@ def _rms_norm(func: Any, args: Arguments, kwargs: Keywords) -> Any:
 
 
 def _norm(value: Any, shape: Any, norm: Norm, title: str) -> Any:
-    if type(value) is not Waiting or value.done is not None or value.others:
+    if not _waits(value) or value.others:
         return NotImplemented
     h = value.h
     if tuple(shape) != h.shape[-1:] or (h.dtype != torch.float32 and torch.is_autocast_enabled(h.device.type)):

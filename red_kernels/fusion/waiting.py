@@ -113,6 +113,21 @@ class Waiting(Tensor):
         with torch.no_grad():  # autograd is above
             return func(*_plainly(args, str(func)), **_plainly(kwargs or {}, str(func)))
 
+    def waits(self) -> bool:
+        """Whether it may still be taken as it is.
+
+        Not so once what it views was settled, and perhaps changed. Nor without gradients where it was made with them:
+        it may be inside of the forward of an `autograd.Function`, whose gradient goes to the node of this wrapper.
+        """
+        if self.done is not None or (self.differentiable and not torch.is_grad_enabled()):
+            return False
+        base = self.base
+        while base is not None:
+            if base.done is not None:
+                return False
+            base = base.base
+        return True
+
     def settle(self) -> Tensor:
         """The edited value as a plain tensor, computed once."""
         done = self.done
@@ -124,7 +139,7 @@ class Waiting(Tensor):
                 self.done = done
                 self.base = self.again = None  # so that what only this was a view of is not computed as well
             else:  # perhaps by the forward of an autograd.Function
-                self.record.astray = True
+                self.record.astray, self.record.proven = True, False
         return done
 
     def settle_for(self, name: str) -> Tensor:
@@ -136,11 +151,18 @@ class Waiting(Tensor):
                 self.record.alone = False
         return self.settle()
 
+    def _shares_memory(self) -> bool:
+        """Whether it views what somebody else holds too, or what was settled."""
+        if self.base is None:
+            return False
+        return sys.getrefcount(self.base) > _ALONE or self.base.done is not None or self.base.base is not None
+
     def _computed(self) -> Tensor:
         if self.after is not None:
             return marked(edited(self.h, None, self.edit), self.after.own)
         # A view of what somebody else holds too has to share its memory.
-        if self.base is not None and self.again is not None and sys.getrefcount(self.base) > _ALONE:
+        if self.again is not None and self._shares_memory():
+            assert self.base is not None
             return self.again(self.base.settle())
         if self.residual is not None:
             return self.record.total(self)

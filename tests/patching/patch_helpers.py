@@ -19,6 +19,7 @@ from red_kernels.edits.config import RedConfig
 from red_kernels.edits.find import edit_parameters
 from red_kernels.fusion import scopes, site, sums, takers, waiting
 from red_kernels.fusion.record import Record
+from red_kernels.fusion.waiting import NO_EDIT
 from red_kernels.ops import fused, handover
 from red_kernels.ops.handover import Handover
 from red_kernels.patching import classes as patched
@@ -91,7 +92,7 @@ def stack_running(module: nn.Module) -> Iterator[scopes.Scope]:
 def leave_note(z: Tensor, normed: Tensor, norm: nn.Module) -> None:
     """What a block of the running stack does that knows the norm behind it."""
     stack = scopes.running()[-1]
-    sums.Note(z, Record(), stack, stack, None, normed, norm)
+    sums.Note(z, Record(), stack, stack, None, Handover(NO_EDIT, None), normed, norm)
 
 
 def operations_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Edit]]:
