@@ -50,7 +50,7 @@ def _observes(hook: Callable[..., Any]) -> bool:
 def chain(outer: nn.Module, inner: nn.Module) -> Iterator[nn.Module]:
     """The modules between two, the second one included; nothing where it is not inside of the first."""
     for name, module in outer.named_modules():
-        if module is inner:
+        if module is inner and name:
             between: nn.Module = outer
             for part in name.split("."):
                 between = between._modules[part]  # type: ignore[assignment]
