@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from red_kernels.fusion.norms import norm_spec
+from red_kernels.fusion.norms import NormSpec, could_be_norm, norm_spec
 
 from ..methods import Prepared, sister
 
@@ -209,15 +209,16 @@ def _exact(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy in another dtype, its RMSNorms too, which transformers computes in fp32 at most."""
     made = copy.deepcopy(model).to(dtype)
     for module in made.modules():
-        spec = norm_spec(type(module))
+        spec = norm_spec(module) if could_be_norm(module) else None
         if spec is not None and not spec.centered:
-            module.forward = _rms_norm(module, spec.eps, spec.offset)
+            module.forward = _rms_norm(module, spec)
     return made
 
 
-def _rms_norm(module: Any, eps: str, offset: float) -> Callable[[Tensor], Tensor]:
+def _rms_norm(module: Any, spec: NormSpec) -> Callable[[Tensor], Tensor]:
     def forward(hidden: Tensor) -> Tensor:
-        scale = torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + getattr(module, eps))
-        return hidden * scale * (module.weight + offset)
+        eps = spec.epsilon(module, hidden.dtype)
+        normed = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps)
+        return normed * (getattr(module, spec.weight) + spec.offset) if spec.weight else normed
 
     return forward
