@@ -105,6 +105,8 @@ def operations_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Edit]]:
             if own is None:
                 own = next(one.edit for one in arguments if isinstance(one, Handover))
             centered = any(one.centered for one in arguments if isinstance(one, Norm))
+            if arguments[0].is_meta:  # of the twin that the report is foreseen by
+                return function(*arguments)
             calls.append((name.replace("norm", "layer_norm" if centered else "rms_norm"), own))
             return function(*arguments)
 
