@@ -8,6 +8,7 @@ import random
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,6 +92,9 @@ def _twin(model: nn.Module) -> nn.Module:
     """A copy without memory for its tensors, and without hooks of others."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
+        if not _is_plain(parameter):
+            memo[id(parameter)] = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+            continue
         memo[id(parameter)] = nn.Parameter(
             torch.empty_like(parameter, device="meta", requires_grad=False), parameter.requires_grad
         )
@@ -103,7 +107,20 @@ def _twin(model: nn.Module) -> nn.Module:
                 del hooks[key]
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
+    for name, module in model.named_modules():
+        width = getattr(module, "out_features", None)
+        if isinstance(width, int) and not all(map(_is_plain, module._parameters.values())):
+            twin.get_submodule(name).forward = partial(_of_width, width)
     return twin
+
+
+def _is_plain(parameter: Tensor | None) -> bool:
+    return parameter is None or (type(parameter.data) is Tensor and parameter.is_floating_point())
+
+
+def _of_width(width: int, x: Tensor) -> Tensor:
+    """In the place of a quantised layer, of which only the width of the output matters."""
+    return x.new_empty(*x.shape[:-1], width)
 
 
 @contextlib.contextmanager
