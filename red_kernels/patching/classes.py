@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..edits.module import RedEdit, plain_only
 from ..fusion.fingerprint import BASE, CAPTURED
@@ -156,7 +157,7 @@ def _scope_forward(base: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         verdict: Verdict | None = self.__dict__.get(SCOPE)
-        if verdict is None or plain_only():
+        if verdict is None or plain_only() or forward_ad._current_level >= 0:  # there nothing waits
             return base.forward(self, *args, **kwargs)
         scopes = running()
         depth = len(scopes)
