@@ -15,14 +15,10 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
-__all__ = ["BASE", "CAPTURED", "class_fingerprint", "fingerprint", "forward_of", "unwrapped"]
+__all__ = ["BASE", "fingerprint", "unwrapped"]
 
 BASE = "_red_kernels_base"  # set in this package's subclasses: the library's class
-CAPTURED = "_red_kernels_captured"  # and the `forward` that it had
 _TRUSTED = ("transformers", "torch", __name__.partition(".")[0])
-_fingerprints: dict[Callable[..., Any], str | None] = {}
 _ANNOTATIONS = ("annotation", "returns", "type_comment", "type_params")
 
 
@@ -33,24 +29,6 @@ def fingerprint(function: Callable[..., Any]) -> str | None:
     makes it another one.
     """
     return _fingerprint(unwrapped(function))
-
-
-def forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
-    """The `forward` of a module class; that of the library's class where it was replaced since patching."""
-    base: type[nn.Module] | None = getattr(kind, BASE, None)
-    if base is not None and base.forward is not getattr(kind, CAPTURED):
-        return base.forward
-    return kind.forward
-
-
-def class_fingerprint(kind: type[nn.Module]) -> str | None:
-    """The fingerprint of a module class's `forward`; quick, after the first time."""
-    forward = forward_of(kind)  # may be replaced in the class, so the class alone does not stand for it
-    try:
-        return _fingerprints[forward]
-    except KeyError:
-        found = _fingerprints[forward] = fingerprint(forward)
-        return found
 
 
 def unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:

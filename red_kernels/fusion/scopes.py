@@ -23,7 +23,7 @@ from .waiting import Waiting
 if TYPE_CHECKING:
     from .record import Record
 
-__all__ = ["OWN_HOOKS", "SCOPE", "Leaving", "Scope", "Verdict", "running", "scope_of", "stack_of"]
+__all__ = ["OWN_HOOKS", "SCOPE", "Leaving", "Scope", "Verdict", "running", "stack_of"]
 
 SCOPE = "_red_kernels_scope"  # the attribute of a patched block or stack with its `Verdict`
 
@@ -88,14 +88,13 @@ class Scope:
         undecided: sums of which it is not known yet whether anything but their norm reads them.
     """
 
-    __slots__ = ("collects", "handed", "left", "made", "module", "recorded", "stack", "undecided", "verdict")
+    __slots__ = ("collects", "left", "made", "module", "recorded", "stack", "undecided", "verdict")
 
     def __init__(self, module: nn.Module, verdict: Verdict, collects: bool = False) -> None:
         self.module, self.verdict, self.stack, self.collects = module, verdict, verdict.stack, collects
         self.made: list[weakref.ref[Waiting]] = []
         self.left: list[Leaving] = []
         self.undecided: list[tuple[Record, Tensor, Tensor]] = []
-        self.handed = False
         self.recorded = torch.is_grad_enabled()
 
     def lets_wait(self, own: RedEdit) -> bool:
@@ -140,12 +139,6 @@ def _settled(output: Any) -> Any:
     if not any(type(leaf) is Waiting for leaf in leaves):
         return output
     return tree_unflatten([_settled(leaf) if type(leaf) is Waiting else leaf for leaf in leaves], structure)
-
-
-def scope_of(module: nn.Module) -> Verdict | None:
-    """The `Verdict` of a patched block or stack."""
-    found: Verdict | None = module.__dict__.get(SCOPE)
-    return found
 
 
 def stack_of(scopes: list[Scope]) -> Scope | None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..edits.module import RedEdit
     from .record import Record
 
-__all__ = ["NO_EDIT", "PLAIN", "TAKERS", "After", "Waiting", "edited", "is_plain", "wait"]
+__all__ = ["NO_EDIT", "PLAIN", "TAKERS", "After", "Waiting", "edited", "wait"]
 
 NO_EDIT = affine_edit()
 PLAIN = (Tensor, nn.Parameter)
@@ -180,11 +180,6 @@ def edited(x: Tensor, residual: Tensor | None, edit: Edit) -> Tensor:
             return x
         return fused.edit(x, edit) if edit.dropout is None else fused.edit_add(x, None, edit)
     return residual + x if plain else fused.edit_add(x, residual, edit)
-
-
-def is_plain(x: object) -> bool:
-    """Whether it is a tensor of no class of its own."""
-    return type(x) in PLAIN
 
 
 def wait(

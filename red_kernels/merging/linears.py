@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..fusion.fingerprint import fingerprint, forward_of, unwrapped
+from ..fusion.fingerprint import fingerprint, unwrapped
 from ..models.modules import COLUMNS
 
 __all__ = ["linear_columns"]
@@ -12,5 +12,5 @@ __all__ = ["linear_columns"]
 
 def linear_columns(kind: type[nn.Module]) -> bool | None:
     """Whether layers of this class keep their weight as (in, out), not (out, in); None for a class not known."""
-    forward = unwrapped(forward_of(kind))
+    forward = unwrapped(kind.forward)
     return False if forward is nn.Linear.forward else COLUMNS.get(fingerprint(forward) or "")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..edits.module import RedEdit, plain_only
-from ..fusion.fingerprint import BASE, CAPTURED
+from ..fusion.fingerprint import BASE
 from ..fusion.former import LEFT
 from ..fusion.norms import SPEC, norm_spec
 from ..fusion.scopes import SCOPE, Scope, Verdict, running
@@ -102,7 +102,6 @@ def _patched_class(base: type[nn.Module], key: str) -> type[nn.Module]:
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
             BASE: base,
-            CAPTURED: base.forward,
             "_red_kernels_key": key,
         }
         made = _classes[base, key, base.forward] = type(base.__name__, (base,), namespace)
