@@ -22,12 +22,9 @@ import architectures as zoo
 import numpy
 import torch
 import transformers
+from hooked import flat, paired
 from torch import Tensor, nn
 
-from red_kernels.edits.config import RedConfig
-from red_kernels.edits.find import edit_parameters
-from red_kernels.patching.naive import naive_edit
-from red_kernels.patching.patch import patch
 from red_kernels.patching.report import SiteReport
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
@@ -65,8 +62,7 @@ def _gradients(model: nn.Module, batch: dict[str, Any], vectors: list[nn.Paramet
     if not value.requires_grad:
         return value.detach(), torch.zeros(1)
     found = torch.autograd.grad(value, vectors, allow_unused=True)
-    pairs = zip(found, vectors, strict=True)
-    return value.detach(), torch.cat([(torch.zeros_like(v) if g is None else g).flatten() for g, v in pairs])
+    return value.detach(), flat(found, vectors)
 
 
 def run(architecture: zoo.Architecture, position: str) -> Run:
@@ -88,20 +84,9 @@ def run(architecture: zoo.Architecture, position: str) -> Run:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                report = patch(model, RedConfig(position=position))
+                report, own, others = paired(model, plain, position)
         except ValueError as error:
             return Run(_short(str(error)))
-        edits = edit_parameters(model)
-        widths = {site: next(iter(parts.values())).shape[0] for site, parts in edits.items()}
-        peer = naive_edit(plain, list(edits), widths=widths)
-        generator = torch.Generator().manual_seed(3)
-        for site, parts in edits.items():
-            for part, vector in parts.items():
-                value = 0.3 * torch.randn(vector.shape, generator=generator) + (part == "scale")
-                vector.data.copy_(value)
-                peer.parameters[site][part].data.copy_(value)
-        own = [vector for parts in edits.values() for vector in parts.values()]
-        others = [peer.parameters[site][part] for site, parts in edits.items() for part in parts]
         wanted = _gradients(plain, batch, others)
         for call in ("first", "second"):
             found = _gradients(model, batch, own)

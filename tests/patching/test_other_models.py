@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hooked import flat, paired
 from torch import Tensor, nn
 
 from red_kernels.edits.config import RedConfig
 from red_kernels.edits.find import edit_parameters
-from red_kernels.patching.naive import naive_edit
 from red_kernels.patching.patch import patch
 from red_kernels.patching.report import PatchReport
 
@@ -26,18 +26,7 @@ CLOSE = 1e-5  # relative, of two computations in fp32
 def held_to_hooks(model: nn.Module, batch: Any, position: str = "ffn", training: bool = True) -> PatchReport:
     """Patch a model, and hold two forwards and backwards to the same edits as forward hooks. Returns the report."""
     plain = copy.deepcopy(model).train(training)
-    report = patch(model.train(training), RedConfig(position=position), example=batch)
-    edits = edit_parameters(model)
-    widths = {site: next(iter(parts.values())).shape[0] for site, parts in edits.items()}
-    peer = naive_edit(plain, list(edits), widths=widths)
-    generator = torch.Generator().manual_seed(1)
-    for site, parts in edits.items():
-        for part, vector in parts.items():
-            value = 0.3 * torch.randn(vector.shape, generator=generator) + (part == "scale")
-            vector.data.copy_(value)
-            peer.parameters[site][part].data.copy_(value)
-    own = [vector for parts in edits.values() for vector in parts.values()]
-    others = [peer.parameters[site][part] for site, parts in edits.items() for part in parts]
+    report, own, others = paired(model.train(training), plain, position, batch)
     for _ in range(2):
         found, wanted = (_results(one, batch, vectors) for one, vectors in ((model, own), (plain, others)))
         for name, one, other in zip(("output", "gradients"), found, wanted, strict=True):
@@ -51,8 +40,7 @@ def _results(model: nn.Module, batch: Any, vectors: list[nn.Parameter]) -> tuple
     output = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else output.sample
     pattern = torch.cos(torch.arange(output.numel())).view(output.shape)
     found = torch.autograd.grad((output * pattern).sum(), vectors, allow_unused=True)
-    pairs = zip(found, vectors, strict=True)
-    return output.detach(), torch.cat([(torch.zeros_like(v) if g is None else g).flatten() for g, v in pairs])
+    return output.detach(), flat(found, vectors)
 
 
 def fused_with(report: PatchReport) -> Counter[str | None]:

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hooked import paired
 from torch import Tensor, nn
 from torch.autograd import Function
 
 from red_kernels.edits.config import RedConfig
-from red_kernels.edits.find import edit_parameters
 from red_kernels.fusion.waiting import Waiting
-from red_kernels.patching.naive import naive_edit
 from red_kernels.patching.patch import patch
 
 WIDTH = 16
@@ -164,15 +163,8 @@ def pair(way: Way) -> tuple[nn.Module, nn.Module, list[nn.Parameter], list[nn.Pa
     torch.manual_seed(0)
     model = Model(way)
     plain = copy.deepcopy(model)
-    patch(model, RedConfig())
-    edits = edit_parameters(model)
-    peer = naive_edit(plain, list(edits))
-    for site, parts in edits.items():
-        for part, vector in parts.items():
-            vector.data.copy_(0.3 * torch.randn(WIDTH) + (part == "scale"))
-            peer.parameters[site][part].data.copy_(vector)
-    own = [vector for parts in edits.values() for vector in parts.values()]
-    return model, plain, own, [peer.parameters[site][part] for site, parts in edits.items() for part in parts]
+    _, own, others = paired(model, plain)
+    return model, plain, own, others
 
 
 @pytest.mark.parametrize("gradients", [True, False])
