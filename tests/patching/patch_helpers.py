@@ -231,3 +231,22 @@ def philox_dropout(x, p=0.5, training=True, inplace=False):
         return x
     seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=x.device)
     return x * reference.dropout_factor(seed, p, x).to(x.dtype)
+
+
+def snapshot(model):
+    """Everything that a patch may change: classes, forwards, hooks, attributes, requires_grad, state_dict."""
+    modules = {}
+    for name, module in model.named_modules():
+        hooks = {key: dict(value) for key, value in vars(module).items() if key.endswith("hooks")}
+        others = sorted(key for key in vars(module) if not key.endswith("hooks"))
+        modules[name] = (type(module), type(module).forward, hooks, others)
+    gradients = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    state = {name: (value.data_ptr(), value._version) for name, value in model.state_dict().items()}
+    return modules, gradients, state
+
+
+def refused(model, config, match, error=ValueError):
+    before = snapshot(model)
+    with pytest.raises(error, match=match):
+        patch(model, config)
+    assert snapshot(model) == before
