@@ -57,6 +57,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{taken:7.1f} s  {name}")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _unhurried() -> None:
+    """What a report foresees does not depend on how busy this machine is."""
+    from red_kernels.patching import expect
+
+    expect._MOST = 60.0
+
+
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
     """No test depends on what ran before it in its process."""

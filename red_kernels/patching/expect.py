@@ -22,7 +22,7 @@ from .report import what_of
 
 __all__ = ["expected"]
 
-_MOST = 0.5  # seconds that the forward may take
+_MOST = 0.5  # seconds that the forward may take, with all attempts at it
 
 
 class _TooLate(Exception):
@@ -44,10 +44,11 @@ def expected(model: nn.Module, example: Any = None) -> dict[str, tuple[str | Non
         twin = _twin(model)
     except Exception:  # of a class of somebody's own
         return {}
+    until = time.perf_counter() + _MOST
     with _aside():
         for attempt in _attempts(twin, example):
             try:
-                _run(twin, *attempt)
+                _run(twin, until, *attempt)
                 break
             except _TooLate:
                 return {}
@@ -136,9 +137,7 @@ def _aside() -> Iterator[None]:
                 random.setstate(python)
 
 
-def _run(twin: nn.Module, example: Any, integers: bool = False) -> None:
-    until = time.perf_counter() + _MOST
-
+def _run(twin: nn.Module, until: float, example: Any, integers: bool) -> None:
     def look(module: nn.Module, args: Any) -> None:
         if time.perf_counter() > until:
             raise _TooLate
