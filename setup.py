@@ -1,9 +1,10 @@
-"""Builds csrc into red_kernels/lib (csrc/build.py does): the CPU kernels, and the CUDA kernels where nvcc is found.
+"""Builds csrc into red_kernels/lib (csrc/build.py does): the CPU kernels, autograd's nodes in C++, and the CUDA kernels
+where nvcc is found.
 
 Without a compiler or without torch the package installs all the same; the reasons are kept in
-red_kernels/lib/cpu.missing and cuda.missing, for `red-kernels info`.
+red_kernels/lib/cpu.missing, nodes.missing and cuda.missing, for `red-kernels info`.
 
-Variables, beside those of csrc/build.py: RED_KERNELS_REQUIRE_CPU=1, to make a failed build of the CPU kernels an error;
+Variables, beside those of csrc/build.py: RED_KERNELS_REQUIRE_CPU=1, to make a failed build of the first two an error;
 RED_KERNELS_CUDA=1, the same for the CUDA kernels, or RED_KERNELS_CUDA=0, to leave them out.
 """
 
@@ -35,6 +36,7 @@ def _load_build() -> ModuleType:
 
 
 build = _load_build()
+LIBRARIES = {"cpu": build.build_cpu_library, "nodes": build.build_nodes_library, "cuda": build.build_cuda_library}
 NO_CUDA = "it was left out by RED_KERNELS_CUDA=0; remedy: install red-kernels again without that, where nvcc is found"
 
 
@@ -57,15 +59,15 @@ class BuildLibraries(build_ext):
         target = (ROOT / self.get_ext_fullpath(ext.name)).resolve()
         name = target.stem.rpartition("_")[2]
         missing = _missing(target)
-        required = os.environ.get({"cpu": "RED_KERNELS_REQUIRE_CPU", "cuda": "RED_KERNELS_CUDA"}[name])
+        required = os.environ.get("RED_KERNELS_CUDA" if name == "cuda" else "RED_KERNELS_REQUIRE_CPU")
         try:
             if name == "cuda" and required == "0":
                 raise build.BuildError(NO_CUDA)
-            (build.build_cpu_library if name == "cpu" else build.build_cuda_library)(target)
+            LIBRARIES[name](target)
         except build.BuildError as error:
             if required == "1" or isinstance(error, build.SettingError):
                 raise
-            print(f"red-kernels: the {name.upper()} kernels are left out: {error}", file=sys.stderr)
+            print(f"red-kernels: libred_kernels_{name}.so is left out: {error}", file=sys.stderr)
             target.unlink(missing_ok=True)
             target.parent.mkdir(parents=True, exist_ok=True)
             missing.write_text(str(error))
@@ -91,12 +93,12 @@ class BuildLibraries(build_ext):
 
 
 def _missing(library: Path) -> Path:
-    """Where the reason is kept that there is no such library: cpu.missing, cuda.missing."""
+    """Where the reason is kept that there is no such library: cpu.missing, and so on."""
     return library.with_name(library.stem.rpartition("_")[2] + ".missing")
 
 
 class Wheel(bdist_wheel):
-    """Tagged py3-none: the libraries call torch's C functions only."""
+    """Tagged py3-none: the kernels call torch's C functions only, and the nodes are not loaded where they do not fit."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])
@@ -111,6 +113,6 @@ suite |= {f"{SUITE}.{name}": f"{FOLDER.name}/{name.replace('.', '/')}" for name 
 setup(
     packages=[*find_packages(str(ROOT), include=["red_kernels*"]), *suite],
     package_dir=suite,
-    ext_modules=[Extension(f"red_kernels.lib.libred_kernels_{name}", sources=[]) for name in ("cpu", "cuda")],
+    ext_modules=[Extension(f"red_kernels.lib.libred_kernels_{name}", sources=[]) for name in LIBRARIES],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
 )

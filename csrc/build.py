@@ -1,7 +1,9 @@
-"""Compiles csrc under the LibTorch stable ABI, for setup.py and as a command: `python csrc/build.py cpu|cuda|emulator`.
+"""Compiles csrc, for setup.py and as a command: `python csrc/build.py cpu|cuda|nodes|emulator`.
 
-Each library works with every Python and every torch >= 2.11. Torch is never imported here: only its headers are read,
-and its library is named to the linker. What has not changed since the last build is not compiled again.
+The kernels are compiled under the LibTorch stable ABI: their libraries work with every Python and every torch >= 2.11.
+The library of autograd's nodes, in csrc/nodes, works with the Python and the torch that it was built for, and says
+which. Torch is never imported here: only its headers are read, and its library is named to the linker. What has not
+changed since the last build is not compiled again.
 
 Variables: CXX, the C++ compiler; NVCC, CUDA's; RED_KERNELS_ARCHS, the GPUs to build for, as in "80 90 100" or
 "9.0;10.0+PTX"; RED_KERNELS_TORCH, the folder of the torch package to build against.
@@ -209,6 +211,28 @@ def build_cuda_library(target: Path, objects: Path = OBJECTS / "cuda", archs: Ar
     )
 
 
+def build_nodes_library(target: Path, objects: Path = OBJECTS / "nodes") -> None:
+    """Compile csrc/nodes, a module of the Python that runs this, for the torch that it finds."""
+    torch, compiler = find_torch(), find_compiler()
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").is_file():
+        raise BuildError(
+            f"Python's headers are not in {headers}; remedy: install them (apt-get install python3-dev), then "
+            "red-kernels again"
+        )
+    built_for = f'-DRED_BUILT_FOR="{sysconfig.get_config_var("SOABI")}, torch {_torch_version(torch)}"'
+    common = (
+        compiler, *FLAGS, *WITHOUT, "-O2", "-Wno-missing-field-initializers", built_for,
+        "-isystem", str(torch / "include"), "-isystem", str(headers), "-c",
+    )  # fmt: skip
+    jobs = [
+        Job(source, objects / f"{source.stem}.o", common) for source in sorted((ROOT / "csrc/nodes").glob("*.cpp"))
+    ]
+    _compile(jobs, objects, torch)
+    libraries = [f"-l{name}" for name in ("torch_python", "torch", "torch_cpu", "c10")]
+    _link([compiler, "-shared"], target, jobs, [f"-L{torch / 'lib'}", *libraries])
+
+
 def build_emulator(target: Path, objects: Path = OBJECTS / "emulator") -> None:
     """Compile csrc/cuda by the C++ compiler: the kernels run on the CPU, slowly, for tests."""
     torch, compiler = find_torch(), find_compiler()
@@ -321,6 +345,13 @@ def _tools(programs: Iterable[str], torch: Path) -> str:
     return "\n".join(found)
 
 
+def _torch_version(torch: Path) -> str:
+    found = re.search(r"^__version__ = ['\"](.+)['\"]$", (torch / "version.py").read_text(), re.MULTILINE)
+    if found is None:
+        raise BuildError(f"{torch / 'version.py'} does not say which torch it is; remedy: install torch again")
+    return found[1]
+
+
 def _sources(*patterns: str) -> list[Path]:
     """Of the CUDA kernels, and their registration."""
     found = sorted(path for pattern in patterns for path in (ROOT / "csrc/cuda").glob(pattern))
@@ -394,6 +425,7 @@ _ERROR = re.compile(r"\b(?:error|fatal)\b[^:]*:")  # of g++, nvcc and ptxas
 _LIBRARIES: dict[str, tuple[Callable[..., None], Path]] = {
     "cpu": (build_cpu_library, ROOT / "red_kernels/lib/libred_kernels_cpu.so"),
     "cuda": (build_cuda_library, ROOT / "red_kernels/lib/libred_kernels_cuda.so"),
+    "nodes": (build_nodes_library, ROOT / "red_kernels/lib/libred_kernels_nodes.so"),
     "emulator": (build_emulator, ROOT / "build/libred_kernels_cuda_emulated.so"),
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import compiled
+from . import compiled, nodes
 from .record import Backend
 from .schemas import KERNEL_DTYPES, not_plain
 
@@ -129,4 +129,5 @@ BACKEND = Backend(
     state=lambda: f"instruction set {instruction_set()} of {', '.join(instruction_sets())}",
     variants=instruction_sets,
     use=use_instruction_set,
+    nodes=None if _dll is None else nodes.nodes_of(NAMESPACE, "cpu"),
 )

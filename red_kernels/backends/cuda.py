@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import compiled, cpu
+from . import compiled, cpu, nodes
 from .record import Backend
 from .schemas import KERNEL_DTYPES, not_plain
 
@@ -173,4 +173,5 @@ BACKEND = Backend(
     "cpu" if EMULATED else "cuda",
     automatic=not EMULATED,
     state=lambda: "in an emulator, on CPU tensors" if EMULATED else f"built for {_architectures}",
+    nodes=None if _error is not None else nodes.nodes_of(NAMESPACE, "cuda"),
 )

@@ -36,6 +36,8 @@ class Backend:
         state: what `red-kernels info` says of it where it can be used.
         variants: ways of running that it has here, each to be tested by itself.
         use: runs one of them in a ``with`` block.
+        nodes: its operations with gradients (see :func:`red_kernels.backends.nodes.nodes_of`); None where the Functions
+            of :mod:`red_kernels.ops.autograd` are to add these to ``operations``.
     """
 
     name: str
@@ -47,3 +49,4 @@ class Backend:
     state: Callable[[], str] = _nothing
     variants: Callable[[], Sequence[str]] = list
     use: Callable[[str], AbstractContextManager[None]] = _as_it_is
+    nodes: Any = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import reference
+from ..backends import choose, reference
 from ..backends.arguments import Dropout, Edit, Norm, flat_edit
 from . import checks
 from .autograd import (
@@ -41,7 +41,8 @@ def edit(x: Tensor, own: Edit) -> Tensor:
         return reference.edit_forward(x, None, own)
     if _traced():
         return EditFunction.apply(x, scale, bias, ids)
-    return _edit(x, None, scale, bias, own)
+    nodes = choose(x, "edit").nodes
+    return _edit(x, None, scale, bias, own) if nodes is None else nodes.edit(x, None, own)
 
 
 def edit_add(x: Tensor, residual: Tensor | None, own: Edit) -> Tensor:
@@ -53,7 +54,8 @@ def edit_add(x: Tensor, residual: Tensor | None, own: Edit) -> Tensor:
         return reference.edit_forward(x, residual, own)
     if _traced():
         return EditAddFunction.apply(x, residual, scale, bias, *rest)
-    return _edit(x, residual, scale, bias, own)
+    nodes = choose(x, "edit").nodes
+    return _edit(x, residual, scale, bias, own) if nodes is None else nodes.edit(x, residual, own)
 
 
 def edit_add_norm(
@@ -67,6 +69,9 @@ def edit_add_norm(
     if plain_only(x, residual, scale, bias, weight, norm_bias):
         return reference.edit_norm_forward(x, residual, own, norm, need_z)[:2]
     if not _traced():
+        nodes = choose(x, "edit_norm").nodes
+        if nodes is not None:
+            return nodes.edit_norm(x, residual, own, norm, need_z)
         return _edit_norm(x, residual, scale, bias, weight, norm_bias, own, norm, need_z)
     if centered:
         return EditAddLayerNormFunction.apply(x, residual, scale, bias, weight, norm_bias, ids, seed, p, eps, need_z)
@@ -80,6 +85,9 @@ def norm_edit(x: Tensor, norm: Norm, own: Edit) -> Tensor:
     if plain_only(x, weight, norm_bias, scale, bias):
         return reference.norm_edit_forward(x, norm, own)[0]
     if not _traced():
+        nodes = choose(x, "norm_edit").nodes
+        if nodes is not None:
+            return nodes.norm_edit(x, norm, own)
         return _norm_edit(x, weight, norm_bias, scale, bias, norm, own)
     if centered:
         return LayerNormEditFunction.apply(x, weight, norm_bias, scale, bias, ids, eps)

@@ -30,7 +30,7 @@ from .passes import (
     remember_norm,
 )
 
-__all__ = ["Handover", "norm_of", "sum_of"]
+__all__ = ["Handover", "norm_backward", "norm_of", "sum_of"]
 
 _BARE = affine_edit()
 
@@ -42,22 +42,21 @@ class Handover:
         edit, norm: of the sum; and of the norm, where it is known.
         normed: what that gave: the value and the row's statistics.
         total: the sum.
+        nodes: of the sum's backend, which has made its node, in C++; then all of this is done there, and `value` is that
+            of the norm.
     """
 
-    __slots__ = ("edit", "handed", "norm", "normed", "task", "total")
+    __slots__ = ("edit", "handed", "nodes", "norm", "normed", "total", "value")
 
-    def __init__(self, edit: Edit, norm: Norm | None) -> None:
-        self.edit, self.norm = edit, norm
+    def __init__(self, edit: Edit, norm: Norm | None, nodes: Any = None, value: Tensor | None = None) -> None:
+        self.edit, self.norm, self.nodes, self.value = edit, norm, nodes, value
         self.normed: tuple[Tensor, Tensor | None, Tensor] | None = None
         self.total: weakref.ref[Tensor] | None = None
-        self.task = -1
-        self.handed: tuple[Any, ...] = ()
+        self.handed: dict[int, tuple[Any, ...]] = {}  # by the number of the backward pass: several threads may run one
 
     def take(self) -> tuple[Any, ...]:
         """What the norm has handed over in the backward pass that is running, once; empty for nothing."""
-        handed, task = self.handed, self.task
-        self.handed, self.task = (), -1
-        return handed if task == torch._C._current_graph_task_id() else ()
+        return self.handed.pop(torch._C._current_graph_task_id(), ())
 
     def may_hand_over(self) -> bool:
         """Whether nobody gets the gradient of the sum in the backward pass that is running.
@@ -66,6 +65,8 @@ class Handover:
         """
         total = None if self.total is None else self.total()
         if total is not None and (total.retains_grad or total._backward_hooks is not None):
+            return False
+        if torch._C._current_graph_task_id() in self.handed:  # by another norm
             return False
         return bool(torch._C._will_engine_execute_node(_leaf_node()))
 
@@ -89,6 +90,12 @@ def sum_of(x: Tensor, residual: Tensor | None, edit: Edit, norm: Norm | None = N
     """
     if residual is not None and residual.dtype != x.dtype:
         x, residual = of_one_dtype(x, residual)
+    nodes = choose(x, "edit_norm").nodes
+    if nodes is not None:
+        if norm is None:
+            return nodes.sum(x, residual, edit), Handover(edit, norm, nodes)
+        z, y = nodes.sum_norm(x, residual, edit, norm)
+        return z, Handover(edit, norm, nodes, y)
     handover = Handover(edit, norm)
     scale, bias, *_ = flat_edit(edit)
     leaf = None  # it must not be the one thing that asks for gradients
@@ -102,7 +109,10 @@ def sum_of(x: Tensor, residual: Tensor | None, edit: Edit, norm: Norm | None = N
 
 def norm_of(z: Tensor, handover: Handover, norm: Norm) -> Tensor:
     """The norm of a sum that `sum_of` has computed."""
-    return _norm(z, norm.weight, norm.bias, norm, handover)
+    if handover.nodes is None:
+        return _norm(z, norm.weight, norm.bias, norm, handover)
+    value, handover.value = handover.value, None
+    return handover.nodes.norm_of(z, norm) if value is None else value
 
 
 class SumFunction(Function):
@@ -178,17 +188,16 @@ class NormOfSumFunction(Function):
             return None, None, None, None, None
         need, handover = ctx.needs_input_grad, ctx.handover
         if torch.is_grad_enabled() or not need[0] or not handover.may_hand_over():  # each node by itself
-            return *derivative(ctx, _norm_backward, grads), None, None
+            return *derivative(ctx, norm_backward, grads), None, None
         saved = ctx.saved_tensors
-        handover.task = torch._C._current_graph_task_id()
-        handover.handed = (dy, *saved, ctx.norm, ctx.norm_dtypes)
+        handover.handed[torch._C._current_graph_task_id()] = (dy, *saved, ctx.norm, ctx.norm_dtypes)
         dweight = dbias = None
         if need[1] or need[2]:
-            _, dweight, dbias = _norm_backward(ctx, by_name(ctx.backend), saved, dy, through=False)
+            _, dweight, dbias = norm_backward(ctx, by_name(ctx.backend), saved, dy, through=False)
         return None, dweight, dbias, None, None
 
 
-def _norm_backward(ctx: Any, backend: Any, saved: tuple[Any, ...], dy: Tensor, through: bool = True) -> Gradients:
+def norm_backward(ctx: Any, backend: Any, saved: tuple[Any, ...], dy: Tensor, through: bool = True) -> Gradients:
     """The gradients of the sum and of the norm's parameters."""
     z, weight, mean, rstd = saved
     asked, ctx.needs = ctx.needs, (ctx.needs[0] and through, *ctx.needs[1:])

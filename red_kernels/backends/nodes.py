@@ -1,0 +1,75 @@
+"""Autograd's nodes in C++, of ``csrc/nodes``: what a call of a compiled backend costs the host falls to a third.
+
+The library works with the Python and the torch that it was built for. Without it, or with RED_KERNELS_NODES=0, the
+``torch.autograd.Function`` of :mod:`red_kernels.ops.autograd` do the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import importlib.util
+import os
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import compiled
+
+__all__ = ["load_error", "nodes_of", "set_python_backward"]
+
+_LIBRARY = Path(__file__).parent.parent / "lib" / "libred_kernels_nodes.so"
+_SETTING = "RED_KERNELS_NODES"
+_REMEDY = "remedy: install red-kernels again, with this Python and this torch, and without build isolation"
+
+
+def load_error() -> str | None:
+    """Why the library is not used, with the remedy, or None."""
+    return _error
+
+
+def nodes_of(namespace: str, backend: str) -> Any:
+    """The operations on bundles over the operators of a namespace: an object of csrc/nodes/module.cpp; None without.
+
+    Its functions: ``edit(x, residual, edit) -> z``; ``edit_norm(x, residual, edit, norm, need_z) -> (y, z)``;
+    ``norm_edit(x, norm, edit) -> y``; ``sum(x, residual, edit) -> z``, ``norm_of(z, norm) -> y``, and
+    ``sum_norm(x, residual, edit, norm) -> (z, y)`` for both in one pass. All but the first two arguments are the tuples
+    of :mod:`red_kernels.backends.arguments`, with int64 ids.
+    """
+    return None if _module is None else _module.Nodes(namespace, backend)
+
+
+def set_python_backward(function: Any) -> None:
+    """Have a backward that is recorded, or takes tangents, run by a function of Python."""
+    if _module is not None:
+        _module.set_python_backward(function)
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    setting = os.environ.get(_SETTING, "")
+    if setting == "0":
+        return None, f"{_SETTING}=0 leaves it out"
+    library, error = compiled.load(_LIBRARY, _LIBRARY.with_name("nodes.missing"), f"it was never built; {_REMEDY}")
+    if library is None:
+        return None, error
+    library.red_kernels_nodes_built_for.restype = ctypes.c_char_p
+    built, here = library.red_kernels_nodes_built_for().decode(), _here()
+    if built != here:
+        return None, f"it was built for {built}, and this is {here}; {_REMEDY}"
+    name = f"{__package__}.nodes_library.nodes"  # the module is called by the last part
+    loader = importlib.machinery.ExtensionFileLoader(name, str(_LIBRARY))
+    spec = importlib.util.spec_from_file_location(name, _LIBRARY, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module, None
+
+
+def _here() -> str:
+    return f"{sysconfig.get_config_var('SOABI')}, torch {torch.__version__}"
+
+
+_module, _error = _load()
