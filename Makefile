@@ -11,6 +11,7 @@ FEW := RED_KERNELS_TEST_COMBINED=1
 OLDEST := $(CURDIR)/.venv/triton-3.6
 OF_OLDEST := tests/backends/test_triton_kernels.py tests/backends/test_interpreter.py
 DEEPSPEED := $(CURDIR)/.venv/deepspeed
+EXTRA := $(CURDIR)/.venv/extra
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f -not -path '*/__pycache__/*')
 # The CUDA kernels take minutes to compile. The demo has them where there is a GPU for them; the tests have them wherever
 # there is nvcc, and they need no GPU for what they look at: for one generation of GPUs, in test-nightly for three.
@@ -33,7 +34,7 @@ BY_TWO := -n 2 --dist loadgroup
 RANDOM_ORDER := --random-order-bucket=global $(if $(SEED),--random-order-seed=$(SEED))
 TESTED := --constraint constraints.txt
 
-.PHONY: help demo test test-deepspeed test-oldest test-nightly test-torch test-gpu memcheck racecheck initcheck bench report lint format clean say-cuda say-aarch64
+.PHONY: help demo test test-deepspeed test-extra test-oldest test-nightly test-torch test-gpu memcheck racecheck initcheck bench report lint format clean say-cuda say-aarch64
 
 help:
 	@echo "make demo      fine-tune a language model on fused kernels and show what came of it (into $(DEMO)/)"
@@ -80,6 +81,13 @@ $(DEEPSPEED)/done: .venv/torch
 	$(PIP) --target $(DEEPSPEED) --upgrade --no-deps --no-build-isolation deepspeed==0.19.8 einops hjson msgpack ninja psutil py-cpuinfo
 	@touch $@
 
+# Other libraries of models, and all that importing them takes: 63 MB to download. Beside the other tests they would change what
+# transformers imports. The releases are in constraints.txt.
+$(EXTRA)/done: .venv/torch constraints.txt
+	$(PIP) $(TESTED) --target $(EXTRA) --upgrade --no-deps timm torchvision diffusers sentence-transformers importlib_metadata \
+		zipp scipy scikit-learn joblib threadpoolctl cloudpickle narwhals
+	@touch $@
+
 $(EMULATOR): .venv/test
 	$(PART) "build the emulator" $(BIN)/python csrc/build.py emulator --output $@
 	@touch $@
@@ -97,9 +105,9 @@ say-aarch64:
 
 # What needs one core, or the network, goes beside what is compiled.
 test: .venv/test say-cuda say-aarch64
-	@$(MAKE) --no-print-directory --output-sync=target --jobs 2 lint $(EMULATOR) $(OLDEST)/done $(DEEPSPEED)/done
+	@$(MAKE) --no-print-directory --output-sync=target --jobs 2 lint $(EMULATOR) $(OLDEST)/done $(DEEPSPEED)/done $(EXTRA)/done
 	$(PART) "main" env OMP_NUM_THREADS=1 $(PYTEST) $(BY_TWO)
-	@$(MAKE) --no-print-directory --output-sync=target --jobs 2 test-deepspeed test-oldest
+	@$(MAKE) --no-print-directory --output-sync=target --jobs 2 test-deepspeed test-extra test-oldest
 	$(PART) "CUDA kernels, emulated" env $(FEW) $(EMULATED) $(PYTEST) $(BY_TWO)
 	$(PART) "Triton kernels, interpreted" env $(FEW) $(INTERPRETED) $(PYTEST) $(BY_TWO)
 	$(PART) "oldest Triton, interpreted" env $(FEW) PYTHONPATH=$(OLDEST) $(INTERPRETED) $(PYTEST) $(BY_TWO) $(OF_OLDEST)
@@ -108,6 +116,11 @@ test: .venv/test say-cuda say-aarch64
 
 test-deepspeed: $(DEEPSPEED)/done
 	$(PART) "DeepSpeed" env PYTHONPATH=$(DEEPSPEED) $(PYTEST) tests/integrations/test_stacks_deepspeed.py
+
+# Nothing of huggingface.co, and a library that is missing is a failure.
+test-extra: .venv/test $(EXTRA)/done
+	$(PART) "other libraries" env PYTHONPATH=$(EXTRA) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 RED_KERNELS_TEST_EXTRA=1 \
+		$(PYTEST) tests/patching/test_other_libraries.py
 
 test-oldest: $(OLDEST)/done
 	$(PART) "oldest Triton, compiled" env PYTHONPATH=$(OLDEST) $(PYTEST) tests/backends/test_ahead_of_time.py -k oldest

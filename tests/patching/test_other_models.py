@@ -1,50 +1,23 @@
-"""Models of other libraries, and one written by hand, as plain forward hooks have them; and what is fused in them."""
+"""Models of torch, written by hand, and of code loaded with a model, held to plain forward hooks; and what is fused."""
 
 from __future__ import annotations
 
-import copy
+import json
+import shutil
 import sys
-import types
-from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hooked import flat, paired
+import transformers
+from hooked import fused_with, held_to_hooks
 from torch import Tensor, nn
 
 from red_kernels.edits.config import RedConfig
 from red_kernels.edits.find import edit_parameters
 from red_kernels.patching.patch import patch
-from red_kernels.patching.report import PatchReport
-
-CLOSE = 1e-5  # relative, of two computations in fp32
-
-
-def held_to_hooks(model: nn.Module, batch: Any, position: str = "ffn", training: bool = True) -> PatchReport:
-    """Patch a model, and hold two forwards and backwards to the same edits as forward hooks. Returns the report."""
-    plain = copy.deepcopy(model).train(training)
-    report, own, others = paired(model.train(training), plain, position, batch)
-    for _ in range(2):
-        found, wanted = (_results(one, batch, vectors) for one, vectors in ((model, own), (plain, others)))
-        for name, one, other in zip(("output", "gradients"), found, wanted, strict=True):
-            assert (one - other).norm() <= CLOSE * other.norm() + 1e-9, name
-    return report
-
-
-def _results(model: nn.Module, batch: Any, vectors: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(3)
-    output = model(**batch) if isinstance(batch, dict) else model(batch)
-    output = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else output.sample
-    pattern = torch.cos(torch.arange(output.numel())).view(output.shape)
-    found = torch.autograd.grad((output * pattern).sum(), vectors, allow_unused=True)
-    return output.detach(), flat(found, vectors)
-
-
-def fused_with(report: PatchReport) -> Counter[str | None]:
-    return Counter(site.fused for site in report.sites)
 
 
 def encoder(norm_first: bool) -> nn.Module:
@@ -126,42 +99,32 @@ def test_a_decoder_written_by_hand(scaled: bool) -> None:
     }
 
 
-def timm_model(name: str, **arguments: Any) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        # torchvision's own operators need its compiled library, which fits one build of torch only.
-        sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
-        timm = pytest.importorskip("timm")
-        return timm.create_model(name, **arguments)  # type: ignore[no-any-return]
-
-    return make
-
-
-@pytest.mark.parametrize(
-    ("make", "size"),
-    [
-        (timm_model("vit_tiny_patch16_224", img_size=32, depth=3), 32),
-        (timm_model("deit3_small_patch16_224", img_size=32, depth=3, embed_dim=64, num_heads=2), 32),
-        (timm_model("eva02_tiny_patch14_224", img_size=28, depth=3), 28),
-        (timm_model("swin_tiny_patch4_window7_224", img_size=56, depths=(2, 2), embed_dim=32, num_heads=(2, 4)), 56),
-        (timm_model("beit_base_patch16_224", img_size=32, depth=3, embed_dim=64, num_heads=2), 32),
-    ],
-    ids=["vit", "deit3", "eva", "swin", "beit"],
-)
-def test_timm(make: Callable[[], nn.Module], size: int) -> None:
-    report = held_to_hooks(make(), torch.randn(2, 3, size, size))
-    assert all("add" in str(fused) for fused in fused_with(report)), report
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[nn.Module]:
+    """A model whose code lies in its folder; transformers copies the code into a cache, here one of this test."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(Path(__file__).with_name("modeling_remote.py"), folder)
+    own = {"AutoConfig": "modeling_remote.RemoteConfig", "AutoModelForCausalLM": "modeling_remote.RemoteForCausalLM"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "remote", "auto_map": own}))
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True).save_pretrained(folder)
+    yield transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
 
 
-def test_diffusers() -> None:
-    """The gates of DiT are factors for each sample, which go into the vectors."""
-    diffusers = pytest.importorskip("diffusers")
-    model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, num_layers=2, sample_size=8, patch_size=2,
-        num_embeds_ada_norm=10,
-    )  # fmt: skip
-    batch = {
-        "hidden_states": torch.randn(2, 4, 8, 8),
-        "timestep": torch.tensor([1, 2]),
-        "class_labels": torch.tensor([1, 2]),
-    }
-    assert all("add" in str(fused) for fused in fused_with(held_to_hooks(model, batch)))
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("position", ["ffn", "attn"])
+def test_code_loaded_with_a_model(remote: nn.Module, position: str, training: bool) -> None:
+    assert type(remote).__module__.startswith("transformers_modules.")
+    report = held_to_hooks(remote, {"input_ids": torch.randint(0, 50, (2, 8))}, position, training)
+    assert (
+        fused_with(report)
+        == {
+            "ffn": {"residual add + next layer's RMSNorm": 2, "residual add + final RMSNorm": 1},
+            "attn": {"residual add + RMSNorm": 3},
+        }[position]
+    )
