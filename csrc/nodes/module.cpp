@@ -3,9 +3,14 @@
 
 #include "nodes.h"
 
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/autocast_mode.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 
 namespace red {
 namespace {
@@ -78,6 +83,13 @@ PyObject* pair(const Tensor& first, const Tensor& second) {
   return found;
 }
 
+// Whether a kernel can read them side by side; where not, a sum is left to the caller.
+bool fits(const Tensor& x, const Maybe& residual) {
+  return x.layout() == at::kStrided &&
+         (!residual || (residual->layout() == at::kStrided && residual->scalar_type() == x.scalar_type() &&
+                        residual->device() == x.device() && residual->sizes() == x.sizes()));
+}
+
 // What all of these begin with: without the GIL, and below autograd.
 struct Computing {
   pybind11::gil_scoped_release no_gil;
@@ -115,12 +127,13 @@ PyObject* edit(Nodes* self, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// edit_norm(x, residual, edit, norm, need_z) -> (y, z)
+// edit_norm(x, residual, edit, norm, need_z) -> (y, z); None where the residual is not like x
 PyObject* edit_norm(Nodes* self, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 5, "edit_norm");
   const Tensor& x = tensor(given[0], "x");
   const Maybe residual = maybe(given[1], "residual");
+  if (!fits(x, residual)) Py_RETURN_NONE;
   const Edit e = edit_of(given[2]);
   const Norm n = norm_of(given[3]);
   const bool need_z = PyObject_IsTrue(given[4]) == 1;
@@ -210,12 +223,13 @@ PyObject* norm_of_sum(Nodes* self, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// sum_norm(x, residual, edit, norm) -> (z, y): both of these in one pass
+// sum_norm(x, residual, edit, norm) -> (z, y): both of these in one pass; None where the residual is not like x
 PyObject* sum_norm(Nodes* self, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 4, "sum_norm");
   const Tensor& x = tensor(given[0], "x");
   const Maybe residual = maybe(given[1], "residual");
+  if (!fits(x, residual)) Py_RETURN_NONE;
   const Edit e = edit_of(given[2]);
   const Norm n = norm_of(given[3]);
   const Operators& run = *self->operators;
@@ -291,7 +305,30 @@ PyObject* python_backward(PyObject*, PyObject* function) {
   Py_RETURN_NONE;
 }
 
+// What holds in this thread, a bit for each; red_kernels/ops/ambient.py names them.
+PyObject* ambient(PyObject*, PyObject*) {
+  HANDLE_TH_ERRORS
+  using c10::DispatchKey;
+  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
+  const bool bits[] = {
+      at::GradMode::is_enabled(),
+      c10::InferenceMode::is_enabled(),
+      at::autocast::is_autocast_enabled(at::kCPU),
+      at::autocast::is_autocast_enabled(at::kCUDA),
+      !at::SavedTensorDefaultHooks::get_tls_state().stack.empty(),
+      torch::autograd::get_current_graph_task_id() != -1,
+      included.has(DispatchKey::FuncTorchDynamicLayerFrontMode) || included.has(DispatchKey::FuncTorchDynamicLayerBackMode),
+      torch::jit::tracer::isTracing(),
+      torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr,
+  };
+  long found = 0;
+  for (size_t at = 0; at < std::size(bits); ++at) found |= static_cast<long>(bits[at]) << at;
+  return PyLong_FromLong(found);
+  END_HANDLE_TH_ERRORS
+}
+
 PyMethodDef functions[] = {
+    {"ambient", ambient, METH_NOARGS, "what holds in this thread, a bit for each"},
     {"set_python_backward", python_backward, METH_O, "what runs a backward that is recorded, or takes tangents"},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -11,6 +11,7 @@ import importlib.machinery
 import importlib.util
 import os
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 
 from . import compiled
 
-__all__ = ["load_error", "nodes_of", "set_python_backward"]
+__all__ = ["ambient", "load_error", "nodes_of", "set_python_backward"]
 
 _LIBRARY = Path(__file__).parent.parent / "lib" / "libred_kernels_nodes.so"
 _SETTING = "RED_KERNELS_NODES"
@@ -73,3 +74,4 @@ def _here() -> str:
 
 
 _module, _error = _load()
+ambient: Callable[[], int] | None = None if _module is None else _module.ambient  # see `ops.ambient`

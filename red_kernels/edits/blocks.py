@@ -30,7 +30,7 @@ import torch
 
 from .selection import OFF, Off, Rows, Selection, State
 
-__all__ = ["Block", "innermost", "lock", "state_of"]
+__all__ = ["Block", "any_block", "innermost", "lock", "state_of"]
 
 _GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _MANAGERS = (
@@ -178,6 +178,11 @@ def state_of(selection: Selection) -> tuple[State, Block | None]:
         return _compiled_state(selection), None
     block = innermost(selection)
     return (selection.chosen, None) if block is None else (block.applied, block)
+
+
+def any_block() -> bool:
+    """Whether there may be a block, of any model, that holds here."""
+    return bool(_streams or _held.get())
 
 
 def innermost(selection: Selection) -> Block | None:

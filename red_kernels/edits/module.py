@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.ambient import PLAIN, ambient
 from ..ops.functional import edit, edit_add_layer_norm
 from .bank import EditBank
 from .blocks import state_of
@@ -151,8 +152,4 @@ _KERNELS = {"affine": _affine, "affine_layer_norm": _affine_layer_norm}
 
 def plain_only() -> bool:
     """Whether only plain PyTorch will do: under `torch.compile` (fusion is Inductor's), tracing, and `torch.func`."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-    )
+    return torch.compiler.is_compiling() or bool(ambient() & PLAIN)

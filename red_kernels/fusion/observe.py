@@ -11,7 +11,7 @@ from torch import nn
 
 from .norms import OWN_HOOKS
 
-__all__ = ["chain", "observed"]
+__all__ = ["chain", "hooked", "observed"]
 
 _CAPTURING = "transformers.utils.output_capturing"
 
@@ -23,6 +23,13 @@ def observed(module: nn.Module, entering: bool = True, leaving: bool = True) -> 
     if entering and module._forward_pre_hooks and any(map(_observes, module._forward_pre_hooks.values())):
         return True
     return bool(leaving and module._forward_hooks and any(map(_observes, module._forward_hooks.values())))
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether there are hooks of others, which may observe at times."""
+    if module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return not OWN_HOOKS.issuperset((*module._forward_pre_hooks.values(), *module._forward_hooks.values()))
 
 
 def _observes(hook: Callable[..., Any]) -> bool:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .observe import observed
+from ..backends.arguments import Norm
+from ..ops.ambient import QUIET
+from .norms import SPEC, NormSpec
+from .observe import hooked, observed
 
 __all__ = ["Link", "Record"]
 
@@ -25,7 +29,7 @@ class Link:
         title: for the report.
     """
 
-    __slots__ = ("_norm", "across", "enters", "free", "hooks", "leaves", "title")
+    __slots__ = ("_kept", "_norm", "_passed", "across", "enters", "free", "hooks", "leaves", "title")
 
     def __init__(
         self, norm: nn.Module, across: bool, title: str, leaves: Iterable[nn.Module], enters: Iterable[nn.Module]
@@ -33,6 +37,8 @@ class Link:
         self._norm, self.across, self.title = weakref.ref(norm), across, title
         self.leaves, self.enters = (tuple(map(weakref.ref, passed)) for passed in (leaves, enters))
         self.hooks, self.free = -1, False
+        self._passed: tuple[tuple[nn.Module, bool], ...] = ()  # those that have hooks of others
+        self._kept: _Kept | None = None
 
     @property
     def norm(self) -> nn.Module | None:
@@ -41,15 +47,51 @@ class Link:
 
     def unseen(self) -> bool:
         """Whether nobody observes a sum on its way."""
-        if self.hooks != RemovableHandle.next_id or not self.free or self.across:
-            # Hooks of transformers observe at times, so a way across blocks is asked for each time.
-            left, entered = ([reference() for reference in passed] for passed in (self.leaves, self.enters))
-            self.free = not (
-                any(module is None or observed(module, entering=False) for module in left)
-                or any(module is None or observed(module) for module in entered)  # forward hooks see what it is given
-            )
+        if self.hooks != RemovableHandle.next_id or not self.free:
+            passed = [(reference(), False) for reference in self.leaves]
+            passed += [(reference(), True) for reference in self.enters]
+            self._passed = tuple((module, enters) for module, enters in passed if module is None or hooked(module))
+            self.free = not any(module is None or observed(module, entering=enters) for module, enters in self._passed)
             self.hooks = RemovableHandle.next_id
+        elif self.across and self._passed:  # hooks of transformers observe at times
+            return not any(observed(module, entering=enters) for module, enters in self._passed)
         return self.free
+
+    def keep(self, norm: nn.Module, found: Norm, dtype: torch.dtype, device: torch.device, now: int) -> None:
+        """Keep what the norm's arguments were, for `arguments`."""
+        spec = norm.__dict__[SPEC]
+        parameters = norm._parameters
+        if not now & ~QUIET and found.weight is (parameters.get(spec.weight) if spec.weight else None):
+            self._kept = _Kept(now, RemovableHandle.next_id, dtype, device, found, spec)
+
+    def arguments(self, norm: nn.Module, x: Tensor, now: int) -> Norm | None:
+        """The norm's arguments if they are what they were, and nobody observes the norm; None where that is unknown."""
+        kept = self._kept
+        if kept is None or kept.hooks != RemovableHandle.next_id or kept.now != now:
+            return None
+        found, spec, parameters = kept.found, kept.spec, norm._parameters
+        if (
+            x.dtype is kept.dtype
+            and x.device == kept.device
+            and "forward" not in norm.__dict__
+            and norm._compiled_call_impl is None
+            and (not spec.weight or parameters.get(spec.weight) is found.weight)
+            and (not spec.bias or parameters.get(spec.bias) is found.bias)
+            and spec.epsilon(norm, x.dtype) == found.eps
+        ):
+            return found
+        return None
+
+
+class _Kept(NamedTuple):
+    """The arguments of a norm, and what they were found from."""
+
+    now: int
+    hooks: int
+    dtype: torch.dtype
+    device: torch.device
+    found: Norm
+    spec: NormSpec
 
 
 class Record:

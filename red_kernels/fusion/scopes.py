@@ -60,13 +60,17 @@ class Verdict:
         return Verdict, (self.stack,)
 
     def holds_for(self, own: RedEdit, block: nn.Module) -> bool:
-        """Whether a value of this site, which is to be in the block, may wait there."""
+        """Whether a value of this site, which is to be in the block, may wait there, if nothing in it is compiled."""
         if self.hooks != RemovableHandle.next_id or id(own) not in self.sites:
             inside = self.inside = [module for module in block.modules() if module is not block]
             self.sites = frozenset(id(module) for module in inside if isinstance(module, RedEdit))
             self.clean = not (globally_hooked() or any(map(observed, inside)))
             self.hooks = RemovableHandle.next_id
-        return self.clean and id(own) in self.sites and not any(map(_is_compiled, self.inside))
+        return self.clean and id(own) in self.sites
+
+    def compiled(self) -> bool:
+        """Whether a module inside is compiled by itself: a value that waits is not for the compiler."""
+        return any(module._compiled_call_impl is not None for module in self.inside)
 
 
 class Leaving(Protocol):
@@ -86,9 +90,10 @@ class Scope:
         made: the values that wait, or did.
         left: the notes that were left and are not taken yet.
         undecided: sums of which it is not known yet whether anything but their norm reads them.
+        compiled: whether a part of the block is compiled by itself; None before this was asked.
     """
 
-    __slots__ = ("collects", "left", "made", "module", "recorded", "stack", "undecided", "verdict")
+    __slots__ = ("collects", "compiled", "left", "made", "module", "recorded", "stack", "undecided", "verdict")
 
     def __init__(self, module: nn.Module, verdict: Verdict, collects: bool = False) -> None:
         self.module, self.verdict, self.stack, self.collects = module, verdict, verdict.stack, collects
@@ -96,10 +101,15 @@ class Scope:
         self.left: list[Leaving] = []
         self.undecided: list[tuple[Record, Tensor, Tensor]] = []
         self.recorded = torch.is_grad_enabled()
+        self.compiled: bool | None = None
 
     def lets_wait(self, own: RedEdit) -> bool:
         """Whether a value of this site may wait here: whoever takes it then has the gradients that the site has."""
-        return not self.stack and self.recorded == torch.is_grad_enabled() and self.verdict.holds_for(own, self.module)
+        if self.stack or self.recorded != torch.is_grad_enabled() or not self.verdict.holds_for(own, self.module):
+            return False
+        if self.compiled is None:
+            self.compiled = self.verdict.compiled()
+        return not self.compiled
 
     def close(self, output: Any) -> Any:
         """What the block returns, with all in it that waits settled."""
@@ -121,11 +131,6 @@ class Scope:
         """Let go of what was made, after an exception too: a sum that is handed on still holds this scope."""
         self.left.clear()
         self.undecided.clear()
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether a module is compiled by itself: a value that waits is not for the compiler."""
-    return module._compiled_call_impl is not None
 
 
 def _settled(output: Any) -> Any:

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from ..edits.module import NAME, SITE, RedEdit, plain_only
+from ..backends.arguments import Edit
 from ..edits.selection import saved_tensor_hooks
 from ..ops import fused
+from ..ops.ambient import ambient
 from . import takers as takers  # which register themselves
 from .applied import left_to_do
 from .fingerprint import BASE
 from .former import INSIDE, refuse_inside
 from .norms import is_dense, norm_arguments, unobserved
 from .observe import observed
+from .plan import SitePlan, planned
 from .record import Record
 from .scopes import OWN_HOOKS, running
 from .stream import marked
@@ -64,12 +67,18 @@ _told = _Told()
 
 
 class Records:
-    """What is known of a site, for each mode that it runs in. A copy of the site starts anew."""
+    """What is known of a site, for each mode that it runs in. A copy of the site starts anew.
 
-    __slots__ = ("modes",)
+    Attributes:
+        modes: the records; the last one by -1.
+        plans: for what holds in a thread, and training or not.
+    """
+
+    __slots__ = ("modes", "plans")
 
     def __init__(self) -> None:
         self.modes: dict[int, Record] = {}
+        self.plans: dict[int, SitePlan] = {}
 
     def __reduce__(self) -> tuple[type[Records], tuple[()]]:
         return Records, ()
@@ -96,9 +105,15 @@ def last_record(own: nn.Module) -> Record | None:
 
 def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
     """The forward hook of an edited module."""
+    own = module._modules.get(NAME)
+    if type(output) is Tensor and own is not None and not torch.compiler.is_compiling():
+        value = _as_before(own, own, module, output)  # type: ignore[arg-type]
+        if value is not None:
+            if own.watched:
+                _told.reached.add(id(own))
+            return value
     if INSIDE in module.__dict__:
         refuse_inside(module)
-    own = module._modules.get(NAME)
     if own is None:
         return None
     assert isinstance(own, RedEdit)
@@ -145,6 +160,10 @@ def carry_hook(module: nn.Module, args: Any, output: Any) -> Any:
     Its output has no edit, and waits for the same addition and norm, which then take one pass.
     """
     own: RedEdit = module.__dict__[CARRIER]
+    if type(output) is Tensor and not torch.compiler.is_compiling():
+        value = _as_before(module, own, module, output)
+        if value is not None:
+            return value
     scopes = running()
     if not scopes or type(output) is not Tensor or not output.is_floating_point() or plain_only() or own.off:
         return None
@@ -152,9 +171,38 @@ def carry_hook(module: nn.Module, args: Any, output: Any) -> Any:
     record = record_of(module, module.training)
     if record.at_once or not is_dense(output) or not scope.lets_wait(own):
         return None
+    _plan(module, own, module, output, NO_EDIT, record)
     value = wait(output, NO_EDIT, record)
     scope.made.append(weakref.ref(value))
     return value
+
+
+def _as_before(holder: nn.Module, own: RedEdit, module: nn.Module, h: Tensor) -> Waiting | None:
+    """The value of a site that waits as in an earlier call; None where that has to be found anew.
+
+    `holder` has what is known of the site.
+    """
+    records: Records | None = holder.__dict__.get(RECORDS)
+    scopes = running()
+    if records is None or not scopes:
+        return None
+    now = ambient()
+    plan = records.plans.get(2 * now + module.training)
+    if plan is None or not plan.holds(own, now, h) or not scopes[-1].lets_wait(own):
+        return None
+    records.modes[-1] = plan.record
+    value = wait(h, plan.edit, plan.record)
+    scopes[-1].made.append(weakref.ref(value))
+    return value
+
+
+def _plan(holder: nn.Module, own: RedEdit, module: nn.Module, h: Tensor, edit: Edit, record: Record) -> None:
+    """Let later calls take what this one has found, where it is known by now who takes the value."""
+    now = ambient()
+    if record.proven:
+        plan = planned(own, h, edit, record, now)
+        if plan is not None:
+            holder.__dict__[RECORDS].plans[2 * now + module.training] = plan
 
 
 OWN_HOOKS.update((edit_hook, carry_hook, behind_hook))
@@ -191,6 +239,7 @@ def _in_pass(own: RedEdit, module: nn.Module, h: Any) -> Tensor | None:
     edit = left_to_do(own, h)
     if edit is None or (edit is NO_EDIT and own.off):
         return None  # with all edits off the model computes what it did, to the bit
+    _plan(own, own, module, h, edit, record)
     value = wait(h, edit, record)
     scope.made.append(weakref.ref(value))
     return value

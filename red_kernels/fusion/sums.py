@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from ..backends.arguments import Edit, Norm
 from ..edits.module import RedEdit
 from ..edits.selection import saved_tensor_hooks
+from ..backends import choose
 from ..ops import fused
+from ..ops.ambient import GRAD, QUIET, ambient
 from ..ops.handover import Handover, norm_of, sum_of
 from .applied import left_to_do
-from .norms import norm_arguments, spec_of, unobserved
+from .norms import is_like, norm_arguments, spec_of, unobserved
 from .observe import chain
 from .record import Link, Record
 from .scopes import Scope, running, stack_of
@@ -34,6 +36,7 @@ from .waiting import NO_EDIT, Waiting, edited, wait
 __all__ = [
     "Note",
     "add",
+    "add_as_before",
     "add_edit",
     "hand_over",
     "norm_of_waiting",
@@ -124,6 +127,53 @@ def _same_hooks(first: Any, second: Any) -> bool:
 
 def _version(z: Tensor) -> int:
     return -1 if z.is_inference() else z._version
+
+
+def add_as_before(value: Waiting, residual: Tensor) -> Tensor | None:
+    """`residual + value` and its norm, where both are what they were in an earlier call; None where that is unknown."""
+    record, link = value.record, value.record.link
+    if (
+        link is None
+        or value.done is not None
+        or value.residual is not None
+        or value.others
+        or value.after is not None
+        or value.base is not None
+        or record.lazy
+    ):
+        return None
+    scopes, now, norm = running(), ambient(), link.norm
+    if norm is None or not scopes or scopes[-1].stack or scopes[-1].undecided:
+        return None
+    if now & ~QUIET or (value.differentiable and not now & GRAD):
+        return None
+    x = value.h
+    found = link.arguments(norm, x, now)
+    if found is None:
+        return None
+    scope, stack = scopes[-1], None
+    if record.alone:  # the norm takes the sum
+        if record.astray or residual.dtype is not x.dtype or not is_like(residual, x):
+            return None
+        record.taken(_adds(value.edit))
+        made = wait(x, value.edit, record, residual=residual)
+        scope.made.append(weakref.ref(made))
+        return made
+    if link.across:
+        stack = _open_stack(scopes)
+        if stack is None:
+            return None
+    if not link.unseen():
+        return None
+    nodes = choose(x, "edit_norm").nodes
+    both = None if nodes is None else nodes.sum_norm(x, residual, value.edit, found)
+    if both is None:
+        return None
+    record.taken(f"{_adds(value.edit)} + {link.title}")
+    z, normed = both
+    total: Tensor = z
+    Note(total, record, scope, stack, None, Handover(value.edit, found, nodes), normed, norm)
+    return total
 
 
 def add(value: Waiting, residual: Tensor) -> Tensor:
@@ -254,7 +304,10 @@ def _ready(link: Link, scopes: list[Scope], x: Tensor, residual: Tensor | None) 
     norm = link.norm
     if norm is None or (link.across and _open_stack(scopes) is None) or not link.unseen():
         return None
-    return norm_arguments(norm, x, residual)
+    found = norm_arguments(norm, x, residual)
+    if found is not None and residual is not None and residual.dtype is x.dtype:
+        link.keep(norm, found, x.dtype, x.device, ambient())
+    return found
 
 
 def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
@@ -330,7 +383,16 @@ def norm_of_waiting(norm: nn.Module, value: Waiting) -> Tensor | None:
     """The norm of a waiting value in one pass; None where it has to be settled first."""
     if not value.waits() or value.others:
         return None
-    found = norm_arguments(norm, value.h, value.residual)
+    link, found, x, residual = value.record.link, None, value.h, value.residual
+    if link is not None and residual is not None and link.norm is norm and residual.dtype is x.dtype:
+        now = ambient()
+        found = link.arguments(norm, x, now)
+        if found is None:
+            found = norm_arguments(norm, x, residual)
+            if found is not None:
+                link.keep(norm, found, x.dtype, x.device, now)
+    else:
+        found = norm_arguments(norm, x, residual)
     if found is None:
         return None
     return normalised(value, found, title_of(norm), norm)

@@ -14,7 +14,7 @@ from ..backends.arguments import Edit, Norm, affine_edit
 from ..ops import fused
 from .norms import is_like
 from .scopes import running
-from .sums import add, normalised
+from .sums import add, add_as_before, normalised
 from .waiting import NO_EDIT, PLAIN, TAKERS, Waiting, wait
 
 Arguments = tuple[Any, ...]
@@ -49,6 +49,10 @@ def _add(func: Any, args: Arguments, kwargs: Keywords) -> Any:
         return NotImplemented
     first, second = args
     value, residual = (first, second) if type(first) is Waiting else (second, first)
+    if type(residual) is Tensor:
+        total = add_as_before(value, residual)
+        if total is not None:
+            return total
     if type(residual) is Waiting:
         if not _waits(residual):
             residual = residual.settle()

@@ -8,12 +8,15 @@ fit them, and the ids are int64 and in range. The edit's vectors are ``scale`` a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..backends import choose, reference
 from ..backends.arguments import Dropout, Edit, Norm, flat_edit
 from . import checks
+from .ambient import PLAIN, TANGENTS, ambient
 from .autograd import (
     BundledEditFunction,
     BundledEditNormFunction,
@@ -36,26 +39,30 @@ _edit, _edit_norm, _norm_edit = map(direct, (BundledEditFunction, BundledEditNor
 
 def edit(x: Tensor, own: Edit) -> Tensor:
     """The edit of ``x``, without a dropout."""
+    nodes = _nodes(x, "edit")
+    if nodes is not None:
+        return nodes.edit(x, None, own)
     scale, bias, ids, _, _ = flat_edit(own)
     if plain_only(x, scale, bias):
         return reference.edit_forward(x, None, own)
     if _traced():
         return EditFunction.apply(x, scale, bias, ids)
-    nodes = choose(x, "edit").nodes
-    return _edit(x, None, scale, bias, own) if nodes is None else nodes.edit(x, None, own)
+    return _edit(x, None, scale, bias, own)
 
 
 def edit_add(x: Tensor, residual: Tensor | None, own: Edit) -> Tensor:
     """``residual + dropout(edit(x))``."""
     if residual is not None and residual.dtype != x.dtype:
         x, residual = of_one_dtype(x, residual)
+    nodes = _nodes(x, "edit")
+    if nodes is not None:
+        return nodes.edit(x, residual, own)
     scale, bias, *rest = flat_edit(own)
     if plain_only(x, residual, scale, bias):
         return reference.edit_forward(x, residual, own)
     if _traced():
         return EditAddFunction.apply(x, residual, scale, bias, *rest)
-    nodes = choose(x, "edit").nodes
-    return _edit(x, residual, scale, bias, own) if nodes is None else nodes.edit(x, residual, own)
+    return _edit(x, residual, scale, bias, own)
 
 
 def edit_add_norm(
@@ -64,14 +71,14 @@ def edit_add_norm(
     """``z = residual + dropout(edit(x))`` and ``y = norm(z)``, as ``(y, z)``; ``z`` is None with ``need_z=False``."""
     if residual is not None and residual.dtype != x.dtype:
         x, residual = of_one_dtype(x, residual)
+    nodes = _nodes(x, "edit_norm")
+    if nodes is not None:
+        return nodes.edit_norm(x, residual, own, norm, need_z)
     scale, bias, ids, seed, p = flat_edit(own)
     weight, norm_bias, eps, offset, centered = norm
     if plain_only(x, residual, scale, bias, weight, norm_bias):
         return reference.edit_norm_forward(x, residual, own, norm, need_z)[:2]
     if not _traced():
-        nodes = choose(x, "edit_norm").nodes
-        if nodes is not None:
-            return nodes.edit_norm(x, residual, own, norm, need_z)
         return _edit_norm(x, residual, scale, bias, weight, norm_bias, own, norm, need_z)
     if centered:
         return EditAddLayerNormFunction.apply(x, residual, scale, bias, weight, norm_bias, ids, seed, p, eps, need_z)
@@ -80,18 +87,25 @@ def edit_add_norm(
 
 def norm_edit(x: Tensor, norm: Norm, own: Edit) -> Tensor:
     """``edit(norm(x))``, without a dropout."""
+    nodes = _nodes(x, "norm_edit")
+    if nodes is not None:
+        return nodes.norm_edit(x, norm, own)
     scale, bias, ids, _, _ = flat_edit(own)
     weight, norm_bias, eps, offset, centered = norm
     if plain_only(x, weight, norm_bias, scale, bias):
         return reference.norm_edit_forward(x, norm, own)[0]
     if not _traced():
-        nodes = choose(x, "norm_edit").nodes
-        if nodes is not None:
-            return nodes.norm_edit(x, norm, own)
         return _norm_edit(x, weight, norm_bias, scale, bias, norm, own)
     if centered:
         return LayerNormEditFunction.apply(x, weight, norm_bias, scale, bias, ids, eps)
     return RMSNormEditFunction.apply(x, weight, scale, bias, ids, eps, offset)
+
+
+def _nodes(x: Tensor, operation: str) -> Any:
+    """The nodes in C++ of the backend for ``x``; None where it has none, or Python has to run the operation."""
+    if torch.compiler.is_compiling() or ambient() & (PLAIN + TANGENTS):
+        return None
+    return choose(x, operation).nodes
 
 
 def _traced() -> bool:
