@@ -11,6 +11,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/csrc/utils/object_ptr.h>
 
 namespace red {
 namespace {
@@ -327,7 +328,77 @@ PyObject* ambient(PyObject*, PyObject*) {
   END_HANDLE_TH_ERRORS
 }
 
+PyObject *lost_gradient, *h_name, *edit_name, *record_name, *residual_name, *differentiable_name;
+
+// A gradient that comes to a value that waits would be lost: Python raises.
+struct Lost : torch::autograd::FunctionPreHook {
+  variable_list operator()(const variable_list& grads) override {
+    pybind11::gil_scoped_acquire gil;
+    THPObjectPtr gradient(THPVariable_Wrap(grads[0]));
+    THPObjectPtr nothing(PyObject_CallOneArg(lost_gradient, gradient));
+    python_error error;
+    error.persist();
+    throw std::move(error);
+  }
+};
+
+// A tensor of a class with __torch_dispatch__, without memory, like h.
+Tensor wrapper_like(const Tensor& h, bool needs_grad) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  c10::Storage storage(c10::Storage::use_byte_size_t{}, static_cast<size_t>(h.numel()) * h.element_size(),
+                       c10::GetAllocator(c10::kMeta), true);
+  storage.set_data_ptr_noswap(at::DataPtr(nullptr, h.device()));
+  Tensor made = at::detail::make_tensor<at::TensorImpl>(
+      std::move(storage), c10::DispatchKeySet(h.options().computeDispatchKey()), h.dtype());
+  made.unsafeGetTensorImpl()->set_sizes_contiguous(h.sizes());
+  if (needs_grad) made.set_requires_grad(true);
+  return made;
+}
+
+// wait(type, h, edit, record, residual) -> a value that waits, of the class of red_kernels/fusion/waiting.py
+PyObject* wait(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  expect(count, 5, "wait");
+  const Tensor& h = tensor(given[1], "h");
+  TORCH_CHECK_TYPE(is_tuple(given[2], 4) && PyDict_Check(PyTuple_GET_ITEM(given[2], 1)), "edit must be an Edit");
+  bool needs = false;
+  if (at::GradMode::is_enabled()) {
+    needs = h.requires_grad() || (given[4] != Py_None && tensor(given[4], "residual").requires_grad());
+    PyObject *key, *vector;
+    for (Py_ssize_t at = 0; !needs && PyDict_Next(PyTuple_GET_ITEM(given[2], 1), &at, &key, &vector);)
+      needs = vector != Py_None && tensor(vector, "vector").requires_grad();
+  }
+  const Tensor like = wrapper_like(h, needs);
+  if (needs) torch::autograd::impl::add_hook(like, std::make_unique<Lost>());
+  THPObjectPtr made(THPVariable_Wrap(like, reinterpret_cast<PyTypeObject*>(given[0])));
+  THPObjectPtr fields(made ? PyObject_GenericGetDict(made, nullptr) : nullptr);
+  if (!fields || PyDict_SetItem(fields, h_name, given[1]) || PyDict_SetItem(fields, edit_name, given[2]) ||
+      PyDict_SetItem(fields, record_name, given[3]) ||
+      PyDict_SetItem(fields, differentiable_name, needs ? Py_True : Py_False) ||
+      (given[4] != Py_None && PyDict_SetItem(fields, residual_name, given[4])))
+    throw python_error();
+  return made.release();
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* set_lost_gradient(PyObject*, PyObject* function) {
+  Py_INCREF(function);
+  Py_XSETREF(lost_gradient, function);
+  Py_RETURN_NONE;
+}
+
+// seed(like) -> what torch.randint(0, 2**62, (1,)) draws on the device of a tensor
+PyObject* seed(PyObject*, PyObject* like) {
+  HANDLE_TH_ERRORS
+  const auto options = at::TensorOptions().dtype(at::kLong).device(tensor(like, "like").device());
+  return THPVariable_Wrap(at::randint(0, int64_t{1} << 62, {1}, options));
+  END_HANDLE_TH_ERRORS
+}
+
 PyMethodDef functions[] = {
+    {"wait", as_method(&wait), METH_FASTCALL, "wait(type, h, edit, record, residual) -> a value that waits"},
+    {"set_lost_gradient", set_lost_gradient, METH_O, "what raises for a gradient that comes to a value that waits"},
+    {"seed", seed, METH_O, "a seed as torch.randint draws it on the device of a tensor"},
     {"ambient", ambient, METH_NOARGS, "what holds in this thread, a bit for each"},
     {"set_python_backward", python_backward, METH_O, "what runs a backward that is recorded, or takes tangents"},
     {nullptr, nullptr, 0, nullptr},
@@ -345,6 +416,9 @@ PyMODINIT_FUNC PyInit_nodes() {
   using namespace red;
   scale_key = PyUnicode_InternFromString("scale");
   bias_key = PyUnicode_InternFromString("bias");
+  h_name = PyUnicode_InternFromString("h"), edit_name = PyUnicode_InternFromString("edit");
+  record_name = PyUnicode_InternFromString("record"), residual_name = PyUnicode_InternFromString("residual");
+  differentiable_name = PyUnicode_InternFromString("differentiable");
   nodes_type.tp_name = "red_kernels.lib.nodes.Nodes";
   nodes_type.tp_doc = "Nodes(namespace, backend): the operators of a namespace, with nodes of autograd.";
   nodes_type.tp_basicsize = sizeof(Nodes);

@@ -20,7 +20,7 @@ import torch
 
 from . import compiled
 
-__all__ = ["ambient", "load_error", "nodes_of", "set_python_backward"]
+__all__ = ["ambient", "load_error", "nodes_of", "seed", "set_lost_gradient", "set_python_backward", "wait"]
 
 _LIBRARY = Path(__file__).parent.parent / "lib" / "libred_kernels_nodes.so"
 _SETTING = "RED_KERNELS_NODES"
@@ -41,12 +41,6 @@ def nodes_of(namespace: str, backend: str) -> Any:
     of :mod:`red_kernels.backends.arguments`, with int64 ids.
     """
     return None if _module is None else _module.Nodes(namespace, backend)
-
-
-def set_python_backward(function: Any) -> None:
-    """Have a backward that is recorded, or takes tangents, run by a function of Python."""
-    if _module is not None:
-        _module.set_python_backward(function)
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -74,4 +68,15 @@ def _here() -> str:
 
 
 _module, _error = _load()
-ambient: Callable[[], int] | None = None if _module is None else _module.ambient  # see `ops.ambient`
+
+
+def _function(name: str) -> Callable[..., Any] | None:
+    return getattr(_module, name, None)
+
+
+# Each is None without the library.
+ambient = _function("ambient")  # what holds in this thread: see `ops.ambient`
+seed = _function("seed")  # of a dropout: see `ops.fused.drawn_dropout`
+wait = _function("wait")  # makes a value that waits: see `fusion.waiting`
+set_python_backward = _function("set_python_backward")  # for a backward that is recorded, or takes tangents
+set_lost_gradient = _function("set_lost_gradient")  # what is called with a gradient of a value that waits

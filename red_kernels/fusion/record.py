@@ -106,11 +106,12 @@ class Record:
         at_once: something else has, so that it need not wait.
         astray: it was settled without gradients, as by an `autograd.Function`: give it a node of its own.
         what: what the edit was fused with in the last forward; `by` the function that settled it.
+        least: from how many elements on it would have waited; 0 where that was not why it did not.
         returned_by: the forwards of a site that return the output of the norm in it as it is.
     """
 
     __slots__ = (
-        "alone", "astray", "at_once", "behind", "by", "decided", "lazy", "link", "misses", "name", "proven",
+        "alone", "astray", "at_once", "behind", "by", "decided", "lazy", "least", "link", "misses", "name", "proven",
         "returned_by", "searches", "what",
     )  # fmt: skip
 
@@ -120,7 +121,7 @@ class Record:
         self.name = name
         self.link: Link | None = None
         self.alone = self.proven = self.at_once = self.astray = self.decided = self.lazy = False
-        self.misses = self.searches = 0
+        self.misses = self.searches = self.least = 0
         self.what: str | None = None
         self.by = ""
         self.behind: Record | None = None
@@ -134,9 +135,9 @@ class Record:
     def taken(self, what: str) -> None:
         self.proven, self.what, self.by = not self.astray, what, ""
 
-    def alone_in_pass(self) -> None:
-        """The edit was applied at once, in a pass of its own."""
-        self.what = None
+    def alone_in_pass(self, least: int = 0) -> None:
+        """The edit was applied at once, in a pass of its own; `least` elements it would have taken to wait."""
+        self.what, self.least = None, least
         self.by = self.by if self.at_once else ""
 
     def missed(self) -> None:

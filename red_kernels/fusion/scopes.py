@@ -23,7 +23,7 @@ from .waiting import Waiting
 if TYPE_CHECKING:
     from .record import Record
 
-__all__ = ["OWN_HOOKS", "SCOPE", "Leaving", "Scope", "Verdict", "running", "stack_of"]
+__all__ = ["OWN_HOOKS", "SCOPE", "Leaving", "Scope", "Verdict", "here", "running", "stack_of"]
 
 SCOPE = "_red_kernels_scope"  # the attribute of a patched block or stack with its `Verdict`
 
@@ -33,12 +33,12 @@ class _Running(threading.local):
         self.scopes: list[Scope] = []
 
 
-_running = _Running()
+here = _Running()
 
 
 def running() -> list[Scope]:
-    """The scopes of this thread, the innermost last."""
-    return _running.scopes
+    """The scopes of this thread, the innermost last; where each call counts, ``here.scopes``."""
+    return here.scopes
 
 
 class Verdict:
@@ -107,9 +107,24 @@ class Scope:
         """Whether a value of this site may wait here: whoever takes it then has the gradients that the site has."""
         if self.stack or self.recorded != torch.is_grad_enabled() or not self.verdict.holds_for(own, self.module):
             return False
+        return not self._has_compiled()
+
+    def lets_wait_as_before(self, own: RedEdit, recorded: int) -> bool:
+        """As `lets_wait`, where no hook was registered since that was asked for some site of this block."""
+        verdict = self.verdict
+        return (
+            verdict.hooks == RemovableHandle.next_id
+            and verdict.clean
+            and not self.stack
+            and self.recorded == recorded
+            and id(own) in verdict.sites
+            and not (self._has_compiled() if self.compiled is None else self.compiled)
+        )
+
+    def _has_compiled(self) -> bool:
         if self.compiled is None:
             self.compiled = self.verdict.compiled()
-        return not self.compiled
+        return self.compiled
 
     def close(self, output: Any) -> Any:
         """What the block returns, with all in it that waits settled."""

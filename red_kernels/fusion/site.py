@@ -10,40 +10,61 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..edits.module import NAME, SITE, RedEdit, plain_only
+from ..backends import choose
 from ..backends.arguments import Edit
+from ..edits.module import NAME, SITE, RedEdit, plain_only
 from ..edits.selection import saved_tensor_hooks
 from ..ops import fused
-from ..ops.ambient import ambient
+from ..ops.ambient import GRAD, ambient
 from . import takers as takers  # which register themselves
 from .applied import left_to_do
 from .fingerprint import BASE
 from .former import INSIDE, refuse_inside
+from .norm_kinds import is_one_kernel
 from .norms import is_dense, norm_arguments, unobserved
 from .observe import observed
 from .plan import SitePlan, planned
 from .record import Record
-from .scopes import OWN_HOOKS, running
+from .scopes import OWN_HOOKS, here, running
 from .stream import marked
 from .sums import add_edit, title_of
-from .waiting import NO_EDIT, After, Waiting, wait
+from .waiting import NO_EDIT, After, Waiting, wait, wait_as_before
 
 __all__ = [
     "BEHIND",
     "CARRIER",
     "RECORDS",
+    "Carrier",
     "behind_hook",
     "carry_hook",
     "edit_hook",
     "last_record",
+    "least_that_waits",
     "norm_with_edit",
     "record_of",
     "take_reached",
 ]
 
 BEHIND = "_red_kernels_behind"  # of a norm: the `RedEdit` of the site whose output is the norm's, and the site
-CARRIER = "_red_kernels_carrier"  # of an unedited projection whose output waits: a `RedEdit` of its layer
+CARRIER = "_red_kernels_carrier"  # of an unedited projection whose output waits: its `Carrier`
 RECORDS = "_red_kernels_records"
+
+
+# On a CPU, where each norm of a model is one kernel by itself: for fewer elements the host's time to let a value wait is
+# more than the passes that this saves (docs/decisions.md has the figures).
+_LEAST = 1 << 12
+
+
+def least_that_waits(norms: list[nn.Module]) -> int:
+    """From how many elements on a value waits on a CPU, in a model with these norms."""
+    return _LEAST if norms and all(map(is_one_kernel, norms)) else 0
+
+
+class Carrier(NamedTuple):
+    """Of an unedited projection whose output waits: a `RedEdit` of its layer, and the least elements on a CPU."""
+
+    own: RedEdit
+    least: int
 
 
 class _Told(threading.local):
@@ -71,14 +92,16 @@ class Records:
 
     Attributes:
         modes: the records; the last one by -1.
-        plans: for what holds in a thread, and training or not.
+        plans: for what holds in a thread, and training or not, where the value waits.
+        alone: the same where the edit is applied at once.
     """
 
-    __slots__ = ("modes", "plans")
+    __slots__ = ("alone", "modes", "plans")
 
     def __init__(self) -> None:
         self.modes: dict[int, Record] = {}
         self.plans: dict[int, SitePlan] = {}
+        self.alone: dict[int, SitePlan] = {}
 
     def __reduce__(self) -> tuple[type[Records], tuple[()]]:
         return Records, ()
@@ -108,6 +131,8 @@ def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
     own = module._modules.get(NAME)
     if type(output) is Tensor and own is not None and not torch.compiler.is_compiling():
         value = _as_before(own, own, module, output)  # type: ignore[arg-type]
+        if value is None:
+            value = _alone_as_before(own, module, output)  # type: ignore[arg-type]
         if value is not None:
             if own.watched:
                 _told.reached.add(id(own))
@@ -129,7 +154,9 @@ def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
             edited = _in_pass(own, module, first)
         if edited is not None:
             return edited if first is output else (edited, *output[1:])
-        record_of(own, module.training).alone_in_pass()
+        edited = _alone(own, module, first)
+        if edited is not None:
+            return edited if first is output else (edited, *output[1:])
     # Called as a module: hooks that bring its parameters to the device must fire.
     if own.inside:
         if own.off:
@@ -159,7 +186,9 @@ def carry_hook(module: nn.Module, args: Any, output: Any) -> Any:
 
     Its output has no edit, and waits for the same addition and norm, which then take one pass.
     """
-    own: RedEdit = module.__dict__[CARRIER]
+    own, least = module.__dict__[CARRIER]
+    if _is_small(output, least):
+        return None
     if type(output) is Tensor and not torch.compiler.is_compiling():
         value = _as_before(module, own, module, output)
         if value is not None:
@@ -183,17 +212,58 @@ def _as_before(holder: nn.Module, own: RedEdit, module: nn.Module, h: Tensor) ->
     `holder` has what is known of the site.
     """
     records: Records | None = holder.__dict__.get(RECORDS)
-    scopes = running()
+    scopes = here.scopes
     if records is None or not scopes:
         return None
-    now = ambient()
+    now, scope = ambient(), scopes[-1]
     plan = records.plans.get(2 * now + module.training)
-    if plan is None or not plan.holds(own, now, h) or not scopes[-1].lets_wait(own):
+    if plan is None or plan.record.at_once or not scope.lets_wait_as_before(own, now & GRAD):
+        return None
+    if (holder is own and _is_small(h, own.least)) or not plan.holds(own, now, h):
         return None
     records.modes[-1] = plan.record
-    value = wait(h, plan.edit, plan.record)
-    scopes[-1].made.append(weakref.ref(value))
+    value = wait_as_before(h, plan.edit, plan.record)
+    scope.made.append(weakref.ref(value))
     return value
+
+
+def _is_small(h: Any, least: int) -> bool:
+    return least > 0 and type(h) is Tensor and h.is_cpu and h.numel() < least
+
+
+def _alone(own: RedEdit, module: nn.Module, h: Any) -> Tensor | None:
+    """The edit of a site in a pass of its own; None where the module has to be called."""
+    record = record_of(own, module.training)
+    small = _is_small(h, own.least)
+    record.alone_in_pass(own.least if small else 0)
+    if own.inside or type(h) is not Tensor or not (small or record.at_once):
+        return None
+    edit = left_to_do(own, h)
+    if edit is None or edit is NO_EDIT:
+        return None
+    plan = planned(own, h, edit, record, ambient())
+    if plan is not None:
+        own.__dict__[RECORDS].alone[2 * ambient() + module.training] = plan
+    return fused.edit(h, edit)
+
+
+def _alone_as_before(own: RedEdit, module: nn.Module, h: Tensor) -> Tensor | None:
+    """As `_alone`, where that is as in an earlier call."""
+    records: Records | None = own.__dict__.get(RECORDS)
+    if records is None or not records.alone:
+        return None
+    now = ambient()
+    plan = records.alone.get(2 * now + module.training)
+    small = _is_small(h, own.least)
+    if plan is None or not (small or plan.record.at_once) or not plan.holds(own, now, h):
+        return None
+    nodes = choose(h, "edit").nodes
+    if nodes is None:
+        return None
+    records.modes[-1] = plan.record
+    plan.record.alone_in_pass(own.least if small else 0)
+    edited: Tensor = nodes.edit(h, None, plan.edit)
+    return edited
 
 
 def _plan(holder: nn.Module, own: RedEdit, module: nn.Module, h: Tensor, edit: Edit, record: Record) -> None:
@@ -225,7 +295,7 @@ def _in_pass(own: RedEdit, module: nn.Module, h: Any) -> Tensor | None:
     if own.place in ("res", "attn_res") and not own.inside:
         return _stream(own, module, h)
     record = record_of(own, module.training)
-    if record.at_once and not own.inside:
+    if (record.at_once and not own.inside) or _is_small(h, own.least):
         return None
     scope = scopes[-1]
     if not scope.lets_wait(own):

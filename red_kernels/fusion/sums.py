@@ -24,14 +24,14 @@ from ..edits.module import RedEdit
 from ..edits.selection import saved_tensor_hooks
 from ..backends import choose
 from ..ops import fused
-from ..ops.ambient import GRAD, QUIET, ambient
+from ..ops.ambient import GRAD, PLAIN, QUIET, ambient
 from ..ops.handover import Handover, norm_of, sum_of
 from .applied import left_to_do
 from .norms import is_like, norm_arguments, spec_of, unobserved
 from .observe import chain
 from .record import Link, Record
-from .scopes import Scope, running, stack_of
-from .waiting import NO_EDIT, Waiting, edited, wait
+from .scopes import Scope, here, running, stack_of
+from .waiting import NO_EDIT, Waiting, edited, wait, wait_as_before
 
 __all__ = [
     "Note",
@@ -77,10 +77,11 @@ class Note:
         handover: Handover,
         normed: Tensor | None = None,
         norm: nn.Module | None = None,
+        weight: Tensor | None = None,
     ) -> None:
         self.record, self.scope, self.stack, self.source = record, scope, stack, source or scope.module
         self.normed, self.norm, self.handover = normed, norm, handover
-        self.weight = None if norm is None else norm_weight(norm)
+        self.weight = norm_weight(norm) if weight is None and norm is not None else weight
         self.total = weakref.ref(total)
         self.version = _version(total)
         self.recorded = torch.is_grad_enabled()
@@ -131,49 +132,47 @@ def _version(z: Tensor) -> int:
 
 def add_as_before(value: Waiting, residual: Tensor) -> Tensor | None:
     """`residual + value` and its norm, where both are what they were in an earlier call; None where that is unknown."""
-    record, link = value.record, value.record.link
-    if (
-        link is None
-        or value.done is not None
-        or value.residual is not None
-        or value.others
-        or value.after is not None
-        or value.base is not None
-        or record.lazy
-    ):
+    record = value.record
+    link = record.link
+    if link is None or record.lazy or not _is_bare(value):
         return None
-    scopes, now, norm = running(), ambient(), link.norm
-    if norm is None or not scopes or scopes[-1].stack or scopes[-1].undecided:
+    scopes, now, norm = here.scopes, ambient(), link.norm
+    if norm is None or not scopes or now & ~QUIET or (value.differentiable and not now & GRAD):
         return None
-    if now & ~QUIET or (value.differentiable and not now & GRAD):
+    scope, x, edit = scopes[-1], value.h, value.edit
+    if scope.stack or scope.undecided:
         return None
-    x = value.h
-    found = link.arguments(norm, x, now)
-    if found is None:
-        return None
-    scope, stack = scopes[-1], None
     if record.alone:  # the norm takes the sum
         if record.astray or residual.dtype is not x.dtype or not is_like(residual, x):
             return None
-        record.taken(_adds(value.edit))
-        made = wait(x, value.edit, record, residual=residual)
+        record.taken(_adds(edit))
+        made = wait_as_before(x, edit, record, residual)
         scope.made.append(weakref.ref(made))
         return made
-    if link.across:
-        stack = _open_stack(scopes)
-        if stack is None:
-            return None
-    if not link.unseen():
+    found = link.arguments(norm, x, now)
+    stack = _open_stack(scopes) if link.across else None
+    if found is None or (stack is None and link.across) or not link.unseen():
         return None
     nodes = choose(x, "edit_norm").nodes
-    both = None if nodes is None else nodes.sum_norm(x, residual, value.edit, found)
+    both = None if nodes is None else nodes.sum_norm(x, residual, edit, found)
     if both is None:
         return None
-    record.taken(f"{_adds(value.edit)} + {link.title}")
+    record.taken(f"{_adds(edit)} + {link.title}")
     z, normed = both
     total: Tensor = z
-    Note(total, record, scope, stack, None, Handover(value.edit, found, nodes), normed, norm)
+    Note(total, record, scope, stack, None, Handover(edit, found, nodes), normed, norm, found.weight)
     return total
+
+
+def _is_bare(value: Waiting) -> bool:
+    """Whether a value is what a site has returned, at most with a dropout or a factor."""
+    return (
+        value.done is None
+        and value.residual is None
+        and value.base is None
+        and value.after is None
+        and not value.others
+    )
 
 
 def add(value: Waiting, residual: Tensor) -> Tensor:
@@ -314,7 +313,9 @@ def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
     """Take the note off `z`, if there is one, and return `norm(z)` if that can be told from it."""
     note: Note | None = z.__dict__.pop(_NOTE, None)
     if note is None:
-        return _take_through_view(norm, z)
+        return None if z._base is None else _take_through_view(norm, z)
+    if ambient() & PLAIN:
+        return None
     scopes = running()
     here = bool(scopes) and scopes[-1] is note.scope and not note.scope.stack
     if not here and (note.stack is None or note.stack is not stack_of(scopes) or note.stack.collects):
@@ -383,19 +384,33 @@ def norm_of_waiting(norm: nn.Module, value: Waiting) -> Tensor | None:
     """The norm of a waiting value in one pass; None where it has to be settled first."""
     if not value.waits() or value.others:
         return None
-    link, found, x, residual = value.record.link, None, value.h, value.residual
-    if link is not None and residual is not None and link.norm is norm and residual.dtype is x.dtype:
+    link, x, residual = value.record.link, value.h, value.residual
+    if link is None or residual is None or link.norm is not norm or residual.dtype is not x.dtype:
+        found = norm_arguments(norm, x, residual)
+    else:
         now = ambient()
         found = link.arguments(norm, x, now)
+        if found is not None and value.record.alone and not now & ~QUIET:
+            fused_with = choose(x, "edit_norm").nodes
+            both = None if fused_with is None else fused_with.edit_norm(x, residual, value.edit, found, _keeps(value.edit))
+            if both is not None:
+                value.record.taken(f"{_adds(value.edit)} + {link.title}")
+                y: Tensor = both[0]
+                return y
         if found is None:
             found = norm_arguments(norm, x, residual)
             if found is not None:
                 link.keep(norm, found, x.dtype, x.device, now)
-    else:
-        found = norm_arguments(norm, x, residual)
-    if found is None:
-        return None
-    return normalised(value, found, title_of(norm), norm)
+    return None if found is None else normalised(value, found, title_of(norm), norm)
+
+
+def _keeps(edit: Edit) -> bool:
+    """Whether a sum that only its norm reads is kept for the backward, in the place of both that it is made of.
+
+    The gradient of the scale needs the site's output in any case.
+    """
+    scale = edit.vectors.get("scale")
+    return torch.is_grad_enabled() and (scale is None or not scale.requires_grad)
 
 
 def normalised(value: Waiting, found: Norm, title: str, norm: nn.Module | None = None) -> Tensor:
@@ -419,10 +434,7 @@ def _norm_of_sum(value: Waiting, residual: Tensor, found: Norm, title: str, norm
     record, again = value.record, saved_tensor_hooks(True) is not None
     record.taken(f"{_adds(value.edit)} + {title}")
     if record.alone and not again:
-        scale = value.edit.vectors.get("scale")
-        # A backward that does not need `h` for the scale keeps the sum, in the place of both that it is made of.
-        keeps = torch.is_grad_enabled() and (scale is None or not scale.requires_grad)
-        return fused.edit_add_norm(value.h, residual, value.edit, found, keeps)[0]
+        return fused.edit_add_norm(value.h, residual, value.edit, found, _keeps(value.edit))[0]
     if record.link is not None and not again:
         value.done, handover = sum_of(value.h, residual, value.edit, found)
         return norm_of(value.done, handover, found)

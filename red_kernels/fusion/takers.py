@@ -13,9 +13,9 @@ from torch import Tensor
 from ..backends.arguments import Edit, Norm, affine_edit
 from ..ops import fused
 from .norms import is_like
-from .scopes import running
+from .scopes import here, running
 from .sums import add, add_as_before, normalised
-from .waiting import NO_EDIT, PLAIN, TAKERS, Waiting, wait
+from .waiting import NO_EDIT, PLAIN, TAKERS, Waiting, wait, wait_as_before
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
@@ -113,7 +113,11 @@ def _add_in_place(func: Any, args: Arguments, kwargs: Keywords) -> Any:
 
 
 def _dropout(func: Any, args: Arguments, kwargs: Keywords) -> Any:
-    value, p, training, inplace = _given(args, kwargs, ("input", "p", "training", "inplace"), (None, 0.5, True, False))
+    if len(args) == 1 and len(kwargs) == 3:  # as `F.dropout` gives it on
+        (value,), p, training, inplace = args, kwargs["p"], kwargs["training"], kwargs["inplace"]
+    else:
+        names = ("input", "p", "training", "inplace")
+        value, p, training, inplace = _given(args, kwargs, names, (None, 0.5, True, False))
     if not _waits(value):
         return NotImplemented
     if not training or p == 0.0:
@@ -127,7 +131,13 @@ def _dropout(func: Any, args: Arguments, kwargs: Keywords) -> Any:
         or not 0.0 <= p < 1.0
     ):
         return NotImplemented
-    return _like(value, edit=value.edit._replace(dropout=fused.drawn_dropout(p, True, value.h)))
+    edit = value.edit._replace(dropout=fused.drawn_dropout(p, True, value.h))
+    scopes = here.scopes
+    if not scopes or value.after is not None or not value.record.proven:
+        return _like(value, edit=edit)
+    made = wait_as_before(value.h, edit, value.record)
+    scopes[-1].made.append(weakref.ref(made))
+    return made
 
 
 def _torch_dropout(func: Any, args: Arguments, kwargs: Keywords) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ..backends import nodes
 from ..backends.arguments import Edit, affine_edit, flat_edit
 from ..edits.selection import saved_tensor_hooks
 from ..ops import fused
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from ..edits.module import RedEdit
     from .record import Record
 
-__all__ = ["NO_EDIT", "PLAIN", "TAKERS", "After", "Waiting", "edited", "wait"]
+__all__ = ["NO_EDIT", "PLAIN", "TAKERS", "After", "Waiting", "edited", "wait", "wait_as_before"]
 
 NO_EDIT = affine_edit()
 PLAIN = (Tensor, nn.Parameter)
@@ -59,6 +60,8 @@ class After(NamedTuple):
 class Waiting(Tensor):
     """The output of a site, and the edit that is not applied to it yet.
 
+    No slots: what is as in the class need not be set, which is most.
+
     Attributes:
         h: the site's output, or a view of it.
         edit: with the factors and the dropout that came behind it.
@@ -74,17 +77,14 @@ class Waiting(Tensor):
     h: Tensor
     edit: Edit
     record: Record
-    residual: Tensor | None
-    others: tuple[Waiting, ...]
-    after: After | None
-    base: Waiting | None
-    again: Callable[[Tensor], Tensor] | None
-    viewed: bool
-    done: Tensor | None
+    residual: Tensor | None = None
+    others: tuple[Waiting, ...] = ()
+    after: After | None = None
+    base: Waiting | None = None
+    again: Callable[[Tensor], Tensor] | None = None
+    viewed = False
+    done: Tensor | None = None
     differentiable: bool
-    __slots__ = (
-        "after", "again", "base", "differentiable", "done", "edit", "h", "others", "record", "residual", "viewed",
-    )  # fmt: skip
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -194,27 +194,49 @@ def wait(
     again: Callable[[Tensor], Tensor] | None = None,
 ) -> Waiting:
     """A value that waits. The edit's vectors fit `h`, a dense floating tensor."""
-    vectors = edit.vectors
     needs = torch.is_grad_enabled() and (
-        h.requires_grad
-        or any(vector is not None and vector.requires_grad for vector in vectors.values())
-        or (residual is not None and residual.requires_grad)
-        or any(other.differentiable for other in others)
+        _asks(h, edit, residual) or any(other.differentiable for other in others)
     )
     # Under hooks for saved tensors the same must be saved in a second run: no node that only a first one needs.
     second = saved_tensor_hooks(True) is not None
     unknown = not (record.proven or second) if residual is None else second or record.link is None
     if needs and unknown and not others:
         made: Any = _node(h, residual, *flat_edit(edit)[:2], edit)
+        made.h, made.edit, made.record, made.differentiable = h, edit, record, True
     else:
-        made = _wrapper(Waiting, h.shape, dtype=h.dtype, device=h.device, requires_grad=needs)
-        if needs:
-            with torch._C.DisableTorchFunctionSubclass():
-                made._backward_hooks = _LOST
-    made.h, made.edit, made.record = h, edit, record
+        made = _made(h, edit, record, needs)
     made.residual, made.others, made.after, made.base, made.again = residual, others, after, base, again
-    made.viewed, made.done, made.differentiable = False, None, needs
     return made
+
+
+def wait_as_before(h: Tensor, edit: Edit, record: Record, residual: Tensor | None = None) -> Waiting:
+    """As `wait`, where it is known who takes the value."""
+    if nodes.wait is not None:
+        quick: Waiting = nodes.wait(Waiting, h, edit, record, residual)
+        return quick
+    made = _made(h, edit, record, torch.is_grad_enabled() and _asks(h, edit, residual))
+    if residual is not None:
+        made.residual = residual
+    return made
+
+
+def _made(h: Tensor, edit: Edit, record: Record, needs: bool) -> Waiting:
+    made: Waiting = _wrapper(Waiting, h.shape, dtype=h.dtype, device=h.device, requires_grad=needs)
+    if needs:
+        with torch._C.DisableTorchFunctionSubclass():
+            made._backward_hooks = _LOST
+    made.h, made.edit, made.record, made.differentiable = h, edit, record, needs
+    return made
+
+
+def _asks(h: Tensor, edit: Edit, residual: Tensor | None) -> bool:
+    """Whether one of them asks for gradients."""
+    if h.requires_grad or (residual is not None and residual.requires_grad):
+        return True
+    for vector in edit.vectors.values():  # noqa: SIM110 - a generator takes three times as long
+        if vector is not None and vector.requires_grad:
+            return True
+    return False
 
 
 class WaitingFunction(Function):
@@ -260,6 +282,8 @@ def _lost(gradient: Tensor) -> None:
 
 
 _LOST = {0: _lost}
+if nodes.set_lost_gradient is not None:
+    nodes.set_lost_gradient(_lost)
 
 
 def _plainly(value: Any, name: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose, reference
+from ..backends import choose, nodes, reference
 from ..backends.arguments import Dropout, Edit, Norm, flat_edit
 from . import checks
 from .ambient import PLAIN, TANGENTS, ambient
@@ -39,9 +39,9 @@ _edit, _edit_norm, _norm_edit = map(direct, (BundledEditFunction, BundledEditNor
 
 def edit(x: Tensor, own: Edit) -> Tensor:
     """The edit of ``x``, without a dropout."""
-    nodes = _nodes(x, "edit")
-    if nodes is not None:
-        return nodes.edit(x, None, own)
+    fused = _nodes(x, "edit")
+    if fused is not None:
+        return fused.edit(x, None, own)
     scale, bias, ids, _, _ = flat_edit(own)
     if plain_only(x, scale, bias):
         return reference.edit_forward(x, None, own)
@@ -54,9 +54,9 @@ def edit_add(x: Tensor, residual: Tensor | None, own: Edit) -> Tensor:
     """``residual + dropout(edit(x))``."""
     if residual is not None and residual.dtype != x.dtype:
         x, residual = of_one_dtype(x, residual)
-    nodes = _nodes(x, "edit")
-    if nodes is not None:
-        return nodes.edit(x, residual, own)
+    fused = _nodes(x, "edit")
+    if fused is not None:
+        return fused.edit(x, residual, own)
     scale, bias, *rest = flat_edit(own)
     if plain_only(x, residual, scale, bias):
         return reference.edit_forward(x, residual, own)
@@ -71,9 +71,9 @@ def edit_add_norm(
     """``z = residual + dropout(edit(x))`` and ``y = norm(z)``, as ``(y, z)``; ``z`` is None with ``need_z=False``."""
     if residual is not None and residual.dtype != x.dtype:
         x, residual = of_one_dtype(x, residual)
-    nodes = _nodes(x, "edit_norm")
-    if nodes is not None:
-        return nodes.edit_norm(x, residual, own, norm, need_z)
+    fused = _nodes(x, "edit_norm")
+    if fused is not None:
+        return fused.edit_norm(x, residual, own, norm, need_z)
     scale, bias, ids, seed, p = flat_edit(own)
     weight, norm_bias, eps, offset, centered = norm
     if plain_only(x, residual, scale, bias, weight, norm_bias):
@@ -87,9 +87,9 @@ def edit_add_norm(
 
 def norm_edit(x: Tensor, norm: Norm, own: Edit) -> Tensor:
     """``edit(norm(x))``, without a dropout."""
-    nodes = _nodes(x, "norm_edit")
-    if nodes is not None:
-        return nodes.norm_edit(x, norm, own)
+    fused = _nodes(x, "norm_edit")
+    if fused is not None:
+        return fused.norm_edit(x, norm, own)
     scale, bias, ids, _, _ = flat_edit(own)
     weight, norm_bias, eps, offset, centered = norm
     if plain_only(x, weight, norm_bias, scale, bias):
@@ -122,6 +122,8 @@ def drawn_dropout(p: float, training: bool, like: Tensor) -> Dropout | None:
     if not training or p == 0.0:
         return None
     checks.dropout(p)
+    if nodes.seed is not None and not torch.compiler.is_compiling():
+        return Dropout(p, nodes.seed(like))
     return Dropout(p, torch.randint(0, 2**62, (1,), dtype=torch.int64, device=like.device))
 
 

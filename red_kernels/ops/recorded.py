@@ -65,4 +65,5 @@ def _backward(
     return found
 
 
-nodes.set_python_backward(_backward)
+if nodes.set_python_backward is not None:
+    nodes.set_python_backward(_backward)

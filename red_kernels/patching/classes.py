@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ..edits.module import RedEdit, plain_only
 from ..fusion.fingerprint import BASE
 from ..fusion.former import LEFT
 from ..fusion.norms import SPEC, norm_spec
-from ..fusion.scopes import SCOPE, Scope, Verdict, running
-from ..fusion.site import BEHIND, CARRIER, RECORDS, carry_hook, norm_with_edit
+from ..fusion.scopes import SCOPE, Scope, Verdict, here
+from ..fusion.site import BEHIND, CARRIER, RECORDS, Carrier, carry_hook, norm_with_edit
 from ..fusion.sums import norm_of_waiting, take_note
 from ..fusion.waiting import Waiting
+from ..ops.ambient import PLAIN, TANGENTS, ambient
 
 __all__ = ["carry", "is_patched", "patch_norm", "patch_scope", "prepare_classes", "unpatch_module"]
 
@@ -62,10 +62,13 @@ def patch_norm(norm: nn.Module, behind: tuple[RedEdit, nn.Module] | None = None)
     return True
 
 
-def carry(module: nn.Module, own: RedEdit) -> None:
-    """Let the output of an unedited projection wait, as those of the sites do; `own` is an edit of its layer."""
+def carry(module: nn.Module, own: RedEdit, least: int = 0) -> None:
+    """Let the output of an unedited projection wait, as those of the sites do; `own` is an edit of its layer.
+
+    On a CPU it does from so many elements on.
+    """
     if carry_hook not in module._forward_hooks.values():
-        module.__dict__[CARRIER] = own
+        module.__dict__[CARRIER] = Carrier(own, least)
         nn.Module.register_forward_hook(module, carry_hook, prepend=True)
 
 
@@ -131,21 +134,20 @@ def _norm_forward(base: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         current = base.forward  # may have been replaced since
-        if current is original and len(args) == 1 and not kwargs and not plain_only():
-            x = args[0]
-            normed = None
+        if len(args) != 1 or kwargs or current is not original or torch.compiler.is_compiling():
+            return current(self, *args, **kwargs)
+        x = args[0]
+        if type(x) is Tensor:
             if BEHIND in self.__dict__:
-                x = x.settle() if type(x) is Waiting else x
-                if type(x) is Tensor:
-                    return norm_with_edit(self, x, current)
-                args = (x,)
-            elif type(x) is Waiting:
-                normed = norm_of_waiting(self, x)
-            elif type(x) is Tensor:
-                normed = take_note(self, x)
-            if normed is not None:
-                return normed
-        return current(self, *args, **kwargs)
+                return current(self, x) if plain_only() else norm_with_edit(self, x, current)
+            normed = take_note(self, x)
+        elif type(x) is Waiting and not ambient() & PLAIN:
+            if BEHIND in self.__dict__:
+                return norm_with_edit(self, x.settle(), current)
+            normed = norm_of_waiting(self, x)
+        else:
+            normed = None
+        return current(self, x) if normed is None else normed
 
     return forward
 
@@ -156,15 +158,15 @@ def _scope_forward(base: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         verdict: Verdict | None = self.__dict__.get(SCOPE)
-        if verdict is None or plain_only() or forward_ad._current_level >= 0:  # there nothing waits
+        if verdict is None or torch.compiler.is_compiling() or ambient() & (PLAIN + TANGENTS):  # there nothing waits
             return base.forward(self, *args, **kwargs)
-        scopes = running()
+        scopes = here.scopes
         depth = len(scopes)
         scope = Scope(self, verdict, verdict.stack and _collects(self, kwargs))
         scopes.append(scope)
         try:
             output = base.forward(self, *args, **kwargs)
-            return scope.close(output)
+            return scope.close(output) if scope.made or scope.left or scope.undecided else output
         finally:
             scope.end()
             del scopes[depth:]

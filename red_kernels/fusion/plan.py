@@ -1,0 +1,86 @@
+"""What a site does with its output, kept for as long as what it was found from holds.
+
+To find it takes about ten times as long: whether anybody observes the block, which edit is active here, whether a
+forward may run a second time, and whether the vectors fit. Here each of these is one comparison.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from ..backends.arguments import Edit
+from ..edits.blocks import any_block
+from ..edits.module import RedEdit
+from ..ops.ambient import GRAD, INFERENCE, QUIET
+from .norms import is_dense
+
+if TYPE_CHECKING:
+    from .record import Record
+
+__all__ = ["SitePlan", "planned"]
+
+
+class SitePlan:
+    """The edit of a site's output, which waits or is applied at once.
+
+    Attributes:
+        edit, record: that, and what is known of the site.
+        hooks: how many hooks of torch had been registered.
+        chosen: the active edit.
+        vectors: of that: the Parameters of a module by name, a name, and what it had.
+        modules: of the `RedEdit`.
+        dtype, device: of the site's output.
+    """
+
+    __slots__ = ("chosen", "device", "dtype", "edit", "hooks", "modules", "record", "vectors")
+
+    def __init__(self, own: RedEdit, h: Tensor, edit: Edit, record: Record) -> None:
+        self.edit, self.record = edit, record
+        self.hooks, self.chosen, self.modules = RemovableHandle.next_id, own.selection.chosen, own._modules
+        self.dtype, self.device = h.dtype, h.device
+        self.vectors = tuple(
+            (holder._parameters, name, vector)
+            for holder in (own._modules.get(own.selection.chosen or ""), own)
+            if holder is not None
+            for name, vector in holder._parameters.items()
+            if vector is not None and any(vector is one for one in edit.vectors.values())
+        )
+
+    def holds(self, own: RedEdit, now: int, h: Tensor) -> bool:
+        """Whether the output of the site is edited as before; `now` is what :func:`ambient` says."""
+        selection = own.selection
+        if (
+            self.hooks != RemovableHandle.next_id
+            or h.dtype is not self.dtype
+            or not is_dense(h)
+            or h.device != self.device
+            or own._modules is not self.modules
+            or selection.chosen != self.chosen
+            or selection.open
+            or any_block()
+            or (selection.varied and not now & (GRAD + INFERENCE))  # it may be the first run of a checkpoint
+            or own._compiled_call_impl is not None
+            or "forward" in own.__dict__
+        ):
+            return False
+        for parameters, name, vector in self.vectors:
+            if parameters.get(name) is not vector:
+                return False
+        return True
+
+
+def planned(own: RedEdit, h: Tensor, edit: Edit, record: Record, now: int) -> SitePlan | None:
+    """A plan for later calls, of what was just found; None where that holds for one call only."""
+    plain = edit.ids is None and edit.dropout is None
+    if now & ~QUIET or not plain or type(own).live_state is not RedEdit.live_state or own.selection.open or any_block():
+        return None
+    if own.selection.varied and not now & (GRAD + INFERENCE):
+        return None
+    plan = SitePlan(own, h, edit, record)
+    held = [vector for vector in edit.vectors.values() if vector is not None]
+    # What a kind makes of its parts in each call is not kept.
+    return plan if len(plan.vectors) == len(held) and not torch.compiler.is_compiling() else None
