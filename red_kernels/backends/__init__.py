@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ __all__ = [
     "available_backends",
     "backend",
     "by_name",
+    "choice_key",
     "choose",
     "forced_backend",
     "records",
@@ -185,6 +187,12 @@ def choose(x: Tensor, operation: str) -> Backend:
     if reason is not None:
         raise ValueError(f"the backend {name!r} was asked for, but {reason}; remedy: rk.backend('reference')")
     return record
+
+
+def choice_key() -> Any:
+    """What `choose` depends on beside the tensor on a CPU: while it is the same, so is the choice for the like."""
+    blocks = getattr(_thread, "blocks", None)
+    return (_FROM_ENVIRONMENT if blocks is None or blocks.name is None else blocks.name), _known.on_cpu
 
 
 def _order(x: Tensor, operation: str) -> tuple[Backend, ...]:

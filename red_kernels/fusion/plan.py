@@ -6,12 +6,13 @@ forward may run a second time, and whether the vectors fit. Here each of these i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from ..backends import choice_key, choose
 from ..backends.arguments import Edit
 from ..edits.blocks import any_block
 from ..edits.module import RedEdit
@@ -34,14 +35,16 @@ class SitePlan:
         vectors: of that: the Parameters of a module by name, a name, and what it had.
         modules: of the `RedEdit`.
         dtype, device: of the site's output.
+        nodes, key: of the backend that edits by itself, and by what that was chosen.
     """
 
-    __slots__ = ("chosen", "device", "dtype", "edit", "hooks", "modules", "record", "vectors")
+    __slots__ = ("chosen", "device", "dtype", "edit", "hooks", "key", "modules", "nodes", "record", "vectors")
 
     def __init__(self, own: RedEdit, h: Tensor, edit: Edit, record: Record) -> None:
         self.edit, self.record = edit, record
         self.hooks, self.chosen, self.modules = RemovableHandle.next_id, own.selection.chosen, own._modules
         self.dtype, self.device = h.dtype, h.device
+        self.key, self.nodes = None, None
         self.vectors = tuple(
             (holder._parameters, name, vector)
             for holder in (own._modules.get(own.selection.chosen or ""), own)
@@ -71,6 +74,16 @@ class SitePlan:
             if parameters.get(name) is not vector:
                 return False
         return True
+
+
+    def nodes_for(self, h: Tensor) -> Any:
+        """The nodes in C++ of the backend for an edit by itself; None where it has none."""
+        if not h.is_cpu:
+            return choose(h, "edit").nodes
+        key = choice_key()
+        if self.key != key:
+            self.key, self.nodes = key, choose(h, "edit").nodes
+        return self.nodes
 
 
 def planned(own: RedEdit, h: Tensor, edit: Edit, record: Record, now: int) -> SitePlan | None:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backends import choose
 from ..backends.arguments import Edit
 from ..edits.module import NAME, SITE, RedEdit, plain_only
 from ..edits.selection import saved_tensor_hooks
@@ -130,7 +129,9 @@ def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
     """The forward hook of an edited module."""
     own = module._modules.get(NAME)
     if type(output) is Tensor and own is not None and not torch.compiler.is_compiling():
-        value = _as_before(own, own, module, output)  # type: ignore[arg-type]
+        value: Tensor | None = None
+        if not own.least or not _is_small(output, own.least):
+            value = _as_before(own, own, module, output)  # type: ignore[arg-type]
         if value is None:
             value = _alone_as_before(own, module, output)  # type: ignore[arg-type]
         if value is not None:
@@ -219,7 +220,7 @@ def _as_before(holder: nn.Module, own: RedEdit, module: nn.Module, h: Tensor) ->
     plan = records.plans.get(2 * now + module.training)
     if plan is None or plan.record.at_once or not scope.lets_wait_as_before(own, now & GRAD):
         return None
-    if (holder is own and _is_small(h, own.least)) or not plan.holds(own, now, h):
+    if not plan.holds(own, now, h):
         return None
     records.modes[-1] = plan.record
     value = wait_as_before(h, plan.edit, plan.record)
@@ -257,7 +258,7 @@ def _alone_as_before(own: RedEdit, module: nn.Module, h: Tensor) -> Tensor | Non
     small = _is_small(h, own.least)
     if plan is None or not (small or plan.record.at_once) or not plan.holds(own, now, h):
         return None
-    nodes = choose(h, "edit").nodes
+    nodes = plan.nodes_for(h)
     if nodes is None:
         return None
     records.modes[-1] = plan.record
