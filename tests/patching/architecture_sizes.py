@@ -52,6 +52,7 @@ _RULES: list[tuple[str, int]] = [
     (r".*(sliding_window|sliding_window_size|window_length|attention_window_size|index_topk|keep_window_size)", 4),
     (r".*(_period|_interval|_every_n_layers|window_pattern|sparse_step|layer_interval|_frequency)", 2),
     (r".*chunk_size", 8),
+    (r"mask_(time|feature)_length", 2),  # some mask a stretch of their input in training, if it is longer
 ]  # fmt: skip
 _COMPILED = [(re.compile(pattern), value) for pattern, value in _RULES]
 _LAYER_INDICES = re.compile(r".*(_idxs|_indexes|_indices|_layers|layer_ids|_layer_idx)|out_indices")
