@@ -118,7 +118,7 @@ class Subject:
                 result.reason = f"its own values are not finite {mode}"
                 continue
             if not wanted[1].any():
-                result.reason = f"no gradient reaches its vectors {mode}"
+                result.reason = "no gradient reaches its vectors, nor those of plain hooks"
             try:
                 for call in ("first", "second"):
                     far, note = _difference(model, plain, self.batch, own, others, wanted)

@@ -203,8 +203,8 @@ def _listed(release: Release, positions: Sequence[str]) -> list[str]:
         taken = Counter(model_type for model_type, _ in _by(results, "model_type", "class_name"))
         for (model_type, class_name), own in _by(results, "model_type", "class_name").items():
             cells = {result.position: cell(result) for result in own}
-            if not is_built(own[0]):
-                cells = {positions[0]: cells[positions[0]]}
+            if not own[0].groups and len(set(cells.values())) == 1:
+                cells = {positions[0]: f"{cells[positions[0]]} (all positions)"}
             name = model_type if taken[model_type] == 1 else f"{model_type} ({class_name})"
             rows.append(" | ".join([name, *(cells.get(position, "") for position in positions)]))
         lines += [f"## {task}", "", *_table(" | ".join(["architecture", *map("`{}`".format, positions)]), *rows)]

@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,9 +130,7 @@ def collect(path: Path, positions: Sequence[str]) -> None:
             known |= {result.key: result for result in results}
     path.parent.mkdir(parents=True, exist_ok=True)
     every = zoo.architectures()
-    start = part.with_name(f"{part.name}.tmp")
-    start.write_text("".join(json.dumps(line) + "\n" for line in (head, *map(asdict, known.values()))))
-    os.replace(start, part)
+    _write(part, head, known.values())
     with part.open("a") as file:
         for at, one in enumerate(every):
             began = time.monotonic()
@@ -149,7 +147,15 @@ def collect(path: Path, positions: Sequence[str]) -> None:
                     print(f"{one} {position}: WRONG: {'; '.join(result.wrong)}", flush=True)
             if missing:
                 print(f"{at + 1} of {len(every)}: {one}, {time.monotonic() - began:.1f} s", flush=True)
-    os.replace(part, path)
+    keys = [(one.task, one.model_type, one.class_name, each) for one in every for each in compare.POSITIONS]
+    _write(path, head, [known[key] for key in dict.fromkeys(keys) if key in known])
+    part.unlink()
+
+
+def _write(path: Path, head: dict[str, str], results: Iterable[Result]) -> None:
+    new = path.with_name(f"{path.name}.tmp")
+    new.write_text("".join(json.dumps(line) + "\n" for line in (head, *map(asdict, results))))
+    os.replace(new, path)
 
 
 def _of(run: Run) -> tuple[str, tuple[str, ...], tuple[Group, ...]]:

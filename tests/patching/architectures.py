@@ -291,6 +291,7 @@ INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {  # by model type: what is
     "kosmos-2": lambda model: {"input_ids": _after(64, FIRST_ORDINARY),
                                "image_embeds_position_mask": (_after(64, 0) == 0).long()},
     "kyutai_speech_to_text": lambda model: {"input_ids": _ids(LENGTH * 3).view(BATCH, LENGTH, 3)},
+    "molmo2": lambda model: {"mm_token_type_ids": torch.zeros(BATCH, LENGTH, dtype=torch.int64)},
     "omniasr_ctc": lambda model: {"input_values": _noise(1, 1600)},
     "pi0": lambda model: {"state": _noise(32), "noise": _noise(8, 32), "timestep": torch.ones(BATCH) / 2,
                           "pixel_attention_mask": torch.ones(BATCH, 1, dtype=torch.bool)},
