@@ -240,7 +240,7 @@ _CELLS = """For `ffn` and `attn` the lists say how many sites there are, and wha
 | + LayerNorm, + RMSNorm | the norm that reads the stream next |
 | own LayerNorm, own RMSNorm | a norm that the output goes through before it is added |
 | not fused (mul) | the edit has a pass of its own: `mul` takes the output |
-| not called | no forward of the test reached the site |
+| not called | no forward in training reached the site: its layer was dropped, or the input left it out |
 | refused | `rk.patch` raises an error and says so |
 
 For `more` and `res` they say how many sites are fused, of those that were called. Where a cell does not say *WRONG*,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
 
 import architectures as zoo
 import pytest
 import transformers
 from architecture_page import WITHOUT_FFN
-from architecture_runs import PAGE
+from architecture_runs import PAGE, Group, Result, read
 
 POSITIONS = ("ffn", "attn", "more", "res")
 
@@ -118,3 +121,14 @@ def test_every_architecture_is_listed() -> None:
     for task in zoo.TASKS:
         listed = [row[0].partition(" (")[0] for row in TABLES[task]]
         assert sorted(listed) == sorted(one.model_type for one in zoo.architectures(task))
+
+
+def test_results_of_an_interrupted_run(tmp_path: Path) -> None:
+    group = Group("layers.*.mlp", "ffn", "residual add", "", 3)
+    result = Result("ctc", "some", "SomeForCTC", "ffn", "", ("in training, first call: far",), (group,))
+    line = json.dumps(asdict(result))
+    file = tmp_path / "results.jsonl"
+    file.write_text(f'{{"source": "one"}}\n{line}\n{line[:40]}')
+    assert read(file, of="one") == ({"source": "one"}, [result])
+    assert read(file, of="other") == ({}, [])
+    assert read(tmp_path / "none.jsonl") == ({}, [])
