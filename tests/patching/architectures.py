@@ -7,6 +7,7 @@ why the others do not. What makes them tiny is in `architecture_sizes`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import inspect
 import signal
@@ -78,7 +79,9 @@ def architectures(task: str | None = None) -> list[Architecture]:
 
 def tiny_config(architecture: Architecture) -> transformers.PreTrainedConfig:
     """The configuration that the model is made from: of the text model alone where the model is one."""
-    config = shrunk(architecture.config_class(**FULL.get(architecture.model_type, {})), architecture.task)
+    config = shrunk(
+        architecture.config_class(**copy.deepcopy(FULL.get(architecture.model_type, {}))), architecture.task
+    )
     wanted = architecture.model_class.config_class
     parts = [config, *(each for each in vars(config).values() if isinstance(each, transformers.PreTrainedConfig))]
     if wanted is not None and not isinstance(config, wanted):
