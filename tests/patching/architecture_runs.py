@@ -1,208 +1,197 @@
-"""Every architecture patched, and held to the same edits as plain forward hooks.
+"""Every architecture at every position, held to plain hooks: the results as lines of JSON, and docs/architectures.md.
 
-`python tests/patching/architecture_runs.py` runs all of them and writes docs/architectures.md.
+`python tests/patching/architecture_runs.py` runs what it has no result of yet, and writes the page from all results.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import copy
-import random
+import hashlib
+import importlib.metadata
+import json
+import os
 import re
 import sys
-import warnings
+import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-from unittest import mock
+from typing import TYPE_CHECKING
 
-import architectures as zoo
-import numpy
-import torch
-import transformers
-from hooked import flat, paired
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from architecture_compare import Run
 
-from red_kernels.patching.report import SiteReport
-
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
-POSITIONS = ("ffn", "attn", "more", "res")
-CLOSE = 1e-4  # of two computations in fp32 whose roundings differ; where they are further apart, fp64 decides
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "architectures.md"
+NOT_BUILT = "cannot be built here: "
+NOT_CALLED = "not called"
 
 
-@dataclass
-class Run:
-    """What became of one architecture at one position.
+@dataclass(frozen=True)
+class Group:
+    """Sites that differ in their layer's number only.
 
     Attributes:
-        reason: why it was not edited or could not be compared; empty where it was.
-        sites: as the report says after the last forward.
-        wrong: what differs from plain hooks.
+        site: the name, `*` for each number in it.
+        place: what it is in its layer.
+        fused: as in the report.
+        reason: as in the report.
+        count: how many they are.
     """
 
-    reason: str = ""
-    sites: tuple[SiteReport, ...] = ()
-    wrong: list[str] = field(default_factory=list)
+    site: str
+    place: str
+    fused: str | None
+    reason: str
+    count: int
 
 
-@contextlib.contextmanager
-def _without_dropout() -> Iterator[None]:
-    """No element is dropped in training, so that both compute the same."""
-    with mock.patch.object(nn.functional, "dropout", lambda x, *args, **kwargs: x):
-        yield
+@dataclass(frozen=True)
+class Result:
+    """One architecture at one position; `architecture_compare.Run` says what the other fields are."""
+
+    task: str
+    model_type: str
+    class_name: str
+    position: str
+    reason: str
+    wrong: tuple[str, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.task, self.model_type, self.class_name, self.position
 
 
-def _gradients(model: nn.Module, batch: dict[str, Any], vectors: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
-    numpy.random.seed(0)  # by which some mask their inputs in training
-    random.seed(0)
-    with _without_dropout():
-        value = zoo.run(model, batch)
-    if not value.requires_grad:
-        return value.detach(), torch.zeros(1)
-    found = torch.autograd.grad(value, vectors, allow_unused=True)
-    return value.detach(), flat(found, vectors)
+@dataclass(frozen=True)
+class Release:
+    """The results of one release of transformers."""
+
+    version: str
+    results: tuple[Result, ...]
 
 
-def run(architecture: zoo.Architecture, position: str) -> Run:
-    """Patch one architecture, in training and in evaluation, and compare two forwards and backwards of each."""
-    try:
-        built = zoo.build(architecture)
-        batch = zoo.inputs(architecture, built)
-    except zoo.Unbuildable as error:
-        return Run(f"cannot be built here: {error}")
-    result = Run()
-    for training in (True, False):
-        plain = copy.deepcopy(built).train(training)
-        try:
-            zoo.run(copy.deepcopy(plain), batch)
-        except Exception as error:
-            result.reason = f"does not run {'in training' if training else ''}: {type(error).__name__}"
-            continue
-        model = copy.deepcopy(built).train(training)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                report, own, others = paired(model, plain, position)
-        except ValueError as error:
-            return Run(_short(str(error)))
-        wanted = _gradients(plain, batch, others)
-        for call in ("first", "second"):
-            found = _gradients(model, batch, own)
-            # The value may be a small difference of large terms, which its gradients tell the size of.
-            terms = wanted[1].norm() * torch.cat([vector.detach().flatten() for vector in own]).norm()
-            far = [
-                ((found[0] - wanted[0]).abs() / (wanted[0].abs() + terms).clamp_min(1e-9)).item(),
-                ((found[1] - wanted[1]).norm() / wanted[1].norm().clamp_min(1e-9)).item(),
-            ]
-            if max(far) > CLOSE and not _as_exact(plain, batch, others, found, wanted):
-                mode = "training" if training else "evaluation"
-                result.wrong.append(f"{mode}, {call} call: value {far[0]:.1e}, gradients {far[1]:.1e}")
-        if training or not result.sites:
-            result.sites = report.sites
-    return result
+def with_addition(fused: str | None) -> bool:
+    """Whether a site shares its pass with the addition that its value goes to, by way of its own norm or not."""
+    return "add" in (fused or "")
 
 
-def _as_exact(plain: nn.Module, batch: dict[str, Any], vectors: list[nn.Parameter], found: Any, wanted: Any) -> bool:
-    """Whether the patched model is as near to float64 as the plain one: some gradients are nothing but roundings."""
-    wide = copy.deepcopy(plain).double()
-    names = {id(vector): at for at, vector in enumerate(vectors)}
-    twin = [vector.detach().double().requires_grad_() for vector in vectors]
-    swapped: list[Any] = []
-    # The hooks of `naive_edit` hold the vectors in their closures.
-    for module in wide.modules():
-        for hook in module._forward_hooks.values():
-            for cell in getattr(hook, "__closure__", None) or ():
-                held = cell.cell_contents
-                if isinstance(held, dict) and all(isinstance(one, nn.Parameter) for one in held.values()):
-                    swapped.append((held, dict(held)))
-                    held.update({part: twin[names[id(one)]] for part, one in held.items()})
-    try:
-        inputs = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
-        exact = _gradients(wide, inputs, twin)  # type: ignore[arg-type]
-    except Exception:
-        return False
-    finally:
-        for held, former in swapped:
-            held.update(former)
-    return all(
-        (one.double() - truth).norm() <= 2 * (other.double() - truth).norm() + 1e-6 * truth.norm() + 1e-9
-        for one, other, truth in zip(found, wanted, exact, strict=True)
+def with_norm(fused: str | None) -> bool:
+    """Whether it shares its pass with a norm: one that its value goes through before it is added, or the next one."""
+    return "Norm" in (fused or "")
+
+
+def source() -> str:
+    """What the results depend on besides the libraries, in short."""
+    names = sorted(
+        [*(ROOT / "red_kernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.*")]
+        + [ROOT / "tests" / "patching" / f"{name}.py" for name in _TESTS]
     )
+    total = hashlib.sha256()
+    for name in names:
+        total.update(str(name.relative_to(ROOT)).encode() + b"\0" + name.read_bytes() + b"\0")
+    return total.hexdigest()[:16]
 
 
-def _short(text: str) -> str:
-    return text.removeprefix("model: ").partition(" For another layout")[0]
+_TESTS = ("architectures", "architecture_sizes", "architecture_compare", "hooked")
 
 
-def is_fused(site: SiteReport) -> bool:
-    """Whether an edit shares a pass with an addition, or with the norm in front of one."""
-    return site.fused is not None and ("add" in site.fused or "Norm" in site.fused)
+def read(path: Path, of: str = "") -> tuple[dict[str, str], list[Result]]:
+    """The head of a file of results, and the results; none where its head names another `source`."""
+    if not path.exists():
+        return {}, []
+    lines = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # the last one, of a run that was interrupted
+            lines.append(json.loads(line))
+    if not lines or (of and lines[0].get("source") != of):
+        return {}, []
+    return lines[0], [
+        Result(**one | {"wrong": tuple(one["wrong"]), "groups": tuple(Group(**each) for each in one["groups"])})
+        for one in lines[1:]
+    ]
 
 
-def _cell(result: Run) -> str:
-    if result.wrong:
-        return f"WRONG: {result.wrong[0]}"
-    if not result.sites:
-        return result.reason
-    groups: Counter[tuple[str, str]] = Counter()
-    for site in result.sites:
+def collect(path: Path, positions: Sequence[str]) -> None:
+    """Add to a file the results that it lacks. Until all are there, they are in a file beside it."""
+    import architecture_compare as compare
+    import architectures as zoo
+    import transformers
+
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    head = {"transformers": transformers.__version__, "source": source()}
+    part = path.with_name(f"{path.name}.part")
+    known = {}
+    for each in (path, part):
+        former, results = read(each, of=head["source"])
+        if former.get("transformers") == head["transformers"]:
+            known |= {result.key: result for result in results}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    every = zoo.architectures()
+    _write(part, head, known.values())
+    with part.open("a") as file:
+        for at, one in enumerate(every):
+            began = time.monotonic()
+            missing = [each for each in positions if (one.task, one.model_type, one.class_name, each) not in known]
+            subject = compare.Subject(one) if missing else None
+            for position in missing:
+                assert subject is not None
+                found = _of(subject.run(position))
+                result = Result(one.task, one.model_type, one.class_name, position, *found)
+                known[result.key] = result
+                file.write(json.dumps(asdict(result)) + "\n")
+                file.flush()
+                if result.wrong:
+                    print(f"{one} {position}: WRONG: {'; '.join(result.wrong)}", flush=True)
+            if missing:
+                print(f"{at + 1} of {len(every)}: {one}, {time.monotonic() - began:.1f} s", flush=True)
+    keys = [(one.task, one.model_type, one.class_name, each) for one in every for each in compare.POSITIONS]
+    _write(path, head, [known[key] for key in dict.fromkeys(keys) if key in known])
+    part.unlink()
+
+
+def _write(path: Path, head: dict[str, str], results: Iterable[Result]) -> None:
+    new = path.with_name(f"{path.name}.tmp")
+    new.write_text("".join(json.dumps(line) + "\n" for line in (head, *map(asdict, results))))
+    os.replace(new, path)
+
+
+def _of(run: Run) -> tuple[str, tuple[str, ...], tuple[Group, ...]]:
+    counts: Counter[tuple[str, str, str | None, str]] = Counter()
+    for site in run.sites:
         name = re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", site.site)
-        groups[name, site.fused or f"nothing ({site.reason})"] += 1
-    return "; ".join(f"{count} x `{name}`: {what}" for (name, what), count in groups.items())
+        fused, reason = (site.fused, site.reason) if site.site in run.called else (None, NOT_CALLED)
+        counts[name, run.places[site.site], fused, reason] += 1
+    groups = tuple(Group(*which, count) for which, count in counts.items())
+    return run.reason, tuple(run.wrong), groups
 
 
-def main() -> None:
-    lines: list[str] = []
-    totals = []
-    for task in zoo.TASKS:
-        rows = []
-        counts: Counter[str] = Counter()
-        for one in zoo.architectures(task):
-            result = run(one, "ffn")
-            rows.append(f"| {one.model_type} | {_cell(result)} |")
-            counts["all"] += 1
-            counts["edited"] += bool(result.sites)
-            counts["wrong"] += bool(result.wrong)
-            called = [site for site in result.sites if "known after the first forward" not in site.reason]
-            counts["fused"] += bool(called) and all(map(is_fused, called))
-            counts["normed"] += bool(called) and all("Norm" in (site.fused or "") for site in called)
-            print(rows[-1], flush=True)
-        totals.append(
-            f"| {task} | {counts['all']} | {counts['edited']} | {counts['fused']} | {counts['normed']} | "
-            f"{counts['wrong']} |"
-        )
-        lines += [
-            f"\n## {task}\n",
-            "| architecture | sites of position `ffn`, and what they are fused with |",
-            "|---|---|",
-        ]
-        lines += rows
-    PAGE.write_text(
-        "\n".join(
-            [
-                "# Architectures",
-                "",
-                f"Every architecture of transformers {transformers.__version__}, built tiny from its own configuration",
-                "class and patched at position `ffn`. Values and the gradients of all vectors are held to plain",
-                "forward hooks, in training and in evaluation.",
-                "`python tests/patching/architecture_runs.py` writes this page.",
-                "",
-                "*edited* counts architectures with at least one site. *fused* counts those whose every site that was",
-                "called shares a pass with its addition, *with norm* those where the norm shares it too. In the last",
-                "layer of many models no norm follows.",
-                "",
-                "| task | architectures | edited | fused | with norm | wrong |",
-                "|---|---|---|---|---|---|",
-                *totals,
-                *lines,
-                "",
-            ]
-        )
-    )
-    sys.stdout.flush()
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--positions", default="ffn,attn,more,res", help="those to run, with commas between them")
+    parser.add_argument("--json", type=Path, help="the results; build/architectures-VERSION.jsonl if not given")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page to write; docs/architectures.md if not given")
+    parser.add_argument("--no-page", action="store_true", help="run only")
+    parser.add_argument("--beside", type=Path, action="append", default=[], help="results of another transformers")
+    options = parser.parse_args(arguments)
+    path = options.json or ROOT / "build" / f"architectures-{importlib.metadata.version('transformers')}.jsonl"
+    collect(path, options.positions.split(","))
+    if options.no_page:
+        return
+    from architecture_page import page
+
+    releases = []
+    for each in (path, *options.beside):
+        head, results = read(each, of=source())
+        if not head:
+            parser.error(f"{each}: no results of these sources; run it again")
+        releases.append(Release(head["transformers"], tuple(results)))
+    new = options.page.with_name(f"{options.page.name}.tmp")
+    new.write_text(page(releases))
+    os.replace(new, options.page)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -52,6 +52,7 @@ _RULES: list[tuple[str, int]] = [
     (r".*(sliding_window|sliding_window_size|window_length|attention_window_size|index_topk|keep_window_size)", 4),
     (r".*(_period|_interval|_every_n_layers|window_pattern|sparse_step|layer_interval|_frequency)", 2),
     (r".*chunk_size", 8),
+    (r"mask_(time|feature)_length", 2),  # some mask a stretch of their input in training, if it is longer
 ]  # fmt: skip
 _COMPILED = [(re.compile(pattern), value) for pattern, value in _RULES]
 _LAYER_INDICES = re.compile(r".*(_idxs|_indexes|_indices|_layers|layer_ids|_layer_idx)|out_indices")
@@ -147,8 +148,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
               "attention_hidden_size": 2 * WIDTH, "attention_head_dim": 2 * WIDTH // HEADS},
 }
 # What a configuration's class has to be given to be made at all.
+_MUSICGEN = {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}, "decoder": {}}
+_DECODER = {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
 FULL: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    # Early releases have no defaults for these.
+    "diffusion_gemma": {"vision_config": {"model_type": "gemma4_vision"}},
+    "encoder-decoder": {"encoder": {"model_type": "bert"}, "decoder": _DECODER},
+    "gemma4_unified_assistant": {"text_config": {"model_type": "gemma4_unified_text"}},
+    "granite4_vision": {"text_config": {"model_type": "granite4_vision_text"}},
+    "musicgen": _MUSICGEN,
+    "musicgen_melody": _MUSICGEN,
+    "speech-encoder-decoder": {"encoder": {"model_type": "wav2vec2"}, "decoder": _DECODER},
+    "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": _DECODER},
 }
 # fmt: on
 
@@ -313,6 +325,9 @@ def shrunk(
         head = small.get("qk_rope_head_dim") or small.get("head_dim") or WIDTH // HEADS
         mrope = "mrope_section" in (getattr(config, "ignore_keys_at_rope_validation", None) or ())
         small["rope_parameters"] = _small_rope(rope_parameters, head, mrope)
+    for name in ("encoder", "decoder"):  # which early releases take as dicts, and have no fields for
+        if name not in usual and isinstance(held.get(name), transformers.PreTrainedConfig):
+            small[name] = shrunk(held[name], task, tokens).to_dict()
     return kind(**small)
 
 

@@ -7,6 +7,7 @@ why the others do not. What makes them tiny is in `architecture_sizes`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import inspect
 import signal
@@ -78,7 +79,9 @@ def architectures(task: str | None = None) -> list[Architecture]:
 
 def tiny_config(architecture: Architecture) -> transformers.PreTrainedConfig:
     """The configuration that the model is made from: of the text model alone where the model is one."""
-    config = shrunk(architecture.config_class(**FULL.get(architecture.model_type, {})), architecture.task)
+    config = shrunk(
+        architecture.config_class(**copy.deepcopy(FULL.get(architecture.model_type, {}))), architecture.task
+    )
     wanted = architecture.model_class.config_class
     parts = [config, *(each for each in vars(config).values() if isinstance(each, transformers.PreTrainedConfig))]
     if wanted is not None and not isinstance(config, wanted):
@@ -291,6 +294,7 @@ INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {  # by model type: what is
     "kosmos-2": lambda model: {"input_ids": _after(64, FIRST_ORDINARY),
                                "image_embeds_position_mask": (_after(64, 0) == 0).long()},
     "kyutai_speech_to_text": lambda model: {"input_ids": _ids(LENGTH * 3).view(BATCH, LENGTH, 3)},
+    "molmo2": lambda model: {"mm_token_type_ids": torch.zeros(BATCH, LENGTH, dtype=torch.int64)},
     "omniasr_ctc": lambda model: {"input_values": _noise(1, 1600)},
     "pi0": lambda model: {"state": _noise(32), "noise": _noise(8, 32), "timestep": torch.ones(BATCH) / 2,
                           "pixel_attention_mask": torch.ones(BATCH, 1, dtype=torch.bool)},
