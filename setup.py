@@ -98,7 +98,7 @@ def _missing(library: Path) -> Path:
 
 
 class Wheel(bdist_wheel):
-    """Tagged py3-none: the kernels call torch's C functions only, and the nodes are not loaded where they do not fit."""
+    """Tagged py3-none: the kernels call torch's C functions only; where the nodes do not fit, they are not loaded."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])

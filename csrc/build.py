@@ -225,9 +225,7 @@ def build_nodes_library(target: Path, objects: Path = OBJECTS / "nodes") -> None
         compiler, *FLAGS, *WITHOUT, "-O2", "-Wno-missing-field-initializers", built_for,
         "-isystem", str(torch / "include"), "-isystem", str(headers), "-c",
     )  # fmt: skip
-    jobs = [
-        Job(source, objects / f"{source.stem}.o", common) for source in sorted((ROOT / "csrc/nodes").glob("*.cpp"))
-    ]
+    jobs = [Job(source, objects / f"{source.stem}.o", common) for source in sorted((ROOT / "csrc/nodes").glob("*.cpp"))]
     _compile(jobs, objects, torch)
     libraries = [f"-l{name}" for name in ("torch_python", "torch", "torch_cpu", "c10")]
     _link([compiler, "-shared"], target, jobs, [f"-L{torch / 'lib'}", *libraries])

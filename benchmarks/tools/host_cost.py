@@ -1,6 +1,7 @@
 """What a call costs the host: Python, checks, autograd, allocation, and everything up to the launch.
 
     python -m benchmarks.tools.host_cost [--rows 512] [--width 768] [--output FILE]
+    python -m benchmarks.tools.host_cost --steps 64 256    # training steps of small models of these widths, in pairs
 
 Where there is a GPU the Triton and the CUDA kernels are launched and not waited for. Elsewhere tensors on the CPU stand
 for those on a GPU: the launch itself is stubbed out of the Triton backend, and left out of the CUDA operators, if the
@@ -31,6 +32,7 @@ from red_kernels.backends import Backend, cuda
 from red_kernels.support.files import write_files
 
 from ..harness import Timing, environment, interleave
+from .host_steps import steps
 
 CALLS = 200  # in a row, for one measurement
 TINY = (4, 64)
@@ -200,9 +202,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--seconds", type=float, default=10.0, help="for each implementation")
+    parser.add_argument("--steps", type=int, nargs="+", metavar="WIDTH", help="training steps of whole models instead")
     parser.add_argument("--output", type=Path, help="a JSON file for the result")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    if chosen.steps:
+        costs = steps(chosen.steps, chosen.seconds, print)
+        _write(chosen.output, {"environment": environment(), "steps": costs})
+        return
     found = measure(chosen.rows, chosen.width, chosen.seconds)
     table = Table("implementation", "operation", "median us", "quartiles us")
     for implementation, timings in found.items():
@@ -217,11 +224,13 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(over)
     if any(name.startswith("cuda") and name.endswith("left out") for name in found):
         console.print(LEFT_OUT)
-    if chosen.output:
-        results = {key: {name: t.json() for name, t in timings.items()} for key, timings in found.items()}
-        said = {"environment": environment(), "seconds": results, "times_torch_rms_norm": ratios(found)}
-        text = json.dumps(said, indent=1) + "\n"
-        write_files(chosen.output.parent, {chosen.output.name: text.encode()})
+    results = {key: {name: t.json() for name, t in timings.items()} for key, timings in found.items()}
+    _write(chosen.output, {"environment": environment(), "seconds": results, "times_torch_rms_norm": ratios(found)})
+
+
+def _write(file: Path | None, said: dict[str, Any]) -> None:
+    if file is not None:
+        write_files(file.parent, {file.name: (json.dumps(said, indent=1) + "\n").encode()})
 
 
 if __name__ == "__main__":

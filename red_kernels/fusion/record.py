@@ -50,12 +50,16 @@ class Link:
         if self.hooks != RemovableHandle.next_id or not self.free:
             passed = [(reference(), False) for reference in self.leaves]
             passed += [(reference(), True) for reference in self.enters]
-            self._passed = tuple((module, enters) for module, enters in passed if module is None or hooked(module))
-            self.free = not any(module is None or observed(module, entering=enters) for module, enters in self._passed)
+            there = [(module, enters) for module, enters in passed if module is not None]
+            self._passed = tuple((module, enters) for module, enters in there if hooked(module))
+            self.free = len(there) == len(passed) and not self._observed()
             self.hooks = RemovableHandle.next_id
         elif self.across and self._passed:  # hooks of transformers observe at times
-            return not any(observed(module, entering=enters) for module, enters in self._passed)
+            return not self._observed()
         return self.free
+
+    def _observed(self) -> bool:
+        return any(observed(module, entering=enters) for module, enters in self._passed)
 
     def keep(self, norm: nn.Module, found: Norm, dtype: torch.dtype, device: torch.device, now: int) -> None:
         """Keep what the norm's arguments were, for `arguments`."""

@@ -42,6 +42,7 @@ __all__ = [
     "norm_with_edit",
     "record_of",
     "take_reached",
+    "with_first",
 ]
 
 BEHIND = "_red_kernels_behind"  # of a norm: the `RedEdit` of the site whose output is the norm's, and the site
@@ -49,8 +50,8 @@ CARRIER = "_red_kernels_carrier"  # of an unedited projection whose output waits
 RECORDS = "_red_kernels_records"
 
 
-# On a CPU, where each norm of a model is one kernel by itself: for fewer elements the host's time to let a value wait is
-# more than the passes that this saves (docs/decisions.md has the figures).
+# On a CPU, where each norm of a model is one kernel by itself: for fewer elements, to let a value wait takes the host
+# longer than the passes that this saves (docs/decisions.md has the figures).
 _LEAST = 1 << 12
 
 
@@ -127,13 +128,13 @@ def last_record(own: nn.Module) -> Record | None:
 
 def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
     """The forward hook of an edited module."""
-    own = module._modules.get(NAME)
+    own: Any = module._modules.get(NAME)
     if type(output) is Tensor and own is not None and not torch.compiler.is_compiling():
         value: Tensor | None = None
         if not own.least or not _is_small(output, own.least):
-            value = _as_before(own, own, module, output)  # type: ignore[arg-type]
+            value = _as_before(own, own, module, output)
         if value is None:
-            value = _alone_as_before(own, module, output)  # type: ignore[arg-type]
+            value = _alone_as_before(own, module, output)
         if value is not None:
             if own.watched:
                 _told.reached.add(id(own))
@@ -146,7 +147,7 @@ def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
     plain = plain_only()
     if own.watched and not (plain and torch.compiler.is_compiling()):
         _told.reached.add(id(own))
-    first = output[0] if own.of_tuple and type(output) is tuple else output
+    first = output[0] if own.of_tuple and isinstance(output, (tuple, list)) and output else output
     if not plain:
         if _is_edited(own, first):
             return None
@@ -154,10 +155,10 @@ def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
         if edited is None:
             edited = _in_pass(own, module, first)
         if edited is not None:
-            return edited if first is output else (edited, *output[1:])
+            return edited if first is output else with_first(output, edited)
         edited = _alone(own, module, first)
         if edited is not None:
-            return edited if first is output else (edited, *output[1:])
+            return edited if first is output else with_first(output, edited)
     # Called as a module: hooks that bring its parameters to the device must fire.
     if own.inside:
         if own.off:
@@ -165,7 +166,14 @@ def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
         edited = marked(first, own)
     else:
         edited = own(_taken_over(first) if type(first) is Waiting else first)
-    return edited if first is output else (edited, *output[1:])
+    return edited if first is output else with_first(output, edited)
+
+
+def with_first(output: Any, first: Tensor) -> Any:
+    """A tuple, named or not, or a list, with another first entry; the caller's own is left as it is."""
+    if hasattr(output, "_fields"):
+        return output._replace(**{output._fields[0]: first})
+    return type(output)((first, *output[1:]))
 
 
 def behind_hook(norm: nn.Module, args: Any, output: Any) -> Any:

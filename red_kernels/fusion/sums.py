@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends import choose
 from ..backends.arguments import Edit, Norm
 from ..edits.module import RedEdit
 from ..edits.selection import saved_tensor_hooks
-from ..backends import choose
 from ..ops import fused
 from ..ops.ambient import GRAD, PLAIN, QUIET, ambient
 from ..ops.handover import Handover, norm_of, sum_of
@@ -392,7 +392,9 @@ def norm_of_waiting(norm: nn.Module, value: Waiting) -> Tensor | None:
         found = link.arguments(norm, x, now)
         if found is not None and value.record.alone and not now & ~QUIET:
             fused_with = choose(x, "edit_norm").nodes
-            both = None if fused_with is None else fused_with.edit_norm(x, residual, value.edit, found, _keeps(value.edit))
+            both = (
+                None if fused_with is None else fused_with.edit_norm(x, residual, value.edit, found, _keeps(value.edit))
+            )
             if both is not None:
                 value.record.taken(f"{_adds(value.edit)} + {link.title}")
                 y: Tensor = both[0]

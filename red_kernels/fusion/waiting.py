@@ -194,9 +194,7 @@ def wait(
     again: Callable[[Tensor], Tensor] | None = None,
 ) -> Waiting:
     """A value that waits. The edit's vectors fit `h`, a dense floating tensor."""
-    needs = torch.is_grad_enabled() and (
-        _asks(h, edit, residual) or any(other.differentiable for other in others)
-    )
+    needs = torch.is_grad_enabled() and (_asks(h, edit, residual) or any(other.differentiable for other in others))
     # Under hooks for saved tensors the same must be saved in a second run: no node that only a first one needs.
     second = saved_tensor_hooks(True) is not None
     unknown = not (record.proven or second) if residual is None else second or record.link is None
@@ -281,7 +279,7 @@ def _lost(gradient: Tensor) -> None:
     )
 
 
-_LOST = {0: _lost}
+_LOST: Any = {0: _lost}
 if nodes.set_lost_gradient is not None:
     nodes.set_lost_gradient(_lost)
 

@@ -295,6 +295,8 @@ class Anatomy:
         keys = {key for key, _ in self.shape.parts}
         if self.shape.is_list or "bottleneck" in keys or _has_copies(self.shape) or self._has_two_streams():
             return
+        if any(part.kind == "Conv2d" for _, part in self.shape.parts):  # its output has the channels first
+            return
         for one in self.attentions:
             ends = one.path if one.whole else (one.out[0].path if one.out else "")
             normed = self._ends_in_norm(ends) if ends else ""

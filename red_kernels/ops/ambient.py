@@ -1,6 +1,6 @@
-"""What holds in the running thread that decides how a model computes, as one number: what was found holds while it does.
+"""What holds in the running thread and decides how a model computes, as one number.
 
-The question to torch of each bit alone costs about as much as that for the number.
+What was found of a site holds while the number is the same. To ask torch for one bit costs as much as for all of them.
 """
 
 from __future__ import annotations

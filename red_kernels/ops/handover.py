@@ -42,8 +42,8 @@ class Handover:
         edit, norm: of the sum; and of the norm, where it is known.
         normed: what that gave: the value and the row's statistics.
         total: the sum.
-        nodes: of the sum's backend, which has made its node, in C++; then all of this is done there, and `value` is that
-            of the norm.
+        nodes: of the sum's backend, which has made its node in C++; all of this is done there, and `value` is that of
+            the norm.
     """
 
     __slots__ = ("edit", "handed", "nodes", "norm", "normed", "total", "value")

@@ -1,4 +1,4 @@
-"""The backward of a node in C++ (csrc/nodes) where it is recorded, or takes tangents: that of the Function in Python."""
+"""The backward of a node in C++ (csrc/nodes) where it is recorded, or takes tangents: that of Python's Function."""
 
 from __future__ import annotations
 

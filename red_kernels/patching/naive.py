@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..edits.kinds import KINDS, Edit, Kind
+from ..fusion.site import with_first
 from .module_facts import output_width
 
 __all__ = ["NaiveEdits", "naive_edit"]
@@ -46,8 +47,8 @@ class NaiveEdits:
         def hook(module: nn.Module, arguments: object, output: Any) -> Any:
             if not self.active:
                 return output
-            if isinstance(output, tuple):
-                return hook(module, arguments, output[0]), *output[1:]
+            if isinstance(output, (tuple, list)):
+                return with_first(output, hook(module, arguments, output[0]))
             if kind.kernel is None:  # its formula is written for fp32
                 return Edit(kind, parts).plain(output)
             return kind.formula(output, parts).to(output.dtype)

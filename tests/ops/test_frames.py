@@ -38,11 +38,13 @@ def ways(run: Callable[[], object]) -> list[list[str]]:
     found: list[list[str]] = []
 
     def look(frame: FrameType, event: str, argument: object) -> None:
-        if event != "call" or frame.f_code.co_filename != OPERATORS or frame.f_code.co_name != "__call__":
+        way: list[str] = []
+        above: FrameType | None = frame
+        if event == "call" and frame.f_code.co_filename == OPERATORS and frame.f_code.co_name == "__call__":
+            if "red_kernels" not in str(frame.f_locals.get("self")):
+                return
+        elif event != "c_call" or type(getattr(argument, "__self__", None)).__name__ != "Nodes":
             return
-        if "red_kernels" not in str(frame.f_locals.get("self")):
-            return
-        way, above = [], frame.f_back
         while above is not None:
             if above.f_code.co_filename.startswith(PACKAGE):
                 way.append(above.f_code.co_name)
