@@ -37,6 +37,7 @@ def _load_build() -> ModuleType:
 
 build = _load_build()
 LIBRARIES = {"cpu": build.build_cpu_library, "nodes": build.build_nodes_library, "cuda": build.build_cuda_library}
+CALLED = {"cpu": "CPU kernels", "nodes": "nodes of autograd in C++", "cuda": "CUDA kernels"}
 NO_CUDA = "it was left out by RED_KERNELS_CUDA=0; remedy: install red-kernels again without that, where nvcc is found"
 
 
@@ -67,7 +68,7 @@ class BuildLibraries(build_ext):
         except build.BuildError as error:
             if required == "1" or isinstance(error, build.SettingError):
                 raise
-            print(f"red-kernels: libred_kernels_{name}.so is left out: {error}", file=sys.stderr)
+            print(f"red-kernels: the {CALLED[name]} are left out: {error}", file=sys.stderr)
             target.unlink(missing_ok=True)
             target.parent.mkdir(parents=True, exist_ok=True)
             missing.write_text(str(error))

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ._version import __version__
-from .backends import available_backends, choice, choose, forced_backend, records
+from .backends import available_backends, choice, choose, forced_backend, nodes, records
 from .backends.schemas import KERNEL_DTYPES
 from .edits.config import RedConfig
 from .finetune.base_dtype import choose_dtype, slowdown
@@ -37,6 +37,7 @@ def show_info(console: Console) -> None:
         if state is None:
             state = "; ".join(filter(None, ("available", record.state())))
         backends.add_row(record.name, escape(state))
+    backends.add_row("autograd's nodes", escape(nodes.load_error() or "in C++, for the backends cpu and cuda"))
     console.print(backends)
 
     chosen = Table(title="Chosen for")

@@ -21,7 +21,7 @@ if INTERPRETED:
     interpreter.mend()
 
 pytest_plugins = ["served"]  # fixtures
-site._LEAST = 0  # values wait in the tiny models of tests too; tests/patching/test_small.py has the rule itself
+site._LEAST = 0  # values wait in tiny models as in large ones; tests/patching/test_small.py has the rule itself
 
 # The same examples in every run: a failure is there again when it is looked for.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, print_blob=False)

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.ambient import saved_tensor_hooks as saved_tensor_hooks
+
 __all__ = ["DEFAULT", "OFF", "Off", "Rows", "Selection", "saved_tensor_hooks"]
 
 DEFAULT = "default"  # the edit that a patch makes
-# torch keeps no public way to ask whether saved tensors go through hooks, as under activation checkpointing.
-saved_tensor_hooks: Callable[[bool], Any] = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: "unknown"
-)
 
 
 class Off(Enum):

@@ -6,14 +6,19 @@ What was found of a site holds while the number is the same. To ask torch for on
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
 from ..backends import nodes
-from ..edits.selection import saved_tensor_hooks
 
-__all__ = ["GRAD", "INFERENCE", "PLAIN", "QUIET", "TANGENTS", "ambient"]
+__all__ = ["GRAD", "INFERENCE", "PLAIN", "QUIET", "TANGENTS", "ambient", "saved_tensor_hooks"]
+
+# torch keeps no public way to ask whether saved tensors go through hooks, as under activation checkpointing.
+saved_tensor_hooks: Callable[[bool], Any] = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: "unknown"
+)
 
 GRAD = 1  # gradients are recorded
 INFERENCE = 2

@@ -15,6 +15,7 @@ from places import ROOT
 
 LIBRARY = "red_kernels/lib/libred_kernels_cpu.so"
 CUDA_LIBRARY = "red_kernels/lib/libred_kernels_cuda.so"
+NODES_LIBRARY = "red_kernels/lib/libred_kernels_nodes.so"
 
 
 def _load_build() -> ModuleType:

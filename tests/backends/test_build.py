@@ -12,10 +12,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from build_tools import CUDA_LIBRARY, LIBRARY, ROOT, dynamic_symbols, program
+import torch
+from build_tools import CUDA_LIBRARY, LIBRARY, NODES_LIBRARY, ROOT, build, dynamic_symbols, program
 from patience import HANGS
 
-from red_kernels.backends import cpu
+from red_kernels.backends import cpu, nodes
 
 # A compiler of CUDA that makes empty objects in no time, and knows two GPUs.
 QUICK_NVCC = """#!/bin/sh
@@ -29,15 +30,16 @@ for word in "$@"; do
 done
 echo 'int red_quick_nvcc;' | {compiler} -x c -fPIC ${{shared:--c}} -o "$out" -
 """
-# The real one, but for the kernels, which take a minute: those that were compiled for this checkout are taken.
+# The real one, but for the kernels and the nodes, which take a minute: those compiled for this checkout are taken.
 QUICK_COMPILER = """#!/bin/sh
 for word in "$@"; do
   case $word in
-    -DRED_ISA=*) set=${{word#*=}};;
+    -DRED_ISA=*) made={objects}/cpu/${{word#*=}}.o;;
+    csrc/nodes/*.cpp) made={objects}/nodes/$(basename "$word" .cpp).o;;
     *.tmp) out=$word;;
   esac
 done
-[ -n "$set" ] && [ -f "{objects}/$set.o" ] && exec cp "{objects}/$set.o" "$out"
+[ -n "$made" ] && [ -f "$made" ] && exec cp "$made" "$out"
 exec {compiler} "$@" -O0
 """
 NO_TORCH = """
@@ -102,7 +104,7 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
     if found is None:
         pytest.skip("no C++ compiler")
-    text = QUICK_COMPILER.format(compiler=found, objects=ROOT / "build/csrc/cpu")
+    text = QUICK_COMPILER.format(compiler=found, objects=ROOT / "build/csrc")
     compiler = program(torchless / "c++", text)
     _run(
         "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(folder),
@@ -120,8 +122,8 @@ def test_wheel_is_for_every_python(wheel: Path) -> None:
 
 def test_wheel_holds_the_package_and_its_libraries(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert {LIBRARY, CUDA_LIBRARY} <= set(names)
-    assert len([name for name in names if name.endswith(".so")]) == 2
+    assert {LIBRARY, CUDA_LIBRARY, NODES_LIBRARY} <= set(names)
+    assert len([name for name in names if name.endswith(".so")]) == 3
     assert "red_kernels/py.typed" in names
     assert "red_kernels/backends/cpu.py" in names
     assert {"red_kernels/benchmarks/suite.py", "red_kernels/benchmarks/ops/implementations/quack.py"} <= set(names)
@@ -209,6 +211,19 @@ def test_a_compiler_that_fails(source: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert not library.exists()
     assert "out of transistors" in library.with_name("cpu.missing").read_text()
+
+
+def test_nodes_without_the_headers_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda kind: str(tmp_path))
+    with pytest.raises(build.BuildError, match=r"Python's headers are not in .*; remedy: install them \(apt-get"):
+        build.build_nodes_library(tmp_path / "nodes.so", tmp_path)
+
+
+def test_nodes_say_what_they_were_built_for() -> None:
+    if nodes.load_error() is not None:
+        pytest.skip(f"no nodes: {nodes.load_error()}")
+    assert f"torch {torch.__version__}" in nodes._here()
+    assert (ROOT / NODES_LIBRARY).read_bytes().count(nodes._here().encode()) == 1
 
 
 def _build_cuda(source: Path, folder: Path, **changes: str | None) -> subprocess.CompletedProcess[str]:

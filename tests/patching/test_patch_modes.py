@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from red_kernels.edits.config import RedConfig
 from red_kernels.edits.find import edit_parameters
 from red_kernels.fusion import sums
-from red_kernels.fusion.scopes import _running
+from red_kernels.fusion.scopes import running
 from red_kernels.patching.patch import patch
 
 FEW = ("llama", "gemma2", "gpt2", "t5")  # one of each way in which a note travels
@@ -185,7 +185,7 @@ def test_an_exception_and_a_direct_call_after_it(name, watch):
         with contextlib.suppress(Interrupted):
             model(**batch)
         handle.remove()
-        assert not _running.scopes
+        assert not running()
         # The FFN called by itself is edited: nothing is deferred any more.
         site = model.get_submodule(zoo.sites(name)[0])
         weight = site.weight
@@ -381,6 +381,6 @@ def test_an_exception_keeps_nothing(name, learnt, monkeypatch):
         handle.remove()
         assert alive
         assert all(reference() is None for reference in alive)
-        assert not _running.scopes
+        assert not running()
     finally:
         gc.enable()

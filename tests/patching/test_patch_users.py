@@ -25,7 +25,7 @@ from torch import nn
 from red_kernels.checkpoints.checkpoint import save_edits
 from red_kernels.edits.config import RedConfig
 from red_kernels.edits.find import edit_parameters
-from red_kernels.fusion.scopes import _running
+from red_kernels.fusion.scopes import running
 from red_kernels.patching.patch import edit_config, patch, unpatch
 
 
@@ -178,7 +178,7 @@ def test_an_interrupt(name, error, watch):
     with pytest.raises(error):
         model(**zoo.inputs(name))
     handle.remove()
-    assert not _running.scopes
+    assert not running()
     watch.clear()
     hidden = torch.randn(1, 4, zoo.HIDDEN)
     arguments = {} if name == "t5" else {"position_embeddings": model.model.rotary_emb(hidden, torch.arange(4)[None])}
