@@ -42,6 +42,7 @@ __all__ = [
     "norm_with_edit",
     "record_of",
     "take_reached",
+    "wait_in_any_size",
     "with_first",
 ]
 
@@ -58,6 +59,16 @@ _LEAST = 1 << 12
 def least_that_waits(norms: list[nn.Module]) -> int:
     """From how many elements on a value waits on a CPU, in a model with these norms."""
     return _LEAST if norms and all(map(is_one_kernel, norms)) else 0
+
+
+def wait_in_any_size(model: nn.Module) -> None:
+    """Let the values of all sites wait, however few elements they have."""
+    for module in model.modules():
+        if isinstance(module, RedEdit):
+            module.least = 0
+        carrier = module.__dict__.get(CARRIER)
+        if carrier is not None:
+            module.__dict__[CARRIER] = carrier._replace(least=0)
 
 
 class Carrier(NamedTuple):
@@ -237,7 +248,8 @@ def _as_before(holder: nn.Module, own: RedEdit, module: nn.Module, h: Tensor) ->
 
 
 def _is_small(h: Any, least: int) -> bool:
-    return least > 0 and type(h) is Tensor and h.is_cpu and h.numel() < least
+    """Whether an output on a CPU, or in the twin of a model there, has too few elements to wait."""
+    return least > 0 and type(h) is Tensor and (h.is_cpu or h.is_meta) and h.numel() < least
 
 
 def _alone(own: RedEdit, module: nn.Module, h: Any) -> Tensor | None:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from ..edits.find import edit_modules
 from ..fusion.scopes import OWN_HOOKS
+from ..fusion.site import wait_in_any_size
 from .module_facts import experts_in
 from .report import what_of
 
@@ -36,17 +37,18 @@ def expected(model: nn.Module, example: Any = None) -> dict[str, tuple[str | Non
         model: patched; it is not run, and no random numbers are used up.
         example: what it is called with, a dict of arguments or one argument; None for its own `dummy_inputs`.
     """
-    if example is None:
-        example = _dummy(model)
-    if example is None:
+    given = _dummy(model) if example is None else example
+    if given is None:
         return {}
     try:
         twin = _twin(model)
     except Exception:  # of a class of somebody's own
         return {}
+    if example is None or not all(parameter.is_cpu for parameter in model.parameters()):
+        wait_in_any_size(twin)  # nobody has said how large the batches are, or it is not a CPU's
     until = time.perf_counter() + _MOST
     with _aside():
-        for attempt in _attempts(twin, example):
+        for attempt in _attempts(twin, given):
             try:
                 _run(twin, until, *attempt)
                 break
@@ -64,11 +66,22 @@ def _attempts(twin: nn.Module, example: Any) -> Iterator[tuple[Any, bool]]:
         ids = example.get("input_ids")
         if isinstance(ids, Tensor) and "attention_mask" not in example:
             yield {**example, "attention_mask": torch.ones_like(ids)}, False
-        without = {name: value for name, value in example.items() if "mask" not in name}
+    without = _without_masks(example)
+    if without is not None:
         yield without, False
         yield without, True
     _bypass_experts(twin)
     yield example, False
+
+
+def _without_masks(example: Any) -> Any:
+    """The same without the masks in it, in a batch that is the one argument too; None where there is no batch."""
+    if isinstance(example, Mapping):
+        return {name: value for name, value in example.items() if "mask" not in name}
+    if isinstance(example, (tuple, list)):
+        parts = [_without_masks(one) if isinstance(one, Mapping) else one for one in example]
+        return parts if any(isinstance(one, Mapping) for one in example) else None
+    return None
 
 
 def _dummy(model: nn.Module) -> Any:

@@ -43,6 +43,16 @@ def test_more_elements_wait_in_the_same_model(monkeypatch: pytest.MonkeyPatch) -
         assert {at.fused is not None for at in report.sites} == {fused}
 
 
+def test_what_is_expected_of_an_example_goes_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = zoo.inputs("bert")
+    model = zoo.tiny("bert")
+    monkeypatch.setattr(site, "_LEAST", 2 * inputs["input_ids"].numel() * model.config.hidden_size)
+    twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
+    for example, fused in ((None, True), (inputs, False), (twice, True)):
+        report = patch(copy.deepcopy(model), example=example)
+        assert {at.fused is not None for at in report.sites} == {fused}
+
+
 def test_a_small_value_waits_where_the_norms_are_not_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(site, "_LEAST", 1 << 12)
     model = zoo.tiny("llama")
