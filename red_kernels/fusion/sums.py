@@ -24,7 +24,7 @@ from ..backends.arguments import Edit, Norm
 from ..edits.module import RedEdit
 from ..edits.selection import saved_tensor_hooks
 from ..ops import fused
-from ..ops.ambient import GRAD, PLAIN, QUIET, ambient
+from ..ops.ambient import GRAD, INFERENCE, PLAIN, QUIET, ambient
 from ..ops.handover import Handover, norm_of, sum_of
 from .applied import left_to_do
 from .norms import is_like, norm_arguments, spec_of, unobserved
@@ -154,7 +154,13 @@ def add_as_before(value: Waiting, residual: Tensor) -> Tensor | None:
     if found is None or (stack is None and link.across) or not link.unseen():
         return None
     nodes = choose(x, "edit_norm").nodes
-    both = None if nodes is None else nodes.sum_norm(x, residual, edit, found)
+    if nodes is None:
+        return None
+    if now & INFERENCE:
+        with _out_of_inference():
+            both = nodes.sum_norm(x, residual, edit, found)
+    else:
+        both = nodes.sum_norm(x, residual, edit, found)
     if both is None:
         return None
     record.taken(f"{_adds(edit)} + {link.title}")
@@ -317,8 +323,8 @@ def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
     if ambient() & PLAIN:
         return None
     scopes = running()
-    here = bool(scopes) and scopes[-1] is note.scope and not note.scope.stack
-    if not here and (note.stack is None or note.stack is not stack_of(scopes) or note.stack.collects):
+    within = bool(scopes) and scopes[-1] is note.scope and not note.scope.stack
+    if not within and (note.stack is None or note.stack is not stack_of(scopes) or note.stack.collects):
         return None
     if not note.holds_for(z) or not unobserved(norm):
         return None
@@ -332,7 +338,7 @@ def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
     found = norm_arguments(norm, z, None)
     if found is None:
         return None
-    link = _learn(note, norm, here)
+    link = _learn(note, norm, within)
     if not link.unseen():
         return None
     if record.misses < _MISSES and note.hooks is None:
@@ -341,7 +347,7 @@ def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
         record.what = f"{record.what} + {link.title}" if record.what else link.title
     note.holder.remove(note)
     normed = norm_of(z, handover, found)
-    if here and not record.decided and note.hooks is None:
+    if within and not record.decided and note.hooks is None:
         note.scope.undecided.append((record, z, normed))
     return normed
 
