@@ -21,6 +21,7 @@ from torch import Tensor
 import red_kernels as rk
 from red_kernels import backends
 from red_kernels.backends import cpu, find_triton
+from red_kernels.ops import fused
 
 compiled_only = pytest.mark.skipif(cpu.load_error() is not None, reason=f"no CPU kernels: {cpu.load_error()}")
 
@@ -48,6 +49,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
                 return _function(*arguments)
 
             monkeypatch.setattr(record.operations, name, counted)
+    monkeypatch.setattr(fused, "_nodes", lambda x, operation: None)  # nodes in C++ call the operators themselves
     return found
 
 
@@ -75,6 +77,20 @@ def test_automatic_choice(calls: Calls) -> None:
     rk.edit(torch.randn(3, 5).double())
     rk.edit(torch.randn(3, 5, device="meta"))
     assert calls.taken() == ["reference"] * 2
+
+
+@compiled_only
+def test_nodes_are_those_of_the_chosen_backend() -> None:
+    x = torch.randn(3, 5)
+    assert fused._nodes(x, "edit") is backends.by_name("cpu").nodes
+    with rk.backend("reference"):
+        assert fused._nodes(x, "edit") is None
+        with rk.backend("cpu"):
+            assert fused._nodes(x, "edit") is backends.by_name("cpu").nodes
+    assert fused._nodes(x.double(), "edit") is None
+    seen = []
+    torch.func.vmap(lambda row: seen.append(fused._nodes(row, "edit")) or row)(x)
+    assert seen == [None]
 
 
 @compiled_only

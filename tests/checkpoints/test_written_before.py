@@ -32,7 +32,7 @@ def test_a_pickled_model() -> None:
     model, expected = model_and_expected()
     assert rk.edit_names(model) == ("default", "second")
     with torch.no_grad():
-        assert torch.equal(model(expected["x"]), expected["y"])
+        torch.testing.assert_close(model(expected["x"]), expected["y"])  # of another processor
     rk.switch_edit(model, "second")
     model(expected["x"]).sum().backward()
     assert all(v.grad is not None for parts in rk.edit_parameters(model).values() for v in parts.values())
@@ -49,9 +49,9 @@ def test_saved_edits() -> None:
             for parts in rk.edit_parameters(model, name).values():
                 for vector in parts.values():
                     vector.fill_(1.0)
-        assert not torch.equal(model(expected["x"]), expected["y"])
+        assert not torch.allclose(model(expected["x"]), expected["y"])
         rk.load_edits(model, WRITTEN / "edits")
-        assert torch.equal(model(expected["x"]), expected["y"])
+        torch.testing.assert_close(model(expected["x"]), expected["y"])  # of another processor
 
 
 def test_layers_with_forwards_of_their_own() -> None:
@@ -60,7 +60,7 @@ def test_layers_with_forwards_of_their_own() -> None:
     assert [type(module).__name__ for module in model[0][0].children()] == ["LayerNorm", "Linear", "Dropout"]
     for one in (model, pickle.loads(pickle.dumps(model))):
         with torch.no_grad():
-            assert torch.equal(one(x), y)
+            torch.testing.assert_close(one(x), y)
         one(x).sum().backward()
         assert all(v.grad is not None for parts in rk.edit_parameters(one).values() for v in parts.values())
         rk.unpatch(one)

@@ -74,7 +74,7 @@ def calls(monkeypatch):
         ("llama", "ffn", {"edit_add_rms_norm": zoo.LAYERS}),
         ("llama", "attn", {"edit_add_rms_norm": zoo.LAYERS}),
         ("llama", "res_with_attn", {"edit_add_rms_norm": 2 * zoo.LAYERS}),
-        ("llama", "more", {"edit_add_rms_norm": 2 * zoo.LAYERS, "edit alone": 3 * zoo.LAYERS}),
+        ("llama", "more", {"edit_add_rms_norm": 2 * zoo.LAYERS, "edit": 3 * zoo.LAYERS}),
         ("gpt2", "ffn", {"edit_add_layer_norm": zoo.LAYERS}),
         ("bert", "ffn_attn", {"edit_add_layer_norm": 2 * zoo.LAYERS}),
         ("bert", "res", {"layer_norm_edit": zoo.LAYERS}),
