@@ -97,14 +97,29 @@ struct Computing {
   at::AutoDispatchBelowADInplaceOrView guard;
 };
 
-void save_edit(EditNode& node, const Operators& run, const Tensor& x, const Edit& edit) {
-  node.operators = &run;
-  node.x = saved(asks(edit.scale), x);
-  node.scale = saved(x.requires_grad(), edit.scale);
-  node.ids = saved(edit.ids), node.seed = saved(edit.seed);
+using NormedSum = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, z, mean, rstd
+
+NormedSum normed_sum(const Operators& run, const Tensor& x, const Maybe& residual, const Edit& e, const Norm& n,
+                     bool keep_z) {
+  Computing computing;
+  return run.edit_norm_forward.call(x, residual, e.scale, e.bias, n.weight, n.bias, e.ids, e.seed, e.p, n.eps, n.offset,
+                                    n.centered, keep_z);
 }
 
-// edit(x, residual, edit) -> z
+EditNode* node_of_sum(const Operators& run, const Tensor& z, const Tensor& x, const Maybe& residual, const Edit& e) {
+  if (!compute_requires_grad(x, residual, e.scale, e.bias)) return nullptr;
+  auto node = make_node<EditNode>();
+  node->set_next_edges(collect_next_edges(x, residual, e.scale, e.bias));
+  node->operators = &run;
+  node->facts = facts_of(&e, nullptr);
+  node->x = saved(asks(e.scale), x);
+  node->scale = saved(x.requires_grad(), e.scale);
+  node->ids = saved(e.ids), node->seed = saved(e.seed);
+  set_history(z, node);
+  return node.get();
+}
+
+// edit(x, residual, edit) -> z, whose norm `norm_of` computes
 PyObject* edit(Nodes* self, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 3, "edit");
@@ -117,13 +132,7 @@ PyObject* edit(Nodes* self, PyObject* const* given, Py_ssize_t count) {
     Computing computing;
     z = run.edit_forward.call(x, residual, e.scale, e.bias, e.ids, e.seed, e.p);
   }
-  if (compute_requires_grad(x, residual, e.scale, e.bias)) {
-    auto node = make_node<EditNode>();
-    node->set_next_edges(collect_next_edges(x, residual, e.scale, e.bias));
-    save_edit(*node, run, x, e);
-    node->facts = facts_of(&e, nullptr);
-    set_history(z, node);
-  }
+  node_of_sum(run, z, x, residual, e);
   return THPVariable_Wrap(z);
   END_HANDLE_TH_ERRORS
 }
@@ -139,12 +148,7 @@ PyObject* edit_norm(Nodes* self, PyObject* const* given, Py_ssize_t count) {
   const Norm n = norm_of(given[3]);
   const bool need_z = PyObject_IsTrue(given[4]) == 1;
   const Operators& run = *self->operators;
-  Tensor y, z, mean, rstd;
-  {
-    Computing computing;
-    std::tie(y, z, mean, rstd) = run.edit_norm_forward.call(x, residual, e.scale, e.bias, n.weight, n.bias, e.ids,
-                                                            e.seed, e.p, n.eps, n.offset, n.centered, need_z);
-  }
+  const auto [y, z, mean, rstd] = normed_sum(run, x, residual, e, n, need_z);
   if (compute_requires_grad(x, residual, e.scale, e.bias, n.weight, n.bias)) {
     auto node = make_node<EditNormNode>();
     node->set_next_edges(collect_next_edges(x, residual, e.scale, e.bias, n.weight, n.bias));
@@ -165,17 +169,7 @@ PyObject* edit_norm(Nodes* self, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-SumNode* node_of_sum(const Operators& run, const Tensor& z, const Tensor& x, const Maybe& residual, const Edit& e) {
-  if (!compute_requires_grad(x, residual, e.scale, e.bias)) return nullptr;
-  auto node = make_node<SumNode>();
-  node->set_next_edges(collect_next_edges(x, residual, e.scale, e.bias));
-  save_edit(*node, run, x, e);
-  node->facts = facts_of(&e, nullptr);
-  set_history(z, node);
-  return node.get();
-}
-
-void node_of_norm(const Operators& run, SumNode* sum, const Tensor& y, const Tensor& z, const Norm& n,
+void node_of_norm(const Operators& run, EditNode* sum, const Tensor& y, const Tensor& z, const Norm& n,
                   const Tensor& mean, const Tensor& rstd) {
   if (!compute_requires_grad(z, n.weight, n.bias)) return;
   auto node = make_node<NormOfSumNode>();
@@ -188,38 +182,16 @@ void node_of_norm(const Operators& run, SumNode* sum, const Tensor& y, const Ten
   set_history(y, node);
 }
 
-// sum(x, residual, edit) -> z, whose norm `norm_of` computes
-PyObject* sum(Nodes* self, PyObject* const* given, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  expect(count, 3, "sum");
-  const Tensor& x = tensor(given[0], "x");
-  const Maybe residual = maybe(given[1], "residual");
-  const Edit e = edit_of(given[2]);
-  const Operators& run = *self->operators;
-  Tensor z;
-  {
-    Computing computing;
-    z = run.edit_forward.call(x, residual, e.scale, e.bias, e.ids, e.seed, e.p);
-  }
-  node_of_sum(run, z, x, residual, e);
-  return THPVariable_Wrap(z);
-  END_HANDLE_TH_ERRORS
-}
-
-// norm_of(z, norm) -> y, of what `sum` or `sum_norm` has returned
+// norm_of(z, norm) -> y, of what `edit` or `sum_norm` has returned
 PyObject* norm_of_sum(Nodes* self, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 2, "norm_of");
   const Tensor& z = tensor(given[0], "z");
   const Norm n = norm_of(given[1]);
   const Operators& run = *self->operators;
-  Tensor y, none, mean, rstd;
-  {
-    Computing computing;  // of the sum itself: what it was made of may have been changed in place since
-    std::tie(y, none, mean, rstd) = run.edit_norm_forward.call(z, Maybe(), Maybe(), Maybe(), n.weight, n.bias, Maybe(),
-                                                               Maybe(), 0.0, n.eps, n.offset, n.centered, false);
-  }
-  node_of_norm(run, dynamic_cast<SumNode*>(z.grad_fn().get()), y, z, n, mean, rstd);
+  // Of the sum itself: what it was made of may have been changed in place since.
+  const auto [y, none, mean, rstd] = normed_sum(run, z, Maybe(), Edit(), n, false);
+  node_of_norm(run, dynamic_cast<EditNode*>(z.grad_fn().get()), y, z, n, mean, rstd);
   return THPVariable_Wrap(y);
   END_HANDLE_TH_ERRORS
 }
@@ -234,12 +206,7 @@ PyObject* sum_norm(Nodes* self, PyObject* const* given, Py_ssize_t count) {
   const Edit e = edit_of(given[2]);
   const Norm n = norm_of(given[3]);
   const Operators& run = *self->operators;
-  Tensor y, z, mean, rstd;
-  {
-    Computing computing;
-    std::tie(y, z, mean, rstd) = run.edit_norm_forward.call(x, residual, e.scale, e.bias, n.weight, n.bias, e.ids,
-                                                            e.seed, e.p, n.eps, n.offset, n.centered, true);
-  }
+  const auto [y, z, mean, rstd] = normed_sum(run, x, residual, e, n, true);
   node_of_norm(run, node_of_sum(run, z, x, residual, e), y, z, n, mean, rstd);
   return pair(z, y);
   END_HANDLE_TH_ERRORS
@@ -292,7 +259,6 @@ PyCFunction as_method(Function function) {
 PyMethodDef methods[] = {
     {"edit", as_method(&edit), METH_FASTCALL, "edit(x, residual, edit) -> z"},
     {"edit_norm", as_method(&edit_norm), METH_FASTCALL, "edit_norm(x, residual, edit, norm, need_z) -> (y, z)"},
-    {"sum", as_method(&sum), METH_FASTCALL, "sum(x, residual, edit) -> z"},
     {"norm_of", as_method(&norm_of_sum), METH_FASTCALL, "norm_of(z, norm) -> y"},
     {"sum_norm", as_method(&sum_norm), METH_FASTCALL, "sum_norm(x, residual, edit, norm) -> (z, y)"},
     {"norm_edit", as_method(&norm_edit), METH_FASTCALL, "norm_edit(x, norm, edit) -> y"},

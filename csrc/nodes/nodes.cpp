@@ -137,15 +137,6 @@ variable_list FusedNode::backward_in_python(const variable_list& grads) {
   return result;
 }
 
-variable_list EditNode::backward(const variable_list& grads) {
-  const Tensor& dz = grads[0];
-  if (!dz.defined()) return variable_list(4);
-  Needs asked;
-  asked.x = needs(0), asked.scale = needs(2), asked.bias = needs(3);
-  auto found = edit_gradients(*operators, facts, dz, {x.unpack(), scale.unpack(), ids.unpack(), seed.unpack()}, asked);
-  return {found[0], needs(1) ? dz : Tensor(), found[1], found[2]};
-}
-
 variable_list EditNormNode::backward(const variable_list& grads) {
   const Tensor &dy = grads[0], &dz = grads[1];
   const Needs asked{needs(0), needs(1), needs(2), needs(3), needs(4), needs(5)};
@@ -159,26 +150,31 @@ variable_list EditNormNode::backward(const variable_list& grads) {
                              {z.unpack(getptr()), weight.unpack(), mean.unpack(), rstd.unpack(), facts.offset}, asked);
 }
 
-bool SumNode::take_over(const Handed& norm) {
+bool EditNode::take_over(const Handed& norm) {
   std::lock_guard<std::mutex> lock(mutex_);
   return handed.emplace(torch::autograd::get_current_graph_task_id(), norm).second;
 }
 
-void SumNode::release_variables() {
-  EditNode::release_variables();
+void EditNode::release_variables() {
+  FusedNode::release_variables();
   std::lock_guard<std::mutex> lock(mutex_);
   handed.clear();
 }
 
-variable_list SumNode::backward(const variable_list& grads) {
+variable_list EditNode::backward(const variable_list& grads) {
+  const Tensor& dz = grads[0];
   const auto found = handed.find(torch::autograd::get_current_graph_task_id());
-  if (found == handed.end()) return EditNode::backward(grads);
-  const Handed norm = std::move(found->second);
-  handed.erase(found);
+  if (!dz.defined() && found == handed.end()) return variable_list(4);
   Needs asked;
   asked.x = needs(0), asked.residual = needs(1), asked.scale = needs(2), asked.bias = needs(3);
-  auto gradients = edit_norm_gradients(*operators, facts, norm.dy, grads[0],
-                                       {x.unpack(), scale.unpack(), ids.unpack(), seed.unpack()}, Tensor(), Tensor(),
+  const Saved edit{x.unpack(), scale.unpack(), ids.unpack(), seed.unpack()};
+  if (found == handed.end()) {
+    auto gradients = edit_gradients(*operators, facts, dz, edit, asked);
+    return {gradients[0], asked.residual ? dz : Tensor(), gradients[1], gradients[2]};
+  }
+  const Handed norm = std::move(found->second);
+  handed.erase(found);
+  auto gradients = edit_norm_gradients(*operators, facts, norm.dy, dz, edit, Tensor(), Tensor(),
                                        {norm.z, norm.weight, norm.mean, norm.rstd, norm.offset}, asked);
   gradients.resize(4);
   return gradients;

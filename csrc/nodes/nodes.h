@@ -46,15 +46,27 @@ struct FusedNode : Node {
   variable_list backward_in_python(const variable_list& grads);
 };
 
-// `residual + dropout(edit(x))`; inputs x, residual, scale, bias.
+// What the backward of a norm leaves to that of the sum: it runs both in one pass.
+struct Handed {
+  double offset = 0.0;
+  Tensor dy, z, weight, mean, rstd;
+};
+
+// `residual + dropout(edit(x))`, which a node of its own may norm; inputs x, residual, scale, bias.
 struct EditNode : FusedNode {
   SavedVariable x, scale, ids, seed;
   std::string name() const override { return "EditAddFunctionBackward"; }
+  void release_variables() override;
+  // Takes over the backward of a norm in the pass that is running, unless another one is there already.
+  bool take_over(const Handed& norm);
 
  protected:
   variable_list backward(const variable_list& grads) override;
   const char* kind() const override { return "edit"; }
   std::vector<SavedVariable*> saved() override { return {&x, &scale, &ids, &seed}; }
+
+ private:
+  std::map<int, Handed> handed;  // by the number of the pass: several threads may run one graph
 };
 
 // The sum of an edit and its norm; inputs x, residual, scale, bias, weight, norm_bias; outputs y, z.
@@ -72,29 +84,10 @@ struct EditNormNode : FusedNode {
   }
 };
 
-// What the backward of a norm leaves to that of the sum: it runs both in one pass.
-struct Handed {
-  double offset = 0.0;
-  Tensor dy, z, weight, mean, rstd;
-};
-
-// An `EditNode` whose sum is normed by a node of its own.
-struct SumNode : EditNode {
-  // Takes over the backward of a norm in the pass that is running, unless another one is there already.
-  bool take_over(const Handed& norm);
-  void release_variables() override;
-
- protected:
-  variable_list backward(const variable_list& grads) override;
-
- private:
-  std::map<int, Handed> handed;  // by the number of the pass: several threads may run one graph
-};
-
 // The norm of a sum; inputs z, weight, norm_bias.
 struct NormOfSumNode : FusedNode {
   SavedVariable z, weight, mean, rstd;
-  SumNode* sum = nullptr;  // that of the first edge, which keeps it
+  EditNode* sum = nullptr;  // that of the first edge, which keeps it
   std::string name() const override { return facts.centered ? "LayerNormOfSumBackward" : "RMSNormOfSumBackward"; }
 
  protected:

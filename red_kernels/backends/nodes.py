@@ -36,7 +36,7 @@ def nodes_of(namespace: str, backend: str) -> Any:
     """The operations on bundles over the operators of a namespace: an object of csrc/nodes/module.cpp; None without.
 
     Its functions: ``edit(x, residual, edit) -> z``; ``edit_norm(x, residual, edit, norm, need_z) -> (y, z)``;
-    ``norm_edit(x, norm, edit) -> y``; ``sum(x, residual, edit) -> z``, ``norm_of(z, norm) -> y``, and
+    ``norm_edit(x, norm, edit) -> y``; ``norm_of(z, norm) -> y`` of what ``edit`` has returned, and
     ``sum_norm(x, residual, edit, norm) -> (z, y)`` for both in one pass. All but the first two arguments are the tuples
     of :mod:`red_kernels.backends.arguments`, with int64 ids.
     """

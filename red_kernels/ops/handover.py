@@ -93,7 +93,7 @@ def sum_of(x: Tensor, residual: Tensor | None, edit: Edit, norm: Norm | None = N
     nodes = choose(x, "edit_norm").nodes
     if nodes is not None:
         if norm is None:
-            return nodes.sum(x, residual, edit), Handover(edit, norm, nodes)
+            return nodes.edit(x, residual, edit), Handover(edit, norm, nodes)
         z, y = nodes.sum_norm(x, residual, edit, norm)
         return z, Handover(edit, norm, nodes, y)
     handover = Handover(edit, norm)

@@ -80,20 +80,6 @@ def test_automatic_choice(calls: Calls) -> None:
 
 
 @compiled_only
-def test_nodes_are_those_of_the_chosen_backend() -> None:
-    x = torch.randn(3, 5)
-    assert fused._nodes(x, "edit") is backends.by_name("cpu").nodes
-    with rk.backend("reference"):
-        assert fused._nodes(x, "edit") is None
-        with rk.backend("cpu"):
-            assert fused._nodes(x, "edit") is backends.by_name("cpu").nodes
-    assert fused._nodes(x.double(), "edit") is None
-    seen = []
-    torch.func.vmap(lambda row: seen.append(fused._nodes(row, "edit")) or row)(x)
-    assert seen == [None]
-
-
-@compiled_only
 def test_blocks_nest_and_end(calls: Calls) -> None:
     x = torch.randn(3, 5)
     with rk.backend("reference"):

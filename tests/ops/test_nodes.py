@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from red_kernels import backends
 from red_kernels.backends import choose, nodes
 from red_kernels.backends.arguments import Dropout, Edit, Norm, affine_edit
 from red_kernels.ops import fused, handover
@@ -264,3 +265,16 @@ def test_another_python_or_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "and this is cpython-399, torch 9.9.9; remedy: install red-kernels again" in error
     monkeypatch.setenv("RED_KERNELS_NODES", "0")
     assert nodes._load() == (None, "RED_KERNELS_NODES=0 leaves it out")
+
+
+def test_nodes_are_those_of_the_chosen_backend() -> None:
+    x = torch.randn(3, 5)
+    assert fused._nodes(x, "edit") is backends.by_name("cpu").nodes
+    with backends.backend("reference"):
+        assert fused._nodes(x, "edit") is None
+        with backends.backend("cpu"):
+            assert fused._nodes(x, "edit") is backends.by_name("cpu").nodes
+    assert fused._nodes(x.double(), "edit") is None
+    seen = []
+    torch.func.vmap(lambda row: seen.append(fused._nodes(row, "edit")) or row)(x)
+    assert seen == [None]
