@@ -22,6 +22,7 @@ __all__ = [
     "globally_hooked",
     "is_dense",
     "is_like",
+    "is_own",
     "norm_arguments",
     "norm_spec",
     "spec_of",
@@ -30,6 +31,11 @@ __all__ = [
 
 OWN_HOOKS: set[Callable[..., Any]] = set()  # of this package: they see a waiting value and leave it alone
 SPEC = "_red_kernels_norm"  # the attribute of a patched norm with its `NormSpec`
+
+
+def is_own(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is one of this package; others need not be hashable."""
+    return any(hook is one for one in OWN_HOOKS)
 
 
 def spec_of(norm: nn.Module) -> NormSpec | None:
@@ -55,7 +61,7 @@ def unobserved(module: nn.Module, own: RedEdit | None = None) -> bool:
     """
     hooks = module._forward_hooks
     return not (
-        (hooks and (own is None or not OWN_HOOKS.issuperset(hooks.values())))
+        (hooks and (own is None or not all(map(is_own, hooks.values()))))
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .norms import OWN_HOOKS
+from .norms import is_own
 
 __all__ = ["chain", "hooked", "observed"]
 
@@ -29,12 +29,12 @@ def hooked(module: nn.Module) -> bool:
     """Whether there are hooks of others, which may observe at times."""
     if module._backward_hooks or module._backward_pre_hooks:
         return True
-    return not OWN_HOOKS.issuperset((*module._forward_pre_hooks.values(), *module._forward_hooks.values()))
+    return not all(map(is_own, (*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
 
 
 def _observes(hook: Callable[..., Any]) -> bool:
     """Whether a hook may look at what passes: any but ours may, and but transformers' own, which stay once needed."""
-    if hook in OWN_HOOKS:
+    if is_own(hook):
         return False
     if getattr(hook, "__module__", None) != _CAPTURING:
         return True

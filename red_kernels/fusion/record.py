@@ -65,7 +65,8 @@ class Link:
         """Keep what the norm's arguments were, for `arguments`."""
         spec = norm.__dict__[SPEC]
         parameters = norm._parameters
-        if not now & ~QUIET and found.weight is (parameters.get(spec.weight) if spec.weight else None):
+        own = found.weight is (parameters.get(spec.weight) if spec.weight else None)
+        if own and not now & ~QUIET and device.type in ("cpu", "cuda"):  # `now` tells of autocast there only
             self._kept = _Kept(now, RemovableHandle.next_id, dtype, device, found, spec)
 
     def arguments(self, norm: nn.Module, x: Tensor, now: int) -> Norm | None:
@@ -74,14 +75,18 @@ class Link:
         if kept is None or kept.hooks != RemovableHandle.next_id or kept.now != now:
             return None
         found, spec, parameters = kept.found, kept.spec, norm._parameters
+        weight, bias, eps = found.weight, found.bias, spec.epsilon(norm, x.dtype)
         if (
             x.dtype is kept.dtype
             and x.device == kept.device
             and "forward" not in norm.__dict__
             and norm._compiled_call_impl is None
-            and (not spec.weight or parameters.get(spec.weight) is found.weight)
-            and (not spec.bias or parameters.get(spec.bias) is found.bias)
-            and spec.epsilon(norm, x.dtype) == found.eps
+            and (not spec.weight or parameters.get(spec.weight) is weight)
+            and (not spec.bias or parameters.get(spec.bias) is bias)
+            and (weight is None or weight.dtype is x.dtype)  # the same Parameter may have been cast
+            and (bias is None or bias.dtype is x.dtype)
+            and type(eps) is type(found.eps)
+            and eps == found.eps
         ):
             return found
         return None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..edits.find import edit_modules
+from ..fusion.norms import is_own
 from ..fusion.scopes import OWN_HOOKS
 from ..fusion.site import wait_in_any_size
 from .module_facts import experts_in
@@ -117,7 +118,7 @@ def _twin(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if hook not in OWN_HOOKS]:
+            for key in [key for key, hook in hooks.items() if not is_own(hook)]:
                 del hooks[key]
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -282,3 +283,89 @@ def test_hooks_of_others_see_plain_tensors(where: str) -> None:
     for _ in range(3):
         torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=1e-5)
     assert set(kinds) <= {Tensor, nn.Parameter}
+
+
+def learnt() -> tuple[Model, Model, list[nn.Parameter], list[nn.Parameter], Tensor]:
+    """A model that knows its norms, its peer with hooks, the vectors of both, and an input."""
+    torch.manual_seed(0)
+    model = Model(lambda layer, x, y: x + y)
+    plain = copy.deepcopy(model)
+    _, own, others = paired(model, plain)
+    x = torch.randn(2, 3, WIDTH)
+    for _ in range(3):
+        model(x).sum().backward()
+    return model, plain, own, others, x
+
+
+class Epsilon(nn.Module):
+    """An RMSNorm whose epsilon may be anything that can be added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(WIDTH)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+@pytest.mark.parametrize("change", ["cast", "epsilon", "trained epsilon", "weight", "hook"])
+def test_a_norm_that_changed_since_it_was_learnt(change: str) -> None:
+    torch.manual_seed(0)
+    model = Model(lambda layer, x, y: x + y)
+    for layer in model.layers:
+        layer.norm = Epsilon()
+    model.last = Epsilon()
+    plain = copy.deepcopy(model)
+    paired(model, plain)
+    x = torch.randn(2, 3, WIDTH)
+    for _ in range(3):
+        model(x)
+    for one in (model, plain):
+        norm = one.last
+        if change == "cast":
+            norm.double()
+        elif change == "weight":
+            norm.weight = nn.Parameter(torch.full((WIDTH,), 2.0))
+        elif change == "hook":
+            norm.register_forward_hook(Unhashable())
+        else:
+            del norm.eps
+            norm.eps = 0.5 if change == "epsilon" else nn.Parameter(torch.tensor(1e-6))
+    for _ in range(2):
+        found, wanted = model(x), plain(x)
+        assert found.dtype == wanted.dtype
+        torch.testing.assert_close(found, wanted)
+        if change == "trained epsilon":
+            gradients = [
+                torch.autograd.grad(y.square().sum(), one.last.eps)[0] for y, one in ((found, model), (wanted, plain))
+            ]
+            torch.testing.assert_close(*gradients)
+
+
+@dataclasses.dataclass
+class Unhashable:
+    """A hook of somebody's own: what has `__eq__` and no `__hash__` is in no set."""
+
+    calls: int = 0
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        self.calls += 1
+        return output + 1.0
+
+
+@pytest.mark.parametrize("where", ["layers.0.down", "layers.0.norm", "layers.0", "last", ""])
+def test_hooks_that_are_not_hashable(where: str) -> None:
+    model, plain, own, others, x = learnt()
+    hooks = [Unhashable(), Unhashable()]
+    for one, hook in zip((model, plain), hooks, strict=True):
+        one.get_submodule(where).register_forward_hook(hook)
+    for _ in range(2):
+        torch.testing.assert_close(model(x), plain(x))
+        found = torch.autograd.grad(model(x).square().sum(), own)
+        wanted = torch.autograd.grad(plain(x).square().sum(), others)
+        torch.testing.assert_close(found, wanted)
+    assert hooks[0].calls == hooks[1].calls > 0
+    again = Model(lambda layer, x, y: x + y)
+    again.get_submodule(where).register_forward_hook(Unhashable())
+    patch(again, RedConfig(), example=x)
+    again(x)
