@@ -154,7 +154,7 @@ def build_cpu_library(target: Path, objects: Path = OBJECTS / "cpu") -> None:
     machine = platform.machine()
     jobs = kernel_jobs(compiler, machine, objects)
     common = (*cpu_command(compiler, machine), _torch_target(), "-isystem", str(torch / "include"))
-    for source in ("ops.cpp", "cpu/launch.cpp", "cpu/dispatch.cpp", "cpu/memory.cpp"):
+    for source in ("ops.cpp", "cpu/launch.cpp", "cpu/dispatch.cpp", "cpu/plan.cpp", "cpu/memory.cpp"):
         path = ROOT / "csrc" / source
         jobs.append(Job(path, objects / f"{path.stem}.o", common))
     _compile(jobs, objects, torch)
@@ -222,10 +222,11 @@ def build_nodes_library(target: Path, objects: Path = OBJECTS / "nodes") -> None
         )
     built_for = f'-DRED_BUILT_FOR="{sysconfig.get_config_var("SOABI")}, torch {_torch_version(torch)}"'
     common = (
-        compiler, *FLAGS, *WITHOUT, "-O2", "-Wno-missing-field-initializers", built_for,
+        compiler, *FLAGS, *WITHOUT, "-O2", "-Wno-missing-field-initializers", "-DRED_ATEN", built_for,
         "-isystem", str(torch / "include"), "-isystem", str(headers), "-c",
     )  # fmt: skip
-    jobs = [Job(source, objects / f"{source.stem}.o", common) for source in sorted((ROOT / "csrc/nodes").glob("*.cpp"))]
+    sources = [*sorted((ROOT / "csrc/nodes").glob("*.cpp")), ROOT / "csrc/cpu/launch.cpp", ROOT / "csrc/cpu/plan.cpp"]
+    jobs = [Job(source, objects / f"{source.stem}.o", common) for source in sources]
     _compile(jobs, objects, torch)
     libraries = [f"-l{name}" for name in ("torch_python", "torch", "torch_cpu", "c10")]
     _link([compiler, "-shared"], target, jobs, [f"-L{torch / 'lib'}", *libraries])

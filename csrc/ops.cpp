@@ -4,8 +4,7 @@
 
 #include <cstdio>
 
-#include "cpu/dispatch.h"
-#include "cpu/memory.h"
+#include "cpu/lent.h"
 #include "schemas.h"
 
 STABLE_TORCH_LIBRARY(red_kernels, library) {
@@ -49,3 +48,8 @@ RED_EXPORT int red_kernels_cpu_runnable(char* text, size_t size) {
 RED_EXPORT size_t red_kernels_cpu_trim() { return red::trim(); }
 RED_EXPORT size_t red_kernels_cpu_kept() { return red::kept(); }
 RED_EXPORT int red_kernels_cpu_use_pool(int on) { return red::use_pool(on != 0); }
+
+RED_EXPORT const void* red_kernels_cpu_lent() {
+  static const red::Lent lent{red::kLentLayout, red::kernels, red::acquire, red::release, red::pool_in_use};
+  return &lent;
+}

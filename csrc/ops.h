@@ -3,9 +3,12 @@
 // Python).
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+// The library of autograd's nodes compiles them for its own tensors, and calls them without torch's dispatcher.
+#if defined(RED_ATEN)
+#include "aten.h"
+#else
+#include "stable.h"
+#endif
 
 #include <optional>
 #include <tuple>
@@ -17,7 +20,6 @@
 
 namespace red {
 
-using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // `needs` has a bit for each result, the first result lowest.

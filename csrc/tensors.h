@@ -6,38 +6,10 @@
 #include <cmath>
 #include <vector>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/headeronly/util/shim_utils.h>
-
 #include "ops.h"
 #include "types.h"
 
 namespace red {
-
-using torch::headeronly::ScalarType;
-
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
-
-inline std::vector<int64_t> contiguous_strides(Sizes sizes) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (int64_t k = static_cast<int64_t>(sizes.size()) - 2; k >= 0; --k)
-    strides[k] = strides[k + 1] * std::max<int64_t>(sizes[k + 1], 1);
-  return strides;
-}
-
-// An uninitialised contiguous tensor. torch::stable::empty asks the dispatcher for aten::empty by its name, which costs as much
-// as a small kernel, for every output of every call.
-inline Tensor make_empty(Sizes sizes, ScalarType dtype, torch::stable::Device device) {
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
-  const std::vector<int64_t> strides = contiguous_strides(sizes);
-  AtenTensorHandle made = nullptr;
-  // The check that the oldest torch has too.
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                  to<int32_t>(from(dtype)), to<int32_t>(from(device.type())),
-                                                  device.index(), &made));
-  return Tensor(made);
-}
 
 inline Type type_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -76,7 +48,7 @@ class Activation {
     STD_TORCH_CHECK(tensor->sizes().equals(shape.like.sizes()), "red_kernels: ", name, " must have the shape of x");
     int64_t stride = 0;
     if (!row_stride(*tensor, shape.d, stride)) {
-      copy_ = torch::stable::contiguous(*tensor);
+      copy_ = as_contiguous(*tensor);
       stride = shape.d;
     }
     const Tensor& source = copy_.has_value() ? *copy_ : *tensor;

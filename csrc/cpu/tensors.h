@@ -22,7 +22,7 @@ class Vector {
     STD_TORCH_CHECK(tensor->is_cpu() && tensor->numel() == count * shape.d, "red_kernels: ", name, " must be on the CPU with ",
                     count, " x ", shape.d, " elements");
     stride = shape.d;
-    source_ = torch::stable::contiguous(*tensor);
+    source_ = as_contiguous(*tensor);
     const void* from = source_->const_data_ptr();
     if (source_->scalar_type() == ScalarType::Float && offset == 0.0f) {
       data = static_cast<const float*>(from);
@@ -69,7 +69,7 @@ class EditIds {
     if (!tensor.has_value()) return;
     STD_TORCH_CHECK(tensor->is_cpu() && tensor->scalar_type() == ScalarType::Long && tensor->numel() == shape.rows,
                     "red_kernels: edit_ids must be int64 on the CPU, one for each row of x");
-    source_ = torch::stable::contiguous(*tensor);
+    source_ = as_contiguous(*tensor);
     data = static_cast<const int64_t*>(source_->const_data_ptr());
     // A tensor without elements may have no memory; null means absent.
     if (data == nullptr) data = &edits_;
@@ -105,11 +105,11 @@ inline Tensor make(Sizes sizes, ScalarType dtype, size_t element) {
   int64_t count = 1;
   for (const int64_t size : sizes) count *= size;
   const size_t bytes = static_cast<size_t>(count) * element;
-  const torch::stable::Device device(torch::headeronly::DeviceType::CPU);
+  const TensorDevice device(torch::headeronly::DeviceType::CPU);
   if (bytes < kPooledBytes || !pool_in_use()) return make_empty(sizes, dtype, device);
   void* block = acquire(bytes);
   STD_TORCH_CHECK(block != nullptr, "red_kernels: out of memory for an output of ", bytes, " bytes");
-  return torch::stable::from_blob(block, sizes, contiguous_strides(sizes), device, dtype, &release);
+  return tensor_of(block, sizes, dtype, device, &release);
 }
 
 inline Tensor make_like(const Shape& shape) {

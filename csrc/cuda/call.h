@@ -118,7 +118,7 @@ class Parameter {
     const Shape& shape = call.shape;
     STD_TORCH_CHECK(tensor->device() == shape.like.device() && tensor->numel() == count * shape.d, "red_kernels: ", name,
                     " must be on the device of x with ", count, " x ", shape.d, " elements");
-    kept_ = torch::stable::contiguous(*tensor);
+    kept_ = as_contiguous(*tensor);
     vectors.wide = kept_->scalar_type() == ScalarType::Float;
     if (!vectors.wide && kept_->scalar_type() != shape.like.scalar_type()) {
       kept_ = torch::stable::to(*kept_, ScalarType::Float);
@@ -143,7 +143,7 @@ class Ids {
     STD_TORCH_CHECK(tensor->device() == call.shape.like.device() && tensor->scalar_type() == ScalarType::Long &&
                         tensor->numel() == call.shape.rows,
                     "red_kernels: edit_ids must be int64 on the device of x, one for each row");
-    kept_ = torch::stable::contiguous(*tensor);
+    kept_ = as_contiguous(*tensor);
     data = static_cast<const int64_t*>(kept_->const_data_ptr());
   }
   Ids(const Ids&) = delete;

@@ -243,8 +243,10 @@ PyObject* norm_edit(Nodes* self, PyObject* const* given, Py_ssize_t count) {
 PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
   HANDLE_TH_ERRORS
   const char *space, *backend;
-  if (!PyArg_ParseTuple(args, "ss", &space, &backend)) return nullptr;
-  const Operators* operators = new Operators(space, backend);
+  Py_ssize_t lent = 0;
+  if (!PyArg_ParseTuple(args, "ss|n", &space, &backend, &lent)) return nullptr;
+  const bool direct = lent != 0 && borrow(reinterpret_cast<const void*>(lent));
+  const Operators* operators = new Operators(space, backend, direct);
   auto* self = reinterpret_cast<Nodes*>(type->tp_alloc(type, 0));
   if (self) self->operators = operators;
   return reinterpret_cast<PyObject*>(self);
@@ -386,7 +388,7 @@ PyMODINIT_FUNC PyInit_nodes() {
   record_name = PyUnicode_InternFromString("record"), residual_name = PyUnicode_InternFromString("residual");
   differentiable_name = PyUnicode_InternFromString("differentiable");
   nodes_type.tp_name = "red_kernels.lib.nodes.Nodes";
-  nodes_type.tp_doc = "Nodes(namespace, backend): the operators of a namespace, with nodes of autograd.";
+  nodes_type.tp_doc = "Nodes(namespace, backend, lent=0): the operators of a namespace, with nodes of autograd.";
   nodes_type.tp_basicsize = sizeof(Nodes);
   nodes_type.tp_flags = Py_TPFLAGS_DEFAULT;
   nodes_type.tp_methods = methods;

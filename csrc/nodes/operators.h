@@ -1,18 +1,57 @@
-// The registered operators of one namespace, called from C++. What each computes: red_kernels/backends/reference.py.
+// The operators of one namespace, called from C++. What each computes: red_kernels/backends/reference.py.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
 
+#include "../ops.h"
+
 namespace red {
 
-using at::Tensor;
-using Maybe = std::optional<Tensor>;
+using Maybe = OptionalTensor;
+
+inline c10::DispatchKeySet keys_of(const Tensor& t) { return t.key_set(); }
+inline c10::DispatchKeySet keys_of(const Maybe& t) { return t ? t->key_set() : c10::DispatchKeySet(); }
+template <class Number>
+c10::DispatchKeySet keys_of(Number) { return {}; }
+
+// Whether torch's dispatcher would do no more with tensors of these keys than call the kernels of the CPU: no mode of
+// Python, no torch.func, no tensor of another kind; and whether no profiler listens.
+inline bool is_plain(c10::DispatchKeySet keys) {
+  const auto local = c10::impl::tls_local_dispatch_key_set();
+  keys = (keys | local.included_) - local.excluded_ - c10::autograd_dispatch_keyset_with_ADInplaceOrView -
+         c10::autocast_dispatch_keyset - c10::DispatchKeySet(c10::DispatchKey::BackendSelect);
+  return keys.highestPriorityTypeId() == c10::DispatchKey::CPU && !at::hasCallbacks();
+}
+
+// One operator: as registered, or, on plain tensors, as compiled into this library.
+template <class Signature>
+class Operator;
+template <class Result, class... Given>
+class Operator<Result(Given...)> {
+ public:
+  using Direct = Result (*)(std::decay_t<Given>...);
+  Operator(const std::string& space, const char* name, Direct direct)
+      : registered_(c10::Dispatcher::singleton().findSchemaOrThrow((space + "::" + name).c_str(), "")
+                        .template typed<Result(Given...)>()),
+        direct_(direct) {}
+
+  // Below autograd.
+  Result call(Given... given) const {
+    if (direct_ != nullptr && is_plain((keys_of(given) | ...))) return direct_(given...);
+    return registered_.call(given...);
+  }
+
+ private:
+  c10::TypedOperatorHandle<Result(Given...)> registered_;
+  Direct direct_;
+};
 
 struct Operators {
   using T = const Tensor&;
@@ -27,29 +66,23 @@ struct Operators {
   using NormEditBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(T, T, M, M, M, M, M, T, double, int64_t,
                                                                               int64_t);
 
-  // `backend` is the name by which Python knows the implementation.
-  Operators(const std::string& space, std::string backend)
+  // `backend` is the name by which Python knows the implementation; `direct`, whether the kernels of the CPU implement it.
+  Operators(const std::string& space, std::string backend, bool direct)
       : backend(std::move(backend)),
-        edit_forward(find<EditForward>(space, "edit_forward")),
-        edit_backward(find<EditBackward>(space, "edit_backward")),
-        edit_norm_forward(find<EditNormForward>(space, "edit_norm_forward")),
-        edit_norm_backward(find<EditNormBackward>(space, "edit_norm_backward")),
-        norm_edit_forward(find<NormEditForward>(space, "norm_edit_forward")),
-        norm_edit_backward(find<NormEditBackward>(space, "norm_edit_backward")) {}
+        edit_forward(space, "edit_forward", direct ? cpu::edit_forward : nullptr),
+        edit_backward(space, "edit_backward", direct ? cpu::edit_backward : nullptr),
+        edit_norm_forward(space, "edit_norm_forward", direct ? cpu::edit_norm_forward : nullptr),
+        edit_norm_backward(space, "edit_norm_backward", direct ? cpu::edit_norm_backward : nullptr),
+        norm_edit_forward(space, "norm_edit_forward", direct ? cpu::norm_edit_forward : nullptr),
+        norm_edit_backward(space, "norm_edit_backward", direct ? cpu::norm_edit_backward : nullptr) {}
 
   const std::string backend;
-  const c10::TypedOperatorHandle<EditForward> edit_forward;
-  const c10::TypedOperatorHandle<EditBackward> edit_backward;
-  const c10::TypedOperatorHandle<EditNormForward> edit_norm_forward;
-  const c10::TypedOperatorHandle<EditNormBackward> edit_norm_backward;
-  const c10::TypedOperatorHandle<NormEditForward> norm_edit_forward;
-  const c10::TypedOperatorHandle<NormEditBackward> norm_edit_backward;
-
- private:
-  template <class Signature>
-  static c10::TypedOperatorHandle<Signature> find(const std::string& space, const char* name) {
-    return c10::Dispatcher::singleton().findSchemaOrThrow((space + "::" + name).c_str(), "").typed<Signature>();
-  }
+  const Operator<EditForward> edit_forward;
+  const Operator<EditBackward> edit_backward;
+  const Operator<EditNormForward> edit_norm_forward;
+  const Operator<EditNormBackward> edit_norm_backward;
+  const Operator<NormEditForward> norm_edit_forward;
+  const Operator<NormEditBackward> norm_edit_backward;
 };
 
 // An edit: its vectors, the edit of each row, and the dropout behind it.
@@ -69,5 +102,8 @@ struct Norm {
   double eps = 0.0, offset = 0.0;
   bool centered = false;
 };
+
+// Takes what the library of the CPU's kernels lends; whether it was compiled with the same structs.
+bool borrow(const void* lent);
 
 }  // namespace red

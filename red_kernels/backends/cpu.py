@@ -103,6 +103,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     )
     if dll is not None:
         dll.red_kernels_cpu_trim.restype = dll.red_kernels_cpu_kept.restype = ctypes.c_size_t
+        dll.red_kernels_cpu_lent.restype = ctypes.c_size_t  # an address
     return dll, error
 
 
@@ -129,5 +130,5 @@ BACKEND = Backend(
     state=lambda: f"instruction set {instruction_set()} of {', '.join(instruction_sets())}",
     variants=instruction_sets,
     use=use_instruction_set,
-    nodes=None if _dll is None else nodes.nodes_of(NAMESPACE, "cpu"),
+    nodes=None if _dll is None else nodes.nodes_of(NAMESPACE, "cpu", _dll.red_kernels_cpu_lent()),
 )

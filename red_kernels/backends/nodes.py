@@ -32,15 +32,17 @@ def load_error() -> str | None:
     return _error
 
 
-def nodes_of(namespace: str, backend: str) -> Any:
+def nodes_of(namespace: str, backend: str, lent: int = 0) -> Any:
     """The operations on bundles over the operators of a namespace: an object of csrc/nodes/module.cpp; None without.
 
     Its functions: ``edit(x, residual, edit) -> z``; ``edit_norm(x, residual, edit, norm, need_z) -> (y, z)``;
     ``norm_edit(x, norm, edit) -> y``; ``norm_of(z, norm) -> y`` of what ``edit`` has returned, and
     ``sum_norm(x, residual, edit, norm) -> (z, y)`` for both in one pass. All but the first two arguments are the tuples
-    of :mod:`red_kernels.backends.arguments`, with int64 ids.
+    of :mod:`red_kernels.backends.arguments`, with int64 ids. ``lent`` is what the library of the CPU's kernels says is
+    at ``red_kernels_cpu_lent()``: plain tensors are then given to these kernels without torch's dispatcher, whose way to
+    an operator of the stable ABI costs several times what a small kernel does.
     """
-    return None if _module is None else _module.Nodes(namespace, backend)
+    return None if _module is None else _module.Nodes(namespace, backend, lent)
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
