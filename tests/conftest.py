@@ -13,15 +13,12 @@ import torch
 from hypothesis import settings
 from op_cases import IMPLEMENTATIONS, INTERPRETED, Implementation
 
-from red_kernels.fusion import site
-
 if INTERPRETED:
     import interpreter
 
     interpreter.mend()
 
 pytest_plugins = ["served"]  # fixtures
-site._LEAST = 0  # values wait in tiny models as in large ones; tests/patching/test_small.py has the rule itself
 
 # The same examples in every run: a failure is there again when it is looked for.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, print_blob=False)

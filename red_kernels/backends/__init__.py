@@ -10,11 +10,11 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import choice, cpu, cuda, find_triton, reference
+from . import choice, cpu, cuda, find_triton, nodes, reference
 from .record import Backend
 from .schemas import NAMES
 
@@ -24,7 +24,6 @@ __all__ = [
     "available_backends",
     "backend",
     "by_name",
-    "choice_key",
     "choose",
     "forced_backend",
     "records",
@@ -59,6 +58,8 @@ class _Blocks:
 # A plain `local` and no subclass: then torch.compile reads and guards the calling thread's own value.
 _thread = threading.local()
 _FROM_ENVIRONMENT = os.environ.get(_ENVIRONMENT) or None
+_lock = threading.Lock()
+_blocks_open = 0  # in all threads
 
 
 class _Known:
@@ -138,6 +139,7 @@ def register_backend(record: Backend) -> None:
     if record.operations is not None and lacking:
         raise ValueError(f"record: the operations of {record.name!r} lack {', '.join(lacking)}")
     _known.add(record)
+    _count_blocks(0)
 
 
 def available_backends() -> dict[str, str | None]:
@@ -159,11 +161,23 @@ def backend(name: str) -> Iterator[None]:
     if blocks is None:
         blocks = _thread.blocks = _Blocks()
     entry = [name]
+    _count_blocks(1)
     blocks.add(entry)
     try:
         yield
     finally:
         blocks.remove(entry)
+        _count_blocks(-1)
+
+
+def _count_blocks(change: int) -> None:
+    """Count the open blocks of all threads: while there are any, what one thread has chosen is not for others."""
+    global _blocks_open
+    if nodes.forget_choices is None or torch.compiler.is_compiling():
+        return
+    with _lock:
+        _blocks_open += change
+        nodes.forget_choices(_blocks_open == 0)
 
 
 def choose(x: Tensor, operation: str) -> Backend:
@@ -187,12 +201,6 @@ def choose(x: Tensor, operation: str) -> Backend:
     if reason is not None:
         raise ValueError(f"the backend {name!r} was asked for, but {reason}; remedy: rk.backend('reference')")
     return record
-
-
-def choice_key() -> Any:
-    """What `choose` depends on beside the tensor on a CPU: while it is the same, so is the choice for the like."""
-    blocks = getattr(_thread, "blocks", None)
-    return (_FROM_ENVIRONMENT if blocks is None or blocks.name is None else blocks.name), _known.on_cpu
 
 
 def _order(x: Tensor, operation: str) -> tuple[Backend, ...]:

@@ -20,7 +20,26 @@ import torch
 
 from . import compiled
 
-__all__ = ["ambient", "load_error", "nodes_of", "seed", "set_lost_gradient", "set_python_backward", "wait"]
+__all__ = [
+    "added",
+    "all_reached",
+    "ambient",
+    "carried",
+    "dropped",
+    "edited",
+    "forget_choices",
+    "know",
+    "load_error",
+    "nodes_of",
+    "normed",
+    "reach",
+    "run_scope",
+    "seed",
+    "set_lost_gradient",
+    "set_python_backward",
+    "take_reached",
+    "wait",
+]
 
 _LIBRARY = Path(__file__).parent.parent / "lib" / "libred_kernels_nodes.so"
 _SETTING = "RED_KERNELS_NODES"
@@ -38,9 +57,9 @@ def nodes_of(namespace: str, backend: str, lent: int = 0) -> Any:
     Its functions: ``edit(x, residual, edit) -> z``; ``edit_norm(x, residual, edit, norm, need_z) -> (y, z)``;
     ``norm_edit(x, norm, edit) -> y``; ``norm_of(z, norm) -> y`` of what ``edit`` has returned, and
     ``sum_norm(x, residual, edit, norm) -> (z, y)`` for both in one pass. All but the first two arguments are the tuples
-    of :mod:`red_kernels.backends.arguments`, with int64 ids. ``lent`` is what the library of the CPU's kernels says is
-    at ``red_kernels_cpu_lent()``: plain tensors are then given to these kernels without torch's dispatcher, whose way to
-    an operator of the stable ABI costs several times what a small kernel does.
+    of :mod:`red_kernels.backends.arguments`, with int64 ids. ``lent`` is what the library of the CPU's kernels gives
+    for ``red_kernels_cpu_lent()``: plain tensors then go to these kernels without torch's dispatcher, whose way to an
+    operator of the stable ABI costs several times what a small kernel does.
     """
     return None if _module is None else _module.Nodes(namespace, backend, lent)
 
@@ -82,3 +101,22 @@ seed = _function("seed")  # of a dropout: see `ops.fused.drawn_dropout`
 wait = _function("wait")  # makes a value that waits: see `fusion.waiting`
 set_python_backward = _function("set_python_backward")  # for a backward that is recorded, or takes tangents
 set_lost_gradient = _function("set_lost_gradient")  # what is called with a gradient of a value that waits
+forget_choices = _function("forget_choices")  # of backends: see `backends.choose`
+know = _function("know")  # takes what the functions below read: see `fusion.quick`
+reach = _function("reach")  # marks the edit of a site as run, in this thread
+take_reached = _function("take_reached")
+all_reached = _function("all_reached")
+run_scope = _function("run_scope")  # a block or stack that runs: see `patching.classes`
+
+
+def _nothing(*given: Any) -> Any:
+    """Stands for a quick path where there is none."""
+    return None
+
+
+# What is as in an earlier call, at once; None where it has to be found. Compiled code must not come here.
+edited = _function("edited") or _nothing
+carried = _function("carried") or _nothing
+added = _function("added") or _nothing
+dropped = _function("dropped") or _nothing
+normed = _function("normed") or _nothing

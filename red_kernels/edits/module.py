@@ -34,7 +34,6 @@ class RedEdit(EditBank):
         place: in its layer, as in `models.family.PLACES`; empty where that is not known.
         watched: whether somebody asks, by `take_reached`, whether the edits have run.
         seen: whether it was said, or need not be, that they have never run.
-        least: from how many elements on the site's output waits on a CPU.
     """
 
     of_tuple = False
@@ -42,7 +41,6 @@ class RedEdit(EditBank):
     place = ""
     watched = False
     seen = False
-    least = 0
 
     def state(self) -> tuple[Any, bool]:
         """What this forward applies, `OFF`, rows or what `by_state` takes; and whether it runs for the second time."""
@@ -127,7 +125,6 @@ _TAKEN = (
     "lent",
     "watched",
     "seen",
-    "least",
     "inside",
     "of_tuple",
     "place",

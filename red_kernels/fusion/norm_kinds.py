@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from ..edits.module import NAME
 from .fingerprint import BASE
 
-__all__ = ["NormSpec", "could_be_norm", "is_one_kernel", "norm_spec"]
+__all__ = ["NormSpec", "could_be_norm", "norm_spec"]
 
 
 class NormSpec(NamedTuple):
@@ -94,12 +94,6 @@ def norm_spec(norm: nn.Module) -> NormSpec | None:
             _specs.clear()
         _specs[key] = found
     return found
-
-
-def is_one_kernel(norm: nn.Module) -> bool:
-    """Whether a norm runs as one kernel by itself, on the CPU too; others take a pass for each of their operations."""
-    kind = _library_class(norm)
-    return kind is nn.LayerNorm and kind.forward is _TORCH.get(kind)
 
 
 # What torch has itself, unless somebody has replaced it before this was imported.

@@ -1,23 +1,22 @@
 """What a site does with its output, kept for as long as what it was found from holds.
 
-To find it takes about ten times as long: whether anybody observes the block, which edit is active here, whether a
-forward may run a second time, and whether the vectors fit. Here each of these is one comparison.
+To find it takes long: whether anybody observes the block, which edit is active here, whether a forward may run a second
+time, and whether the vectors fit. ``csrc/nodes/quick.cpp`` compares what a plan holds with what is there now, and does
+the same again.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ..backends import choice_key, choose
 from ..backends.arguments import Edit
 from ..edits.blocks import any_block
 from ..edits.module import RedEdit
 from ..ops.ambient import GRAD, INFERENCE, QUIET
-from .norms import is_dense
 
 if TYPE_CHECKING:
     from .record import Record
@@ -35,16 +34,14 @@ class SitePlan:
         vectors: of that: the Parameters of a module by name, a name, and what it had.
         modules: of the `RedEdit`.
         dtype, device: of the site's output.
-        nodes, key: of the backend that edits by itself, and by what that was chosen.
     """
 
-    __slots__ = ("chosen", "device", "dtype", "edit", "hooks", "key", "modules", "nodes", "record", "vectors")
+    __slots__ = ("chosen", "device", "dtype", "edit", "hooks", "modules", "record", "vectors")
 
     def __init__(self, own: RedEdit, h: Tensor, edit: Edit, record: Record) -> None:
         self.edit, self.record = edit, record
         self.hooks, self.chosen, self.modules = RemovableHandle.next_id, own.selection.chosen, own._modules
         self.dtype, self.device = h.dtype, h.device
-        self.key, self.nodes = None, None
         self.vectors = tuple(
             (holder._parameters, name, vector)
             for holder in (own._modules.get(own.selection.chosen or ""), own)
@@ -52,37 +49,6 @@ class SitePlan:
             for name, vector in holder._parameters.items()
             if vector is not None and any(vector is one for one in edit.vectors.values())
         )
-
-    def holds(self, own: RedEdit, now: int, h: Tensor) -> bool:
-        """Whether the output of the site is edited as before; `now` is what :func:`ambient` says."""
-        selection = own.selection
-        if (
-            self.hooks != RemovableHandle.next_id
-            or h.dtype is not self.dtype
-            or not is_dense(h)
-            or h.device != self.device
-            or own._modules is not self.modules
-            or selection.chosen != self.chosen
-            or selection.open
-            or any_block()
-            or (selection.varied and not now & (GRAD + INFERENCE))  # it may be the first run of a checkpoint
-            or own._compiled_call_impl is not None
-            or "forward" in own.__dict__
-        ):
-            return False
-        for parameters, name, vector in self.vectors:  # noqa: SIM110 - a generator takes three times as long
-            if parameters.get(name) is not vector:
-                return False
-        return True
-
-    def nodes_for(self, h: Tensor) -> Any:
-        """The nodes in C++ of the backend for an edit by itself; None where it has none."""
-        if not h.is_cpu:
-            return choose(h, "edit").nodes
-        key = choice_key()
-        if self.key != key:
-            self.key, self.nodes = key, choose(h, "edit").nodes
-        return self.nodes
 
 
 def planned(own: RedEdit, h: Tensor, edit: Edit, record: Record, now: int) -> SitePlan | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,15 @@ from torch.utils.hooks import RemovableHandle
 
 from ..backends.arguments import Norm
 from ..ops.ambient import QUIET
-from .norms import SPEC, NormSpec
+from .norms import SPEC
 from .observe import hooked, observed
 
-__all__ = ["Link", "Record"]
+if TYPE_CHECKING:
+    from .plan import SitePlan
+
+__all__ = ["ADDS", "Link", "Record", "Records"]
+
+ADDS = ("residual add", "dropout + residual add")  # what an edit is fused with, for the report
 
 
 class Link:
@@ -26,15 +31,16 @@ class Link:
     Attributes:
         across: whether it lies outside of the block that computes the sum, in the same stack.
         leaves, enters: the modules that the sum leaves on its way, and those that it enters, the norm included.
-        title: for the report.
+        title: for the report; `said` with the addition in front of it, and with a dropout in front of that.
     """
 
-    __slots__ = ("_kept", "_norm", "_passed", "across", "enters", "free", "hooks", "leaves", "title")
+    __slots__ = ("_kept", "_norm", "_passed", "across", "enters", "free", "hooks", "leaves", "said", "title")
 
     def __init__(
         self, norm: nn.Module, across: bool, title: str, leaves: Iterable[nn.Module], enters: Iterable[nn.Module]
     ) -> None:
         self._norm, self.across, self.title = weakref.ref(norm), across, title
+        self.said = tuple(f"{adds} + {title}" for adds in ADDS)
         self.leaves, self.enters = (tuple(map(weakref.ref, passed)) for passed in (leaves, enters))
         self.hooks, self.free = -1, False
         self._passed: tuple[tuple[nn.Module, bool], ...] = ()  # those that have hooks of others
@@ -62,45 +68,46 @@ class Link:
         return any(observed(module, entering=enters) for module, enters in self._passed)
 
     def keep(self, norm: nn.Module, found: Norm, dtype: torch.dtype, device: torch.device, now: int) -> None:
-        """Keep what the norm's arguments were, for `arguments`."""
+        """Keep what the norm's arguments were, for the next call."""
         spec = norm.__dict__[SPEC]
         parameters = norm._parameters
         own = found.weight is (parameters.get(spec.weight) if spec.weight else None)
         if own and not now & ~QUIET and device.type in ("cpu", "cuda"):  # `now` tells of autocast there only
-            self._kept = _Kept(now, RemovableHandle.next_id, dtype, device, found, spec)
-
-    def arguments(self, norm: nn.Module, x: Tensor, now: int) -> Norm | None:
-        """The norm's arguments if they are what they were, and nobody observes the norm; None where that is unknown."""
-        kept = self._kept
-        if kept is None or kept.hooks != RemovableHandle.next_id or kept.now != now:
-            return None
-        found, spec, parameters = kept.found, kept.spec, norm._parameters
-        weight, bias, eps = found.weight, found.bias, spec.epsilon(norm, x.dtype)
-        if (
-            x.dtype is kept.dtype
-            and x.device == kept.device
-            and "forward" not in norm.__dict__
-            and norm._compiled_call_impl is None
-            and (not spec.weight or parameters.get(spec.weight) is weight)
-            and (not spec.bias or parameters.get(spec.bias) is bias)
-            and (weight is None or weight.dtype is x.dtype)  # the same Parameter may have been cast
-            and (bias is None or bias.dtype is x.dtype)
-            and type(eps) is type(found.eps)
-            and eps == found.eps
-        ):
-            return found
-        return None
+            names = spec.weight or None, spec.bias or None, spec.eps or None
+            self._kept = _Kept(now, RemovableHandle.next_id, dtype, device, found, *names)
 
 
 class _Kept(NamedTuple):
-    """The arguments of a norm, and what they were found from."""
+    """The arguments of a norm, and what they were found from; ``csrc/nodes/quick.cpp`` reads it by place."""
 
     now: int
     hooks: int
     dtype: torch.dtype
     device: torch.device
     found: Norm
-    spec: NormSpec
+    weight: str | None  # names in the norm; None for none
+    bias: str | None
+    eps: str | None
+
+
+class Records:
+    """What is known of a site, for each mode that it runs in. A copy of the site starts anew.
+
+    Attributes:
+        modes: the records; the last one by -1.
+        plans: for what holds in a thread, and training or not, where the value waits.
+        alone: the same where the edit is applied at once.
+    """
+
+    __slots__ = ("alone", "modes", "plans")
+
+    def __init__(self) -> None:
+        self.modes: dict[int, Record] = {}
+        self.plans: dict[int, SitePlan] = {}
+        self.alone: dict[int, SitePlan] = {}
+
+    def __reduce__(self) -> tuple[type[Records], tuple[()]]:
+        return Records, ()
 
 
 class Record:
@@ -115,12 +122,11 @@ class Record:
         at_once: something else has, so that it need not wait.
         astray: it was settled without gradients, as by an `autograd.Function`: give it a node of its own.
         what: what the edit was fused with in the last forward; `by` the function that settled it.
-        least: from how many elements on it would have waited; 0 where that was not why it did not.
         returned_by: the forwards of a site that return the output of the norm in it as it is.
     """
 
     __slots__ = (
-        "alone", "astray", "at_once", "behind", "by", "decided", "lazy", "least", "link", "misses", "name", "proven",
+        "alone", "astray", "at_once", "behind", "by", "decided", "lazy", "link", "misses", "name", "proven",
         "returned_by", "searches", "what",
     )  # fmt: skip
 
@@ -130,7 +136,7 @@ class Record:
         self.name = name
         self.link: Link | None = None
         self.alone = self.proven = self.at_once = self.astray = self.decided = self.lazy = False
-        self.misses = self.searches = self.least = 0
+        self.misses = self.searches = 0
         self.what: str | None = None
         self.by = ""
         self.behind: Record | None = None
@@ -144,9 +150,9 @@ class Record:
     def taken(self, what: str) -> None:
         self.proven, self.what, self.by = not self.astray, what, ""
 
-    def alone_in_pass(self, least: int = 0) -> None:
-        """The edit was applied at once, in a pass of its own; `least` elements it would have taken to wait."""
-        self.what, self.least = None, least
+    def alone_in_pass(self) -> None:
+        """The edit was applied at once, in a pass of its own."""
+        self.what = None
         self.by = self.by if self.at_once else ""
 
     def missed(self) -> None:

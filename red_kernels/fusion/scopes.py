@@ -23,8 +23,9 @@ from .waiting import Waiting
 if TYPE_CHECKING:
     from .record import Record
 
-__all__ = ["OWN_HOOKS", "SCOPE", "Leaving", "Scope", "Verdict", "here", "running", "stack_of"]
+__all__ = ["OWN_HOOKS", "SCOPE", "SITES", "Leaving", "Scope", "Verdict", "collects", "here", "running", "stack_of"]
 
+SITES = "_red_kernels_sites"  # the attribute of a layer with its watched sites
 SCOPE = "_red_kernels_scope"  # the attribute of a patched block or stack with its `Verdict`
 
 
@@ -109,18 +110,6 @@ class Scope:
             return False
         return not self._has_compiled()
 
-    def lets_wait_as_before(self, own: RedEdit, recorded: int) -> bool:
-        """As `lets_wait`, where no hook was registered since that was asked for some site of this block."""
-        verdict = self.verdict
-        return (
-            verdict.hooks == RemovableHandle.next_id
-            and verdict.clean
-            and not self.stack
-            and self.recorded == recorded
-            and id(own) in verdict.sites
-            and not (self._has_compiled() if self.compiled is None else self.compiled)
-        )
-
     def _has_compiled(self) -> bool:
         if self.compiled is None:
             self.compiled = self.verdict.compiled()
@@ -167,3 +156,11 @@ def stack_of(scopes: list[Scope]) -> Scope | None:
         if scope.stack:
             return scope
     return None
+
+
+def collects(stack: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether a stack's own forward hands out what lies between its blocks, with gradients."""
+    if not torch.is_grad_enabled():
+        return False
+    asked = kwargs.get("output_hidden_states")
+    return bool(getattr(getattr(stack, "config", None), "output_hidden_states", False) if asked is None else asked)

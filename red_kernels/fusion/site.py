@@ -10,78 +10,45 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..backends import nodes
 from ..backends.arguments import Edit
 from ..edits.module import NAME, SITE, RedEdit, plain_only
 from ..edits.selection import saved_tensor_hooks
 from ..ops import fused
-from ..ops.ambient import GRAD, ambient
+from ..ops.ambient import ambient
 from . import takers as takers  # which register themselves
 from .applied import left_to_do
 from .fingerprint import BASE
 from .former import INSIDE, refuse_inside
-from .norm_kinds import is_one_kernel
 from .norms import is_dense, norm_arguments, unobserved
 from .observe import observed
-from .plan import SitePlan, planned
-from .record import Record
-from .scopes import OWN_HOOKS, here, running
+from .plan import planned
+from .record import Record, Records
+from .scopes import OWN_HOOKS, running
 from .stream import marked
 from .sums import add_edit, title_of
-from .waiting import NO_EDIT, After, Waiting, wait, wait_as_before
+from .waiting import NO_EDIT, After, Waiting, wait
 
 __all__ = [
     "BEHIND",
     "CARRIER",
     "RECORDS",
-    "Carrier",
     "behind_hook",
     "carry_hook",
     "edit_hook",
     "last_record",
-    "least_that_waits",
     "norm_with_edit",
     "record_of",
     "take_reached",
-    "wait_in_any_size",
     "with_first",
 ]
 
 BEHIND = "_red_kernels_behind"  # of a norm: the `RedEdit` of the site whose output is the norm's, and the site
-CARRIER = "_red_kernels_carrier"  # of an unedited projection whose output waits: its `Carrier`
+CARRIER = "_red_kernels_carrier"  # of an unedited projection whose output waits: a `RedEdit` of its layer
 RECORDS = "_red_kernels_records"
 
 
-# On a CPU, where each norm of a model is one kernel by itself: for fewer elements, to let a value wait takes the host
-# longer than the passes that this saves (docs/decisions.md has the figures).
-_LEAST = 1 << 12
-
-
-def least_that_waits(norms: list[nn.Module]) -> int:
-    """From how many elements on a value waits on a CPU, in a model with these norms."""
-    return _LEAST if norms and all(map(is_one_kernel, norms)) else 0
-
-
-def wait_in_any_size(model: nn.Module) -> None:
-    """Let the values of all sites wait, however few elements they have."""
-    for module in model.modules():
-        if isinstance(module, RedEdit):
-            module.least = 0
-        carrier = module.__dict__.get(CARRIER)
-        if carrier is not None:
-            module.__dict__[CARRIER] = carrier._replace(least=0)
-
-
-class Carrier(NamedTuple):
-    """Of an unedited projection whose output waits: a `RedEdit` of its layer, and the least elements on a CPU."""
-
-    own: RedEdit
-    least: int
-
-
 class _Told(threading.local):
-    def __init__(self) -> None:
-        self.reached: set[int] = set()  # ids of watched edits that have run
-
     output: tuple[RedEdit, Tensor] | None = None  # an edit that is in this output already
     normed: _Normed | None = None  # the output of a norm that its site may return
 
@@ -96,26 +63,6 @@ class _Normed(NamedTuple):
 
 
 _told = _Told()
-
-
-class Records:
-    """What is known of a site, for each mode that it runs in. A copy of the site starts anew.
-
-    Attributes:
-        modes: the records; the last one by -1.
-        plans: for what holds in a thread, and training or not, where the value waits.
-        alone: the same where the edit is applied at once.
-    """
-
-    __slots__ = ("alone", "modes", "plans")
-
-    def __init__(self) -> None:
-        self.modes: dict[int, Record] = {}
-        self.plans: dict[int, SitePlan] = {}
-        self.alone: dict[int, SitePlan] = {}
-
-    def __reduce__(self) -> tuple[type[Records], tuple[()]]:
-        return Records, ()
 
 
 def record_of(own: nn.Module, training: bool) -> Record:
@@ -139,17 +86,11 @@ def last_record(own: nn.Module) -> Record | None:
 
 def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
     """The forward hook of an edited module."""
-    own: Any = module._modules.get(NAME)
-    if type(output) is Tensor and own is not None and not torch.compiler.is_compiling():
-        value: Tensor | None = None
-        if not own.least or not _is_small(output, own.least):
-            value = _as_before(own, own, module, output)
-        if value is None:
-            value = _alone_as_before(own, module, output)
+    if not torch.compiler.is_compiling():
+        value = nodes.edited(module, output)
         if value is not None:
-            if own.watched:
-                _told.reached.add(id(own))
             return value
+    own: Any = module._modules.get(NAME)
     if INSIDE in module.__dict__:
         refuse_inside(module)
     if own is None:
@@ -157,7 +98,7 @@ def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
     assert isinstance(own, RedEdit)
     plain = plain_only()
     if own.watched and not (plain and torch.compiler.is_compiling()):
-        _told.reached.add(id(own))
+        reach(own)
     first = output[0] if own.of_tuple and isinstance(output, (tuple, list)) and output else output
     if not plain:
         if _is_edited(own, first):
@@ -191,7 +132,7 @@ def behind_hook(norm: nn.Module, args: Any, output: Any) -> Any:
     """The forward hook of the norm that gives the stream behind an attention, in a post-norm layer."""
     own: RedEdit = norm.__dict__[BEHIND][0]
     if own.watched and not torch.compiler.is_compiling():
-        _told.reached.add(id(own))
+        reach(own)
     if not plain_only():
         if _is_edited(own, output):
             return None
@@ -206,13 +147,12 @@ def carry_hook(module: nn.Module, args: Any, output: Any) -> Any:
 
     Its output has no edit, and waits for the same addition and norm, which then take one pass.
     """
-    own, least = module.__dict__[CARRIER]
-    if _is_small(output, least):
+    if torch.compiler.is_compiling():
         return None
-    if type(output) is Tensor and not torch.compiler.is_compiling():
-        value = _as_before(module, own, module, output)
-        if value is not None:
-            return value
+    value = nodes.carried(module, output)
+    if value is not None:
+        return value
+    own: RedEdit = module.__dict__[CARRIER]
     scopes = running()
     if not scopes or type(output) is not Tensor or not output.is_floating_point() or plain_only() or own.off:
         return None
@@ -226,38 +166,11 @@ def carry_hook(module: nn.Module, args: Any, output: Any) -> Any:
     return value
 
 
-def _as_before(holder: nn.Module, own: RedEdit, module: nn.Module, h: Tensor) -> Waiting | None:
-    """The value of a site that waits as in an earlier call; None where that has to be found anew.
-
-    `holder` has what is known of the site.
-    """
-    records: Records | None = holder.__dict__.get(RECORDS)
-    scopes = here.scopes
-    if records is None or not scopes:
-        return None
-    now, scope = ambient(), scopes[-1]
-    plan = records.plans.get(2 * now + module.training)
-    if plan is None or plan.record.at_once or not scope.lets_wait_as_before(own, now & GRAD):
-        return None
-    if not plan.holds(own, now, h):
-        return None
-    records.modes[-1] = plan.record
-    value = wait_as_before(h, plan.edit, plan.record)
-    scope.made.append(weakref.ref(value))
-    return value
-
-
-def _is_small(h: Any, least: int) -> bool:
-    """Whether an output on a CPU, or in the twin of a model there, has too few elements to wait."""
-    return least > 0 and type(h) is Tensor and (h.is_cpu or h.is_meta) and h.numel() < least
-
-
 def _alone(own: RedEdit, module: nn.Module, h: Any) -> Tensor | None:
     """The edit of a site in a pass of its own; None where the module has to be called."""
     record = record_of(own, module.training)
-    small = _is_small(h, own.least)
-    record.alone_in_pass(own.least if small else 0)
-    if own.inside or type(h) is not Tensor or not (small or record.at_once):
+    record.alone_in_pass()
+    if own.inside or type(h) is not Tensor or not record.at_once:
         return None
     edit = left_to_do(own, h)
     if edit is None or edit is NO_EDIT:
@@ -266,25 +179,6 @@ def _alone(own: RedEdit, module: nn.Module, h: Any) -> Tensor | None:
     if plan is not None:
         own.__dict__[RECORDS].alone[2 * ambient() + module.training] = plan
     return fused.edit(h, edit)
-
-
-def _alone_as_before(own: RedEdit, module: nn.Module, h: Tensor) -> Tensor | None:
-    """As `_alone`, where that is as in an earlier call."""
-    records: Records | None = own.__dict__.get(RECORDS)
-    if records is None or not records.alone:
-        return None
-    now = ambient()
-    plan = records.alone.get(2 * now + module.training)
-    small = _is_small(h, own.least)
-    if plan is None or not (small or plan.record.at_once) or not plan.holds(own, now, h):
-        return None
-    nodes = plan.nodes_for(h)
-    if nodes is None:
-        return None
-    records.modes[-1] = plan.record
-    plan.record.alone_in_pass(own.least if small else 0)
-    edited: Tensor = nodes.edit(h, None, plan.edit)
-    return edited
 
 
 def _plan(holder: nn.Module, own: RedEdit, module: nn.Module, h: Tensor, edit: Edit, record: Record) -> None:
@@ -299,13 +193,29 @@ def _plan(holder: nn.Module, own: RedEdit, module: nn.Module, h: Tensor, edit: E
 OWN_HOOKS.update((edit_hook, carry_hook, behind_hook))
 
 
-def take_reached(own: RedEdit) -> bool:
-    """Whether watched edits have run in this thread since this was asked before."""
-    reached = _told.reached
+class _Reached(threading.local):
+    def __init__(self) -> None:
+        self.ids: set[int] = set()  # of watched edits that have run
+
+
+_reached = _Reached()
+
+
+def _reach(own: RedEdit) -> None:
+    _reached.ids.add(id(own))
+
+
+def _take_reached(own: RedEdit) -> bool:
+    reached = _reached.ids
     if id(own) in reached:
         reached.discard(id(own))
         return True
     return False
+
+
+reach: Callable[[RedEdit], None] = nodes.reach or _reach
+# Whether the edit of a site has run in this thread since this was asked before.
+take_reached: Callable[[RedEdit], bool] = nodes.take_reached or _take_reached
 
 
 def _in_pass(own: RedEdit, module: nn.Module, h: Any) -> Tensor | None:
@@ -316,7 +226,7 @@ def _in_pass(own: RedEdit, module: nn.Module, h: Any) -> Tensor | None:
     if own.place in ("res", "attn_res") and not own.inside:
         return _stream(own, module, h)
     record = record_of(own, module.training)
-    if (record.at_once and not own.inside) or _is_small(h, own.least):
+    if record.at_once and not own.inside:
         return None
     scope = scopes[-1]
     if not scope.lets_wait(own):

@@ -19,24 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import choose
 from ..backends.arguments import Edit, Norm
 from ..edits.module import RedEdit
 from ..edits.selection import saved_tensor_hooks
 from ..ops import fused
-from ..ops.ambient import GRAD, INFERENCE, PLAIN, QUIET, ambient
+from ..ops.ambient import PLAIN, ambient
 from ..ops.handover import Handover, norm_of, sum_of
 from .applied import left_to_do
-from .norms import is_like, norm_arguments, spec_of, unobserved
+from .norms import norm_arguments, spec_of, unobserved
 from .observe import chain
-from .record import Link, Record
-from .scopes import Scope, here, running, stack_of
-from .waiting import NO_EDIT, Waiting, edited, wait, wait_as_before
+from .record import ADDS, Link, Record
+from .scopes import Scope, running, stack_of
+from .waiting import NO_EDIT, Waiting, edited, wait
 
 __all__ = [
+    "NOTE",
     "Note",
     "add",
-    "add_as_before",
     "add_edit",
     "hand_over",
     "norm_of_waiting",
@@ -46,7 +45,7 @@ __all__ = [
 ]
 
 _AS_IT_IS = contextlib.nullcontext()
-_NOTE = "_red_kernels_note"
+NOTE = "_red_kernels_note"  # the attribute of a sum with its `Note`
 _MISSES = 3  # after so many, a sum is known to have no one norm
 _SEARCHES = 2  # and after so many calls without a norm, to have none
 
@@ -87,7 +86,7 @@ class Note:
         self.recorded = torch.is_grad_enabled()
         self.hooks = saved_tensor_hooks(True)
         self.holder = scope.left
-        total.__dict__[_NOTE] = self
+        total.__dict__[NOTE] = self
         scope.left.append(self)
 
     def holds_for(self, total: Tensor) -> bool:
@@ -114,8 +113,8 @@ class Note:
             self.stack, self.holder = outer, outer.left
             outer.left.append(self)
             return
-        elif total.__dict__.get(_NOTE) is self:
-            del total.__dict__[_NOTE]
+        elif total.__dict__.get(NOTE) is self:
+            del total.__dict__[NOTE]
         if self.normed is not None:
             self.record.missed()
 
@@ -128,57 +127,6 @@ def _same_hooks(first: Any, second: Any) -> bool:
 
 def _version(z: Tensor) -> int:
     return -1 if z.is_inference() else z._version
-
-
-def add_as_before(value: Waiting, residual: Tensor) -> Tensor | None:
-    """`residual + value` and its norm, where both are what they were in an earlier call; None where that is unknown."""
-    record = value.record
-    link = record.link
-    if link is None or record.lazy or not _is_bare(value):
-        return None
-    scopes, now, norm = here.scopes, ambient(), link.norm
-    if norm is None or not scopes or now & ~QUIET or (value.differentiable and not now & GRAD):
-        return None
-    scope, x, edit = scopes[-1], value.h, value.edit
-    if scope.stack or scope.undecided:
-        return None
-    if record.alone:  # the norm takes the sum
-        if record.astray or residual.dtype is not x.dtype or not is_like(residual, x):
-            return None
-        record.taken(_adds(edit))
-        made = wait_as_before(x, edit, record, residual)
-        scope.made.append(weakref.ref(made))
-        return made
-    found = link.arguments(norm, x, now)
-    stack = _open_stack(scopes) if link.across else None
-    if found is None or (stack is None and link.across) or not link.unseen():
-        return None
-    nodes = choose(x, "edit_norm").nodes
-    if nodes is None:
-        return None
-    if now & INFERENCE:
-        with _out_of_inference():
-            both = nodes.sum_norm(x, residual, edit, found)
-    else:
-        both = nodes.sum_norm(x, residual, edit, found)
-    if both is None:
-        return None
-    record.taken(f"{_adds(edit)} + {link.title}")
-    z, normed = both
-    total: Tensor = z
-    Note(total, record, scope, stack, None, Handover(edit, found, nodes), normed, norm, found.weight)
-    return total
-
-
-def _is_bare(value: Waiting) -> bool:
-    """Whether a value is what a site has returned, at most with a dropout or a factor."""
-    return (
-        value.done is None
-        and value.residual is None
-        and value.base is None
-        and value.after is None
-        and not value.others
-    )
 
 
 def add(value: Waiting, residual: Tensor) -> Tensor:
@@ -200,7 +148,7 @@ def add(value: Waiting, residual: Tensor) -> Tensor:
 
 
 def _adds(edit: Edit) -> str:
-    return "residual add" if edit.dropout is None else "dropout + residual add"
+    return ADDS[edit.dropout is not None]
 
 
 def total(value: Waiting) -> Tensor:
@@ -317,7 +265,7 @@ def _ready(link: Link, scopes: list[Scope], x: Tensor, residual: Tensor | None) 
 
 def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
     """Take the note off `z`, if there is one, and return `norm(z)` if that can be told from it."""
-    note: Note | None = z.__dict__.pop(_NOTE, None)
+    note: Note | None = z.__dict__.pop(NOTE, None)
     if note is None:
         return None if z._base is None else _take_through_view(norm, z)
     if ambient() & PLAIN:
@@ -355,7 +303,7 @@ def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
 def _take_through_view(norm: nn.Module, z: Tensor) -> Tensor | None:
     """As `take_note`, for a view that has the elements of a sum in their order, as a reshape to rows."""
     total = z._base
-    if total is None or _NOTE not in total.__dict__ or z.retains_grad or z._backward_hooks is not None:
+    if total is None or NOTE not in total.__dict__ or z.retains_grad or z._backward_hooks is not None:
         return None
     same = z.dtype == total.dtype and z.shape[-1:] == total.shape[-1:] and z.numel() == total.numel()
     if not (same and z.is_contiguous() and total.is_contiguous() and z.storage_offset() == total.storage_offset()):
@@ -364,9 +312,9 @@ def _take_through_view(norm: nn.Module, z: Tensor) -> Tensor | None:
     return None if normed is None else normed.view(z.shape)
 
 
-def _learn(note: Note, norm: nn.Module, here: bool) -> Link:
+def _learn(note: Note, norm: nn.Module, within: bool) -> Link:
     kind = title_of(norm)
-    if here:
+    if within:
         return Link(norm, False, kind, (), (norm,))
     assert note.stack is not None
     stack = note.stack.module
@@ -391,25 +339,12 @@ def norm_of_waiting(norm: nn.Module, value: Waiting) -> Tensor | None:
     if not value.waits() or value.others:
         return None
     link, x, residual = value.record.link, value.h, value.residual
-    if link is None or residual is None or link.norm is not norm or residual.dtype is not x.dtype:
-        found = norm_arguments(norm, x, residual)
-    else:
-        now = ambient()
-        found = link.arguments(norm, x, now)
-        if found is not None and value.record.alone and not now & ~QUIET:
-            fused_with = choose(x, "edit_norm").nodes
-            both = (
-                None if fused_with is None else fused_with.edit_norm(x, residual, value.edit, found, _keeps(value.edit))
-            )
-            if both is not None:
-                value.record.taken(f"{_adds(value.edit)} + {link.title}")
-                y: Tensor = both[0]
-                return y
-        if found is None:
-            found = norm_arguments(norm, x, residual)
-            if found is not None:
-                link.keep(norm, found, x.dtype, x.device, now)
-    return None if found is None else normalised(value, found, title_of(norm), norm)
+    found = norm_arguments(norm, x, residual)
+    if found is None:
+        return None
+    if link is not None and link.norm is norm and residual is not None and residual.dtype is x.dtype:
+        link.keep(norm, found, x.dtype, x.device, ambient())
+    return normalised(value, found, title_of(norm), norm)
 
 
 def _keeps(edit: Edit) -> bool:

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends import nodes
 from ..backends.arguments import Edit, Norm, affine_edit
 from ..ops import fused
 from .norms import is_like
-from .scopes import here, running
-from .sums import add, add_as_before, normalised
-from .waiting import NO_EDIT, PLAIN, TAKERS, Waiting, wait, wait_as_before
+from .scopes import running
+from .sums import add, normalised
+from .waiting import NO_EDIT, PLAIN, TAKERS, Waiting, wait
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
@@ -49,10 +50,9 @@ def _add(func: Any, args: Arguments, kwargs: Keywords) -> Any:
         return NotImplemented
     first, second = args
     value, residual = (first, second) if type(first) is Waiting else (second, first)
-    if type(residual) is Tensor:
-        total = add_as_before(value, residual)
-        if total is not None:
-            return total
+    total = nodes.added(value, residual)
+    if total is not None:
+        return total
     if type(residual) is Waiting:
         if not _waits(residual):
             residual = residual.settle()
@@ -122,6 +122,9 @@ def _dropout(func: Any, args: Arguments, kwargs: Keywords) -> Any:
         return NotImplemented
     if not training or p == 0.0:
         return value
+    dropped = None if inplace else nodes.dropped(value, p)
+    if dropped is not None:
+        return dropped
     if (
         value.residual is not None
         or value.others
@@ -131,13 +134,7 @@ def _dropout(func: Any, args: Arguments, kwargs: Keywords) -> Any:
         or not 0.0 <= p < 1.0
     ):
         return NotImplemented
-    edit = value.edit._replace(dropout=fused.drawn_dropout(p, True, value.h))
-    scopes = here.scopes
-    if not scopes or value.after is not None or not value.record.proven:
-        return _like(value, edit=edit)
-    made = wait_as_before(value.h, edit, value.record)
-    scopes[-1].made.append(weakref.ref(made))
-    return made
+    return _like(value, edit=value.edit._replace(dropout=fused.drawn_dropout(p, True, value.h)))
 
 
 def _torch_dropout(func: Any, args: Arguments, kwargs: Keywords) -> Any:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..edits.module import RedEdit
     from .record import Record
 
-__all__ = ["NO_EDIT", "PLAIN", "TAKERS", "After", "Waiting", "edited", "wait", "wait_as_before"]
+__all__ = ["NO_EDIT", "PLAIN", "TAKERS", "After", "Waiting", "edited", "wait"]
 
 NO_EDIT = affine_edit()
 PLAIN = (Tensor, nn.Parameter)
@@ -204,17 +204,6 @@ def wait(
     else:
         made = _made(h, edit, record, needs)
     made.residual, made.others, made.after, made.base, made.again = residual, others, after, base, again
-    return made
-
-
-def wait_as_before(h: Tensor, edit: Edit, record: Record, residual: Tensor | None = None) -> Waiting:
-    """As `wait`, where it is known who takes the value."""
-    if nodes.wait is not None:
-        quick: Waiting = nodes.wait(Waiting, h, edit, record, residual)
-        return quick
-    made = _made(h, edit, record, torch.is_grad_enabled() and _asks(h, edit, residual))
-    if residual is not None:
-        made.residual = residual
     return made
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends import nodes
 from ..edits.module import RedEdit, plain_only
 from ..fusion.fingerprint import BASE
 from ..fusion.former import LEFT
 from ..fusion.norms import SPEC, norm_spec
-from ..fusion.scopes import SCOPE, Scope, Verdict, here
-from ..fusion.site import BEHIND, CARRIER, RECORDS, Carrier, carry_hook, norm_with_edit
+from ..fusion.quick import prepare
+from ..fusion.scopes import SCOPE, Scope, Verdict, collects, here
+from ..fusion.site import BEHIND, CARRIER, RECORDS, carry_hook, norm_with_edit
 from ..fusion.sums import norm_of_waiting, take_note
 from ..fusion.waiting import Waiting
 from ..ops.ambient import PLAIN, TANGENTS, ambient
@@ -25,6 +27,7 @@ _NORM, _SCOPE = "norm", "scope"
 # What pickles of earlier releases call them; all else was a block with a forward of its own.
 _FORMER = {"": _NORM, "stack": _SCOPE}
 _FORMER_DROPOUT = "dropout"  # which needs no class of ours any more
+prepare()
 _classes: dict[tuple[type, str, Callable[..., Any]], type[nn.Module]] = {}
 
 
@@ -62,13 +65,10 @@ def patch_norm(norm: nn.Module, behind: tuple[RedEdit, nn.Module] | None = None)
     return True
 
 
-def carry(module: nn.Module, own: RedEdit, least: int = 0) -> None:
-    """Let the output of an unedited projection wait, as those of the sites do; `own` is an edit of its layer.
-
-    On a CPU it does from so many elements on.
-    """
+def carry(module: nn.Module, own: RedEdit) -> None:
+    """Let the output of an unedited projection wait, as those of the sites do; `own` is an edit of its layer."""
     if carry_hook not in module._forward_hooks.values():
-        module.__dict__[CARRIER] = Carrier(own, least)
+        module.__dict__[CARRIER] = own
         nn.Module.register_forward_hook(module, carry_hook, prepend=True)
 
 
@@ -137,6 +137,9 @@ def _norm_forward(base: type[nn.Module]) -> Callable[..., Any]:
         if len(args) != 1 or kwargs or current is not original or torch.compiler.is_compiling():
             return current(self, *args, **kwargs)
         x = args[0]
+        normed = nodes.normed(self, x)
+        if normed is not None:
+            return normed
         if type(x) is Tensor:
             if BEHIND in self.__dict__:
                 return current(self, x) if plain_only() else norm_with_edit(self, x, current)
@@ -158,11 +161,15 @@ def _scope_forward(base: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         verdict: Verdict | None = self.__dict__.get(SCOPE)
-        if verdict is None or torch.compiler.is_compiling() or ambient() & (PLAIN + TANGENTS):  # there nothing waits
+        if verdict is None or torch.compiler.is_compiling():  # there nothing waits
+            return base.forward(self, *args, **kwargs)
+        if nodes.run_scope is not None:
+            return nodes.run_scope(self, base, verdict, args, kwargs)
+        if ambient() & (PLAIN + TANGENTS):
             return base.forward(self, *args, **kwargs)
         scopes = here.scopes
         depth = len(scopes)
-        scope = Scope(self, verdict, verdict.stack and _collects(self, kwargs))
+        scope = Scope(self, verdict, verdict.stack and collects(self, kwargs))
         scopes.append(scope)
         try:
             output = base.forward(self, *args, **kwargs)
@@ -172,11 +179,3 @@ def _scope_forward(base: type[nn.Module]) -> Callable[..., Any]:
             del scopes[depth:]
 
     return forward
-
-
-def _collects(stack: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether a stack's own forward hands out what lies between its blocks, with gradients."""
-    if not torch.is_grad_enabled():
-        return False
-    asked = kwargs.get("output_hidden_states")
-    return bool(getattr(getattr(stack, "config", None), "output_hidden_states", False) if asked is None else asked)

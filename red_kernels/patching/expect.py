@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_map
 from ..edits.find import edit_modules
 from ..fusion.norms import is_own
 from ..fusion.scopes import OWN_HOOKS
-from ..fusion.site import wait_in_any_size
 from .module_facts import experts_in
 from .report import what_of
 
@@ -45,8 +44,6 @@ def expected(model: nn.Module, example: Any = None) -> dict[str, tuple[str | Non
         twin = _twin(model)
     except Exception:  # of a class of somebody's own
         return {}
-    if example is None or not all(parameter.is_cpu for parameter in model.parameters()):
-        wait_in_any_size(twin)  # nobody has said how large the batches are, or it is not a CPU's
     until = time.perf_counter() + _MOST
     with _aside():
         for attempt in _attempts(twin, given):

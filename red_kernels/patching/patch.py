@@ -17,7 +17,7 @@ from ..edits.module import NAME, SITE, RedEdit
 from ..edits.selection import Selection
 from ..fusion.fingerprint import BASE
 from ..fusion.paths import child_at
-from ..fusion.site import BEHIND, behind_hook, edit_hook, least_that_waits
+from ..fusion.site import BEHIND, behind_hook, edit_hook
 from ..support.text import listed
 from .classes import carry, is_patched, patch_norm, patch_scope, prepare_classes, unpatch_module
 from .expect import expected
@@ -191,15 +191,12 @@ def fuse(plan: Plan) -> None:
         patch_scope(module, stack=False)
     for norm in plan.norms:
         patch_norm(norm)
-    least = least_that_waits(plan.norms)
     for module, edited in plan.carriers:
         own: Any = edited._modules[NAME]
         kinds = [own.holder(name).kind for name in own.names]
         if all(kind.kernel == "affine" for kind in kinds) and own.place != "res":
-            carry(module, own, least)
+            carry(module, own)
     for site in plan.sites:
-        own = site.module._modules[NAME]
-        own.least = least if own.place in ("ffn", "attn") and not own.inside else 0
         inner = child_at(site.module, "" if site.norm == "." else site.norm) if site.norm else site.hooked or site.last
         if inner is not None:
             edit: Any = site.module._modules[NAME]

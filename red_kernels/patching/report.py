@@ -42,8 +42,6 @@ def what_of(own: RedEdit) -> tuple[str | None, str] | None:
     record = last_record(own)
     if record is None or (record.what is None and own.kind is not None and not own.kind.kernel):
         return None
-    if record.what is None and record.least:
-        return None, f"it is applied by itself: on a CPU, below {record.least:,} elements that is quicker"
     if record.what is None:
         return None, f"its output is taken by {record.by}" if record.by else "it is applied by itself"
     behind = record.behind

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backends import nodes
 from ..edits.module import NAME, RedEdit
 from ..fusion.paths import walk
-from ..fusion.scopes import OWN_HOOKS
+from ..fusion.scopes import OWN_HOOKS, SITES
 from ..fusion.site import edit_hook, take_reached
 from ..fusion.stream import is_lost
 from ..support.text import listed
 
 __all__ = ["Site", "Watch", "after_model", "before_model", "layer_hook", "missing", "stop_watching", "watch"]
 
-_SITES = "_red_kernels_sites"  # the attribute of a layer with its `Site`s
 _WATCH = "_red_kernels_watch"  # the attribute of a patched model with its `Watch`
 _REMEDY = "put it back, or call rk.unpatch(model) and patch what is there now"
 
@@ -61,11 +61,11 @@ def watch(model: nn.Module, sites: Iterable[tuple[Site, nn.Module | None, str]])
         if layer is None:
             found.alone.append(site)
             continue
-        if _SITES not in layer.__dict__:
-            layer.__dict__[_SITES] = []
+        if SITES not in layer.__dict__:
+            layer.__dict__[SITES] = []
             nn.Module.register_forward_hook(layer, layer_hook)
             found.layers.append((tuple(name.split(".")) if name else (), layer))
-        layer.__dict__[_SITES].append(site)
+        layer.__dict__[SITES].append(site)
     model.__dict__[_WATCH] = found
     nn.Module.register_forward_pre_hook(model, before_model)
     if found.alone:
@@ -74,7 +74,7 @@ def watch(model: nn.Module, sites: Iterable[tuple[Site, nn.Module | None, str]])
 
 def stop_watching(module: nn.Module) -> None:
     """Take away what `watch` has put on a module."""
-    module.__dict__.pop(_SITES, None)
+    module.__dict__.pop(SITES, None)
     module.__dict__.pop(_WATCH, None)
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key in [key for key, hook in hooks.items() if hook in (layer_hook, after_model, before_model)]:
@@ -89,7 +89,7 @@ def missing(model: nn.Module) -> tuple[list[str], list[str]]:
     wrong: list[str] = []
     left_out: list[str] = []
     for at, (path, layer) in enumerate(found.layers):
-        sites: list[Site] = layer.__dict__.get(_SITES, [])
+        sites: list[Site] = layer.__dict__.get(SITES, [])
         if walk(model, path) is not layer:
             moved = _path_to(model, layer)
             if moved is None:
@@ -154,7 +154,9 @@ def layer_hook(layer: nn.Module, args: Any, output: Any) -> None:
     """The hook behind a layer. Raises RuntimeError where one of its edits did not run in this call."""
     if torch.compiler.is_compiling():
         return
-    for site in layer.__dict__.get(_SITES, ()):
+    if nodes.all_reached is not None and nodes.all_reached(layer):
+        return
+    for site in layer.__dict__.get(SITES, ()):
         if not take_reached(site.own):
             _explain(layer, site)
         if site.own.inside and is_lost(site.own):

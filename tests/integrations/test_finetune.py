@@ -31,7 +31,6 @@ from red_kernels.checkpoints.checkpoint import TENSORS_NAME
 from red_kernels.finetune import data, progress
 from red_kernels.finetune.head import train_head
 from red_kernels.finetune.job import Settings, finetune
-from red_kernels.fusion import site
 from red_kernels.integrations.trainer import HEAD_NAME, RedTrainer, checkpoints, load_trained, save_trained
 
 
@@ -268,7 +267,6 @@ def wait_for_checkpoint(process: subprocess.Popen[str], output: Path) -> None:
 
 def test_resume_after_a_kill(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the middle of training with dropout, and gone on with: to the bit what an unbroken run gives."""
-    monkeypatch.setattr(site, "_LEAST", 1 << 12)  # as in the other process
     more = ("--steps", "60", "--save-every", "3", "--no-compare")
     output = tmp_path / "killed"
     process = start(classify(folders, output, *more))

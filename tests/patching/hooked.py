@@ -11,15 +11,11 @@ from torch import Tensor, nn
 
 from red_kernels.edits.config import RedConfig
 from red_kernels.edits.find import edit_parameters
-from red_kernels.fusion import site as sites_of_red_kernels
 from red_kernels.patching.naive import naive_edit
 from red_kernels.patching.patch import patch
 from red_kernels.patching.report import PatchReport
 
 CLOSE = 1e-5  # relative, of two computations in fp32
-
-
-sites_of_red_kernels._LEAST = 0  # values wait in tiny models as in large ones; `test_small.py` has the rule itself
 
 
 class Pair(NamedTuple):

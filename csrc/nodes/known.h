@@ -1,0 +1,107 @@
+// The classes and objects of Python that the quick paths know: red_kernels/fusion/quick.py names them.
+#pragma once
+
+#include <Python.h>
+
+#include <ATen/ATen.h>
+#include <torch/csrc/Exceptions.h>
+
+#include <utility>
+
+namespace red {
+
+// A reference to an object of Python that is given back at the end; or nothing.
+class Ref {
+ public:
+  explicit Ref(PyObject* object = nullptr) : object_(object) {}
+  Ref(Ref&& other) noexcept : object_(other.release()) {}
+  Ref& operator=(Ref&& other) noexcept {
+    std::swap(object_, other.object_);
+    return *this;
+  }
+  ~Ref() { Py_XDECREF(object_); }
+
+  PyObject* get() const { return object_; }
+  operator PyObject*() const { return object_; }
+  PyObject* release() { return std::exchange(object_, nullptr); }
+
+ private:
+  PyObject* object_;
+};
+
+// A slot of a Python class, read and written where it is in memory.
+class Slot {
+ public:
+  PyObject* get(PyObject* of) const { return *at(of); }  // borrowed; null where it is not set
+  bool is_true(PyObject* of) const { return get(of) == Py_True; }
+  bool is_none(PyObject* of) const { return get(of) == nullptr || get(of) == Py_None; }
+  void set(PyObject* of, PyObject* value) const {
+    Py_INCREF(value);
+    PyObject* before = *at(of);
+    *at(of) = value;
+    Py_XDECREF(before);
+  }
+  void find(PyObject* type, const char* name);
+
+ private:
+  PyObject** at(PyObject* of) const { return reinterpret_cast<PyObject**>(reinterpret_cast<char*>(of) + offset_); }
+  Py_ssize_t offset_ = 0;
+};
+
+// Interned names of attributes and keys.
+struct Names {
+  PyObject *edit, *record, *residual, *h, *done, *base, *after, *others, *differentiable, *scale, *training, *modules,
+      *parameters, *forward, *compiled, *forward_hooks, *forward_pre_hooks, *backward_hooks, *backward_pre_hooks,
+      *next_id, *selection, *chosen, *open, *varied, *watched, *scopes, *own_edit, *carrier, *records, *note,
+      *spec, *close, *unseen, *nodes,  *empty, *edit_norm, *sum_norm, *sites, *own, *inside;
+};
+
+struct Known {
+  bool ready = false;
+  PyTypeObject *tensor, *waiting, *note_type, *scope_type, *edit, *dropout, *handover_type;
+  PyObject *handles;          // torch's class that numbers all hooks
+  PyObject *here;             // whose `scopes` are those that run in this thread
+  PyObject *streams, *held;   // the `with` blocks that say which edit holds
+  PyObject *add, *radd;       // of torch's tensors
+  PyObject *choose;           // the backend for a tensor and an operation
+  PyObject *collects;         // whether a stack hands out what lies between its blocks
+  struct { Slot modes, plans, alone; } records;
+  struct { Slot edit, record, hooks, chosen, vectors, modules, dtype, device; } plan;
+  struct { Slot link, alone, lazy, proven, at_once, astray, what, by; } record;
+  struct { Slot norm, across, hooks, free, passed, kept, said; } link;
+  struct { Slot handover, holder, hooks, norm, normed, record, recorded, scope, source, stack, total, version, weight; } note;
+  struct { Slot module, verdict, stack, collects, made, left, undecided, recorded, compiled; } scope;
+  struct { Slot hooks, clean, inside, sites, stack; } verdict;
+  struct { Slot edit, handed, nodes, norm, normed, total, value; } handover;
+};
+
+extern Known known;
+extern Names names;
+
+// Borrowed; null where there is none.
+inline PyObject* item(PyObject* dict, PyObject* key) { return PyDict_GetItemWithError(dict, key); }
+inline bool is_none(PyObject* object) { return object == nullptr || object == Py_None; }
+// A new reference.
+inline Ref dict_of(PyObject* object) {
+  Ref found(PyObject_GenericGetDict(object, nullptr));
+  if (!found) throw python_error();
+  return found;
+}
+
+// The scopes that run in this thread.
+Ref running();
+inline PyObject* last(PyObject* list) {
+  const Py_ssize_t size = PyList_GET_SIZE(list);
+  return size ? PyList_GET_ITEM(list, size - 1) : nullptr;
+}
+// Whether no hook was registered since a number was kept.
+bool is_latest(PyObject* kept);
+PyObject* latest_hook();
+// Whether a module's call is nothing but its class's `forward`, and whether that is neither replaced nor compiled.
+bool is_unhooked(PyObject* fields);
+bool is_own_forward(PyObject* fields);
+
+// know(objects): takes all of `Known` from a dict of Python.
+PyObject* know(PyObject*, PyObject* objects);
+
+}  // namespace red

@@ -1,0 +1,40 @@
+"""What the quick paths in C++ read of this package: classes, whose slots they find, and what decides which edit holds.
+
+They are in ``csrc/nodes/quick.cpp`` and ``scopes.cpp``, and change nothing of what is computed: where anything is not
+as in an earlier call, they leave it to the functions here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.hooks import RemovableHandle
+
+from ..backends import choose, nodes
+from ..backends.arguments import Dropout, Edit
+from ..edits import blocks
+from ..edits.module import NAME
+from ..ops.handover import Handover
+from .norms import SPEC
+from .plan import SitePlan
+from .record import Link, Record, Records
+from .scopes import SITES, Scope, Verdict, collects, here
+from .site import CARRIER, RECORDS
+from .sums import NOTE, Note
+from .waiting import Waiting
+
+__all__ = ["prepare"]
+
+
+def prepare(choose: Callable[..., Any] = choose) -> None:
+    """Let the quick paths run from now on; ``choose`` is as `backends.choose`."""
+    if nodes.know is None or nodes.forget_choices is None:
+        return
+    classes = (Dropout, Edit, Handover, Link, Note, Record, Records, RemovableHandle, Scope, SitePlan, Verdict, Waiting)
+    nodes.know(
+        {kind.__name__: kind for kind in classes}
+        | {"own_edit": NAME, "carrier": CARRIER, "records": RECORDS, "note": NOTE, "spec": SPEC, "sites": SITES}
+        | {"here": here, "streams": blocks._streams, "held": blocks._held, "choose": choose, "collects": collects}
+    )
+    nodes.forget_choices(True)
