@@ -51,7 +51,7 @@ void name_all() {
       {&names.chosen, "chosen"}, {&names.open, "open"}, {&names.varied, "varied"}, {&names.watched, "watched"},
       {&names.scopes, "scopes"},
       {&names.close, "close"}, {&names.unseen, "unseen"},
-      {&names.nodes, "nodes"}, {&names.empty, ""}, {&names.edit_norm, "edit_norm"}, {&names.sum_norm, "sum_norm"},
+      {&names.nodes, "nodes"}, {&names.empty, ""}, {&names.p, "p"}, {&names.in_place, "inplace"}, {&names.compiling, "_is_compiling_flag"}, {&names.edit_norm, "edit_norm"}, {&names.sum_norm, "sum_norm"},
       {&names.own, "own"}, {&names.inside, "inside"}};
   for (const auto& [place, text] : all) *place = PyUnicode_InternFromString(text);
 }
@@ -99,10 +99,11 @@ PyObject* know(PyObject*, PyObject* objects) {
        {"value", &k.handover.value}});
   names.own_edit = named(objects, "own_edit"), names.carrier = named(objects, "carrier");
   names.records = named(objects, "records"), names.note = named(objects, "note");
-  names.spec = named(objects, "spec"), names.sites = named(objects, "sites");
+  names.spec = named(objects, "spec"), names.sites = named(objects, "sites"), names.scope = named(objects, "scope");
   k.handles = named(objects, "RemovableHandle");
   k.here = named(objects, "here"), k.streams = named(objects, "streams"), k.held = named(objects, "held");
-  k.choose = named(objects, "choose"), k.collects = named(objects, "collects");
+  k.check_layer = named(objects, "check_layer"), k.choose = named(objects, "choose"), k.collects = named(objects, "collects");
+  k.dropout_function = named(objects, "dropout"), k.compiler = named(objects, "compiler");
   TORCH_CHECK_TYPE(PyContextVar_CheckExact(k.held) && PyDict_Check(k.streams), "held and streams are of other types");
   k.add = PyObject_GetAttrString(THPVariableClass, "__add__"), k.radd = PyObject_GetAttrString(THPVariableClass, "__radd__");
   if (k.add == nullptr || k.radd == nullptr) throw python_error();
@@ -115,6 +116,8 @@ PyObject* know(PyObject*, PyObject* objects) {
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
+
+bool is_ready() { return known.ready && item(known.compiler, names.compiling) != Py_True; }
 
 Ref running() {
   Ref found(PyObject_GetAttr(known.here, names.scopes));

@@ -53,7 +53,7 @@ struct Names {
   PyObject *edit, *record, *residual, *h, *done, *base, *after, *others, *differentiable, *scale, *training, *modules,
       *parameters, *forward, *compiled, *forward_hooks, *forward_pre_hooks, *backward_hooks, *backward_pre_hooks,
       *next_id, *selection, *chosen, *open, *varied, *watched, *scopes, *own_edit, *carrier, *records, *note,
-      *spec, *close, *unseen, *nodes,  *empty, *edit_norm, *sum_norm, *sites, *own, *inside;
+      *spec, *close, *unseen, *nodes,  *empty, *p, *in_place, *compiling, *edit_norm, *sum_norm, *sites, *scope, *own, *inside;
 };
 
 struct Known {
@@ -63,6 +63,9 @@ struct Known {
   PyObject *here;             // whose `scopes` are those that run in this thread
   PyObject *streams, *held;   // the `with` blocks that say which edit holds
   PyObject *add, *radd;       // of torch's tensors
+  PyObject *dropout_function; // torch.nn.functional.dropout
+  PyObject *compiler;         // what is in torch.compiler
+  PyObject *check_layer;      // asks whether the edits of a layer have run
   PyObject *choose;           // the backend for a tensor and an operation
   PyObject *collects;         // whether a stack hands out what lies between its blocks
   struct { Slot modes, plans, alone; } records;
@@ -77,6 +80,9 @@ struct Known {
 
 extern Known known;
 extern Names names;
+
+// Whether the quick paths may run: not while something is compiled or exported.
+bool is_ready();
 
 // Borrowed; null where there is none.
 inline PyObject* item(PyObject* dict, PyObject* key) { return PyDict_GetItemWithError(dict, key); }

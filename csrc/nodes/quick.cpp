@@ -133,7 +133,7 @@ PyObject* as_before(PyObject* holder_fields, PyObject* own, PyObject* own_fields
 PyObject* edited(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 2, "edited");
-  if (!known.ready || !is_plain_tensor(given[1])) Py_RETURN_NONE;
+  if (!is_ready() || !is_plain_tensor(given[1])) Py_RETURN_NONE;
   const Ref fields = dict_of(given[0]);
   PyObject* own = item(item(fields, names.modules), names.own_edit);
   if (is_none(own)) Py_RETURN_NONE;
@@ -149,7 +149,7 @@ PyObject* edited(PyObject*, PyObject* const* given, Py_ssize_t count) {
 PyObject* carried(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 2, "carried");
-  if (!known.ready || !is_plain_tensor(given[1])) Py_RETURN_NONE;
+  if (!is_ready() || !is_plain_tensor(given[1])) Py_RETURN_NONE;
   const Ref fields = dict_of(given[0]);
   PyObject* own = item(fields, names.carrier);
   if (own == nullptr) Py_RETURN_NONE;
@@ -276,7 +276,7 @@ void leave_note(PyObject* z, PyObject* y, const Value& value, PyObject* scope, P
 
 // `residual + value`, with its norm in the same pass; null where that has to be found anew.
 PyObject* sum_as_before(PyObject* object, PyObject* residual) {
-  if (!known.ready || !Py_IS_TYPE(object, known.waiting) || !is_plain_tensor(residual)) return nullptr;
+  if (!is_ready() || !Py_IS_TYPE(object, known.waiting) || !is_plain_tensor(residual)) return nullptr;
   const int64_t now = ambient();
   const Value value(object);
   const auto& r = known.record;
@@ -343,25 +343,39 @@ PyObject* value_radd(PyObject* value, PyObject* other) {
   END_HANDLE_TH_ERRORS
 }
 
-// dropped(value, p) -> a value that waits, dropped out
-PyObject* dropped(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  expect(count, 2, "dropped");
-  if (!known.ready || !Py_IS_TYPE(given[0], known.waiting) || !PyFloat_CheckExact(given[1])) Py_RETURN_NONE;
-  const double p = PyFloat_AS_DOUBLE(given[1]);
-  const Value value(given[0]);
+// `dropout(value)` as torch.nn.Dropout asks for it, with the keywords that torch gives on to a class that takes it.
+PyObject* dropped_as_before(PyObject* args, PyObject* keywords) {
+  if (PyTuple_GET_SIZE(args) != 1 || !Py_IS_TYPE(PyTuple_GET_ITEM(args, 0), known.waiting) || !PyDict_Check(keywords) ||
+      PyDict_GET_SIZE(keywords) != 3)
+    return nullptr;
+  PyObject *object = PyTuple_GET_ITEM(args, 0), *probability = item(keywords, names.p);
+  PyObject *training = item(keywords, names.training), *in_place = item(keywords, names.in_place);
+  if (probability == nullptr || !PyFloat_CheckExact(probability) || in_place != Py_False) return nullptr;
+  const double p = PyFloat_AS_DOUBLE(probability);
+  const Value value(object);
+  if (!value.is_bare(ambient())) return nullptr;
+  if (training == Py_False || p == 0.0) return Py_NewRef(object);
   const Ref scopes = running();
   PyObject* scope = last(scopes);
-  if (scope == nullptr || !(p > 0.0 && p < 1.0) || !is_none(value.residual) || value.is_dropped() ||
-      !known.record.proven.is_true(value.record) || !value.is_bare(ambient()))
-    Py_RETURN_NONE;
+  if (training != Py_True || scope == nullptr || !(p > 0.0 && p < 1.0) || !is_none(value.residual) || value.is_dropped() ||
+      !known.record.proven.is_true(value.record))
+    return nullptr;
   Ref dropout(known.dropout->tp_alloc(known.dropout, 2)), edit(known.edit->tp_alloc(known.edit, 4));
   if (!dropout || !edit) throw python_error();
-  PyTuple_SET_ITEM(dropout.get(), 0, Py_NewRef(given[1]));
+  PyTuple_SET_ITEM(dropout.get(), 0, Py_NewRef(probability));
   PyTuple_SET_ITEM(dropout.get(), 1, THPVariable_Wrap(drawn_seed(THPVariable_Unpack(value.h))));
   for (Py_ssize_t at = 0; at < 3; ++at) PyTuple_SET_ITEM(edit.get(), at, Py_NewRef(PyTuple_GET_ITEM(value.edit, at)));
   PyTuple_SET_ITEM(edit.get(), 3, dropout.release());
   return wait_in(scope, value.h, edit, value.record, Py_None);
+}
+
+// taken(function, args, keywords) -> what a function of torch makes of a value that waits, if that is a dropout, or None
+PyObject* taken(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  expect(count, 3, "taken");
+  if (!is_ready() || given[0] != known.dropout_function) Py_RETURN_NONE;
+  PyObject* found = dropped_as_before(given[1], given[2]);
+  return found == nullptr ? Py_NewRef(Py_None) : found;
   END_HANDLE_TH_ERRORS
 }
 
@@ -439,9 +453,10 @@ PyObject* normed(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 2, "normed");
   PyObject* found = nullptr;
-  if (known.ready && is_plain_tensor(given[1]))
+  if (!is_ready()) Py_RETURN_NONE;
+  if (is_plain_tensor(given[1]))
     found = noted(given[0], given[1]);
-  else if (known.ready && Py_IS_TYPE(given[1], known.waiting))
+  else if (Py_IS_TYPE(given[1], known.waiting))
     found = norm_of_waiting(given[0], given[1]);
   return found == nullptr ? Py_NewRef(Py_None) : found;
   END_HANDLE_TH_ERRORS
@@ -460,12 +475,12 @@ PyMethodDef quick_functions[] = {
     {"edited", as_method(&edited), METH_FASTCALL, "edited(module, h) -> a value that waits, or None"},
     {"carried", as_method(&carried), METH_FASTCALL, "carried(module, h) -> a value that waits, or None"},
     {"added", as_method(&added), METH_FASTCALL, "added(value, residual) -> the sum, or None"},
-    {"dropped", as_method(&dropped), METH_FASTCALL, "dropped(value, p) -> a value that waits, or None"},
+    {"taken", as_method(&taken), METH_FASTCALL, "taken(function, args, keywords) -> a value that waits, or None"},
     {"normed", as_method(&normed), METH_FASTCALL, "normed(norm, x) -> the norm's output, or None"},
     {"run_scope", as_method(&run_scope), METH_FASTCALL, "run_scope(module, base, verdict, args, kwargs) -> the output"},
     {"reach", py_reach, METH_O, "reach(own): this edit has run in this thread"},
     {"take_reached", py_take_reached, METH_O, "take_reached(own) -> whether it has since this was asked before"},
-    {"all_reached", all_reached, METH_O, "all_reached(layer) -> whether all of its edits have, and nothing is left to ask"},
+    {"in_place", as_method(&in_place), METH_FASTCALL, "in_place(model, layers) -> whether they are where they were"},
     {"forget_choices", forget_choices, METH_O, "forget_choices(fixed): whether a backend once chosen stays so"},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -14,4 +14,7 @@ extern PyMethodDef value_methods[];  // of a value that waits
 // run_scope(module, base, verdict, args, kwargs): `base.forward` of a block or stack that runs as a scope.
 PyObject* run_scope(PyObject*, PyObject* const* given, Py_ssize_t count);
 
+// in_place(model, layers): whether the watched layers of a model are where they were.
+PyObject* in_place(PyObject*, PyObject* const* given, Py_ssize_t count);
+
 }  // namespace red

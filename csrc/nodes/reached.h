@@ -9,7 +9,5 @@ void reach(PyObject* own);
 PyObject* py_reach(PyObject*, PyObject* own);
 // Whether one has, since this was asked before.
 PyObject* py_take_reached(PyObject*, PyObject* own);
-// all_reached(layer): the same for all sites of a layer, if none of them has to be asked for more.
-PyObject* all_reached(PyObject*, PyObject* layer);
 
 }  // namespace red

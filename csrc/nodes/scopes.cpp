@@ -93,6 +93,33 @@ class Running {
   Py_ssize_t depth_;
 };
 
+// Whether all edits of a layer have run in this call; where one has not, or more is to be asked, Python does so.
+void check_layer(PyObject* layer, PyObject* fields) {
+  PyObject* sites = item(fields, names.sites);
+  if (sites == nullptr || item(fields, names.forward) != nullptr) return;
+  const auto own_of = [&](Py_ssize_t at) { return item(dict_of(PyList_GET_ITEM(sites, at)), names.own); };
+  bool good = true;
+  for (Py_ssize_t at = 0; at < PyList_GET_SIZE(sites) && good; ++at)
+    good = std::find(reached.begin(), reached.end(), own_of(at)) != reached.end() &&
+           item(dict_of(own_of(at)), names.inside) != Py_True;
+  if (!good) {
+    const Ref done(PyObject_CallOneArg(known.check_layer, layer));
+    if (!done) throw python_error();
+    return;
+  }
+  for (Py_ssize_t at = 0; at < PyList_GET_SIZE(sites); ++at) take_reached(own_of(at));
+}
+
+Ref run(PyObject* module, PyObject* forward, PyObject* args, PyObject* verdict, PyObject* kwargs) {
+  const int64_t now = ambient();
+  if (now & (kPlain + kTangents)) return Ref(PyObject_Call(forward, args, kwargs));  // there nothing waits
+  const Ref scopes = running(), scope = new_scope(module, verdict, kwargs, now);
+  const Running here(scopes, scope);
+  Ref output(PyObject_Call(forward, args, kwargs));
+  if (!output || leaves_nothing(scope)) return output;
+  return Ref(PyObject_CallMethodOneArg(scope, names.close, output));
+}
+
 }  // namespace
 
 void reach(PyObject* own) {
@@ -106,17 +133,21 @@ PyObject* py_reach(PyObject*, PyObject* own) {
 
 PyObject* py_take_reached(PyObject*, PyObject* own) { return PyBool_FromLong(take_reached(own)); }
 
-PyObject* all_reached(PyObject*, PyObject* layer) {
+// in_place(model, layers) -> whether each `(path, layer)` is so in the model, and asks by itself whether its edits run.
+PyObject* in_place(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  PyObject* sites = known.ready ? item(dict_of(layer), names.sites) : nullptr;
-  if (sites == nullptr) Py_RETURN_FALSE;
-  const Py_ssize_t count = PyList_GET_SIZE(sites);
-  for (Py_ssize_t at = 0; at < count; ++at) {
-    PyObject* own = item(dict_of(PyList_GET_ITEM(sites, at)), names.own);
-    if (std::find(reached.begin(), reached.end(), own) == reached.end() || item(dict_of(own), names.inside) == Py_True)
-      Py_RETURN_FALSE;
+  expect(count, 2, "in_place");
+  if (!is_ready()) Py_RETURN_FALSE;
+  for (Py_ssize_t at = 0; at < PyList_GET_SIZE(given[1]); ++at) {
+    PyObject* one = PyList_GET_ITEM(given[1], at);
+    PyObject *path = PyTuple_GET_ITEM(one, 0), *layer = PyTuple_GET_ITEM(one, 1), *found = given[0];
+    for (Py_ssize_t part = 0; part < PyTuple_GET_SIZE(path); ++part) {
+      found = item(item(dict_of(found), names.modules), PyTuple_GET_ITEM(path, part));
+      if (is_none(found)) Py_RETURN_FALSE;
+    }
+    const Ref fields = dict_of(layer);
+    if (found != layer || item(fields, names.scope) == nullptr || item(fields, names.forward) != nullptr) Py_RETURN_FALSE;
   }
-  for (Py_ssize_t at = 0; at < count; ++at) take_reached(item(dict_of(PyList_GET_ITEM(sites, at)), names.own));
   Py_RETURN_TRUE;
   END_HANDLE_TH_ERRORS
 }
@@ -131,13 +162,10 @@ PyObject* run_scope(PyObject*, PyObject* const* given, Py_ssize_t count) {
   PyTuple_SET_ITEM(with_self.get(), 0, Py_NewRef(module));
   for (Py_ssize_t at = 0; at < PyTuple_GET_SIZE(args); ++at)
     PyTuple_SET_ITEM(with_self.get(), at + 1, Py_NewRef(PyTuple_GET_ITEM(args, at)));
-  const int64_t now = ambient();
-  if (now & (kPlain + kTangents)) return PyObject_Call(forward, with_self, kwargs);  // there nothing waits
-  const Ref scopes = running(), scope = new_scope(module, verdict, kwargs, now);
-  const Running here(scopes, scope);
-  Ref output(PyObject_Call(forward, with_self, kwargs));
-  if (!output || leaves_nothing(scope)) return output.release();
-  return PyObject_CallMethodOneArg(scope, names.close, output);
+  if (!is_ready()) return PyObject_Call(forward, with_self, kwargs);
+  Ref output = run(module, forward, with_self, verdict, kwargs);
+  if (output) check_layer(module, dict_of(module));
+  return output.release();
   END_HANDLE_TH_ERRORS
 }
 

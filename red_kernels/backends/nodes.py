@@ -22,12 +22,11 @@ from . import compiled
 
 __all__ = [
     "added",
-    "all_reached",
     "ambient",
     "carried",
-    "dropped",
     "edited",
     "forget_choices",
+    "in_place",
     "know",
     "load_error",
     "nodes_of",
@@ -38,6 +37,7 @@ __all__ = [
     "set_lost_gradient",
     "set_python_backward",
     "take_reached",
+    "taken",
     "wait",
 ]
 
@@ -105,7 +105,7 @@ forget_choices = _function("forget_choices")  # of backends: see `backends.choos
 know = _function("know")  # takes what the functions below read: see `fusion.quick`
 reach = _function("reach")  # marks the edit of a site as run, in this thread
 take_reached = _function("take_reached")
-all_reached = _function("all_reached")
+in_place = _function("in_place")  # whether the watched layers of a model are where they were
 run_scope = _function("run_scope")  # a block or stack that runs: see `patching.classes`
 
 
@@ -118,5 +118,5 @@ def _nothing(*given: Any) -> Any:
 edited = _function("edited") or _nothing
 carried = _function("carried") or _nothing
 added = _function("added") or _nothing
-dropped = _function("dropped") or _nothing
+taken = _function("taken") or _nothing
 normed = _function("normed") or _nothing

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..backends import choose, nodes
@@ -19,7 +21,7 @@ from ..ops.handover import Handover
 from .norms import SPEC
 from .plan import SitePlan
 from .record import Link, Record, Records
-from .scopes import SITES, Scope, Verdict, collects, here
+from .scopes import SCOPE, SITES, Scope, Verdict, collects, here
 from .site import CARRIER, RECORDS
 from .sums import NOTE, Note
 from .waiting import Waiting
@@ -27,8 +29,13 @@ from .waiting import Waiting
 __all__ = ["prepare"]
 
 
-def prepare(choose: Callable[..., Any] = choose) -> None:
-    """Let the quick paths run from now on; ``choose`` is as `backends.choose`."""
+def prepare(check_layer: Callable[[nn.Module], None], choose: Callable[..., Any] = choose) -> None:
+    """Let the quick paths run from now on.
+
+    Args:
+        check_layer: asks whether the edits of a layer have run.
+        choose: as `backends.choose`.
+    """
     if nodes.know is None or nodes.forget_choices is None:
         return
     classes = (Dropout, Edit, Handover, Link, Note, Record, Records, RemovableHandle, Scope, SitePlan, Verdict, Waiting)
@@ -36,5 +43,7 @@ def prepare(choose: Callable[..., Any] = choose) -> None:
         {kind.__name__: kind for kind in classes}
         | {"own_edit": NAME, "carrier": CARRIER, "records": RECORDS, "note": NOTE, "spec": SPEC, "sites": SITES}
         | {"here": here, "streams": blocks._streams, "held": blocks._held, "choose": choose, "collects": collects}
+        | {"dropout": torch.nn.functional.dropout, "compiler": vars(torch.compiler)}
+        | {"check_layer": check_layer, "scope": SCOPE}
     )
     nodes.forget_choices(True)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from ..backends import nodes
 from ..backends.arguments import Edit
@@ -86,7 +87,7 @@ def last_record(own: nn.Module) -> Record | None:
 
 def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
     """The forward hook of an edited module."""
-    if not torch.compiler.is_compiling():
+    if not is_dynamo_compiling():
         value = nodes.edited(module, output)
         if value is not None:
             return value
@@ -147,11 +148,12 @@ def carry_hook(module: nn.Module, args: Any, output: Any) -> Any:
 
     Its output has no edit, and waits for the same addition and norm, which then take one pass.
     """
+    if not is_dynamo_compiling():
+        value = nodes.carried(module, output)
+        if value is not None:
+            return value
     if torch.compiler.is_compiling():
         return None
-    value = nodes.carried(module, output)
-    if value is not None:
-        return value
     own: RedEdit = module.__dict__[CARRIER]
     scopes = running()
     if not scopes or type(output) is not Tensor or not output.is_floating_point() or plain_only() or own.off:

@@ -122,9 +122,6 @@ def _dropout(func: Any, args: Arguments, kwargs: Keywords) -> Any:
         return NotImplemented
     if not training or p == 0.0:
         return value
-    dropped = None if inplace else nodes.dropped(value, p)
-    if dropped is not None:
-        return dropped
     if (
         value.residual is not None
         or value.others

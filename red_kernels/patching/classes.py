@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from ..backends import nodes
 from ..edits.module import RedEdit, plain_only
@@ -15,11 +16,12 @@ from ..fusion.fingerprint import BASE
 from ..fusion.former import LEFT
 from ..fusion.norms import SPEC, norm_spec
 from ..fusion.quick import prepare
-from ..fusion.scopes import SCOPE, Scope, Verdict, collects, here
+from ..fusion.scopes import SCOPE, SITES, Scope, Verdict, collects, here
 from ..fusion.site import BEHIND, CARRIER, RECORDS, carry_hook, norm_with_edit
 from ..fusion.sums import norm_of_waiting, take_note
 from ..fusion.waiting import Waiting
 from ..ops.ambient import PLAIN, TANGENTS, ambient
+from .watch import check_layer
 
 __all__ = ["carry", "is_patched", "patch_norm", "patch_scope", "prepare_classes", "unpatch_module"]
 
@@ -27,7 +29,7 @@ _NORM, _SCOPE = "norm", "scope"
 # What pickles of earlier releases call them; all else was a block with a forward of its own.
 _FORMER = {"": _NORM, "stack": _SCOPE}
 _FORMER_DROPOUT = "dropout"  # which needs no class of ours any more
-prepare()
+prepare(check_layer)
 _classes: dict[tuple[type, str, Callable[..., Any]], type[nn.Module]] = {}
 
 
@@ -134,12 +136,15 @@ def _norm_forward(base: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         current = base.forward  # may have been replaced since
-        if len(args) != 1 or kwargs or current is not original or torch.compiler.is_compiling():
+        if len(args) != 1 or kwargs or current is not original:
             return current(self, *args, **kwargs)
         x = args[0]
-        normed = nodes.normed(self, x)
-        if normed is not None:
-            return normed
+        if not is_dynamo_compiling():
+            normed = nodes.normed(self, x)
+            if normed is not None:
+                return normed
+        if torch.compiler.is_compiling():
+            return current(self, x)
         if type(x) is Tensor:
             if BEHIND in self.__dict__:
                 return current(self, x) if plain_only() else norm_with_edit(self, x, current)
@@ -161,21 +166,30 @@ def _scope_forward(base: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         verdict: Verdict | None = self.__dict__.get(SCOPE)
-        if verdict is None or torch.compiler.is_compiling():  # there nothing waits
+        if verdict is None or is_dynamo_compiling():
             return base.forward(self, *args, **kwargs)
         if nodes.run_scope is not None:
             return nodes.run_scope(self, base, verdict, args, kwargs)
-        if ambient() & (PLAIN + TANGENTS):
-            return base.forward(self, *args, **kwargs)
-        scopes = here.scopes
-        depth = len(scopes)
-        scope = Scope(self, verdict, verdict.stack and collects(self, kwargs))
-        scopes.append(scope)
-        try:
-            output = base.forward(self, *args, **kwargs)
-            return scope.close(output) if scope.made or scope.left or scope.undecided else output
-        finally:
-            scope.end()
-            del scopes[depth:]
+        output = _run(self, base, verdict, args, kwargs)
+        if SITES in self.__dict__ and "forward" not in self.__dict__ and not torch.compiler.is_compiling():
+            check_layer(self)
+        return output
 
     return forward
+
+
+def _run(
+    block: nn.Module, base: type[nn.Module], verdict: Verdict, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if torch.compiler.is_compiling() or ambient() & (PLAIN + TANGENTS):  # there nothing waits
+        return base.forward(block, *args, **kwargs)
+    scopes = here.scopes
+    depth = len(scopes)
+    scope = Scope(block, verdict, verdict.stack and collects(block, kwargs))
+    scopes.append(scope)
+    try:
+        output = base.forward(block, *args, **kwargs)
+        return scope.close(output) if scope.made or scope.left or scope.undecided else output
+    finally:
+        scope.end()
+        del scopes[depth:]

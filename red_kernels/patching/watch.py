@@ -1,7 +1,7 @@
 """Seeing to it that each edit runs: a site may be replaced, lose its hook or be passed by, and nothing else would tell.
 
-Each layer with sites has a hook behind its forward that asks whether its edits have run in this call. The patched model
-has one in front of its forward that asks whether these layers are still in it: whoever takes layers out for an early
+Behind its forward each layer with sites asks whether its edits have run in this call: one whose class is ours by itself,
+any other by a hook. The patched model has a hook in front of its forward that asks whether these layers are still in it: whoever takes layers out for an early
 exit is told so once, what else is gone is an error.
 """
 
@@ -18,12 +18,22 @@ from torch import nn
 from ..backends import nodes
 from ..edits.module import NAME, RedEdit
 from ..fusion.paths import walk
-from ..fusion.scopes import OWN_HOOKS, SITES
+from ..fusion.scopes import OWN_HOOKS, SCOPE, SITES
 from ..fusion.site import edit_hook, take_reached
 from ..fusion.stream import is_lost
 from ..support.text import listed
 
-__all__ = ["Site", "Watch", "after_model", "before_model", "layer_hook", "missing", "stop_watching", "watch"]
+__all__ = [
+    "Site",
+    "Watch",
+    "after_model",
+    "before_model",
+    "check_layer",
+    "layer_hook",
+    "missing",
+    "stop_watching",
+    "watch",
+]
 
 _WATCH = "_red_kernels_watch"  # the attribute of a patched model with its `Watch`
 _REMEDY = "put it back, or call rk.unpatch(model) and patch what is there now"
@@ -63,7 +73,8 @@ def watch(model: nn.Module, sites: Iterable[tuple[Site, nn.Module | None, str]])
             continue
         if SITES not in layer.__dict__:
             layer.__dict__[SITES] = []
-            nn.Module.register_forward_hook(layer, layer_hook)
+            if not _asks_itself(layer):
+                nn.Module.register_forward_hook(layer, layer_hook)
             found.layers.append((tuple(name.split(".")) if name else (), layer))
         layer.__dict__[SITES].append(site)
     model.__dict__[_WATCH] = found
@@ -97,7 +108,7 @@ def missing(model: nn.Module) -> tuple[list[str], list[str]]:
                 continue
             found.layers[at] = moved, layer
         wrong += [f"{site.name} ({what})" for site in sites if (what := _wrong(layer, site))]
-        if layer_hook not in layer._forward_hooks.values():
+        if not _asks(layer):
             wrong += [f"{site.name} (the hooks of its {type(layer).__name__} were removed)" for site in sites]
     return wrong + [f"{site.name} ({what})" for site in found.alone if (what := _wrong(model, site))], left_out
 
@@ -109,8 +120,12 @@ def before_model(model: nn.Module, args: Any) -> None:
     found: Watch | None = model.__dict__.get(_WATCH)
     if found is None or "_is_replica" in model.__dict__:
         return
+    if not found.alone and nodes.in_place is not None and nodes.in_place(model, found.layers):
+        return
     for path, layer in found.layers:
-        if walk(model, path) is not layer or layer_hook not in layer._forward_hooks.values():
+        if SCOPE in layer.__dict__ and not _asks(layer):  # somebody has replaced its forward
+            nn.Module.register_forward_hook(layer, layer_hook)
+        if walk(model, path) is not layer or not _asks(layer):
             break
     else:
         for site in found.alone:
@@ -152,10 +167,13 @@ def after_model(model: nn.Module, args: Any, output: Any) -> None:
 
 def layer_hook(layer: nn.Module, args: Any, output: Any) -> None:
     """The hook behind a layer. Raises RuntimeError where one of its edits did not run in this call."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _asks_itself(layer):
         return
-    if nodes.all_reached is not None and nodes.all_reached(layer):
-        return
+    check_layer(layer)
+
+
+def check_layer(layer: nn.Module) -> None:
+    """As `layer_hook`."""
     for site in layer.__dict__.get(SITES, ()):
         if not take_reached(site.own):
             _explain(layer, site)
@@ -167,6 +185,15 @@ def layer_hook(layer: nn.Module, args: Any, output: Any) -> None:
 
 
 OWN_HOOKS.add(layer_hook)
+
+
+def _asks_itself(layer: nn.Module) -> bool:
+    """Whether the forward of a layer's class asks whether its edits have run; another one may have been put on it."""
+    return SCOPE in layer.__dict__ and "forward" not in layer.__dict__
+
+
+def _asks(layer: nn.Module) -> bool:
+    return _asks_itself(layer) or layer_hook in layer._forward_hooks.values()
 
 
 def _explain(layer: nn.Module, site: Site) -> None:
