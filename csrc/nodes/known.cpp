@@ -103,7 +103,7 @@ PyObject* know(PyObject*, PyObject* objects) {
   k.handles = named(objects, "RemovableHandle");
   k.here = named(objects, "here"), k.streams = named(objects, "streams"), k.held = named(objects, "held");
   k.check_layer = named(objects, "check_layer"), k.choose = named(objects, "choose"), k.collects = named(objects, "collects");
-  k.dropout_function = named(objects, "dropout"), k.compiler = named(objects, "compiler");
+  k.compiler = named(objects, "compiler");
   TORCH_CHECK_TYPE(PyContextVar_CheckExact(k.held) && PyDict_Check(k.streams), "held and streams are of other types");
   k.add = PyObject_GetAttrString(THPVariableClass, "__add__"), k.radd = PyObject_GetAttrString(THPVariableClass, "__radd__");
   if (k.add == nullptr || k.radd == nullptr) throw python_error();

@@ -63,7 +63,6 @@ struct Known {
   PyObject *here;             // whose `scopes` are those that run in this thread
   PyObject *streams, *held;   // the `with` blocks that say which edit holds
   PyObject *add, *radd;       // of torch's tensors
-  PyObject *dropout_function; // torch.nn.functional.dropout
   PyObject *compiler;         // what is in torch.compiler
   PyObject *check_layer;      // asks whether the edits of a layer have run
   PyObject *choose;           // the backend for a tensor and an operation

@@ -343,14 +343,10 @@ PyObject* value_radd(PyObject* value, PyObject* other) {
   END_HANDLE_TH_ERRORS
 }
 
-// `dropout(value)` as torch.nn.Dropout asks for it, with the keywords that torch gives on to a class that takes it.
-PyObject* dropped_as_before(PyObject* args, PyObject* keywords) {
-  if (PyTuple_GET_SIZE(args) != 1 || !Py_IS_TYPE(PyTuple_GET_ITEM(args, 0), known.waiting) || !PyDict_Check(keywords) ||
-      PyDict_GET_SIZE(keywords) != 3)
-    return nullptr;
-  PyObject *object = PyTuple_GET_ITEM(args, 0), *probability = item(keywords, names.p);
-  PyObject *training = item(keywords, names.training), *in_place = item(keywords, names.in_place);
-  if (probability == nullptr || !PyFloat_CheckExact(probability) || in_place != Py_False) return nullptr;
+// What a torch.nn.Dropout with these attributes makes of a value that waits.
+PyObject* dropped_as_before(PyObject* object, PyObject* fields) {
+  PyObject *probability = item(fields, names.p), *training = item(fields, names.training);
+  if (probability == nullptr || !PyFloat_CheckExact(probability) || item(fields, names.in_place) != Py_False) return nullptr;
   const double p = PyFloat_AS_DOUBLE(probability);
   const Value value(object);
   if (!value.is_bare(ambient())) return nullptr;
@@ -369,12 +365,12 @@ PyObject* dropped_as_before(PyObject* args, PyObject* keywords) {
   return wait_in(scope, value.h, edit, value.record, Py_None);
 }
 
-// taken(function, args, keywords) -> what a function of torch makes of a value that waits, if that is a dropout, or None
-PyObject* taken(PyObject*, PyObject* const* given, Py_ssize_t count) {
+// dropped(dropout, value) -> what the module makes of a value that waits, or None
+PyObject* dropped(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  expect(count, 3, "taken");
-  if (!is_ready() || given[0] != known.dropout_function) Py_RETURN_NONE;
-  PyObject* found = dropped_as_before(given[1], given[2]);
+  expect(count, 2, "dropped");
+  if (!is_ready() || !Py_IS_TYPE(given[1], known.waiting)) Py_RETURN_NONE;
+  PyObject* found = dropped_as_before(given[1], dict_of(given[0]));
   return found == nullptr ? Py_NewRef(Py_None) : found;
   END_HANDLE_TH_ERRORS
 }
@@ -475,7 +471,7 @@ PyMethodDef quick_functions[] = {
     {"edited", as_method(&edited), METH_FASTCALL, "edited(module, h) -> a value that waits, or None"},
     {"carried", as_method(&carried), METH_FASTCALL, "carried(module, h) -> a value that waits, or None"},
     {"added", as_method(&added), METH_FASTCALL, "added(value, residual) -> the sum, or None"},
-    {"taken", as_method(&taken), METH_FASTCALL, "taken(function, args, keywords) -> a value that waits, or None"},
+    {"dropped", as_method(&dropped), METH_FASTCALL, "dropped(dropout, value) -> a value that waits, or None"},
     {"normed", as_method(&normed), METH_FASTCALL, "normed(norm, x) -> the norm's output, or None"},
     {"run_scope", as_method(&run_scope), METH_FASTCALL, "run_scope(module, base, verdict, args, kwargs) -> the output"},
     {"reach", py_reach, METH_O, "reach(own): this edit has run in this thread"},

@@ -24,6 +24,7 @@ __all__ = [
     "added",
     "ambient",
     "carried",
+    "dropped",
     "edited",
     "forget_choices",
     "in_place",
@@ -37,7 +38,6 @@ __all__ = [
     "set_lost_gradient",
     "set_python_backward",
     "take_reached",
-    "taken",
     "wait",
 ]
 
@@ -118,5 +118,5 @@ def _nothing(*given: Any) -> Any:
 edited = _function("edited") or _nothing
 carried = _function("carried") or _nothing
 added = _function("added") or _nothing
-taken = _function("taken") or _nothing
+dropped = _function("dropped") or _nothing
 normed = _function("normed") or _nothing

@@ -43,7 +43,7 @@ def prepare(check_layer: Callable[[nn.Module], None], choose: Callable[..., Any]
         {kind.__name__: kind for kind in classes}
         | {"own_edit": NAME, "carrier": CARRIER, "records": RECORDS, "note": NOTE, "spec": SPEC, "sites": SITES}
         | {"here": here, "streams": blocks._streams, "held": blocks._held, "choose": choose, "collects": collects}
-        | {"dropout": torch.nn.functional.dropout, "compiler": vars(torch.compiler)}
+        | {"compiler": vars(torch.compiler)}
         | {"check_layer": check_layer, "scope": SCOPE}
     )
     nodes.forget_choices(True)

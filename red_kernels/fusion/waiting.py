@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.compiler import is_dynamo_compiling
 
 from ..backends import nodes
 from ..backends.arguments import Edit, affine_edit, flat_edit
@@ -89,10 +88,6 @@ class Waiting(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if not is_dynamo_compiling():
-            quick = nodes.taken(func, args, kwargs)
-            if quick is not None:
-                return quick
         if torch.compiler.is_compiling():  # it was given to something compiled: settle it outside of the graph
             from ..edits.uncompiled import uncompiled
 

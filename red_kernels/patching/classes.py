@@ -23,9 +23,9 @@ from ..fusion.waiting import Waiting
 from ..ops.ambient import PLAIN, TANGENTS, ambient
 from .watch import check_layer
 
-__all__ = ["carry", "is_patched", "patch_norm", "patch_scope", "prepare_classes", "unpatch_module"]
+__all__ = ["carry", "is_patched", "patch_dropout", "patch_norm", "patch_scope", "prepare_classes", "unpatch_module"]
 
-_NORM, _SCOPE = "norm", "scope"
+_NORM, _SCOPE, _DROPOUT = "norm", "scope", "drop"
 # What pickles of earlier releases call them; all else was a block with a forward of its own.
 _FORMER = {"": _NORM, "stack": _SCOPE}
 _FORMER_DROPOUT = "dropout"  # which needs no class of ours any more
@@ -33,14 +33,12 @@ prepare(check_layer)
 _classes: dict[tuple[type, str, Callable[..., Any]], type[nn.Module]] = {}
 
 
-def prepare_classes(scopes: list[nn.Module], norms: list[nn.Module]) -> None:
-    """Make the classes that blocks, stacks and norms take, so that an error of making them changes nothing yet."""
-    for module in scopes:
-        if not is_patched(module):
-            _patched_class(type(module), _SCOPE)
-    for module in norms:
-        if not is_patched(module):
-            _patched_class(type(module), _NORM)
+def prepare_classes(scopes: list[nn.Module], norms: list[nn.Module], dropouts: list[nn.Module]) -> None:
+    """Make the classes that all of these take, so that an error of making them changes nothing yet."""
+    for modules, key in ((scopes, _SCOPE), (norms, _NORM), (dropouts, _DROPOUT)):
+        for module in modules:
+            if not is_patched(module):
+                _patched_class(type(module), key)
 
 
 def patch_scope(module: nn.Module, stack: bool) -> None:
@@ -65,6 +63,12 @@ def patch_norm(norm: nn.Module, behind: tuple[RedEdit, nn.Module] | None = None)
     if behind is not None:
         norm.__dict__[BEHIND] = behind
     return True
+
+
+def patch_dropout(dropout: nn.Module) -> None:
+    """Let a dropout take a waiting value without asking torch which class of tensors does."""
+    if nodes.run_scope is not None and not is_patched(dropout):
+        _set_class(dropout, _patched_class(type(dropout), _DROPOUT))
 
 
 def carry(module: nn.Module, own: RedEdit) -> None:
@@ -99,7 +103,7 @@ def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
 def _patched_class(base: type[nn.Module], key: str) -> type[nn.Module]:
     made = _classes.get((base, key, base.forward))
     if made is None:
-        forward = _norm_forward(base) if key == _NORM else _scope_forward(base)
+        forward = _FORWARDS[key](base)
         namespace = {
             "forward": forward,
             "__reduce_ex__": _reduce_ex,
@@ -126,7 +130,7 @@ def _restore(base: type[nn.Module], key: str) -> nn.Module:
     if key == _FORMER_DROPOUT:
         return base.__new__(base)
     key = _FORMER.get(key, key)
-    kind = _patched_class(base, key if key in (_NORM, _SCOPE) else _SCOPE)
+    kind = _patched_class(base, key if key in _FORWARDS else _SCOPE)
     return kind.__new__(kind)
 
 
@@ -156,6 +160,21 @@ def _norm_forward(base: type[nn.Module]) -> Callable[..., Any]:
         else:
             normed = None
         return current(self, x) if normed is None else normed
+
+    return forward
+
+
+def _dropout_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    original = base.forward
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        current = base.forward  # may have been replaced since
+        if len(args) == 1 and not kwargs and current is original and not is_dynamo_compiling():
+            dropped = nodes.dropped(self, args[0])
+            if dropped is not None:
+                return dropped
+        return current(self, *args, **kwargs)
 
     return forward
 
@@ -193,3 +212,6 @@ def _run(
     finally:
         scope.end()
         del scopes[depth:]
+
+
+_FORWARDS = {_NORM: _norm_forward, _SCOPE: _scope_forward, _DROPOUT: _dropout_forward}

@@ -19,7 +19,7 @@ from ..fusion.fingerprint import BASE
 from ..fusion.paths import child_at
 from ..fusion.site import BEHIND, behind_hook, edit_hook
 from ..support.text import listed
-from .classes import carry, is_patched, patch_norm, patch_scope, prepare_classes, unpatch_module
+from .classes import carry, is_patched, patch_dropout, patch_norm, patch_scope, prepare_classes, unpatch_module
 from .expect import expected
 from .heads import find_head, release_head
 from .plan import Plan, PlannedSite, make_plan
@@ -79,7 +79,7 @@ def patch_with(
             edits.get(site.report.site) or RedEdit(site.width, config.edit_kind, config.dtype, site.device, selection)
             for site in plan.sites
         ]
-    prepare_classes([*plan.blocks, *plan.stacks], plan.norms)
+    prepare_classes([*plan.blocks, *plan.stacks], plan.norms, plan.dropouts)
     parameters = {name: own for name, own in model.named_parameters() if own.requires_grad}
     state = PatchState(config, set(parameters), {site.report.site: (site.norm, site.bias_flag) for site in plan.sites})
 
@@ -191,6 +191,8 @@ def fuse(plan: Plan) -> None:
         patch_scope(module, stack=False)
     for norm in plan.norms:
         patch_norm(norm)
+    for dropout in plan.dropouts:
+        patch_dropout(dropout)
     for module, edited in plan.carriers:
         own: Any = edited._modules[NAME]
         kinds = [own.holder(name).kind for name in own.names]

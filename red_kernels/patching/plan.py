@@ -54,6 +54,7 @@ class Plan:
     blocks: list[nn.Module] = field(default_factory=list)  # inside of which values wait
     stacks: list[nn.Module] = field(default_factory=list)  # inside of which a block's sum is handed to the next
     norms: list[nn.Module] = field(default_factory=list)  # that may read what is edited
+    dropouts: list[nn.Module] = field(default_factory=list)  # that may lie between a site and its addition
     carriers: list[tuple[nn.Module, nn.Module]] = field(
         default_factory=list
     )  # unedited last projections, and an edited site
@@ -199,6 +200,8 @@ def _plan_around(plan: Plan, model: nn.Module, blocks: list[Block], widths: dict
             if could_be_norm(module) and output_width(module) in (*wanted, None) and norm_spec(module) is not None:
                 plan.norms.append(module)
     plan.norms = list(dict.fromkeys(plan.norms))
+    inside_blocks = (module for block in plan.blocks for module in block.modules())
+    plan.dropouts = [module for module in dict.fromkeys(inside_blocks) if type(module) is nn.Dropout]
 
 
 def _entry(name: str, modules: dict[str, nn.Module]) -> str:
