@@ -29,7 +29,7 @@ class ColumnSums {
     const int64_t chunks = static_cast<int64_t>(plan_.chunks.size()), lines = chunks * count_ * width;
     partial_ = make({&lines, 1}, ScalarType::Float, 4);
     const int64_t grain = std::max<int64_t>(1, 16384 / d / 64);
-    torch::stable::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
+    in_parallel(chunks, grain, [&](int64_t begin, int64_t end) {
       std::vector<float> scratch(scratch_floats(d) + 16), block(count_ * width + 16);
       float* few = align(block.data());
       for (int64_t c = begin; c < end; ++c) {
@@ -55,7 +55,7 @@ class ColumnSums {
     Tensor sum = make({sizes + (of_edits_[k] ? 0 : 1), static_cast<size_t>(of_edits_[k] ? 2 : 1)}, ScalarType::Float, 4);
     float* out = floats(sum);
     constexpr int64_t block = 256;  // columns that a thread adds up at a time
-    torch::stable::parallel_for(0, (d + block - 1) / block, 8, [&](int64_t first, int64_t last) {
+    in_parallel((d + block - 1) / block, 8, [&](int64_t first, int64_t last) {
       for (int64_t begin = first * block; begin < std::min(last * block, d); begin += block) {
         const int64_t end = std::min(begin + block, d);
         double sums[block];

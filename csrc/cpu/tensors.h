@@ -137,11 +137,20 @@ inline float* align(float* p) { return reinterpret_cast<float*>((reinterpret_cas
 // Outputs of this many bytes or more go past the cache: by the time they are read, they would have left it.
 bool streams(const Shape& shape, int outputs);
 
+// Runs body(begin, end) over a range, on torch's threads where it is longer than one of them should have.
+template <class Body>
+void in_parallel(int64_t end, int64_t grain, const Body& body) {
+  if (end > grain)
+    torch::stable::parallel_for(0, end, grain, body);
+  else if (end > 0)
+    body(0, end);
+}
+
 // Runs body(begin, end, scratch) over the rows, on torch's threads.
 template <class Body>
 void for_rows(const Shape& shape, const Body& body) {
   const int64_t grain = std::max<int64_t>(1, 16384 / shape.d);
-  torch::stable::parallel_for(0, shape.rows, grain, [&](int64_t begin, int64_t end) {
+  in_parallel(shape.rows, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(scratch_floats(shape.d) + 16);
     body(begin, end, align(scratch.data()));
   });

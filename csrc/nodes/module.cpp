@@ -2,6 +2,8 @@
 #include <Python.h>
 
 #include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/EmptyTensor.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -134,6 +136,13 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "nodes", nullptr, -1, functions
 PyTypeObject nodes_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
 
 Tensor drawn_seed(const Tensor& like) {
+  if (like.is_cpu() && is_plain(like.key_set())) {  // what randint comes to, without its way there
+    auto* generator = at::check_generator<at::CPUGeneratorImpl>(at::detail::getDefaultCPUGenerator());
+    Tensor seed = at::detail::empty_cpu({1}, at::kLong);
+    const std::lock_guard<std::mutex> lock(generator->mutex_);
+    *seed.mutable_data_ptr<int64_t>() = static_cast<int64_t>(generator->random64() & ((uint64_t{1} << 62) - 1));
+    return seed;
+  }
   return at::randint(0, int64_t{1} << 62, {1}, at::TensorOptions().dtype(at::kLong).device(like.device()));
 }
 

@@ -278,3 +278,12 @@ def test_nodes_are_those_of_the_chosen_backend() -> None:
     seen = []
     torch.func.vmap(lambda row: seen.append(fused._nodes(row, "edit")) or row)(x)
     assert seen == [None]
+
+
+def test_a_seed_is_what_torch_draws() -> None:
+    assert nodes.seed is not None
+    torch.manual_seed(3)
+    wanted = [torch.randint(0, 2**62, (1,)) for _ in range(4)], torch.get_rng_state()
+    torch.manual_seed(3)
+    assert [nodes.seed(torch.empty(2)) for _ in range(4)] == wanted[0]
+    assert torch.equal(torch.get_rng_state(), wanted[1])
