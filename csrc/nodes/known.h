@@ -83,8 +83,10 @@ extern Names names;
 // Whether the quick paths may run: not while something is compiled or exported.
 bool is_ready();
 
-// Borrowed; null where there is none.
-inline PyObject* item(PyObject* dict, PyObject* key) { return PyDict_GetItemWithError(dict, key); }
+// Borrowed; null where there is none, or no dict.
+inline PyObject* item(PyObject* dict, PyObject* key) {
+  return dict != nullptr && PyDict_Check(dict) ? PyDict_GetItemWithError(dict, key) : nullptr;
+}
 inline bool is_none(PyObject* object) { return object == nullptr || object == Py_None; }
 // A new reference.
 inline Ref dict_of(PyObject* object) {

@@ -49,8 +49,11 @@ bool holds(PyObject* plan, PyObject* fields, int64_t now, const Tensor& h) {
   if (!is_latest(p.hooks.get(plan)) || !has_dtype(h, p.dtype.get(plan)) || !is_dense(h) || !is_on(h, p.device.get(plan)))
     return false;
   if (item(fields, names.modules) != p.modules.get(plan) || !is_own_forward(fields) || in_block()) return false;
-  const Ref selection = dict_of(item(fields, names.selection));
+  PyObject* shared = item(fields, names.selection);
+  if (shared == nullptr) return false;
+  const Ref selection = dict_of(shared);
   PyObject *chosen = item(selection, names.chosen), *open = item(selection, names.open);
+  if (chosen == nullptr || open == nullptr) return false;
   if (chosen != p.chosen.get(plan) && PyObject_RichCompareBool(chosen, p.chosen.get(plan), Py_EQ) != 1) return false;
   if (PyObject_IsTrue(open)) return false;
   // Without gradients it may be the first run of a checkpoint.

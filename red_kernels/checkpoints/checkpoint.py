@@ -460,6 +460,8 @@ def _other_base(model: nn.Module, found: Found) -> tuple[str, ...]:
     saved, here = (found.description or {}).get("base_model_name"), base_model_name(model)
     if not saved or not here or last_name(saved) == last_name(here):
         return ()
+    if Path(here).is_dir() and Path(here).resolve() == found.source.resolve().parent:  # save_pretrained wrote both
+        return ()
     return (
         f"{found.source}: its edits were trained on the base model {saved!r}, and this model is {here!r}; on another "
         "base model they do not do what they were trained for",

@@ -7,13 +7,12 @@ as in an earlier call, they leave it to the functions here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..backends import choose, nodes
+from ..backends import Backend, choose, nodes
 from ..backends.arguments import Dropout, Edit
 from ..edits import blocks
 from ..edits.module import NAME
@@ -29,20 +28,19 @@ from .waiting import Waiting
 __all__ = ["prepare"]
 
 
-def prepare(check_layer: Callable[[nn.Module], None], choose: Callable[..., Any] = choose) -> None:
-    """Let the quick paths run from now on.
+def _chosen(x: Tensor, operation: str) -> Backend:
+    return choose(x, operation)
 
-    Args:
-        check_layer: asks whether the edits of a layer have run.
-        choose: as `backends.choose`.
-    """
+
+def prepare(check_layer: Callable[[nn.Module], None]) -> None:
+    """Let the quick paths run from now on; ``check_layer`` asks whether the edits of a layer have run."""
     if nodes.know is None or nodes.forget_choices is None:
         return
     classes = (Dropout, Edit, Handover, Link, Note, Record, Records, RemovableHandle, Scope, SitePlan, Verdict, Waiting)
     nodes.know(
         {kind.__name__: kind for kind in classes}
         | {"own_edit": NAME, "carrier": CARRIER, "records": RECORDS, "note": NOTE, "spec": SPEC, "sites": SITES}
-        | {"here": here, "streams": blocks._streams, "held": blocks._held, "choose": choose, "collects": collects}
+        | {"here": here, "streams": blocks._streams, "held": blocks._held, "choose": _chosen, "collects": collects}
         | {"compiler": vars(torch.compiler)}
         | {"check_layer": check_layer, "scope": SCOPE}
     )

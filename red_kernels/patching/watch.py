@@ -1,8 +1,8 @@
 """Seeing to it that each edit runs: a site may be replaced, lose its hook or be passed by, and nothing else would tell.
 
-Behind its forward each layer with sites asks whether its edits have run in this call: where its class is ours by itself,
-elsewhere by a hook. The patched model has a hook in front of its forward that asks whether these layers are still in it:
-whoever takes layers out for an early exit is told so once, what else is gone is an error.
+Behind its forward each layer with sites asks whether its edits have run in this call: where its class is ours by
+itself, elsewhere by a hook. The patched model has a hook in front of its forward that asks whether these layers are
+still in it: whoever takes layers out for an early exit is told so once, what else is gone is an error.
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ def test_meta_models_are_refused(tmp_path: Path) -> None:
         save_edits(meta, tmp_path / "other")
 
 
-def test_another_position_isassert_refused(tmp_path: Path) -> None:
+def test_another_position_is_refused(tmp_path: Path) -> None:
     save_edits(trained(), tmp_path)
     describe(tmp_path, json.dumps({**description(tmp_path), "position": "res"}))
     for path in (tmp_path, tmp_path / TENSORS_NAME):
@@ -412,3 +412,18 @@ def test_file_permissions_follow_the_umask(tmp_path: Path) -> None:
 
 def test_module_names_are_public() -> None:
     assert set(checkpoint.__all__) == {"LoadReport", "load_edits", "save_edits", "saved_config"}
+
+
+def test_a_folder_with_the_base_model_and_its_edits_warns_of_no_other_base(tmp_path: Path) -> None:
+    base, both = tmp_path / "base", tmp_path / "both"
+    model_zoo.tiny("llama").save_pretrained(base)
+    model = type(model_zoo.tiny("llama")).from_pretrained(base)
+    patch(model)
+    with pytest.warns(UserWarning, match="they are beside it"):
+        model.save_pretrained(both)
+    again = type(model).from_pretrained(both)
+    patch(again)
+    assert load_edits(again, both).warnings == ()
+    model.config._name_or_path = "somebody/else"
+    with pytest.warns(UserWarning, match="trained on the base model"):
+        load_edits(model, both)

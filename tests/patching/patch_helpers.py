@@ -13,12 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from red_kernels.backends import choose, reference
+from red_kernels.backends import choose, nodes, reference
 from red_kernels.backends.arguments import Edit, Norm
 from red_kernels.edits.config import RedConfig
 from red_kernels.edits.find import edit_parameters
-from red_kernels.fusion import scopes, site, sums, takers, waiting
-from red_kernels.fusion.plan import SitePlan
+from red_kernels.fusion import quick, scopes, site, sums, takers, waiting
 from red_kernels.fusion.record import Record
 from red_kernels.fusion.waiting import NO_EDIT
 from red_kernels.ops import fused, handover
@@ -134,16 +133,16 @@ def operations_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Edit]]:
     monkeypatch.setattr(sums, "norm_of", norm_of_sum)
 
     # What is as in an earlier call goes to the nodes in C++ at once.
-    def watched_nodes(nodes: Any) -> Any:
-        if nodes is None:
+    def watched_nodes(found: Any) -> Any:
+        if found is None:
             return None
         named = {"sum_norm": "edit_add_norm", "edit_norm": "edit_add_norm", "edit": "edit"}
-        quick = {name: recorded(name, getattr(nodes, name), public) for name, public in named.items()}
-        return SimpleNamespace(norm_of=nodes.norm_of, **quick)
+        quick = {name: recorded(name, getattr(found, name), public) for name, public in named.items()}
+        return SimpleNamespace(norm_of=found.norm_of, **quick)
 
-    monkeypatch.setattr(sums, "choose", lambda *given: SimpleNamespace(nodes=watched_nodes(choose(*given).nodes)))
-    nodes_for = SitePlan.nodes_for
-    monkeypatch.setattr(SitePlan, "nodes_for", lambda own, h: watched_nodes(nodes_for(own, h)))
+    monkeypatch.setattr(quick, "choose", lambda *given: SimpleNamespace(nodes=watched_nodes(choose(*given).nodes)))
+    if nodes.forget_choices is not None:
+        nodes.forget_choices(False)  # each call asks
     return calls
 
 
