@@ -60,9 +60,9 @@ def watching(monkeypatch: pytest.MonkeyPatch) -> Watch:
                 watch.left.append(self.norm)
 
     def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
-        note = z.__dict__.get(sums._NOTE)
+        note = z.__dict__.get(sums.NOTE)
         if note is None and z._base is not None:  # of a view, the note is on the sum
-            note = z._base.__dict__.get(sums._NOTE)
+            note = z._base.__dict__.get(sums.NOTE)
         normed = take(norm, z)
         if normed is not None and not z.is_meta:
             watch.taken.append(norm)
@@ -72,9 +72,41 @@ def watching(monkeypatch: pytest.MonkeyPatch) -> Watch:
                 watch.across.append(norm)
         return normed
 
+    normed = nodes.normed
+
+    def left(total: Tensor) -> None:
+        if not total.is_meta:
+            watch.left.append(total.__dict__[sums.NOTE].norm)
+
+    def watched_norm(norm: nn.Module, x: Any) -> Any:
+        note = x.__dict__.get(sums.NOTE) if type(x) is Tensor else None
+        found = normed(norm, x)
+        if found is not None and note is not None and not x.is_meta:
+            watch.taken.append(norm)
+            if scopes.running()[-1] is not note.scope:
+                watch.across.append(norm)
+        return found
+
     monkeypatch.setattr(sums, "Note", Note)
     monkeypatch.setattr(patched, "take_note", take_note)
+    monkeypatch.setattr(nodes, "normed", watched_norm)
+    watch_quick_sums(monkeypatch, left)
     return watch
+
+
+def watch_quick_sums(monkeypatch: pytest.MonkeyPatch, seen: Callable[[Tensor], None]) -> None:
+    """Call `seen` with each sum that is computed with its norm in C++, as one that is as in an earlier call is."""
+    added = nodes.added
+    for name in ("__add__", "__radd__"):  # which do not ask Python
+        monkeypatch.delattr(waiting.Waiting, name, raising=False)
+
+    def watched(value: Any, residual: Any) -> Any:
+        total = added(value, residual)
+        if type(total) is Tensor:
+            seen(total)
+        return total
+
+    monkeypatch.setattr(nodes, "added", watched)
 
 
 @contextlib.contextmanager

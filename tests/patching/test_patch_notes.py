@@ -18,6 +18,7 @@ from patch_helpers import (
     loss_and_backward,
     patched_and_peer,
     stack_running,
+    watch_quick_sums,
     watching,
     without_gradients,
 )
@@ -25,7 +26,7 @@ from torch import nn
 
 from red_kernels.fusion import sums
 from red_kernels.fusion.scopes import running
-from red_kernels.fusion.sums import _NOTE, take_note
+from red_kernels.fusion.sums import NOTE, take_note
 from red_kernels.patching import classes as patched
 
 FEW = ("llama", "gemma2", "gpt2", "t5")  # one of each way in which a note travels
@@ -250,7 +251,7 @@ def test_a_gradient_hook_on_the_output_itself():
         assert torch.equal(norm(z), original(norm, z))
         leave_note(z, torch.zeros_like(z), stack.norm)
         assert take_note(norm, z) is None
-    assert _NOTE not in z.__dict__
+    assert NOTE not in z.__dict__
 
 
 def test_a_note_made_without_gradients_is_not_taken_with_them():
@@ -389,22 +390,26 @@ def test_the_handed_tensor_is_freed_once_taken(name, learnt, monkeypatch):
     notes: list[weakref.ref] = []
     tensors: list[weakref.ref] = []
 
+    def noted(total, note):
+        assert all(reference() is None for reference in notes)
+        notes.append(weakref.ref(note))
+        tensors.extend(weakref.ref(tensor) for tensor in (total, note.normed) if tensor is not None)
+
     class Note(sums.Note):
         def __init__(self, total, *args, **kwargs):
-            assert all(reference() is None for reference in notes)
             super().__init__(total, *args, **kwargs)
-            notes.append(weakref.ref(self))
-            tensors.extend(weakref.ref(tensor) for tensor in (total, self.normed) if tensor is not None)
+            noted(total, self)
 
     def taken(norm, z):
         normed = take_note(norm, z)
-        assert _NOTE not in z.__dict__
+        assert NOTE not in z.__dict__
         if normed is not None:
             tensors.append(weakref.ref(normed))
         return normed
 
     monkeypatch.setattr(sums, "Note", Note)
     monkeypatch.setattr(patched, "take_note", taken)
+    watch_quick_sums(monkeypatch, lambda total: noted(total, total.__dict__[NOTE]))
     gc.disable()
     try:
         with torch.no_grad():
