@@ -21,8 +21,9 @@ from places import ROOT
 import red_kernels as rk
 from red_kernels import _old_paths
 from red_kernels.fusion.norms import SPEC
-from red_kernels.fusion.scopes import SCOPE
+from red_kernels.fusion.scopes import SCOPE, SITES
 from red_kernels.fusion.site import BEHIND, CARRIER, RECORDS, carry_hook
+from red_kernels.patching.watch import layer_hook
 
 PACKAGE = ROOT / "red_kernels"
 # What a room imports lies before it here. Two stand at the root: what the package shows, and its old names.
@@ -153,8 +154,10 @@ def test_every_old_name_is_there_and_stands_for_the_module_of_now() -> None:
 
 
 def without_what_is_new(model: torch.nn.Module) -> None:
-    """Take off what pickles from before do not have: values do not wait then, and edits run by themselves."""
+    """As in pickles from before: values do not wait, edits run by themselves, and a hook asks whether they have."""
     for module in model.modules():
+        if SITES in module.__dict__:
+            module.register_forward_hook(layer_hook)
         for name in (SCOPE, SPEC, BEHIND, CARRIER, RECORDS):
             module.__dict__.pop(name, None)
         for key in [key for key, hook in module._forward_hooks.items() if hook is carry_hook]:

@@ -7,8 +7,6 @@ the same again.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -17,11 +15,9 @@ from ..backends.arguments import Edit
 from ..edits.blocks import any_block
 from ..edits.module import RedEdit
 from ..ops.ambient import GRAD, INFERENCE, QUIET
+from .record import Record
 
-if TYPE_CHECKING:
-    from .record import Record
-
-__all__ = ["SitePlan", "planned"]
+__all__ = ["Records", "SitePlan", "planned"]
 
 
 class SitePlan:
@@ -49,6 +45,26 @@ class SitePlan:
             for name, vector in holder._parameters.items()
             if vector is not None and any(vector is one for one in edit.vectors.values())
         )
+
+
+class Records:
+    """What is known of a site, for each mode that it runs in. A copy of the site starts anew.
+
+    Attributes:
+        modes: the records; the last one by -1.
+        plans: for what holds in a thread, and training or not, where the value waits.
+        alone: the same where the edit is applied at once.
+    """
+
+    __slots__ = ("alone", "modes", "plans")
+
+    def __init__(self) -> None:
+        self.modes: dict[int, Record] = {}
+        self.plans: dict[int, SitePlan] = {}
+        self.alone: dict[int, SitePlan] = {}
+
+    def __reduce__(self) -> tuple[type[Records], tuple[()]]:
+        return Records, ()
 
 
 def planned(own: RedEdit, h: Tensor, edit: Edit, record: Record, now: int) -> SitePlan | None:

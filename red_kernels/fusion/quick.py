@@ -18,8 +18,8 @@ from ..edits import blocks
 from ..edits.module import NAME
 from ..ops.handover import Handover
 from .norms import SPEC
-from .plan import SitePlan
-from .record import Link, Record, Records
+from .plan import Records, SitePlan
+from .record import Link, Record
 from .scopes import SCOPE, SITES, Scope, Verdict, collects, here
 from .site import CARRIER, RECORDS
 from .sums import NOTE, Note

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,7 @@ from ..ops.ambient import QUIET
 from .norms import SPEC
 from .observe import hooked, observed
 
-if TYPE_CHECKING:
-    from .plan import SitePlan
-
-__all__ = ["ADDS", "Link", "Record", "Records"]
+__all__ = ["ADDS", "Link", "Record"]
 
 ADDS = ("residual add", "dropout + residual add")  # what an edit is fused with, for the report
 
@@ -88,26 +85,6 @@ class _Kept(NamedTuple):
     weight: str | None  # names in the norm; None for none
     bias: str | None
     eps: str | None
-
-
-class Records:
-    """What is known of a site, for each mode that it runs in. A copy of the site starts anew.
-
-    Attributes:
-        modes: the records; the last one by -1.
-        plans: for what holds in a thread, and training or not, where the value waits.
-        alone: the same where the edit is applied at once.
-    """
-
-    __slots__ = ("alone", "modes", "plans")
-
-    def __init__(self) -> None:
-        self.modes: dict[int, Record] = {}
-        self.plans: dict[int, SitePlan] = {}
-        self.alone: dict[int, SitePlan] = {}
-
-    def __reduce__(self) -> tuple[type[Records], tuple[()]]:
-        return Records, ()
 
 
 class Record:

@@ -23,8 +23,8 @@ from .fingerprint import BASE
 from .former import INSIDE, refuse_inside
 from .norms import is_dense, norm_arguments, unobserved
 from .observe import observed
-from .plan import planned
-from .record import Record, Records
+from .plan import Records, planned
+from .record import Record
 from .scopes import OWN_HOOKS, running
 from .stream import marked
 from .sums import add_edit, title_of
