@@ -2,7 +2,9 @@
 
 #include "quick.h"
 
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <structmember.h>
+#include <torch/csrc/PyInterpreter.h>
 
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -50,8 +52,8 @@ void name_all() {
       {&names.backward_pre_hooks, "_backward_pre_hooks"}, {&names.next_id, "next_id"}, {&names.selection, "selection"},
       {&names.chosen, "chosen"}, {&names.open, "open"}, {&names.varied, "varied"}, {&names.watched, "watched"},
       {&names.scopes, "scopes"},
-      {&names.close, "close"}, {&names.unseen, "unseen"},
-      {&names.nodes, "nodes"}, {&names.empty, ""}, {&names.p, "p"}, {&names.in_place, "inplace"}, {&names.compiling, "_is_compiling_flag"}, {&names.edit_norm, "edit_norm"}, {&names.sum_norm, "sum_norm"},
+      {&names.close, "close"}, {&names.end, "end"}, {&names.unseen, "unseen"},
+      {&names.nodes, "nodes"}, {&names.empty, ""}, {&names.p, "p"}, {&names.in_place, "inplace"}, {&names.dropout, "dropout"}, {&names.compiling, "_is_compiling_flag"}, {&names.edit_norm, "edit_norm"}, {&names.sum_norm, "sum_norm"},
       {&names.own, "own"}, {&names.inside, "inside"}};
   for (const auto& [place, text] : all) *place = PyUnicode_InternFromString(text);
 }
@@ -103,7 +105,8 @@ PyObject* know(PyObject*, PyObject* objects) {
   k.handles = named(objects, "RemovableHandle");
   k.here = named(objects, "here"), k.streams = named(objects, "streams"), k.held = named(objects, "held");
   k.check_layer = named(objects, "check_layer"), k.choose = named(objects, "choose"), k.collects = named(objects, "collects");
-  k.compiler = named(objects, "compiler");
+  k.device_context = named(objects, "device_context"), k.compiler = named(objects, "compiler"), k.functional = named(objects, "functional");
+  k.dropout_function = named(objects, "dropout_function");
   TORCH_CHECK_TYPE(PyContextVar_CheckExact(k.held) && PyDict_Check(k.streams), "held and streams are of other types");
   k.add = PyObject_GetAttrString(THPVariableClass, "__add__"), k.radd = PyObject_GetAttrString(THPVariableClass, "__radd__");
   if (k.add == nullptr || k.radd == nullptr) throw python_error();
@@ -117,7 +120,15 @@ PyObject* know(PyObject*, PyObject* objects) {
   END_HANDLE_TH_ERRORS
 }
 
-bool is_ready() { return known.ready && item(known.compiler, names.compiling) != Py_True; }
+bool is_ready() {
+  if (!known.ready || item(known.compiler, names.compiling) == Py_True) return false;
+  using Modes = at::impl::PythonTorchFunctionTLS;
+  for (int64_t at = Modes::stack_len(); at-- > 0;) {
+    PyObject* mode = Modes::get_stack_at(at)->ptr(getPyInterpreter());
+    if (reinterpret_cast<PyObject*>(Py_TYPE(mode)) != known.device_context) return false;
+  }
+  return true;
+}
 
 Ref running() {
   Ref found(PyObject_GetAttr(known.here, names.scopes));

@@ -53,7 +53,7 @@ struct Names {
   PyObject *edit, *record, *residual, *h, *done, *base, *after, *others, *differentiable, *scale, *training, *modules,
       *parameters, *forward, *compiled, *forward_hooks, *forward_pre_hooks, *backward_hooks, *backward_pre_hooks,
       *next_id, *selection, *chosen, *open, *varied, *watched, *scopes, *own_edit, *carrier, *records, *note,
-      *spec, *close, *unseen, *nodes,  *empty, *p, *in_place, *compiling, *edit_norm, *sum_norm, *sites, *scope, *own, *inside;
+      *spec, *close, *end, *unseen, *nodes,  *empty, *p, *in_place, *dropout, *compiling, *edit_norm, *sum_norm, *sites, *scope, *own, *inside;
 };
 
 struct Known {
@@ -63,7 +63,9 @@ struct Known {
   PyObject *here;             // whose `scopes` are those that run in this thread
   PyObject *streams, *held;   // the `with` blocks that say which edit holds
   PyObject *add, *radd;       // of torch's tensors
-  PyObject *compiler;         // what is in torch.compiler
+  PyObject* device_context;         // torch's mode of a default device, which changes no addition
+  PyObject *compiler, *functional;  // what is in torch.compiler and torch.nn.functional
+  PyObject *dropout_function;       // torch's own
   PyObject *check_layer;      // asks whether the edits of a layer have run
   PyObject *choose;           // the backend for a tensor and an operation
   PyObject *collects;         // whether a stack hands out what lies between its blocks
@@ -80,7 +82,7 @@ struct Known {
 extern Known known;
 extern Names names;
 
-// Whether the quick paths may run: not while something is compiled or exported.
+// Whether the quick paths may run: not while something is compiled or exported, or a mode looks at torch's functions.
 bool is_ready();
 
 // Borrowed; null where there is none, or no dict.
@@ -88,6 +90,11 @@ inline PyObject* item(PyObject* dict, PyObject* key) {
   return dict != nullptr && PyDict_Check(dict) ? PyDict_GetItemWithError(dict, key) : nullptr;
 }
 inline bool is_none(PyObject* object) { return object == nullptr || object == Py_None; }
+// Held, so that another thread may replace it where it was.
+inline Ref kept(PyObject* object) {
+  Py_XINCREF(object);
+  return Ref(object);
+}
 // A new reference.
 inline Ref dict_of(PyObject* object) {
   Ref found(PyObject_GenericGetDict(object, nullptr));

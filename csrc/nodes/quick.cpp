@@ -101,9 +101,9 @@ void ran_last(PyObject* records, PyObject* record) {
 
 // The edit of a site in a pass of its own, as before; null where that has to be found anew.
 PyObject* alone_as_before(PyObject* records, PyObject* key, PyObject* own_fields, PyObject* h, int64_t now) {
-  PyObject* plan = item(known.records.alone.get(records), key);
-  if (plan == nullptr) return nullptr;
-  PyObject *record = known.plan.record.get(plan), *edit_given = known.plan.edit.get(plan);
+  const Ref plan = kept(item(known.records.alone.get(records), key));
+  if (!plan) return nullptr;
+  const Ref record = kept(known.plan.record.get(plan)), edit_given = kept(known.plan.edit.get(plan));
   const Tensor& x = THPVariable_Unpack(h);
   if (!known.record.at_once.is_true(record) || !holds(plan, own_fields, now, x)) return nullptr;
   const Ref nodes = nodes_for(x, h, names.edit);
@@ -111,7 +111,7 @@ PyObject* alone_as_before(PyObject* records, PyObject* key, PyObject* own_fields
   ran_last(records, record);
   known.record.what.set(record, Py_None);
   if (!Py_IS_TYPE(nodes.get(), &nodes_type))
-    return PyObject_CallMethodObjArgs(nodes, names.edit, h, Py_None, edit_given, nullptr);
+    return PyObject_CallMethodObjArgs(nodes, names.edit, h, Py_None, edit_given.get(), nullptr);
   return THPVariable_Wrap(edit(*reinterpret_cast<Nodes*>(nodes.get())->operators, x, Maybe(), edit_of(edit_given)));
 }
 
@@ -121,10 +121,9 @@ PyObject* as_before(PyObject* holder_fields, PyObject* own, PyObject* own_fields
   if (is_none(records)) return nullptr;
   const int64_t now = ambient();
   const Ref key(PyLong_FromLongLong(2 * now + (item(fields, names.training) == Py_True)));
-  PyObject* plan = item(known.records.plans.get(records), key);
-  if (plan == nullptr) return alone_as_before(records, key, own_fields, h, now);
-  PyObject* record = known.plan.record.get(plan);
-  const Ref scopes = running();
+  const Ref plan = kept(item(known.records.plans.get(records), key));
+  if (!plan) return alone_as_before(records, key, own_fields, h, now);
+  const Ref record = kept(known.plan.record.get(plan)), scopes = running();
   PyObject* scope = last(scopes);
   if (scope == nullptr || known.record.at_once.is_true(record) || !lets_wait(scope, own, now)) return nullptr;
   if (!holds(plan, own_fields, now, THPVariable_Unpack(h))) return nullptr;
@@ -283,7 +282,7 @@ PyObject* sum_as_before(PyObject* object, PyObject* residual) {
   const int64_t now = ambient();
   const Value value(object);
   const auto& r = known.record;
-  PyObject* link = r.link.get(value.record);
+  const Ref link = kept(r.link.get(value.record));
   if (is_none(link) || r.lazy.is_true(value.record) || (now & ~kQuiet) || !is_none(value.residual) || !value.is_bare(now))
     return nullptr;
   const Ref norm = norm_of_link(link), scopes = running();
@@ -292,13 +291,13 @@ PyObject* sum_as_before(PyObject* object, PyObject* residual) {
       PyList_GET_SIZE(known.scope.undecided.get(scope)) != 0)
     return nullptr;
   const Tensor &x = THPVariable_Unpack(value.h), &other = THPVariable_Unpack(residual);
-  PyObject* said = PyTuple_GET_ITEM(known.link.said.get(link), value.is_dropped());
+  const Ref said = kept(PyTuple_GET_ITEM(known.link.said.get(link), value.is_dropped()));
   if (r.alone.is_true(value.record)) {  // the norm takes the sum
     if (r.astray.is_true(value.record) || !is_dense(other) || !fits(x, other)) return nullptr;
     return wait_in(scope, value.h, value.edit, value.record, residual);
   }
-  PyObject* found = arguments(link, norm, x, now);
-  if (found == nullptr) return nullptr;
+  const Ref found = kept(arguments(link, norm, x, now));
+  if (!found) return nullptr;
   PyObject* stack = nullptr;
   if (known.link.across.is_true(link) && (stack = open_stack(scopes, now)) == nullptr) return nullptr;
   if (!is_unseen(link)) return nullptr;
@@ -373,6 +372,7 @@ PyObject* dropped(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 2, "dropped");
   if (!is_ready() || !Py_IS_TYPE(given[1], known.waiting)) Py_RETURN_NONE;
+  if (item(known.functional, names.dropout) != known.dropout_function) Py_RETURN_NONE;  // somebody has replaced it
   PyObject* found = dropped_as_before(given[1], dict_of(given[0]));
   return found == nullptr ? Py_NewRef(Py_None) : found;
   END_HANDLE_TH_ERRORS
@@ -419,14 +419,14 @@ PyObject* noted(PyObject* norm, PyObject* z) {
 PyObject* norm_of_waiting(PyObject* norm, PyObject* object) {
   const Value value(object);
   const int64_t now = ambient();
-  PyObject* link = known.record.link.get(value.record);
+  const Ref link = kept(known.record.link.get(value.record));
   if (is_none(link) || is_none(value.residual) || !known.record.alone.is_true(value.record) || (now & ~kQuiet) ||
       !value.is_bare(now) || norm_of_link(link).get() != norm)
     return nullptr;
   const Tensor& x = THPVariable_Unpack(value.h);
   const Maybe residual = tensor(value.residual, "residual");
-  PyObject* found = fits(x, residual) ? arguments(link, norm, x, now) : nullptr;
-  if (found == nullptr) return nullptr;
+  const Ref found = kept(fits(x, residual) ? arguments(link, norm, x, now) : nullptr);
+  if (!found) return nullptr;
   const Ref nodes = nodes_for(x, value.h, names.edit_norm);
   if (nodes.get() == Py_None) return nullptr;
   // A sum that only its norm reads is kept for the backward in the place of both that it is made of; but the gradient of
@@ -438,7 +438,7 @@ PyObject* norm_of_waiting(PyObject* norm, PyObject* object) {
     const auto& run = *reinterpret_cast<Nodes*>(nodes.get())->operators;
     y = THPVariable_Wrap(std::get<0>(edit_norm(run, x, residual, edit_of(value.edit), norm_of(found), keeps)));
   } else {
-    const Ref made(PyObject_CallMethodObjArgs(nodes, names.edit_norm, value.h, value.residual, value.edit, found,
+    const Ref made(PyObject_CallMethodObjArgs(nodes, names.edit_norm, value.h, value.residual, value.edit, found.get(),
                                                        keeps ? Py_True : Py_False, nullptr));
     if (!made) throw python_error();
     y = Py_NewRef(PyTuple_GET_ITEM(made.get(), 0));

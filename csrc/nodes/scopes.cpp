@@ -81,8 +81,10 @@ class Running {
   ~Running() {
     PyObject *kind, *value, *trace;
     PyErr_Fetch(&kind, &value, &trace);
-    for (PyObject* list : {known.scope.left.get(scope_), known.scope.undecided.get(scope_)})
-      PyList_SetSlice(list, 0, PyList_GET_SIZE(list), nullptr);
+    if (PyList_GET_SIZE(known.scope.left.get(scope_)) != 0 || PyList_GET_SIZE(known.scope.undecided.get(scope_)) != 0) {
+      const Ref ended(PyObject_CallMethodNoArgs(scope_, names.end));
+      if (!ended) PyErr_WriteUnraisable(scope_);
+    }
     PyList_SetSlice(scopes_, depth_, PyList_GET_SIZE(scopes_), nullptr);
     PyErr_Restore(kind, value, trace);
   }

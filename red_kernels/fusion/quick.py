@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._device import DeviceContext
 from torch.utils.hooks import RemovableHandle
 
 from ..backends import Backend, choose, nodes
@@ -41,7 +43,7 @@ def prepare(check_layer: Callable[[nn.Module], None]) -> None:
         {kind.__name__: kind for kind in classes}
         | {"own_edit": NAME, "carrier": CARRIER, "records": RECORDS, "note": NOTE, "spec": SPEC, "sites": SITES}
         | {"here": here, "streams": blocks._streams, "held": blocks._held, "choose": _chosen, "collects": collects}
-        | {"compiler": vars(torch.compiler)}
-        | {"check_layer": check_layer, "scope": SCOPE}
+        | {"compiler": vars(torch.compiler), "functional": vars(functional), "dropout_function": functional.dropout}
+        | {"check_layer": check_layer, "scope": SCOPE, "device_context": DeviceContext}
     )
     nodes.forget_choices(True)

@@ -62,7 +62,8 @@ class Verdict:
 
     def holds_for(self, own: RedEdit, block: nn.Module) -> bool:
         """Whether a value of this site, which is to be in the block, may wait there, if nothing in it is compiled."""
-        if self.hooks != RemovableHandle.next_id or id(own) not in self.sites:
+        # A hook that was there may be gone since: torch counts those only that come.
+        if self.hooks != RemovableHandle.next_id or id(own) not in self.sites or not self.clean:
             inside = self.inside = [module for module in block.modules() if module is not block]
             self.sites = frozenset(id(module) for module in inside if isinstance(module, RedEdit))
             self.clean = not (globally_hooked() or any(map(observed, inside)))
@@ -75,9 +76,11 @@ class Verdict:
 
 
 class Leaving(Protocol):
-    """What has to be asked when a scope ends."""
+    """What has to be asked when a scope ends, and let go of after an exception."""
 
     def leave(self, scope: Scope) -> None: ...
+
+    def drop(self) -> None: ...
 
 
 class Scope:
@@ -133,7 +136,10 @@ class Scope:
 
     def end(self) -> None:
         """Let go of what was made, after an exception too: a sum that is handed on still holds this scope."""
+        left = self.left[:]
         self.left.clear()
+        for note in left:
+            note.drop()
         self.undecided.clear()
 
 

@@ -107,16 +107,19 @@ class Note:
             stack.left.append(self)
             return
         total = self.total()
-        if total is None:
-            pass
-        elif stack is scope and (outer := _open_stack(running()[:-1])) is not None:
+        if total is not None and stack is scope and (outer := _open_stack(running()[:-1])) is not None:
             self.stack, self.holder = outer, outer.left
             outer.left.append(self)
             return
-        elif total.__dict__.get(NOTE) is self:
-            del total.__dict__[NOTE]
+        self.drop()
         if self.normed is not None:
             self.record.missed()
+
+    def drop(self) -> None:
+        """Come off the sum: with the norm's value, whose graph may hold it, it would keep it for good."""
+        total = self.total()
+        if total is not None and total.__dict__.get(NOTE) is self:
+            del total.__dict__[NOTE]
 
 
 def _same_hooks(first: Any, second: Any) -> bool:

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..backends import nodes
 from ..edits.module import NAME, RedEdit
+from ..fusion.former import INSIDE, refuse_inside
 from ..fusion.paths import walk
 from ..fusion.scopes import OWN_HOOKS, SCOPE, SITES
 from ..fusion.site import edit_hook, take_reached
@@ -174,6 +175,8 @@ def layer_hook(layer: nn.Module, args: Any, output: Any) -> None:
 
 def check_layer(layer: nn.Module) -> None:
     """As `layer_hook`."""
+    if INSIDE in layer.__dict__:
+        refuse_inside(layer)
     for site in layer.__dict__.get(SITES, ()):
         if not take_reached(site.own):
             _explain(layer, site)

@@ -334,7 +334,7 @@ def test_a_norm_that_changed_since_it_was_learnt(change: str) -> None:
     for _ in range(2):
         found, wanted = model(x), plain(x)
         assert found.dtype == wanted.dtype
-        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1.3e-6)  # most of it is in fp32, whatever comes out
         if change == "trained epsilon":
             gradients = [
                 torch.autograd.grad(y.square().sum(), one.last.eps)[0] for y, one in ((found, model), (wanted, plain))
