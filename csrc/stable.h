@@ -25,8 +25,8 @@ inline std::vector<int64_t> contiguous_strides(Sizes sizes) {
   return strides;
 }
 
-// An uninitialised contiguous tensor. torch::stable::empty asks the dispatcher for aten::empty by its name, which costs as much
-// as a small kernel, for every output of every call.
+// An uninitialised contiguous tensor. torch::stable::empty asks the dispatcher for aten::empty by its name, which costs
+// as much as a small kernel, for every output of every call.
 inline Tensor make_empty(Sizes sizes, ScalarType dtype, TensorDevice device) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;

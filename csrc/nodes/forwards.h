@@ -1,4 +1,4 @@
-// The operations with a node of autograd for each. The same as red_kernels/ops/autograd.py and handover.py have in Python.
+// The operations with a node of autograd for each, as red_kernels/ops/autograd.py and handover.py have them in Python.
 #pragma once
 
 #include "nodes.h"

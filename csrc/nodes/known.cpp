@@ -49,12 +49,13 @@ void name_all() {
       {&names.modules, "_modules"}, {&names.parameters, "_parameters"}, {&names.forward, "forward"},
       {&names.compiled, "_compiled_call_impl"}, {&names.forward_hooks, "_forward_hooks"},
       {&names.forward_pre_hooks, "_forward_pre_hooks"}, {&names.backward_hooks, "_backward_hooks"},
-      {&names.backward_pre_hooks, "_backward_pre_hooks"}, {&names.next_id, "next_id"}, {&names.selection, "selection"},
-      {&names.chosen, "chosen"}, {&names.open, "open"}, {&names.varied, "varied"}, {&names.watched, "watched"},
-      {&names.scopes, "scopes"},
-      {&names.close, "close"}, {&names.end, "end"}, {&names.unseen, "unseen"},
-      {&names.nodes, "nodes"}, {&names.empty, ""}, {&names.p, "p"}, {&names.in_place, "inplace"}, {&names.dropout, "dropout"}, {&names.compiling, "_is_compiling_flag"}, {&names.edit_norm, "edit_norm"}, {&names.sum_norm, "sum_norm"},
-      {&names.own, "own"}, {&names.inside, "inside"}};
+      {&names.backward_pre_hooks, "_backward_pre_hooks"}, {&names.next_id, "next_id"},
+      {&names.selection, "selection"}, {&names.chosen, "chosen"}, {&names.open, "open"}, {&names.varied, "varied"},
+      {&names.watched, "watched"}, {&names.scopes, "scopes"}, {&names.close, "close"}, {&names.end, "end"},
+      {&names.unseen, "unseen"}, {&names.nodes, "nodes"}, {&names.empty, ""}, {&names.p, "p"},
+      {&names.in_place, "inplace"}, {&names.dropout, "dropout"}, {&names.compiling, "_is_compiling_flag"},
+      {&names.edit_norm, "edit_norm"}, {&names.sum_norm, "sum_norm"}, {&names.own, "own"}, {&names.inside, "inside"}
+  };
   for (const auto& [place, text] : all) *place = PyUnicode_InternFromString(text);
 }
 
@@ -68,7 +69,8 @@ PyObject* know(PyObject*, PyObject* objects) {
   k.waiting = type_with(objects, "Waiting", {});
   k.edit = type_with(objects, "Edit", {});
   k.dropout = type_with(objects, "Dropout", {});
-  type_with(objects, "Records", {{"modes", &k.records.modes}, {"plans", &k.records.plans}, {"alone", &k.records.alone}});
+  type_with(objects, "Records",
+            {{"modes", &k.records.modes}, {"plans", &k.records.plans}, {"alone", &k.records.alone}});
   type_with(objects, "SitePlan",
             {{"edit", &k.plan.edit}, {"record", &k.plan.record}, {"hooks", &k.plan.hooks}, {"chosen", &k.plan.chosen},
              {"vectors", &k.plan.vectors}, {"modules", &k.plan.modules}, {"dtype", &k.plan.dtype},
@@ -104,11 +106,14 @@ PyObject* know(PyObject*, PyObject* objects) {
   names.spec = named(objects, "spec"), names.sites = named(objects, "sites"), names.scope = named(objects, "scope");
   k.handles = named(objects, "RemovableHandle");
   k.here = named(objects, "here"), k.streams = named(objects, "streams"), k.held = named(objects, "held");
-  k.check_layer = named(objects, "check_layer"), k.choose = named(objects, "choose"), k.collects = named(objects, "collects");
-  k.device_context = named(objects, "device_context"), k.compiler = named(objects, "compiler"), k.functional = named(objects, "functional");
+  k.check_layer = named(objects, "check_layer"), k.choose = named(objects, "choose");
+  k.collects = named(objects, "collects");
+  k.device_context = named(objects, "device_context"), k.compiler = named(objects, "compiler");
+  k.functional = named(objects, "functional");
   k.dropout_function = named(objects, "dropout_function");
   TORCH_CHECK_TYPE(PyContextVar_CheckExact(k.held) && PyDict_Check(k.streams), "held and streams are of other types");
-  k.add = PyObject_GetAttrString(THPVariableClass, "__add__"), k.radd = PyObject_GetAttrString(THPVariableClass, "__radd__");
+  k.add = PyObject_GetAttrString(THPVariableClass, "__add__");
+  k.radd = PyObject_GetAttrString(THPVariableClass, "__radd__");
   if (k.add == nullptr || k.radd == nullptr) throw python_error();
   for (PyMethodDef* method = value_methods; method->ml_name != nullptr; ++method) {
     const Ref made(PyDescr_NewMethod(k.waiting, method));
@@ -120,8 +125,10 @@ PyObject* know(PyObject*, PyObject* objects) {
   END_HANDLE_TH_ERRORS
 }
 
+bool is_eager() { return known.ready && item(known.compiler, names.compiling) != Py_True; }
+
 bool is_ready() {
-  if (!known.ready || item(known.compiler, names.compiling) == Py_True) return false;
+  if (!is_eager()) return false;
   using Modes = at::impl::PythonTorchFunctionTLS;
   for (int64_t at = Modes::stack_len(); at-- > 0;) {
     PyObject* mode = Modes::get_stack_at(at)->ptr(getPyInterpreter());
@@ -151,7 +158,8 @@ bool is_own_forward(PyObject* fields) {
 }
 
 bool is_unhooked(PyObject* fields) {
-  for (PyObject* name : {names.forward_hooks, names.forward_pre_hooks, names.backward_hooks, names.backward_pre_hooks}) {
+  for (PyObject* name :
+       {names.forward_hooks, names.forward_pre_hooks, names.backward_hooks, names.backward_pre_hooks}) {
     PyObject* hooks = item(fields, name);
     if (hooks == nullptr || PyObject_Size(hooks) != 0) return false;
   }

@@ -51,9 +51,10 @@ class Slot {
 // Interned names of attributes and keys.
 struct Names {
   PyObject *edit, *record, *residual, *h, *done, *base, *after, *others, *differentiable, *scale, *training, *modules,
-      *parameters, *forward, *compiled, *forward_hooks, *forward_pre_hooks, *backward_hooks, *backward_pre_hooks,
-      *next_id, *selection, *chosen, *open, *varied, *watched, *scopes, *own_edit, *carrier, *records, *note,
-      *spec, *close, *end, *unseen, *nodes,  *empty, *p, *in_place, *dropout, *compiling, *edit_norm, *sum_norm, *sites, *scope, *own, *inside;
+      *parameters, *forward, *compiled, *forward_hooks, *forward_pre_hooks, *backward_hooks,
+      *backward_pre_hooks, *next_id, *selection, *chosen, *open, *varied, *watched, *scopes, *own_edit,
+      *carrier, *records, *note, *spec, *close, *end, *unseen, *nodes, *empty, *p, *in_place, *dropout,
+      *compiling, *edit_norm, *sum_norm, *sites, *scope, *own, *inside;
 };
 
 struct Known {
@@ -73,7 +74,9 @@ struct Known {
   struct { Slot edit, record, hooks, chosen, vectors, modules, dtype, device; } plan;
   struct { Slot link, alone, lazy, proven, at_once, astray, what, by; } record;
   struct { Slot norm, across, hooks, free, passed, kept, said; } link;
-  struct { Slot handover, holder, hooks, norm, normed, record, recorded, scope, source, stack, total, version, weight; } note;
+  struct {
+    Slot handover, holder, hooks, norm, normed, record, recorded, scope, source, stack, total, version, weight;
+  } note;
   struct { Slot module, verdict, stack, collects, made, left, undecided, recorded, compiled; } scope;
   struct { Slot hooks, clean, inside, sites, stack; } verdict;
   struct { Slot edit, handed, nodes, norm, normed, total, value; } handover;
@@ -82,7 +85,9 @@ struct Known {
 extern Known known;
 extern Names names;
 
-// Whether the quick paths may run: not while something is compiled or exported, or a mode looks at torch's functions.
+// Whether nothing is compiled or exported now.
+bool is_eager();
+// Whether the quick paths may run: where no mode looks at torch's functions either.
 bool is_ready();
 
 // Borrowed; null where there is none, or no dict.

@@ -66,7 +66,7 @@ struct Operators {
   using NormEditBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(T, T, M, M, M, M, M, T, double, int64_t,
                                                                               int64_t);
 
-  // `backend` is the name by which Python knows the implementation; `direct`, whether the kernels of the CPU implement it.
+  // `backend` is the name by which Python knows the implementation; `direct`: whether the kernels of the CPU do it.
   Operators(const std::string& space, std::string backend, bool direct)
       : backend(std::move(backend)),
         edit_forward(space, "edit_forward", direct ? cpu::edit_forward : nullptr),

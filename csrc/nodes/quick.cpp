@@ -46,7 +46,8 @@ bool in_block() {
 // Whether the output of a site is edited as before, and waits.
 bool holds(PyObject* plan, PyObject* fields, int64_t now, const Tensor& h) {
   const auto& p = known.plan;
-  if (!is_latest(p.hooks.get(plan)) || !has_dtype(h, p.dtype.get(plan)) || !is_dense(h) || !is_on(h, p.device.get(plan)))
+  if (!is_latest(p.hooks.get(plan)) || !has_dtype(h, p.dtype.get(plan)) || !is_dense(h) ||
+      !is_on(h, p.device.get(plan)))
     return false;
   if (item(fields, names.modules) != p.modules.get(plan) || !is_own_forward(fields) || in_block()) return false;
   PyObject* shared = item(fields, names.selection);
@@ -202,7 +203,8 @@ PyObject* arguments(PyObject* link, PyObject* norm, const Tensor& x, int64_t now
   if (is_none(kept)) return nullptr;
   enum { kNow, kHooks, kDtype, kDevice, kFound, kWeight, kBias, kEps };
   const auto at = [&](int place) { return PyTuple_GET_ITEM(kept, place); };
-  if (!is_latest(at(kHooks)) || PyLong_AsLongLong(at(kNow)) != now || !has_dtype(x, at(kDtype)) || !is_on(x, at(kDevice)))
+  if (!is_latest(at(kHooks)) || PyLong_AsLongLong(at(kNow)) != now || !has_dtype(x, at(kDtype)) ||
+      !is_on(x, at(kDevice)))
     return nullptr;
   const Ref fields = dict_of(norm);
   if (!is_own_forward(fields)) return nullptr;
@@ -252,7 +254,8 @@ Ref both(PyObject* nodes, const Value& value, PyObject* residual, PyObject* foun
   const Tensor& x = THPVariable_Unpack(value.h);
   const Maybe other = THPVariable_Unpack(residual);
   if (!fits(x, other)) return Ref(Py_NewRef(Py_None));
-  const auto [z, y] = sum_norm(*reinterpret_cast<Nodes*>(nodes)->operators, x, other, edit_of(value.edit), norm_of(found));
+  const Operators& run = *reinterpret_cast<Nodes*>(nodes)->operators;
+  const auto [z, y] = sum_norm(run, x, other, edit_of(value.edit), norm_of(found));
   return Ref(pair(z, y));
 }
 
@@ -283,7 +286,8 @@ PyObject* sum_as_before(PyObject* object, PyObject* residual) {
   const Value value(object);
   const auto& r = known.record;
   const Ref link = kept(r.link.get(value.record));
-  if (is_none(link) || r.lazy.is_true(value.record) || (now & ~kQuiet) || !is_none(value.residual) || !value.is_bare(now))
+  if (is_none(link) || r.lazy.is_true(value.record) || (now & ~kQuiet) || !is_none(value.residual) ||
+      !value.is_bare(now))
     return nullptr;
   const Ref norm = norm_of_link(link), scopes = running();
   PyObject* scope = last(scopes);
@@ -348,15 +352,16 @@ PyObject* value_radd(PyObject* value, PyObject* other) {
 // What a torch.nn.Dropout with these attributes makes of a value that waits.
 PyObject* dropped_as_before(PyObject* object, PyObject* fields) {
   PyObject *probability = item(fields, names.p), *training = item(fields, names.training);
-  if (probability == nullptr || !PyFloat_CheckExact(probability) || item(fields, names.in_place) != Py_False) return nullptr;
+  if (probability == nullptr || !PyFloat_CheckExact(probability) || item(fields, names.in_place) != Py_False)
+    return nullptr;
   const double p = PyFloat_AS_DOUBLE(probability);
   const Value value(object);
   if (!value.is_bare(ambient())) return nullptr;
   if (training == Py_False || p == 0.0) return Py_NewRef(object);
   const Ref scopes = running();
   PyObject* scope = last(scopes);
-  if (training != Py_True || scope == nullptr || !(p > 0.0 && p < 1.0) || !is_none(value.residual) || value.is_dropped() ||
-      !known.record.proven.is_true(value.record))
+  if (training != Py_True || scope == nullptr || !(p > 0.0 && p < 1.0) || !is_none(value.residual) ||
+      value.is_dropped() || !known.record.proven.is_true(value.record))
     return nullptr;
   Ref dropout(known.dropout->tp_alloc(known.dropout, 2)), edit(known.edit->tp_alloc(known.edit, 4));
   if (!dropout || !edit) throw python_error();
@@ -429,8 +434,8 @@ PyObject* norm_of_waiting(PyObject* norm, PyObject* object) {
   if (!found) return nullptr;
   const Ref nodes = nodes_for(x, value.h, names.edit_norm);
   if (nodes.get() == Py_None) return nullptr;
-  // A sum that only its norm reads is kept for the backward in the place of both that it is made of; but the gradient of
-  // the scale needs the site's output in any case.
+  // A sum that only its norm reads is kept for the backward in the place of both that it is made of; but the gradient
+  // of the scale needs the site's output in any case.
   PyObject* scale = item(PyTuple_GET_ITEM(value.edit, 1), names.scale);
   const bool keeps = (now & kGrad) && (is_none(scale) || !THPVariable_Unpack(scale).requires_grad());
   PyObject* y = nullptr;

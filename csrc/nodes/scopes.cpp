@@ -148,7 +148,8 @@ PyObject* in_place(PyObject*, PyObject* const* given, Py_ssize_t count) {
       if (is_none(found)) Py_RETURN_FALSE;
     }
     const Ref fields = dict_of(layer);
-    if (found != layer || item(fields, names.scope) == nullptr || item(fields, names.forward) != nullptr) Py_RETURN_FALSE;
+    if (found != layer || item(fields, names.scope) == nullptr || item(fields, names.forward) != nullptr)
+      Py_RETURN_FALSE;
   }
   Py_RETURN_TRUE;
   END_HANDLE_TH_ERRORS
@@ -164,7 +165,7 @@ PyObject* run_scope(PyObject*, PyObject* const* given, Py_ssize_t count) {
   PyTuple_SET_ITEM(with_self.get(), 0, Py_NewRef(module));
   for (Py_ssize_t at = 0; at < PyTuple_GET_SIZE(args); ++at)
     PyTuple_SET_ITEM(with_self.get(), at + 1, Py_NewRef(PyTuple_GET_ITEM(args, at)));
-  if (!is_ready()) return PyObject_Call(forward, with_self, kwargs);
+  if (!is_eager()) return PyObject_Call(forward, with_self, kwargs);
   Ref output = run(module, forward, with_self, verdict, kwargs);
   if (output) check_layer(module, dict_of(module));
   return output.release();

@@ -34,7 +34,8 @@ Tensor wrapper_like(const Tensor& h, bool needs_grad) {
   Tensor made = at::detail::make_tensor<at::TensorImpl>(
       std::move(storage), c10::DispatchKeySet(h.options().computeDispatchKey()), h.dtype());
   made.unsafeGetTensorImpl()->set_sizes_contiguous(h.sizes());
-  made.unsafeGetTensorImpl()->set_python_dispatch(true);  // who does not ask __torch_function__ comes to __torch_dispatch__
+  // Who does not ask __torch_function__ comes to __torch_dispatch__.
+  made.unsafeGetTensorImpl()->set_python_dispatch(true);
   if (needs_grad) made.set_requires_grad(true);
   return made;
 }
