@@ -159,7 +159,8 @@ class RedTrainer(Trainer):
         self._staging = run / f"{_PARTIAL}{self.state.global_step}"
         try:
             if self.args.should_save:
-                shutil.rmtree(self._staging, ignore_errors=True)  # left by a run that was killed
+                for left in run.glob(f"{_PARTIAL}*"):  # by a run that was killed, perhaps behind its last checkpoint
+                    shutil.rmtree(left, ignore_errors=True)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self._name_best_checkpoint(self._staging, run)

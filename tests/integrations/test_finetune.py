@@ -281,6 +281,7 @@ def test_resume_after_a_kill(folders: dict[str, Path], tmp_path: Path, monkeypat
     half = output / f".partial-{reached + 3}" / f"checkpoint-{reached + 3}"  # as a kill inside a save leaves it
     half.mkdir(parents=True, exist_ok=True)
     (half / TENSORS_NAME).write_bytes(b"half")
+    (output / f".partial-{reached}").mkdir(exist_ok=True)  # and one behind it
 
     assert cli.main(classify(folders, output, *more, "--resume")) == 0
     assert cli.main(classify(folders, tmp_path / "unbroken", *more)) == 0
