@@ -95,7 +95,7 @@ PyObject* know(PyObject*, PyObject* objects) {
        {"undecided", &k.scope.undecided}, {"recorded", &k.scope.recorded}, {"compiled", &k.scope.compiled}});
   type_with(objects, "Verdict",
             {{"hooks", &k.verdict.hooks}, {"clean", &k.verdict.clean}, {"inside", &k.verdict.inside},
-             {"sites", &k.verdict.sites}, {"stack", &k.verdict.stack}});
+             {"sites", &k.verdict.sites}, {"stack", &k.verdict.stack}, {"tree", &k.verdict.tree}});
   k.handover_type = type_with(
       objects, "Handover",
       {{"edit", &k.handover.edit}, {"handed", &k.handover.handed}, {"nodes", &k.handover.nodes},

@@ -78,7 +78,7 @@ struct Known {
     Slot handover, holder, hooks, norm, normed, record, recorded, scope, source, stack, total, version, weight;
   } note;
   struct { Slot module, verdict, stack, collects, made, left, undecided, recorded, compiled; } scope;
-  struct { Slot hooks, clean, inside, sites, stack; } verdict;
+  struct { Slot hooks, clean, inside, sites, stack, tree; } verdict;
   struct { Slot edit, handed, nodes, norm, normed, total, value; } handover;
 };
 

@@ -107,21 +107,12 @@ PyObject* py_seed(PyObject*, PyObject* like) {
   END_HANDLE_TH_ERRORS
 }
 
-// wait(type, h, edit, record, residual) -> a value that waits, of the class of red_kernels/fusion/waiting.py
-PyObject* py_wait(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  expect(count, 5, "wait");
-  return make_waiting(reinterpret_cast<PyTypeObject*>(given[0]), given[1], given[2], given[3], given[4]);
-  END_HANDLE_TH_ERRORS
-}
-
 PyObject* py_lost_gradient(PyObject*, PyObject* function) {
   set_lost_gradient(function);
   Py_RETURN_NONE;
 }
 
 PyMethodDef functions[] = {
-    {"wait", as_method(&py_wait), METH_FASTCALL, "wait(type, h, edit, record, residual) -> a value that waits"},
     {"set_lost_gradient", py_lost_gradient, METH_O, "what raises for a gradient that comes to a value that waits"},
     {"seed", py_seed, METH_O, "a seed as torch.randint draws it on the device of a tensor"},
     {"ambient", py_ambient, METH_NOARGS, "what holds in this thread, a bit for each"},

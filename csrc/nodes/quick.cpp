@@ -67,25 +67,6 @@ bool holds(PyObject* plan, PyObject* fields, int64_t now, const Tensor& h) {
   return true;
 }
 
-// Whether a value of a site may wait in a block that is running.
-bool lets_wait(PyObject* scope, PyObject* own, int64_t now) {
-  const auto& s = known.scope;
-  PyObject* verdict = s.verdict.get(scope);
-  if (!is_latest(known.verdict.hooks.get(verdict)) || !known.verdict.clean.is_true(verdict) || s.stack.is_true(scope) ||
-      s.recorded.is_true(scope) != ((now & kGrad) != 0))
-    return false;
-  const Ref id(PyLong_FromVoidPtr(own));
-  if (PySet_Contains(known.verdict.sites.get(verdict), id) != 1) return false;
-  if (s.compiled.is_none(scope)) {
-    bool compiled = false;
-    PyObject* inside = known.verdict.inside.get(verdict);
-    for (Py_ssize_t at = 0; at < PyList_GET_SIZE(inside) && !compiled; ++at)
-      compiled = !is_none(item(dict_of(PyList_GET_ITEM(inside, at)), names.compiled));
-    s.compiled.set(scope, compiled ? Py_True : Py_False);
-  }
-  return !s.compiled.is_true(scope);
-}
-
 // A value that waits, which its scope knows.
 PyObject* wait_in(PyObject* scope, PyObject* h, PyObject* edit, PyObject* record, PyObject* residual) {
   Ref made(make_waiting(known.waiting, h, edit, record, residual));

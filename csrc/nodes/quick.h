@@ -6,10 +6,15 @@
 
 #include <Python.h>
 
+#include <cstdint>
+
 namespace red {
 
 extern PyMethodDef quick_functions[];
 extern PyMethodDef value_methods[];  // of a value that waits
+
+// Whether a value of a site may wait in a block that is running; `now` is what ambient() says.
+bool lets_wait(PyObject* scope, PyObject* own, int64_t now);
 
 // run_scope(module, base, verdict, args, kwargs): `base.forward` of a block or stack that runs as a scope.
 PyObject* run_scope(PyObject*, PyObject* const* given, Py_ssize_t count);

@@ -122,7 +122,38 @@ Ref run(PyObject* module, PyObject* forward, PyObject* args, PyObject* verdict, 
   return Ref(PyObject_CallMethodOneArg(scope, names.close, output));
 }
 
+// Whether modules have come to a block, or went; see `Verdict` of Python.
+bool has_changed(PyObject* tree) {
+  for (Py_ssize_t at = 0; at < PyList_GET_SIZE(tree); ++at) {
+    PyObject *children = PyTuple_GET_ITEM(PyList_GET_ITEM(tree, at), 0), *key, *child;
+    PyObject* before = PyTuple_GET_ITEM(PyList_GET_ITEM(tree, at), 1);
+    if (PyDict_GET_SIZE(children) != PyTuple_GET_SIZE(before)) return true;
+    for (Py_ssize_t next = 0, place = 0; PyDict_Next(children, &next, &key, &child);)
+      if (child != PyTuple_GET_ITEM(before, place++)) return true;
+  }
+  return false;
+}
+
 }  // namespace
+
+bool lets_wait(PyObject* scope, PyObject* own, int64_t now) {
+  const auto& s = known.scope;
+  PyObject* verdict = s.verdict.get(scope);
+  if (!is_latest(known.verdict.hooks.get(verdict)) || !known.verdict.clean.is_true(verdict) || s.stack.is_true(scope) ||
+      s.recorded.is_true(scope) != ((now & kGrad) != 0))
+    return false;
+  const Ref id(PyLong_FromVoidPtr(own));
+  if (PySet_Contains(known.verdict.sites.get(verdict), id) != 1) return false;
+  if (s.compiled.is_none(scope)) {
+    if (has_changed(known.verdict.tree.get(verdict))) return false;
+    bool compiled = false;
+    PyObject* inside = known.verdict.inside.get(verdict);
+    for (Py_ssize_t at = 0; at < PyList_GET_SIZE(inside) && !compiled; ++at)
+      compiled = !is_none(item(dict_of(PyList_GET_ITEM(inside, at)), names.compiled));
+    s.compiled.set(scope, compiled ? Py_True : Py_False);
+  }
+  return !s.compiled.is_true(scope);
+}
 
 void reach(PyObject* own) {
   if (std::find(reached.begin(), reached.end(), own) == reached.end()) reached.push_back(own);

@@ -38,7 +38,6 @@ __all__ = [
     "set_lost_gradient",
     "set_python_backward",
     "take_reached",
-    "wait",
 ]
 
 _LIBRARY = Path(__file__).parent.parent / "lib" / "libred_kernels_nodes.so"
@@ -98,7 +97,6 @@ def _function(name: str) -> Callable[..., Any] | None:
 # Each is None without the library.
 ambient = _function("ambient")  # what holds in this thread: see `ops.ambient`
 seed = _function("seed")  # of a dropout: see `ops.fused.drawn_dropout`
-wait = _function("wait")  # makes a value that waits: see `fusion.waiting`
 set_python_backward = _function("set_python_backward")  # for a backward that is recorded, or takes tangents
 set_lost_gradient = _function("set_lost_gradient")  # what is called with a gradient of a value that waits
 forget_choices = _function("forget_choices")  # of backends: see `backends.choose`

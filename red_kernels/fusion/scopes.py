@@ -6,6 +6,7 @@ settled, and a note is taken off unless the stack around the block may read it.
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol
@@ -43,18 +44,20 @@ def running() -> list[Scope]:
 
 
 class Verdict:
-    """Whether nobody observes the inside of a block, and the sites in it; found again whenever a hook was registered.
+    """Whether nobody observes the inside of a block, and the sites in it; found again whenever something came there.
 
-    torch numbers all hooks, so that one number says whether any was added since. A copy starts anew.
+    torch numbers all hooks, so that one number says whether any was added since; but a module may come with hooks that
+    it had before, so `tree` has the children of each module inside. A copy starts anew.
     """
 
-    __slots__ = ("clean", "hooks", "inside", "sites", "stack")
+    __slots__ = ("clean", "hooks", "inside", "sites", "stack", "tree")
 
     def __init__(self, stack: bool = False) -> None:
         self.stack = stack
         self.hooks = -1
         self.clean = False
         self.inside: list[nn.Module] = []
+        self.tree: list[tuple[dict[str, nn.Module | None], tuple[nn.Module | None, ...]]] = []
         self.sites: frozenset[int] = frozenset()
 
     def __reduce__(self) -> tuple[type[Verdict], tuple[bool]]:
@@ -63,12 +66,20 @@ class Verdict:
     def holds_for(self, own: RedEdit, block: nn.Module) -> bool:
         """Whether a value of this site, which is to be in the block, may wait there, if nothing in it is compiled."""
         # A hook that was there may be gone since: torch counts those only that come.
-        if self.hooks != RemovableHandle.next_id or id(own) not in self.sites or not self.clean:
+        latest = self.hooks == RemovableHandle.next_id and self.clean
+        if not latest or id(own) not in self.sites or self._has_changed():
             inside = self.inside = [module for module in block.modules() if module is not block]
+            self.tree = [(one._modules, tuple(one._modules.values())) for one in (block, *inside)]
             self.sites = frozenset(id(module) for module in inside if isinstance(module, RedEdit))
             self.clean = not (globally_hooked() or any(map(observed, inside)))
             self.hooks = RemovableHandle.next_id
         return self.clean and id(own) in self.sites
+
+    def _has_changed(self) -> bool:
+        for children, before in self.tree:
+            if len(children) != len(before) or any(map(operator.is_not, children.values(), before)):
+                return True
+        return False
 
     def compiled(self) -> bool:
         """Whether a module inside is compiled by itself: a value that waits is not for the compiler."""

@@ -173,6 +173,27 @@ def test_a_hook_that_is_gone_is_forgotten() -> None:
     assert last_record(own).what == before
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_hook_that_comes_with_a_module_sees_plain_tensors(quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch counts a hook when it is registered; its module may come to a block later."""
+    if not quick:
+        for name in ("edited", "carried"):
+            monkeypatch.setattr(nodes, name, lambda *given: None)
+    model = zoo.tiny("bert")
+    plain = copy.deepcopy(model)
+    paired(model, plain)
+    inputs = zoo.inputs("bert")
+    output = model.bert.encoder.layer[1].output
+    norm = copy.deepcopy(output.LayerNorm)
+    seen: list[Any] = []
+    norm.register_forward_hook(lambda module, given, found: seen.extend((type(given[0]), type(found))))
+    learnt(model, **inputs)
+    output.LayerNorm = norm
+    learnt(model, **inputs)
+    assert set(seen) == {Tensor}
+    torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits)
+
+
 def test_threads_that_compute_in_other_modes() -> None:
     """Each replaces what the other has kept, while kernels run without the interpreter's lock."""
     model = Model().eval()
