@@ -57,7 +57,8 @@ def build_program() -> Path:
             for job in list(jobs)
         ]
         common = build.cpu_command(COMPILER, "aarch64")
-        for source in (harness / "harness.cpp", ROOT / "csrc/cpu/dispatch.cpp", ROOT / "csrc/cpu/memory.cpp"):
+        without_torch = [ROOT / f"csrc/cpu/{name}.cpp" for name in ("dispatch", "plan", "memory")]
+        for source in (harness / "harness.cpp", *without_torch):
             jobs.append(build.Job(source, OBJECTS / f"{source.stem}.o", common))
         build._compile(jobs, OBJECTS, Path("no torch"))
         program = OBJECTS / "harness"
