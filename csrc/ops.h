@@ -53,5 +53,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_edit_backward(
     Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor norm_bias, OptionalTensor scale,
     OptionalTensor edit_ids, OptionalTensor mean, Tensor rstd, double weight_offset, int64_t n_edits, int64_t needs);
 
+// Mixes: rotations of pairs of columns (blocks = 0), or reflections of so many blocks of columns.
+Tensor mix_forward(Tensor x, OptionalTensor residual, Tensor first, OptionalTensor second, OptionalTensor bias,
+                   OptionalTensor edit_ids, OptionalTensor seed, double dropout_p, int64_t blocks);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mix_backward(Tensor dz, OptionalTensor x, Tensor first,
+                                                        OptionalTensor second, OptionalTensor edit_ids,
+                                                        OptionalTensor seed, double dropout_p, int64_t blocks,
+                                                        int64_t n_edits, int64_t needs);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mix_norm_forward(
+    Tensor x, OptionalTensor residual, Tensor first, OptionalTensor second, OptionalTensor bias, OptionalTensor weight,
+    OptionalTensor norm_bias, OptionalTensor edit_ids, OptionalTensor seed, double dropout_p, double eps,
+    double weight_offset, bool centered, int64_t blocks);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mix_norm_backward(
+    Tensor dy, OptionalTensor dz, Tensor z, OptionalTensor x, Tensor first, OptionalTensor second,
+    OptionalTensor weight, OptionalTensor edit_ids, OptionalTensor seed, OptionalTensor mean, Tensor rstd,
+    double dropout_p, double weight_offset, int64_t blocks, int64_t n_edits, int64_t needs);
+
 }  // namespace RED_TARGET
 }  // namespace red

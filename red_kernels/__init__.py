@@ -30,6 +30,7 @@ from .ops.functional import (
     linear_edit,
     rms_norm_edit,
 )
+from .ops.mixing import mix, mix_add, mix_add_layer_norm, mix_add_rms_norm
 from .patching.patch import patch, unpatch
 from .patching.report import PatchReport
 
@@ -59,6 +60,10 @@ __all__ = [
     "linear_edit",
     "load_edits",
     "merge",
+    "mix",
+    "mix_add",
+    "mix_add_layer_norm",
+    "mix_add_rms_norm",
     "patch",
     "reference",
     "register_backend",

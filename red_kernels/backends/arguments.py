@@ -13,7 +13,21 @@ from torch import Tensor
 
 from ..edits.kinds import Dropout, Edit, affine_edit
 
-__all__ = ["Dropout", "Edit", "FromFlat", "Norm", "Statistics", "affine_edit", "edit_of", "flat_edit", "operands_of"]
+__all__ = [
+    "PAIR",
+    "Dropout",
+    "Edit",
+    "FromFlat",
+    "Mix",
+    "Norm",
+    "Statistics",
+    "affine_edit",
+    "edit_of",
+    "flat_edit",
+    "operands_of",
+]
+
+PAIR = 32  # columns from one of a pair to the other in a rotation: pairs lie in groups of twice as many
 
 
 class Norm(NamedTuple):
@@ -45,6 +59,46 @@ class Statistics(NamedTuple):
     rstd: Tensor
 
 
+class Mix(NamedTuple):
+    """An edit whose columns depend on other columns of their row: pairs that rotate, or blocks that are reflected.
+
+    With ``blocks = 0``, a rotation (RoAd, arXiv 2409.00119): ``first * x + second * x'``, where ``x'`` has the column
+    ``j ^ 32`` in the place of column ``j``. The sign of the sine is in ``second``. Else reflections (ETHER, arXiv
+    2405.20271) of so many blocks of columns, each by itself: ``x - first * (first . x) + second * (second . x)``.
+
+    Attributes:
+        first, second: ``(d,)``, or ``(n, d)`` with ``ids``. Reflections may have no second.
+        bias: the same, added behind it; None for none.
+        blocks: of the columns, all equally wide; 0 for a rotation.
+        ids, dropout: as in :class:`Edit`.
+    """
+
+    first: Tensor
+    second: Tensor | None
+    bias: Tensor | None = None
+    blocks: int = 0
+    ids: Tensor | None = None
+    dropout: Dropout | None = None
+
+    @property
+    def seed_and_p(self) -> tuple[Tensor | None, float]:
+        """Of its dropout, as operators take them."""
+        return (None, 0.0) if self.dropout is None else (self.dropout.seed, self.dropout.p)
+
+
+def mix_of(
+    first: Tensor,
+    second: Tensor | None,
+    bias: Tensor | None,
+    ids: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    blocks: int,
+) -> Mix:
+    """The mix that the arguments of an operator stand for."""
+    return Mix(first, second, bias, blocks, ids, None if seed is None else Dropout(dropout_p, seed))
+
+
 def operands_of(edit: Edit) -> Edit:
     """The same with the operands of its kernel as vectors, where its kind trains others."""
     kind, vectors, ids, dropout = edit
@@ -73,10 +127,10 @@ def edit_of(
 
 
 class FromFlat:
-    """The six functions of :mod:`red_kernels.backends.reference`, made of six that take their arguments one by one.
+    """The functions of :mod:`red_kernels.backends.reference`, made of those that take their arguments one by one.
 
     Args:
-        functions: by name, with arguments as in ``SCHEMAS``.
+        functions: by name, with arguments as in ``SCHEMAS``; those of mixes may be missing.
         needs: turns the flags of what a backward is to compute into what these functions take.
     """
 
@@ -88,6 +142,47 @@ class FromFlat:
         self._norm_edit_forward = functions["norm_edit_forward"]
         self._norm_edit_backward = functions["norm_edit_backward"]
         self._needs = needs
+        if "mix_forward" in functions:
+            self.mix_forward, self.mix_backward = self._mix(functions["mix_forward"], functions["mix_backward"])
+            self.mix_norm_forward, self.mix_norm_backward = self._mix_norm(
+                functions["mix_norm_forward"], functions["mix_norm_backward"]
+            )
+
+    def _mix(self, forward: Callable[..., Any], backward: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
+        def mix_forward(x: Tensor, residual: Tensor | None, mix: Mix) -> Any:
+            return forward(x, residual, mix.first, mix.second, mix.bias, mix.ids, *mix.seed_and_p, mix.blocks)
+
+        def mix_backward(dz: Tensor, x: Tensor | None, mix: Mix, n_edits: int, needs: tuple[bool, ...]) -> Any:
+            return backward(
+                dz, x, mix.first, mix.second, mix.ids, *mix.seed_and_p, mix.blocks, n_edits, self._needs(needs)
+            )
+
+        return mix_forward, mix_backward
+
+    def _mix_norm(self, forward: Callable[..., Any], backward: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
+        def mix_norm_forward(x: Tensor, residual: Tensor | None, mix: Mix, norm: Norm) -> Any:
+            weight, norm_bias, *rest = norm
+            vectors = (mix.first, mix.second, mix.bias, weight, norm_bias)
+            return forward(x, residual, *vectors, mix.ids, *mix.seed_and_p, *rest, mix.blocks)
+
+        def mix_norm_backward(
+            dy: Tensor,
+            dz: Tensor | None,
+            z: Tensor,
+            x: Tensor | None,
+            mix: Mix,
+            norm: Norm,
+            statistics: Statistics,
+            n_edits: int,
+            needs: tuple[bool, ...],
+        ) -> Any:
+            seed, p = mix.seed_and_p
+            return backward(
+                dy, dz, z, x, mix.first, mix.second, norm.weight, mix.ids, seed, *statistics, p, norm.offset,
+                mix.blocks, n_edits, self._needs(needs),
+            )  # fmt: skip
+
+        return mix_norm_forward, mix_norm_backward
 
     def edit_forward(self, x: Tensor, residual: Tensor | None, edit: Edit) -> Tensor:
         return self._edit_forward(x, residual, *flat_edit(edit))
@@ -176,7 +271,27 @@ def flattened(functions: Any, flags: Callable[[int, int], tuple[bool, ...]]) -> 
             dy, x, norm, edit_of(scale, None, ids), statistics, n_edits, flags(needs, 5)
         )
 
+    def mix_forward(x: Any, residual: Any, *flat: Any) -> Any:
+        return functions.mix_forward(x, residual, mix_of(*flat))
+
+    def mix_backward(dz: Any, x: Any, first: Any, second: Any, ids: Any, seed: Any, p: Any, *rest: Any) -> Any:
+        blocks, n_edits, needs = rest
+        mix = mix_of(first, second, None, ids, seed, p, blocks)
+        return functions.mix_backward(dz, x, mix, n_edits, flags(needs, 4))
+
+    def mix_norm_forward(x: Any, residual: Any, first: Any, second: Any, bias: Any, *rest: Any) -> Any:
+        weight, norm_bias, ids, seed, p, *of_norm, blocks = rest
+        mix = mix_of(first, second, bias, ids, seed, p, blocks)
+        return functions.mix_norm_forward(x, residual, mix, Norm(weight, norm_bias, *of_norm))
+
+    def mix_norm_backward(*arguments: Any) -> Any:
+        *activations, first, second, weight, ids, seed, mean, rstd, p, offset, blocks, n_edits, needs = arguments
+        mix = mix_of(first, second, None, ids, seed, p, blocks)
+        norm, statistics = Norm(weight, None, 0.0, offset, mean is not None), Statistics(mean, rstd)
+        return functions.mix_norm_backward(*activations, mix, norm, statistics, n_edits, flags(needs, 7))
+
     every = (
         edit_forward, edit_backward, edit_norm_forward, edit_norm_backward, norm_edit_forward, norm_edit_backward,
+        mix_forward, mix_backward, mix_norm_forward, mix_norm_backward,
     )  # fmt: skip
     return {function.__name__: function for function in every}

@@ -5,8 +5,8 @@ save. Arithmetic is in fp32 (fp64 for fp64 activations) and each result is round
 Shapes: activations ``(..., d)``; vectors ``(d,)``, or ``(n, d)`` with ids of the activation's leading shape, and
 ``n_edits`` is this n, or 1. A backward gets those of the forward's vectors only that it has a use for.
 
-Source: RED, arXiv 2402.15179 (the edit ``scale * h + bias``); RMSNorm, arXiv 1910.07467; LayerNorm, arXiv 1607.06450;
-Philox4x32-10, Salmon et al., SC 2011 (the dropout mask).
+Source: RED, arXiv 2402.15179 (the edit ``scale * h + bias``); RoAd, arXiv 2409.00119 (rotations), ETHER, arXiv
+2405.20271 (reflections); RMSNorm, arXiv 1910.07467; LayerNorm, arXiv 1607.06450; Philox4x32-10, Salmon et al., SC 2011 (the dropout mask).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import Edit, Norm, Statistics
+from .arguments import PAIR, Edit, Mix, Norm, Statistics
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -50,6 +50,27 @@ class NormEditGrads(NamedTuple):
     norm_bias: Tensor | None
     scale: Tensor | None
     bias: Tensor | None
+
+
+class MixGrads(NamedTuple):
+    """Gradients of :func:`mix_forward`; None where not asked for."""
+
+    x: Tensor | None
+    first: Tensor | None
+    second: Tensor | None
+    bias: Tensor | None
+
+
+class MixNormGrads(NamedTuple):
+    """Gradients of :func:`mix_norm_forward`; None where not asked for."""
+
+    x: Tensor | None
+    residual: Tensor | None
+    first: Tensor | None
+    second: Tensor | None
+    bias: Tensor | None
+    weight: Tensor | None
+    norm_bias: Tensor | None
 
 
 def philox_words(seed: Tensor, rows: int, columns: int) -> Tensor:
@@ -106,7 +127,7 @@ def edit_forward(x: Tensor, residual: Tensor | None, edit: Edit) -> Tensor:
 
 def edit_backward(dz: Tensor, x: Tensor | None, edit: Edit, n_edits: int, needs: tuple[bool, bool, bool]) -> EditGrads:
     """Gradients of :func:`edit_forward` for x, scale and bias, as ``needs`` says; that of the residual is ``dz``."""
-    return EditGrads(*_edit_grads(_wide(dz), x, edit, n_edits, needs, dz.dtype))
+    return EditGrads(*_edit_grads(wide(dz), x, edit, n_edits, needs, dz.dtype))
 
 
 def edit_norm_forward(
@@ -118,7 +139,7 @@ def edit_norm_forward(
     too, where ``z`` is None: nothing else depends on whether it is kept.
     """
     z = _stream(x, residual, edit)
-    normed, mean, rstd = _normalise(_wide(z), norm)
+    normed, mean, rstd = normalise(wide(z), norm)
     kept = (z.clone() if z is x else z) if keep_z else None
     return _as(_affine(normed, norm), x.dtype), kept, mean, rstd
 
@@ -139,10 +160,10 @@ def edit_norm_backward(
     if z is None:
         assert x is not None
         z = _stream(x, residual, edit)
-    z32 = _wide(z)
-    g, dweight, dnorm_bias = _norm_backward(_wide(dy), z32, norm, statistics, needs[4], needs[5])
+    z32 = wide(z)
+    g, dweight, dnorm_bias = _norm_backward(wide(dy), z32, norm, statistics, needs[4], needs[5])
     if dz is not None:
-        g = g + _wide(dz)
+        g = g + wide(dz)
     dresidual = _as(g, dy.dtype) if needs[1] else None
     dx, dscale, dbias = _edit_grads(g, x, edit, n_edits, (needs[0], needs[2], needs[3]), dy.dtype)
     return EditNormGrads(dx, dresidual, dscale, dbias, dweight, dnorm_bias)
@@ -156,12 +177,12 @@ def statistics(z: Tensor | None, x: Tensor | None, residual: Tensor | None, edit
     if z is None:
         assert x is not None
         z = _stream(x, residual, edit)
-    return Statistics(*_normalise(_wide(z), norm)[1:])
+    return Statistics(*normalise(wide(z), norm)[1:])
 
 
 def norm_edit_forward(x: Tensor, norm: Norm, edit: Edit) -> tuple[Tensor, Tensor | None, Tensor]:
     """``y = scale * norm(x) + bias``, an edit behind a post-norm (RED's ``res`` position). Returns (y, mean, rstd)."""
-    normed, mean, rstd = _normalise(_wide(x), norm)
+    normed, mean, rstd = normalise(wide(x), norm)
     y = _edit(_affine(normed, norm), None, edit)
     return _as(y, x.dtype), mean, rstd
 
@@ -176,7 +197,7 @@ def norm_edit_backward(
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> NormEditGrads:
     """Gradients of :func:`norm_edit_forward`."""
-    x32, g = _wide(x), _wide(dy)
+    x32, g = wide(x), wide(dy)
     h = _affine(_normalised(x32, statistics), norm) if needs[3] else None
     dh, dscale, dbias = _edit_grads(g, h, edit, n_edits, (True, needs[3], needs[4]), g.dtype)
     assert dh is not None
@@ -184,11 +205,109 @@ def norm_edit_backward(
     return NormEditGrads(_as(dx, dy.dtype) if needs[0] else None, dweight, dnorm_bias, dscale, dbias)
 
 
+def mix_forward(x: Tensor, residual: Tensor | None, mix: Mix) -> Tensor:
+    """``z = residual + dropout(mix(x))``; see :class:`~red_kernels.backends.arguments.Mix` for the formulas."""
+    h = wide(x)
+    first, second, bias = (_of_rows(vector, mix.ids, h) for vector in mix[:3])
+    assert first is not None
+    if mix.blocks:
+        h = h - first * _dots(first, h, mix.blocks) + (0 if second is None else second * _dots(second, h, mix.blocks))
+    else:
+        assert second is not None
+        h = first * h + second * _partners(h)
+    h = h if bias is None else h + bias
+    if mix.dropout is not None:
+        h = h * dropout_factor(mix.dropout.seed, mix.dropout.p, h)
+    return _as(h if residual is None else wide(residual) + h, x.dtype)
+
+
+def mix_backward(dz: Tensor, x: Tensor | None, mix: Mix, n_edits: int, needs: tuple[bool, ...]) -> MixGrads:
+    """Gradients of :func:`mix_forward` for x, first, second and bias; that of the residual is ``dz``."""
+    return MixGrads(*_mix_grads(wide(dz), x, mix, n_edits, needs, dz.dtype))
+
+
+def mix_norm_forward(
+    x: Tensor, residual: Tensor | None, mix: Mix, norm: Norm
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """``z`` as in :func:`mix_forward`, rounded, and ``y = norm(z)``: ``(y, z, mean, rstd)``."""
+    z = mix_forward(x, residual, mix)
+    normed, mean, rstd = normalise(wide(z), norm)
+    return _as(_affine(normed, norm), x.dtype), z, mean, rstd
+
+
+def mix_norm_backward(
+    dy: Tensor,
+    dz: Tensor | None,
+    z: Tensor,
+    x: Tensor | None,
+    mix: Mix,
+    norm: Norm,
+    statistics: Statistics,
+    n_edits: int,
+    needs: tuple[bool, ...],
+) -> MixNormGrads:
+    """Gradients of :func:`mix_norm_forward`."""
+    g, dweight, dnorm_bias = _norm_backward(wide(dy), wide(z), norm, statistics, needs[5], needs[6])
+    if dz is not None:
+        g = g + wide(dz)
+    dresidual = _as(g, dy.dtype) if needs[1] else None
+    dx, *vectors = _mix_grads(g, x, mix, n_edits, (needs[0], *needs[2:5]), dy.dtype)
+    return MixNormGrads(dx, dresidual, *vectors, dweight, dnorm_bias)
+
+
+def _mix_grads(
+    g: Tensor, x: Tensor | None, mix: Mix, n_edits: int, needs: tuple[bool, ...], dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, in ``dtype``, first, second and bias, where ``g`` is that of ``dropout(mix(x))``."""
+    if mix.dropout is not None:
+        g = g * dropout_factor(mix.dropout.seed, mix.dropout.p, g)
+    blocks = mix.blocks
+    first, second = (_of_rows(vector, mix.ids, g) for vector in mix[:2])
+    dx = dfirst = dsecond = None
+    assert first is not None
+    if needs[0] and blocks:
+        dx = g - first * _dots(first, g, blocks) + (0 if second is None else second * _dots(second, g, blocks))
+    elif needs[0]:
+        assert second is not None
+        dx = first * g + _partners(second * g)
+    if needs[1] or needs[2]:
+        assert x is not None
+        h = wide(x)
+        if needs[1]:
+            dfirst = -_reflected(first, g, h, blocks) if blocks else g * h
+        if needs[2]:
+            assert second is not None
+            dsecond = _reflected(second, g, h, blocks) if blocks else g * _partners(h)
+    sums = (None if one is None else _column_sum(one, mix.ids, n_edits) for one in (dfirst, dsecond))
+    return None if dx is None else _as(dx, dtype), *sums, _column_sum(g, mix.ids, n_edits) if needs[3] else None
+
+
+def _reflected(u: Tensor, g: Tensor, h: Tensor, blocks: int) -> Tensor:
+    """What each row adds to the gradient of ``u`` in ``u * (u . h)``."""
+    return g * _dots(u, h, blocks) + h * _dots(u, g, blocks)
+
+
+def _dots(u: Tensor, h: Tensor, blocks: int) -> Tensor:
+    """``u . h`` of each block, at each of its columns."""
+    width = h.shape[-1] // blocks
+    sums = (u * h).unflatten(-1, (blocks, width)).sum(-1, keepdim=True)
+    return sums.expand(*sums.shape[:-1], width).flatten(-2)
+
+
+def _partners(h: Tensor) -> Tensor:
+    """The columns with those of each pair exchanged."""
+    return h.unflatten(-1, (-1, 2, PAIR)).flip(-2).flatten(-3)
+
+
+def _of_rows(vector: Tensor | None, ids: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if vector is None else _per_row(vector, ids, like)
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     return _as(x, _compute_dtype(x))
 
 
@@ -211,12 +330,12 @@ def _column_sum(values: Tensor, edit_ids: Tensor | None, n_edits: int) -> Tensor
 
 
 def _edit(x: Tensor, residual: Tensor | None, edit: Edit) -> Tensor:
-    h = _wide(x)
+    h = wide(x)
     vectors = {name: None if v is None else _per_row(v, edit.ids, h) for name, v in edit.vectors.items()}
     h = edit.kind.formula(h, vectors)
     if edit.dropout is not None:
         h = h * dropout_factor(edit.dropout.seed, edit.dropout.p, h)
-    return h if residual is None else _wide(residual) + h
+    return h if residual is None else wide(residual) + h
 
 
 def _stream(x: Tensor, residual: Tensor | None, edit: Edit) -> Tensor:
@@ -236,14 +355,14 @@ def _edit_grads(
         dx = _as(g if scale is None else g * _per_row(scale, edit.ids, g), dtype)
     if needs[1]:
         assert x is not None
-        dscale = _column_sum(g * _wide(x), edit.ids, n_edits)
+        dscale = _column_sum(g * wide(x), edit.ids, n_edits)
     if needs[2]:
         dbias = _column_sum(g, edit.ids, n_edits)
     return dx, dscale, dbias
 
 
-def _normalise(z: Tensor, norm: Norm) -> tuple[Tensor, Tensor | None, Tensor]:
-    """``z`` of which each row has mean 0 (if ``norm`` is centered) and mean square 1, and its statistics."""
+def normalise(z: Tensor, norm: Norm) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``z``, wide, of which each row has mean 0 (if ``norm`` is centered) and mean square 1, and its statistics."""
     mean = None
     if norm.centered:
         # Distances from one of the values: equal ones have none, and their sum does not overflow.

@@ -30,6 +30,18 @@ SCHEMAS = (
     "norm_edit_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? norm_bias, Tensor? scale, Tensor? edit_ids, "
     "Tensor? mean, Tensor rstd, float weight_offset, int n_edits, int needs) "
     "-> (Tensor dx, Tensor dweight, Tensor dnorm_bias, Tensor dscale, Tensor dbias)",
+    "mix_forward(Tensor x, Tensor? residual, Tensor first, Tensor? second, Tensor? bias, Tensor? edit_ids, "
+    "Tensor? seed, float dropout_p, int blocks) -> Tensor",
+    "mix_backward(Tensor dz, Tensor? x, Tensor first, Tensor? second, Tensor? edit_ids, Tensor? seed, "
+    "float dropout_p, int blocks, int n_edits, int needs) "
+    "-> (Tensor dx, Tensor dfirst, Tensor dsecond, Tensor dbias)",
+    "mix_norm_forward(Tensor x, Tensor? residual, Tensor first, Tensor? second, Tensor? bias, Tensor? weight, "
+    "Tensor? norm_bias, Tensor? edit_ids, Tensor? seed, float dropout_p, float eps, float weight_offset, "
+    "bool centered, int blocks) -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)",
+    "mix_norm_backward(Tensor dy, Tensor? dz, Tensor z, Tensor? x, Tensor first, Tensor? second, Tensor? weight, "
+    "Tensor? edit_ids, Tensor? seed, Tensor? mean, Tensor rstd, float dropout_p, float weight_offset, int blocks, "
+    "int n_edits, int needs) -> (Tensor dx, Tensor dresidual, Tensor dfirst, Tensor dsecond, Tensor dbias, "
+    "Tensor dweight, Tensor dnorm_bias)",
 )
 NAMES = tuple(schema[: schema.index("(")] for schema in SCHEMAS)
 
@@ -65,6 +77,10 @@ def register_fakes(namespace: str) -> None:
         edit_norm_backward,
         norm_edit_forward,
         norm_edit_backward,
+        mix_forward,
+        mix_backward,
+        mix_norm_forward,
+        mix_norm_backward,
     ):
         torch.library.register_fake(f"{namespace}::{fake.__name__}", fake)
 
@@ -99,6 +115,26 @@ def norm_edit_backward(dy: Tensor, *rest: Any) -> Any:
     edit_ids, n_edits, needs = rest[4], rest[-2], rest[-1]
     edits, norm = _sum_like(dy, edit_ids, n_edits), _sum_like(dy, None, 1)
     return _asked(needs, (_like, norm, norm, edits, edits), dy)
+
+
+def mix_forward(x: Tensor, *rest: Any) -> Any:
+    return _like(x)
+
+
+def mix_backward(dz: Tensor, *rest: Any) -> Any:
+    edit_ids, n_edits, needs = rest[3], rest[-2], rest[-1]
+    vector = _sum_like(dz, edit_ids, n_edits)
+    return _asked(needs, (_like, vector, vector, vector), dz)
+
+
+def mix_norm_forward(x: Tensor, *rest: Any) -> Any:
+    return _like(x), _like(x), _statistic(x) if rest[-2] else None, _statistic(x)
+
+
+def mix_norm_backward(dy: Tensor, *rest: Any) -> Any:
+    edit_ids, n_edits, needs = rest[6], rest[-2], rest[-1]
+    edits, norm = _sum_like(dy, edit_ids, n_edits), _sum_like(dy, None, 1)
+    return _asked(needs, (_like, _like, edits, edits, edits, norm, norm), dy)
 
 
 def _like(x: Tensor) -> Tensor:

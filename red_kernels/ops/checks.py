@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from numbers import Real
 
 import torch
@@ -103,6 +104,41 @@ def edit_vectors(x: Tensor, scale: Tensor | None, bias: Tensor | None, edit_ids:
     if scale is not None and bias is not None and scale.shape != bias.shape:
         raise ValueError(f"scale has shape {tuple(scale.shape)} and bias {tuple(bias.shape)}, expected the same")
     _edit_ids(edit_ids, x, scale if scale is not None else bias)
+
+
+def mix_vectors(
+    x: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    bias: Tensor | None,
+    blocks: int,
+    pair: int,
+    edit_ids: Tensor | None,
+) -> None:
+    """Raise unless the vectors of a mix fit ``x`` and each other, and its width the pairs or the blocks."""
+    if first is None or (second is None and blocks == 0):
+        name = "first" if first is None else "second"
+        raise TypeError(f"{name} must be a tensor, got NoneType" + ("" if blocks else "; a rotation has both"))
+    for name, vector in (("first", first), ("second", second), ("bias", bias)):
+        vectors = (vector, None) if edit_ids is None else (vector, first)
+        try:
+            edit_vectors(x, *vectors, edit_ids)
+        except (TypeError, ValueError) as error:
+            named = re.sub(r"^scale", name, str(error))
+            raise type(error)(re.sub(r" and bias ", " and first ", re.sub(r"^bias", "first", named))) from None
+    mix_width(x.shape[-1], blocks, pair)
+
+
+def mix_width(d: int, blocks: int, pair: int) -> None:
+    """Raise TypeError or ValueError unless a row of ``d`` columns has whole pairs, or whole blocks."""
+    if isinstance(blocks, bool) or not isinstance(blocks, int):
+        raise TypeError(f"blocks must be an integer, got {type(blocks).__name__}")
+    if blocks < 0:
+        raise ValueError(f"blocks is {blocks}, expected 0 for a rotation, or the number of blocks of columns")
+    if blocks == 0 and d % (2 * pair):
+        raise ValueError(f"x has width {d}, expected a multiple of {2 * pair}, as a rotation has groups of so many")
+    if blocks and d % blocks:
+        raise ValueError(f"blocks is {blocks}, expected a divisor of the width of x, {d}")
 
 
 def _edit_ids(edit_ids: Tensor, x: Tensor, vectors: Tensor | None) -> None:
