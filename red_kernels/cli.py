@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .edits.kinds import KINDS
+from .edits.kinds import KINDS, Kind, option_of
 from .support.arguments import Parser, layers
 from .support.bars import bars_on_terminals_only
 from .support.errors import explained, one_line
@@ -27,6 +27,11 @@ _MERGE_ADVICE = {
 EXIT_UNEXPECTED = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+
+
+def _kind_help(kind: Kind) -> str:
+    option = option_of(kind.name)
+    return f"{kind.name}{':N' if option else ''}: {kind.help}" + (f", N is {option}" if option else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,7 +139,7 @@ def _add_finetune_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--position", default="ffn", help="where the edits lie: ffn, attn, ffn_attn, res, res_with_attn or more"
     )
-    model.add_argument("--kind", default="all", help="; ".join(f"{kind.name}: {kind.help}" for kind in KINDS.values()))
+    model.add_argument("--kind", default="all", help="; ".join(map(_kind_help, KINDS.values())))
     model.add_argument("--layers", type=layers, default=unset, help="such as 0-5,8 (default: all layers)")
     model.add_argument(
         "--sites",

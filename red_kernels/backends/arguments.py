@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..edits.kinds import Dropout, Edit, affine_edit
+from ..edits.kinds.mixes import PAIR
 
 __all__ = [
     "PAIR",
@@ -26,8 +27,6 @@ __all__ = [
     "flat_edit",
     "operands_of",
 ]
-
-PAIR = 32  # columns from one of a pair to the other in a rotation: pairs lie in groups of twice as many
 
 
 class Norm(NamedTuple):

@@ -6,7 +6,8 @@ Shapes: activations ``(..., d)``; vectors ``(d,)``, or ``(n, d)`` with ids of th
 ``n_edits`` is this n, or 1. A backward gets those of the forward's vectors only that it has a use for.
 
 Source: RED, arXiv 2402.15179 (the edit ``scale * h + bias``); RoAd, arXiv 2409.00119 (rotations), ETHER, arXiv
-2405.20271 (reflections); RMSNorm, arXiv 1910.07467; LayerNorm, arXiv 1607.06450; Philox4x32-10, Salmon et al., SC 2011 (the dropout mask).
+2405.20271 (reflections); RMSNorm, arXiv 1910.07467; LayerNorm, arXiv 1607.06450; Philox4x32-10, Salmon et al., SC 2011
+(the dropout mask).
 """
 
 from __future__ import annotations
@@ -251,8 +252,8 @@ def mix_norm_backward(
     if dz is not None:
         g = g + wide(dz)
     dresidual = _as(g, dy.dtype) if needs[1] else None
-    dx, *vectors = _mix_grads(g, x, mix, n_edits, (needs[0], *needs[2:5]), dy.dtype)
-    return MixNormGrads(dx, dresidual, *vectors, dweight, dnorm_bias)
+    dx, dfirst, dsecond, dbias = _mix_grads(g, x, mix, n_edits, (needs[0], *needs[2:5]), dy.dtype)
+    return MixNormGrads(dx, dresidual, dfirst, dsecond, dbias, dweight, dnorm_bias)
 
 
 def _mix_grads(
@@ -278,8 +279,11 @@ def _mix_grads(
         if needs[2]:
             assert second is not None
             dsecond = _reflected(second, g, h, blocks) if blocks else g * _partners(h)
-    sums = (None if one is None else _column_sum(one, mix.ids, n_edits) for one in (dfirst, dsecond))
-    return None if dx is None else _as(dx, dtype), *sums, _column_sum(g, mix.ids, n_edits) if needs[3] else None
+    dfirst, dsecond, dbias = (
+        None if one is None else _column_sum(one, mix.ids, n_edits)
+        for one in (dfirst, dsecond, g if needs[3] else None)
+    )
+    return None if dx is None else _as(dx, dtype), dfirst, dsecond, dbias
 
 
 def _reflected(u: Tensor, g: Tensor, h: Tensor, blocks: int) -> Tensor:

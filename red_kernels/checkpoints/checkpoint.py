@@ -23,7 +23,6 @@ import torch
 from torch import nn
 
 from ..edits.config import RedConfig
-from ..edits.kinds import PARTS
 from ..edits.module import RedEdit
 from ..edits.named import NewEdit, edit_names, new_edit, publish_edit
 from ..patching.patch import edit_config
@@ -356,8 +355,8 @@ def read(path: Path) -> Found:
 
 def _slots_of(added: NewEdit) -> dict[str, dict[str, Slot]]:
     return {
-        site: {part: Slot(holder, part, own) for part, own in holder._parameters.items() if own is not None}
-        for site, (_, holder) in added.items()
+        site: {part: Slot(holder, part, one, own.width) for part, one in holder._parameters.items() if one is not None}
+        for site, (own, holder) in added.items()
     }
 
 
@@ -381,8 +380,9 @@ def _starts(
     for site, parts in places.items():
         for part, slot in parts.items():
             if slot.own.is_meta and (site, part) not in filled:
-                device = weights_device(model, site)
-                start = torch.full(slot.own.shape, PARTS[part].start, dtype=slot.own.dtype, device=device)
+                device, kind = weights_device(model, site), slot.holder.kind
+                assert kind is not None
+                start = kind.start(slot.width, slot.own.dtype, device)[part]
                 found.append((slot, start))
     return found
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..edits.find import edit_modules
-from ..edits.kinds import PARTS
 from ..edits.module import RedEdit
 from ..edits.named import active_edit, edit_names
 from ..edits.selection import DEFAULT
@@ -55,9 +54,10 @@ def values_of(tensors: Mapping[str, Mapping[str, Tensor]]) -> SiteTensors:
 class Slot:
     """The place of one vector: `holder._parameters[part]`."""
 
-    holder: nn.Module
+    holder: EditVectors
     part: str
     own: nn.Parameter
+    width: int  # of the site's output
 
     def assign(self, value: Tensor) -> None:
         """Copy a value into the Parameter; one on the meta device has no memory to copy to and is replaced."""
@@ -88,7 +88,7 @@ def slots(model: nn.Module, name: str | None) -> dict[str, dict[str, Slot]]:
             if parameter is None:
                 bound.append(f"{site}.{part}")
             else:
-                found[site][part] = Slot(holder, part, parameter)
+                found[site][part] = Slot(holder, part, parameter, own.width)
     if bound:
         raise ValueError(
             f"model: {listed(bound)} cannot be loaded into: computed from other Parameters (a parametrization, weight "
@@ -146,7 +146,8 @@ def _in_force(label: str, holder: EditVectors, part: str, width: int) -> Tensor:
     if value.is_meta:
         raise ValueError(f"model: {label} is on the meta device and has no values to save")
     refuse_partitioned(label, value)
-    expected = PARTS[part].shape(width)
+    assert holder.kind is not None
+    expected = next(own.shape(width) for own in holder.kind.parts if own.name == part)
     if tuple(value.shape) != expected:
         raise ValueError(
             f"model: {label} has shape {tuple(value.shape)}, expected {expected}; where a wrapper keeps parts of it in "

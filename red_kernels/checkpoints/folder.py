@@ -22,7 +22,7 @@ import torch
 
 from .._version import __version__
 from ..edits.config import RedConfig
-from ..edits.kinds import KINDS
+from ..edits.kinds import kind_named
 from ..support.files import locked
 from ..support.text import listed
 from .vectors import SiteTensors, checked_tensor, collect, split_key
@@ -144,7 +144,8 @@ def make_saved(
         "dtype": str(config.dtype).removeprefix("torch."),
         "inner_prefix": prefix,
         "sites": {
-            site: {"width": KINDS[config.kind].width(parts), "vectors": list(parts)} for site, parts in vectors.items()
+            site: {"width": kind_named(config.kind).width(parts), "vectors": list(parts)}
+            for site, parts in vectors.items()
         },
         "head": None,
     }

@@ -6,6 +6,7 @@ checkpoint's. From names alone, it is that for which some known family has these
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from ..edits.config import POSITIONS, RedConfig
-from ..edits.kinds import KINDS, kind_with
+from ..edits.kinds import KINDS, kind_fitting, kind_named, kind_with
 from ..models import FAMILIES
 from ..patching.plan import make_plan
 from ..support.parse import layer_number, shown
@@ -48,6 +49,8 @@ def kind_of(source: Path, vectors: SiteTensors) -> str:
                 "have to be of one kind"
             )
     kind = kind_with(vectors[first])
+    with contextlib.suppress(ValueError):  # below, with the site's name
+        kind = kind_fitting(vectors[first])
     if kind is None:
         raise ValueError(f"{source}: no kind of edit has {listed(list(vectors[first]))} alone; kinds: {_kinds()}")
     for site, parts in vectors.items():
@@ -134,8 +137,7 @@ def config_from_model(
             reasons[name] = f"in the checkpoint only: {listed(there)}; in the model only: {listed(missing)}"
             continue
         for site, to in mapping.items():
-            edited = kind_with(vectors[site])
-            width = None if edited is None else edited.width(vectors[site])
+            width = kind_named(kind).width(vectors[site])
             if width not in (None, widths[to]):
                 raise ValueError(f"{source}: {site} has width {width}, {to} in the {type(model).__name__} {widths[to]}")
         found[name] = config, mapping

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..support.parse import checked_count, shown
-from .kinds import KINDS, Kind, kind_named
+from .kinds import KINDS, Kind, is_kind, kind_named, kind_names
 
 __all__ = ["KINDS", "POSITIONS", "RedConfig"]
 
@@ -66,8 +66,9 @@ class RedConfig:
     def __post_init__(self) -> None:
         if self.position not in tuple(POSITIONS):
             raise ValueError(f"position: got {shown(self.position)}, supported: {_listed(POSITIONS)}")
-        if not isinstance(self.kind, str) or self.kind not in KINDS:
-            raise ValueError(f"kind: got {shown(self.kind)}, supported: {_listed(KINDS)}")
+        if not is_kind(self.kind):
+            raise ValueError(f"kind: got {shown(self.kind)}, supported: {kind_names()}")
+        object.__setattr__(self, "kind", kind_named(self.kind).name)  # an option that is the default is left out
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: got {shown(self.dtype)}, supported: {', '.join(map(str, DTYPES))}")
         if not isinstance(self.train_head, bool):

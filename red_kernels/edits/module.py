@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.ambient import PLAIN, ambient
 from ..ops.functional import edit, edit_add_layer_norm
+from ..ops.mixing import mix
 from .bank import EditBank
 from .blocks import state_of
 from .kinds import PARTS, Edit
@@ -17,10 +19,11 @@ from .kinds.registry import RESERVED
 from .recompute import recalled, runs_plainly
 from .selection import DEFAULT, OFF, Rows
 
-__all__ = ["NAME", "NORM_EPS", "SITE", "RedEdit", "check_name", "plain_only"]
+__all__ = ["CONTEXTS", "EDITED", "NAME", "NORM_EPS", "SITE", "RedEdit", "check_name", "plain_only"]
 
 NAME = "red_edit"  # the child's name in the site: state_dict keys are `<site>.red_edit.scale`
 SITE = "_red_kernels_site"  # of a RedEdit: the name that its site had in the patched model
+EDITED = "_red_kernels_edited"  # of a RedEdit: the module whose output it edits
 
 
 class RedEdit(EditBank):
@@ -80,9 +83,14 @@ class RedEdit(EditBank):
                     f"under activation checkpointing a forward runs again with the edit {gone[0]!r}, which was "
                     "deleted since; delete it behind the backward pass"
                 )
-        if isinstance(state, Rows):
-            return self.of_rows(state, hidden, again)
-        return self.by_state(state, again)
+        found = self.of_rows(state, hidden, again) if isinstance(state, Rows) else self.by_state(state, again)
+        return found if found is None or not found.kind.context else self._in_context(found)
+
+    def _in_context(self, edit: Edit) -> Edit:
+        """The same with what its formula takes besides its own parts."""
+        module = self.__dict__.get(EDITED)
+        given = {name: None if module is None else CONTEXTS[name](module, self) for name in edit.kind.context}
+        return edit._replace(vectors={**edit.vectors, **given})
 
     def by_state(self, state: Any, again: bool) -> Edit | None:
         """One edit for all rows."""
@@ -132,6 +140,23 @@ _TAKEN = (
 RESERVED.update(_TAKEN, dir(RedEdit))  # a part is an attribute of it
 
 
+def linear_bias(module: nn.Module, own: RedEdit) -> Tensor | None:
+    """The bias that a linear layer has added to its output; None where there is none, or the module is no such layer.
+
+    Tuners' wrappers are looked through.
+    """
+    while callable(inner := getattr(module, "get_base_layer", None)) and (base := inner()) is not module:
+        module = base
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(bias, Tensor) or not isinstance(weight, Tensor) or weight.dim() < 2:
+        return None  # a norm has no matrix
+    return bias if bias.shape == (own.width,) else None
+
+
+# What a formula may take besides the parts of its edit, by name: from the edited module and its edits.
+CONTEXTS: dict[str, Callable[[nn.Module, RedEdit], Tensor | None]] = {"linear_bias": linear_bias}
+
+
 def _affine(hidden: Tensor, applied: Edit) -> Tensor:
     vectors = applied.operands
     return edit(hidden, vectors.get("scale"), vectors.get("bias"), edit_ids=applied.ids)
@@ -147,7 +172,13 @@ def _affine_layer_norm(hidden: Tensor, applied: Edit) -> Tensor:
     return edit_add_layer_norm(hidden, None, scale, bias, weight, norm_bias, NORM_EPS, need_z=False)[0]
 
 
-_KERNELS = {"affine": _affine, "affine_layer_norm": _affine_layer_norm}
+def _mix(hidden: Tensor, applied: Edit) -> Tensor:
+    first, second, bias = (applied.operands.get(name) for name in ("first", "second", "bias"))
+    assert first is not None
+    return mix(hidden, first, second, bias, blocks=applied.kind.blocks, edit_ids=applied.ids)
+
+
+_KERNELS = {"affine": _affine, "affine_layer_norm": _affine_layer_norm, "mix": _mix}
 
 
 def plain_only() -> bool:

@@ -197,7 +197,7 @@ def combine_edits(model: nn.Module, weights: Mapping[str, float], name: str) -> 
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not _is_finite(weight):
             raise TypeError(f"weights: got {weight!r} for {edit!r}, expected a finite number")
     for own in modules.values():
-        if own.kind is not None and not own.kind.neutral:
+        if own.kind is not None and not own.kind.combinable:
             raise ValueError(f"model: its edits are of kind {own.kind.name!r}, which cannot be combined by weights")
     added = new_edit(model, name)
     with torch.no_grad():

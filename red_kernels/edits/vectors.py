@@ -49,8 +49,8 @@ class EditVectors(nn.Module):
     def __init__(self, width: int, kind: Kind | None, dtype: torch.dtype, device: torch.device | str | None) -> None:
         super().__init__()
         self.kind = kind
-        for part in () if kind is None else kind.parts:
-            self.register_parameter(part.name, nn.Parameter(part.made(width, dtype, device)))
+        for name, start in () if kind is None else kind.start(width, dtype, device).items():
+            self.register_parameter(name, nn.Parameter(start))
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -59,11 +59,9 @@ class EditVectors(nn.Module):
 
     def reset_parameters(self) -> None:
         """Back to the start, where vectors on the meta device were given memory without values."""
-        with torch.no_grad():
-            for part in () if self.kind is None else self.kind.parts:
-                vector = self._parameters[part.name]
-                if vector is not None:
-                    vector.fill_(part.start)
+        if self.kind is not None:
+            with torch.no_grad():
+                self.kind.fill(self._parameters)
 
     def freeze(self) -> None:
         """Make the vectors untrainable, until `thaw`."""

@@ -120,9 +120,8 @@ def mix_vectors(
         name = "first" if first is None else "second"
         raise TypeError(f"{name} must be a tensor, got NoneType" + ("" if blocks else "; a rotation has both"))
     for name, vector in (("first", first), ("second", second), ("bias", bias)):
-        vectors = (vector, None) if edit_ids is None else (vector, first)
         try:
-            edit_vectors(x, *vectors, edit_ids)
+            edit_vectors(x, vector, None if edit_ids is None else first, edit_ids)
         except (TypeError, ValueError) as error:
             named = re.sub(r"^scale", name, str(error))
             raise type(error)(re.sub(r" and bias ", " and first ", re.sub(r"^bias", "first", named))) from None

@@ -259,9 +259,7 @@ def mix_norm_backward(ctx: Any, backend: Backend, saved: Saved, dy: Tensor | Non
             (ctx.n_edits, z.shape[-1]) if ids is not None else z.shape[-1:], dtype=torch.float32
         )
     own = _mix_of(ctx, first, second, ids, seed)
-    dx, dresidual, *rest = backend.operations.mix_norm_backward(
-        dy, dz, z, x, own, norm, statistics, ctx.n_edits, needs
-    )
+    dx, dresidual, *rest = backend.operations.mix_norm_backward(dy, dz, z, x, own, norm, statistics, ctx.n_edits, needs)
     norms = (_to(g, dtype) for g, dtype in zip(rest[3:], ctx.norm_dtypes, strict=True))
     return dx, dresidual, *_as(ctx, rest[:3]), *norms
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..edits.kinds import KINDS, Edit, Kind
+from ..edits.kinds import Edit, Kind, is_kind, kind_named, kind_names
 from ..fusion.site import with_first
 from .module_facts import output_width
 
@@ -100,9 +100,9 @@ def naive_edit(
     Raises:
         ValueError: no sites, an unknown site or kind, or a site whose width cannot be told. Nothing is changed then.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(map(repr, KINDS))}")
-    names = list(sites)
+    if not is_kind(kind):
+        raise ValueError(f"kind: got {kind!r}, expected one of {kind_names()}")
+    own, names = kind_named(kind), list(sites)
     if not names:
         raise ValueError("sites: got none, expected at least one module name")
     modules = dict(model.named_modules())
@@ -114,5 +114,6 @@ def naive_edit(
         width = (widths or {}).get(site, width)
         if width is None or device is None:
             raise ValueError(f"sites: {site!r} is a {type(modules[site]).__name__}, whose output width cannot be told")
-        parameters[site] = {part.name: nn.Parameter(part.made(width, dtype, device)) for part in KINDS[kind].parts}
-    return NaiveEdits(model, KINDS[kind], parameters)
+        own.refuse_width(width, f"sites: {site!r}")
+        parameters[site] = {name: nn.Parameter(start) for name, start in own.start(width, dtype, device).items()}
+    return NaiveEdits(model, own, parameters)

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..edits.config import RedConfig
 from ..edits.find import STATE, PatchState, patches_of, wrapper_of
-from ..edits.module import NAME, SITE, RedEdit
+from ..edits.module import EDITED, NAME, SITE, RedEdit
 from ..edits.selection import Selection
 from ..fusion.fingerprint import BASE
 from ..fusion.paths import child_at
@@ -72,6 +72,7 @@ def patch_with(
     plan = make_plan(model, config)
     for site in plan.sites:
         _check_free(site)
+        config.edit_kind.refuse_width(site.width, f"model: {site.report.site}")
     head = find_head(model, [site.report.site for site in plan.sites], config)
     selection = Selection()
     with torch.inference_mode(False):  # what is made in inference mode can never be trained
@@ -94,7 +95,7 @@ def patch_with(
         fuse(plan)
         wrap_saving(model, [site.report.site for site in plan.sites], config)
         watch(model, [_watched(site, edit) for site, edit in zip(plan.sites, made, strict=True)])
-        foreseen = expected(model, example) if config.edit_kind.kernel == "affine" else {}
+        foreseen = expected(model, example)
     except BaseException:  # of a class or a Parameter that somebody has made
         _take_back(model, state)
         raise
@@ -176,6 +177,7 @@ def attach(site: PlannedSite, edit: RedEdit) -> None:
     edit.of_tuple, edit.place = site.of_tuple, site.place
     edit.inside = site.inside or site.hooked is not None
     site.module._modules[NAME] = edit
+    edit.__dict__[EDITED] = site.module
     hooked, hook = (site.module, edit_hook) if site.hooked is None else (site.hooked, behind_hook)
     if site.hooked is not None:
         site.hooked.__dict__[BEHIND] = edit, site.hooked
@@ -195,8 +197,7 @@ def fuse(plan: Plan) -> None:
         patch_dropout(dropout)
     for module, edited in plan.carriers:
         own: Any = edited._modules[NAME]
-        kinds = [own.holder(name).kind for name in own.names]
-        if all(kind.kernel == "affine" for kind in kinds) and own.place != "res":
+        if own.place != "res":
             carry(module, own)
     for site in plan.sites:
         inner = child_at(site.module, "" if site.norm == "." else site.norm) if site.norm else site.hooked or site.last

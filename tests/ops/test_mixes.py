@@ -1,4 +1,4 @@
-"""Rotations and reflections with every gradient, on every backend and instruction set, held to the reference in fp64."""
+"""Rotations and reflections with every gradient, on every backend and instruction set, held to the fp64 reference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ import mix_cases as cases
 import pytest
 import torch
 from mix_cases import ARGUMENTS, OPERATIONS, arguments, eager, exact, fused, run, truth
-from op_cases import DTYPES, IMPLEMENTATIONS, Implementation, Tensors, assert_as_good_as, drawn_factor, same_bits, step, upstream
+from op_cases import (
+    DTYPES,
+    IMPLEMENTATIONS,
+    Implementation,
+    Tensors,
+    assert_as_good_as,
+    drawn_factor,
+    same_bits,
+    step,
+    upstream,
+)
 from torch import Tensor
 
 import red_kernels as rk
@@ -18,7 +28,8 @@ import red_kernels as rk
 SHAPES = [
     ((0, 768), 0), ((3, 64), 0), ((3, 768), 0), ((3, 1024), 0), ((3, 4096), 0), ((2, 5, 192), 0), ((3, 16384), 0),
     ((0, 768), 4), ((3, 1), 1), ((3, 7), 7), ((3, 70), 1), ((3, 769), 1), ((3, 768), 4), ((3, 768), 32), ((3, 1000), 8),
-    ((3, 1760), 4), ((3, 4096), 4), ((2, 5, 96), 2), ((3, 11008), 4), ((3, 16384), 1), ((3, 16384), 32), ((199, 200), 8),
+    ((3, 1760), 4), ((3, 4096), 4), ((2, 5, 96), 2), ((3, 11008), 4), ((3, 16384), 1), ((3, 16384), 32),
+    ((199, 200), 8),
 ]  # fmt: skip
 WITH_NORM = OPERATIONS[2:]
 
@@ -27,9 +38,7 @@ def _single(tensors: Tensors) -> Tensors:
     return {name: None if name == "second" else t for name, t in tensors.items()}
 
 
-def _assert_all_as_good_as_eager(
-    operation: str, tensors: Tensors, grads: tuple[Tensor, ...], **options: Any
-) -> None:
+def _assert_all_as_good_as_eager(operation: str, tensors: Tensors, grads: tuple[Tensor, ...], **options: Any) -> None:
     peer, expected = run(eager, operation, tensors, grads, **options), truth(operation, tensors, grads, **options)
     for implementation in IMPLEMENTATIONS:
         with implementation.in_use():
@@ -44,9 +53,7 @@ def _assert_all_as_good_as_eager(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize(("shape", "blocks"), SHAPES, ids=str)
-def test_error_at_most_that_of_eager(
-    shape: tuple[int, ...], blocks: int, operation: str, dtype: torch.dtype
-) -> None:
+def test_error_at_most_that_of_eager(shape: tuple[int, ...], blocks: int, operation: str, dtype: torch.dtype) -> None:
     tensors, grads = arguments(operation, shape, dtype, blocks=blocks), upstream(shape, dtype)
     options: dict[str, Any] = {"blocks": blocks}
     if shape[-1] == 1 and "rms_norm" in operation:
@@ -167,9 +174,7 @@ def test_any_layout(operation: str, blocks: int, implementation: Implementation)
         name: torch.stack((t, t), -1).reshape(*t.shape[:-1], 2 * t.shape[-1])[..., ::2] for name, t in tensors.items()
     }
     shifted = {name: torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape) for name, t in tensors.items()}
-    apart = {
-        name: torch.cat((t, t), -1)[..., : t.shape[-1]] if t.dim() > 1 else t for name, t in tensors.items()
-    }
+    apart = {name: torch.cat((t, t), -1)[..., : t.shape[-1]] if t.dim() > 1 else t for name, t in tensors.items()}
     for other in (spaced, shifted, apart):
         assert same_bits(run(fused, operation, other, grads, blocks=blocks), expected)
 
@@ -197,7 +202,10 @@ def test_large_mean(blocks: int, dtype: torch.dtype, implementation: Implementat
     """Each goes on from its own z: at 1000 its rounding hides all other errors."""
     operation = "mix_add_layer_norm"
     tensors, grads = arguments(operation, (33, 768), dtype, blocks=blocks, mean=1000.0), upstream((33, 768), dtype)
-    found, peer = run(fused, operation, tensors, grads, blocks=blocks), run(eager, operation, tensors, grads, blocks=blocks)
+    found, peer = (
+        run(fused, operation, tensors, grads, blocks=blocks),
+        run(eager, operation, tensors, grads, blocks=blocks),
+    )
     expected, of_peer = (exact(operation, tensors, grads, blocks=blocks, z_as=one["z"]) for one in (found, peer))
     assert_as_good_as(found, peer, expected, of_peer)
 

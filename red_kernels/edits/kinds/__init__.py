@@ -1,22 +1,44 @@
 """The kinds of edit, one in a file: what each trains, computes and merges to. All else reads it from here."""
 
 from .affine import ALL, BIAS, SCALING, affine_edit
-from .kind import Dropout, Edit, Kind, Part, kind_named
+from .kind import Dropout, Edit, Family, Kind, Part, kind_named
 from .ln import LN
-from .registry import KINDS, PARTS, kind_with, register_kind
+from .mixes import mix_edit
+from .reflection import REFLECTION, REFLECTIONS
+from .registry import (
+    KINDS,
+    PARTS,
+    is_kind,
+    kind_fitting,
+    kind_names,
+    kind_with,
+    option_of,
+    register_family,
+    register_kind,
+)
+from .rotation import ROTATION
 
 for _kind in (ALL, SCALING, BIAS, LN):
     register_kind(_kind)
+for _name, _family in (("rotation", ROTATION), ("reflection", REFLECTION), ("reflections", REFLECTIONS)):
+    register_family(_name, _family)
 
 __all__ = [
     "KINDS",
     "PARTS",
     "Dropout",
     "Edit",
+    "Family",
     "Kind",
     "Part",
     "affine_edit",
+    "is_kind",
+    "kind_fitting",
     "kind_named",
+    "kind_names",
     "kind_with",
+    "mix_edit",
+    "option_of",
+    "register_family",
     "register_kind",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kind import Dropout, Edit, Folded, Kind, Part, Vectors
+from .kind import FORMULAS, Dropout, Edit, Folded, Kind, Part, Vectors
 
 SCALE = Part("scale", 1.0, key="activation_scaling", row=True)
 SHIFT = Part("bias", 0.0, key="activation_bias", row=True)
@@ -64,3 +64,4 @@ def affine_edit(
 
 
 _made = tuple.__new__
+FORMULAS["affine"] = lambda kind: formula

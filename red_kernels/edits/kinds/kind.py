@@ -25,10 +25,12 @@ class Part:
 
     Attributes:
         name: as in `state_dict` and in files: letters, digits and `_`.
-        start: the value of all its elements at the start.
+        start: the value of all its elements at the start, or with `draw` the one that makes the edit the identity.
         shape: of the tensor, given the width of the site's output.
         key: its name in the files of RED's authors; None if they have none.
         row: whether these files have it as `[1, width]`.
+        draw: fills an fp32 tensor on the CPU in place with random values to start from, drawn from torch's generator.
+        like: the part of the same edit whose values it takes at the start.
     """
 
     name: str
@@ -36,10 +38,17 @@ class Part:
     shape: Callable[[int], tuple[int, ...]] = _row
     key: str | None = None
     row: bool = False
+    draw: Callable[[Tensor], object] | None = None
+    like: str | None = None
 
     def made(self, width: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
-        """A tensor of this part as it starts."""
+        """A tensor of this part where the edit is the identity."""
         return torch.full(self.shape(width), self.start, dtype=dtype, device=device)
+
+    def is_as(self, other: Part) -> bool:
+        """Whether files and batches can treat both as one part: they may differ in how they are drawn, and in size."""
+        alike = (self.name, self.start, self.key, self.row) == (other.name, other.start, other.key, other.row)
+        return alike and len(self.shape(64)) == len(other.shape(64))
 
 
 @dataclass(frozen=True)
@@ -62,8 +71,17 @@ class Kind:
             them. None: no layer can stand in for the edit, and merging is refused.
         chain: `chain(first, second)`: the vectors of one edit that does what two do one after the other. None: an edit
             of this kind is applied alone.
-        neutral: whether it is the identity at the start. If so, rows with the edit and rows without can be in one
-            batch, and edits can be combined by weights.
+        neutral: whether it is the identity with the `start` of all parts. If so, rows with the edit and rows without
+            can be in one batch.
+        identity: whether it is the identity as it starts; None: as `neutral` says.
+        combines: whether edits can be combined by weights, part by part; None: as `neutral` says.
+        blocks: of the kernel "mix", as :class:`red_kernels.backends.arguments.Mix` has it.
+        context: what the formula takes besides the parts, in the same mapping: `"linear_bias"`, the bias of the site's
+            linear layer (None where it has none), and `"initial"`, what the stack's first layer was given.
+        fits: `fits(width)`: why there can be no edit of outputs of a width, or None. None: there can always be.
+        by_row: `by_row(h, vectors, ids)`: the formula for several edits, each tensor with one more dimension in front,
+            where it is quicker than to give each row tensors of its own.
+        family: the name without an option, `"rotation"` of `"rotation:2"`.
     """
 
     name: str
@@ -75,6 +93,51 @@ class Kind:
     fold: Callable[[Tensor, Tensor | None, Vectors], Folded] | None = None
     chain: Callable[[Vectors, Vectors], Vectors] | None = None
     neutral: bool = True
+    identity: bool | None = None
+    combines: bool | None = None
+    blocks: int = 0
+    context: tuple[str, ...] = ()
+    fits: Callable[[int], str | None] | None = None
+    by_row: Callable[[Tensor, Vectors, Tensor], Tensor] | None = None
+    family: str = ""
+
+    @property
+    def starts_as_identity(self) -> bool:
+        """Whether a new edit changes nothing."""
+        return self.neutral if self.identity is None else self.identity
+
+    @property
+    def combinable(self) -> bool:
+        """Whether edits can be combined by weights."""
+        return self.neutral if self.combines is None else self.combines
+
+    def start(self, width: int, dtype: torch.dtype, device: torch.device | str | None) -> dict[str, Tensor]:
+        """The tensors of a new edit, by part."""
+        made: dict[str, Tensor] = {}
+        for part in self.parts:
+            made[part.name] = part.made(width, dtype, device)
+            self._fill(part, made)
+        return made
+
+    def fill(self, tensors: Mapping[str, Tensor | None]) -> None:
+        """Give tensors the values of a new edit, in place."""
+        for part in self.parts:
+            own = tensors.get(part.name)
+            if own is not None:
+                own.fill_(part.start)
+                self._fill(part, tensors)
+
+    def _fill(self, part: Part, tensors: Mapping[str, Tensor | None]) -> None:
+        own = tensors[part.name]
+        if own is None or own.is_meta:
+            return
+        like = None if part.like is None else tensors.get(part.like)
+        if like is not None:
+            own.copy_(like)
+        elif part.draw is not None:
+            drawn = torch.empty(own.shape, dtype=torch.float32)
+            part.draw(drawn)
+            own.copy_(drawn)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -97,31 +160,71 @@ class Kind:
             return all(tuple(part.shape(width)) == shape for part, shape in shapes.items())
 
         sizes = dict.fromkeys(size for shape in shapes.values() for size in shape)
-        found = [size for size in (*sizes, 1) if fit(size)]
+        multiples = (factor * size for size in sizes for factor in (2, 0.5))  # of parts that are half or twice as long
+        found = [int(size) for size in (*sizes, *multiples, 1) if size >= 1 and fit(int(size))]
         if not found:
             shown = {part.name: shape[0] if len(shape) == 1 else shape for part, shape in shapes.items()}
             raise ValueError(f"differ in width: {shown}")
-        return None if fit(found[0] + 1) else found[0]
+        return None if fit(found[0] + 1) and fit(found[0] + 2) else found[0]
 
     def needs_bias(self, width: int) -> bool:
         """Whether a linear layer without a bias gets one when this edit is merged into it."""
         if self.fold is None:
             return False
-        vectors = {part.name: part.made(width, torch.float32, "meta") for part in self.parts}
+        vectors: dict[str, Tensor | None] = {part.name: part.made(width, torch.float32, "meta") for part in self.parts}
+        vectors |= dict.fromkeys(self.context)
         return self.fold(torch.empty(width, 1, device="meta"), None, vectors)[1] is not None
+
+    def refuse_width(self, width: int, where: str) -> None:
+        """Raise ValueError where there can be no edit of outputs of this width; `where` names the argument or site."""
+        reason = None if self.fits is None else self.fits(width)
+        if reason is not None:
+            raise ValueError(f"{where} has outputs of width {width}, and an edit of kind {self.name!r} {reason}")
+
+
+class Family(NamedTuple):
+    """Kinds of one formula that differ in a number, the option behind the colon of `"rotation:2"`.
+
+    Attributes:
+        make: the kind of an option. Raises ValueError with what was expected.
+        default: the option of the kind that has the bare name.
+        option: what the number is, for help.
+    """
+
+    make: Callable[[int], Kind]
+    default: int
+    option: str
 
 
 _KINDS: dict[str, Kind] = {}  # by name; `registry.py` fills it
+_FAMILIES: dict[str, Family] = {}
+_OPTIONS: dict[str, Kind] = {}  # made by families
+FORMULAS: dict[str, Callable[[Kind], Formula]] = {}  # what each kernel computes of its operands
+_MOST = 1 << 20  # of an option
 
 
 def kind_named(name: str) -> Kind:
-    """The kind of that name. Raises ValueError for one that nobody has registered."""
-    if name not in _KINDS:
+    """The kind of that name, `"rotation"` or with an option `"rotation:2"`.
+
+    Raises:
+        ValueError: nobody has registered it, or it has no such option.
+    """
+    found = _KINDS.get(name) or _OPTIONS.get(name)
+    if found is not None:
+        return found
+    family, _, option = str(name).partition(":")
+    known = _FAMILIES.get(family)
+    if known is None:
         raise ValueError(
             f"kind: got {name!r}, which is not registered, expected one of {', '.join(map(repr, _KINDS))}; import the "
             "package that registers it first (rk.register_kind)"
         )
-    return _KINDS[name]
+    if not (option.isascii() and option.isdecimal() and 0 < int(option[:10]) <= _MOST):
+        raise ValueError(f"kind: got {name!r}, expected {family!r} or '{family}:N', with N as {known.option}")
+    number = int(option)
+    if number == known.default or str(number) != option:
+        return kind_named(family if number == known.default else f"{family}:{number}")
+    return _OPTIONS.setdefault(name, known.make(number))
 
 
 _by_name = kind_named  # as pickles name it
@@ -164,8 +267,15 @@ class Edit(NamedTuple):
     def plain(self, hidden: Tensor) -> Tensor:
         """`hidden` of shape `(..., width)` edited in plain PyTorch: in fp32 (fp64 for fp64), rounded once."""
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        vectors = {
-            name: None if vector is None else vector.to(wide) if self.ids is None else vector.to(wide)[self.ids]
-            for name, vector in self.vectors.items()
-        }
-        return self.kind.formula(hidden.to(wide), vectors).to(hidden.dtype)
+        kind, ids = self.kind, self.ids
+        vectors: Vectors = {name: None if v is None else v.to(wide) for name, v in self.vectors.items()}
+        if ids is None:
+            return kind.formula(hidden.to(wide), vectors).to(hidden.dtype)
+        if kind.by_row is not None:
+            return kind.by_row(hidden.to(wide), vectors, ids).to(hidden.dtype)
+        formula = kind.formula
+        if kind.operands is not None and kind.kernel in FORMULAS:  # made once for each edit, and not for each row
+            vectors, formula = kind.operands(vectors), FORMULAS[kind.kernel](kind)
+        rows = {name: None if v is None or name in kind.context else v[ids] for name, v in vectors.items()}
+        rows |= {name: vectors[name] for name in kind.context if name in vectors}
+        return formula(hidden.to(wide), rows).to(hidden.dtype)

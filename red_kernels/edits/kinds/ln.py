@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from . import affine
-from .kind import Kind, Part, Vectors
+from .kind import FORMULAS, Kind, Part, Vectors
 
 NORM_EPS = 1e-5  # torch's default
 
@@ -35,3 +35,4 @@ LN = Kind(
     kernel="affine_layer_norm",
     neutral=False,
 )
+FORMULAS["affine_layer_norm"] = lambda kind: formula

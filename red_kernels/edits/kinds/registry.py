@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
-from .kind import _KINDS, Kind, Part, Vectors
+from .kind import _FAMILIES, _KINDS, Family, Kind, Part, Vectors, kind_named
 
 _PARTS: dict[str, Part] = {}
 KINDS: Mapping[str, Kind] = MappingProxyType(_KINDS)
@@ -16,7 +17,11 @@ PARTS: Mapping[str, Part] = MappingProxyType(_PARTS)  # of all kinds, by name, i
 # Names that no part may have: the module that holds the parts adds its attributes.
 RESERVED = {"default", "training", "frozen", "lent", "gate", "kind"}
 # The fused kernels and the vectors that each takes.
-KERNELS = {"affine": ("scale", "bias"), "affine_layer_norm": ("scale", "bias", "norm_weight", "norm_bias")}
+KERNELS = {
+    "affine": ("scale", "bias"),
+    "affine_layer_norm": ("scale", "bias", "norm_weight", "norm_bias"),
+    "mix": ("first", "second", "bias"),
+}
 
 
 def register_kind(kind: Kind) -> None:
@@ -37,17 +42,17 @@ def register_kind(kind: Kind) -> None:
         raise TypeError(f"kind: got the parts {kind.parts!r}, expected a tuple of red_kernels.edits.kinds.Part")
     if not callable(kind.formula):
         raise TypeError(f"kind: got the formula {kind.formula!r}, expected a function of h and the vectors")
-    if not kind.name or not isinstance(kind.name, str) or _KINDS.get(kind.name, kind) != kind:
+    if not kind.name or not isinstance(kind.name, str) or ":" in kind.name or _KINDS.get(kind.name, kind) != kind:
         raise ValueError(f"kind: got the name {kind.name!r}, expected one that no other kind has")
     if not kind.parts or len(set(kind.names)) < len(kind.parts):
         raise ValueError(f"kind: {kind.name!r} has the parts {list(kind.names)}, expected at least one, none twice")
     for part in kind.parts:
         if not re.fullmatch(r"[A-Za-z]\w*", part.name) or part.name in RESERVED:
             raise ValueError(f"kind: got a part named {part.name!r}, expected a name that an attribute can have")
-        if _PARTS.get(part.name, part) != part:
+        if not _PARTS.get(part.name, part).is_as(part):
             raise ValueError(f"kind: another kind has a part {part.name!r} with another start, shape, key or row")
     same = kind_with(kind.names)
-    if same is not None and same.formula is not kind.formula:
+    if same is not None and same.formula is not kind.formula and _KINDS.get(kind.name) != kind:
         raise ValueError(
             f"kind: {kind.name!r} has the parts of {same.name!r} and another formula; give its parts names of their "
             "own, as files of PEFT and of RED's authors tell a kind by them"
@@ -57,12 +62,63 @@ def register_kind(kind: Kind) -> None:
             raise ValueError(f"kind: got the kernel {kind.kernel!r}, expected None or one of {', '.join(KERNELS)}")
         _check_operands(kind, kind.kernel)
     _KINDS[kind.name] = kind
-    _PARTS.update((part.name, part) for part in kind.parts)
+    for part in kind.parts:
+        _PARTS.setdefault(part.name, part)
+
+
+def register_family(name: str, family: Family) -> None:
+    """Make kinds known that differ in a number: the one of its default by the bare name, others as `name:number`.
+
+    Raises:
+        TypeError, ValueError: as of :func:`register_kind`, of the default kind.
+    """
+    register_kind(family.make(family.default))
+    _FAMILIES[name] = family
+
+
+def is_kind(name: object) -> bool:
+    """Whether :func:`kind_named` knows a name."""
+    try:
+        return isinstance(name, str) and kind_named(name) is not None
+    except ValueError:
+        return False
+
+
+def kind_names() -> str:
+    """All names that a kind may have, quoted, for messages."""
+    return ", ".join(f"'{name}'" + (f" or '{name}:N'" if name in _FAMILIES else "") for name in _KINDS)
+
+
+def kind_fitting(vectors: Mapping[str, Tensor]) -> Kind | None:
+    """The kind that has these tensors; of several that differ in their option, the default or else the first that fits.
+
+    None for no kind. Raises ValueError, as of `Kind.width`, where the kind of these parts has no such shapes.
+    """
+    kind = kind_with(vectors)
+    if kind is None or kind.family not in _FAMILIES:
+        return kind
+    sizes = sorted({size for vector in vectors.values() for size in vector.shape})
+    for name in (kind.name, *(f"{kind.family}:{size}" for size in (1, 2, 4, *sizes))):
+        try:
+            other = kind_named(name)
+            other.width(vectors)
+            return other
+        except ValueError:
+            continue
+    kind.width(vectors)
+    return kind
+
+
+def option_of(name: str) -> str:
+    """What the number of a kind's option is, with its default; empty for a kind without one."""
+    family = _FAMILIES.get(name)
+    return "" if family is None else f"{family.option} (default {family.default})"
 
 
 def _check_operands(kind: Kind, kernel: str) -> None:
     """Raise where a kernel would be given vectors that it does not know, and leave out the edit."""
-    vectors: Vectors = {part.name: part.made(4, torch.float32, "cpu") for part in kind.parts}
+    width = next(width for width in (4, 64, 1024, 1) if kind.fits is None or kind.fits(width) is None)
+    vectors: Vectors = {part.name: part.made(width, torch.float32, "cpu") for part in kind.parts}
     given = vectors if kind.operands is None else kind.operands(vectors)
     known = KERNELS[kernel]
     if not given or not set(given) <= set(known):

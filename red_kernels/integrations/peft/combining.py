@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 
-from ...edits.kinds import KINDS, PARTS
+from ...edits.kinds import KINDS, PARTS, kind_named
 from ...edits.module import NAME
 from ...support.text import listed
 from .layer import RedLayer
@@ -43,9 +43,9 @@ def check(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], n
     taken = isinstance(name, str) and (name in (NAME, *PARTS) or hasattr(layer.red_edit, name))
     if not isinstance(name, str) or not name or "." in name or taken:
         raise ValueError(f"adapter_name: got {name!r}, which cannot be the name of an adapter; take another one")
-    kinds = {adapter: KINDS[_config(model, adapter).kind] for adapter in adapters}
+    kinds = {adapter: kind_named(_config(model, adapter).kind) for adapter in adapters}
     for adapter, kind in kinds.items():
-        if not kind.neutral or kind.formula is not kinds[adapters[0]].formula:
+        if not kind.combinable or kind.formula is not kinds[adapters[0]].formula:
             raise ValueError(
                 f"adapters: {adapter!r} is of kind {kind.name!r}, which cannot be combined by weights with all others"
             )
@@ -107,8 +107,11 @@ def fill(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], na
 
 def _kind_of_all(kinds: set[str]) -> str:
     """The kind that has the parts of all of these, which have one formula."""
-    parts = {part for kind in kinds for part in KINDS[kind].names}
-    formula = KINDS[next(iter(kinds))].formula
+    parts = {part for kind in kinds for part in kind_named(kind).names}
+    first = kind_named(next(iter(kinds)))
+    formula = first.formula
+    if first.name not in KINDS:  # with an option: all are the same
+        return first.name
     fitting = (name for name, kind in KINDS.items() if kind.formula is formula and parts <= set(kind.names))
     return min(fitting, key=lambda name: len(KINDS[name].parts))
 

@@ -1,0 +1,98 @@
+"""ETHER and ETHER+: blocks of columns are reflected at a hyperplane, or along two of them (arXiv 2405.20271)."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from . import mixes
+from .kind import Family, Folded, Kind, Part, Vectors
+
+BLOCKS = 4  # the authors' choice in most of their runs
+
+
+def units(u: Tensor, blocks: int, length: float = 1.0) -> Tensor:
+    """`u` with this length in each block; zeros stay zeros, and are no reflection."""
+    parts = u.unflatten(-1, (blocks, -1))
+    squares = parts.square().sum(-1, keepdim=True)
+    there = squares > 0
+    # Never divided by zero, in the derivative neither: that of a length is none at zero.
+    inverse = torch.where(there, length * torch.where(there, squares, 1.0).rsqrt(), 0.0)
+    return (parts * inverse).flatten(-2)
+
+
+def once(vectors: Vectors, blocks: int) -> Vectors:
+    """`h - 2 n (n . h)` with the unit vector `n` of `normal`, of what the linear layer gives without its bias."""
+    normal = vectors.get("normal")
+    assert normal is not None
+    return _behind({"first": units(normal, blocks, math.sqrt(2.0))}, vectors.get("linear_bias"), blocks)
+
+
+def twice(vectors: Vectors, blocks: int) -> Vectors:
+    """`h - u (u . h) + v (v . h)` with the unit vectors of `away` and `toward`, without the linear layer's bias."""
+    away, toward = vectors.get("away"), vectors.get("toward")
+    assert away is not None
+    assert toward is not None
+    made = {"first": units(away, blocks), "second": units(toward, blocks)}
+    return _behind(made, vectors.get("linear_bias"), blocks)
+
+
+def _behind(made: dict[str, Tensor], bias: Tensor | None, blocks: int) -> Vectors:
+    """The operands for an output that holds the bias already: `edit(h - b) + b = edit(h) + (b - edit(b))`."""
+    if bias is None:
+        return made
+    bias = bias.to(made["first"].dtype)
+    return {**made, "bias": bias - mixes.formula(bias, made, blocks)}
+
+
+def fold(weight: Tensor, bias: Tensor | None, vectors: Vectors, make: partial[Vectors], blocks: int) -> Folded:
+    """Each column of the weight reflected; the bias comes behind the reflection and stays."""
+    made = make({**vectors, "linear_bias": None})
+    return mixes.formula(weight.t(), made, blocks).t(), bias
+
+
+def _kind(
+    name: str, parts: tuple[Part, ...], operands: partial[Vectors], blocks: int, help: str, identity: bool
+) -> Kind:
+    def formula(h: Tensor, vectors: Vectors) -> Tensor:
+        return mixes.formula(h, operands(vectors), blocks)
+
+    def fits(width: int) -> str | None:
+        return f"needs a multiple of {blocks}, its number of blocks" if width % blocks else None
+
+    return Kind(
+        name if blocks == BLOCKS else f"{name}:{blocks}",
+        parts,
+        formula,
+        help,
+        kernel="mix",
+        operands=operands,
+        fold=partial(fold, make=operands, blocks=blocks),
+        identity=identity,
+        combines=False,
+        blocks=blocks,
+        context=("linear_bias",),
+        fits=fits,
+        family=name,
+    )
+
+
+def reflection(blocks: int) -> Kind:
+    """ETHER: one reflection of each block, at random at the start."""
+    parts = (Part("normal", draw=nn.init.normal_),)
+    what = "h - 2 n (n . h) in each block of columns, n a unit vector (ETHER)"
+    return _kind("reflection", parts, partial(once, blocks=blocks), blocks, what, False)
+
+
+def reflections(blocks: int) -> Kind:
+    """ETHER+: away along one vector and toward another one, the same at the start."""
+    parts = (Part("away", draw=nn.init.normal_), Part("toward", like="away"))
+    what = "h - u (u . h) + v (v . h) in each block of columns, u and v unit vectors (ETHER+)"
+    return _kind("reflections", parts, partial(twice, blocks=blocks), blocks, what, True)
+
+
+REFLECTION = Family(reflection, BLOCKS, "the number of blocks")
+REFLECTIONS = Family(reflections, BLOCKS, "the number of blocks")
