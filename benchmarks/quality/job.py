@@ -14,7 +14,7 @@ import functools
 import itertools
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from rich.table import Table
 from red_kernels.finetune.base_dtype import AUTO
 from red_kernels.finetune.measure import HeldOut
 
-from ..methods import METHODS, QUALITY_METHODS, prepare
+from ..methods import METHODS, QUALITY_DEFAULT, QUALITY_METHODS, prepare
 from ..runs import Case, ResultFile, Run, run_cases
 from .tasks import LANGUAGE, METRIC, SENTIMENT, TASKS, Budget, Task, make_task
 from .training import check_grid, search_rate, train
@@ -35,9 +35,22 @@ JOB = "quality"
 BASE = "base"
 _BASE_LABEL = {SENTIMENT: "most frequent class", LANGUAGE: "no training"}
 POINTS = 10  # of a training curve, each a mean over as many steps
+LOOKS = 4  # batches of its training that a method looks at, if it does, before it trains
 _RED = (3e-3, 1e-2, 3e-2, 1e-1)
+_NEIGHBOURS = {
+    "road": (3e-3, 1e-2, 3e-2, 1e-1),
+    "vera": (3e-3, 1e-2, 3e-2, 1e-1),
+    "hra": (1e-3, 3e-3, 1e-2, 3e-2),
+    "sara": (1e-4, 3e-4, 1e-3, 3e-3),
+    "spt": (1e-4, 3e-4, 1e-3, 3e-3),
+    "lorta": (1e-3, 3e-3, 1e-2, 3e-2),
+    "loretta-adp": (1e-3, 3e-3, 1e-2, 3e-2),
+    "loretta-rep": (1e-3, 3e-3, 1e-2, 3e-2),
+    "melora": (3e-4, 1e-3, 3e-3, 1e-2),
+}
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     SENTIMENT: {
+        **_NEIGHBOURS,
         "red": _RED,
         "naive": _RED,
         "lora-all": (3e-4, 1e-3, 3e-3, 1e-2),
@@ -46,6 +59,7 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
         "full": (1e-5, 3e-5, 1e-4, 3e-4),
     },
     LANGUAGE: {
+        **_NEIGHBOURS,
         "red": _RED,
         "naive": _RED,
         "lora-all": (3e-4, 1e-3, 3e-3, 1e-2),
@@ -60,7 +74,7 @@ TEXTS = Budget("SmolLM2-135M-Instruct", AUTO, 16, 4, 128, seeds=3, validation=24
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. The budgets are for two cores of a CPU, half an hour in all.
+    """What is measured. The budgets are for two cores of a CPU, half an hour in all for the methods by default.
 
     Attributes:
         sentiment, language: the budget of each task.
@@ -71,7 +85,7 @@ class Settings:
 
     sentiment: Budget = SENTENCES
     language: Budget = TEXTS
-    methods: tuple[str, ...] = QUALITY_METHODS
+    methods: tuple[str, ...] = QUALITY_DEFAULT
     grids: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=lambda: GRIDS)
     extend: int = 2
 
@@ -114,9 +128,9 @@ class Settings:
         return replace(self, sentiment=small(self.sentiment), language=small(self.language), grids=grids, extend=0)
 
 
-def missing(run: Run) -> dict[str, str]:
-    """Method to the reason why it cannot be measured here."""
-    reasons = {name: METHODS[name].missing() for name in QUALITY_METHODS}
+def missing(methods: Iterable[str]) -> dict[str, str]:
+    """Those of these methods, and of the default ones, that cannot be measured here, to the reason."""
+    reasons = {name: METHODS[name].missing() for name in QUALITY_METHODS if name in {*QUALITY_DEFAULT, *methods}}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
@@ -168,7 +182,8 @@ def _method(method: str, task: Task, settings: Settings) -> dict[str, Any]:
         nonlocal trainable
         base = task.fresh(seed)
         torch.manual_seed(seed)  # of what a method draws
-        prepared = prepare(method, base.model, head=sorted(base.new_parameters))
+        looked_at = itertools.islice(task.batches(seed), LOOKS)
+        prepared = prepare(method, base.model, head=sorted(base.new_parameters), batches=looked_at)
         trainable = prepared.trainable
         torch.manual_seed(seed)  # of dropout
         with prepared.active():
@@ -232,7 +247,7 @@ def run_job(settings: Settings, run: Run, folder: Path, resume: bool) -> ResultF
     Raises:
         ValueError, OSError: of `ResultFile`; and what `measure` raises, where every case fails.
     """
-    lacking = missing(run)
+    lacking = missing(settings.methods)
     chosen = settings.for_run(run)
     file = ResultFile(
         folder / f"{JOB}.json", JOB, run, asdict(chosen), lacking, resume=resume, base_dtype=run.base_dtype

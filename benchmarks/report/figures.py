@@ -35,6 +35,7 @@ OPERATIONS = (
 FLOOR = "frozen-fused"
 OUR_METHODS = ("red", "red-compile")
 WITHOUT_TRAINING = (FLOOR, "frozen")
+NEIGHBOURS = ("road", "vera", "hra", "sara", "spt", "lorta", "loretta-adp", "loretta-rep", "melora")
 METHODS = (
     *WITHOUT_TRAINING,
     *OUR_METHODS,
@@ -44,9 +45,10 @@ METHODS = (
     "lora-all",
     "ia3",
     "bitfit",
+    *NEIGHBOURS,
     "full",
 )
-QUALITY_METHODS = ("base", "red", "naive", "lora-all", "ia3", "linear-probe", "full")
+QUALITY_METHODS = ("base", "red", "naive", "lora-all", "ia3", *NEIGHBOURS, "linear-probe", "full")
 GROWN = ("layers", "width", "batch", "length", "edits")
 STEP_GOAL = 1.01  # of a step of ours over the frozen model with the same norms
 HOST_GOAL = 10e-6  # seconds of a forward call of the CUDA kernels at HOST_SHAPE

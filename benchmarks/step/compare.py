@@ -41,8 +41,8 @@ class Step:
             self._optimizer.zero_grad(set_to_none=True)
 
     def added(self) -> list[Tensor]:
-        """What the method holds between steps: all parameters, shared ones too, and the optimizer's state."""
-        found: list[Tensor] = [*self._prepared.model.parameters(), *self._prepared.trained]
+        """What the method holds between steps: all parameters, shared ones too, fixed tensors, optimizer state."""
+        found: list[Tensor] = [*self._prepared.model.parameters(), *self._prepared.trained, *self._prepared.fixed]
         if self._optimizer is not None:
             for state in self._optimizer.state.values():
                 found += [value for value in state.values() if isinstance(value, Tensor)]

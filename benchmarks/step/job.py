@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from red_kernels.finetune.base_dtype import ASKED, AUTO
 from red_kernels.patching.naive import naive_edit
@@ -119,15 +119,15 @@ def measure(case: Case, settings: Settings, run: Run) -> dict[str, Any]:
     base = build(model, case["dtype"], run.device)
     batch = batch_of(base, model.task, case["batch"], case["length"], run.device)
     methods, rest = choose(settings.methods, run)
-    makers = {name: functools.partial(_make, name, base) for name in methods}
+    makers = {name: functools.partial(_make, name, base, batch) for name in methods}
     found = compare(base, makers, naive, batch, run.device, *budget(settings.seconds, settings.rounds, run))
     found["left_out"] |= rest
     parameters = sum(own.numel() for own in base.parameters())
     return {**found, "parameters": parameters, "tokens": batch["input_ids"].numel()}
 
 
-def _make(name: str, base: nn.Module) -> Prepared:
-    return prepare(name, sister(base))
+def _make(name: str, base: nn.Module, batch: Mapping[str, Tensor]) -> Prepared:
+    return prepare(name, sister(base), batches=[batch])
 
 
 def naive(model: nn.Module, dtype: torch.dtype, rows: int) -> Prepared:

@@ -217,7 +217,7 @@ def test_the_job_writes_what_a_reader_needs(settings, tmp_path):
     assert content == json.loads(json.dumps(file.content))
     assert (content["job"], content["complete"], content["failed"], content["missing"]) == ("quality", True, [], {})
     found = {(case["task"], case["method"]): case for case in content["cases"]}
-    methods = [job.BASE, *job.QUALITY_METHODS]
+    methods = [job.BASE, *job.QUALITY_DEFAULT]
     assert list(found) == [(task, method) for task in tasks.TASKS for method in methods]
     for (task, method), case in found.items():
         scores = [entry["score"] for entry in case["runs"]]
@@ -236,7 +236,7 @@ def test_the_job_writes_what_a_reader_needs(settings, tmp_path):
         assert case["at_edge"] == (case["chosen"] in (min(rates), max(rates)))
         assert set(rates) == {1e-3, 1e-2, 1e-1, *case["added"]}
         assert len(case["added"]) <= 1
-    sizes = {name: {found[task, name]["trainable"] for task in tasks.TASKS} for name in job.QUALITY_METHODS}
+    sizes = {name: {found[task, name]["trainable"] for task in tasks.TASKS} for name in job.QUALITY_DEFAULT}
     assert sizes["red"] == sizes["naive"] == {2 * 2 * 32 + 2 * 32 + 2, 2 * 2 * 16}  # two layers; the head
     assert found["sentiment", "linear-probe"]["trainable"] == 2 * 32 + 2
     assert found["sentiment", "base"]["test_items"] == 9
@@ -342,7 +342,7 @@ def test_a_missing_package_is_named(settings, tmp_path, monkeypatch):
     settings = replace(settings, methods=("lora-all", "linear-probe"))
     run = a_run(quick=True)
     file = job.run_job(settings, run, tmp_path, resume=False)
-    assert file.content["missing"].keys() == {"lora-all", "ia3"}
+    assert file.content["missing"].keys() == {"lora-all", "ia3", "road"}
     assert file.content["complete"]
     assert {case["method"] for case in file.cases} == {job.BASE, "linear-probe"}
     assert "not measured: lora-all: " in run.console.file.getvalue()

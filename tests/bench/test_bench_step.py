@@ -210,7 +210,7 @@ def test_a_step_is_held_to_the_floor_of_its_own_round():
 def test_all_methods_compute_the_same(kind, dtype):
     base = zoo.tiny(kind).to(dtype).requires_grad_(False)
     batch = zoo.inputs(kind, batch=8, length=16)
-    prepared = {name: methods.prepare(name, methods.sister(base)) for name in EAGER}
+    prepared = {name: methods.prepare(name, methods.sister(base), batches=[batch]) for name in EAGER}
     check.check(base, prepared, job.naive, batch)
     assert all(own.grad is None for made in prepared.values() for own in made.trained)
     start = check._flat(prepared["red"].trained)
@@ -223,7 +223,7 @@ def test_compiled_methods_are_compared_like_the_others(dropout, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     names = ("red", "red-compile", "naive", "naive-compile")
     base = zoo.tiny("gpt2", dropout=dropout, n_layer=1).requires_grad_(False)
-    makers = {name: functools.partial(job._make, name, base) for name in names}
+    makers = {name: functools.partial(job._make, name, base, zoo.inputs("gpt2")) for name in names}
     ran = []
     right = check._run
     monkeypatch.setattr(

@@ -1,0 +1,12 @@
+"""RED's neighbours: methods that train little of each weight, each after its paper, to compare with.
+
+Where PEFT has a method its implementation is used: RoAd, VeRA and HRA (`adapters.py`), SHiRA for the sparse ones
+(`sparse.py`). LoRTA, LoRETTA and MELoRA are written here, from their papers' formulas. docs/benchmarks.md has them in
+one table, with what each leaves out.
+"""
+
+from __future__ import annotations
+
+from . import adapters, loretta, lorta, melora, sparse
+
+METHODS = (*adapters.METHODS, *sparse.METHODS, lorta.METHOD, *loretta.METHODS, melora.METHOD)
