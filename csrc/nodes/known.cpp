@@ -45,7 +45,7 @@ void name_all() {
   const std::initializer_list<std::pair<PyObject**, const char*>> all = {
       {&names.edit, "edit"}, {&names.record, "record"}, {&names.residual, "residual"}, {&names.h, "h"},
       {&names.done, "done"}, {&names.base, "base"}, {&names.after, "after"}, {&names.others, "others"},
-      {&names.differentiable, "differentiable"}, {&names.scale, "scale"}, {&names.training, "training"},
+      {&names.differentiable, "differentiable"}, {&names.scale, "scale"}, {&names.first, "first"}, {&names.training, "training"},
       {&names.modules, "_modules"}, {&names.parameters, "_parameters"}, {&names.forward, "forward"},
       {&names.compiled, "_compiled_call_impl"}, {&names.forward_hooks, "_forward_hooks"},
       {&names.forward_pre_hooks, "_forward_pre_hooks"}, {&names.backward_hooks, "_backward_hooks"},

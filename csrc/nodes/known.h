@@ -50,7 +50,7 @@ class Slot {
 
 // Interned names of attributes and keys.
 struct Names {
-  PyObject *edit, *record, *residual, *h, *done, *base, *after, *others, *differentiable, *scale, *training, *modules,
+  PyObject *edit, *record, *residual, *h, *done, *base, *after, *others, *differentiable, *scale, *first, *training, *modules,
       *parameters, *forward, *compiled, *forward_hooks, *forward_pre_hooks, *backward_hooks,
       *backward_pre_hooks, *next_id, *selection, *chosen, *open, *varied, *watched, *scopes, *own_edit,
       *carrier, *records, *note, *spec, *close, *end, *unseen, *nodes, *empty, *p, *in_place, *dropout,

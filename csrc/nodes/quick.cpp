@@ -156,6 +156,7 @@ struct Value {
       return false;
     PyObject* others = item(fields, names.others);
     if (others != nullptr && PyTuple_GET_SIZE(others) != 0) return false;
+    if (item(PyTuple_GET_ITEM(edit, 1), names.first) != nullptr) return false;  // mixes have no nodes here
     return (now & kGrad) || item(fields, names.differentiable) != Py_True;
   }
 

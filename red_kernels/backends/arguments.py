@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..edits.kinds import Dropout, Edit, affine_edit
+from ..edits.kinds import Dropout, Edit, affine_edit, mix_edit
 from ..edits.kinds.mixes import PAIR
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "affine_edit",
     "edit_of",
     "flat_edit",
+    "mix_of_edit",
     "operands_of",
 ]
 
@@ -104,7 +105,19 @@ def operands_of(edit: Edit) -> Edit:
     if kind.operands is None:
         return edit
     vectors = kind.operands(vectors)
+    if kind.kernel == "mix":
+        first, second, bias = vectors.get("first"), vectors.get("second"), vectors.get("bias")
+        assert first is not None
+        return mix_edit(first, second, bias, kind.blocks, ids, dropout)
     return affine_edit(vectors.get("scale"), vectors.get("bias"), ids, dropout)
+
+
+def mix_of_edit(edit: Edit) -> Mix:
+    """An edit of the kernel "mix" as the operations on mixes take it."""
+    kind, vectors, ids, dropout = edit
+    first = vectors["first"]
+    assert first is not None
+    return Mix(first, vectors.get("second"), vectors.get("bias"), kind.blocks, ids, dropout)
 
 
 def flat_edit(edit: Edit) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]:

@@ -13,7 +13,7 @@ from ..ops.functional import edit, edit_add_layer_norm
 from ..ops.mixing import mix
 from .bank import EditBank
 from .blocks import state_of
-from .kinds import PARTS, Edit
+from .kinds import PARTS, Edit, Kind
 from .kinds.ln import NORM_EPS
 from .kinds.registry import RESERVED
 from .recompute import recalled, runs_plainly
@@ -89,7 +89,7 @@ class RedEdit(EditBank):
     def _in_context(self, edit: Edit) -> Edit:
         """The same with what its formula takes besides its own parts."""
         module = self.__dict__.get(EDITED)
-        given = {name: None if module is None else CONTEXTS[name](module, self) for name in edit.kind.context}
+        given = {name: None if module is None else CONTEXTS[name](module, self.width) for name in edit.kind.context}
         return edit._replace(vectors={**edit.vectors, **given})
 
     def by_state(self, state: Any, again: bool) -> Edit | None:
@@ -140,7 +140,7 @@ _TAKEN = (
 RESERVED.update(_TAKEN, dir(RedEdit))  # a part is an attribute of it
 
 
-def linear_bias(module: nn.Module, own: RedEdit) -> Tensor | None:
+def linear_bias(module: nn.Module, width: int) -> Tensor | None:
     """The bias that a linear layer has added to its output; None where there is none, or the module is no such layer.
 
     Tuners' wrappers are looked through.
@@ -150,11 +150,20 @@ def linear_bias(module: nn.Module, own: RedEdit) -> Tensor | None:
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not isinstance(bias, Tensor) or not isinstance(weight, Tensor) or weight.dim() < 2:
         return None  # a norm has no matrix
-    return bias if bias.shape == (own.width,) else None
+    return bias if bias.shape == (width,) else None
 
 
-# What a formula may take besides the parts of its edit, by name: from the edited module and its edits.
-CONTEXTS: dict[str, Callable[[nn.Module, RedEdit], Tensor | None]] = {"linear_bias": linear_bias}
+# What a formula may take besides the parts of its edit, by name: of the edited module, and the width of its output.
+CONTEXTS: dict[str, Callable[[nn.Module, int], Tensor | None]] = {"linear_bias": linear_bias}
+
+
+def refuse_site(kind: Kind, module: nn.Module, width: int, where: str) -> None:
+    """Raise ValueError where a module cannot have an edit of a kind: by its width, or for what it lacks."""
+    kind.refuse_width(width, where)
+    for name in kind.requires:
+        if CONTEXTS[name](module, width) is None:
+            what = name.replace("_", " ")
+            raise ValueError(f"{where} has no {what}, of which an edit of kind {kind.name!r} is made")
 
 
 def _affine(hidden: Tensor, applied: Edit) -> Tensor:

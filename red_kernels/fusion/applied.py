@@ -24,7 +24,7 @@ def left_to_do(own: RedEdit, x: Tensor) -> Edit | None:
     applied = own.applied(x)
     if applied is None:
         return NO_EDIT
-    if applied.kind.kernel != "affine":
+    if applied.kind.kernel not in ("affine", "mix"):
         return None
     applied = operands_of(applied)
     width, device, dimensions = x.shape[-1], x.device, 1 if applied.ids is None else 2

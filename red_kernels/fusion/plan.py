@@ -69,7 +69,7 @@ class Records:
 
 def planned(own: RedEdit, h: Tensor, edit: Edit, record: Record, now: int) -> SitePlan | None:
     """A plan for later calls, of what was just found; None where that holds for one call only."""
-    plain = edit.ids is None and edit.dropout is None
+    plain = edit.ids is None and edit.dropout is None and edit.kind.kernel == "affine" and not record.apart
     if now & ~QUIET or not plain or type(own).live_state is not RedEdit.live_state or own.selection.open or any_block():
         return None
     if own.selection.varied and not now & (GRAD + INFERENCE):

@@ -99,11 +99,12 @@ class Record:
         at_once: something else has, so that it need not wait.
         astray: it was settled without gradients, as by an `autograd.Function`: give it a node of its own.
         what: what the edit was fused with in the last forward; `by` the function that settled it.
+        apart: the edit was applied by itself before that, as no kernel for it takes an addition.
         returned_by: the forwards of a site that return the output of the norm in it as it is.
     """
 
     __slots__ = (
-        "alone", "astray", "at_once", "behind", "by", "decided", "lazy", "link", "misses", "name", "proven",
+        "alone", "apart", "astray", "at_once", "behind", "by", "decided", "lazy", "link", "misses", "name", "proven",
         "returned_by", "searches", "what",
     )  # fmt: skip
 
@@ -112,7 +113,7 @@ class Record:
     def __init__(self, name: str = "") -> None:
         self.name = name
         self.link: Link | None = None
-        self.alone = self.proven = self.at_once = self.astray = self.decided = self.lazy = False
+        self.apart = self.alone = self.proven = self.at_once = self.astray = self.decided = self.lazy = False
         self.misses = self.searches = 0
         self.what: str | None = None
         self.by = ""

@@ -28,7 +28,7 @@ from .record import Record
 from .scopes import OWN_HOOKS, running
 from .stream import marked
 from .sums import add_edit, title_of
-from .waiting import NO_EDIT, After, Waiting, wait
+from .waiting import APPLIED, NO_EDIT, After, Waiting, wait
 
 __all__ = [
     "BEHIND",
@@ -240,8 +240,15 @@ def _in_pass(own: RedEdit, module: nn.Module, h: Any) -> Tensor | None:
     if type(h) is not Tensor:
         return None
     edit = left_to_do(own, h)
-    if edit is None or (edit is NO_EDIT and own.off):
+    if edit is NO_EDIT and own.off:
         return None  # with all edits off the model computes what it did, to the bit
+    record.apart = edit is None
+    if edit is None:  # what follows it shares one pass all the same
+        if not is_dense(h) or not h.is_floating_point():
+            return None
+        h, edit = own(h), APPLIED
+        if type(h) is not Tensor:
+            return h
     _plan(own, own, module, h, edit, record)
     value = wait(h, edit, record)
     scope.made.append(weakref.ref(value))

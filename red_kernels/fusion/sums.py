@@ -355,8 +355,8 @@ def _keeps(edit: Edit) -> bool:
 
     The gradient of the scale needs the site's output in any case.
     """
-    scale = edit.vectors.get("scale")
-    return torch.is_grad_enabled() and (scale is None or not scale.requires_grad)
+    vectors = [vector for part, vector in edit.vectors.items() if part != "bias"]
+    return torch.is_grad_enabled() and not any(vector is not None and vector.requires_grad for vector in vectors)
 
 
 def normalised(value: Waiting, found: Norm, title: str, norm: nn.Module | None = None) -> Tensor:

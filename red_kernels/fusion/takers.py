@@ -165,6 +165,8 @@ def _div(func: Any, args: Arguments, kwargs: Keywords) -> Any:
 
 def _times(edit: Edit, factor: Any, h: Tensor) -> Edit | None:
     """The edit whose result is a factor times as large, a number or a tensor; None where no edit is."""
+    if edit.kind.kernel != "affine":
+        return None
     kind, width = type(factor), h.shape[-1]
     if kind is float or kind is int:
         own: Any = float(factor)

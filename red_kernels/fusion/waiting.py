@@ -21,7 +21,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..backends import nodes
-from ..backends.arguments import Edit, affine_edit, flat_edit
+from ..backends.arguments import Edit, affine_edit
 from ..edits.selection import saved_tensor_hooks
 from ..ops import fused
 from ..ops.autograd import direct
@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from ..edits.module import RedEdit
     from .record import Record
 
-__all__ = ["NO_EDIT", "PLAIN", "TAKERS", "After", "Waiting", "edited", "wait"]
+__all__ = ["APPLIED", "NO_EDIT", "PLAIN", "TAKERS", "After", "Waiting", "edited", "wait"]
 
 NO_EDIT = affine_edit()
+APPLIED = affine_edit()  # of a value whose edit was applied by itself
 PLAIN = (Tensor, nn.Parameter)
 TAKERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {}  # by function; `takers.py` fills it
 _ALONE = 2  # references to what only one attribute holds: that, and the argument of `getrefcount`
@@ -199,7 +200,7 @@ def wait(
     second = saved_tensor_hooks(True) is not None
     unknown = not (record.proven or second) if residual is None else second or record.link is None
     if needs and unknown and not others:
-        made: Any = _node(h, residual, *flat_edit(edit)[:2], edit)
+        made: Any = _node(h, residual, edit, *edit.vectors.values())
         made.h, made.edit, made.record, made.differentiable = h, edit, record, True
     else:
         made = _made(h, edit, record, needs)
@@ -227,14 +228,12 @@ def _asks(h: Tensor, edit: Edit, residual: Tensor | None) -> bool:
 
 
 class WaitingFunction(Function):
-    """``apply(h, residual, scale, bias, edit)``: the wrapper, with a node for who takes it without asking."""
+    """``apply(h, residual, edit, *vectors)``: the wrapper, with a node for who takes it without asking."""
 
     @staticmethod
-    def forward(
-        ctx: Any, h: Tensor, residual: Tensor | None, scale: Tensor | None, bias: Tensor | None, edit: Edit
-    ) -> Tensor:
+    def forward(ctx: Any, h: Tensor, residual: Tensor | None, edit: Edit, *vectors: Tensor | None) -> Tensor:
         ctx.edit = edit
-        ctx.save_for_backward(h, residual, scale, bias)
+        ctx.save_for_backward(h, residual, *vectors)
         return _wrapper(Waiting, h.shape, dtype=h.dtype, device=h.device)
 
     @staticmethod
@@ -242,20 +241,18 @@ class WaitingFunction(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         dy, saved = grads[0], ctx.saved_tensors
         if dy is None:
-            return None, None, None, None, None
+            return (None,) * (len(saved) + 1)
         with torch.enable_grad():
             leaves = [None if t is None else t.detach().requires_grad_() for t in saved]
-            vectors = dict(zip(("scale", "bias"), leaves[2:], strict=True))
+            vectors = dict(zip(ctx.edit.vectors, leaves[2:], strict=True))
             assert leaves[0] is not None
             again = edited(leaves[0], leaves[1], ctx.edit._replace(vectors=vectors))
-        asked = [
-            leaf for leaf, needed in zip(leaves, ctx.needs_input_grad, strict=False) if needed and leaf is not None
-        ]
+        need = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[3:])
+        wanted = [needed and leaf is not None for leaf, needed in zip(leaves, need, strict=True)]
+        asked: Any = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
         found = iter(torch.autograd.grad(again, asked, dy))
-        return *(
-            next(found) if needed and leaf is not None else None
-            for leaf, needed in zip(leaves, ctx.needs_input_grad, strict=False)
-        ), None
+        dh, dresidual, *rest = (next(found) if want else None for want in wanted)
+        return dh, dresidual, None, *rest
 
 
 _node = direct(WaitingFunction)

@@ -49,7 +49,7 @@ def folded(
 
 def adds_bias(edit: Edit) -> bool:
     """Whether a module without a bias gets one when the edit is folded into it."""
-    if edit.kind.fold is None:
+    if edit.kind.fold is None or "linear_bias" in edit.kind.requires:
         return False
     vectors = {name: None if vector is None else vector.to("meta") for name, vector in edit.vectors.items()}
     width = next((vector.shape[-1] for vector in vectors.values() if vector is not None), 1)
@@ -58,4 +58,6 @@ def adds_bias(edit: Edit) -> bool:
 
 def biasless_kinds() -> str:
     """The kinds whose edits merge into a layer without a bias, for a message."""
-    return " or ".join(repr(kind.name) for kind in KINDS.values() if kind.fold is not None and not kind.needs_bias(1))
+    return " or ".join(
+        repr(kind.name) for kind in KINDS.values() if kind.fold is not None and not kind.needs_bias(kind.least_width)
+    )

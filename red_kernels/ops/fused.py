@@ -1,9 +1,9 @@
 """The operations on bundles, whose arguments nobody checks: for callers that have checked them.
 
 ``x`` and ``residual`` are dense floating activations ``(..., d)``; the vectors of ``own``, the edit, and of ``norm``
-fit them, and the ids are int64 and in range. The edit's vectors are ``scale`` and ``bias``, the operands of the kernel
-"affine" (:func:`red_kernels.backends.arguments.operands_of`). The operations that check are those of
-:mod:`red_kernels.ops.functional`.
+fit them, and the ids are int64 and in range. The edit's vectors are the operands of the kernel "affine", ``scale`` and
+``bias``, or of "mix" (:func:`red_kernels.backends.arguments.operands_of`). The operations that check are those of
+:mod:`red_kernels.ops.functional` and :mod:`red_kernels.ops.mixing`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose, nodes, reference
-from ..backends.arguments import Dropout, Edit, Norm, flat_edit
-from . import checks
+from ..backends import choose, reference
+from ..backends.arguments import Edit, Norm, affine_edit, flat_edit, mix_of_edit
 from .ambient import PLAIN, TANGENTS, ambient
 from .autograd import (
     BundledEditFunction,
@@ -29,16 +28,21 @@ from .autograd import (
     RMSNormEditFunction,
     direct,
 )
+from .inputs import drawn_dropout, of_one_dtype
+from .mixing import mixed, mixed_norm
 from .passes import plain_only
 
 __all__ = ["drawn_dropout", "edit", "edit_add", "edit_add_norm", "norm_edit", "of_one_dtype"]
 
+_BARE = affine_edit()
 # For calls that nobody traces: what traces sees no tensors inside of a tuple, and takes them for constants.
 _edit, _edit_norm, _norm_edit = map(direct, (BundledEditFunction, BundledEditNormFunction, BundledNormEditFunction))
 
 
 def edit(x: Tensor, own: Edit) -> Tensor:
     """The edit of ``x``, without a dropout."""
+    if own.kind.kernel == "mix":
+        return mixed(x, None, mix_of_edit(own))
     fused = _nodes(x, "edit")
     if fused is not None:
         return fused.edit(x, None, own)
@@ -52,6 +56,8 @@ def edit(x: Tensor, own: Edit) -> Tensor:
 
 def edit_add(x: Tensor, residual: Tensor | None, own: Edit) -> Tensor:
     """``residual + dropout(edit(x))``."""
+    if own.kind.kernel == "mix":
+        return mixed(x, residual, mix_of_edit(own))
     if residual is not None and residual.dtype != x.dtype:
         x, residual = of_one_dtype(x, residual)
     fused = _nodes(x, "edit")
@@ -69,6 +75,8 @@ def edit_add_norm(
     x: Tensor, residual: Tensor | None, own: Edit, norm: Norm, need_z: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """``z = residual + dropout(edit(x))`` and ``y = norm(z)``, as ``(y, z)``; ``z`` is None with ``need_z=False``."""
+    if own.kind.kernel == "mix":
+        return mixed_norm(x, residual, mix_of_edit(own), norm)
     if residual is not None and residual.dtype != x.dtype:
         x, residual = of_one_dtype(x, residual)
     fused = _nodes(x, "edit_norm")
@@ -86,7 +94,9 @@ def edit_add_norm(
 
 
 def norm_edit(x: Tensor, norm: Norm, own: Edit) -> Tensor:
-    """``edit(norm(x))``, without a dropout."""
+    """``edit(norm(x))``, without a dropout; of mixes in two passes."""
+    if own.kind.kernel == "mix":
+        return edit(edit_add_norm(x, None, _BARE, norm, False)[0], own)
     fused = _nodes(x, "norm_edit")
     if fused is not None:
         return fused.norm_edit(x, norm, own)
@@ -111,23 +121,3 @@ def _nodes(x: Tensor, operation: str) -> Any:
 def _traced() -> bool:
     """Whether torch.compile or torch.jit.trace is looking."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-
-
-def drawn_dropout(p: float, training: bool, like: Tensor) -> Dropout | None:
-    """A dropout whose seed is drawn from torch's generator of the device of ``like``; None for none.
-
-    So a recomputation under activation checkpointing, which restores the generator, drops the same elements. Raises
-    ValueError for what is no probability.
-    """
-    if not training or p == 0.0:
-        return None
-    checks.dropout(p)
-    if nodes.seed is not None and not torch.compiler.is_compiling():
-        return Dropout(p, nodes.seed(like))
-    return Dropout(p, torch.randint(0, 2**62, (1,), dtype=torch.int64, device=like.device))
-
-
-def of_one_dtype(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype that their sum has."""
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    return x.to(dtype), residual.to(dtype)

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..backends import by_name, choose
-from ..backends.arguments import Edit, Norm, affine_edit, flat_edit
+from ..backends.arguments import Edit, Norm, affine_edit, flat_edit, mix_of_edit
 from .autograd import direct
-from .fused import of_one_dtype
+from .inputs import of_one_dtype
+from .mixing import mix_backward, mix_forward, mix_norm_backward, mix_norm_of_sum
 from .passes import (
     Gradients,
     derivative,
@@ -91,18 +92,19 @@ def sum_of(x: Tensor, residual: Tensor | None, edit: Edit, norm: Norm | None = N
     if residual is not None and residual.dtype != x.dtype:
         x, residual = of_one_dtype(x, residual)
     nodes = choose(x, "edit_norm").nodes
-    if nodes is not None:
+    if nodes is not None and edit.kind.kernel == "affine":
         if norm is None:
             return nodes.edit(x, residual, edit), Handover(edit, norm, nodes)
         z, y = nodes.sum_norm(x, residual, edit, norm)
         return z, Handover(edit, norm, nodes, y)
     handover = Handover(edit, norm)
-    scale, bias, *_ = flat_edit(edit)
+    mixed = edit.kind.kernel == "mix"
+    vectors = mix_of_edit(edit)[:3] if mixed else flat_edit(edit)[:2]
     leaf = None  # it must not be the one thing that asks for gradients
-    if any(tensor is not None and tensor.requires_grad for tensor in (x, residual, scale, bias)):
+    if any(tensor is not None and tensor.requires_grad for tensor in (x, residual, *vectors)):
         _leaf_node()
         leaf = _leaf()
-    z = _sum(x, residual, scale, bias, leaf, handover)
+    z = (_mixed_sum if mixed else _sum)(x, residual, *vectors, leaf, handover)
     handover.total = weakref.ref(z)
     return z, handover
 
@@ -159,6 +161,46 @@ class SumFunction(Function):
         return *found[:4], None, None
 
 
+class MixedSumFunction(Function):
+    """``apply(x, residual, first, second, bias, leaf, handover) -> z``, as :class:`SumFunction` for mixes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        first: Tensor,
+        second: Tensor | None,
+        bias: Tensor | None,
+        leaf: Tensor | None,
+        handover: Handover,
+    ) -> Tensor:
+        need, own, norm = ctx.needs_input_grad, mix_of_edit(handover.edit), handover.norm
+        needs = (need[0], *need[2:5])
+        ctx.handover = handover
+        if norm is None:
+            return mix_forward(ctx, x, residual, own, needs)
+        z, handover.normed = mix_norm_of_sum(ctx, x, residual, own, norm, needs)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+        need = ctx.needs_input_grad
+        handed = ctx.handover.take()
+        if not handed:
+            dx, *vectors = derivative(ctx, mix_backward, grads)
+            return dx, grads[0] if need[1] else None, *vectors, None, None
+        dy, z, weight, mean, rstd, ctx.norm, ctx.norm_dtypes = handed
+        asked, ctx.needs = ctx.needs, (*need[:5], False, False)
+        try:
+            found = mix_norm_backward(
+                ctx, by_name(ctx.backend), (*ctx.saved_tensors, z, weight, mean, rstd), dy, grads[0]
+            )
+        finally:
+            ctx.needs = asked
+        return *found[:5], None, None
+
+
 class NormOfSumFunction(Function):
     """``apply(z, weight, norm_bias, norm, handover) -> y``."""
 
@@ -208,4 +250,4 @@ def norm_backward(ctx: Any, backend: Any, saved: tuple[Any, ...], dy: Tensor, th
     return found[0], found[4], found[5]
 
 
-_sum, _norm = map(direct, (SumFunction, NormOfSumFunction))
+_sum, _mixed_sum, _norm = map(direct, (SumFunction, MixedSumFunction, NormOfSumFunction))

@@ -20,7 +20,7 @@ from ..backends.arguments import PAIR, Dropout, Mix, Norm, Statistics
 from . import checks
 from .ambient import PLAIN, TANGENTS, ambient
 from .autograd import direct
-from .fused import drawn_dropout, of_one_dtype
+from .inputs import drawn_dropout, of_one_dtype
 from .passes import Gradients, Saved, derivative, plain_only, remember_norm
 
 __all__ = [
@@ -198,9 +198,8 @@ def _remember(ctx: Any, backend: Backend, own: Mix) -> tuple[Tensor | None, Tens
 def mix_forward(ctx: Any, x: Tensor, residual: Tensor | None, own: Mix, needs: tuple[bool, ...]) -> Tensor:
     """``needs``: of x, first, second and bias."""
     backend = _backend(x, "edit")
-    ids, seed = _remember(ctx, backend, own)
     ctx.needs = needs
-    _save(ctx, x, own, needs, (ids, seed))
+    _save(ctx, x, own, needs, _remember(ctx, backend, own))
     z: Tensor = backend.operations.mix_forward(x, residual, own)
     return z
 
@@ -230,12 +229,23 @@ def mix_norm_forward(
 ) -> tuple[Tensor, Tensor]:
     """``needs``: of x, residual, first, second, bias, and the norm's weight and bias."""
     backend = _backend(x, "edit_norm")
-    ids, seed = _remember(ctx, backend, own)
+    tail = _remember(ctx, backend, own)
     y, z, mean, rstd = backend.operations.mix_norm_forward(x, residual, own, norm)
     remember_norm(ctx, norm, needs)
     if any(needs):
-        _save(ctx, x, own, (needs[0], *needs[2:5]), (ids, seed), (z, norm.weight, mean, rstd))
+        _save(ctx, x, own, (needs[0], *needs[2:5]), tail, (z, norm.weight, mean, rstd))
     return y, z
+
+
+def mix_norm_of_sum(
+    ctx: Any, x: Tensor, residual: Tensor | None, own: Mix, norm: Norm, needs: tuple[bool, ...]
+) -> tuple[Tensor, tuple[Tensor, Tensor | None, Tensor]]:
+    """As :func:`mix_forward`, with the norm of the sum: the sum, and the norm with its rows' statistics."""
+    backend = _backend(x, "edit_norm")
+    ctx.needs = needs
+    _save(ctx, x, own, needs, _remember(ctx, backend, own))
+    y, z, mean, rstd = backend.operations.mix_norm_forward(x, residual, own, norm)
+    return z, (y, mean, rstd)
 
 
 def mix_norm_backward(ctx: Any, backend: Backend, saved: Saved, dy: Tensor | None, dz: Tensor | None) -> Gradients:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..edits.config import RedConfig
 from ..edits.find import STATE, PatchState, patches_of, wrapper_of
-from ..edits.module import EDITED, NAME, SITE, RedEdit
+from ..edits.module import EDITED, NAME, SITE, RedEdit, refuse_site
 from ..edits.selection import Selection
 from ..fusion.fingerprint import BASE
 from ..fusion.paths import child_at
@@ -72,7 +72,7 @@ def patch_with(
     plan = make_plan(model, config)
     for site in plan.sites:
         _check_free(site)
-        config.edit_kind.refuse_width(site.width, f"model: {site.report.site}")
+        refuse_site(config.edit_kind, site.module, site.width, f"model: {site.report.site}")
     head = find_head(model, [site.report.site for site in plan.sites], config)
     selection = Selection()
     with torch.inference_mode(False):  # what is made in inference mode can never be trained

@@ -42,6 +42,9 @@ def what_of(own: RedEdit) -> tuple[str | None, str] | None:
     record = last_record(own)
     if record is None or (record.what is None and own.kind is not None and not own.kind.kernel):
         return None
+    if record.apart:
+        name = "its kind" if own.kind is None else f"kind {own.kind.name!r}"
+        return None, f"edits of {name} have no fused kernel" + (f"; behind it {record.what}" if record.what else "")
     if record.what is None:
         return None, f"its output is taken by {record.by}" if record.by else "it is applied by itself"
     behind = record.behind

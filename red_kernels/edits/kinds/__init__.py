@@ -1,8 +1,10 @@
 """The kinds of edit, one in a file: what each trains, computes and merges to. All else reads it from here."""
 
-from .affine import ALL, BIAS, SCALING, affine_edit
+from .affine import ALL, BIAS, SCALING, SSF, affine_edit
+from .generated import GENERATED
 from .kind import Dropout, Edit, Family, Kind, Part, kind_named
 from .ln import LN
+from .lowrank import DIRECT, LOWRANK
 from .mixes import mix_edit
 from .reflection import REFLECTION, REFLECTIONS
 from .registry import (
@@ -18,9 +20,16 @@ from .registry import (
 )
 from .rotation import ROTATION
 
-for _kind in (ALL, SCALING, BIAS, LN):
+for _kind in (ALL, SCALING, BIAS, LN, SSF):
     register_kind(_kind)
-for _name, _family in (("rotation", ROTATION), ("reflection", REFLECTION), ("reflections", REFLECTIONS)):
+for _name, _family in (
+    ("rotation", ROTATION),
+    ("reflection", REFLECTION),
+    ("reflections", REFLECTIONS),
+    ("lowrank", LOWRANK),
+    ("direct", DIRECT),
+    ("generated", GENERATED),
+):
     register_family(_name, _family)
 
 __all__ = [

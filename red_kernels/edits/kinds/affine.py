@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .kind import FORMULAS, Dropout, Edit, Folded, Kind, Part, Vectors
 
@@ -53,6 +56,17 @@ def _kind(name: str, help: str, *parts: Part) -> Kind:
 ALL = _kind("all", "scale * h + bias", SCALE, SHIFT)
 SCALING = _kind("scaling", "scale * h", SCALE)
 BIAS = _kind("bias", "h + bias", SHIFT)
+# SSF (arXiv 2210.08823, sec. 3.2) is the same, and begins near the identity.
+SSF = replace(
+    ALL,
+    name="ssf",
+    parts=(
+        replace(SCALE, draw=partial(nn.init.normal_, mean=1.0, std=0.02)),
+        replace(SHIFT, draw=partial(nn.init.normal_, std=0.02)),
+    ),
+    help="scale * h + bias, drawn around 1 and 0 at the start (SSF)",
+    identity=False,
+)
 
 
 def affine_edit(

@@ -78,6 +78,7 @@ class Kind:
         blocks: of the kernel "mix", as :class:`red_kernels.backends.arguments.Mix` has it.
         context: what the formula takes besides the parts, in the same mapping: `"linear_bias"`, the bias of the site's
             linear layer (None where it has none), and `"initial"`, what the stack's first layer was given.
+        requires: what of the context there has to be.
         fits: `fits(width)`: why there can be no edit of outputs of a width, or None. None: there can always be.
         by_row: `by_row(h, vectors, ids)`: the formula for several edits, each tensor with one more dimension in front,
             where it is quicker than to give each row tensors of its own.
@@ -97,6 +98,7 @@ class Kind:
     combines: bool | None = None
     blocks: int = 0
     context: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
     fits: Callable[[int], str | None] | None = None
     by_row: Callable[[Tensor, Vectors, Tensor], Tensor] | None = None
     family: str = ""
@@ -169,11 +171,16 @@ class Kind:
 
     def needs_bias(self, width: int) -> bool:
         """Whether a linear layer without a bias gets one when this edit is merged into it."""
-        if self.fold is None:
+        if self.fold is None or "linear_bias" in self.requires:
             return False
         vectors: dict[str, Tensor | None] = {part.name: part.made(width, torch.float32, "meta") for part in self.parts}
         vectors |= dict.fromkeys(self.context)
         return self.fold(torch.empty(width, 1, device="meta"), None, vectors)[1] is not None
+
+    @property
+    def least_width(self) -> int:
+        """A small width that outputs may have."""
+        return next(width for width in (1 << power for power in range(24)) if not self.fits or not self.fits(width))
 
     def refuse_width(self, width: int, where: str) -> None:
         """Raise ValueError where there can be no edit of outputs of this width; `where` names the argument or site."""

@@ -117,8 +117,9 @@ def option_of(name: str) -> str:
 
 def _check_operands(kind: Kind, kernel: str) -> None:
     """Raise where a kernel would be given vectors that it does not know, and leave out the edit."""
-    width = next(width for width in (4, 64, 1024, 1) if kind.fits is None or kind.fits(width) is None)
+    width = kind.least_width
     vectors: Vectors = {part.name: part.made(width, torch.float32, "cpu") for part in kind.parts}
+    vectors = {**vectors, **{name: torch.zeros(width) for name in kind.requires}}
     given = vectors if kind.operands is None else kind.operands(vectors)
     known = KERNELS[kernel]
     if not given or not set(given) <= set(known):
