@@ -40,6 +40,8 @@ class Request:
         minutes: no case is begun after so many.
         quick: few and small cases, to see that all runs.
         options: values for fields of `ops.Settings`.
+        methods: of the job `step` or `quality`, some of its methods; empty for those by default. The growth of steps,
+            which has methods of its own, is left out then.
         dtype: of the base models of `step`, `growth` and `quality`, but for those that are fp32 by design: `"auto"`,
             `"fp32"` or `"bf16"`. A folder that is gone on with keeps what `"auto"` was.
     """
@@ -53,6 +55,7 @@ class Request:
     quick: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = AUTO
+    methods: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.job not in (*JOBS, GROWTH, ALL):
@@ -69,6 +72,8 @@ class Request:
             raise ValueError(f"--dtype: got {self.dtype!r}, expected one of {', '.join(ASKED)}")
         if self.dtype != AUTO and self.job == ops.JOB:
             raise ValueError("--dtype: this is of base models, got the job ops; --dtypes are those of activations")
+        if self.methods and self.job not in (step.JOB, quality.JOB):
+            raise ValueError(f"--methods: this is for the jobs step and quality, got the job {self.job}")
         if self.options and self.job in ("step", GROWTH, "quality"):
             given = ", ".join(f"--{name}" for name in self.options)
             raise ValueError(f"{given}: this is for the job ops, got the job {self.job}")
@@ -84,22 +89,23 @@ class Request:
     def jobs(self) -> dict[str, Job]:
         """File name, without its end, to what measures it, in the order of the runs."""
         settings = self.settings()
+        chosen: dict[str, Any] = {"methods": self.methods} if self.methods else {}
 
         def operations(run: Run, folder: Path, resume: bool) -> ResultFile:
             return ops.run_job(settings, run, folder, resume)
 
         def steps(run: Run, folder: Path, resume: bool) -> ResultFile:
-            return step.run_job(step.Settings(), run, folder, resume)
+            return step.run_job(step.Settings(**chosen), run, folder, resume)
 
         def growing(run: Run, folder: Path, resume: bool) -> ResultFile:
             return growth.run_job(growth.Settings(), run, folder, resume)
 
         def qualities(run: Run, folder: Path, resume: bool) -> ResultFile:
-            return quality.run_job(quality.Settings(), run, folder, resume)
+            return quality.run_job(quality.Settings(**chosen), run, folder, resume)
 
         of: dict[str, dict[str, Job]] = {
             "ops": {ops.JOB: operations},
-            "step": {step.JOB: steps, growth.JOB: growing},
+            "step": {step.JOB: steps} if self.methods else {step.JOB: steps, growth.JOB: growing},
             GROWTH: {growth.JOB: growing},
             "quality": {quality.JOB: qualities},
         }

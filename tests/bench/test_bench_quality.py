@@ -21,6 +21,7 @@ from rich.console import Console
 from test_bench_sentiment import RATED
 
 import red_kernels as rk
+from benchmarks.methods import prepare
 from benchmarks.quality import job, sentiment, tasks
 from benchmarks.quality.training import data_order, search_rate, train
 from benchmarks.runs import Run
@@ -284,6 +285,25 @@ def test_a_seed_decides_all_that_is_drawn(settings):
     first = job.measure(case, settings, a_run())
     torch.rand(7)
     assert job.measure(case, settings, a_run()) == first
+
+
+@pytest.mark.parametrize("method", [name for name in job.QUALITY_METHODS if name not in job.QUALITY_DEFAULT])
+def test_methods_that_are_not_measured_by_default(settings, monkeypatch, method):
+    """They train, and `spt` looks at the first batches of its own training."""
+    pytest.importorskip("peft")
+    looked = []
+    monkeypatch.setattr(
+        job,
+        "prepare",
+        lambda *args, batches, **options: prepare(
+            *args, batches=(looked.append(batch) or batch for batch in batches), **options
+        ),
+    )
+    found = job.measure({"task": "sentiment", "method": method}, replace(settings, methods=(method,)), a_run())
+    assert found["mean"] is not None
+    assert found["trainable"] > 2 * 32 + 2  # the head
+    trainings = len(found["learning_rates"]) + 2
+    assert len(looked) == (trainings * min(job.LOOKS, settings.sentiment.steps) if method == "spt" else 0)
 
 
 def test_no_text_is_in_two_parts(settings):

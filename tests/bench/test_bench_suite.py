@@ -128,6 +128,31 @@ def test_all_goes_on_behind_a_job_that_fails(tmp_path, monkeypatch):
     assert list(suite.Request("step", tmp_path).jobs()) == ["step", "growth"]
 
 
+def test_methods_that_are_asked_for(tmp_path, monkeypatch):
+    """Of steps and of quality; the growth, which has its own, is left out."""
+    asked = []
+
+    def run_job(settings, run, folder, resume):
+        asked.append(settings.methods)
+        return ResultFile(folder / "any.json", "any", run, {}, {})
+
+    monkeypatch.setattr(suite.step, "run_job", run_job)
+    monkeypatch.setattr(suite.quality, "run_job", run_job)
+    monkeypatch.setattr(suite, "draw", lambda *_: [])
+    for job in ("step", "quality"):
+        request = suite.Request(job, tmp_path, device="cpu", methods=("road", "vera"))
+        assert list(request.jobs()) == [job]
+        suite.run_suite(request, Console(file=io.StringIO()))
+    assert asked == [("road", "vera")] * 2
+    for job in ("ops", "growth", "all"):
+        with pytest.raises(ValueError, match=f"--methods: this is for the jobs step and quality, got the job {job}"):
+            suite.Request(job, tmp_path, methods=("road",))
+    with pytest.raises(ValueError, match="methods: got"):
+        suite.run_suite(
+            suite.Request("quality", tmp_path, device="cpu", methods=("none",)), Console(file=io.StringIO())
+        )
+
+
 def test_each_result_is_on_the_disk_at_once(tmp_path, run):
     seen = []
 
