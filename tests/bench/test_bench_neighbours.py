@@ -76,7 +76,7 @@ def test_sparse_ones_have_as_many_as_lora(method: str) -> None:
 
 
 def test_lorta_has_one_tensor_for_all_layers() -> None:
-    """r (d + d / H + H + L + 4), section 4."""
+    """r (d + d / H + H + L + 4): the rows of the tensor's five factors."""
     for name, (width, _, layers, heads), rank, count in (
         ("RoBERTa-base", BASE, 4, 3_440),
         ("RoBERTa-large", LARGE, 8, 9_056),
@@ -97,10 +97,10 @@ def test_melora_has_a_lora_s_count_over_its_parts() -> None:
 
 
 def test_loretta_has_the_cores_of_its_trains() -> None:
-    """Sum of r k r' over the cores, section 3.1, with the modes 8 x 8 x 12 for 768 and 8 x 8 for a bottleneck of 64.
+    """Sum of r k r' over the cores, with the modes 8 x 8 x 12 for 768 and 8 x 8 for a bottleneck of 64.
 
-    The paper compares with 98K parameters for an adapter and 12K for a LoRA; the modes behind its own figures for a
-    train (1.2K and 1K) are not known here, so these are of the formula alone.
+    The paper compares with 98K parameters for an adapter and 12K for a LoRA, which are these sizes. Its own figures for
+    a train are 1.2K and 1K; the modes behind them are not known here, so these counts are of the formula alone.
     """
     width, _, layers, _ = BASE
     adapter = loretta.TrainAdapter(width, 64, 5, META)

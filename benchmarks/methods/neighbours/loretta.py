@@ -27,7 +27,7 @@ def factors(size: int, count: int) -> tuple[int, ...]:
 
 
 class TensorTrain(nn.Module):
-    """A matrix of shape `(rows, columns)` as a train of cores (section 3.1).
+    """A matrix of shape `(rows, columns)` as a train of cores.
 
     Its entries in row-major order are a tensor of the shape `modes`, whose entry `(i_1, ..., i_d)` is the product of
     the matrices `G_1[i_1] ... G_d[i_d]`. The core `G_k` has shape `(r, modes[k], r')`; r and r' are the train's rank,
@@ -91,13 +91,13 @@ class TrainAdapter(nn.Module):
 
 
 def loretta_rep(model: nn.Module, rank: int = RANK, train_rank: int = TRAIN_RANK) -> Prepared:
-    """LoRETTA_rep: a LoRA whose two factors are tensor trains (section 3.3).
+    """LoRETTA_rep: a LoRA whose two factors are tensor trains.
 
     `(W + scale * B A) x`, with A of shape `(rank, in)` and B of shape `(out, rank)` as `TensorTrain`s: three modes for
     `in` or `out`, one for the rank.
 
     - Layers: queries and values.
-    - Start: the last core of B is 0. The paper draws all cores, and takes their noise away from the frozen weight.
+    - Start: the last core of B is 0. The paper draws all cores at random and reduces their noise.
     - Parameters: those of two `TensorTrain`s for each layer. Norms stay frozen.
     """
     model.requires_grad_(False)
@@ -112,7 +112,7 @@ def loretta_rep(model: nn.Module, rank: int = RANK, train_rank: int = TRAIN_RANK
 
 
 def loretta_adp(model: nn.Module, bottleneck: int = BOTTLENECK, train_rank: int = TRAIN_RANK) -> Prepared:
-    """LoRETTA_adp: bottleneck adapters of tensor trains, behind each attention and each FFN (section 3.2).
+    """LoRETTA_adp: bottleneck adapters of tensor trains, behind each attention and each FFN.
 
     `y + U gelu(D y + c) + b` with y the output of an attention's or an FFN's last projection, D of shape
     `(bottleneck, width)` and U of shape `(width, bottleneck)` as `TensorTrain`s: three modes for the width, two for the
@@ -121,7 +121,7 @@ def loretta_adp(model: nn.Module, bottleneck: int = BOTTLENECK, train_rank: int 
     - Places: those that RED's position `ffn_attn` edits.
     - Start: the last core of U and b are 0.
     - Parameters: those of two `TensorTrain`s, `bottleneck` and `width` for each place. Norms stay frozen, and so does
-      the head, which the paper makes a tensor train for classification.
+      the head, which the paper can make a tensor train for classification.
     """
     sites = edited_sites(model, "ffn_attn")
     model.requires_grad_(False)

@@ -21,7 +21,7 @@ _SIDE_BY_SIDE = ("c_attn", "qkv_proj")  # the outputs are all queries, then all 
 
 
 class CpTensor(nn.Module):
-    """The factors of the tensor, which has the modes width, head dimension, head, layer and matrix (section 4).
+    """The factors of the tensor, which has the modes width, head dimension, head, layer and matrix.
 
     Its entry is `sum over s of width[i, s] inner[j, s] heads[h, s] layers[l, s] kinds[m, s]`.
 
@@ -103,7 +103,7 @@ def attentions(model: nn.Module) -> list[Attention]:
 
 
 def lorta(model: nn.Module, rank: int = RANK) -> Prepared:
-    """LoRTA: one tensor holds the updates of all queries, keys, values and output projections (section 4).
+    """LoRTA: one tensor holds the updates of all queries, keys, values and output projections.
 
     The update of head h in layer l is `A diag(C_H[h] * C_L[l] * C_M[m]) B^T`, of shape `(width, head dimension)`, with
     m the matrix: transposed it adds to the head's rows of the query, key or value weight, as it is to the head's

@@ -41,7 +41,7 @@ class BlockDiagonal(nn.Module):
 
 
 def melora(model: nn.Module, parts: int = PARTS, rank: int = RANK // PARTS) -> Prepared:
-    """MELoRA with `parts` LoRAs of a rank each, each of its own part of the inputs and outputs (section 3.2).
+    """MELoRA with `parts` LoRAs of a rank each, each of its own part of the inputs and outputs.
 
     `(W + scale * diag(B_1 A_1, ..., B_n A_n)) x`. All of them together have the rank `parts * rank`, which is LoRA's
     here; the scale is LoRA's too.

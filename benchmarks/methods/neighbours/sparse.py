@@ -22,7 +22,7 @@ from ..linears import as_linears, block_linears, sizes
 def sara(model: nn.Module, rank: int = RANK) -> Prepared:
     """SaRA: the entries of least magnitude are trained, which hold least of what was learnt (arXiv 2409.06633).
 
-    `(W + M) x`, where M has the places of the least `|W|` (section 4.1). Without the penalty on M's nuclear norm, which
+    `(W + M) x`, where M has the places of the least `|W|` (section 4). Without the penalty on M's nuclear norm, which
     would be a part of the loss, and without choosing again in the middle of the training.
 
     - Layers: all linear ones of the blocks.
@@ -33,7 +33,7 @@ def sara(model: nn.Module, rank: int = RANK) -> Prepared:
 
 
 def spt(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], rank: int = RANK) -> Prepared:
-    """SPT: the entries to which the loss is most sensitive are trained (arXiv 2303.08566, section 3.1).
+    """SPT: the entries to which the loss is most sensitive are trained (arXiv 2303.08566, section 3).
 
     The sensitivity of an entry w is the loss that one step would save, to first order: the gradient g times the change
     of w. That step is along the gradient, so it is `g^2` up to a factor, summed over batches of the task.
@@ -46,7 +46,7 @@ def spt(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], rank: int = R
 
     Args:
         model: the model.
-        batches: its inputs with labels; a gradient is taken on each. The paper has one for each of a few hundred items.
+        batches: its inputs with labels; a gradient is taken on each.
         rank: see above.
     """
     as_linears(model, block_linears(model))
