@@ -253,6 +253,13 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         help="of the processor: a run for each, into FOLDER/SET, with torch held to the same set; all: each that this "
         "processor has (default: one run with the newest)",
     )
+    run.add_argument(
+        "--methods",
+        nargs="+",
+        default=unset,
+        metavar="NAME",
+        help="of step or quality, such as red lora-all vera (default: those of the job)",
+    )
     ops = parser.add_argument_group("operations, and --tune")
     ops.add_argument(
         "--operations",
@@ -375,7 +382,7 @@ def _bench(options: argparse.Namespace) -> int:
 def _tune(given: dict[str, Any]) -> int:
     if given["job"] is not None:
         raise ValueError(f"--tune is a job of its own, got the job {given['job']} beside it")
-    for name in ("resume", "quick", "minutes", "device", "dtype", "instruction_sets", "inputs", "seconds"):
+    for name in ("resume", "quick", "minutes", "device", "dtype", "instruction_sets", "inputs", "seconds", "methods"):
         if given.get(name):
             raise ValueError(f"--{name}: the search for launch rules has no such option")
     from rich.console import Console
@@ -405,7 +412,7 @@ def _measure(given: dict[str, Any]) -> int:
         )
         return result
     operations = ("operations", "inputs", "seconds", "widths", "dtypes", "rows")
-    own = ("device", "dtype", "resume", "overwrite", "minutes", "quick")
+    own = ("device", "dtype", "resume", "overwrite", "minutes", "quick", "methods")
     request = suite.Request(
         job=given["job"] or "ops",
         output=given.get("output", Path("bench-results")),

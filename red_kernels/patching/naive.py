@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..edits.kinds import Edit, Kind, is_kind, kind_named, kind_names
+from ..edits.module import CONTEXTS, refuse_site
 from ..fusion.site import with_first
 from .module_facts import output_width
 
@@ -49,9 +50,10 @@ class NaiveEdits:
                 return output
             if isinstance(output, (tuple, list)):
                 return with_first(output, hook(module, arguments, output[0]))
+            given = {name: CONTEXTS[name](module, output.shape[-1]) for name in kind.context}
             if kind.kernel is None:  # its formula is written for fp32
-                return Edit(kind, parts).plain(output)
-            return kind.formula(output, parts).to(output.dtype)
+                return Edit(kind, {**parts, **given}).plain(output)
+            return kind.formula(output, {**parts, **given}).to(output.dtype)
 
         return hook
 
@@ -114,6 +116,6 @@ def naive_edit(
         width = (widths or {}).get(site, width)
         if width is None or device is None:
             raise ValueError(f"sites: {site!r} is a {type(modules[site]).__name__}, whose output width cannot be told")
-        own.refuse_width(width, f"sites: {site!r}")
+        refuse_site(own, modules[site], width, f"sites: {site!r}")
         parameters[site] = {name: nn.Parameter(start) for name, start in own.start(width, dtype, device).items()}
     return NaiveEdits(model, own, parameters)
