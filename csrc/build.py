@@ -154,7 +154,7 @@ def build_cpu_library(target: Path, objects: Path = OBJECTS / "cpu") -> None:
     machine = platform.machine()
     jobs = kernel_jobs(compiler, machine, objects)
     common = (*cpu_command(compiler, machine), _torch_target(), "-isystem", str(torch / "include"))
-    for source in ("ops.cpp", "cpu/launch.cpp", "cpu/dispatch.cpp", "cpu/plan.cpp", "cpu/memory.cpp"):
+    for source in ("ops.cpp", "cpu/launch.cpp", "cpu/mix_launch.cpp", "cpu/dispatch.cpp", "cpu/plan.cpp", "cpu/memory.cpp"):
         path = ROOT / "csrc" / source
         jobs.append(Job(path, objects / f"{path.stem}.o", common))
     _compile(jobs, objects, torch)
@@ -166,12 +166,13 @@ def kernel_jobs(compiler: str, machine: str, objects: Path) -> list[Job]:
     sets = X86_SETS if _x86(machine) else AARCH64_SETS if _aarch64(machine) else {"base": (4, [])}
     return [
         Job(
-            ROOT / "csrc/cpu/isa.cpp",
-            objects / f"{name}.o",
+            ROOT / "csrc/cpu" / source,
+            objects / f"{prefix}{name}.o",
             # Vectors are written out: -O3 adds compile time.
             (*cpu_command(compiler, machine), "-O2", f"-DRED_ISA={name}", f"-DRED_LANES={lanes}", *flags),
         )
         for name, (lanes, flags) in sets.items()
+        for source, prefix in (("isa.cpp", ""), ("isa_mix.cpp", "mix_"))
     ]
 
 

@@ -13,6 +13,7 @@ STABLE_TORCH_LIBRARY(red_kernels, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(red_kernels, CPU, library) {
   RED_IMPLEMENT_OPERATORS(library, red::cpu)
+  RED_IMPLEMENT_MIXES(library, red::cpu)
 }
 
 #define RED_EXPORT extern "C" __attribute__((visibility("default")))

@@ -10,7 +10,7 @@ namespace cpu {
 class ColumnSums {
  public:
   // `asked[k]` and `of_edits[k]`: whether the k-th sum is wanted, and whether it is kept apart for each edit.
-  static constexpr int kSums = 4;
+  static constexpr int kSums = 5;
   static constexpr int64_t kRows = 16;  // rows that are added up one after the other
 
   ColumnSums(const Shape& shape, const EditIds& ids) : shape_(shape), edits_(ids.edits()), sorted_(ids.data != nullptr),
@@ -83,7 +83,7 @@ class ColumnSums {
   bool sorted_;
   Plan plan_;
   int count_ = 0;
-  int place_[kSums] = {-1, -1, -1, -1};
+  int place_[kSums] = {-1, -1, -1, -1, -1};
   bool of_edits_[kSums] = {};
   Tensor partial_;  // a line of each sum for each chunk
 };

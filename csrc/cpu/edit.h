@@ -9,16 +9,19 @@
 namespace red {
 namespace RED_ISA {
 
-// The places of a row that an edit reads; absent residuals and factors are null.
+// What is added behind a formula; absent residuals and factors are null.
 template <class T>
-struct Edited {
-  const T *x, *residual;
-  const float *scale, *bias, *factor;
+struct Added {
+  const T* residual;
+  const float* factor;
 
-  // residual + dropout(scale * x + bias) at columns j.
+  template <class P>
+  RED_INLINE Added(const P& p, int64_t i, const float* factor)
+      : residual(row<T>(p.residual, i, static_cast<const T*>(nullptr))), factor(factor) {}
+
+  // residual + dropout(h) at columns j.
   template <class At, class Flag>
-  RED_INLINE V value(At at, int64_t j, Flag has_residual) const {
-    V h = at.load(x + j) * at.load(scale + j) + at.load(bias + j);
+  RED_INLINE V to(At at, int64_t j, V h, Flag has_residual) const {
     if constexpr (std::is_same_v<Flag, bool>)
       if (factor) h *= at.load(factor + j);
     if (has_residual) h += at.load(residual + j);
@@ -35,21 +38,59 @@ struct Edited {
   }
 };
 
-template <class T, bool Stream>
-void edit_forward_rows(const EditForward& p, int64_t begin, int64_t end, float* scratch) {
+// The edit of a row. Formulas have this form: z of the columns by `sweep_values`, after `start` for those that need one, and
+// `start_value` of the first `start_width` columns, where `d` says how many there are.
+template <class T>
+struct Edited : Added<T> {
+  using Element = T;
+  static constexpr bool kKeepsZ = false;  // whether z always is
+  const T* x;
+  const float *scale, *bias;
+
+  template <class P>
+  RED_INLINE Edited(const P& p, int64_t i, const float* factor)
+      : Added<T>(p, i, factor), x(row<T>(p.x, i)), scale(p.scale.row(i)), bias(p.bias.row(i)) {}
+
+  template <class At, class Flag>
+  RED_INLINE V value(At at, int64_t j, Flag has_residual) const {
+    return this->to(at, j, at.load(x + j) * at.load(scale + j) + at.load(bias + j), has_residual);
+  }
+  RED_INLINE void start() const {}
+  RED_INLINE int64_t start_width(int64_t d) const { return d; }
+  template <class At, class Flag>
+  RED_INLINE V start_value(At at, Flag has_residual) const {
+    return value(at, 0, has_residual);
+  }
+  // body(at, j, k, value) as in sweep_sums, where value(has_residual) is z at columns j.
+  template <int Parts, class Body>
+  RED_INLINE void sweep_values(int64_t d, const Body& body) const {
+    sweep_sums<Parts>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
+      body(at, j, k, [&](auto has_residual) __attribute__((always_inline)) { return value(at, j, has_residual); });
+    });
+  }
+};
+
+template <class Formula, bool Stream, class P>
+RED_INLINE void forward_of_rows(const P& p, int64_t begin, int64_t end, float* scratch) {
+  using T = typename Formula::Element;
   const int64_t d = p.d;
   for (int64_t i = begin; i < end; ++i) {
-    const Edited<T> edited{row<T>(p.x, i), row<T>(p.residual, i, static_cast<const T*>(nullptr)), p.scale.row(i),
-                           p.bias.row(i), dropout_factors(p.dropout, i, d, scratch)};
+    Formula formula(p, i, dropout_factors(p.dropout, i, d, scratch));
     T* z = output<T>(p.z, d, i);
+    formula.start();
     const auto pass = [&](auto has_residual, auto) __attribute__((always_inline)) {
-      sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
-        at.template store<Stream>(z + j, edited.value(at, j, has_residual));
+      formula.template sweep_values<1>(d, [&](auto at, int64_t j, int, const auto& value) __attribute__((always_inline)) {
+        at.template store<Stream>(z + j, value(has_residual));
       });
     };
-    edited.each_case(pass, false);
+    formula.each_case(pass, false);
   }
   if (Stream) fence();
+}
+
+template <class T, bool Stream>
+void edit_forward_rows(const EditForward& p, int64_t begin, int64_t end, float* scratch) {
+  forward_of_rows<Edited<T>, Stream>(p, begin, end, scratch);
 }
 
 template <class T>
@@ -60,10 +101,15 @@ void edit_forward(const EditForward& p, int64_t begin, int64_t end, float* scrat
 // The part of every backward behind the gradient g of z: the dropout, dx, and the two column sums.
 template <class T, bool Stream>
 struct EditGradient {
+  using Element = T;
   const T* x;
   const float *scale, *factor;
   T* dx;
   float *dscale, *dbias;
+
+  template <class P>
+  RED_INLINE EditGradient(const P& p, int64_t i, const T* x, const float* factor, const Columns& sums, float*)
+      : x(x), scale(p.scale.row(i)), factor(factor), dx(output<T>(p.dx, p.d, i)), dscale(sums.dscale), dbias(sums.dbias) {}
 
   // With `all`, dx and both sums are asked for and nothing is dropped.
   template <class At, class Flag>
@@ -80,21 +126,31 @@ struct EditGradient {
     }
   }
   bool all() const { return dx && dscale && dbias && !factor; }
+  // gradient(at, j) is g at columns j, and is called once for each.
+  template <class Gradient, class Flag>
+  RED_INLINE void behind(int64_t d, const Gradient& gradient, Flag all) const {
+    sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) { put(at, j, gradient(at, j), all); });
+  }
 };
 
-template <class T, bool Stream>
-void edit_backward_rows(const EditBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
+template <class Gradient, class P>
+RED_INLINE void backward_of_rows(const P& p, const Chunk& chunk, const Columns& sums, float* scratch) {
+  using T = typename Gradient::Element;
   const int64_t d = p.d;
   for (int64_t k = chunk.begin; k < chunk.end; ++k) {
     const int64_t i = chunk.row(k);
     const T* dz = row<T>(p.dz, i);
-    const EditGradient<T, Stream> edit{row<T>(p.x, i, dz), p.scale.row(i), dropout_factors(p.dropout, i, d, scratch),
-                                       output<T>(p.dx, d, i), sums.dscale, sums.dbias};
+    const Gradient edit(p, i, row<T>(p.x, i, dz), dropout_factors(p.dropout, i, d, scratch), sums, nullptr);
     const auto pass = [&](auto all) __attribute__((always_inline)) {
-      sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) { edit.put(at, j, at.load(dz + j), all); });
+      edit.behind(d, [&](auto at, int64_t j) __attribute__((always_inline)) { return at.load(dz + j); }, all);
     };
     decide(pass, edit.all());
   }
+}
+
+template <class T, bool Stream>
+void edit_backward_rows(const EditBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
+  backward_of_rows<EditGradient<T, Stream>>(p, chunk, sums, scratch);
   if (Stream) fence();
 }
 

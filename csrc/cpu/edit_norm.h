@@ -7,31 +7,33 @@
 namespace red {
 namespace RED_ISA {
 
-template <class T, bool Centered, bool Stream>
-void edit_norm_forward_rows(const EditNormForward& p, int64_t begin, int64_t end, float* scratch) {
+template <class Formula, bool Centered, bool Stream, class P>
+RED_INLINE void norm_forward_of_rows(const P& p, int64_t begin, int64_t end, float* scratch) {
+  using T = typename Formula::Element;
   const int64_t d = p.d;
   const float *weight = p.weight, *norm_bias = p.norm_bias;
   float *held = scratch, *factors = scratch + padded(d);
   for (int64_t i = begin; i < end; ++i) {
-    const Edited<T> edited{row<T>(p.x, i), row<T>(p.residual, i, static_cast<const T*>(nullptr)), p.scale.row(i),
-                           p.bias.row(i), dropout_factors(p.dropout, i, d, factors)};
+    Formula formula(p, i, dropout_factors(p.dropout, i, d, factors));
     T *y = output<T>(p.y, d, i), *z = output<T>(p.z, d, i);
     Statistics s;
+    formula.start();
     const auto pass = [&](auto has_residual, auto keeps_z) __attribute__((always_inline)) {
-      const auto seen = [&](auto at, int64_t j) __attribute__((always_inline)) {
-        return rounded(T{}, edited.value(at, j, has_residual));
-      };
-      RowSums<T, Centered> sums(d, seen);
-      sweep_sums<sums.kParts>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
-        prepare<Stream>(y + j);
-        // The norm sees z as rounded, whether it is kept or not.
-        const V h = keeps_z ? at.template store_rounded<Stream>(z + j, edited.value(at, j, has_residual)) : seen(at, j);
-        at.template store<false>(held + j, h);
-        sums.add(at, k, h);
+      RowSums<T, Centered> sums(formula.start_width(d), [&](auto at, int64_t) __attribute__((always_inline)) {
+        return rounded(T{}, formula.start_value(at, has_residual));
       });
+      formula.template sweep_values<sums.kParts>(
+          d, [&](auto at, int64_t j, int k, const auto& value) __attribute__((always_inline)) {
+            prepare<Stream>(y + j);
+            // The norm sees z as rounded, whether it is kept or not.
+            const V h = Formula::kKeepsZ || keeps_z ? at.template store_rounded<Stream>(z + j, value(has_residual))
+                                                    : rounded(T{}, value(has_residual));
+            at.template store<false>(held + j, h);
+            sums.add(at, k, h);
+          });
       s = sums.statistics(held, d, p.eps);
     };
-    edited.each_case(pass, z != nullptr);
+    formula.each_case(pass, Formula::kKeepsZ || z);
     if (Centered) p.mean[i] = s.mean;
     p.rstd[i] = s.rstd;
     const int64_t next = i + 1 < end ? i + 1 : i;
@@ -47,24 +49,30 @@ void edit_norm_forward_rows(const EditNormForward& p, int64_t begin, int64_t end
   if (Stream) fence();
 }
 
+template <class T, bool Centered, bool Stream>
+void edit_norm_forward_rows(const EditNormForward& p, int64_t begin, int64_t end, float* scratch) {
+  norm_forward_of_rows<Edited<T>, Centered, Stream>(p, begin, end, scratch);
+}
+
 template <class T, bool Centered>
 void edit_norm_forward(const EditNormForward& p, int64_t begin, int64_t end, float* scratch) {
   (p.stream ? edit_norm_forward_rows<T, Centered, true> : edit_norm_forward_rows<T, Centered, false>)(p, begin, end,
                                                                                                      scratch);
 }
 
-template <class T, bool Centered, bool Stream, bool HasZ>
-void edit_norm_backward_rows(const EditNormBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
+template <class Gradient, bool Centered, bool Stream, bool HasZ, class P>
+RED_INLINE void norm_backward_of_rows(const P& p, const Chunk& chunk, const Columns& sums, float* scratch) {
+  using T = typename Gradient::Element;
   const int64_t d = p.d;
   const float* weight = p.weight;
   float *held = scratch, *factors = scratch + padded(d);
   for (int64_t k = chunk.begin; k < chunk.end; ++k) {
     const int64_t i = chunk.row(k);
     const T *dy = row<T>(p.dy, i), *z = row<T>(p.z, i, dy), *x = row<T>(p.x, i, z), *dz = row<T>(p.dz, i, z);
-    const Edited<T> edited{x, row<T>(p.residual, i, static_cast<const T*>(nullptr)), p.scale.row(i), p.bias.row(i),
-                           dropout_factors(p.dropout, i, d, factors)};
+    const float* factor = dropout_factors(p.dropout, i, d, factors);
+    const Edited<T> edited(p, i, factor);
     const Statistics s{Centered ? p.mean[i] : 0.0f, p.rstd[i]};
-    const EditGradient<T, Stream> edit{x, edited.scale, edited.factor, output<T>(p.dx, d, i), sums.dscale, sums.dbias};
+    const Gradient edit(p, i, x, factor, sums, held);
     T* dresidual = output<T>(p.dresidual, d, i);
     // In place of what is not asked for the row that is read anyway.
     const T *first_out = dresidual ? dresidual : dy, *second_out = edit.dx ? edit.dx : dy;
@@ -101,19 +109,25 @@ void edit_norm_backward_rows(const EditNormBackward& p, const Chunk& chunk, cons
     const int64_t next = chunk.row(k + 1 < chunk.end ? k + 1 : k);
     const T *next_dy = row<T>(p.dy, next), *next_z = row<T>(HasZ ? p.z : p.x, next);
     const auto second = [&](auto all, auto has_dz) __attribute__((always_inline)) {
-      sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
+      const auto gradient = [&](auto at, int64_t j) __attribute__((always_inline)) {
         prefetch(next_dy + j);
         prefetch(next_z + j);
         const V normed = normalised<Centered>(HasZ ? at.load(z + j) : at.load(held + j), s);
         V g = projection.apply<Centered>(at.load(dy + j) * at.load(weight + j), normed, s);
         if (has_dz) g += at.load(dz + j);
         if (all || dresidual) at.template store<Stream>(dresidual + j, g);
-        edit.put(at, j, g, all);
-      });
+        return g;
+      };
+      edit.behind(d, gradient, all);
     };
     decide(second, edit.all() && dresidual, static_cast<bool>(p.dz));
   }
   if (Stream) fence();
+}
+
+template <class T, bool Centered, bool Stream, bool HasZ>
+void edit_norm_backward_rows(const EditNormBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
+  norm_backward_of_rows<EditGradient<T, Stream>, Centered, Stream, HasZ>(p, chunk, sums, scratch);
 }
 
 template <class T, bool Centered>

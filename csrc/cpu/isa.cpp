@@ -5,6 +5,8 @@
 namespace red {
 namespace RED_ISA {
 
+extern const MixKernels mixes;  // of isa_mix.cpp
+
 #define RED_NAME_(x) #x
 #define RED_NAME(x) RED_NAME_(x)
 #define RED_TYPES(kernel) {kernel<float>, kernel<BFloat16>, kernel<Float16>}
@@ -22,6 +24,7 @@ const Kernels kernels = {
     RED_NORMS(edit_norm_backward),
     RED_NORMS(norm_edit_forward),
     RED_NORMS(norm_edit_backward),
+    &mixes,
 };
 
 }  // namespace RED_ISA

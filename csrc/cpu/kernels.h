@@ -83,6 +83,25 @@ struct NormEditBackward {
   void* dx;
 };
 
+// A mix is an edit with its first vector in the place of the scale. `blocks` of columns are reflected, or pairs of columns
+// rotate (0); `second` has no data where there is none. z is always kept.
+struct MixForward : EditForward {
+  Vectors second;
+  int64_t blocks;
+};
+struct MixBackward : EditBackward {
+  Vectors second;
+  int64_t blocks;
+};
+struct MixNormForward : EditNormForward {
+  Vectors second;
+  int64_t blocks;
+};
+struct MixNormBackward : EditNormBackward {
+  Vectors second;
+  int64_t blocks;
+};
+
 // A run of rows whose column sums are added up in order. Its extent depends on the shape and the ids only, never on the
 // number of threads, so neither do the sums. With `order`, the k-th row is order[k].
 struct Chunk {
@@ -91,15 +110,23 @@ struct Chunk {
   int64_t row(int64_t k) const { return order ? order[k] : k; }
 };
 
-// Where a chunk adds up its column sums, each of d floats; null if not asked for.
+// Where a chunk adds up its column sums, each of d floats; null if not asked for. A mix's first is in the place of the scale.
 struct Columns {
-  float *dscale = nullptr, *dbias = nullptr, *dweight = nullptr, *dnorm_bias = nullptr;
+  float *dscale = nullptr, *dbias = nullptr, *dweight = nullptr, *dnorm_bias = nullptr, *dsecond = nullptr;
 };
 
 // Floats of scratch that a kernel needs for a row of d: a row in fp32, and one of dropout factors or two of folded vectors,
 // each padded.
 constexpr int64_t padded(int64_t d) { return (d + 127) / 64 * 64; }
 constexpr int64_t scratch_floats(int64_t d) { return 3 * padded(d); }
+
+// One instruction set's kernels of mixes, as below.
+struct MixKernels {
+  void (*forward[kTypes])(const MixForward&, int64_t begin, int64_t end, float* scratch);
+  void (*backward[kTypes])(const MixBackward&, const Chunk&, const Columns&, float* scratch);
+  void (*norm_forward[kTypes][2])(const MixNormForward&, int64_t begin, int64_t end, float* scratch);
+  void (*norm_backward[kTypes][2])(const MixNormBackward&, const Chunk&, const Columns&, float* scratch);
+};
 
 // One instruction set's kernels, by activation type, and for norms by [centered]: RMSNorm, LayerNorm.
 struct Kernels {
@@ -110,6 +137,7 @@ struct Kernels {
   void (*edit_norm_backward[kTypes][2])(const EditNormBackward&, const Chunk&, const Columns&, float* scratch);
   void (*norm_edit_forward[kTypes][2])(const NormEditForward&, int64_t begin, int64_t end, float* scratch);
   void (*norm_edit_backward[kTypes][2])(const NormEditBackward&, const Chunk&, const Columns&, float* scratch);
+  const MixKernels* mixes;
 };
 
 }  // namespace red

@@ -1,6 +1,6 @@
 """The CPU kernels for AArch64 on any machine: cross-compiled with a small program around them, and run under qemu-user.
 
-A :class:`Processor` is a process that waits for calls, and a backend: its six functions have the arguments and results
+A :class:`Processor` is a process that waits for calls, and a backend: its functions have the arguments and results
 of those in :mod:`red_kernels.reference`. What is seen here is what the instructions do. It was never real hardware, and
 how long anything takes says nothing.
 """
@@ -31,7 +31,7 @@ OBJECTS = ROOT / "build/csrc/aarch64"
 PROCESSORS = {"cortex-a72": "neon", "max": "neon_bf16"}
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ARRAYS = ("x", "residual", "scale", "bias", "weight", "norm_bias", "ids", "dy", "dz", "z", "mean", "rstd")
+_ARRAYS = ("x", "residual", "scale", "bias", "weight", "norm_bias", "ids", "dy", "dz", "z", "mean", "rstd", "second")
 
 
 def why_not() -> str | None:
@@ -55,6 +55,7 @@ def build_program() -> Path:
         jobs += [
             build.Job(harness / "conversions.cpp", OBJECTS / f"conversions_{job.built.name}", job.command)
             for job in list(jobs)
+            if job.source.name == "isa.cpp"
         ]
         common = build.cpu_command(COMPILER, "aarch64")
         without_torch = [ROOT / f"csrc/cpu/{name}.cpp" for name in ("dispatch", "plan", "memory")]
@@ -88,24 +89,24 @@ class Processor:
 
     def use(self, name: str | None = None) -> str:
         """Use an instruction set; returns its name and those that the processor can run, or the error message."""
-        (answer,) = self.call("use", 1, [0] * 12, {} if name is None else {"x": name.encode()})
+        (answer,) = self.call("use", 1, [0] * 13, {} if name is None else {"x": name.encode()})
         assert answer is not None
         return answer.decode()
 
     def pool(self, size: int) -> int:
         """Bytes that the pool of memory kept of a block of ``size``, before it gave them back."""
-        (answer,) = self.call("pool", 1, [0, 0, 0, size, *[0] * 8], {})
+        (answer,) = self.call("pool", 1, [0, 0, 0, size, *[0] * 9], {})
         assert answer is not None
         return int(answer)
 
     def widen(self, halves: Tensor, by_eights: bool) -> Tensor:
         """Halves as fp32; their number is a multiple of 8."""
-        values = [_TYPES[halves.dtype], 0, 0, len(halves), by_eights, *[0] * 7]
+        values = [_TYPES[halves.dtype], 0, 0, len(halves), by_eights, *[0] * 8]
         return _tensor(self.call("widen", 1, values, {"x": halves})[0], torch.float32, halves.shape)
 
     def narrow(self, values: Tensor, dtype: torch.dtype, by_eights: bool) -> Tensor:
         """fp32 as halves; their number is a multiple of 8."""
-        words = [_TYPES[dtype], 0, 0, len(values), by_eights, *[0] * 7]
+        words = [_TYPES[dtype], 0, 0, len(values), by_eights, *[0] * 8]
         return _tensor(self.call("narrow", 1, words, {"x": values})[0], dtype, values.shape)
 
     @property
@@ -134,8 +135,8 @@ class Processor:
         needs: tuple[bool, ...],
     ) -> tuple[Any, ...]:
         given = {"dz": dz, "x": x, "ids": edit_ids, **_vectors(dz, scale, None)}
-        found = self._run("edit_backward", 5, dz, given, edits=n_edits, needs=needs, seed=seed, p=dropout_p)
-        return _like(found[4], dz), *_sums(found[:2], dz, edit_ids, n_edits)
+        found = self._run("edit_backward", 6, dz, given, edits=n_edits, needs=needs, seed=seed, p=dropout_p)
+        return _like(found[5], dz), *_sums(found[:2], dz, edit_ids, n_edits)
 
     def edit_norm_forward(
         self,
@@ -182,8 +183,8 @@ class Processor:
         saved = {"z": z, "x": x, "residual": residual, "mean": mean, "rstd": rstd, "ids": edit_ids}
         options: dict[str, Any] = {"seed": seed, "p": dropout_p, "centered": mean is not None, "needs": needs}
         given = {"dy": dy, "dz": dz, **saved, **vectors}
-        found = self._run("edit_norm_backward", 6, dy, given, edits=n_edits, **options)
-        gradients = _like(found[4], dy), _like(found[5], dy), *_sums(found[:2], dy, edit_ids, n_edits)
+        found = self._run("edit_norm_backward", 7, dy, given, edits=n_edits, **options)
+        gradients = _like(found[5], dy), _like(found[6], dy), *_sums(found[:2], dy, edit_ids, n_edits)
         return *gradients, *_sums(found[2:4], dy, None, 1)
 
     def norm_edit_forward(
@@ -220,9 +221,92 @@ class Processor:
         vectors = _vectors(dy, scale, None) | _norms(dy, weight, norm_bias, weight_offset)
         given = {"dy": dy, "x": x, "mean": mean, "rstd": rstd, "ids": edit_ids, **vectors}
         centered = mean is not None
-        found = self._run("norm_edit_backward", 5, dy, given, edits=n_edits, centered=centered, needs=needs)
+        found = self._run("norm_edit_backward", 6, dy, given, edits=n_edits, centered=centered, needs=needs)
         vectors_of_norm = _sums(found[2:4], dy, None, 1)
-        return _like(found[4], dy), *vectors_of_norm, *_sums(found[:2], dy, edit_ids, n_edits)
+        return _like(found[5], dy), *vectors_of_norm, *_sums(found[:2], dy, edit_ids, n_edits)
+
+    def mix_forward(
+        self,
+        x: Tensor,
+        residual: Any,
+        first: Tensor,
+        second: Any,
+        bias: Any,
+        edit_ids: Any,
+        seed: Any,
+        dropout_p: float,
+        blocks: int,
+    ) -> Tensor:
+        given = {"x": x, "residual": residual, "ids": edit_ids, **_mixing(x, first, second, bias)}
+        (z,) = self._run("mix_forward", 1, x, given, first, seed=seed, p=dropout_p, blocks=blocks)
+        return _tensor(z, x.dtype, x.shape)
+
+    def mix_backward(
+        self,
+        dz: Tensor,
+        x: Any,
+        first: Tensor,
+        second: Any,
+        edit_ids: Any,
+        seed: Any,
+        dropout_p: float,
+        blocks: int,
+        n_edits: int,
+        needs: tuple[bool, ...],
+    ) -> tuple[Any, ...]:
+        given = {"dz": dz, "x": x, "ids": edit_ids, **_mixing(dz, first, second, None)}
+        options: dict[str, Any] = {"seed": seed, "p": dropout_p, "blocks": blocks}
+        found = self._run("mix_backward", 6, dz, given, edits=n_edits, needs=needs, **options)
+        return _like(found[5], dz), *_sums([found[k] for k in (0, 4, 1)], dz, edit_ids, n_edits)
+
+    def mix_norm_forward(
+        self,
+        x: Tensor,
+        residual: Any,
+        first: Tensor,
+        second: Any,
+        bias: Any,
+        weight: Any,
+        norm_bias: Any,
+        edit_ids: Any,
+        seed: Any,
+        dropout_p: float,
+        eps: float,
+        weight_offset: float,
+        centered: bool,
+        blocks: int,
+    ) -> tuple[Any, ...]:
+        vectors = _mixing(x, first, second, bias) | _norms(x, weight, norm_bias, weight_offset)
+        given = {"x": x, "residual": residual, "ids": edit_ids, **vectors}
+        options: dict[str, Any] = {"seed": seed, "p": dropout_p, "eps": eps, "centered": centered, "blocks": blocks}
+        y, z, mean, rstd = self._run("mix_norm_forward", 4, x, given, first, **options)
+        return _like(y, x), _like(z, x), _statistic(mean, x), _statistic(rstd, x)
+
+    def mix_norm_backward(
+        self,
+        dy: Tensor,
+        dz: Any,
+        z: Tensor,
+        x: Any,
+        first: Tensor,
+        second: Any,
+        weight: Any,
+        edit_ids: Any,
+        seed: Any,
+        mean: Any,
+        rstd: Tensor,
+        dropout_p: float,
+        weight_offset: float,
+        blocks: int,
+        n_edits: int,
+        needs: tuple[bool, ...],
+    ) -> tuple[Any, ...]:
+        vectors = _mixing(dy, first, second, None) | _norms(dy, weight, None, weight_offset)
+        given = {"dy": dy, "dz": dz, "z": z, "x": x, "mean": mean, "rstd": rstd, "ids": edit_ids, **vectors}
+        options: dict[str, Any] = {"seed": seed, "p": dropout_p, "centered": mean is not None, "blocks": blocks}
+        found = self._run("mix_norm_backward", 7, dy, given, edits=n_edits, needs=needs, **options)
+        gradients = _like(found[5], dy), _like(found[6], dy)
+        return *gradients, *_sums([found[k] for k in (0, 4, 1)], dy, edit_ids, n_edits), *_sums(found[2:4], dy, None, 1)
 
     def _run(
         self,
@@ -237,6 +321,7 @@ class Processor:
         p: float = 0.0,
         eps: float = 0.0,
         centered: bool = False,
+        blocks: int = 0,
     ) -> list[bytes | None]:
         d = like.shape[-1]
         if edits is None:
@@ -256,6 +341,7 @@ class Processor:
             min(round(p * 2**32), 2**32 - 1),
             _float_bits(1.0 / (1.0 - p) if p < 1.0 else 0.0),
             _float_bits(eps),
+            blocks,
         ]
         return self.call(name, results, values, given)
 
@@ -263,7 +349,7 @@ class Processor:
         """One call of the program: arrays by their names in, as many arrays as it has results out."""
         assert self._process.stdin is not None
         assert set(given) <= set(_ARRAYS)
-        parts = [struct.pack("24s12q", name.encode(), *values)]
+        parts = [struct.pack("24s13q", name.encode(), *values)]
         for key in _ARRAYS:
             value = given.get(key)
             if isinstance(value, Tensor):
@@ -316,6 +402,12 @@ def _several(scale: Any, bias: Any, like: Tensor) -> dict[str, Tensor]:
         if vector is None:
             found[key] = torch.full((edits, like.shape[-1]), neutral)
     return found
+
+
+def _mixing(like: Tensor, first: Tensor, second: Any, bias: Any) -> dict[str, Tensor]:
+    """The first vector is in the place of the scale."""
+    found = {"second": second.float()} if second is not None else {}
+    return {**_vectors(like, first, bias), **found}
 
 
 def _norms(like: Tensor, weight: Any, norm_bias: Any, offset: float) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 // Runs the kernels of csrc/cpu without torch, for processors that are emulated: requests on the standard input, results on
 // the standard output, one after the other. tests/backends/emulated_cpu.py speaks with it.
 //
-// A request is the name of a call (24 bytes), twelve int64 values and twelve arrays, each with its length in bytes in front
+// A request is the name of a call (24 bytes), thirteen int64 values and thirteen arrays, each with its length in bytes in front
 // (-1: absent); a result is as many arrays as the call has. All is in this machine's byte order, which is little.
 #include "harness.h"
 
@@ -29,9 +29,9 @@ namespace {
 
 using namespace red;
 
-constexpr int kArrays = 12, kValues = 12, kGuard = 64;
-enum Input { kX, kResidual, kScale, kBias, kWeight, kNormBias, kIds, kDy, kDz, kZ, kMean, kRstd };
-enum Value { kType, kCentered, kRows, kWidth, kStream, kEdits, kNeeds, kDropout, kSeed, kThreshold, kFactor, kEps };
+constexpr int kArrays = 13, kValues = 13, kGuard = 64, kSums = 5;
+enum Input { kX, kResidual, kScale, kBias, kWeight, kNormBias, kIds, kDy, kDz, kZ, kMean, kRstd, kSecond };
+enum Value { kType, kCentered, kRows, kWidth, kStream, kEdits, kNeeds, kDropout, kSeed, kThreshold, kFactor, kEps, kBlocks };
 
 [[noreturn]] void fail(const char* message) {
   std::fprintf(stderr, "%s\n", message);
@@ -101,30 +101,30 @@ float* align(std::vector<float>& v) { return reinterpret_cast<float*>((reinterpr
 
 // As csrc/cpu/columns.h does it: sums of 16 rows, then of those for each chunk, then in fp64.
 template <class Body>
-void column_sums(const Call& call, const bool (&asked)[4], const bool (&of_edits)[4], const Body& body) {
+void column_sums(const Call& call, const bool (&asked)[kSums], const bool (&of_edits)[kSums], const Body& body) {
   const int64_t d = call.d(), edits = call.ids() ? call.values[kEdits] : 1;
   const Plan plan = plan_chunks(call.rows(), call.ids(), edits);
-  std::vector<double> totals[4];
+  std::vector<double> totals[kSums];
   for (auto& total : totals) total.assign(static_cast<size_t>(edits * d), 0.0);
   std::vector<float> scratch = call.scratch();
   for (const Chunk& chunk : plan.chunks) {
-    std::vector<float> of_chunk(static_cast<size_t>(4 * d));
+    std::vector<float> of_chunk(static_cast<size_t>(kSums * d));
     for (int64_t k = chunk.begin; k < chunk.end; k += 16) {
-      std::vector<float> few[4];
-      float* sums[4];
-      for (int s = 0; s < 4; ++s) {
+      std::vector<float> few[kSums];
+      float* sums[kSums];
+      for (int s = 0; s < kSums; ++s) {
         if (asked[s]) few[s].assign(static_cast<size_t>(padded(d)) + 16, 0.0f);
         sums[s] = asked[s] ? align(few[s]) : nullptr;
       }
-      body(Chunk{k, std::min(k + 16, chunk.end), chunk.edit, chunk.order}, Columns{sums[0], sums[1], sums[2], sums[3]},
+      body(Chunk{k, std::min(k + 16, chunk.end), chunk.edit, chunk.order}, Columns{sums[0], sums[1], sums[2], sums[3], sums[4]},
            align(scratch));
-      for (int s = 0; s < 4; ++s)
+      for (int s = 0; s < kSums; ++s)
         for (int64_t j = 0; asked[s] && j < d; ++j) of_chunk[s * d + j] += sums[s][j];
     }
-    for (int s = 0; s < 4; ++s)
+    for (int s = 0; s < kSums; ++s)
       for (int64_t j = 0; j < d; ++j) totals[s][(of_edits[s] ? chunk.edit : 0) * d + j] += of_chunk[s * d + j];
   }
-  for (int s = 0; s < 4; ++s) {
+  for (int s = 0; s < kSums; ++s) {
     const int64_t n = (of_edits[s] ? edits : 1) * d;
     Output out(asked[s], n * 4);
     for (int64_t i = 0; asked[s] && i < n; ++i) reinterpret_cast<float*>(out.data())[i] = static_cast<float>(totals[s][i]);
@@ -145,7 +145,7 @@ void edit_backward(const Call& call) {
   Output dx(call.needs(0), call.activation());
   const EditBackward p{call.d(), call.of(kDz), call.of(kX), call.vectors(kScale), call.dropout(),
                        call.values[kStream] != 0, dx.data()};
-  const bool asked[4] = {call.needs(1), call.needs(2), false, false}, of_edits[4] = {true, true, false, false};
+  const bool asked[kSums] = {call.needs(1), call.needs(2)}, of_edits[kSums] = {true, true};
   column_sums(call, asked, of_edits, [&](const Chunk& chunk, const Columns& sums, float* scratch) {
     kernels().edit_backward[call.type()](p, chunk, sums, scratch);
   });
@@ -192,8 +192,8 @@ void edit_norm_backward(const Call& call) {
                            call.arrays[kRstd].floats(),
                            dx.data(),
                            dresidual.data()};
-  const bool asked[4] = {call.needs(2), call.needs(3), call.needs(4), call.needs(5)};
-  const bool of_edits[4] = {true, true, false, false};
+  const bool asked[kSums] = {call.needs(2), call.needs(3), call.needs(4), call.needs(5)};
+  const bool of_edits[kSums] = {true, true};
   column_sums(call, asked, of_edits, [&](const Chunk& chunk, const Columns& sums, float* scratch) {
     kernels().edit_norm_backward[call.type()][call.centered()](p, chunk, sums, scratch);
   });
@@ -231,12 +231,63 @@ void norm_edit_backward(const Call& call) {
                            call.arrays[kMean].floats(),
                            call.arrays[kRstd].floats(),
                            dx.data()};
-  const bool asked[4] = {call.needs(3), call.needs(4), call.needs(1), call.needs(2)};
-  const bool of_edits[4] = {true, true, false, false};
+  const bool asked[kSums] = {call.needs(3), call.needs(4), call.needs(1), call.needs(2)};
+  const bool of_edits[kSums] = {true, true};
   column_sums(call, asked, of_edits, [&](const Chunk& chunk, const Columns& sums, float* scratch) {
     kernels().norm_edit_backward[call.type()][call.centered()](p, chunk, sums, scratch);
   });
   dx.write();
+}
+
+void mix_forward(const Call& call) {
+  Output z(true, call.activation());
+  const MixForward p{{call.d(), call.of(kX), call.of(kResidual), call.vectors(kScale), call.vectors(kBias), call.dropout(),
+                      call.values[kStream] != 0, z.data()},
+                     call.vectors(kSecond), call.values[kBlocks]};
+  std::vector<float> scratch = call.scratch();
+  kernels().mixes->forward[call.type()](p, 0, call.rows(), align(scratch));
+  z.write();
+}
+
+void mix_backward(const Call& call) {
+  Output dx(call.needs(0), call.activation());
+  const MixBackward p{{call.d(), call.of(kDz), call.of(kX), call.vectors(kScale), call.dropout(),
+                       call.values[kStream] != 0, dx.data()},
+                      call.vectors(kSecond), call.values[kBlocks]};
+  const bool asked[kSums] = {call.needs(1), call.needs(3), false, false, call.needs(2)};
+  const bool of_edits[kSums] = {true, true, false, false, true};
+  column_sums(call, asked, of_edits, [&](const Chunk& chunk, const Columns& sums, float* scratch) {
+    kernels().mixes->backward[call.type()](p, chunk, sums, scratch);
+  });
+  dx.write();
+}
+
+void mix_norm_forward(const Call& call) {
+  Output y(true, call.activation()), z(true, call.activation());
+  Output mean(call.centered(), call.rows() * 4), rstd(true, call.rows() * 4);
+  const MixNormForward p{{call.d(), call.of(kX), call.of(kResidual), call.vectors(kScale), call.vectors(kBias),
+                          call.arrays[kWeight].floats(), call.arrays[kNormBias].floats(), call.dropout(),
+                          float_of(call.values[kEps]), call.values[kStream] != 0, y.data(), z.data(),
+                          reinterpret_cast<float*>(mean.data()), reinterpret_cast<float*>(rstd.data())},
+                         call.vectors(kSecond), call.values[kBlocks]};
+  std::vector<float> scratch = call.scratch();
+  kernels().mixes->norm_forward[call.type()][call.centered()](p, 0, call.rows(), align(scratch));
+  for (Output* out : {&y, &z, &mean, &rstd}) out->write();
+}
+
+void mix_norm_backward(const Call& call) {
+  Output dx(call.needs(0), call.activation()), dresidual(call.needs(1), call.activation());
+  const MixNormBackward p{{call.d(), call.of(kDy), call.of(kDz), call.of(kZ), call.of(kX), {}, call.vectors(kScale), {},
+                           call.arrays[kWeight].floats(), call.dropout(), call.values[kStream] != 0,
+                           call.arrays[kMean].floats(), call.arrays[kRstd].floats(), dx.data(), dresidual.data()},
+                          call.vectors(kSecond), call.values[kBlocks]};
+  const bool asked[kSums] = {call.needs(2), call.needs(4), call.needs(5), call.needs(6), call.needs(3)};
+  const bool of_edits[kSums] = {true, true, false, false, true};
+  column_sums(call, asked, of_edits, [&](const Chunk& chunk, const Columns& sums, float* scratch) {
+    kernels().mixes->norm_backward[call.type()][call.centered()](p, chunk, sums, scratch);
+  });
+  dx.write();
+  dresidual.write();
 }
 
 const Conversions& conversions() {
@@ -302,6 +353,10 @@ constexpr Known kKnown[] = {
     {"edit_norm_backward", edit_norm_backward},
     {"norm_edit_forward", norm_edit_forward},
     {"norm_edit_backward", norm_edit_backward},
+    {"mix_forward", mix_forward},
+    {"mix_backward", mix_backward},
+    {"mix_norm_forward", mix_norm_forward},
+    {"mix_norm_backward", mix_norm_backward},
     {"widen", widen},
     {"narrow", narrow},
     {"use", use},

@@ -1,0 +1,22 @@
+// The kernels of mixes for one instruction set, compiled as isa.cpp is: a file of their own, beside which the others compile.
+#include "mix_norm.h"
+
+namespace red {
+namespace RED_ISA {
+
+#define RED_TYPES(kernel) {kernel<float>, kernel<BFloat16>, kernel<Float16>}
+#define RED_NORMS(kernel)                              \
+  {{kernel<float, false>, kernel<float, true>},        \
+   {kernel<BFloat16, false>, kernel<BFloat16, true>},  \
+   {kernel<Float16, false>, kernel<Float16, true>}}
+
+extern const MixKernels mixes;
+const MixKernels mixes = {
+    RED_TYPES(mix_forward),
+    RED_TYPES(mix_backward),
+    RED_NORMS(mix_norm_forward),
+    RED_NORMS(mix_norm_backward),
+};
+
+}  // namespace RED_ISA
+}  // namespace red

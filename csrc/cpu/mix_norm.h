@@ -1,0 +1,39 @@
+// The mix, the residual add and the norm behind it in one pass (mix_norm_forward, mix_norm_backward in reference.py).
+#pragma once
+
+#include "edit_norm.h"
+#include "mix.h"
+
+namespace red {
+namespace RED_ISA {
+
+template <class T, bool Centered, bool Stream, bool Reflects>
+void mix_norm_forward_rows(const MixNormForward& p, int64_t begin, int64_t end, float* scratch) {
+  norm_forward_of_rows<Mixed<T, Reflects>, Centered, Stream>(p, begin, end, scratch);
+}
+
+template <class T, bool Centered>
+void mix_norm_forward(const MixNormForward& p, int64_t begin, int64_t end, float* scratch) {
+  const auto kernel = p.blocks ? p.stream ? mix_norm_forward_rows<T, Centered, true, true>
+                                          : mix_norm_forward_rows<T, Centered, false, true>
+                      : p.stream ? mix_norm_forward_rows<T, Centered, true, false>
+                                 : mix_norm_forward_rows<T, Centered, false, false>;
+  kernel(p, begin, end, scratch);
+}
+
+template <class T, bool Centered, bool Stream, bool Reflects>
+void mix_norm_backward_rows(const MixNormBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
+  norm_backward_of_rows<MixGradient<T, Stream, true, Reflects>, Centered, Stream, true>(p, chunk, sums, scratch);
+}
+
+template <class T, bool Centered>
+void mix_norm_backward(const MixNormBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
+  const auto kernel = p.blocks ? p.stream ? mix_norm_backward_rows<T, Centered, true, true>
+                                          : mix_norm_backward_rows<T, Centered, false, true>
+                      : p.stream ? mix_norm_backward_rows<T, Centered, true, false>
+                                 : mix_norm_backward_rows<T, Centered, false, false>;
+  kernel(p, chunk, sums, scratch);
+}
+
+}  // namespace RED_ISA
+}  // namespace red
