@@ -10,6 +10,7 @@ import torch
 from places import TESTS
 
 import red_kernels as rk
+from red_kernels.edits.kinds import kind_named
 
 DOCS = doc_examples.ROOT / "docs"
 
@@ -56,7 +57,16 @@ def test_positions_and_kinds_of_the_table():
     assert set(re.findall(r"^\| `(\w+)`(?: \([^)]*\))? \| [^|]*\|[^|]*\|[^|]*\|[^|]*\|$", text, flags=re.M)) == set(
         POSITIONS
     )
-    assert set(re.findall(r"`(all|scaling|bias|ln)`", text)) == set(KINDS)
+    assert set(re.findall(r"`(all|scaling|bias|ln)`", text)) == {"all", "scaling", "bias", "ln"}
+    kinds = (DOCS / "kinds.md").read_text()
+    first = re.search(r"(?s)\n\| kind \| computes .*?\n\n", kinds)
+    assert first is not None
+    rows = re.findall(r"^\| `(\w+)` \|(?:[^|]*\|){2} ([\d,]*) \|", first.group(), flags=re.M)
+    assert [name for name, _ in rows] == sorted(KINDS, key=[name for name, _ in rows].index)
+    for name, count in rows:  # of Llama-2-7B's 32 sites of width 4,096
+        if count:
+            made = kind_named(name).start(4096, torch.float32, "meta")
+            assert 32 * sum(own.numel() for own in made.values()) == int(count.replace(",", "")), name
 
 
 def test_kernels(tmp_path, capsys):
