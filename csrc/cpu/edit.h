@@ -70,27 +70,20 @@ struct Edited : Added<T> {
   }
 };
 
-template <class Formula, bool Stream, class P>
-RED_INLINE void forward_of_rows(const P& p, int64_t begin, int64_t end, float* scratch) {
-  using T = typename Formula::Element;
-  const int64_t d = p.d;
-  for (int64_t i = begin; i < end; ++i) {
-    Formula formula(p, i, dropout_factors(p.dropout, i, d, scratch));
-    T* z = output<T>(p.z, d, i);
-    formula.start();
-    const auto pass = [&](auto has_residual, auto) __attribute__((always_inline)) {
-      formula.template sweep_values<1>(d, [&](auto at, int64_t j, int, const auto& value) __attribute__((always_inline)) {
-        at.template store<Stream>(z + j, value(has_residual));
-      });
-    };
-    formula.each_case(pass, false);
-  }
-  if (Stream) fence();
-}
-
 template <class T, bool Stream>
 void edit_forward_rows(const EditForward& p, int64_t begin, int64_t end, float* scratch) {
-  forward_of_rows<Edited<T>, Stream>(p, begin, end, scratch);
+  const int64_t d = p.d;
+  for (int64_t i = begin; i < end; ++i) {
+    const Edited<T> edited(p, i, dropout_factors(p.dropout, i, d, scratch));
+    T* z = output<T>(p.z, d, i);
+    const auto pass = [&](auto has_residual, auto) __attribute__((always_inline)) {
+      sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
+        at.template store<Stream>(z + j, edited.value(at, j, has_residual));
+      });
+    };
+    edited.each_case(pass, false);
+  }
+  if (Stream) fence();
 }
 
 template <class T>
@@ -102,13 +95,14 @@ void edit_forward(const EditForward& p, int64_t begin, int64_t end, float* scrat
 template <class T, bool Stream>
 struct EditGradient {
   using Element = T;
+  static constexpr bool kDecides = true;  // whether a gradient of z of its own is known beside `all`
   const T* x;
   const float *scale, *factor;
   T* dx;
   float *dscale, *dbias;
 
   template <class P>
-  RED_INLINE EditGradient(const P& p, int64_t i, const T* x, const float* factor, const Columns& sums, float*)
+  RED_INLINE EditGradient(const P& p, int64_t i, const T* x, const float* factor, const Columns& sums, float* = nullptr)
       : x(x), scale(p.scale.row(i)), factor(factor), dx(output<T>(p.dx, p.d, i)), dscale(sums.dscale), dbias(sums.dbias) {}
 
   // With `all`, dx and both sums are asked for and nothing is dropped.
@@ -133,24 +127,18 @@ struct EditGradient {
   }
 };
 
-template <class Gradient, class P>
-RED_INLINE void backward_of_rows(const P& p, const Chunk& chunk, const Columns& sums, float* scratch) {
-  using T = typename Gradient::Element;
+template <class T, bool Stream>
+void edit_backward_rows(const EditBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
   const int64_t d = p.d;
   for (int64_t k = chunk.begin; k < chunk.end; ++k) {
     const int64_t i = chunk.row(k);
     const T* dz = row<T>(p.dz, i);
-    const Gradient edit(p, i, row<T>(p.x, i, dz), dropout_factors(p.dropout, i, d, scratch), sums, nullptr);
+    const EditGradient<T, Stream> edit(p, i, row<T>(p.x, i, dz), dropout_factors(p.dropout, i, d, scratch), sums);
     const auto pass = [&](auto all) __attribute__((always_inline)) {
       edit.behind(d, [&](auto at, int64_t j) __attribute__((always_inline)) { return at.load(dz + j); }, all);
     };
     decide(pass, edit.all());
   }
-}
-
-template <class T, bool Stream>
-void edit_backward_rows(const EditBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
-  backward_of_rows<EditGradient<T, Stream>>(p, chunk, sums, scratch);
   if (Stream) fence();
 }
 

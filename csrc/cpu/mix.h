@@ -1,5 +1,6 @@
-// Mixes with their dropout and residual add, forward and backward (mix_forward, mix_backward in reference.py): formulas and
-// gradients for the loops over rows of edit.h and edit_norm.h.
+// Mixes with their dropout and residual add, forward and backward (mix_forward, mix_backward in reference.py). Formula and
+// gradient have the form of those of edits, for the loops of edit_norm.h. Without a norm a few rows are swept together, some
+// columns at a time: their vectors, and the sums of a backward, stay in the nearest cache meanwhile.
 #pragma once
 
 #include "edit.h"
@@ -7,93 +8,93 @@
 namespace red {
 namespace RED_ISA {
 
-// The row of a vector that may be absent.
-template <class P>
-RED_INLINE const float* second_of(const P& p, int64_t i) {
-  return p.second.data ? p.second.row(i) : nullptr;
-}
-
-constexpr int64_t kPair = 32;  // columns between the two of a pair: both are whole units
+constexpr int64_t kPair = 32;  // columns between the two of a pair
 static_assert(kPair % L == 0, "a unit has no pair inside");
+constexpr int64_t kTogether = 16;  // rows
+constexpr int64_t kTurned = 512;   // columns of a rotation, with whose sums and vectors the nearest cache is not full
 
-// The unit behind j, in the lower half of each pair of 2 * kPair columns.
-RED_INLINE int64_t next_in_pairs(int64_t j) { return (j + L + kPair) & ~kPair; }
-
-// Dots along a block. What is lost of one is lost of a whole block's gradient, and rows may be few: each part adds up few
-// units, and what they come to is added up in fp64.
+// Dots along a block. What is lost of one is lost of a whole block's gradient, and rows may be few: in fp32 only few units
+// are added up, and what they come to in fp64.
 template <int Count>
 class Dots {
  public:
   // body(at, j, add) calls add(n, v) with what the n-th dot gets at columns j.
   template <class Body>
   RED_INLINE Dots(int64_t width, const Body& body) {
-    for (int64_t from = 0; from < width; from += kColumns) {
-      Sum<kParts> few[Count];
-      sweep_sums<kParts>(width - from < kColumns ? width - from : kColumns,
-                         [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
-                           body(at, from + j, [&](int n, V v) __attribute__((always_inline)) { few[n].add(k, v); });
-                         });
-      for (int n = 0; n < Count; ++n) {
-        V all = few[n].part[0];
-        if (kParts == 2) all += few[n].part[kParts - 1];
-        sums_[n] += widened(all.a + all.b);
-      }
+    const int64_t whole = width / L * L;
+    int64_t j = 0;
+    while (j < whole) {
+      V few[Count] = {};
+      const auto add = [&](int n, V v) __attribute__((always_inline)) { few[n] += v; };
+      for (const int64_t end = j + 8 * L < whole ? j + 8 * L : whole; j < end; j += L) body(Full{}, j, add);
+#pragma GCC unroll 4
+      for (int n = 0; n < Count; ++n) add_up(n, few[n]);
     }
+    if (j < width)
+      body(Part{static_cast<int>(width - j)}, j, [&](int n, V v) __attribute__((always_inline)) { add_up(n, v); });
   }
   RED_INLINE float total(int n) const {
     double all = 0.0;
+#pragma GCC unroll 8
     for (int i = 0; i < W / 2; ++i) all += sums_[n][i];
     return static_cast<float>(all);
   }
 
  private:
-  static constexpr int kParts = kRegisters == 32 ? 2 : 1;
-  static constexpr int64_t kColumns = 8 * kParts * L;
-
-  typedef double D __attribute__((vector_size(W * 4)));
   typedef float Half __attribute__((vector_size(W * 2)));
-  struct Halves {
+  typedef double D __attribute__((vector_size(W * 4)));
+  struct Two {
     Half low, high;
   };
-  static RED_INLINE D widened(N v) {
-    const Halves halves = bits<Halves>(v);
-    return __builtin_convertvector(halves.low, D) + __builtin_convertvector(halves.high, D);
+  RED_INLINE void add_up(int n, V v) {
+    const Two both = bits<Two>(v.a + v.b);
+    sums_[n] += __builtin_convertvector(both.low + both.high, D);
   }
 
   D sums_[Count] = {};
 };
 
-// What a mix makes of a row: reflections of blocks, with a second vector or without (null).
-template <class T, bool Reflects>
+// What a mix makes of a row: so many reflections of each block, or a rotation (0), whose one block is the row.
+template <class T, int Reflections>
 struct Mixed : Added<T> {
   using Element = T;
   static constexpr bool kKeepsZ = true;
-  const T* x;
+  const T *x, *ahead = nullptr;  // from here the next residual is fetched, if at all
   const float *first, *second, *bias;
-  int64_t width;                    // of a block
-  float along_first, along_second;  // the block at hand times the vectors
+  int64_t width;                                  // of a block
+  float along_first = 0.0f, along_second = 0.0f;  // the block at hand times the vectors
 
   template <class P>
   RED_INLINE Mixed(const P& p, int64_t i, const float* factor)
-      : Added<T>(p, i, factor), x(row<T>(p.x, i)), first(p.scale.row(i)), second(second_of(p, i)), bias(p.bias.row(i)),
-        width(p.d / p.blocks) {}
+      : Added<T>(p, i, factor), x(row<T>(p.x, i)), first(p.scale.row(i)), second(p.second.row(i)), bias(p.bias.row(i)),
+        width(Reflections ? p.d / p.blocks : p.d) {}
 
+  // Before the values of a block.
   RED_INLINE void start(int64_t from = 0) {
-    const T* residual = this->residual ? this->residual : x;
-    const Dots<2> dots(width, [&](auto at, int64_t j, const auto& add) __attribute__((always_inline)) {
-      const V h = at.load(x + from + j);
-      prefetch(residual + from + j);
-      add(0, at.load(first + from + j) * h);
-      if (second) add(1, at.load(second + from + j) * h);
-    });
-    along_first = dots.total(0);
-    along_second = dots.total(1);
+    if constexpr (Reflections > 0) {
+      const T* fetched = ahead ? ahead : x;
+      const Dots<Reflections> dots(width, [&](auto at, int64_t j, const auto& add) __attribute__((always_inline)) {
+        const V h = at.load(x + from + j);
+        prefetch(fetched + from + j);
+        add(0, at.load(first + from + j) * h);
+        if constexpr (Reflections == 2) add(1, at.load(second + from + j) * h);
+      });
+      along_first = dots.total(0);
+      if constexpr (Reflections == 2) along_second = dots.total(1);
+    }
   }
   template <class At, class Flag>
   RED_INLINE V value(At at, int64_t j, Flag has_residual) const {
-    V h = at.load(x + j) - at.load(first + j) * along_first;
-    if (second) h += at.load(second + j) * along_second;
-    return this->to(at, j, h + at.load(bias + j), has_residual);
+    V h = at.load(x + j);
+    if constexpr (Reflections > 0) {
+      h = h - at.load(first + j) * along_first;
+      if constexpr (Reflections == 2) h += at.load(second + j) * along_second;
+      h = h + at.load(bias + j);
+    } else {
+      h = h * at.load(first + j) + at.load(bias + j);
+      h += at.load(x + (j ^ kPair)) * at.load(second + j);
+    }
+    return this->to(at, j, h, has_residual);
   }
   RED_INLINE int64_t start_width(int64_t) const { return width; }
   template <class At, class Flag>
@@ -112,182 +113,236 @@ struct Mixed : Added<T> {
   }
 };
 
-// A rotation, two columns at a time.
-template <class T>
-struct Mixed<T, false> : Added<T> {
-  using Element = T;
-  static constexpr bool kKeepsZ = true;
-  const T* x;
-  const float *first, *second, *bias;
+// run(n) with the number of reflections, 0 for a rotation, as a constant.
+template <class P, class Run>
+RED_INLINE void by_reflections(const P& p, const Run& run) {
+  if (p.blocks == 0)
+    run(std::integral_constant<int, 0>{});
+  else if (p.second.data == nullptr)
+    run(std::integral_constant<int, 1>{});
+  else
+    run(std::integral_constant<int, 2>{});
+}
 
-  template <class P>
-  RED_INLINE Mixed(const P& p, int64_t i, const float* factor)
-      : Added<T>(p, i, factor), x(row<T>(p.x, i)), first(p.scale.row(i)), second(p.second.row(i)), bias(p.bias.row(i)) {}
+// Columns that rows have swept together: blocks of `width`, about as many as `wanted`, or part of the row where it rotates.
+RED_INLINE int64_t columns_together(int64_t d, int64_t blocks, int64_t wanted) {
+  const int64_t width = blocks ? d / blocks : 2 * kPair;
+  return width < wanted ? wanted / width * width : width;
+}
 
-  template <class At, class Flag>
-  RED_INLINE V value(At at, int64_t j, V own, V partner, Flag has_residual) const {
-    V h = own * at.load(first + j) + at.load(bias + j);
-    h += partner * at.load(second + j);
-    return this->to(at, j, h, has_residual);
-  }
-  RED_INLINE void start() const {}
-  RED_INLINE int64_t start_width(int64_t d) const { return d; }
-  template <class At, class Flag>
-  RED_INLINE V start_value(At at, Flag has_residual) const {
-    return value(at, 0, at.load(x), at.load(x + kPair), has_residual);
-  }
-  template <int Parts, class Body>
-  RED_INLINE void sweep_values(int64_t d, const Body& body) const {
-    for (int64_t j = 0; j < d; j = next_in_pairs(j)) {
-      const V low = load(x + j), high = load(x + j + kPair);
-      body(Full{}, j, 0,
-           [&](auto has_residual) __attribute__((always_inline)) { return value(Full{}, j, low, high, has_residual); });
-      body(Full{}, j + kPair, Parts - 1, [&](auto has_residual) __attribute__((always_inline)) {
-        return value(Full{}, j + kPair, high, low, has_residual);
-      });
+// body(k, from, to, next_k, next_from) for the columns of the rows [begin, end), and what comes after those. With dropout, of
+// which there are factors for one row at a time, each row by itself.
+template <class Body>
+RED_INLINE void sweep_together(int64_t begin, int64_t end, int64_t d, int64_t columns, bool alone, const Body& body) {
+  const int64_t rows = alone ? 1 : kTogether;
+  for (int64_t top = begin; top < end; top += rows) {
+    const int64_t bottom = top + rows < end ? top + rows : end;
+    for (int64_t from = 0; from < d; from += columns) {
+      const int64_t to = from + columns < d ? from + columns : d;
+      for (int64_t k = top; k < bottom; ++k) {
+        const bool below = k + 1 < bottom;
+        body(k, from, to, below ? k + 1 : top, below ? from : from + columns);
+      }
     }
   }
-};
+}
 
-template <class T, bool Stream, bool Reflects>
+template <class T, bool Stream, int Reflections>
 void mix_forward_rows(const MixForward& p, int64_t begin, int64_t end, float* scratch) {
-  forward_of_rows<Mixed<T, Reflects>, Stream>(p, begin, end, scratch);
+  const int64_t d = p.d, columns = columns_together(d, p.blocks, 1024);
+  sweep_together(begin, end, d, columns, p.dropout.on, [&](int64_t i, int64_t from, int64_t to, int64_t next, int64_t there)
+                                                           __attribute__((always_inline)) {
+    if (p.dropout.on && from == 0) dropout_row(p.dropout, i, d, scratch);
+    Mixed<T, Reflections> mixed(p, i, p.dropout.on ? scratch : nullptr);
+    const T* next_x = row<T>(p.x, next) + (there - from);
+    mixed.ahead = row<T>(p.residual, next, row<T>(p.x, next)) + (there - from);
+    T* z = output<T>(p.z, d, i);
+    const auto pass = [&](auto has_residual, auto) __attribute__((always_inline)) {
+      const int64_t width = Reflections ? mixed.width : to - from;
+      for (int64_t block = from; block < to; block += width) {
+        mixed.start(block);
+        sweep(width, [&](auto at, int64_t j) __attribute__((always_inline)) {
+          prefetch(next_x + block + j);
+          if (!Reflections) prefetch(mixed.ahead + block + j);
+          at.template store<Stream>(z + block + j, mixed.value(at, block + j, has_residual));
+        });
+      }
+    };
+    mixed.each_case(pass, false);
+  });
+  if (Stream) fence();
 }
 
 template <class T>
 void mix_forward(const MixForward& p, int64_t begin, int64_t end, float* scratch) {
-  if (p.blocks)
-    (p.stream ? mix_forward_rows<T, true, true> : mix_forward_rows<T, false, true>)(p, begin, end, scratch);
-  else
-    (p.stream ? mix_forward_rows<T, true, false> : mix_forward_rows<T, false, false>)(p, begin, end, scratch);
+  by_reflections(p, [&](auto n) {
+    (p.stream ? mix_forward_rows<T, true, n()> : mix_forward_rows<T, false, n()>)(p, begin, end, scratch);
+  });
 }
 
-// The part of a backward behind the gradient of z, as EditGradient. With `Hold`, that gradient costs more than to keep it.
-template <class T, bool Stream>
-struct MixedGradient {
+// The part of a backward behind the gradient of z, as EditGradient. With `Hold` that gradient, which then costs more than a
+// load and may be asked for once, is kept for the columns at hand.
+template <class T, bool Stream, bool Hold, int Reflections>
+struct MixGradient {
   using Element = T;
-  const T* x;
+  static constexpr bool kDecides = false;
+  const T *x, *next_x = nullptr;  // the latter is fetched meanwhile, without `Hold`
   const float *first, *second, *factor;
   T* dx;
   float *dfirst, *dsecond, *dbias, *held;
   int64_t blocks;
 
+  // `held` has room for a block of fp32, or for that of a rotation and one of its pairs.
   template <class P>
-  RED_INLINE MixedGradient(const P& p, int64_t i, const T* x, const float* factor, const Columns& sums, float* held)
-      : x(x), first(p.scale.row(i)), second(second_of(p, i)), factor(factor), dx(output<T>(p.dx, p.d, i)),
+  RED_INLINE MixGradient(const P& p, int64_t i, const T* x, const float* factor, const Columns& sums, float* held)
+      : x(x), first(p.scale.row(i)), second(p.second.row(i)), factor(factor), dx(output<T>(p.dx, p.d, i)),
         dfirst(sums.dscale), dsecond(sums.dsecond), dbias(sums.dbias), held(held), blocks(p.blocks) {}
 
-  // The gradient behind the dropout, which does not go with `all`.
-  template <class At, class Flag>
-  RED_INLINE V dropped(At at, int64_t j, V g, Flag all) const {
-    if constexpr (std::is_same_v<Flag, std::false_type>)
-      if (factor) g *= at.load(factor + j);
-    return g;
-  }
-};
-
-template <class T, bool Stream, bool Hold, bool Reflects>
-struct MixGradient : MixedGradient<T, Stream> {
-  using Base = MixedGradient<T, Stream>;
-  using Base::Base;
-  using Base::x, Base::first, Base::second, Base::dx, Base::dfirst, Base::dsecond, Base::dbias;
-
-  bool all() const { return dx && dfirst && (dsecond || !second) && dbias && !this->factor; }
+  bool all() const { return dx && dfirst && (dsecond || Reflections == 1) && dbias && !factor; }
 
   template <class Gradient, class Flag>
   RED_INLINE void behind(int64_t d, const Gradient& gradient, Flag all) const {
-    const int64_t width = d / this->blocks;
-    for (int64_t from = 0; from < d; from += width) behind_block(from, width, gradient, all);
+    const int64_t columns = columns_together(d, blocks, Reflections ? 1 : kTurned);
+    for (int64_t from = 0; from < d; from += columns)
+      behind_block(from, Reflections || d - from > columns ? columns : d - from, gradient, all);
+  }
+
+  // Of one block, or of whole pairs.
+  template <class Gradient, class Flag>
+  RED_INLINE void behind_block(int64_t from, int64_t width, const Gradient& gradient, Flag all) const {
+    const auto dropped = [&](auto at, int64_t j) __attribute__((always_inline)) {
+      V g = gradient(at, j);
+      if constexpr (std::is_same_v<Flag, std::false_type>)
+        if (factor) g *= at.load(factor + j);
+      return g;
+    };
+    if constexpr (Reflections > 0)
+      reflected(from, width, dropped, all);
+    else
+      turned(from, width, dropped, all);
   }
 
  private:
   template <class Gradient, class Flag>
-  RED_INLINE void behind_block(int64_t from, int64_t width, const Gradient& gradient, Flag all) const {
-    float* held = this->held;
-    // The vectors times the gradient, and times x.
-    const Dots<4> dots(width, [&](auto at, int64_t j, const auto& add) __attribute__((always_inline)) {
-      const V g = at.valid(this->dropped(at, from + j, gradient(at, from + j), all)), h = at.load(x + from + j);
+  RED_INLINE void reflected(int64_t from, int64_t width, const Gradient& gradient, Flag all) const {
+    const Dots<2 * Reflections> dots(width, [&](auto at, int64_t j, const auto& add) __attribute__((always_inline)) {
+      const V g = at.valid(gradient(at, from + j)), h = at.load(x + from + j), u = at.load(first + from + j);
       if (Hold) at.template store<false>(held + j, g);
-      const V u = at.load(first + from + j);
       add(0, u * g);
       add(1, u * h);
-      if (second) {
+      if constexpr (Reflections == 2) {
         const V v = at.load(second + from + j);
         add(2, v * g);
         add(3, v * h);
       }
     });
-    const float first_g = dots.total(0), first_x = dots.total(1), second_g = dots.total(2), second_x = dots.total(3);
+    const float first_g = dots.total(0), first_x = dots.total(1);
+    float second_g = 0.0f, second_x = 0.0f;
+    if constexpr (Reflections == 2) second_g = dots.total(2), second_x = dots.total(3);
     sweep(width, [&](auto at, int64_t j_of_block) __attribute__((always_inline)) {
       const int64_t j = from + j_of_block;
       V g;
-      if constexpr (Hold)
+      if constexpr (Hold) {
         g = at.load(held + j_of_block);
-      else
-        g = this->dropped(at, j, gradient(at, j), all);
+      } else {
+        prefetch(next_x + j);
+        g = gradient(at, j);
+      }
       const V h = at.load(x + j);
       if (all || dbias) accumulate(at, dbias + j, g);
       if (all || dfirst) at.template store<false>(dfirst + j, at.load(dfirst + j) - g * first_x - h * first_g);
       V through = g - at.load(first + j) * first_g;
-      if (second) {
+      if constexpr (Reflections == 2) {
         if (all || dsecond) at.template store<false>(dsecond + j, at.load(dsecond + j) + g * second_x + h * second_g);
         through += at.load(second + j) * second_g;
       }
       if (all || dx) at.template store<Stream>(dx + j, through);
     });
   }
-};
-
-template <class T, bool Stream, bool Hold>
-struct MixGradient<T, Stream, Hold, false> : MixedGradient<T, Stream> {
-  using Base = MixedGradient<T, Stream>;
-  using Base::Base;
-  using Base::x, Base::first, Base::second, Base::dx, Base::dfirst, Base::dsecond, Base::dbias;
-
-  bool all() const { return dx && dfirst && dsecond && dbias && !this->factor; }
 
   template <class Gradient, class Flag>
-  RED_INLINE void behind(int64_t d, const Gradient& gradient, Flag all) const {
-    const Full at;
-    for (int64_t j = 0; j < d; j = next_in_pairs(j)) {
-      const V low = this->dropped(at, j, gradient(at, j), all);
-      const V high = this->dropped(at, j + kPair, gradient(at, j + kPair), all);
-      if (all || dfirst || dsecond) {
-        const V low_x = load(x + j), high_x = load(x + j + kPair);
-        sum(j, low, low_x, high_x, all);
-        sum(j + kPair, high, high_x, low_x, all);
+  RED_INLINE void turned(int64_t from, int64_t width, const Gradient& gradient, Flag all) const {
+    if (Hold)  // in order: what else is written with it fills line by line
+      for (int64_t j = 0; j < width; j += L) store<false>(held + j, gradient(Full{}, from + j));
+    // The processor writes past the cache by lines: what fills them one after the other is put together first.
+    constexpr bool kByLines = Stream && L * sizeof(T) < 64;
+    T* line = reinterpret_cast<T*>(held + kTurned);
+    const int64_t to = from + width;
+    for (int64_t j = from; j < to; j += 2 * kPair) {
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < kPair; k += L) {
+        T* out = kByLines ? line + k : dx + j + k;
+        turned_pair(j + k, from, gradient, all, out);
       }
-      if (all || dbias) {
-        accumulate(at, dbias + j, low);
-        accumulate(at, dbias + j + kPair, high);
-      }
-      if (all || dx) {
-        store<Stream>(dx + j, fused(low, load(first + j), high * load(second + j + kPair)));
-        store<Stream>(dx + j + kPair, fused(high, load(first + j + kPair), low * load(second + j)));
-      }
+      if constexpr (kByLines)
+        if (all || dx)
+          for (int64_t k = 0; k < 2 * kPair; k += sizeof(N) / sizeof(T)) put<true>(dx + j + k, get<N>(line + k));
     }
   }
-
- private:
-  template <class Flag>
-  RED_INLINE void sum(int64_t j, V g, V own, V partner, Flag all) const {
-    if (all || dfirst) accumulate(Full{}, dfirst + j, g * own);
-    if (all || dsecond) accumulate(Full{}, dsecond + j, g * partner);
+  template <class Gradient, class Flag>
+  RED_INLINE void turned_pair(int64_t low, int64_t from, const Gradient& gradient, Flag all, T* out) const {
+    const Full at;
+    const int64_t high = low + kPair;
+    V low_g, high_g;
+    if constexpr (Hold) {
+      low_g = load(held + (low - from)), high_g = load(held + (high - from));
+    } else {
+      prefetch(next_x + low);
+      prefetch(next_x + high);
+      low_g = gradient(at, low), high_g = gradient(at, high);
+    }
+    const V low_x = load(x + low), high_x = load(x + high);
+    if (all || dbias) {
+      accumulate(at, dbias + low, low_g);
+      accumulate(at, dbias + high, high_g);
+    }
+    if (all || dfirst) {
+      accumulate(at, dfirst + low, low_g * low_x);
+      accumulate(at, dfirst + high, high_g * high_x);
+    }
+    if (all || dsecond) {
+      accumulate(at, dsecond + low, low_g * high_x);
+      accumulate(at, dsecond + high, high_g * low_x);
+    }
+    if (all || dx) {
+      constexpr bool kDirect = Stream && L * sizeof(T) >= 64;
+      store<kDirect>(out, fused(low_g, load(first + low), high_g * load(second + high)));
+      store<kDirect>(out + kPair, fused(high_g, load(first + high), low_g * load(second + low)));
+    }
   }
 };
 
-template <class T, bool Stream, bool Reflects>
+template <class T, bool Stream, int Reflections>
 void mix_backward_rows(const MixBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
-  backward_of_rows<MixGradient<T, Stream, false, Reflects>>(p, chunk, sums, scratch);
+  const int64_t d = p.d, columns = columns_together(d, p.blocks, Reflections ? 1024 : kTurned);
+  float* held = scratch + padded(d);
+  sweep_together(
+      chunk.begin, chunk.end, d, columns, p.dropout.on,
+      [&](int64_t k, int64_t from, int64_t to, int64_t next, int64_t there) __attribute__((always_inline)) {
+        const int64_t i = chunk.row(k), next_i = chunk.row(next);
+        if (p.dropout.on && from == 0) dropout_row(p.dropout, i, d, scratch);
+        const T *dz = row<T>(p.dz, i), *next_dz = row<T>(p.dz, next_i) + (there - from);
+        MixGradient<T, Stream, false, Reflections> mix(p, i, row<T>(p.x, i, dz), p.dropout.on ? scratch : nullptr, sums,
+                                                       held);
+        mix.next_x = p.x ? row<T>(p.x, next_i) + (there - from) : next_dz;
+        const auto gradient = [&](auto at, int64_t j) __attribute__((always_inline)) {
+          prefetch(next_dz + j);
+          return at.load(dz + j);
+        };
+        const auto pass = [&](auto all) __attribute__((always_inline)) {
+          const int64_t width = Reflections ? d / p.blocks : to - from;
+          for (int64_t block = from; block < to; block += width) mix.behind_block(block, width, gradient, all);
+        };
+        decide(pass, mix.all());
+      });
   if (Stream) fence();
 }
 
 template <class T>
 void mix_backward(const MixBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
-  if (p.blocks)
-    (p.stream ? mix_backward_rows<T, true, true> : mix_backward_rows<T, false, true>)(p, chunk, sums, scratch);
-  else
-    (p.stream ? mix_backward_rows<T, true, false> : mix_backward_rows<T, false, false>)(p, chunk, sums, scratch);
+  by_reflections(p, [&](auto n) {
+    (p.stream ? mix_backward_rows<T, true, n()> : mix_backward_rows<T, false, n()>)(p, chunk, sums, scratch);
+  });
 }
 
 }  // namespace RED_ISA

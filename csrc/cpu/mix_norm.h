@@ -7,32 +7,30 @@
 namespace red {
 namespace RED_ISA {
 
-template <class T, bool Centered, bool Stream, bool Reflects>
+template <class T, bool Centered, bool Stream, int Reflections>
 void mix_norm_forward_rows(const MixNormForward& p, int64_t begin, int64_t end, float* scratch) {
-  norm_forward_of_rows<Mixed<T, Reflects>, Centered, Stream>(p, begin, end, scratch);
+  norm_forward_of_rows<Mixed<T, Reflections>, Centered, Stream>(p, begin, end, scratch);
 }
 
 template <class T, bool Centered>
 void mix_norm_forward(const MixNormForward& p, int64_t begin, int64_t end, float* scratch) {
-  const auto kernel = p.blocks ? p.stream ? mix_norm_forward_rows<T, Centered, true, true>
-                                          : mix_norm_forward_rows<T, Centered, false, true>
-                      : p.stream ? mix_norm_forward_rows<T, Centered, true, false>
-                                 : mix_norm_forward_rows<T, Centered, false, false>;
-  kernel(p, begin, end, scratch);
+  by_reflections(p, [&](auto n) {
+    (p.stream ? mix_norm_forward_rows<T, Centered, true, n()> : mix_norm_forward_rows<T, Centered, false, n()>)(
+        p, begin, end, scratch);
+  });
 }
 
-template <class T, bool Centered, bool Stream, bool Reflects>
+template <class T, bool Centered, bool Stream, int Reflections>
 void mix_norm_backward_rows(const MixNormBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
-  norm_backward_of_rows<MixGradient<T, Stream, true, Reflects>, Centered, Stream, true>(p, chunk, sums, scratch);
+  norm_backward_of_rows<MixGradient<T, Stream, true, Reflections>, Centered, Stream, true>(p, chunk, sums, scratch);
 }
 
 template <class T, bool Centered>
 void mix_norm_backward(const MixNormBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
-  const auto kernel = p.blocks ? p.stream ? mix_norm_backward_rows<T, Centered, true, true>
-                                          : mix_norm_backward_rows<T, Centered, false, true>
-                      : p.stream ? mix_norm_backward_rows<T, Centered, true, false>
-                                 : mix_norm_backward_rows<T, Centered, false, false>;
-  kernel(p, chunk, sums, scratch);
+  by_reflections(p, [&](auto n) {
+    (p.stream ? mix_norm_backward_rows<T, Centered, true, n()> : mix_norm_backward_rows<T, Centered, false, n()>)(
+        p, chunk, sums, scratch);
+  });
 }
 
 }  // namespace RED_ISA
