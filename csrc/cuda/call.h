@@ -110,17 +110,17 @@ class Input : public Activation {
   std::optional<Tensor> copy_;
 };
 
-// A parameter: `count` vectors in fp32 or the type of the activations; others are converted.
+// A parameter: `count` vectors in fp32 or the type of the activations, with `wide` in fp32 only; others are converted.
 class Parameter {
  public:
-  Parameter(const Call& call, const OptionalTensor& tensor, int64_t count, const char* name) {
+  Parameter(const Call& call, const OptionalTensor& tensor, int64_t count, const char* name, bool wide = false) {
     if (!tensor.has_value()) return;
     const Shape& shape = call.shape;
     STD_TORCH_CHECK(tensor->device() == shape.like.device() && tensor->numel() == count * shape.d, "red_kernels: ", name,
                     " must be on the device of x with ", count, " x ", shape.d, " elements");
     kept_ = as_contiguous(*tensor);
     vectors.wide = kept_->scalar_type() == ScalarType::Float;
-    if (!vectors.wide && kept_->scalar_type() != shape.like.scalar_type()) {
+    if (!vectors.wide && (wide || kept_->scalar_type() != shape.like.scalar_type())) {
       kept_ = torch::stable::to(*kept_, ScalarType::Float);
       vectors.wide = true;
     }

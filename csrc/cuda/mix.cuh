@@ -76,51 +76,66 @@ struct MixGroup {
   int turn_ = 0;
 };
 
-// The vectors of a row that a thread has. A rotation: those of a pair one after the other. Reflections: of one block.
-template <class T, bool ROTATION>
+// The N vectors of a row that a thread has. A rotation: those of a pair one after the other. Reflections: of one block.
+// EXACT: it has all or none of them, see mix_exact.
+template <class T, int N, bool ROTATION, bool EXACT>
 struct MixColumns {
   template <int GROUPS>
   RED_DEVICE MixColumns(const MixGroup<GROUPS>& group, int d, int blocks) {
+    constexpr int kSize = kVector<T>;
     if constexpr (ROTATION) {
-      constexpr int kThreads = kPair / kVector<T>;  // to one half of a group of pairs
-      first = group.thread / kThreads * 2 * kPair + group.thread % kThreads * kVector<T>;
-      step = group.threads * 2 * kVector<T>;
-      end = d;
+      constexpr int kThreads = kPair / kSize;  // to one half of a group of pairs
+      const int sharing = EXACT ? d / (N * kSize) : group.threads;
+      first = group.thread / kThreads * 2 * kPair + group.thread % kThreads * kSize;
+      step = sharing * 2 * kSize;
+      end = EXACT ? group.thread < sharing : d;
     } else {
-      const int width = d / blocks, block = group.thread / group.lanes;
-      first = block * width + group.thread % group.lanes * kVector<T>;
-      step = group.lanes * kVector<T>;
-      end = block < blocks ? (block + 1) * width : 0;
+      const int width = d / blocks, block = group.thread / group.lanes, lane = group.thread % group.lanes;
+      const int sharing = EXACT ? width / (N * kSize) : group.lanes;
+      first = block * width + lane * kSize;
+      step = sharing * kSize;
+      end = block >= blocks ? 0 : EXACT ? lane < sharing : (block + 1) * width;
     }
   }
   RED_DEVICE int operator()(int k) const { return ROTATION ? first + k / 2 * step + k % 2 * kPair : first + k * step; }
-  RED_DEVICE bool has(int k, int) const { return (*this)(k) < end; }
+  RED_DEVICE bool has(int k, int) const { return EXACT ? end != 0 : (*this)(k) < end; }
 
   int first, step, end;
 };
 
 // Adds to `dots` the parts of a vector in `first . v` and `second . v`.
-template <class T, Known KNOWN>
+template <class T>
 RED_DEVICE void add_dots(const Vectors& first, const Vectors& second, int64_t at, const float (&v)[kVector<T>],
                          float (&dots)[2]) {
   float u[kVector<T>];
-  load_vector<T, KNOWN>(first, at, kVector<T>, true, u);
+  load_vector<T, kWide>(first, at, kVector<T>, true, u);
   RED_UNROLL for (int i = 0; i < kVector<T>; ++i) dots[0] += u[i] * v[i];
   if (second.data == nullptr) return;
-  load_vector<T, KNOWN>(second, at, kVector<T>, true, u);
+  load_vector<T, kWide>(second, at, kVector<T>, true, u);
   RED_UNROLL for (int i = 0; i < kVector<T>; ++i) dots[1] += u[i] * v[i];
 }
 
 // v - first dots[0] + second dots[1]
-template <class T, Known KNOWN>
+template <class T>
 RED_DEVICE void reflect(const Vectors& first, const Vectors& second, int64_t at, const float (&dots)[2],
                         float (&v)[kVector<T>]) {
   float u[kVector<T>];
-  load_vector<T, KNOWN>(first, at, kVector<T>, true, u);
+  load_vector<T, kWide>(first, at, kVector<T>, true, u);
   RED_UNROLL for (int i = 0; i < kVector<T>; ++i) v[i] = multiply_add(-u[i], dots[0], v[i]);
   if (second.data == nullptr) return;
-  load_vector<T, KNOWN>(second, at, kVector<T>, true, u);
+  load_vector<T, kWide>(second, at, kVector<T>, true, u);
   RED_UNROLL for (int i = 0; i < kVector<T>; ++i) v[i] = multiply_add(u[i], dots[1], v[i]);
+}
+
+// first v + second other; `at_second` is where the second begins.
+template <class T>
+RED_DEVICE void rotate(const Vectors& first, const Vectors& second, int64_t at, int64_t at_second,
+                       const float (&other)[kVector<T>], float (&v)[kVector<T>]) {
+  float u[kVector<T>];
+  load_vector<T, kWide>(first, at, kVector<T>, true, u);
+  RED_UNROLL for (int i = 0; i < kVector<T>; ++i) v[i] = product(v[i], u[i]);
+  load_vector<T, kWide>(second, at_second, kVector<T>, true, u);
+  RED_UNROLL for (int i = 0; i < kVector<T>; ++i) v[i] = multiply_add(other[i], u[i], v[i]);
 }
 
 }  // namespace cuda

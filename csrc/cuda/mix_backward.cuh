@@ -15,9 +15,8 @@ namespace red {
 namespace cuda {
 
 // Starts the copies of a row's vectors, and counts the arrays in the order dy, dz, z, x.
-template <class T, int N, bool ROTATION>
-RED_DEVICE void fetch_mix(const MixBackward& a, const MixColumns<T, ROTATION>& column, int d, const Stages& stages,
-                          int stage, int64_t row) {
+template <class T, int N, class C>
+RED_DEVICE void fetch_mix(const MixBackward& a, const C& column, int d, const Stages& stages, int stage, int64_t row) {
   int array = 0;
   const Rows* inputs[4] = {&a.dy, &a.dz, &a.z, &a.x};
   RED_UNROLL for (int i = 0; i < 4; ++i) {
@@ -31,12 +30,11 @@ RED_DEVICE void fetch_mix(const MixBackward& a, const MixColumns<T, ROTATION>& c
 
 // PLAIN: as in mix_forward.cuh.
 template <class T, bool ROTATION, bool PLAIN>
-RED_KERNEL(kMixWarps * 32, 1) mix_row_backward(RED_ARGUMENT MixBackward a) {
+RED_KERNEL(32 * mix_backward_warps(ROTATION, PLAIN), 1) mix_row_backward(RED_ARGUMENT MixBackward a) {
   constexpr int kSize = kVector<T>, N = kMixBackwardColumns / kSize, kSums = 3;
-  constexpr Known kKnown = PLAIN ? kWide : kAny;
   const int d = static_cast<int>(a.d);
   MixGroup<16> group(a.lanes, reinterpret_cast<float*>(shared_memory()));
-  const MixColumns<T, ROTATION> column(group, d, static_cast<int>(a.blocks));
+  const MixColumns<T, N, ROTATION, PLAIN> column(group, d, static_cast<int>(a.blocks));
   const Stages stages(a.arrays, N);
   const bool norm = a.rstd != nullptr, through = a.dx != nullptr || a.x;
   const int at_dz = 1, at_z = at_dz + bool(a.dz), at_x = at_z + bool(a.z);
@@ -85,34 +83,32 @@ RED_KERNEL(kMixWarps * 32, 1) mix_row_backward(RED_ARGUMENT MixBackward a) {
     const int64_t offset = PLAIN ? 0 : own.offset;
     wait_all_but(a.stages - 1);
 
-    // What was normed, and the gradient of its result times the weight.
-    const auto terms = [&](int k, float (&normed)[kSize], float (&weighted)[kSize]) {
-      float w[kSize];
-      unpack<T>(*stages.at(stage, 0, k), weighted);
+    const auto load_normed = [&](int k, float (&normed)[kSize]) {
       unpack<T>(*stages.at(stage, at_z, k), normed);
-      load_weight<T, PLAIN ? kNarrow : kAny>(a.weight, a.weight_offset, column(k), kSize, true, w);
-      RED_UNROLL for (int i = 0; i < kSize; ++i) {
-        normed[i] = (normed[i] - mean) * rstd;
-        weighted[i] = product(weighted[i], w[i]);
-      }
+      RED_UNROLL for (int i = 0; i < kSize; ++i) normed[i] = (normed[i] - mean) * rstd;
     };
 
     // Sums over the row for the norm, and over its blocks: first . x and second . x, and behind these those of g.
+    float g[N][kSize];  // first what the norm's result has for a gradient, times the weight
     float c[2] = {0.0f, 0.0f}, of_x[2] = {0.0f, 0.0f}, of_g[2] = {0.0f, 0.0f};
     RED_UNROLL for (int k = 0; k < N; ++k) {
+      fill<T>(g[k], 0.0f);
       if (!column.has(k, d)) continue;
+      unpack<T>(*stages.at(stage, 0, k), g[k]);
       if (norm) {
-        float normed[kSize], weighted[kSize];
-        terms(k, normed, weighted);
+        float normed[kSize], w[kSize];
+        load_normed(k, normed);
+        load_weight<T, PLAIN ? kNarrow : kAny>(a.weight, a.weight_offset, column(k), kSize, true, w);
         RED_UNROLL for (int i = 0; i < kSize; ++i) {
-          c[0] += normed[i] * weighted[i];
-          c[1] += weighted[i];
+          g[k][i] = product(g[k][i], w[i]);
+          c[0] += normed[i] * g[k][i];
+          c[1] += g[k][i];
         }
       }
       if (!ROTATION && a.x) {
         float h[kSize];
         unpack<T>(*stages.at(stage, at_x, k), h);
-        add_dots<T, kKnown>(a.edit.scale, a.second, offset + column(k), h, of_x);
+        add_dots<T>(a.edit.scale, a.second, offset + column(k), h, of_x);
       }
     }
     if constexpr (ROTATION) {
@@ -124,25 +120,21 @@ RED_KERNEL(kMixWarps * 32, 1) mix_row_backward(RED_ARGUMENT MixBackward a) {
     }
     const float width = static_cast<float>(d), c1 = c[0] / width, c2 = a.mean != nullptr ? c[1] / width : 0.0f;
 
-    float g[N][kSize];
     RED_UNROLL for (int k = 0; k < N; ++k) {
-      fill<T>(g[k], 0.0f);
       if (!column.has(k, d)) continue;
       if (norm) {
-        float normed[kSize], weighted[kSize];
-        terms(k, normed, weighted);
-        RED_UNROLL for (int i = 0; i < kSize; ++i) g[k][i] = norm_gradient(normed[i], weighted[i], rstd, c1, c2);
+        float normed[kSize];
+        load_normed(k, normed);
+        RED_UNROLL for (int i = 0; i < kSize; ++i) g[k][i] = norm_gradient(normed[i], g[k][i], rstd, c1, c2);
         if (a.dz) {
           float more[kSize];
           unpack<T>(*stages.at(stage, at_dz, k), more);
           RED_UNROLL for (int i = 0; i < kSize; ++i) g[k][i] += more[i];
         }
         if (a.dresidual != nullptr) store16(static_cast<T*>(a.dresidual) + row * d + column(k), pack<T>(g[k]));
-      } else {
-        unpack<T>(*stages.at(stage, 0, k), g[k]);
       }
       if (!PLAIN && a.edit.dropout.seed != nullptr) drop<T>(a.edit.dropout, seed, row, column(k), g[k]);
-      if (!ROTATION && through) add_dots<T, kKnown>(a.edit.scale, a.second, offset + column(k), g[k], of_g);
+      if (!ROTATION && through) add_dots<T>(a.edit.scale, a.second, offset + column(k), g[k], of_g);
     }
     if (!ROTATION && through) group.block_sum(of_g);
 
@@ -151,14 +143,11 @@ RED_KERNEL(kMixWarps * 32, 1) mix_row_backward(RED_ARGUMENT MixBackward a) {
       if (a.dx != nullptr) {
         float dx[kSize];
         if constexpr (ROTATION) {
-          float u[kSize];
-          load_vector<T, kKnown>(a.edit.scale, offset + column(k), kSize, true, u);
-          RED_UNROLL for (int i = 0; i < kSize; ++i) dx[i] = product(g[k][i], u[i]);
-          load_vector<T, kKnown>(a.second, offset + column(k ^ 1), kSize, true, u);
-          RED_UNROLL for (int i = 0; i < kSize; ++i) dx[i] = multiply_add(g[k ^ 1][i], u[i], dx[i]);
+          RED_UNROLL for (int i = 0; i < kSize; ++i) dx[i] = g[k][i];
+          rotate<T>(a.edit.scale, a.second, offset + column(k), offset + column(k ^ 1), g[k ^ 1], dx);
         } else {
           RED_UNROLL for (int i = 0; i < kSize; ++i) dx[i] = g[k][i];
-          reflect<T, kKnown>(a.edit.scale, a.second, offset + column(k), of_g, dx);
+          reflect<T>(a.edit.scale, a.second, offset + column(k), of_g, dx);
         }
         if (!PLAIN && !own.known) fill<T>(dx, not_a_number());
         store16(static_cast<T*>(a.dx) + row * d + column(k), pack<T>(dx));

@@ -1,8 +1,8 @@
 // Mixes forward, with a norm behind them or without, in one pass: a row lies in the registers of its threads. Only for rows
 // that mix_layout has a layout for; mix_wide.cuh takes the others.
 //
-// PLAIN: the usual arguments, known when it is compiled: the mix's vectors in fp32, a norm's weight in the activations'
-// type, no dropout, no edit_ids.
+// PLAIN: the usual arguments, known when it is compiled: a norm's weight in the activations' type, no dropout, no edit_ids,
+// and a width that its threads share exactly. The mix's vectors are in fp32 in any case.
 //
 // Grid: (rows / groups of a block).
 #pragma once
@@ -18,10 +18,9 @@ constexpr int kMixForwardGroups = 2;  // of more than one warp: see mix_forward_
 template <class T, bool ROTATION, bool PLAIN>
 RED_KERNEL(kMixWarps * 32, 1) mix_row_forward(RED_ARGUMENT MixForward a) {
   constexpr int kSize = kVector<T>, N = kMixForwardColumns / kSize;
-  constexpr Known kKnown = PLAIN ? kWide : kAny;
   const int d = static_cast<int>(a.d);
   MixGroup<kMixForwardGroups> group(a.lanes, reinterpret_cast<float*>(shared_memory()));
-  const MixColumns<T, ROTATION> column(group, d, static_cast<int>(a.blocks));
+  const MixColumns<T, N, ROTATION, PLAIN> column(group, d, static_cast<int>(a.blocks));
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + group.index;
   if (row >= a.rows) return;  // the whole group
 
@@ -43,7 +42,7 @@ RED_KERNEL(kMixWarps * 32, 1) mix_row_forward(RED_ARGUMENT MixForward a) {
       if (!column.has(k, d)) continue;
       float h[kSize];
       unpack<T>(x[k], h);
-      add_dots<T, kKnown>(a.edit.scale, a.second, offset + column(k), h, dots);
+      add_dots<T>(a.edit.scale, a.second, offset + column(k), h, dots);
     }
     group.block_sum(dots);
   }
@@ -55,18 +54,15 @@ RED_KERNEL(kMixWarps * 32, 1) mix_row_forward(RED_ARGUMENT MixForward a) {
     const int64_t at = offset + column(k);
     unpack<T>(x[k], v[k]);
     if constexpr (ROTATION) {
-      float other[kSize], u[kSize];
+      float other[kSize];
       unpack<T>(x[k ^ 1], other);
-      load_vector<T, kKnown>(a.edit.scale, at, kSize, true, u);
-      RED_UNROLL for (int i = 0; i < kSize; ++i) v[k][i] = product(v[k][i], u[i]);
-      load_vector<T, kKnown>(a.second, at, kSize, true, u);
-      RED_UNROLL for (int i = 0; i < kSize; ++i) v[k][i] = multiply_add(other[i], u[i], v[k][i]);
+      rotate<T>(a.edit.scale, a.second, at, at, other, v[k]);
     } else {
-      reflect<T, kKnown>(a.edit.scale, a.second, at, dots, v[k]);
+      reflect<T>(a.edit.scale, a.second, at, dots, v[k]);
     }
     if (a.edit.bias.data != nullptr) {
       float b[kSize];
-      load_vector<T, kKnown>(a.edit.bias, at, kSize, true, b);
+      load_vector<T, kWide>(a.edit.bias, at, kSize, true, b);
       RED_UNROLL for (int i = 0; i < kSize; ++i) v[k][i] += b[i];
     }
     if constexpr (!PLAIN) {
@@ -77,10 +73,16 @@ RED_KERNEL(kMixWarps * 32, 1) mix_row_forward(RED_ARGUMENT MixForward a) {
     const Raw z = pack<T>(v[k]);  // as the norm sees it
     store16(static_cast<T*>(a.z) + row * d + column(k), z);
     unpack<T>(z, v[k]);
-    RED_UNROLL for (int i = 0; i < kSize; ++i) s[0] += a.mean != nullptr ? v[k][i] : v[k][i] * v[k][i];
   }
   if (a.y == nullptr) return;
 
+  if (a.mean != nullptr) {
+    RED_UNROLL for (int k = 0; k < N; ++k)
+      RED_UNROLL for (int i = 0; i < kSize; ++i) s[0] += v[k][i];  // 0 where it has no column
+  } else {
+    RED_UNROLL for (int k = 0; k < N; ++k)
+      RED_UNROLL for (int i = 0; i < kSize; ++i) s[0] += v[k][i] * v[k][i];
+  }
   group.sum(s);
   float mean = 0.0f, variance;
   if (a.mean != nullptr)

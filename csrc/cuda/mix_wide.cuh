@@ -24,6 +24,7 @@ template <class T>
 RED_DEVICE float element_of(const Vectors& vectors, int64_t at) {
   return vectors.wide ? static_cast<const float*>(vectors.data)[at] : widen(static_cast<const T*>(vectors.data)[at]);
 }
+RED_DEVICE float wide_element(const Vectors& vectors, int64_t at) { return static_cast<const float*>(vectors.data)[at]; }
 RED_DEVICE float drop_element(const Dropout& dropout, int64_t seed, int64_t row, int64_t column, float v) {
   const Words words = philox(seed, row, static_cast<uint32_t>(column / 4));
   const uint32_t low = column & 1 ? words.w[1] : words.w[0], high = column & 1 ? words.w[3] : words.w[2];
@@ -84,7 +85,7 @@ RED_KERNEL(kWideThreads, 2) mix_wide_forward(RED_ARGUMENT MixForward a) {
   const bool two = a.second.data != nullptr;
 
   const auto finish = [&](int64_t c, float v) {
-    if (a.edit.bias.data != nullptr) v += element_of<T>(a.edit.bias, own.offset + c);
+    if (a.edit.bias.data != nullptr) v += wide_element(a.edit.bias, own.offset + c);
     if (!own.known) v = not_a_number();
     if (a.edit.dropout.seed != nullptr) v = drop_element(a.edit.dropout, seed, row, c, v);
     if (residual != nullptr) v = element(residual, c) + v;
@@ -92,8 +93,8 @@ RED_KERNEL(kWideThreads, 2) mix_wide_forward(RED_ARGUMENT MixForward a) {
   };
   if (a.blocks == 0) {
     for (int64_t c = group.thread; c < d; c += group.threads) {
-      const float one = product(element(x, c), element_of<T>(a.edit.scale, own.offset + c));
-      finish(c, multiply_add(element(x, c ^ kPair), element_of<T>(a.second, own.offset + c), one));
+      const float one = product(element(x, c), wide_element(a.edit.scale, own.offset + c));
+      finish(c, multiply_add(element(x, c ^ kPair), wide_element(a.second, own.offset + c), one));
     }
     block_barrier();
   } else {
@@ -101,12 +102,12 @@ RED_KERNEL(kWideThreads, 2) mix_wide_forward(RED_ARGUMENT MixForward a) {
         group, d, a.blocks, shared + kMixGroupBytes / sizeof(float),
         [&](int64_t c, float (&v)[2]) {
           const float h = element(x, c);
-          v[0] = element_of<T>(a.edit.scale, own.offset + c) * h;
-          v[1] = two ? element_of<T>(a.second, own.offset + c) * h : 0.0f;
+          v[0] = wide_element(a.edit.scale, own.offset + c) * h;
+          v[1] = two ? wide_element(a.second, own.offset + c) * h : 0.0f;
         },
         [&](int64_t c, const float* dots) {
-          float v = multiply_add(-element_of<T>(a.edit.scale, own.offset + c), dots[0], element(x, c));
-          if (two) v = multiply_add(element_of<T>(a.second, own.offset + c), dots[1], v);
+          float v = multiply_add(-wide_element(a.edit.scale, own.offset + c), dots[0], element(x, c));
+          if (two) v = multiply_add(wide_element(a.second, own.offset + c), dots[1], v);
           finish(c, v);
         });
   }
@@ -212,8 +213,8 @@ RED_KERNEL(kWideThreads, 2) mix_wide_backward(RED_ARGUMENT MixBackward a) {
         const float total = before(c), g = behind(c, total);
         float dx = 0.0f;
         if (a.dx != nullptr) {
-          dx = product(g, element_of<T>(a.edit.scale, own.offset + c));
-          dx = multiply_add(behind(other, before(other)), element_of<T>(a.second, own.offset + other), dx);
+          dx = product(g, wide_element(a.edit.scale, own.offset + c));
+          dx = multiply_add(behind(other, before(other)), wide_element(a.second, own.offset + other), dx);
         }
         finish(c, total, dx, x != nullptr ? g * element(x, c) : 0.0f, x != nullptr ? g * element(x, other) : 0.0f, g);
       }
@@ -223,14 +224,14 @@ RED_KERNEL(kWideThreads, 2) mix_wide_backward(RED_ARGUMENT MixBackward a) {
     by_stretches<4>(
         group, d, a.blocks, shared + kMixGroupBytes / sizeof(float),
         [&](int64_t c, float (&v)[4]) {
-          const float u = element_of<T>(a.edit.scale, own.offset + c), w = two ? element_of<T>(a.second, own.offset + c) : 0.0f;
+          const float u = wide_element(a.edit.scale, own.offset + c), w = two ? wide_element(a.second, own.offset + c) : 0.0f;
           const float h = x != nullptr ? element(x, c) : 0.0f, g = behind(c, before(c));
           v[0] = u * h, v[1] = w * h, v[2] = u * g, v[3] = w * g;
         },
         [&](int64_t c, const float* dots) {
           const float total = before(c), g = behind(c, total), h = x != nullptr ? element(x, c) : 0.0f;
-          float dx = multiply_add(-element_of<T>(a.edit.scale, own.offset + c), dots[2], g);
-          if (two) dx = multiply_add(element_of<T>(a.second, own.offset + c), dots[3], dx);
+          float dx = multiply_add(-wide_element(a.edit.scale, own.offset + c), dots[2], g);
+          if (two) dx = multiply_add(wide_element(a.second, own.offset + c), dots[3], dx);
           finish(c, total, dx, -(dots[0] * g + dots[2] * h), dots[1] * g + dots[3] * h, g);
         });
   }

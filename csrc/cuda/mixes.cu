@@ -10,15 +10,11 @@ namespace {
 struct Given {
   Given(const Call& call, const Tensor& first, const OptionalTensor& second, const OptionalTensor& bias,
         const OptionalTensor& edit_ids, const OptionalTensor& seed, double dropout_p, int64_t blocks, int64_t edits)
-      : ids(call, edit_ids), firsts(call, first, edits, "first"), seconds(call, second, edits, "second"),
-        biases(call, bias, edits, "bias"), edit(edit_of(call, firsts, biases, ids, edits, dropout_of(call, seed, dropout_p))) {
+      : ids(call, edit_ids), firsts(call, first, edits, "first", true), seconds(call, second, edits, "second", true),
+        biases(call, bias, edits, "bias", true), edit(edit_of(call, firsts, biases, ids, edits, dropout_of(call, seed, dropout_p))) {
     const int64_t d = call.shape.d;
     STD_TORCH_CHECK(d <= INT32_MAX && blocks >= 0 && (blocks > 0 ? d % blocks == 0 : d % (2 * kPair) == 0 && second.has_value()),
                     "red_kernels: blocks must divide the width of x, or be 0 for a width that is a multiple of 64, with a second");
-  }
-  // Whether all vectors are in fp32, the same for all rows, and without a dropout.
-  bool usual() const {
-    return usual_edit(edit) && (edit.bias.data == nullptr || edit.bias.wide) && seconds.vectors.wide;
   }
 
   const Ids ids;
@@ -33,7 +29,8 @@ void forward(const Call& call, MixForward a, const Given& given, int64_t blocks)
   const RowLayout layout = call.aligned ? mix_forward_layout(a.d, call.shape.type, blocks) : RowLayout{};
   if (layout) {
     a.lanes = layout.lanes;
-    const bool plain = given.usual() && (a.y == nullptr || usual_weight(call, a.weight));
+    const bool plain = usual_edit(a.edit) && (a.y == nullptr || usual_weight(call, a.weight)) &&
+                       mix_exact(a.d, call.shape.type, blocks, kMixForwardColumns);
     Launch l = call.launch("mix_forward", {divide_up(a.rows, layout.groups)}, 32 * layout.warps, layout.groups);
     l.shared = kMixGroupBytes;
     call.dispatch([&](auto type) { run_mix_forward<decltype(type)>(l, plain, a); });
@@ -51,11 +48,12 @@ void backward(const Call& call, MixBackward a, const Given& given, int64_t block
   const Device& device = *call.on.device;
   a.arrays = 0;
   for (const Rows* rows : {&a.dy, &a.dz, &a.z, &a.x}) a.arrays += bool(*rows);
-  RowLayout layout = call.aligned ? mix_backward_layout(a.d, type, device, blocks, a.arrays) : RowLayout{};
+  const bool plain = usual_edit(a.edit) && (a.rstd == nullptr || usual_weight(call, a.weight)) &&
+                     mix_exact(a.d, type, blocks, kMixBackwardColumns);
+  RowLayout layout = call.aligned ? mix_backward_layout(a.d, type, device, blocks, plain, a.arrays) : RowLayout{};
   if (layout) {
     while (layout.groups > 1 && divide_up(a.rows, layout.groups) < device.multiprocessors) layout.groups /= 2;
     a.lanes = layout.lanes, a.stages = layout.stages;
-    const bool plain = given.usual() && (a.rstd == nullptr || usual_weight(call, a.weight));
     const int64_t workers = programs(call, layout.groups, device.multiprocessors, sums.sorted());
     sums.prepare(workers, workers * layout.groups, a.deal, a.lines);
     Launch l = call.launch("mix_backward", {workers}, 32 * layout.warps, layout.groups);

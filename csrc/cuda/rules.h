@@ -132,7 +132,7 @@ inline int64_t norm_backward_shared(const RowLayout& layout, Type type, int arra
 // columns has a power of 2 of threads, or whole warps, so that its sums need shuffles and at most one barrier. None where
 // blocks do not begin on 16 bytes, or a row takes too many threads; any powers of 2 of blocks fit up to a width of 512 times
 // `columns`.
-inline RowLayout mix_layout(int64_t d, Type type, int64_t blocks, int columns) {
+inline RowLayout mix_layout(int64_t d, Type type, int64_t blocks, int columns, int most_warps = kMixWarps) {
   const int64_t size = vector_size(type);
   RowLayout layout;
   int64_t threads = 0;
@@ -140,16 +140,22 @@ inline RowLayout mix_layout(int64_t d, Type type, int64_t blocks, int columns) {
     threads = divide_up(d, columns);
   } else {
     const int64_t width = d / blocks, wanted = divide_up(width, columns);
-    if (width % size != 0 || wanted > kMixWarps * 32) return {};
+    if (width % size != 0 || wanted > most_warps * 32) return {};
     layout.lanes = 1;
     while (layout.lanes < wanted && layout.lanes < 32) layout.lanes *= 2;
     if (wanted > 32) layout.lanes = static_cast<int>(divide_up(wanted, 32) * 32);
     threads = layout.lanes * blocks;
   }
-  if (threads > kMixWarps * 32) return {};
+  if (threads > most_warps * 32) return {};
   layout.n = static_cast<int>(columns / size);
   layout.warps = static_cast<int>(divide_up(threads, 32));
   return layout;
+}
+
+// Whether each thread that has columns has as many as it can, in the order that rotations need.
+inline bool mix_exact(int64_t d, Type type, int64_t blocks, int columns) {
+  return blocks == 0 ? d / columns * columns == d && d / columns % (kPair / vector_size(type)) == 0
+                     : d / blocks % columns == 0;
 }
 
 inline RowLayout mix_forward_layout(int64_t d, Type type, int64_t blocks) {
@@ -158,12 +164,15 @@ inline RowLayout mix_forward_layout(int64_t d, Type type, int64_t blocks) {
   return layout;
 }
 
-// Backward: many warps, and rows ahead as in norm_backward_layout; in wide rows of fp32 none may be.
-inline RowLayout mix_backward_layout(int64_t d, Type type, const Device& device, int64_t blocks, int arrays) {
-  RowLayout layout = mix_layout(d, type, blocks, kMixBackwardColumns);
+// Backward: many warps, and rows ahead as in norm_backward_layout; in wide rows of fp32 none may be. `plain` as in
+// mix_forward.cuh.
+constexpr int mix_backward_warps(bool rotation, bool plain) { return rotation || plain ? kMixWarps : 12; }  // by registers
+inline RowLayout mix_backward_layout(int64_t d, Type type, const Device& device, int64_t blocks, bool plain, int arrays) {
+  const int most = mix_backward_warps(blocks == 0, plain);
+  RowLayout layout = mix_layout(d, type, blocks, kMixBackwardColumns, most);
   if (!layout) return layout;
   const int64_t bytes = static_cast<int64_t>(layout.n) * layout.warps * 32 * 16 * arrays;  // of one row ahead
-  for (layout.groups = kMixWarps / layout.warps; layout.groups > 0; --layout.groups) {
+  for (layout.groups = most / layout.warps; layout.groups > 0; --layout.groups) {
     const int64_t rows = bytes * layout.groups;
     const int wanted = 2 * rows < kOnTheWay ? 4 : 3;
     layout.stages = static_cast<int>(std::min<int64_t>(wanted, (device.shared - 4096) / rows));
