@@ -91,8 +91,8 @@ struct NormBackward {
   float* lines[4];
 };
 
-// A mix in the place of the edit: a rotation (blocks = 0) or reflections. Its first vector is the edit's scale. Without a
-// norm y is null, and so are the statistics.
+// A mix in the place of the edit: a rotation (blocks = 0) or reflections, with vectors in fp32. Its first vector is the
+// edit's scale. Without a norm y is null, and so are the statistics.
 struct MixForward : NormForward {
   Vectors second;
   int64_t blocks;

@@ -175,7 +175,7 @@ inline void* data_of(const Tensor& t, bool there = true) { return there ? t.muta
 // The column sums of a backward: the lines that its blocks leave, how its rows are dealt, and the end of it. See Deal.
 class ColumnSums {
  public:
-  static constexpr int kSums = 4;             // of dscale, dbias, dweight and dnorm_bias, or those of a mix's vectors
+  static constexpr int kSums = 4;             // of dscale, dbias, dweight and dnorm_bias, or of a mix's vectors
   static constexpr int64_t kLeastLength = 16;  // rows of a worker when they are sorted, but for the last ones
 
   // The first `of_edits` sums are the edit's, with ids one for each edit; the others are the norm's.

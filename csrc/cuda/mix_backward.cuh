@@ -1,5 +1,5 @@
-// The backward of mixes, with a norm behind them or without, in one pass. Only for rows that mix_layout has a layout for;
-// mix_wide.cuh takes the others. A persistent grid, rows ahead in shared memory, column sums in registers: as in
+// The backward of mixes, with a norm behind them or without, in one pass. Only for rows that mix_layout has a layout
+// for; mix_wide.cuh takes the others. A persistent grid, rows ahead in shared memory, column sums in registers: as in
 // norm_backward.cuh. The sums of the norm's own vectors are norm_backward's.
 //
 // g, the gradient behind the dropout, gives dx as the forward gives z. Of a rotation dfirst_j = sum g_j x_j and
@@ -164,8 +164,10 @@ RED_KERNEL(32 * mix_backward_warps(ROTATION, PLAIN), 1) mix_row_backward(RED_ARG
           }
         } else {
           RED_UNROLL for (int i = 0; i < kSize; ++i) {
-            sums.v[0][k][i] -= of_x[0] * g[k][i] + of_g[0] * h[i];
-            sums.v[1][k][i] += of_x[1] * g[k][i] + of_g[1] * h[i];
+            sums.v[0][k][i] -= of_x[0] * g[k][i];
+            sums.v[0][k][i] -= of_g[0] * h[i];
+            sums.v[1][k][i] += of_x[1] * g[k][i];
+            sums.v[1][k][i] += of_g[1] * h[i];
           }
         }
       }

@@ -1,8 +1,8 @@
-// Mixes forward, with a norm behind them or without, in one pass: a row lies in the registers of its threads. Only for rows
-// that mix_layout has a layout for; mix_wide.cuh takes the others.
+// Mixes forward, with a norm behind them or without, in one pass: a row lies in the registers of its threads. Only for
+// rows that mix_layout has a layout for; mix_wide.cuh takes the others.
 //
-// PLAIN: the usual arguments, known when it is compiled: a norm's weight in the activations' type, no dropout, no edit_ids,
-// and a width that its threads share exactly. The mix's vectors are in fp32 in any case.
+// PLAIN: the usual arguments, known when it is compiled: a norm's weight in the activations' type, no dropout, no
+// edit_ids, and a width that its threads share exactly. The mix's vectors are in fp32 in any case.
 //
 // Grid: (rows / groups of a block).
 #pragma once

@@ -1,6 +1,6 @@
 // Mixes for every other row: wide ones, blocks of columns that do not begin on 16 bytes, and many blocks. Element by
-// element, as blocks may begin anywhere. A row is one block of threads, which goes over it several times, mostly through
-// the cache. The sums over so many blocks of columns as fit into shared memory are made together.
+// element, as blocks may begin anywhere. A row is one block of threads, which goes over it several times, mostly
+// through the cache. The sums over so many blocks of columns as fit into shared memory are made together.
 #pragma once
 
 #include "mix.cuh"
@@ -24,15 +24,17 @@ template <class T>
 RED_DEVICE float element_of(const Vectors& vectors, int64_t at) {
   return vectors.wide ? static_cast<const float*>(vectors.data)[at] : widen(static_cast<const T*>(vectors.data)[at]);
 }
-RED_DEVICE float wide_element(const Vectors& vectors, int64_t at) { return static_cast<const float*>(vectors.data)[at]; }
+RED_DEVICE float wide_element(const Vectors& vectors, int64_t at) {
+  return static_cast<const float*>(vectors.data)[at];
+}
 RED_DEVICE float drop_element(const Dropout& dropout, int64_t seed, int64_t row, int64_t column, float v) {
   const Words words = philox(seed, row, static_cast<uint32_t>(column / 4));
   const uint32_t low = column & 1 ? words.w[1] : words.w[0], high = column & 1 ? words.w[3] : words.w[2];
   return product(v, dropped(column & 2 ? high : low, dropout.threshold, dropout.factor));
 }
 
-// Calls `mixed` for each column of a row, with the sums of its block of columns over the K values that `terms` makes for each
-// column. A thread has the same columns in every row. `dots` holds K values for each of kMixStretch blocks.
+// Calls `mixed` for each column of a row, with the sums of its block of columns over the K values that `terms` makes
+// for each column. A thread has the same columns in every row. `dots` holds K values for each of kMixStretch blocks.
 template <int K, class Terms, class Mixed>
 RED_DEVICE void by_stretches(MixGroup<1>& group, int64_t d, int64_t blocks, float* dots, const Terms& terms,
                              const Mixed& mixed) {
@@ -172,8 +174,9 @@ RED_KERNEL(kWideThreads, 2) mix_wide_backward(RED_ARGUMENT MixBackward a) {
     const T *z = norm ? row_of<T>(a.z, row) : nullptr, *dz = a.dz ? row_of<T>(a.dz, row) : nullptr;
     const float rstd = norm ? a.rstd[row] : 1.0f, mean = a.mean != nullptr ? a.mean[row] : 0.0f;
     const auto terms = [&](int64_t c, float& normed, float& weighted) {
+      const float w = a.weight.data != nullptr ? element_of<T>(a.weight, c) + a.weight_offset : 1.0f;
       normed = (element(z, c) - mean) * rstd;
-      weighted = product(element(dy, c), a.weight.data != nullptr ? element_of<T>(a.weight, c) + a.weight_offset : 1.0f);
+      weighted = product(element(dy, c), w);
     };
     float s[2] = {0.0f, 0.0f};
     if (norm) {
@@ -224,7 +227,8 @@ RED_KERNEL(kWideThreads, 2) mix_wide_backward(RED_ARGUMENT MixBackward a) {
     by_stretches<4>(
         group, d, a.blocks, shared + kMixGroupBytes / sizeof(float),
         [&](int64_t c, float (&v)[4]) {
-          const float u = wide_element(a.edit.scale, own.offset + c), w = two ? wide_element(a.second, own.offset + c) : 0.0f;
+          const float u = wide_element(a.edit.scale, own.offset + c);
+          const float w = two ? wide_element(a.second, own.offset + c) : 0.0f;
           const float h = x != nullptr ? element(x, c) : 0.0f, g = behind(c, before(c));
           v[0] = u * h, v[1] = w * h, v[2] = u * g, v[3] = w * g;
         },

@@ -11,10 +11,12 @@ struct Given {
   Given(const Call& call, const Tensor& first, const OptionalTensor& second, const OptionalTensor& bias,
         const OptionalTensor& edit_ids, const OptionalTensor& seed, double dropout_p, int64_t blocks, int64_t edits)
       : ids(call, edit_ids), firsts(call, first, edits, "first", true), seconds(call, second, edits, "second", true),
-        biases(call, bias, edits, "bias", true), edit(edit_of(call, firsts, biases, ids, edits, dropout_of(call, seed, dropout_p))) {
+        biases(call, bias, edits, "bias", true),
+        edit(edit_of(call, firsts, biases, ids, edits, dropout_of(call, seed, dropout_p))) {
     const int64_t d = call.shape.d;
-    STD_TORCH_CHECK(d <= INT32_MAX && blocks >= 0 && (blocks > 0 ? d % blocks == 0 : d % (2 * kPair) == 0 && second.has_value()),
-                    "red_kernels: blocks must divide the width of x, or be 0 for a width that is a multiple of 64, with a second");
+    const bool rotation = blocks == 0 && d % (2 * kPair) == 0 && second.has_value();
+    STD_TORCH_CHECK(d <= INT32_MAX && (rotation || (blocks > 0 && d % blocks == 0)),
+                    "red_kernels: blocks must divide the width of x, or be 0 for a multiple of 64 and with a second");
   }
 
   const Ids ids;

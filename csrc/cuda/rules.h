@@ -53,7 +53,7 @@ constexpr int kMixWarps = 16;                                // of a block of th
 constexpr int kMixForwardColumns = 32, kMixBackwardColumns = 16;  // of a thread
 constexpr int kMixSums = 4;                                  // over a row or its blocks at once
 constexpr int kMixGroupBytes = 2 * kMixSums * kMixWarps * static_cast<int>(sizeof(float));
-constexpr int kMixStretch = 512;                             // blocks of columns whose sums are in shared memory together
+constexpr int kMixStretch = 512;                             // blocks of columns whose sums are made together
 constexpr int kSumColumns = 32, kSumLines = 16;              // the block of add_lines and add_edits
 
 constexpr int vector_size(Type type) { return type == kFloat32 ? 4 : 8; }
@@ -128,10 +128,10 @@ inline int64_t norm_backward_shared(const RowLayout& layout, Type type, int arra
   return std::max(copies, sums);
 }
 
-// A mix: each thread has so many columns of its row, whole pairs of a rotation, or of one block of reflections. A block of
-// columns has a power of 2 of threads, or whole warps, so that its sums need shuffles and at most one barrier. None where
-// blocks do not begin on 16 bytes, or a row takes too many threads; any powers of 2 of blocks fit up to a width of 512 times
-// `columns`.
+// A mix: each thread has so many columns of its row, whole pairs of a rotation, or of one block of reflections. A block
+// of columns has a power of 2 of threads, or whole warps, so that its sums need shuffles and at most one barrier. None
+// where blocks do not begin on 16 bytes, or a row takes too many threads; any power of 2 of blocks fits up to a width of
+// 32 * most_warps * columns.
 inline RowLayout mix_layout(int64_t d, Type type, int64_t blocks, int columns, int most_warps = kMixWarps) {
   const int64_t size = vector_size(type);
   RowLayout layout;
@@ -164,10 +164,11 @@ inline RowLayout mix_forward_layout(int64_t d, Type type, int64_t blocks) {
   return layout;
 }
 
-// Backward: many warps, and rows ahead as in norm_backward_layout; in wide rows of fp32 none may be. `plain` as in
-// mix_forward.cuh.
-constexpr int mix_backward_warps(bool rotation, bool plain) { return rotation || plain ? kMixWarps : 12; }  // by registers
-inline RowLayout mix_backward_layout(int64_t d, Type type, const Device& device, int64_t blocks, bool plain, int arrays) {
+// Backward: many warps, as many as the kernel's registers allow, and rows ahead as in norm_backward_layout; in wide rows
+// of fp32 there may be none. `plain` as in mix_forward.cuh.
+constexpr int mix_backward_warps(bool rotation, bool plain) { return rotation || plain ? kMixWarps : 12; }
+inline RowLayout mix_backward_layout(int64_t d, Type type, const Device& device, int64_t blocks, bool plain,
+                                     int arrays) {
   const int most = mix_backward_warps(blocks == 0, plain);
   RowLayout layout = mix_layout(d, type, blocks, kMixBackwardColumns, most);
   if (!layout) return layout;
