@@ -15,9 +15,15 @@
 
 STABLE_TORCH_LIBRARY(red_kernels_emulated, library) { red::define_operators(library); }
 
-STABLE_TORCH_LIBRARY_IMPL(red_kernels_emulated, CPU, library) { RED_IMPLEMENT_OPERATORS(library, red::cuda) }
+STABLE_TORCH_LIBRARY_IMPL(red_kernels_emulated, CPU, library) {
+  RED_IMPLEMENT_OPERATORS(library, red::cuda)
+  RED_IMPLEMENT_MIXES(library, red::cuda)
+}
 #else
-STABLE_TORCH_LIBRARY_IMPL(red_kernels, CUDA, library) { RED_IMPLEMENT_OPERATORS(library, red::cuda) }
+STABLE_TORCH_LIBRARY_IMPL(red_kernels, CUDA, library) {
+  RED_IMPLEMENT_OPERATORS(library, red::cuda)
+  RED_IMPLEMENT_MIXES(library, red::cuda)
+}
 #endif
 
 // Each writes into `text` (of `size` bytes) and returns 0 where that is an error message.

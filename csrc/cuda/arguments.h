@@ -91,6 +91,22 @@ struct NormBackward {
   float* lines[4];
 };
 
+// A mix in the place of the edit: a rotation (blocks = 0) or reflections, with vectors in fp32. Its first vector is the
+// edit's scale. Without a norm y is null, and so are the statistics.
+struct MixForward : NormForward {
+  Vectors second;
+  int64_t blocks;
+  int lanes;  // threads for each block of columns, in the kernel of one pass
+};
+
+// The gradients of MixForward, but for those of the norm's vectors; the lines are of dfirst, dsecond and dbias. Without a
+// norm dy is the gradient of z, and z is absent. x is there for dfirst and dsecond.
+struct MixBackward : NormBackward {
+  Vectors second;
+  int64_t blocks;
+  int lanes;
+};
+
 // The averages over each row that SlabBackward needs: (2, rows).
 struct RowAverages {
   int64_t rows, d;

@@ -17,16 +17,17 @@ std::array<Tensor, 2> sort(const Tensor& ids) {
 
 }  // namespace
 
-ColumnSums::ColumnSums(const Call& call, const Ids& ids, int64_t edits, std::array<bool, kSums> wanted)
-    : call_(call), edits_(edits), wanted_(wanted) {
+ColumnSums::ColumnSums(const Call& call, const Ids& ids, int64_t edits, std::array<bool, kSums> wanted, int of_edits)
+    : call_(call), edit_sums_(of_edits), edits_(edits), wanted_(wanted) {
   const int64_t d = call.shape.d;
   for (int k = 0; k < kSums; ++k) {
     if (!wanted[k]) continue;
-    const bool apart = ids.tensor().has_value() && k < 2;
+    const bool apart = ids.tensor().has_value() && k < of_edits;
     outs_[k] = apart ? call.make_floats({edits, d}) : call.make_floats({d});
     if (call.shape.rows == 0) torch::stable::zero_(outs_[k]);
   }
-  if (ids.tensor().has_value() && (wanted[0] || wanted[1]) && call.shape.rows > 0) {
+  if (ids.tensor().has_value() && std::any_of(wanted.begin(), wanted.begin() + of_edits, [](bool w) { return w; }) &&
+      call.shape.rows > 0) {
     auto found = sort(torch::stable::view(*ids.tensor(), {call.shape.rows}));
     sorted_ = found[0];
     order_ = found[1];

@@ -110,17 +110,17 @@ class Input : public Activation {
   std::optional<Tensor> copy_;
 };
 
-// A parameter: `count` vectors in fp32 or the type of the activations; others are converted.
+// A parameter: `count` vectors in fp32 or the type of the activations, with `wide` in fp32 only; others are converted.
 class Parameter {
  public:
-  Parameter(const Call& call, const OptionalTensor& tensor, int64_t count, const char* name) {
+  Parameter(const Call& call, const OptionalTensor& tensor, int64_t count, const char* name, bool wide = false) {
     if (!tensor.has_value()) return;
     const Shape& shape = call.shape;
     STD_TORCH_CHECK(tensor->device() == shape.like.device() && tensor->numel() == count * shape.d, "red_kernels: ", name,
                     " must be on the device of x with ", count, " x ", shape.d, " elements");
     kept_ = as_contiguous(*tensor);
     vectors.wide = kept_->scalar_type() == ScalarType::Float;
-    if (!vectors.wide && kept_->scalar_type() != shape.like.scalar_type()) {
+    if (!vectors.wide && (wide || kept_->scalar_type() != shape.like.scalar_type())) {
       kept_ = torch::stable::to(*kept_, ScalarType::Float);
       vectors.wide = true;
     }
@@ -175,10 +175,11 @@ inline void* data_of(const Tensor& t, bool there = true) { return there ? t.muta
 // The column sums of a backward: the lines that its blocks leave, how its rows are dealt, and the end of it. See Deal.
 class ColumnSums {
  public:
-  static constexpr int kSums = 4;             // of dscale, dbias, dweight and dnorm_bias
+  static constexpr int kSums = 4;             // of dscale, dbias, dweight and dnorm_bias, or of a mix's vectors
   static constexpr int64_t kLeastLength = 16;  // rows of a worker when they are sorted, but for the last ones
 
-  ColumnSums(const Call& call, const Ids& ids, int64_t edits, std::array<bool, kSums> wanted);
+  // The first `of_edits` sums are the edit's, with ids one for each edit; the others are the norm's.
+  ColumnSums(const Call& call, const Ids& ids, int64_t edits, std::array<bool, kSums> wanted, int of_edits = 2);
 
   bool sorted() const { return order_.has_value(); }
   bool norm_wanted() const { return wanted_[2] || wanted_[3]; }
@@ -188,9 +189,10 @@ class ColumnSums {
   std::array<Tensor, kSums> finish();
 
  private:
-  bool of_edits(int k) const { return sorted() && k < 2; }
+  bool of_edits(int k) const { return sorted() && k < edit_sums_; }
 
   const Call& call_;
+  const int edit_sums_;
   int64_t edits_, lines_count_ = 0, edit_lines_count_ = 0;
   std::array<bool, kSums> wanted_;
   std::array<Tensor, kSums> outs_;

@@ -102,6 +102,14 @@ RED_DEVICE void warp_sum(float (&v)[K]) {
     for (int k = 0; k < K; ++k) v[k] += __shfl_xor_sync(0xffffffffu, v[k], offset);
 }
 
+// The same over each `lanes` neighbouring threads, a power of 2 that is the same for the whole warp.
+template <int K>
+RED_DEVICE void part_sum(float (&v)[K], int lanes) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2)
+#pragma unroll
+    for (int k = 0; k < K; ++k) v[k] += __shfl_xor_sync(0xffffffffu, v[k], offset);
+}
+
 // Counts the bytes that the blocks of a cluster send to this one, phase by phase.
 using Arrivals = uint64_t;
 

@@ -141,16 +141,22 @@ inline void await_arrivals(const Arrivals* a, int parity) {
   emulated::pause(true);
 }
 
+// The tree of a GPU's shuffles, which is the same in every lane.
+template <int K>
+void part_sum(float (&v)[K], int lanes) {
+  const auto values = emulated::exchange(v, K);
+  const int first = static_cast<int>(threadIdx.x) % 32 / lanes * lanes;
+  for (int k = 0; k < K; ++k) {
+    float parts[32];
+    for (int i = 0; i < lanes; ++i) parts[i] = values[first + i][k];
+    for (int offset = lanes / 2; offset > 0; offset /= 2)
+      for (int i = 0; i < offset; ++i) parts[i] = parts[i] + parts[i + offset];
+    v[k] = parts[0];
+  }
+}
 template <int K>
 void warp_sum(float (&v)[K]) {
-  const auto values = emulated::exchange(v, K);
-  for (int k = 0; k < K; ++k) {  // the tree of a GPU's shuffles, which is the same in every lane
-    float lanes[32];
-    for (int i = 0; i < 32; ++i) lanes[i] = values[i][k];
-    for (int offset = 16; offset > 0; offset /= 2)
-      for (int i = 0; i < offset; ++i) lanes[i] = lanes[i] + lanes[i + offset];
-    v[k] = lanes[0];
-  }
+  part_sum(v, 32);
 }
 
 }  // namespace cuda

@@ -57,6 +57,9 @@ struct Group {
     warp_sum(v);
   }
 
+  // Whether the thread is the first of its row, which has the first columns.
+  RED_DEVICE bool first() const { return thread == 0 && rank == 0; }
+
   int thread, threads, index, warps, cluster, rank;
 
  private:
@@ -73,6 +76,7 @@ struct Columns {
   RED_DEVICE Columns(const Group<GROUPS>& group, int n)
       : first((group.rank * n * group.threads + group.thread) * kVector<T>), step(group.threads * kVector<T>) {}
   RED_DEVICE int operator()(int k) const { return first + k * step; }
+  RED_DEVICE bool has(int k, int d) const { return (*this)(k) < d; }
 
   int first, step;
 };

@@ -20,6 +20,14 @@ template <class T>
 void run_wide_forward(const Launch& l, const NormForward& a);
 template <class T>
 void run_row_averages(const Launch& l, const RowAverages& a);
+template <class T>
+void run_mix_forward(const Launch& l, bool plain, const MixForward& a);
+template <class T>
+void run_mix_backward(const Launch& l, bool plain, const MixBackward& a);
+template <class T>
+void run_mix_wide_forward(const Launch& l, const MixForward& a);
+template <class T>
+void run_mix_wide_backward(const Launch& l, const MixBackward& a);
 void run_add_lines(const Launch& l, const AddLines& a);
 void run_add_edits(const Launch& l, const AddLines& a);
 

@@ -9,44 +9,11 @@
 
 #include "group.h"
 #include "kernels.h"
+#include "rows.h"
 #include "sorted.h"
 
 namespace red {
 namespace cuda {
-
-// Where the vectors of a thread lie in shared memory: [stage][array][k][thread of the block].
-struct Stages {
-  RED_DEVICE Stages(int arrays, int n)
-      : step_(blockDim.x * blockDim.y), array_step_(n * step_), stage_step_(arrays * array_step_),
-        own_(reinterpret_cast<Raw*>(shared_memory() + kGroupBytes) + threadIdx.y * blockDim.x +
-             threadIdx.x),
-        address_(shared_address(own_)) {}
-  RED_DEVICE Raw* at(int stage, int array, int k) const { return own_ + offset(stage, array, k); }
-  RED_DEVICE SharedAddress address(int stage, int array, int k) const {
-    return address_ + offset(stage, array, k) * static_cast<int>(sizeof(Raw));
-  }
-
- private:
-  RED_DEVICE int offset(int stage, int array, int k) const {
-    return stage * stage_step_ + array * array_step_ + k * step_;
-  }
-
-  int step_, array_step_, stage_step_;
-  Raw* own_;
-  SharedAddress address_;
-};
-
-// Waits for all groups of copies but the last 0 to 3.
-RED_DEVICE void wait_all_but(int groups) {
-  if (groups <= 0)
-    wait_copies<0>();
-  else if (groups == 1)
-    wait_copies<1>();
-  else if (groups == 2)
-    wait_copies<2>();
-  else
-    wait_copies<3>();
-}
 
 // Starts the copies of a row's vectors, and counts the arrays in the order dy, dz, z, x, residual.
 template <class T, int N, bool OPTIONS>
@@ -61,26 +28,6 @@ RED_DEVICE void fetch(const NormBackward& a, const Columns<T>& column, int d, co
     ++array;
   }
 }
-
-// The column sums of a thread: kSums for each of its columns.
-template <class T, int N, int kSums>
-struct RowSums {
-  RED_DEVICE void clear(int sums) {
-    RED_UNROLL for (int s = 0; s < kSums; ++s)
-      RED_UNROLL for (int k = 0; k < N; ++k)
-        if (s < sums) fill<T>(v[s][k], 0.0f);
-  }
-  RED_DEVICE void store(float* lines, int64_t line, int d, const Columns<T>& column, int s) const {
-    float* to = lines + line * d;
-    RED_UNROLL for (int k = 0; k < N; ++k)
-      RED_UNROLL for (int i = 0; i < kVector<T>; i += 4) {
-        const float part[4] = {v[s][k][i], v[s][k][i + 1], v[s][k][i + 2], v[s][k][i + 3]};
-        if (column(k) < d) store16(to + column(k) + i, pack<float>(part));
-      }
-  }
-
-  float v[kSums][N][kVector<T>];
-};
 
 template <class T, int N, bool CENTERED, BackwardKind KIND>
 RED_KERNEL(32 * most_warps(KIND), 1) norm_backward(RED_ARGUMENT NormBackward a) {
@@ -239,32 +186,7 @@ RED_KERNEL(32 * most_warps(KIND), 1) norm_backward(RED_ARGUMENT NormBackward a) 
   }
   RED_UNROLL for (int s = 0; s < kSums; ++s) {
     if (a.lines[s] == nullptr || (sorted && s < 2)) continue;
-    if (groups == 1) {
-      sums.store(a.lines[s], block, d, column, s);
-      continue;
-    }
-    // The sums of the block's groups, in order.
-    constexpr int kQuads = N * kSize / 4;
-    Raw* shared = stages.at(0, 0, 0) - (group.index * group.threads + group.thread);
-    const int threads = group.threads * blockDim.y, own = group.index * group.threads + group.thread;
-    block_barrier();  // all copies have been read
-    RED_UNROLL for (int q = 0; q < kQuads; ++q) {
-      const float part[4] = {sums.v[s][q * 4 / kSize][q * 4 % kSize], sums.v[s][q * 4 / kSize][q * 4 % kSize + 1],
-                             sums.v[s][q * 4 / kSize][q * 4 % kSize + 2], sums.v[s][q * 4 / kSize][q * 4 % kSize + 3]};
-      shared[q * threads + own] = pack<float>(part);
-    }
-    block_barrier();
-    for (int q = group.index; q < kQuads; q += blockDim.y) {
-      float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-      for (int g = 0; g < groups; g += 2) {  // in pairs, as they lose fewer digits
-        float one[4], other[4];
-        unpack<float>(shared[q * threads + g * group.threads + group.thread], one);
-        unpack<float>(g + 1 < groups ? shared[q * threads + (g + 1) * group.threads + group.thread] : Raw{}, other);
-        RED_UNROLL for (int i = 0; i < 4; ++i) total[i] += one[i] + other[i];
-      }
-      const int c0 = column(q * 4 / kSize);
-      if (c0 < d) store16(a.lines[s] + block * d + c0 + q * 4 % kSize, pack<float>(total));
-    }
+    store_sums<T, N, kSums>(sums, a.lines[s], block, d, column, s, stages, group, groups);
   }
 }
 

@@ -7,8 +7,8 @@
 // Grid: (rows / groups of a block, or rows * blocks of a cluster). N vectors of 16 bytes for each thread.
 #pragma once
 
-#include "group.h"
 #include "kernels.h"
+#include "moments.h"
 
 namespace red {
 namespace cuda {
@@ -61,43 +61,10 @@ RED_KERNEL(kForwardThreads, 1) norm_forward(RED_ARGUMENT NormForward a) {
   }
   group.sum(s);
 
-  const float width = static_cast<float>(d);
   float mean = 0.0f, variance;
-  if constexpr (CENTERED) {
-    float first = s[0] / width;
-    Moments found;
-    for (bool again = false;; again = true) {
-      float spread[2] = {0.0f, 0.0f};
-      RED_UNROLL for (int k = 0; k < N; ++k) {
-        if (column(k) >= d) continue;
-        RED_UNROLL for (int i = 0; i < kSize; ++i) {
-          const float away = v[k][i] - first;
-          spread[0] += away;
-          spread[1] += away * away;
-        }
-      }
-      group.sum(spread);
-      found = moments(first, spread[0], spread[1], width);
-      if (found.sound || again) break;
-      // Seldom, and for all threads of the row.
-      s[0] = group.thread == 0 && group.rank == 0 ? v[0][0] : 0.0f;
-      group.sum(s);
-      const float origin = s[0];
-      s[0] = 0.0f;
-      RED_UNROLL for (int k = 0; k < N; ++k) {
-        if (column(k) >= d) continue;
-        RED_UNROLL for (int i = 0; i < kSize; ++i) s[0] += half_distance(v[k][i], origin, 1.0f / width);
-      }
-      group.sum(s);
-      first = mean_from(origin, s[0]);
-    }
-    mean = found.mean;
-    variance = found.variance;
-  } else {
-    variance = s[0] / width;
-  }
+  row_moments<T, N, CENTERED>(group, column, d, v, s, mean, variance);
   const float rstd = reciprocal_root(variance + a.eps);
-  if (group.thread == 0 && group.rank == 0) {
+  if (group.first()) {
     if constexpr (CENTERED) a.mean[row] = mean;
     a.rstd[row] = rstd;
   }

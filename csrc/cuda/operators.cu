@@ -1,24 +1,11 @@
 // The operators on a GPU: tensors in, kernels, tensors out. Nothing here waits for the device, and every size is known from
 // shapes, so that CUDA graphs can capture it.
-#include "call.h"
+#include "operators.h"
 
 namespace red {
 namespace cuda {
 
 namespace {
-
-Edit edit_of(const Call& call, const Parameter& scale, const Parameter& bias, const Ids& ids, int64_t edits,
-             const Dropout& dropout) {
-  return {scale.vectors, bias.vectors, ids.data, edits, call.shape.d, dropout};
-}
-
-// The vectors that a model has: an edit in fp32, a norm in the type of the activations.
-bool usual_edit(const Edit& edit) {
-  return edit.scale.data != nullptr && edit.scale.wide && edit.ids == nullptr && edit.dropout.seed == nullptr;
-}
-bool usual_weight(const Call& call, const Vectors& weight) {
-  return weight.data != nullptr && weight.wide == (call.shape.type == kFloat32);
-}
 
 // Both forwards with a norm.
 void norm_forward(const Call& call, NormForward a) {
@@ -44,11 +31,6 @@ void norm_forward(const Call& call, NormForward a) {
   }
 }
 
-int64_t programs(const Call& call, int64_t rows_of_block, int64_t blocks, bool sorted) {
-  const int64_t rows = call.shape.rows, least = sorted ? ColumnSums::kLeastLength : 1;
-  return std::max<int64_t>(1, std::min(blocks, divide_up(rows, rows_of_block * least)));
-}
-
 // The backwards in which every column is by itself.
 void slab_backward(const Call& call, SlabBackward a, ColumnSums& sums) {
   const bool norm = a.averages != nullptr;
@@ -64,7 +46,8 @@ void slab_backward(const Call& call, SlabBackward a, ColumnSums& sums) {
   call.dispatch([&](auto type) { run_slab_backward<decltype(type)>(l, norm, a); });
 }
 
-// Both backwards with a norm.
+}  // namespace
+
 void norm_backward(const Call& call, NormBackward a, ColumnSums& sums) {
   a.rows = call.shape.rows;
   a.d = call.shape.d;
@@ -121,8 +104,6 @@ void norm_backward(const Call& call, NormBackward a, ColumnSums& sums) {
   slab.dx = a.dx, slab.dresidual = a.dresidual;
   slab_backward(call, slab, sums);
 }
-
-}  // namespace
 
 Tensor edit_forward(Tensor x, OptionalTensor residual, OptionalTensor scale, OptionalTensor bias,
                     OptionalTensor edit_ids, OptionalTensor seed, double dropout_p) {

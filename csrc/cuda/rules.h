@@ -23,6 +23,7 @@ struct Device {
 // A row over `cluster` blocks, in each over `warps` warps with n vectors for each thread; `groups` rows in a block.
 struct RowLayout {
   int n = 0, warps = 0, groups = 0, cluster = 1, stages = 0;
+  int lanes = 0;  // threads for each of the blocks of columns that a mix reflects
   explicit operator bool() const { return n > 0; }
 };
 
@@ -47,6 +48,12 @@ constexpr int kGroupFloats = 2 * 2 * kGroupParts + 4;        // of shared memory
 constexpr int kGroupBytes = kGroupFloats * static_cast<int>(sizeof(float));
 constexpr int kSlabThreads = 256, kEditRows = 4;             // of a block; rows of a thread of edit_forward
 constexpr int kWideThreads = 256;                            // of a block at most
+constexpr int kPair = 32;                                    // columns from one of a rotation's pair to the other
+constexpr int kMixWarps = 16;                                // of a block of threads at most
+constexpr int kMixForwardColumns = 32, kMixBackwardColumns = 16;  // of a thread
+constexpr int kMixSums = 4;                                  // over a row or its blocks at once
+constexpr int kMixGroupBytes = 2 * kMixSums * kMixWarps * static_cast<int>(sizeof(float));
+constexpr int kMixStretch = 512;                             // blocks of columns whose sums are made together
 constexpr int kSumColumns = 32, kSumLines = 16;              // the block of add_lines and add_edits
 
 constexpr int vector_size(Type type) { return type == kFloat32 ? 4 : 8; }
@@ -119,6 +126,60 @@ inline int64_t norm_backward_shared(const RowLayout& layout, Type type, int arra
   const int64_t copies = threads * layout.n * 16 * arrays * layout.stages;
   const int64_t sums = layout.groups > 1 ? threads * layout.n * vector_size(type) * 4 : 0;
   return std::max(copies, sums);
+}
+
+// A mix: each thread has so many columns of its row, whole pairs of a rotation, or of one block of reflections. A block
+// of columns has a power of 2 of threads, or whole warps, so that its sums need shuffles and at most one barrier. None
+// where blocks do not begin on 16 bytes, or a row takes too many threads; any power of 2 of blocks fits up to a width of
+// 32 * most_warps * columns.
+inline RowLayout mix_layout(int64_t d, Type type, int64_t blocks, int columns, int most_warps = kMixWarps) {
+  const int64_t size = vector_size(type);
+  RowLayout layout;
+  int64_t threads = 0;
+  if (blocks == 0) {
+    threads = divide_up(d, columns);
+  } else {
+    const int64_t width = d / blocks, wanted = divide_up(width, columns);
+    if (width % size != 0 || wanted > most_warps * 32) return {};
+    layout.lanes = 1;
+    while (layout.lanes < wanted && layout.lanes < 32) layout.lanes *= 2;
+    if (wanted > 32) layout.lanes = static_cast<int>(divide_up(wanted, 32) * 32);
+    threads = layout.lanes * blocks;
+  }
+  if (threads > most_warps * 32) return {};
+  layout.n = static_cast<int>(columns / size);
+  layout.warps = static_cast<int>(divide_up(threads, 32));
+  return layout;
+}
+
+// Whether each thread that has columns has as many as it can, in the order that rotations need.
+inline bool mix_exact(int64_t d, Type type, int64_t blocks, int columns) {
+  return blocks == 0 ? d / columns * columns == d && d / columns % (kPair / vector_size(type)) == 0
+                     : d / blocks % columns == 0;
+}
+
+inline RowLayout mix_forward_layout(int64_t d, Type type, int64_t blocks) {
+  RowLayout layout = mix_layout(d, type, blocks, kMixForwardColumns);
+  if (layout) layout.groups = std::max(1, 4 / layout.warps);
+  return layout;
+}
+
+// Backward: many warps, as many as the kernel's registers allow, and rows ahead as in norm_backward_layout; in wide rows
+// of fp32 there may be none. `plain` as in mix_forward.cuh.
+constexpr int mix_backward_warps(bool rotation, bool plain) { return rotation || plain ? kMixWarps : 12; }
+inline RowLayout mix_backward_layout(int64_t d, Type type, const Device& device, int64_t blocks, bool plain,
+                                     int arrays) {
+  const int most = mix_backward_warps(blocks == 0, plain);
+  RowLayout layout = mix_layout(d, type, blocks, kMixBackwardColumns, most);
+  if (!layout) return layout;
+  const int64_t bytes = static_cast<int64_t>(layout.n) * layout.warps * 32 * 16 * arrays;  // of one row ahead
+  for (layout.groups = most / layout.warps; layout.groups > 0; --layout.groups) {
+    const int64_t rows = bytes * layout.groups;
+    const int wanted = 2 * rows < kOnTheWay ? 4 : 3;
+    layout.stages = static_cast<int>(std::min<int64_t>(wanted, (device.shared - 4096) / rows));
+    if (layout.stages >= 2 || (layout.groups == 1 && layout.stages == 1)) return layout;
+  }
+  return {};
 }
 
 // Threads for each row of a slab of columns, a power of 2.

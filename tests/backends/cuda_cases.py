@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import mix_cases
 import torch
 from op_cases import (
     ARGUMENTS,
@@ -123,4 +124,18 @@ def held(
     peer = run(eager, operation, tensors, grads, **mask, **options)
     expected = exact(operation, tensors, grads, **mask, **options)
     assert_as_good_as(found, *({name: of[name] for name in found} for of in (peer, expected)))
+    return found
+
+
+def held_mix(operation: str, tensors: Tensors, grads: tuple[Tensor, ...], p: float = 0.0, **options: Any) -> Results:
+    """:func:`held` for the operations of ``mix_cases``, with all gradients."""
+    mask: dict[str, Any] = {}
+    drawn: dict[str, Any] = {}
+    with CUDA[0].in_use():
+        if p:
+            mask, drawn = {"factor": drawn_factor(5, p, tensors["x"].shape)}, {"dropout_p": p, "training": True}
+            torch.manual_seed(5)
+        found = mix_cases.run(mix_cases.fused, operation, tensors, grads, **drawn, **options)
+    peer = mix_cases.run(mix_cases.eager, operation, tensors, grads, **mask, **options)
+    assert_as_good_as(found, peer, mix_cases.exact(operation, tensors, grads, **mask, **options))
     return found

@@ -36,10 +36,17 @@ HOT: dict[str, dict[str, int]] = {
     "norm_backward": {"read": 3, "store": 2},  # dy, z and h, dx and dresidual
     "wide_forward": {"read": 3, "store": 2},
     "row_averages": {"read": 3},
+    "mix_row_forward": {"read": 8, "store": 8},  # x and residual, z and y; four vectors of each, of fp32 eight
+    "mix_row_backward": {"read": 8, "store": 4},  # dy, dz, z and h, dx and dresidual, two vectors of each
 }
 FOR_EACH = {"slab_backward": 1, "norm_forward": 0, "norm_backward": 0}  # that number of its template: rows, vectors
-ALIGNED = ("norm_forward", "norm_backward")  # these have no code for rows that are not aligned
-LOOPS = ("slab_backward", "norm_backward", "wide_forward", "row_averages")  # over rows or columns
+ALIGNED = (
+    "norm_forward",
+    "norm_backward",
+    "mix_row_forward",
+    "mix_row_backward",
+)  # these have no code for rows that are not aligned
+LOOPS = ("slab_backward", "norm_backward", "wide_forward", "row_averages", "mix_row_backward")  # over rows or columns
 
 
 pytestmark = pytest.mark.xdist_group("the code of the CUDA library")  # one worker reads it, for more than a minute
@@ -137,7 +144,7 @@ def test_library_loads_without_a_gpu(codes: list[Code]) -> None:
         assert cpu.load_error() is None, cpu.load_error()
         dll = ctypes.CDLL({str(LIBRARY)!r}, mode=os.RTLD_LAZY)
         has = torch._C._dispatch_has_kernel_for_dispatch_key
-        for kind in ("edit", "edit_norm", "norm_edit"):
+        for kind in ("edit", "edit_norm", "norm_edit", "mix", "mix_norm"):
             for way in ("forward", "backward"):
                 assert has(f"red_kernels::{{kind}}_{{way}}", "CUDA"), (kind, way)
         text = ctypes.create_string_buffer(256)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import shutil
 import subprocess
 from pathlib import Path
@@ -33,6 +34,17 @@ long backward(long d, int type, int capability, int shared, int kind, int arrays
   write(l, to);
   return l ? norm_backward_shared(l, static_cast<Type>(type), arrays) : 0;
 }
+void mix_forward(long d, int type, long blocks, int* to) {
+  const auto l = mix_forward_layout(d, static_cast<Type>(type), blocks);
+  write(l, to);
+  to[5] = l.lanes, to[6] = mix_exact(d, static_cast<Type>(type), blocks, kMixForwardColumns);
+}
+long mix_backward(long d, int type, int capability, int shared, long blocks, int plain, int arrays, int* to) {
+  const auto l = mix_backward_layout(d, static_cast<Type>(type), device(capability, shared), blocks, plain, arrays);
+  write(l, to);
+  to[5] = l.lanes, to[6] = mix_exact(d, static_cast<Type>(type), blocks, kMixBackwardColumns);
+  return l ? norm_backward_shared(l, static_cast<Type>(type), arrays) : 0;
+}
 int lanes(long d, int type) { return slab_lanes(d, static_cast<Type>(type)); }
 int threads(long d, int type) { return wide_threads(d, static_cast<Type>(type)); }
 }
@@ -59,7 +71,7 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     dll = ctypes.CDLL(str(folder / "rules.so"))
-    dll.backward.restype = ctypes.c_long
+    dll.backward.restype = dll.mix_backward.restype = ctypes.c_long
     return dll
 
 
@@ -67,6 +79,57 @@ def _layout(function: object, *arguments: int) -> tuple[Layout | None, int]:
     to = (ctypes.c_int * 5)()
     shared = function(ctypes.c_long(arguments[0]), *arguments[1:], to)  # type: ignore[operator]
     return (Layout(*to) if to[0] else None), shared
+
+
+def _mix_layout(function: object, *arguments: int) -> tuple[Layout | None, int, bool, int]:
+    """The layout, the threads for each block of columns, whether they share it exactly, and the shared memory."""
+    to = (ctypes.c_int * 7)()
+    shared = function(*map(ctypes.c_long, arguments), to)  # type: ignore[operator]
+    return (Layout(*to[:5]) if to[0] else None), to[5], bool(to[6]), shared
+
+
+def _holds_mix(layout: Layout, lanes: int, exact: bool, d: int, blocks: int, columns: int, size: int) -> None:
+    threads = 32 * layout.warps
+    assert layout.n * size == columns
+    if not blocks:
+        assert threads * columns >= d > (threads - 32) * columns
+        assert not exact or (d % columns == 0 and d // columns % (32 // size) == 0)
+        return
+    width = d // blocks
+    assert lanes * columns >= width
+    assert threads >= lanes * blocks > threads - 32
+    assert lanes in (1, 2, 4, 8, 16) or lanes % 32 == 0
+    assert exact == (width % columns == 0)
+
+
+@pytest.mark.parametrize("dtype", VECTOR)
+@pytest.mark.parametrize("blocks", [0, 1, 2, 3, 4, 5, 8, 16, 32, 96])
+def test_mixes(rules: ctypes.CDLL, dtype: int, blocks: int) -> None:
+    """Forward to 16,384 columns and backward to 8,192, where blocks are powers of 2 and begin on 16 bytes."""
+    size, power = VECTOR[dtype], blocks & (blocks - 1) == 0
+    for d in range(64, 20_000, 64):
+        if blocks and d % blocks:
+            continue
+        begin = not blocks or d // blocks % size == 0
+        layout, lanes, exact, _ = _mix_layout(rules.mix_forward, d, dtype, blocks)
+        assert layout is not None or not (begin and power and d <= 16_384), d
+        if layout is not None:
+            assert begin
+            assert d <= 16_384
+            _holds_mix(layout, lanes, exact, d, blocks, 32, size)
+            assert layout.warps * layout.groups <= 16
+            assert layout.warps == 1 or layout.groups <= 2  # kMixForwardGroups
+        for (capability, shared), plain, arrays in itertools.product(DEVICES, (0, 1), (1, 4)):
+            given = (d, dtype, capability, shared, blocks, plain, arrays)
+            layout, lanes, exact, taken = _mix_layout(rules.mix_backward, *given)
+            most = 8192 if plain or not blocks else 4096
+            assert layout is not None or not (begin and power and d <= most and shared > 99 << 10), given
+            if layout is not None:
+                assert d <= 8192
+                _holds_mix(layout, lanes, exact, d, blocks, 16, size)
+                assert layout.warps * layout.groups <= (16 if plain or not blocks else 12)
+                assert 1 <= layout.stages <= 4
+                assert taken + 2064 <= shared
 
 
 def holds(layout: Layout, d: int, size: int) -> bool:

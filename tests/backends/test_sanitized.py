@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import mix_cases
 import pytest
 import torch
 from op_cases import CUDA, arguments, fused, outputs_of, upstream
@@ -19,7 +20,7 @@ if not CUDA:
         f"no CUDA kernels here, neither on a GPU nor in the emulator: {cuda.load_error()}", allow_module_level=True
     )
 
-from cuda_cases import held
+from cuda_cases import held, held_mix
 
 pytestmark = pytest.mark.implementations
 
@@ -47,6 +48,29 @@ CALLS: dict[str, tuple[str, torch.dtype, tuple[int, int], dict[str, Any]]] = {
     "clusters of 8": ("edit_add_rms_norm", torch.float32, (3, 36868), {"asking": EDIT_VECTORS, "need_z": False}),
     "clusters, an edit behind the norm": ("layer_norm_edit", torch.bfloat16, (5, 16392), {}),
 }
+
+# The same with the blocks of columns of a mix.
+MIXES: dict[str, tuple[str, torch.dtype, tuple[int, int], int, dict[str, Any]]] = {
+    "a rotation": ("mix_add_rms_norm", torch.bfloat16, (40, 768), 0, {}),
+    "a rotation, several warps, dropout": ("mix_add_layer_norm", torch.float32, (20, 2112), 0, {"p": 0.25}),
+    "reflections of a warp's parts": ("mix_add", torch.float16, (150, 768), 32, {"edits": 5}),
+    "reflections of several warps": ("mix_add_layer_norm", torch.bfloat16, (20, 4096), 2, {}),
+    "wide reflections": ("mix_add_rms_norm", torch.float32, (20, 1300), 2, {"p": 0.25}),
+    "wide reflections, sorted": ("mix_add_layer_norm", torch.bfloat16, (150, 33), 3, {"edits": 5}),
+    "a wide rotation": ("mix_add_rms_norm", torch.float16, (3, 16448), 0, {}),
+}
+
+
+@pytest.mark.usefixtures("empty_is_nan")
+@pytest.mark.parametrize("which", MIXES)
+def test_every_kernel_of_mixes(which: str) -> None:
+    operation, dtype, shape, blocks, given = MIXES[which]
+    options = dict(given)
+    edits = options.pop("edits", None)
+    if edits is not None:
+        options["edit_ids"] = torch.randint(0, edits, shape[:1])
+    tensors = mix_cases.arguments(operation, shape, dtype, blocks=blocks, edits=edits)
+    held_mix(operation, tensors, upstream(shape, dtype), blocks=blocks, **options)
 
 
 @pytest.mark.usefixtures("empty_is_nan")

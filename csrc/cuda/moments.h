@@ -1,0 +1,51 @@
+// The mean and the variance of a row that lies in the registers of its threads.
+#pragma once
+
+#include "group.h"
+
+namespace red {
+namespace cuda {
+
+// `s` is the sum over the row of its values, without CENTERED of their squares: `variance` is then their mean.
+template <class T, int N, bool CENTERED, class G, class C>
+RED_DEVICE void row_moments(G& group, const C& column, int d, const float (&v)[N][kVector<T>], float (&s)[1],
+                            float& mean, float& variance) {
+  constexpr int kSize = kVector<T>;
+  const float width = static_cast<float>(d);
+  if constexpr (CENTERED) {
+    float first = s[0] / width;
+    Moments found;
+    for (bool again = false;; again = true) {
+      float spread[2] = {0.0f, 0.0f};
+      RED_UNROLL for (int k = 0; k < N; ++k) {
+        if (!column.has(k, d)) continue;
+        RED_UNROLL for (int i = 0; i < kSize; ++i) {
+          const float away = v[k][i] - first;
+          spread[0] += away;
+          spread[1] += away * away;
+        }
+      }
+      group.sum(spread);
+      found = moments(first, spread[0], spread[1], width);
+      if (found.sound || again) break;
+      // Seldom, and for all threads of the row.
+      s[0] = group.first() ? v[0][0] : 0.0f;
+      group.sum(s);
+      const float origin = s[0];
+      s[0] = 0.0f;
+      RED_UNROLL for (int k = 0; k < N; ++k) {
+        if (!column.has(k, d)) continue;
+        RED_UNROLL for (int i = 0; i < kSize; ++i) s[0] += half_distance(v[k][i], origin, 1.0f / width);
+      }
+      group.sum(s);
+      first = mean_from(origin, s[0]);
+    }
+    mean = found.mean;
+    variance = found.variance;
+  } else {
+    variance = s[0] / width;
+  }
+}
+
+}  // namespace cuda
+}  // namespace red
