@@ -1,0 +1,113 @@
+"""The tiles of the kernels of mixes; see :mod:`.rules`. No tables of measured ones go before these.
+
+None looks at which gradients are asked for but where registers run out: one has the same bits whatever else is asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .rules import MOST_SLABS, MOST_WARPS, VECTOR_BYTES, Architecture, power_of_two
+
+RUN_BYTES = 64  # of neighbouring columns in a piece, at least, if a block has as many
+
+
+@dataclass(frozen=True)
+class MixTile:
+    """``rows`` rows of ``together`` blocks in ``chunks`` pieces, of ``chunk`` columns of each block; ``programs`` as in
+    :class:`.rules.SlabTile`. In a rotation, which is one block, every other piece has the partners of the one before.
+
+    A tile has whole blocks, or as few pieces as there can be: with a larger one a piece could lie beyond its block.
+    """
+
+    rows: int
+    together: int
+    chunk: int
+    chunks: int
+    warps: int
+    programs: int = 0
+
+    def slabs(self, width: int, blocks: int) -> int:
+        """How many tiles lie side by side along a row."""
+        return -(-max(1, blocks) // self.together) * self.slabs_of_a_block(width, blocks)
+
+    def slabs_of_a_block(self, width: int, blocks: int) -> int:
+        """How many tiles share a block; the pairs of a rotation are one."""
+        inner, sides = _inner(width, blocks)
+        return -(-inner * sides // (self.chunk * self.chunks))
+
+
+@lru_cache(None)
+def forward(width: int, blocks: int, itemsize: int, architecture: Architecture) -> MixTile:
+    """With a norm and without, so that ``z`` has the same bits: whole rows if a program can hold one, else a slab."""
+    whole = power_of_two(max(1, blocks))
+    found = _held(width, blocks, whole, itemsize, architecture, 32, MOST_WARPS)
+    return found or _slab(width, blocks, itemsize, architecture, 32, MOST_WARPS)
+
+
+@lru_cache(None)
+def backward(width: int, blocks: int, itemsize: int, architecture: Architecture) -> MixTile:
+    """Slabs of whole blocks or pairs, with or without a norm's averages, and three to five column sums."""
+    tile = _slab(width, blocks, itemsize, architecture, 16, 8)
+    return _persistent(tile, max(1, 16 // tile.warps))
+
+
+@lru_cache(None)
+def norm_backward(width: int, blocks: int, itemsize: int, architecture: Architecture, sums: int) -> MixTile | None:
+    """Whole rows; None where those and ``sums`` column sums exceed the registers of a program."""
+    whole = power_of_two(max(1, blocks))
+    tile = _held(width, blocks, whole, itemsize, architecture, 16, 8)
+    if tile is None:
+        return None
+    return _persistent(tile, max(1, 12 // tile.warps))
+
+
+@lru_cache(None)
+def dots(width: int, blocks: int, itemsize: int, architecture: Architecture) -> tuple[int, int]:
+    """Columns of a piece and warps, for one block of a row."""
+    vector = VECTOR_BYTES // itemsize
+    warps = min(MOST_WARPS, power_of_two(-(-(width // blocks) // (architecture.warp * vector))))
+    return min(architecture.warp * warps * vector, power_of_two(width // blocks)), warps
+
+
+def _held(
+    width: int, blocks: int, together: int, itemsize: int, architecture: Architecture, most: int, widest: int
+) -> MixTile | None:
+    """So many whole blocks, with at most ``most`` elements of them for each thread of at most ``widest`` warps."""
+    inner, sides = _inner(width, blocks)
+    vector, warp = VECTOR_BYTES // itemsize, architecture.warp
+    along = 1
+    while along <= widest:
+        chunk = min(max(warp * along * vector // together, RUN_BYTES // itemsize), power_of_two(inner))
+        chunks = -(-inner // chunk) * sides
+        if together * chunk * chunks <= most * warp * along:
+            warps = max(4, along)
+            rows = max(1, min(warps * warp * vector // (together * chunk), 64))
+            return MixTile(rows, together, chunk, chunks, warps)
+        along *= 2
+    return None
+
+
+def _slab(width: int, blocks: int, itemsize: int, architecture: Architecture, most: int, widest: int) -> MixTile:
+    """Some blocks, whole if a program can hold one; pairs of a rotation."""
+    inner, sides = _inner(width, blocks)
+    vector, warp = VECTOR_BYTES // itemsize, architecture.warp
+    chunk = min(warp * vector, power_of_two(inner))
+    if blocks:
+        together = min(max(1, warp * vector // chunk), power_of_two(blocks))
+        together = max(together, power_of_two(-(-blocks // MOST_SLABS)))
+        found = _held(width, blocks, together, itemsize, architecture, most, widest)
+        if found is not None:
+            return found
+    chunk = max(chunk, power_of_two(-(-width // MOST_SLABS)))
+    return MixTile(max(1, min(4 * warp * vector // chunk, 64)), 1, chunk, sides, 4)
+
+
+def _persistent(tile: MixTile, programs: int) -> MixTile:
+    return MixTile(tile.rows, tile.together, tile.chunk, tile.chunks, tile.warps, programs)
+
+
+def _inner(width: int, blocks: int) -> tuple[int, int]:
+    """Columns of a block, and how many pieces have the same place in it: in a rotation, both of a pair."""
+    return (width // blocks, 1) if blocks else (width // 2, 2)
