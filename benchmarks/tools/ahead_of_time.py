@@ -32,8 +32,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from red_kernels.backends.arguments import Dropout, Norm, Statistics, affine_edit
-from red_kernels.backends.triton import launch, linear, operations
+from red_kernels.backends.arguments import Dropout, Mix, Norm, Statistics, affine_edit
+from red_kernels.backends.triton import launch, linear, mixing, operations
 from red_kernels.backends.triton.rules import Architecture
 from red_kernels.support.progress import Stage
 
@@ -41,16 +41,20 @@ from .machine_code import Access, Conversions, Resources, accesses, conversions,
 
 WIDTHS = (768, 2048, 4096, 8192, 16384)
 OPERATIONS = ("edit", "edit_add", "edit_add_rms_norm", "edit_add_layer_norm", "rms_norm_edit", "layer_norm_edit")
+MIXES = ("mix", "mix_add", "mix_add_rms_norm", "mix_add_layer_norm")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROWS = 4  # no kernel but linear_edit is compiled for a number of rows
 EDITS = 3
 
 # What the pointers of the kernels are: activations; vectors of one width; lines of sums; one number for each row.
 ACTIVATIONS = ("x", "residual", "z", "y", "dy", "dz", "dx", "dresidual")
-VECTORS = ("scale", "bias", "weight", "norm_bias", "linear_bias")
+VECTORS = ("scale", "first", "second", "bias", "weight", "norm_bias", "linear_bias")
 SUMMED = ("first_in", "second_in", "third_in", "fourth_in")
-SUMS = ("dscale", "dbias", "dweight", "dnorm_bias", "first_out", "second_out", "third_out", "fourth_out")
-PER_ROW = ("ids", "order", "owners", "offsets", "seed", "mean", "rstd", "averages")
+SUMS = (
+    *("dscale", "dfirst", "dsecond", "dbias", "dweight", "dnorm_bias"),
+    *("first_out", "second_out", "third_out", "fourth_out"),
+)
+PER_ROW = ("ids", "order", "owners", "offsets", "seed", "mean", "rstd", "averages", "along")
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ class Case:
     edit_ids: bool = False
     keep_z: bool = True
     train_norm: bool = False  # whether the norm's weight and bias ask for gradients
+    blocks: int = 0  # of a mix
+    single: bool = False  # whether reflections have no second vector
     rows: int = ROWS
 
     @property
@@ -284,6 +290,12 @@ def linear_cases(
     ]
 
 
+def mix_cases(widths: Iterable[int] = (768, 4096, 8192), blocks: Iterable[int] = (0, 4)) -> list[Case]:
+    """Rotations and reflections in a model while it is trained."""
+    choice = itertools.product(MIXES[1:], widths, blocks)
+    return [Case(operation, width, blocks=count) for operation, width, count in choice]
+
+
 def all_cases(widths: Iterable[int] = WIDTHS, dtypes: Iterable[str] = tuple(DTYPES)) -> list[Case]:
     """Whatever the operations can be asked for."""
     found = []
@@ -326,7 +338,9 @@ def _run(case: Case) -> None:
     needs_norm = (case.train_norm, case.train_norm and case.layer_norm)
     unchanged = scale is None and dropout is None  # then dx is dz
 
-    if case.operation == "linear_edit":
+    if case.operation in MIXES:
+        _run_mix(case, x, scale, bias, ids, dropout, norm, statistics, edits, needs_norm)
+    elif case.operation == "linear_edit":
         linear.run(tensor(case.rows, 4 * d), tensor(d, 4 * d), tensor(d), x, edit)
     elif case.operation in ("edit", "edit_add"):
         operations.edit_forward(x, x if case.operation == "edit_add" else None, edit)
@@ -345,6 +359,29 @@ def _run(case: Case) -> None:
             x, x, norm if scale is not None else norm._replace(bias=None), without_bias, statistics, edits,
             (True, *needs_norm, *needs_edit),
         )  # fmt: skip
+
+
+def _run_mix(
+    case: Case,
+    x: Tensor,
+    vector: Tensor | None,
+    bias: Tensor | None,
+    ids: Tensor | None,
+    dropout: Dropout | None,
+    norm: Norm,
+    statistics: Statistics,
+    edits: int,
+    needs_norm: tuple[bool, bool],
+) -> None:
+    assert vector is not None
+    mix = Mix(vector, None if case.single else vector, bias, case.blocks, ids, dropout)
+    without_bias, needs = mix._replace(bias=None), (True, not case.single, bias is not None)
+    if "norm" not in case.operation:
+        mixing.mix_forward(x, None if case.operation == "mix" else x, mix)
+        mixing.mix_backward(x, x, without_bias, edits, (True, *needs))
+        return
+    mixing.mix_norm_forward(x, x, mix, norm)
+    mixing.mix_norm_backward(x, x, x, x, without_bias, norm, statistics, edits, (True, True, *needs, *needs_norm))
 
 
 def print_reports(reports: Sequence[Report], console: Console) -> None:
@@ -409,6 +446,11 @@ def _features(program: Program) -> str:
             "LayerNorm" if "mean" in names else "RMSNorm",
             *(["edit last"] if program.constant["EDIT_LAST"] else []),
         ]
+    if program.kernel.startswith("mix"):
+        blocks = program.constant["BLOCKS"]
+        found.append(f"{blocks} blocks" if blocks else "rotation")
+        if "rstd" in names:
+            found.append("LayerNorm" if "mean" in names else "RMSNorm")
     for name, shown in (("residual", "residual"), ("seed", "dropout"), ("order", "edit_ids"), ("dweight", "dweight")):
         if name in names:
             found.append(shown)
@@ -425,7 +467,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/decisions.md")
     parser.add_argument("--processes", type=int, help="to compile in; as many as there are cores")
     options = parser.parse_args(arguments)
-    cases = all_cases(options.widths) if options.all else usual_cases(options.widths) + linear_cases(options.widths)
+    cases = (
+        all_cases(options.widths)
+        if options.all
+        else [
+            *usual_cases(options.widths),
+            *linear_cases(options.widths),
+            *mix_cases(options.widths),
+        ]
+    )
     wanted = programs_of(cases, options.targets)
     # an empty cache: the seconds are those of compiling
     with tempfile.TemporaryDirectory() as cache, compilers(options.processes, cache) as pool:
@@ -443,7 +493,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-_KERNELS = {kernel.name: kernel for kernel in (*operations.KERNELS, *linear.KERNELS)}
+_KERNELS = {kernel.name: kernel for kernel in (*operations.KERNELS, *linear.KERNELS, *mixing.KERNELS)}
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 _BYTES = {"*fp32": 4, "*bf16": 2, "*fp16": 2, "*i64": 8}
 

@@ -4,12 +4,14 @@ The functions are those of :mod:`red_kernels.backends.reference`. Called plainly
 while torch.compile traces they are operators, registered in the namespace ``red_kernels_triton``.
 
 Where to find what: ``kernels`` has a file for each family of kernels, over the device functions of ``device`` and
-``norm_math``; ``rules`` says which tile and grid they take; ``operations`` allocates; ``launch`` starts them.
+``norm_math``; ``rules`` says which tile and grid they take; ``operations`` and
+``mixing`` allocate; ``launch`` starts them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,8 +20,8 @@ from torch import Tensor
 
 from .. import compiled
 from ..arguments import flattened
-from ..schemas import KERNEL_DTYPES, SCHEMAS, flags, not_plain, register_fakes
-from . import operations, tuned
+from ..schemas import KERNEL_DTYPES, NAMES, SCHEMAS, flags, not_plain, register_fakes
+from . import mixing, operations, tuned
 from .launch import INTERPRETED, architecture, unusable
 from .linear import linear_edit_forward as linear_edit_forward  # the one thing that a backend may lack
 
@@ -65,7 +67,7 @@ def state() -> str:
 
 def _register() -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "DEF")
-    for schema, implementation in zip(SCHEMAS, flattened(operations, flags).values(), strict=True):
+    for schema, implementation in zip(SCHEMAS, flattened(_direct, flags).values(), strict=True):
         library.define(schema)
         library.impl(schema[: schema.index("(")], implementation, _device.upper())
     register_fakes(NAMESPACE)
@@ -74,7 +76,7 @@ def _register() -> torch.library.Library:
 
 def _function(name: str) -> Callable[..., Any]:
     """Kernels are started directly; while torch.compile traces, by an operator."""
-    direct, traced = getattr(operations, name), getattr(_traced, name)
+    direct, traced = getattr(_direct, name), getattr(_traced, name)
 
     def function(*arguments: Any) -> Any:
         return traced(*arguments) if _tracing() else direct(*arguments)
@@ -82,6 +84,7 @@ def _function(name: str) -> Callable[..., Any]:
     return function
 
 
+_direct = SimpleNamespace(**{name: getattr(mixing if name.startswith("mix") else operations, name) for name in NAMES})
 _library = _register()  # kept: what it registered goes with it
 _traced = compiled.operations(NAMESPACE)
 edit_forward = _function("edit_forward")
@@ -90,3 +93,7 @@ edit_norm_forward = _function("edit_norm_forward")
 edit_norm_backward = _function("edit_norm_backward")
 norm_edit_forward = _function("norm_edit_forward")
 norm_edit_backward = _function("norm_edit_backward")
+mix_forward = _function("mix_forward")
+mix_backward = _function("mix_backward")
+mix_norm_forward = _function("mix_norm_forward")
+mix_norm_backward = _function("mix_norm_backward")
