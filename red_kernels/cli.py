@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
+from .edits.config import POSITIONS
 from .edits.kinds import KINDS, Kind, option_of
 from .support.arguments import Parser, layers
 from .support.bars import bars_on_terminals_only
@@ -136,9 +137,7 @@ def _add_finetune_options(parser: argparse.ArgumentParser) -> None:
         "--resume the run's own; the vectors are fp32",
     )
     model.add_argument("--device", default=unset, help="cpu or cuda (default: a GPU if there is one)")
-    model.add_argument(
-        "--position", default="ffn", help="where the edits lie: ffn, attn, ffn_attn, res, res_with_attn or more"
-    )
+    model.add_argument("--position", default="ffn", help=f"where the edits lie: {', '.join(POSITIONS)}")
     model.add_argument("--kind", default="all", help="; ".join(map(_kind_help, KINDS.values())))
     model.add_argument("--layers", type=layers, default=unset, help="such as 0-5,8 (default: all layers)")
     model.add_argument(

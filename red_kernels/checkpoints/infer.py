@@ -17,7 +17,7 @@ from torch import nn
 
 from ..edits.config import POSITIONS, RedConfig
 from ..edits.kinds import KINDS, kind_fitting, kind_named, kind_with
-from ..models import FAMILIES
+from ..models import FAMILIES, NARROWER, ON_INPUT, serves_alone
 from ..patching.plan import make_plan
 from ..support.parse import layer_number, shown
 from ..support.text import listed
@@ -174,10 +174,15 @@ def _planned(model: nn.Module, config: RedConfig) -> dict[str, int]:
 
 
 def _entries(sites: dict[str, tuple[str, ...]], position: str) -> tuple[str, ...]:
-    places = POSITIONS[position]
-    if any(place not in sites for place in places):
-        return ()
-    return tuple(entry for place in places for entry in sites[place])
+    found: list[str] = []
+    for place in POSITIONS[position]:
+        entries = sites.get(place) or sites.get(NARROWER.get(place, ""), ())
+        if place not in sites and place not in ON_INPUT:
+            entries = tuple(entry for entry in entries if serves_alone(entry.removesuffix("?"), place))
+        if not entries:
+            return ()
+        found += entries
+    return tuple(found)
 
 
 def _fits(entries: Sequence[str], paths: frozenset[str]) -> bool:

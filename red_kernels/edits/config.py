@@ -21,6 +21,8 @@ POSITIONS: dict[str, tuple[str, ...]] = {
     "res": ("res",),
     "res_with_attn": ("attn_res", "res"),
     "more": ("qkv", "attn", "ffn"),
+    "ia3": ("key", "value", "ffn_in"),
+    "value": ("value",),
 }
 STACKS = ("text", "vision", "audio", "encoder", "decoder", "other", "all")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -34,7 +36,9 @@ class RedConfig:
         position: where the edits lie. `"ffn"`: the output of each FFN's last projection; `"attn"`: of each attention's
             output projection; `"ffn_attn"`: both; `"res"`: the residual stream behind each FFN (behind its norm in
             post-norm layers); `"res_with_attn"`: behind each attention as well; `"more"` (RED++): the query, key and
-            value projections (one where they are one) and both of `"ffn_attn"`.
+            value projections (one where they are one) and both of `"ffn_attn"`; `"ia3"` (IA3, arXiv 2205.05638): the
+            key and value projections, and the input of each FFN's last projection; `"value"` (BEFT): the value
+            projections.
         kind: `"all"` (`scale * h + bias`), `"scaling"` (`scale * h`), `"bias"` (`h + bias`), `"ln"`
             (`LayerNorm(scale * h + bias)` with a trainable LayerNorm, which is not the identity at the start), or one
             that `rk.register_kind` has added.

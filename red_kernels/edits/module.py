@@ -34,13 +34,15 @@ class RedEdit(EditBank):
     Attributes:
         of_tuple: whether the site may return a tuple, of which the first is edited, as layers do.
         inside: whether the edit is of the sum that the site's output becomes a part of.
-        place: in its layer, as in `models.family.PLACES`; empty where that is not known.
+        on_input: whether the edit is of the site's input, by a hook in front of it.
+        place: in its layer, as in `models.family.PLACES` or `NARROWER`; empty where that is not known.
         watched: whether somebody asks, by `take_reached`, whether the edits have run.
         seen: whether it was said, or need not be, that they have never run.
     """
 
     of_tuple = False
     inside = False
+    on_input = False
     place = ""
     watched = False
     seen = False
@@ -89,7 +91,10 @@ class RedEdit(EditBank):
     def _in_context(self, edit: Edit) -> Edit:
         """The same with what its formula takes besides its own parts."""
         module = self.__dict__.get(EDITED)
-        given = {name: None if module is None else CONTEXTS[name](module, self.width) for name in edit.kind.context}
+        given = {
+            name: None if module is None or self.on_input else CONTEXTS[name](module, self.width)
+            for name in edit.kind.context
+        }
         return edit._replace(vectors={**edit.vectors, **given})
 
     def by_state(self, state: Any, again: bool) -> Edit | None:
@@ -99,7 +104,8 @@ class RedEdit(EditBank):
     def forward(self, hidden: Tensor) -> Tensor:
         """`hidden` of shape `(..., width)`, edited, in its dtype. Raises TypeError for what is no tensor."""
         if not isinstance(hidden, Tensor):
-            raise TypeError(f"the output of an edited module must be one tensor, got {type(hidden).__name__}")
+            what = "input of a module whose input is edited" if self.on_input else "output of an edited module"
+            raise TypeError(f"the {what} must be one tensor, got {type(hidden).__name__}")
         applied = self.applied(hidden)
         if applied is None:
             return hidden
@@ -135,6 +141,7 @@ _TAKEN = (
     "seen",
     "inside",
     "of_tuple",
+    "on_input",
     "place",
 )
 RESERVED.update(_TAKEN, dir(RedEdit))  # a part is an attribute of it
@@ -157,10 +164,12 @@ def linear_bias(module: nn.Module, width: int) -> Tensor | None:
 CONTEXTS: dict[str, Callable[[nn.Module, int], Tensor | None]] = {"linear_bias": linear_bias}
 
 
-def refuse_site(kind: Kind, module: nn.Module, width: int, where: str) -> None:
+def refuse_site(kind: Kind, module: nn.Module, width: int, where: str, on_input: bool = False) -> None:
     """Raise ValueError where a module cannot have an edit of a kind: by its width, or for what it lacks."""
     kind.refuse_width(width, where)
     for name in kind.requires:
+        if on_input:
+            raise ValueError(f"{where}: an edit of kind {kind.name!r} is of a module's output, and not of its input")
         if CONTEXTS[name](module, width) is None:
             what = name.replace("_", " ")
             raise ValueError(f"{where} has no {what}, of which an edit of kind {kind.name!r} is made")

@@ -458,7 +458,8 @@ def _compare(
     # An edit inside of a layer's forward is no module's output: no hook can be its peer, and the floor alone stands.
     inside = any(own.inside for own in edit_modules(fused).values())
     widths = {site: own.width for site, own in edit_modules(fused).items()}
-    with naive_edit(fresh.model, sites, edit_config(fused).kind, widths=widths) as naive:
+    inputs = [site for site, own in edit_modules(fused).items() if own.on_input]
+    with naive_edit(fresh.model, sites, edit_config(fused).kind, widths=widths, inputs=inputs) as naive:
         fresh_head = train_head(fresh.model, fresh.new_parameters) if data.classification else []
         passing = pass_gradients(fresh.model, sites)
 

@@ -8,7 +8,9 @@ from torch import Tensor
 from ..edits.kinds import KINDS, Edit, Kind
 from ..fusion.norms import NormSpec
 
-__all__ = ["adds_bias", "biasless_kinds", "folded", "why_not"]
+__all__ = ["adds_bias", "biasless_kinds", "folded", "folded_input", "why_not"]
+
+_COLUMNS = 1024  # of an edit's matrix at a time
 
 
 def why_not(kind: Kind, norm: NormSpec | None) -> str | None:
@@ -44,6 +46,36 @@ def folded(
         return (weight if made is given else made[:, 0] - norm.offset), bias
     given = weight.t() if columns else weight
     made, bias = fold(given, bias, vectors)
+    return (weight if made is given else made.t() if columns else made), bias
+
+
+def folded_input(edit: Edit, weight: Tensor, bias: Tensor | None, columns: bool) -> tuple[Tensor, Tensor | None]:
+    """The weight and the bias of a linear layer with an edit of its input folded in, in the dtype of `weight`.
+
+    An edit that folds is affine, `A x + c`: the layer gives `(W A) x + (W c + b)`. Arguments: as of `folded`.
+    """
+    fold, kind = edit.kind.fold, edit.kind
+    assert fold is not None
+    vectors = {
+        name: None if vector is None else vector.detach().to(weight.device, weight.dtype)
+        for name, vector in edit.vectors.items()
+    }
+    given = weight.t() if columns else weight  # (out, in)
+    if kind.kernel == "affine":  # A is diagonal
+        operands = vectors if kind.operands is None else kind.operands(vectors)
+        scale, shift = operands.get("scale"), operands.get("bias")
+        made = given if scale is None else given * scale
+    else:
+        width, parts, shift = given.shape[1], [], None
+        for first in range(0, width, _COLUMNS):
+            some = torch.zeros(width, min(_COLUMNS, width - first), dtype=given.dtype, device=given.device)
+            some[first:].fill_diagonal_(1.0)
+            some, shift = fold(some, None, vectors)  # columns of A, and c
+            parts.append(given @ some)
+        made = torch.cat(parts, 1)
+    if shift is not None:
+        moved = given @ shift
+        bias = moved if bias is None else bias + moved
     return (weight if made is given else made.t() if columns else made), bias
 
 

@@ -2,7 +2,8 @@
 
 An edit of a linear layer's output (RED, arXiv 2402.15179) is a change of its weight and bias: with `h = W x + b`,
 `scale * h + bias = (scale * W) x + (scale * b + bias)`. Behind a norm it goes into the norm's own vectors in the same
-way. A merged model has no trace of RED left in its modules, and runs at the base model's speed.
+way. An edit of a layer's input changes the columns of its weight, and a bias there adds `W bias`. A merged model has no
+trace of RED left in its modules, and runs at the base model's speed.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from ..edits.find import edit_modules, merge_targets, patched_holders, wrapper_o
 from ..edits.module import RedEdit
 from ..edits.named import active_edit
 from ..fusion.fingerprint import BASE
+from ..fusion.inputs import input_hook
 from ..fusion.norms import NormSpec, norm_spec
 from ..fusion.site import edit_hook
 from ..patching.module_facts import device_of
 from ..patching.patch import edit_config, patch_with, unpatch
 from ..patching.plan import make_plan
 from ..support.text import listed
-from .fold import biasless_kinds, folded, why_not
+from .fold import biasless_kinds, folded, folded_input, why_not
 from .linears import linear_columns
 from .report import MergeReport, SiteMerge
 
@@ -307,8 +309,11 @@ def unfinite(value: Tensor) -> str:
     return " and ".join(f"{count} {what}" for count, what in ((nans, "NaN"), (infinite, "infinite")) if count)
 
 
-def _changed_before(owner: nn.Module, module: nn.Module) -> bool:
+def _changed_before(owner: nn.Module, module: nn.Module, own: RedEdit) -> bool:
     """Whether hooks between what a module computes and the edit, which hangs on `owner`, may change it."""
+    if own.on_input:
+        last = list(owner._forward_pre_hooks.values())[-1:]
+        return bool(last) and last[0] is not input_hook
     hooks = list(owner._forward_hooks.values())
     before = hooks[: hooks.index(edit_hook)] if edit_hook in hooks else hooks
     return bool(before or (module is not owner and module._forward_hooks))
@@ -324,7 +329,7 @@ def _target(site: str, path: str, model: nn.Module, own: RedEdit, flag: str, use
         )
     weight = module._parameters.get("weight")
     spec = norm_spec(module)
-    if weight is None or (spec is None and weight.dim() != 2):
+    if weight is None or ((spec is None or own.on_input) and weight.dim() != 2):
         raise ValueError(
             f"model: {path} is a {kind} without a weight matrix of its own (a block of experts, or a wrapper such as "
             "LoRA's: merge that first); its edit cannot be merged"
@@ -356,10 +361,10 @@ def _target(site: str, path: str, model: nn.Module, own: RedEdit, flag: str, use
             f"model: the forward of {path}, a {kind}, is not one that is known to give W x + b and nothing else; its "
             "edit cannot be merged"
         )
-    if _changed_before(owner, module):
+    if _changed_before(owner, module, own):
+        between = "behind the edit of its input" if own.on_input else "before the edit"
         raise ValueError(
-            f"model: {path} has a forward hook that runs before the edit, and may change what is edited; remove it to "
-            "merge"
+            f"model: {path} has a forward hook that runs {between}, and may change what is edited; remove it to merge"
         )
     target = _Target(site, path, module, own, spec, columns, flag)
     reason = None if own.kind is None else why_not(own.kind, spec)
@@ -380,7 +385,10 @@ def _combined(target: _Target, name: str, dtype: torch.dtype | None = None) -> t
     assert weight is not None
     wide = torch.promote_types(weight.dtype, torch.float32)
     new_weight, new_bias = weight.detach().to(wide), None if bias is None else bias.detach().to(wide)
-    new_weight, new_bias = folded(applied, new_weight, new_bias, target.norm, target.columns)
+    if target.own.on_input:
+        new_weight, new_bias = folded_input(applied, new_weight, new_bias, target.columns)
+    else:
+        new_weight, new_bias = folded(applied, new_weight, new_bias, target.norm, target.columns)
     if dtype is not None:
         return new_weight.to(dtype), None if new_bias is None else new_bias.to(dtype)
     return new_weight.to(weight.dtype), None if new_bias is None else new_bias.to(

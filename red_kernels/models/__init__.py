@@ -9,11 +9,24 @@ import warnings
 
 from torch import nn
 
-from .family import PLACES, Family
+from .family import NARROWER, ON_INPUT, PLACES, Family
+from .names import serves_alone
 from .structure import Block, FoundSite, blocks_in
 from .table import TABLE
 
-__all__ = ["FAMILIES", "Block", "Family", "FoundSite", "blocks_in", "family_of", "register_family", "registered"]
+__all__ = [
+    "FAMILIES",
+    "NARROWER",
+    "ON_INPUT",
+    "Block",
+    "Family",
+    "FoundSite",
+    "blocks_in",
+    "family_of",
+    "register_family",
+    "registered",
+    "serves_alone",
+]
 
 FAMILIES: list[Family] = list(TABLE)  # those of the table, and what others have registered
 _BY_LAYER: dict[str, tuple[str, Family]] = {}  # class name to the end of its module's name, and the family

@@ -106,8 +106,7 @@ class _Leaf:
     @property
     def name(self) -> str:
         """The last name on its path that says something."""
-        parts = self.path.split(".")
-        return parts[-2] if len(parts) > 1 and names.is_between(parts[-1]) else parts[-1]
+        return names.name_of(self.path)
 
 
 @dataclass

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["PLACES", "Family"]
+__all__ = ["NARROWER", "ON_INPUT", "PLACES", "Family"]
 
 PLACES = ("ffn", "attn", "qkv", "res", "attn_res")
+# Places among the sites of another: the projections of keys or of values alone, the input of an FFN's last projection.
+NARROWER = {"key": "qkv", "value": "qkv", "ffn_in": "ffn"}
+ON_INPUT = ("ffn_in",)  # where an edit is of the module's input
 
 
 @dataclass(frozen=True)

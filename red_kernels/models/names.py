@@ -27,6 +27,8 @@ __all__ = [
     "kind_by_path",
     "label_of",
     "leaf_label",
+    "name_of",
+    "serves_alone",
     "stands_for_norm",
 ]
 
@@ -98,6 +100,7 @@ _QKV_WORDS = frozenset(
         "pack",
     ]
 )
+_ALONE = {"key": frozenset(["k", "key", "keys", "wk"]), "value": frozenset(["v", "value", "values", "wv"])}
 _QKV_NAMES = frozenset(("c_attn", "att_proj", "attn_in", "in_proj"))
 _NO_PROJECTION = frozenset(
     [
@@ -176,6 +179,18 @@ def is_qkv(name: str, mixer: bool = False) -> bool:
     if words & (_NO_PROJECTION - {"gate"} if "q" in words else _NO_PROJECTION) or words & {"output", "intermediate"}:
         return False
     return bool(words & _QKV_WORDS) or (name.lower() in _QKV_NAMES and not mixer)
+
+
+def name_of(path: str) -> str:
+    """The last name on the path of a linear layer that says something."""
+    parts = path.split(".")
+    return parts[-2] if len(parts) > 1 and is_between(parts[-1]) else parts[-1]
+
+
+def serves_alone(path: str, what: str) -> bool:
+    """Whether one of the linear layers that `is_qkv` names gives an attention's `"key"` or `"value"`, and only that."""
+    words = _words(name_of(path)) & _QKV_WORDS
+    return bool(words) and words <= _ALONE[what]
 
 
 def is_output(name: str) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from ..fusion.norms import could_be_norm
 from ..support.text import listed
 
-__all__ = ["device_of", "experts_in", "experts_remark", "linear_patterns", "output_width"]
+__all__ = ["device_of", "experts_in", "experts_remark", "input_width", "linear_patterns", "output_width"]
 
 
 def output_width(module: nn.Module) -> int | None:
@@ -24,6 +24,17 @@ def output_width(module: nn.Module) -> int | None:
         weight = getattr(module, "weight", None)
         shape: Any = weight.shape if isinstance(weight, torch.Tensor) else getattr(module, "normalized_shape", ())
         return int(shape[-1]) if len(shape) == 1 else None
+    return None
+
+
+def input_width(module: nn.Module) -> int | None:
+    """The width of what a linear layer of any make is given; None for other modules."""
+    if output_width(module) is None:
+        return None
+    for name in ("in_features", "nx"):
+        width = getattr(module, name, None)
+        if isinstance(width, int) and width > 0:
+            return width
     return None
 
 

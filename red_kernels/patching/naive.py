@@ -6,7 +6,7 @@ the whole activation, before the model goes on with its own residual addition an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ..edits.kinds import Edit, Kind, is_kind, kind_named, kind_names
 from ..edits.module import CONTEXTS, refuse_site
 from ..fusion.site import with_first
-from .module_facts import output_width
+from .module_facts import input_width, output_width
 
 __all__ = ["NaiveEdits", "naive_edit"]
 
@@ -31,7 +31,13 @@ class NaiveEdits:
         active: False lets the model run unedited until it is True again.
     """
 
-    def __init__(self, model: nn.Module, kind: Kind, parameters: dict[str, dict[str, nn.Parameter]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        kind: Kind,
+        parameters: dict[str, dict[str, nn.Parameter]],
+        inputs: frozenset[str] = frozenset(),
+    ) -> None:
         self._kind = kind
         self.parameters = parameters
         self.active = True
@@ -39,10 +45,17 @@ class NaiveEdits:
         self._model = model
         model.requires_grad_(False)
         self._handles: list[RemovableHandle] = [
-            model.get_submodule(site).register_forward_hook(self._hook(parts)) for site, parts in parameters.items()
+            self._hang_in_front(model.get_submodule(site), parts)
+            if site in inputs
+            else model.get_submodule(site).register_forward_hook(self._hook(parts))
+            for site, parts in parameters.items()
         ]
 
-    def _hook(self, parts: dict[str, nn.Parameter]) -> Callable[[nn.Module, object, Any], Any]:
+    def _hang_in_front(self, module: nn.Module, parts: dict[str, nn.Parameter]) -> RemovableHandle:
+        edited = self._hook(parts, of_input=True)
+        return module.register_forward_pre_hook(lambda module, args: (edited(module, args, args[0]), *args[1:]))
+
+    def _hook(self, parts: dict[str, nn.Parameter], of_input: bool = False) -> Callable[[nn.Module, object, Any], Any]:
         kind = self._kind
 
         def hook(module: nn.Module, arguments: object, output: Any) -> Any:
@@ -50,7 +63,7 @@ class NaiveEdits:
                 return output
             if isinstance(output, (tuple, list)):
                 return with_first(output, hook(module, arguments, output[0]))
-            given = {name: CONTEXTS[name](module, output.shape[-1]) for name in kind.context}
+            given = {name: None if of_input else CONTEXTS[name](module, output.shape[-1]) for name in kind.context}
             if kind.kernel is None:  # its formula is written for fp32
                 return Edit(kind, {**parts, **given}).plain(output)
             return kind.formula(output, {**parts, **given}).to(output.dtype)
@@ -86,8 +99,9 @@ def naive_edit(
     kind: str = "all",
     dtype: torch.dtype = torch.float32,
     widths: Mapping[str, int] | None = None,
+    inputs: Collection[str] = (),
 ) -> NaiveEdits:
-    """Edit the outputs of modules by the formula of a kind of edit, in eager PyTorch, and freeze the base model.
+    """Edit outputs or inputs of modules by the formula of a kind of edit, in eager PyTorch, and freeze the base model.
 
     Args:
         model: the base model; it must not be patched.
@@ -95,6 +109,7 @@ def naive_edit(
         kind: as in `RedConfig`.
         dtype: of the vectors. The output keeps the dtype of `h`, whatever this is.
         widths: site to width, for modules other than linear layers, transformers' `Conv1D` and norms.
+        inputs: those of the sites whose input is edited, and not their output.
 
     Returns:
         The `NaiveEdits`, which holds the vectors and takes the edits off again.
@@ -112,10 +127,11 @@ def naive_edit(
     for site in names:
         if site not in modules:
             raise ValueError(f"sites: the model has no module {site!r}")
-        width, device = output_width(modules[site]), next((own.device for own in modules[site].parameters()), None)
+        told = input_width(modules[site]) if site in inputs else output_width(modules[site])
+        width, device = told, next((own.device for own in modules[site].parameters()), None)
         width = (widths or {}).get(site, width)
         if width is None or device is None:
-            raise ValueError(f"sites: {site!r} is a {type(modules[site]).__name__}, whose output width cannot be told")
-        refuse_site(own, modules[site], width, f"sites: {site!r}")
+            raise ValueError(f"sites: {site!r} is a {type(modules[site]).__name__}, whose width cannot be told")
+        refuse_site(own, modules[site], width, f"sites: {site!r}", site in inputs)
         parameters[site] = {name: nn.Parameter(start) for name, start in own.start(width, dtype, device).items()}
-    return NaiveEdits(model, own, parameters)
+    return NaiveEdits(model, own, parameters, frozenset(inputs))

@@ -16,6 +16,7 @@ from ..edits.find import STATE, PatchState, patches_of, wrapper_of
 from ..edits.module import EDITED, NAME, SITE, RedEdit, refuse_site
 from ..edits.selection import Selection
 from ..fusion.fingerprint import BASE
+from ..fusion.inputs import input_hook
 from ..fusion.paths import child_at
 from ..fusion.site import BEHIND, behind_hook, edit_hook
 from ..support.text import listed
@@ -24,7 +25,7 @@ from .expect import expected
 from .heads import find_head, release_head
 from .plan import Plan, PlannedSite, make_plan
 from .pretrained import unwrap_saving, wrap_saving
-from .report import PatchReport, SiteReport, count_parameters
+from .report import IN_FRONT, PatchReport, SiteReport, count_parameters
 from .watch import Site, missing, stop_watching, watch
 
 __all__ = ["attach", "edit_config", "fuse", "patch", "patch_with", "unpatch"]
@@ -33,10 +34,11 @@ __all__ = ["attach", "edit_config", "fuse", "patch", "patch_with", "unpatch"]
 def patch(model: nn.Module, config: RedConfig | None = None, *, example: Any = None) -> PatchReport:
     """Edit a model in place, as RED does (arXiv 2402.15179): freeze it and give each site a trainable scale and bias.
 
-    A site is the module whose output is edited; it gets a child `red_edit` with the Parameters `scale` and `bias` of
-    shape `(width,)`, on its device. The sites are found by the structure of the model, whatever its architecture. The
-    edit is applied by the addition and the norm that take the site's output, in one pass; where something else takes
-    it, the edit runs by itself. Only this instance is touched. No random numbers are used up.
+    A site is the module whose output is edited (at position `"ia3"` also one whose input is); it gets a child
+    `red_edit` with the Parameters `scale` and `bias` of shape `(width,)`, on its device. The sites are found by the
+    structure of the model, whatever its architecture. The edit is applied by the addition and the norm that take the
+    site's output, in one pass; where something else takes it, the edit runs by itself. Only this instance is touched.
+    No random numbers are used up.
 
     Args:
         model: any model whose layers have an FFN or an attention, or modules named by `config.sites`. Patch before
@@ -72,7 +74,7 @@ def patch_with(
     plan = make_plan(model, config)
     for site in plan.sites:
         _check_free(site)
-        refuse_site(config.edit_kind, site.module, site.width, f"model: {site.report.site}")
+        refuse_site(config.edit_kind, site.module, site.width, f"model: {site.report.site}", site.on_input)
     head = find_head(model, [site.report.site for site in plan.sites], config)
     selection = Selection()
     with torch.inference_mode(False):  # what is made in inference mode can never be trained
@@ -116,6 +118,8 @@ def patch_with(
 
 
 def _foreseen(site: SiteReport, found: Mapping[str, tuple[str | None, str]]) -> SiteReport:
+    if site.of_input:
+        return replace(site, reason="; ".join(filter(None, (site.reason or IN_FRONT, site.remark))))
     if site.site not in found:
         unknown = site.reason or "what it is fused with is known after the first forward"
         return replace(site, reason="; ".join(filter(None, (unknown, site.remark))))
@@ -174,10 +178,14 @@ def edit_config(model: nn.Module) -> RedConfig:
 def attach(site: PlannedSite, edit: RedEdit) -> None:
     """Give a site its vectors and the hook that applies them."""
     edit.train(site.module.training)
-    edit.of_tuple, edit.place = site.of_tuple, site.place
+    edit.of_tuple, edit.place, edit.on_input = site.of_tuple, site.place, site.on_input
     edit.inside = site.inside or site.hooked is not None
     site.module._modules[NAME] = edit
     edit.__dict__[EDITED] = site.module
+    if site.on_input:
+        if input_hook not in site.module._forward_pre_hooks.values():
+            nn.Module.register_forward_pre_hook(site.module, input_hook, with_kwargs=True)
+        return
     hooked, hook = (site.module, edit_hook) if site.hooked is None else (site.hooked, behind_hook)
     if site.hooked is not None:
         site.hooked.__dict__[BEHIND] = edit, site.hooked
@@ -227,6 +235,10 @@ def _take_back(holder: nn.Module, state: PatchState) -> list[str]:
         hooks = module._forward_hooks
         for key in [key for key, hook in hooks.items() if hook in (edit_hook, behind_hook)]:
             del hooks[key]
+        before = module._forward_pre_hooks
+        for key in [key for key, hook in before.items() if hook is input_hook]:
+            del before[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
         module.__dict__.pop(BEHIND, None)
         if isinstance(module._modules.get(NAME), RedEdit):
             del module._modules[NAME]

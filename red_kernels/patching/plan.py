@@ -29,7 +29,7 @@ __all__ = ["Plan", "PlannedSite", "make_plan", "plan_edited"]
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """One site to edit, by a hook on the module."""
+    """One site to edit, by a hook on the module; `width` is that of what is edited."""
 
     module: nn.Module
     width: int
@@ -44,6 +44,7 @@ class PlannedSite:
     bias_flag: str = ""  # attribute of the model's config that gives this linear layer a bias
     caller: nn.Module | None = None  # whose forward always calls the module, where there is one
     caller_name: str = ""
+    on_input: bool = False  # whether the input of the module is edited
 
 
 @dataclass
@@ -55,9 +56,8 @@ class Plan:
     stacks: list[nn.Module] = field(default_factory=list)  # inside of which a block's sum is handed to the next
     norms: list[nn.Module] = field(default_factory=list)  # that may read what is edited
     dropouts: list[nn.Module] = field(default_factory=list)  # that may lie between a site and its addition
-    carriers: list[tuple[nn.Module, nn.Module]] = field(
-        default_factory=list
-    )  # unedited last projections, and an edited site
+    # Last projections whose output is not edited, and an edited site.
+    carriers: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -82,8 +82,14 @@ def plan_edited(model: nn.Module) -> Plan:
     """How to fuse the edits that a model's sites have already; changes nothing."""
     plan = Plan()
     found = ((name, module._modules.get(NAME)) for name, module in model.named_modules())
-    widths = {name: own.width for name, own in found if isinstance(own, RedEdit)}
-    _plan_around(plan, model, blocks_in(model), widths)
+    edits = {name: own for name, own in found if isinstance(own, RedEdit)}
+    _plan_around(
+        plan,
+        model,
+        blocks_in(model),
+        {name: own.width for name, own in edits.items()},
+        {name for name, own in edits.items() if own.on_input},
+    )
     return plan
 
 
@@ -93,7 +99,7 @@ def _plan_known(model: nn.Module, config: RedConfig) -> Plan:
     check_names((block.module, block.name) for block, _ in found)
     for block, sites in found:
         plan.sites += [_planned(model, block, site, config) for site in sites]
-    _plan_around(plan, model, [block for block, _ in found], {site.report.site: site.width for site in plan.sites})
+    _plan_sites(plan, model, [block for block, _ in found])
     return plan
 
 
@@ -101,24 +107,26 @@ def _planned(model: nn.Module, block: Block, site: ChosenSite, config: RedConfig
     module = child_at(block.module, site.path)
     assert module is not None
     name = f"{block.name}.{site.path}" if site.path else block.name
-    width = output_width(module) or site.width
+    width = site.width if site.on_input else output_width(module) or site.width
     if not width:
-        raise ValueError(f"model: the width of the output of {name}, a {type(module).__name__}, cannot be told")
+        side = "input" if site.on_input else "output"
+        raise ValueError(f"model: the width of the {side} of {name}, a {type(module).__name__}, cannot be told")
     reason = "" if config.edit_kind.kernel else f"edits of kind {config.edit_kind.name!r} have no fused kernel"
     return PlannedSite(
         module,
         width,
         device_of(module, model),
-        SiteReport(name, width, None, reason, site.remark),
+        SiteReport(name, width, None, reason, site.remark, site.on_input),
         place=site.place,
         hooked=child_at(block.module, site.behind) if site.behind else None,
         last=child_at(block.module, site.last) if site.last else None,
         inside=site.inside,
-        of_tuple=True,
+        of_tuple=not site.on_input,
         norm=site.norm,
         bias_flag=site.bias_flag,
         caller=None if module is block.module or _CONDITIONAL.search(site.path) else block.module,
         caller_name=block.name,
+        on_input=site.on_input,
     )
 
 
@@ -159,12 +167,27 @@ def _plan_named(model: nn.Module, config: RedConfig) -> Plan:
     experts = [name for name in experts_in(model) if not any(name.startswith(f"{site}.") for site in found)]
     if experts:
         plan.warnings.append(f"not edited, as their weights are one 3-D Parameter for all experts: {listed(experts)}")
-    _plan_around(plan, model, blocks_in(model), {site.report.site: site.width for site in plan.sites})
+    _plan_sites(plan, model, blocks_in(model))
     return plan
 
 
-def _plan_around(plan: Plan, model: nn.Module, blocks: list[Block], widths: dict[str, int]) -> None:
-    """Plan the blocks around some sites, the stacks around these, and the norms that may read what is edited."""
+def _plan_sites(plan: Plan, model: nn.Module, blocks: list[Block]) -> None:
+    """`_plan_around` the sites of a plan."""
+    widths = {site.report.site: site.width for site in plan.sites}
+    if len(widths) < len(plan.sites):
+        names = [site.report.site for site in plan.sites]
+        raise ValueError(
+            f"model: {listed([name for name in widths if names.count(name) > 1])} would have an edit of the input and "
+            "one of the output; a module can have one edit"
+        )
+    _plan_around(plan, model, blocks, widths, {site.report.site for site in plan.sites if site.on_input})
+
+
+def _plan_around(plan: Plan, model: nn.Module, blocks: list[Block], widths: dict[str, int], inputs: set[str]) -> None:
+    """Plan the blocks around some sites, the stacks around these, and the norms that may read what is edited.
+
+    `inputs` are the sites whose input is edited. Their output waits for its addition as that of an unedited projection.
+    """
     modules = dict(model.named_modules())
     known = sorted(blocks, key=lambda block: -len(block.name))
     scopes: dict[str, nn.Module] = {}
@@ -180,7 +203,9 @@ def _plan_around(plan: Plan, model: nn.Module, blocks: list[Block], widths: dict
             scopes[entry] = modules[entry]
             owner = _owner(entry, modules)
             stacks[owner] = modules[owner]
-    wanted = set(widths.values())
+    _plan_carriers(plan, blocks, modules, widths, inputs)
+    wanted = {width for name, width in widths.items() if name not in inputs}
+    wanted.update(width for module, _ in plan.carriers if (width := output_width(module)) is not None)
     for name in list(stacks):  # the norm behind a stack may be its owner's
         while name:
             name = name.rpartition(".")[0]
@@ -188,13 +213,6 @@ def _plan_around(plan: Plan, model: nn.Module, blocks: list[Block], widths: dict
                 stacks[name] = modules[name]
     plan.blocks = [module for name, module in scopes.items() if name not in stacks]
     plan.stacks = list(stacks.values())
-    for block in blocks:
-        inside = [name for name in widths if name == block.name or name.startswith(f"{block.name}.")]
-        for site in block.sites if inside else ():
-            name = f"{block.name}.{site.path}" if site.path else block.name
-            module = modules[name]
-            if site.place in ("attn", "ffn") and name not in widths and not isinstance(module, nn.MultiheadAttention):
-                plan.carriers.append((module, modules[inside[0]]))
     for stack in dict.fromkeys((*plan.stacks, *plan.blocks)):
         for module in stack.modules():
             if could_be_norm(module) and output_width(module) in (*wanted, None) and norm_spec(module) is not None:
@@ -202,6 +220,19 @@ def _plan_around(plan: Plan, model: nn.Module, blocks: list[Block], widths: dict
     plan.norms = list(dict.fromkeys(plan.norms))
     inside_blocks = (module for block in plan.blocks for module in block.modules())
     plan.dropouts = [module for module in dict.fromkeys(inside_blocks) if type(module) is nn.Dropout]
+
+
+def _plan_carriers(
+    plan: Plan, blocks: list[Block], modules: dict[str, nn.Module], widths: dict[str, int], inputs: set[str]
+) -> None:
+    for block in blocks:
+        inside = [name for name in widths if name == block.name or name.startswith(f"{block.name}.")]
+        for site in block.sites if inside else ():
+            name = f"{block.name}.{site.path}" if site.path else block.name
+            module = modules[name]
+            unedited = name not in widths or name in inputs
+            if site.place in ("attn", "ffn") and unedited and not isinstance(module, nn.MultiheadAttention):
+                plan.carriers.append((module, modules[inside[0]]))
 
 
 def _entry(name: str, modules: dict[str, nn.Module]) -> str:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from ..edits.config import RedConfig
-from ..edits.module import RedEdit
+from ..edits.module import EDITED, RedEdit
 from ..fusion.site import last_record
 from ..support.text import listed
 
-__all__ = ["PatchReport", "SiteReport", "count_parameters", "what_of"]
+__all__ = ["IN_FRONT", "PatchReport", "SiteReport", "count_parameters", "what_of"]
+
+IN_FRONT = "one pass of its own in front of the module"
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,11 @@ class SiteReport:
 
     Attributes:
         site: the module's dotted name.
-        width: of its output.
+        width: of what is edited.
         fused: what the edit shares one pass with (`"residual add + next layer's RMSNorm"`), or None.
         reason: why it is not fused; empty where there is nothing to say.
         remark: what else there is to say of the site.
+        of_input: whether the module's input is edited, and not its output.
     """
 
     site: str
@@ -35,10 +38,13 @@ class SiteReport:
     fused: str | None
     reason: str = ""
     remark: str = ""
+    of_input: bool = False
 
 
 def what_of(own: RedEdit) -> tuple[str | None, str] | None:
     """What an edit was fused with in the last forward, and why with nothing; None before it ran."""
+    if own.on_input:
+        return _what_of_input(own)
     record = last_record(own)
     if record is None or (record.what is None and own.kind is not None and not own.kind.kernel):
         return None
@@ -51,6 +57,17 @@ def what_of(own: RedEdit) -> tuple[str | None, str] | None:
     if behind is not None and behind.what:
         return f"{record.what}; then {behind.what}", ""
     return record.what or None, ""
+
+
+def _what_of_input(own: RedEdit) -> tuple[str | None, str] | None:
+    """The same of an edit of an input, with what the module's output was fused with."""
+    module = own.__dict__.get(EDITED)
+    record = None if module is None else last_record(module)
+    if record is None or record.what is None:
+        return None
+    alone = own.kind is not None and not own.kind.kernel
+    said = f"edits of kind {own.kind.name!r} have no fused kernel" if alone and own.kind is not None else IN_FRONT
+    return None, f"{said}; behind it {record.what}"
 
 
 @dataclass(frozen=True)
@@ -136,6 +153,7 @@ def _rows(sites: tuple[SiteReport, ...]) -> list[tuple[str, str, str]]:
         # The first number in a name is the layer's: encoder.block.3.layer.1.wo
         number = re.search(r"(?<![^.])[0-9]{1,9}(?![^.])", site.site)
         pattern = site.site if number is None else site.site[: number.start()] + "{}" + site.site[number.end() :]
+        pattern = f"input of {pattern}" if site.of_input else pattern
         what = site.fused or "nothing"
         what += f" ({site.reason})" if site.reason else ""
         groups.setdefault((pattern, site.width, what), []).append(-1 if number is None else int(number.group()))

@@ -10,9 +10,9 @@ from torch import nn
 from ..edits.config import RedConfig
 from ..fusion.norms import could_be_norm
 from ..fusion.paths import child_at, first_path
-from ..models import Block, Family, blocks_in, family_of, registered
+from ..models import NARROWER, ON_INPUT, Block, Family, blocks_in, family_of, registered, serves_alone
 from ..support.text import listed
-from .module_facts import experts_in, linear_patterns, output_width
+from .module_facts import experts_in, input_width, linear_patterns, output_width
 
 __all__ = ["ChosenSite", "bias_flags", "check_names", "chosen", "known_sites", "norm_inside", "stacks_of"]
 
@@ -24,9 +24,9 @@ class ChosenSite:
     """A site that a position edits in a layer.
 
     Attributes:
-        place: in the layer, one of `models.family.PLACES`.
+        place: in the layer, one of `models.family.PLACES` or `NARROWER`.
         path: from the layer; `""` is the layer.
-        width: of the output; 0 where that is not told.
+        width: of what is edited; 0 where that is not told.
         of_tuple: whether the module may return a tuple, whose first entry is edited.
         inside: whether the edit is of the sum that the output becomes a part of.
         norm: path in the module of the norm that its output ends in; `"."` for itself, `""` for none.
@@ -34,6 +34,7 @@ class ChosenSite:
         remark: what the report says of it.
         behind: of a stream behind an attention, the path in the layer of the norm that gives it, in post-norm layers.
         last: of a layer's output, the path in the layer of the norm that gives it, in post-norm layers.
+        on_input: whether the module's input is edited, and not its output.
     """
 
     place: str
@@ -46,6 +47,7 @@ class ChosenSite:
     remark: str = ""
     behind: str = ""
     last: str = ""
+    on_input: bool = False
 
 
 def known_sites(model: nn.Module, config: RedConfig) -> dict[str, str]:
@@ -131,7 +133,7 @@ def chosen(model: nn.Module, config: RedConfig, warnings: list[str]) -> list[tup
     bare = [block.name for block, sites in found if not sites]
     if bare:
         warnings.append(f"not edited, as they have nothing that position {config.position!r} edits: {listed(bare)}")
-    partly = _partly(found, config)
+    partly = _partly(found, config) + _joined(found, config)
     if partly:
         warnings.append(f"edited in part: {listed(partly)}")
     return [(block, sites) for block, sites in found if sites]
@@ -147,6 +149,29 @@ def _partly(found: list[tuple[Block, list[ChosenSite]]], config: RedConfig) -> l
     ]
 
 
+def _joined(found: list[tuple[Block, list[ChosenSite]]], config: RedConfig) -> list[str]:
+    """Attentions whose keys or values come of a joint projection, in layers where those of others do not."""
+    left = []
+    for place in config.places:
+        for block, sites in found if NARROWER.get(place) == "qkv" else ():
+            parents = {site.path.rpartition(".")[0] for site in sites if site.place == place}
+            others = dict.fromkeys(site.path.rpartition(".")[0] for site in block.sites if site.place == "qkv")
+            left += [f"{block.name} (no {place} in {path})" for path in others if parents and path not in parents]
+    return left
+
+
+def _places_of(module: nn.Module, place: str, path: str, config: RedConfig) -> list[str]:
+    """Which of the places that a position edits a module has that was found at a place."""
+    found = [place] if place in config.places else []
+    for narrow in config.places:
+        if NARROWER.get(narrow) == place:
+            if narrow in ON_INPUT:
+                found += [narrow] if input_width(module) is not None else []
+            elif serves_alone(path, narrow):
+                found.append(narrow)
+    return found
+
+
 def _sites_of(block: Block, config: RedConfig) -> list[ChosenSite]:
     family = registered(type(block.module))
     if family is not None:
@@ -156,10 +181,14 @@ def _sites_of(block: Block, config: RedConfig) -> list[ChosenSite]:
     flags = _flags(block)
     found = []
     for site in block.sites:
-        if site.place not in config.places:
-            continue
         module = child_at(block.module, site.path)
         assert module is not None
+        places = _places_of(module, site.place, site.path, config)
+        if not places:
+            continue
+        if places[0] in ON_INPUT:
+            found.append(_input(places[0], site.path, module, flags))
+            continue
         norm = norm_inside(module, site.width) if site.place in ("res", "attn_res") else ""
         if site.path in norms:
             inner = norms[site.path]
@@ -169,7 +198,7 @@ def _sites_of(block: Block, config: RedConfig) -> list[ChosenSite]:
             remark = "the output of the whole block of experts"
         found.append(
             ChosenSite(
-                site.place,
+                places[0],
                 site.path,
                 site.width,
                 site.of_tuple,
@@ -180,6 +209,10 @@ def _sites_of(block: Block, config: RedConfig) -> list[ChosenSite]:
             )
         )
     return found
+
+
+def _input(place: str, path: str, module: nn.Module, flags: dict[str, str]) -> ChosenSite:
+    return ChosenSite(place, path, input_width(module) or 0, bias_flag=flags.get(path, ""), on_input=True)
 
 
 def norm_inside(module: nn.Module, width: int) -> str:
@@ -197,7 +230,7 @@ def norm_inside(module: nn.Module, width: int) -> str:
 def _registered_sites(block: Block, family: Family, config: RedConfig) -> list[ChosenSite]:
     found: list[ChosenSite] = []
     stream = next((site.width for site in block.sites if site.place in ("res", "ffn", "attn")), 0)
-    for place in config.places:
+    for place in dict.fromkeys(NARROWER.get(place, place) for place in config.places):
         for entry in family.sites.get(place, ()):
             path = first_path(block.module, entry)
             if path is None:
@@ -207,11 +240,15 @@ def _registered_sites(block: Block, family: Family, config: RedConfig) -> list[C
             path = resolved(block.module, path)
             module = child_at(block.module, path)
             assert module is not None
+            places = _places_of(module, place, path, config)
+            if not places or places[0] in ON_INPUT:
+                found += [_input(narrow, path, module, family.bias_flags) for narrow in places]
+                continue
             norm = family.norms.get(path, "")
             norm = "." if norm and norm == path else norm.removeprefix(path).removeprefix(".")
             found.append(
                 ChosenSite(
-                    place,
+                    places[0],
                     path,
                     output_width(module) or (stream if place != "qkv" else 0),
                     place in ("res", "attn_res"),
@@ -244,6 +281,9 @@ _CALLED = {
     "qkv": "query, key or value projection that is called",
     "res": "module that gives the residual stream behind the FFN",
     "attn_res": "residual stream behind an attention that ends before the FFN begins",
+    "key": "projection that gives keys alone",
+    "value": "projection that gives values alone",
+    "ffn_in": "FFN with a last projection whose input is at hand",
 }
 
 
@@ -256,7 +296,10 @@ def _no_sites(model: nn.Module, config: RedConfig, blocks: list[Block], missing:
         looked = "no repeated layers were found in lists of modules, and so there is"
     what = " and no ".join(_CALLED[place] for place in missing)
     experts = experts_in(model)
-    remark = f" Its experts are in {listed(experts)}." if experts and not blocks else ""
+    remark = f" Its experts are in {listed(experts)}." if experts and (not blocks or "ffn_in" in missing) else ""
+    joint = [f"{block.name}.{site.path}" for block in blocks for site in block.sites if site.place == "qkv"]
+    if joint and {"key", "value"} & set(missing):
+        remark += f" Queries, keys and values come of one projection, or share some: {listed(joint)}."
     return (
         f"model: this {kind} lacks what position {config.position!r} edits: {looked} no {what}.{remark} For another "
         f"layout name the modules whose output is to be edited, as in RedConfig(sites='*.down_proj'); its linear "

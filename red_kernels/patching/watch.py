@@ -18,6 +18,7 @@ from torch import nn
 from ..backends import nodes
 from ..edits.module import NAME, RedEdit
 from ..fusion.former import INSIDE, refuse_inside
+from ..fusion.inputs import input_hook
 from ..fusion.paths import walk
 from ..fusion.scopes import OWN_HOOKS, SCOPE, SITES
 from ..fusion.site import edit_hook, take_reached
@@ -225,6 +226,8 @@ def _wrong(layer: nn.Module, site: Site) -> str:
 
 
 def _hook_is_lost(module: nn.Module, own: RedEdit) -> bool:
+    if own.on_input:
+        return input_hook not in module._forward_pre_hooks.values()
     return not own.inside and edit_hook not in module._forward_hooks.values()
 
 

@@ -10,6 +10,7 @@ from peft import PeftConfig
 
 from ...edits.config import DTYPES, RedConfig
 from ...edits.kinds import KINDS
+from ...models import ON_INPUT
 
 __all__ = ["RedPeftConfig", "RedPeftType"]
 
@@ -30,7 +31,7 @@ class RedPeftConfig(PeftConfig):
         target_modules: names of the modules whose output is edited, as in PEFT: a list of names or of their ends, a
             regular expression, or `"all-linear"`. None for those that `position` stands for.
         exclude_modules: names of modules to leave alone, by the same rules.
-        position: `"ffn"`, `"attn"`, `"ffn_attn"`, `"res"`, `"res_with_attn"` or `"more"`, as in `rk.RedConfig`; used
+        position: as in `rk.RedConfig`, but for `"ia3"`, which edits the input of modules; used
             where `target_modules` is None, for models of the known families. PEFT wraps the modules that it edits, so
             the two of the residual stream are to be had only where that ends in a norm.
         kind: `"all"`, `"scaling"`, `"bias"` or `"ln"`, as in `rk.RedConfig`.
@@ -81,7 +82,12 @@ class RedPeftConfig(PeftConfig):
                 "layers_to_transform: PEFT does not use it where target_modules is a regular expression; name the "
                 "layers in that"
             )
-        self.as_red_config()
+        config = self.as_red_config()
+        if self.target_modules is None and set(config.places) & set(ON_INPUT):
+            raise ValueError(
+                f"position: {self.position!r} edits the input of modules, and an adapter of PEFT edits outputs; use "
+                "rk.patch, or PEFT's IA3Config"
+            )
 
     def as_red_config(self) -> RedConfig:
         """The same for the models of the known families. Raises what `rk.RedConfig` does."""
