@@ -156,6 +156,7 @@ def test_a_linear_layer_with_the_edit_merged_in(kind: str) -> None:
         torch.testing.assert_close(nn.functional.linear(x, *fold(weight, bias, parts)), expected)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "t5"])
 @pytest.mark.parametrize("kind", EVERY)
 def test_as_the_formula_by_hooks(kind: str, name: str) -> None:
@@ -331,6 +332,7 @@ def test_in_half_precision_with_dropout(kind: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.logits.float(), logits(trained(kind, "llama"), "llama"), rtol=0.1, atol=0.1)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("place", ["attn", "ffn_attn", "res", "res_with_attn", "more"])
 @pytest.mark.parametrize("kind", ["rotation", "reflections", "lowrank"])
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
