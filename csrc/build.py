@@ -154,8 +154,8 @@ def build_cpu_library(target: Path, objects: Path = OBJECTS / "cpu") -> None:
     machine = platform.machine()
     jobs = kernel_jobs(compiler, machine, objects)
     common = (*cpu_command(compiler, machine), _torch_target(), "-isystem", str(torch / "include"))
-    for source in ("ops.cpp", "cpu/launch.cpp", "cpu/mix_launch.cpp", "cpu/dispatch.cpp", "cpu/plan.cpp", "cpu/memory.cpp"):
-        path = ROOT / "csrc" / source
+    for source in ("ops", "cpu/launch", "cpu/mix_launch", "cpu/dispatch", "cpu/plan", "cpu/memory"):
+        path = ROOT / f"csrc/{source}.cpp"
         jobs.append(Job(path, objects / f"{path.stem}.o", common))
     _compile(jobs, objects, torch)
     _link([compiler, "-shared"], target, jobs, [f"-L{torch / 'lib'}", "-ltorch_cpu"])

@@ -38,8 +38,8 @@ struct Added {
   }
 };
 
-// The edit of a row. Formulas have this form: z of the columns by `sweep_values`, after `start` for those that need one, and
-// `start_value` of the first `start_width` columns, where `d` says how many there are.
+// The edit of a row. A norm wants formulas of this form: after `start`, z of all columns by `sweep_values`, and before
+// that the value of some of the first `start_width` by `start_value`.
 template <class T>
 struct Edited : Added<T> {
   using Element = T;
@@ -103,7 +103,8 @@ struct EditGradient {
 
   template <class P>
   RED_INLINE EditGradient(const P& p, int64_t i, const T* x, const float* factor, const Columns& sums, float* = nullptr)
-      : x(x), scale(p.scale.row(i)), factor(factor), dx(output<T>(p.dx, p.d, i)), dscale(sums.dscale), dbias(sums.dbias) {}
+      : x(x), scale(p.scale.row(i)), factor(factor), dx(output<T>(p.dx, p.d, i)), dscale(sums.dscale),
+        dbias(sums.dbias) {}
 
   // With `all`, dx and both sums are asked for and nothing is dropped.
   template <class At, class Flag>

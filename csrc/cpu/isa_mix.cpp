@@ -1,4 +1,4 @@
-// The kernels of mixes for one instruction set, compiled as isa.cpp is: a file of their own, beside which the others compile.
+// The kernels of mixes for one instruction set, compiled as isa.cpp is and beside it.
 #include "mix_norm.h"
 
 namespace red {

@@ -83,8 +83,8 @@ struct NormEditBackward {
   void* dx;
 };
 
-// A mix is an edit with its first vector in the place of the scale. `blocks` of columns are reflected, or pairs of columns
-// rotate (0); `second` has no data where there is none. z is always kept.
+// A mix is an edit with its first vector in the place of the scale. `blocks` of columns are reflected, or pairs of
+// columns rotate (0); `second` has no data where there is none. z is always kept.
 struct MixForward : EditForward {
   Vectors second;
   int64_t blocks;
@@ -110,7 +110,8 @@ struct Chunk {
   int64_t row(int64_t k) const { return order ? order[k] : k; }
 };
 
-// Where a chunk adds up its column sums, each of d floats; null if not asked for. A mix's first is in the place of the scale.
+// Where a chunk adds up its column sums, each of d floats; null if not asked for. A mix's first is in the place of the
+// scale.
 struct Columns {
   float *dscale = nullptr, *dbias = nullptr, *dweight = nullptr, *dnorm_bias = nullptr, *dsecond = nullptr;
 };

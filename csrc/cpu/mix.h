@@ -1,6 +1,5 @@
-// Mixes with their dropout and residual add, forward and backward (mix_forward, mix_backward in reference.py). Formula and
-// gradient have the form of those of edits, for the loops of edit_norm.h. Without a norm a few rows are swept together, some
-// columns at a time: their vectors, and the sums of a backward, stay in the nearest cache meanwhile.
+// Mixes with their dropout and residual add, forward and backward (mix_forward, mix_backward in reference.py). Formula
+// and gradient have the form of those of edits, for the loops of edit_norm.h.
 #pragma once
 
 #include "edit.h"
@@ -10,11 +9,12 @@ namespace RED_ISA {
 
 constexpr int64_t kPair = 32;  // columns between the two of a pair
 static_assert(kPair % L == 0, "a unit has no pair inside");
-constexpr int64_t kTogether = 16;  // rows
-constexpr int64_t kTurned = 512;   // columns of a rotation, with whose sums and vectors the nearest cache is not full
 
-// Dots along a block. What is lost of one is lost of a whole block's gradient, and rows may be few: in fp32 only few units
-// are added up, and what they come to in fp64.
+// The unit behind j, in the lower half of each pair of kPair columns.
+RED_INLINE int64_t next_in_pairs(int64_t j) { return (j + L + kPair) & ~kPair; }
+
+// Dots along a block. What is lost of one is lost of a whole block's gradient, and rows may be few: in fp32 only few
+// units are added up, and what they come to in fp64.
 template <int Count>
 class Dots {
  public:
@@ -59,7 +59,7 @@ template <class T, int Reflections>
 struct Mixed : Added<T> {
   using Element = T;
   static constexpr bool kKeepsZ = true;
-  const T *x, *ahead = nullptr;  // from here the next residual is fetched, if at all
+  const T* x;
   const float *first, *second, *bias;
   int64_t width;                                  // of a block
   float along_first = 0.0f, along_second = 0.0f;  // the block at hand times the vectors
@@ -69,13 +69,14 @@ struct Mixed : Added<T> {
       : Added<T>(p, i, factor), x(row<T>(p.x, i)), first(p.scale.row(i)), second(p.second.row(i)), bias(p.bias.row(i)),
         width(Reflections ? p.d / p.blocks : p.d) {}
 
-  // Before the values of a block.
+  // Before the values of a block. `Fetch` brings its residual meanwhile.
+  template <bool Fetch = false>
   RED_INLINE void start(int64_t from = 0) {
     if constexpr (Reflections > 0) {
-      const T* fetched = ahead ? ahead : x;
+      const T* residual = this->residual ? this->residual : x;
       const Dots<Reflections> dots(width, [&](auto at, int64_t j, const auto& add) __attribute__((always_inline)) {
         const V h = at.load(x + from + j);
-        prefetch(fetched + from + j);
+        if (Fetch) prefetch(residual + from + j);
         add(0, at.load(first + from + j) * h);
         if constexpr (Reflections == 2) add(1, at.load(second + from + j) * h);
       });
@@ -124,52 +125,22 @@ RED_INLINE void by_reflections(const P& p, const Run& run) {
     run(std::integral_constant<int, 2>{});
 }
 
-// Columns that rows have swept together: blocks of `width`, about as many as `wanted`, or part of the row where it rotates.
-RED_INLINE int64_t columns_together(int64_t d, int64_t blocks, int64_t wanted) {
-  const int64_t width = blocks ? d / blocks : 2 * kPair;
-  return width < wanted ? wanted / width * width : width;
-}
-
-// body(k, from, to, next_k, next_from) for the columns of the rows [begin, end), and what comes after those. With dropout, of
-// which there are factors for one row at a time, each row by itself.
-template <class Body>
-RED_INLINE void sweep_together(int64_t begin, int64_t end, int64_t d, int64_t columns, bool alone, const Body& body) {
-  const int64_t rows = alone ? 1 : kTogether;
-  for (int64_t top = begin; top < end; top += rows) {
-    const int64_t bottom = top + rows < end ? top + rows : end;
-    for (int64_t from = 0; from < d; from += columns) {
-      const int64_t to = from + columns < d ? from + columns : d;
-      for (int64_t k = top; k < bottom; ++k) {
-        const bool below = k + 1 < bottom;
-        body(k, from, to, below ? k + 1 : top, below ? from : from + columns);
-      }
-    }
-  }
-}
-
 template <class T, bool Stream, int Reflections>
 void mix_forward_rows(const MixForward& p, int64_t begin, int64_t end, float* scratch) {
-  const int64_t d = p.d, columns = columns_together(d, p.blocks, 1024);
-  sweep_together(begin, end, d, columns, p.dropout.on, [&](int64_t i, int64_t from, int64_t to, int64_t next, int64_t there)
-                                                           __attribute__((always_inline)) {
-    if (p.dropout.on && from == 0) dropout_row(p.dropout, i, d, scratch);
-    Mixed<T, Reflections> mixed(p, i, p.dropout.on ? scratch : nullptr);
-    const T* next_x = row<T>(p.x, next) + (there - from);
-    mixed.ahead = row<T>(p.residual, next, row<T>(p.x, next)) + (there - from);
+  const int64_t d = p.d;
+  for (int64_t i = begin; i < end; ++i) {
+    Mixed<T, Reflections> mixed(p, i, dropout_factors(p.dropout, i, d, scratch));
     T* z = output<T>(p.z, d, i);
     const auto pass = [&](auto has_residual, auto) __attribute__((always_inline)) {
-      const int64_t width = Reflections ? mixed.width : to - from;
-      for (int64_t block = from; block < to; block += width) {
-        mixed.start(block);
-        sweep(width, [&](auto at, int64_t j) __attribute__((always_inline)) {
-          prefetch(next_x + block + j);
-          if (!Reflections) prefetch(mixed.ahead + block + j);
-          at.template store<Stream>(z + block + j, mixed.value(at, block + j, has_residual));
+      for (int64_t from = 0; from < d; from += mixed.width) {
+        mixed.template start<true>(from);
+        sweep(mixed.width, [&](auto at, int64_t j) __attribute__((always_inline)) {
+          at.template store<Stream>(z + from + j, mixed.value(at, from + j, has_residual));
         });
       }
     };
     mixed.each_case(pass, false);
-  });
+  }
   if (Stream) fence();
 }
 
@@ -180,8 +151,8 @@ void mix_forward(const MixForward& p, int64_t begin, int64_t end, float* scratch
   });
 }
 
-// The part of a backward behind the gradient of z, as EditGradient. With `Hold` that gradient, which then costs more than a
-// load and may be asked for once, is kept for the columns at hand.
+// The part of a backward behind the gradient of z, as EditGradient. With `Hold` that gradient, which then costs more
+// than a load and may be asked for once, is kept for the columns at hand.
 template <class T, bool Stream, bool Hold, int Reflections>
 struct MixGradient {
   using Element = T;
@@ -192,7 +163,6 @@ struct MixGradient {
   float *dfirst, *dsecond, *dbias, *held;
   int64_t blocks;
 
-  // `held` has room for a block of fp32, or for that of a rotation and one of its pairs.
   template <class P>
   RED_INLINE MixGradient(const P& p, int64_t i, const T* x, const float* factor, const Columns& sums, float* held)
       : x(x), first(p.scale.row(i)), second(p.second.row(i)), factor(factor), dx(output<T>(p.dx, p.d, i)),
@@ -202,9 +172,9 @@ struct MixGradient {
 
   template <class Gradient, class Flag>
   RED_INLINE void behind(int64_t d, const Gradient& gradient, Flag all) const {
-    const int64_t columns = columns_together(d, blocks, Reflections ? 1 : kTurned);
-    for (int64_t from = 0; from < d; from += columns)
-      behind_block(from, Reflections || d - from > columns ? columns : d - from, gradient, all);
+    const int64_t width = Reflections ? d / blocks : 512;  // a rotation's is what the nearest cache has room for
+    for (int64_t from = 0; from < d; from += width)
+      behind_block(from, Reflections || d - from > width ? width : d - from, gradient, all);
   }
 
   // Of one block, or of whole pairs.
@@ -262,79 +232,67 @@ struct MixGradient {
 
   template <class Gradient, class Flag>
   RED_INLINE void turned(int64_t from, int64_t width, const Gradient& gradient, Flag all) const {
-    if (Hold)  // in order: what else is written with it fills line by line
-      for (int64_t j = 0; j < width; j += L) store<false>(held + j, gradient(Full{}, from + j));
-    // The processor writes past the cache by lines: what fills them one after the other is put together first.
-    constexpr bool kByLines = Stream && L * sizeof(T) < 64;
-    T* line = reinterpret_cast<T*>(held + kTurned);
-    const int64_t to = from + width;
-    for (int64_t j = from; j < to; j += 2 * kPair) {
-#pragma GCC unroll 4
-      for (int64_t k = 0; k < kPair; k += L) {
-        T* out = kByLines ? line + k : dx + j + k;
-        turned_pair(j + k, from, gradient, all, out);
-      }
-      if constexpr (kByLines)
-        if (all || dx)
-          for (int64_t k = 0; k < 2 * kPair; k += sizeof(N) / sizeof(T)) put<true>(dx + j + k, get<N>(line + k));
-    }
-  }
-  template <class Gradient, class Flag>
-  RED_INLINE void turned_pair(int64_t low, int64_t from, const Gradient& gradient, Flag all, T* out) const {
     const Full at;
-    const int64_t high = low + kPair;
-    V low_g, high_g;
-    if constexpr (Hold) {
-      low_g = load(held + (low - from)), high_g = load(held + (high - from));
-    } else {
-      prefetch(next_x + low);
-      prefetch(next_x + high);
-      low_g = gradient(at, low), high_g = gradient(at, high);
-    }
-    const V low_x = load(x + low), high_x = load(x + high);
-    if (all || dbias) {
-      accumulate(at, dbias + low, low_g);
-      accumulate(at, dbias + high, high_g);
-    }
-    if (all || dfirst) {
-      accumulate(at, dfirst + low, low_g * low_x);
-      accumulate(at, dfirst + high, high_g * high_x);
-    }
-    if (all || dsecond) {
-      accumulate(at, dsecond + low, low_g * high_x);
-      accumulate(at, dsecond + high, high_g * low_x);
-    }
-    if (all || dx) {
-      constexpr bool kDirect = Stream && L * sizeof(T) >= 64;
-      store<kDirect>(out, fused(low_g, load(first + low), high_g * load(second + high)));
-      store<kDirect>(out + kPair, fused(high_g, load(first + high), low_g * load(second + low)));
+    if (Hold)  // in order: what else is written with it fills line by line
+      for (int64_t j = 0; j < width; j += L) store<false>(held + j, gradient(at, from + j));
+    const int64_t to = from + width;
+    for (int64_t low = from; low < to; low = next_in_pairs(low)) {
+      const int64_t high = low + kPair;
+      V low_g, high_g;
+      if constexpr (Hold)
+        low_g = load(held + (low - from)), high_g = load(held + (high - from));
+      else
+        low_g = gradient(at, low), high_g = gradient(at, high);
+      const V low_x = load(x + low), high_x = load(x + high);
+      if (all || dbias) {
+        accumulate(at, dbias + low, low_g);
+        accumulate(at, dbias + high, high_g);
+      }
+      if (all || dfirst) {
+        accumulate(at, dfirst + low, low_g * low_x);
+        accumulate(at, dfirst + high, high_g * high_x);
+      }
+      if (all || dsecond) {
+        accumulate(at, dsecond + low, low_g * high_x);
+        accumulate(at, dsecond + high, high_g * low_x);
+      }
+      if (all || dx) {
+        store<Stream>(dx + low, fused(low_g, load(first + low), high_g * load(second + high)));
+        store<Stream>(dx + high, fused(high_g, load(first + high), low_g * load(second + low)));
+      }
     }
   }
 };
 
+// Where it reflects, some blocks of all rows and then others: their vectors and sums stay in the nearest cache.
+// A dropout's factors are there for one row at a time.
 template <class T, bool Stream, int Reflections>
 void mix_backward_rows(const MixBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
-  const int64_t d = p.d, columns = columns_together(d, p.blocks, Reflections ? 1024 : kTurned);
-  float* held = scratch + padded(d);
-  sweep_together(
-      chunk.begin, chunk.end, d, columns, p.dropout.on,
-      [&](int64_t k, int64_t from, int64_t to, int64_t next, int64_t there) __attribute__((always_inline)) {
-        const int64_t i = chunk.row(k), next_i = chunk.row(next);
-        if (p.dropout.on && from == 0) dropout_row(p.dropout, i, d, scratch);
-        const T *dz = row<T>(p.dz, i), *next_dz = row<T>(p.dz, next_i) + (there - from);
-        MixGradient<T, Stream, false, Reflections> mix(p, i, row<T>(p.x, i, dz), p.dropout.on ? scratch : nullptr, sums,
-                                                       held);
-        mix.next_x = p.x ? row<T>(p.x, next_i) + (there - from) : next_dz;
-        const auto gradient = [&](auto at, int64_t j) __attribute__((always_inline)) {
-          prefetch(next_dz + j);
-          return at.load(dz + j);
-        };
-        const auto pass = [&](auto all) __attribute__((always_inline)) {
-          const int64_t width = Reflections ? d / p.blocks : to - from;
-          for (int64_t block = from; block < to; block += width) mix.behind_block(block, width, gradient, all);
-        };
-        decide(pass, mix.all());
-      });
+  const int64_t d = p.d, width = Reflections ? d / p.blocks : d;
+  const int64_t columns = width < 1024 ? 1024 / width * width : width;
+  const int64_t rows = p.dropout.on ? 1 : chunk.end - chunk.begin;
+  const auto columns_of_row = [&](int64_t k, int64_t from, int64_t to) __attribute__((always_inline)) {
+    const int64_t i = chunk.row(k);
+    const T* dz = row<T>(p.dz, i);
+    MixGradient<T, Stream, false, Reflections> mix(p, i, row<T>(p.x, i, dz), p.dropout.on ? scratch : nullptr, sums,
+                                                   nullptr);
+    const int64_t next = chunk.row(k + 1 < chunk.end ? k + 1 : k);
+    const T* next_dz = row<T>(p.dz, next);
+    mix.next_x = row<T>(p.x, next, next_dz);
+    const auto gradient = [&](auto at, int64_t j) __attribute__((always_inline)) {
+      if (Reflections) prefetch(next_dz + j);
+      return at.load(dz + j);
+    };
+    const auto pass = [&](auto all) __attribute__((always_inline)) {
+      for (int64_t block = from; block < to; block += width) mix.behind_block(block, width, gradient, all);
+    };
+    decide(pass, mix.all());
+  };
+  for (int64_t top = chunk.begin; top < chunk.end; top += rows) {
+    if (p.dropout.on) dropout_row(p.dropout, chunk.row(top), d, scratch);
+    for (int64_t from = 0; from < d; from += columns)
+      for (int64_t k = top; k < top + rows; ++k) columns_of_row(k, from, from + columns < d ? from + columns : d);
+  }
   if (Stream) fence();
 }
 

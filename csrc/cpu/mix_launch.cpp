@@ -34,7 +34,8 @@ Tensor mix_forward(Tensor x, OptionalTensor residual, Tensor first, OptionalTens
   const Shape shape(x);
   const Activation xs(shape, x, "x"), residuals(shape, residual, "residual");
   const EditIds ids(shape, edit_ids, count_edits(first, bias));
-  const Vector firsts(shape, first, ids.edits(), 1.0f, 0.0f, "first"), biases(shape, bias, ids.edits(), -0.0f, 0.0f, "bias");
+  const Vector firsts(shape, first, ids.edits(), 1.0f, 0.0f, "first");
+  const Vector biases(shape, bias, ids.edits(), -0.0f, 0.0f, "bias");
   const Mixing mix(shape, ids, second, blocks);
   Tensor z = make_like(shape);
   const MixForward arguments{{shape.d, xs.rows, residuals.rows, ids.vectors(firsts), ids.vectors(biases),
@@ -50,7 +51,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mix_backward(Tensor dz, OptionalTenso
                                                         OptionalTensor seed, double dropout_p, int64_t blocks,
                                                         int64_t n_edits, int64_t needs) {
   const Shape shape(dz);
-  STD_TORCH_CHECK(x.has_value() || !(needed(needs, 1) || needed(needs, 2)), "red_kernels: the gradients of vectors need x");
+  STD_TORCH_CHECK(x.has_value() || !(needed(needs, 1) || needed(needs, 2)),
+                  "red_kernels: the gradients of first and second need x");
   const Activation dzs(shape, dz, "dz"), xs(shape, x, "x");
   const EditIds ids(shape, edit_ids, n_edits);
   const Vector firsts(shape, first, n_edits, 1.0f, 0.0f, "first");
@@ -76,7 +78,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mix_norm_forward(
   const Shape shape(x);
   const Activation xs(shape, x, "x"), residuals(shape, residual, "residual");
   const EditIds ids(shape, edit_ids, count_edits(first, bias));
-  const Vector firsts(shape, first, ids.edits(), 1.0f, 0.0f, "first"), biases(shape, bias, ids.edits(), -0.0f, 0.0f, "bias");
+  const Vector firsts(shape, first, ids.edits(), 1.0f, 0.0f, "first");
+  const Vector biases(shape, bias, ids.edits(), -0.0f, 0.0f, "bias");
   const Mixing mix(shape, ids, second, blocks);
   const Vector weights(shape, weight, 1, 1.0f, static_cast<float>(weight_offset), "weight");
   const Vector norm_biases(shape, norm_bias, 1, -0.0f, 0.0f, "norm_bias");
@@ -97,7 +100,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mix_norm_back
     OptionalTensor weight, OptionalTensor edit_ids, OptionalTensor seed, OptionalTensor mean, Tensor rstd,
     double dropout_p, double weight_offset, int64_t blocks, int64_t n_edits, int64_t needs) {
   const Shape shape(dy);
-  STD_TORCH_CHECK(x.has_value() || !(needed(needs, 2) || needed(needs, 3)), "red_kernels: the gradients of vectors need x");
+  STD_TORCH_CHECK(x.has_value() || !(needed(needs, 2) || needed(needs, 3)),
+                  "red_kernels: the gradients of first and second need x");
   const Activation dys(shape, dy, "dy"), dzs(shape, dz, "dz"), zs(shape, z, "z"), xs(shape, x, "x");
   const EditIds ids(shape, edit_ids, n_edits);
   const Vector firsts(shape, first, n_edits, 1.0f, 0.0f, "first");

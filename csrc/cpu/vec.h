@@ -50,8 +50,7 @@ RED_INLINE V operator*(V x, float y) { return {x.a * y, x.b * y}; }
 RED_INLINE V& operator+=(V& x, V y) { return x = x + y; }
 RED_INLINE V& operator*=(V& x, V y) { return x = x * y; }
 
-// x * y + z, of which the compiler fuses this product and no other, where the set fuses any: the bits are the same wherever
-// it is compiled.
+// x * y + z, where this product is fused and not one that z may be: the bits are the same wherever it is compiled.
 RED_INLINE N fused(N x, N y, N z) {
 #if RED_LANES == 16
   return _mm512_fmadd_ps(x, y, z);

@@ -17,6 +17,7 @@ from typing import Any
 
 import emulated_cpu
 import machine_code
+import mix_cases
 import pytest
 import torch
 from emulated_cpu import OBJECTS, PROCESSORS, Processor
@@ -155,6 +156,7 @@ def test_kernels_widen_exactly(dtype: torch.dtype, emulated: Processor) -> None:
 
 
 Trial = tuple[Tensors, tuple[Tensor, ...]]
+MixedCase = tuple[Tensors, tuple[Tensor, ...], Results, Results]
 
 
 @dataclass(frozen=True)
@@ -312,9 +314,67 @@ def test_not_finite(operation: str, dtype: torch.dtype, value: float, emulated: 
             assert torch.equal(found[name].isinf(), expected[name].isinf()), name
 
 
+# ---- mixes: rotations, and reflections of blocks with whole vectors, tails, and single columns
+
+MIXED = [
+    ((3, 64), 0), ((70, 192), 0), ((2, 5, 1024), 0), ((70, 130), 1), ((3, 1760), 4), ((5, 769), 1), ((9, 102), 3),
+    ((6, 7), 7),
+]  # fmt: skip
+
+
+@functools.cache  # for both processors
+def mixed(operation: str, shape: tuple[int, ...], blocks: int, dtype: torch.dtype, single: bool) -> MixedCase:
+    tensors = mix_cases.arguments(operation, shape, dtype, blocks=blocks)
+    if single:
+        tensors["second"] = None
+    grads = upstream(shape, dtype)
+    results = (each(operation, tensors, grads, blocks=blocks) for each in (_eager_mix, mix_cases.truth))
+    return tensors, grads, *results
+
+
+def _eager_mix(operation: str, tensors: Tensors, grads: tuple[Tensor, ...], **options: Any) -> Results:
+    return mix_cases.run(mix_cases.eager, operation, tensors, grads, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operation", mix_cases.OPERATIONS)
+def test_error_of_mixes(operation: str, dtype: torch.dtype, emulated: Processor) -> None:
+    for shape, blocks in MIXED:
+        for single in (False, True)[: 1 + (blocks > 0)]:
+            tensors, grads, peer, expected = mixed(operation, shape, blocks, dtype, single)
+            found = mix_cases.run(mix_cases.fused, operation, tensors, grads, blocks=blocks)
+            emulated.stream = True
+            try:
+                assert same_bits(found, mix_cases.run(mix_cases.fused, operation, tensors, grads, blocks=blocks))
+            finally:
+                emulated.stream = False
+            try:
+                assert_as_good_as(found, peer, expected)
+            except AssertionError as error:
+                raise AssertionError(f"{shape}, {blocks} blocks, single: {single}: {error}") from error
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("blocks", [0, 4])
+@pytest.mark.parametrize("operation", mix_cases.OPERATIONS)
+def test_edits_and_dropout_of_mixes(operation: str, blocks: int, dtype: torch.dtype, emulated: Processor) -> None:
+    shape = (70, 192)
+    tensors, grads = mix_cases.arguments(operation, shape, dtype, blocks=blocks, edits=3), upstream(shape, dtype)
+    ids = torch.randint(3, shape[:1], generator=torch.Generator().manual_seed(1))
+    given: dict[str, Any] = {"blocks": blocks, "edit_ids": ids}
+    drawn: dict[str, Any] = {}
+    if operation != "mix":
+        drawn = {"dropout_p": 0.3, "training": True}
+        given["factor"] = drawn_factor(5, 0.3, shape)
+    torch.manual_seed(5)
+    found = mix_cases.run(mix_cases.fused, operation, tensors, grads, blocks=blocks, edit_ids=ids, **drawn)
+    peer = mix_cases.run(mix_cases.eager, operation, tensors, grads, **given)
+    assert_as_good_as(found, peer, mix_cases.exact(operation, tensors, grads, **given))
+
+
 def test_writes_outside_of_an_output_are_seen(program: Path) -> None:
     found = Processor(program, "max")
-    values = [1, 0, 1, 12, 1, *[0] * 7]
+    values = [1, 0, 1, 12, 1, *[0] * 8]
     x = torch.zeros(12)  # no multiple of 8: the last store has four too many
     with pytest.raises(AssertionError, match="a kernel wrote outside of its output"):
         found.call("narrow", 1, values, {"x": torch.cat([x, x])})
@@ -328,7 +388,8 @@ def rows(request: pytest.FixtureRequest, program: Path) -> list[Function]:
     """The functions of an instruction set that go over rows."""
     if machine_code.find_objdump("aarch64") is None:
         pytest.skip("aarch64-linux-gnu-objdump was not found")
-    functions = machine_code.disassembled(OBJECTS / f"{request.param}.o", "aarch64")
+    objects = (OBJECTS / f"{prefix}{request.param}.o" for prefix in ("", "mix_"))
+    functions = itertools.chain.from_iterable(machine_code.disassembled(path, "aarch64") for path in objects)
     found = [function for function in functions if "_rows<" in function.name]
     assert all(f"red::{request.param}::" in function.name for function in found)
     return found
@@ -344,7 +405,7 @@ def kernel(function: Function) -> str:
 
 def test_every_kernel_has_row_loops(rows: list[Function]) -> None:
     loops = Counter({kernel(function): sum(loop.computes() for loop in function.loops()) for function in rows})
-    kinds = ("edit", "edit_norm", "norm_edit")
+    kinds = ("edit", "edit_norm", "norm_edit", "mix", "mix_norm")
     names = {f"{kind}_{way}" for kind in kinds for way in ("forward", "backward")}
     assert set(loops) == {f"{name}<{dtype}" for name in names for dtype in ("float", "red::BFloat16", "red::Float16")}
     assert min(loops.values()) >= 1
