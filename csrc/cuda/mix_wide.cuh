@@ -45,10 +45,14 @@ RED_DEVICE void by_stretches(MixGroup<1>& group, int64_t d, int64_t blocks, floa
     const int64_t start = first * width;
     const int count = static_cast<int>(blocks - first < kMixStretch ? blocks - first : kMixStretch);
     const auto add = [&](int block, int64_t column, int64_t step, float (&v)[K]) {
-      for (; column < width; column += step) {
-        float more[K];
-        terms(start + block * width + column, more);
-        RED_UNROLL for (int k = 0; k < K; ++k) v[k] += more[k];
+      while (column < width) {
+        float part[K] = {};  // a sum of a few at a time loses fewer digits
+        for (int i = 0; i < 8 && column < width; ++i, column += step) {
+          float more[K];
+          terms(start + block * width + column, more);
+          RED_UNROLL for (int k = 0; k < K; ++k) part[k] += more[k];
+        }
+        RED_UNROLL for (int k = 0; k < K; ++k) v[k] += part[k];
       }
     };
     if (width > 2 * kWideThreads) {
