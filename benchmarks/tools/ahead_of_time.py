@@ -32,7 +32,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from red_kernels.backends.arguments import Dropout, Mix, Norm, Statistics, affine_edit
+from red_kernels.backends.arguments import PAIR, Dropout, Mix, Norm, Statistics, affine_edit
 from red_kernels.backends.triton import launch, linear, mixing, operations
 from red_kernels.backends.triton.rules import Architecture
 from red_kernels.support.progress import Stage
@@ -290,10 +290,12 @@ def linear_cases(
     ]
 
 
-def mix_cases(widths: Iterable[int] = (768, 4096, 8192), blocks: Iterable[int] = (0, 4)) -> list[Case]:
-    """Rotations and reflections in a model while it is trained."""
-    choice = itertools.product(MIXES[1:], widths, blocks)
-    return [Case(operation, width, blocks=count) for operation, width, count in choice]
+def mix_cases(
+    widths: Iterable[int] = WIDTHS, blocks: Iterable[int] = (0, 4), operations: Iterable[str] = MIXES[1:]
+) -> list[Case]:
+    """Rotations and reflections in a model while it is trained, of the widths that have whole pairs and blocks."""
+    choice = itertools.product(operations, widths, blocks)
+    return [Case(name, width, blocks=count) for name, width, count in choice if width % (count or 2 * PAIR) == 0]
 
 
 def all_cases(widths: Iterable[int] = WIDTHS, dtypes: Iterable[str] = tuple(DTYPES)) -> list[Case]:
@@ -311,6 +313,10 @@ def all_cases(widths: Iterable[int] = WIDTHS, dtypes: Iterable[str] = tuple(DTYP
         found.append(replace(plain, vectors="bf16" if dtype == "fp32" else dtype))
         if norm and dtype != "fp32":
             found += [replace(plain, norms="fp32", train_norm=train_norm) for train_norm in choice]
+    for case, dtype, edit_ids in itertools.product(mix_cases(widths, operations=MIXES), dtypes, choice):
+        plain = replace(case, dtype=dtype, edit_ids=edit_ids)
+        found += [plain, replace(plain, dropout=True, train_norm=True)]
+        found += [replace(plain, kind="scaling", single=single) for single in (False, bool(case.blocks))]
     return found + linear_cases(widths, dtypes, choice)
 
 

@@ -25,8 +25,18 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from benchmarks.tools import ahead_of_time, machine_code
-from benchmarks.tools.ahead_of_time import DTYPES, LARGE_TENSORS, OPERATIONS, TARGETS, WIDTHS, Case, Program, Report
-from red_kernels.backends.triton import launch, linear, operations
+from benchmarks.tools.ahead_of_time import (
+    DTYPES,
+    LARGE_TENSORS,
+    MIXES,
+    OPERATIONS,
+    TARGETS,
+    WIDTHS,
+    Case,
+    Program,
+    Report,
+)
+from red_kernels.backends.triton import launch, linear, mixing, operations
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: Triton does not compile")
 
@@ -61,9 +71,18 @@ def options(width: int, dtype: str) -> list[Case]:
     ]
 
 
+def mixes(width: int, dtype: str = "bf16") -> list[Case]:
+    """Rotations and reflections, plain and with all that there is."""
+    cases = ahead_of_time.mix_cases((width,), operations=("mix_add", "mix_add_rms_norm"))
+    layer = Case("mix_add_layer_norm", width, dropout=True, edit_ids=True, train_norm=True)
+    return [replace(case, dtype=dtype) for case in (*cases, layer, replace(layer, blocks=4))]
+
+
 WIDEST = 32768  # beyond the registers of a program, forward too
 USUAL = [(target, width) for target in TARGETS for width in (*WIDTHS, WIDEST)]
 FEW_USUAL = [*OLDEST, ("sm_90", WIDEST)]
+OF_MIXES = [*itertools.product(TARGETS, (768, 4096, 8192)), ("sm_90", WIDEST)]
+FEW_MIXES = [("sm_90", 4096)]
 FEW_OPTIONS = [("gfx942", "bf16", 768)]
 OPTIONS = [
     *FEW_OPTIONS,
@@ -97,6 +116,20 @@ def test_options(pool: Executor, target: str, dtype: str, width: int) -> None:
     check(pool, options(width, dtype), target)
 
 
+@pytest.mark.parametrize(
+    ("target", "width"),
+    [
+        pytest.param(*case, id=f"{case[0]}-{case[1]}" + "-oldest" * (case in FEW_MIXES))
+        for case in (OF_MIXES if TEST_ALL else FEW_MIXES)
+    ],
+)
+def test_mixes(pool: Executor, target: str, width: int) -> None:
+    cases = mixes(width)
+    if target == "gfx942" and TRITON < (3, 7):
+        cases = [case for case in cases if not case.edit_ids]  # see test_options
+    check(pool, [*cases, Case("mix_add_rms_norm", width, blocks=1, single=True)], target)
+
+
 @pytest.mark.skipif(not TEST_ALL, reason="an hour; RED_KERNELS_TEST_ALL=1 runs it")
 @pytest.mark.parametrize(("target", "width", "dtype"), EVERYTHING if TEST_ALL else EVERYTHING[:1])
 def test_everything(pool: Executor, target: str, width: int, dtype: str) -> None:
@@ -125,15 +158,16 @@ def test_every_kernel_is_compiled() -> None:
     cases = [case for _, dtype, width in OPTIONS for case in options(width, dtype)]
     compiled = {program.kernel for program in ahead_of_time.programs_of(cases, ["sm_90"])}
     usual = [*ahead_of_time.usual_cases((*WIDTHS, WIDEST)), *ahead_of_time.linear_cases()]
+    usual += ahead_of_time.mix_cases((WIDEST,), (1,))
     for target in TARGETS:
         compiled |= {program.kernel for program in ahead_of_time.programs_of(usual, [target])}
-    assert compiled == {kernel.name for kernel in (*operations.KERNELS, *linear.KERNELS)}
-    assert {case.operation for case in ahead_of_time.all_cases()} == {*OPERATIONS, "linear_edit"}
+    assert compiled == {kernel.name for kernel in (*operations.KERNELS, *linear.KERNELS, *mixing.KERNELS)}
+    assert {case.operation for case in ahead_of_time.all_cases()} == {*OPERATIONS, *MIXES, "linear_edit"}
 
 
 def test_nothing_depends_on_the_number_of_rows() -> None:
     """But the tile of the matrix product; what it is for one row and for many is compiled."""
-    for case in options(768, "bf16"):
+    for case in [*options(768, "bf16"), *mixes(768)]:
         few, many = (ahead_of_time.programs_of([replace(case, rows=rows)]) for rows in (1, 100_000))
         assert few == many
     tiles = {p.constants for p in ahead_of_time.programs_of(ahead_of_time.linear_cases((4096,)), ["sm_90"])}
