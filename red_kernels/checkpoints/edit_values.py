@@ -123,7 +123,12 @@ def weights_device(model: nn.Module, site: str) -> torch.device:
 
 def _having(model: nn.Module, name: str | None) -> dict[str, RedEdit]:
     wanted = _wanted(model, name)
-    found = {site: own for site, own in edit_modules(model).items() if own.has(wanted)}
+    found: dict[str, RedEdit] = {}
+    seen: set[int] = set()
+    for site, own in edit_modules(model).items():
+        if own.has(wanted) and id(own.root) not in seen:  # what sites share is in the file once
+            seen.add(id(own.root))
+            found[site] = own
     if not found:
         names = ", ".join(map(repr, edit_names(model)))
         raise ValueError(f"name: got {name!r}, expected one of the model's edits: {names}")

@@ -179,6 +179,7 @@ def _entries(sites: dict[str, tuple[str, ...]], position: str) -> tuple[str, ...
         entries = sites.get(place) or sites.get(NARROWER.get(place, ""), ())
         if place not in sites and place not in ON_INPUT:
             entries = tuple(entry for entry in entries if serves_alone(entry.removesuffix("?"), place))
+            entries = tuple(entry.removesuffix("?") for entry in entries[:1]) + entries[1:]  # one has to be there
         if not entries:
             return ()
         found += entries

@@ -19,12 +19,16 @@ class EditBank(EditVectors):
     """The edits of one site, of one kind.
 
     The edit named `"default"` is in the module's own Parameters, further ones are children of their names; `selection`
-    says which is applied.
+    says which is applied. Where sites share edits (`Kind.shared`), the first one holds these, and the others ask it.
 
     Args:
         width, kind, dtype, device: as for `EditVectors`.
         selection: shared by all sites of a model.
         own: with False there is no edit yet, and one named `"default"` is a child like others.
+        lead: the edits of another site, of the same kind and width, that this site shares.
+
+    Attributes:
+        root: what holds the edits: this, or that of the other site.
     """
 
     def __init__(
@@ -36,23 +40,36 @@ class EditBank(EditVectors):
         selection: Selection | None = None,
         *,
         own: bool = True,
+        lead: EditBank | None = None,
     ) -> None:
-        super().__init__(width, kind if own else None, dtype, device)
+        super().__init__(width, kind if own and lead is None else None, dtype, device)
         self.kind, self.width, self.own = kind, width, own
+        if lead is not None:
+            self.__dict__["lead"] = lead.root  # no child: the Parameters are at one site
         self.selection = Selection() if selection is None else selection
+
+    @property
+    def root(self) -> EditBank:
+        return self.__dict__.get("lead") or self
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the edits, in the order they came."""
+        if self.root is not self:
+            return self.root.names
         added = tuple(self._modules.items())  # a copy: another thread may add or delete
         return ((DEFAULT,) if self.own else ()) + tuple(name for name, holder in added if _is_visible(holder))
 
     def has(self, name: str | None) -> bool:
         """Whether there is an edit of this name."""
+        if self.root is not self:
+            return self.root.has(name)
         return _is_visible(self._modules.get(name)) if name in self._modules else self.own and name == DEFAULT
 
     def holder(self, name: str) -> EditVectors:
         """The module whose Parameters are an edit's vectors. Raises KeyError for a name that is not there."""
+        if self.root is not self:
+            return self.root.holder(name)
         if self.own and name == DEFAULT:
             return self
         found = self._modules[name]
@@ -73,16 +90,18 @@ class EditBank(EditVectors):
 
     def remove(self, name: str) -> None:
         """Take the edit of this name away, if there is one."""
+        root = self.root
         with lock:
-            self.__dict__["_modules"] = {key: holder for key, holder in self._modules.items() if key != name}
+            root.__dict__["_modules"] = {key: holder for key, holder in root._modules.items() if key != name}
 
     def named(self, name: str | None, again: bool = False) -> Edit | None:
         """An edit, as by `EditVectors.vectors`; None where this site has none of that name."""
-        holder: Any = self._modules.get(name) if name is not None else None
+        root = self.root
+        holder: Any = root._modules.get(name) if name is not None else None
         if holder is None:
-            if not self.own or name != DEFAULT:
+            if not root.own or name != DEFAULT:
                 return None
-            holder = self
+            holder = root
         found: Edit = holder.vectors(again)
         return found
 

@@ -40,6 +40,8 @@ _State = PatchState  # as pickles of patched models name it that were written be
 def edit_parameters(model: nn.Module, name: str | None = None) -> dict[str, dict[str, nn.Parameter]]:
     """The vectors of a patched model: site name to the edit's parts (`"scale"`, `"bias"`, ...), in the model's order.
 
+    Vectors that sites share are listed once, at the first of these sites.
+
     Args:
         model: a patched model.
         name: of the edit; None for the active one.
@@ -49,10 +51,12 @@ def edit_parameters(model: nn.Module, name: str | None = None) -> dict[str, dict
     """
     found: dict[str, dict[str, nn.Parameter]] = {}
     names: dict[str, None] = {}
+    seen: set[int] = set()
     for site, own in edit_modules(model).items():
         wanted = (own.selection.chosen or DEFAULT) if name is None else name
         names.update(dict.fromkeys(own.names))
-        if own.has(wanted):
+        if own.has(wanted) and id(own.root) not in seen:
+            seen.add(id(own.root))
             holder = own.holder(wanted)
             held = ((part, holder._parameters.get(part)) for part in holder.parts)
             found[site] = {part: vector for part, vector in held if vector is not None}

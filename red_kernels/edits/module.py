@@ -140,6 +140,7 @@ _TAKEN = (
     "watched",
     "seen",
     "inside",
+    "lead",
     "of_tuple",
     "on_input",
     "place",

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..support.text import listed
+from .bank import EditBank
 from .blocks import Block, lock, state_of
 from .find import edit_modules, outer_modules, wrapper_of
 from .kinds import PARTS
@@ -74,7 +75,8 @@ def add_edit(model: nn.Module, name: str, copy_of: str | None = None) -> None:
     publish_edit(added, name)
 
 
-NewEdit = dict[str, tuple[RedEdit, EditVectors]]  # site to its module and the vectors that it will get
+# Site to the module that will hold its vectors, and these; of sites that share theirs, the first.
+NewEdit = dict[str, tuple[EditBank, EditVectors]]
 
 
 def new_edit(model: nn.Module, name: str) -> NewEdit:
@@ -91,11 +93,19 @@ def new_edit(model: nn.Module, name: str) -> NewEdit:
     if any(own.has(name) for own in modules.values()):
         raise ValueError(f"name: the model has an edit {name!r} already")
     with torch.inference_mode(False):
-        made = {}
-        for site, own in modules.items():
-            like = next(iter(own.parameters()))
-            made[site] = own, own.make(like.dtype, like.device)
+        made: NewEdit = {}
+        for site, root in _roots(modules).items():
+            like = next(iter(root.parameters()))
+            made[site] = root, root.make(like.dtype, like.device)
     return made
+
+
+def _roots(modules: Mapping[str, RedEdit]) -> dict[str, EditBank]:
+    """What holds the edits of a model, each once, by the first of its sites."""
+    first: dict[int, str] = {}
+    for site, own in modules.items():
+        first.setdefault(id(own.root), site)
+    return {site: modules[site].root for site in first.values()}
 
 
 def publish_edit(added: NewEdit, name: str) -> None:
@@ -201,8 +211,8 @@ def combine_edits(model: nn.Module, weights: Mapping[str, float], name: str) -> 
             raise ValueError(f"model: its edits are of kind {own.kind.name!r}, which cannot be combined by weights")
     added = new_edit(model, name)
     with torch.no_grad():
-        for own, holder in added.values():
-            there = [(own.holder(edit), weight) for edit, weight in weights.items() if own.has(edit)]
+        for root, holder in added.values():
+            there = [(root.holder(edit), weight) for edit, weight in weights.items() if root.has(edit)]
             for part, target in holder._parameters.items():
                 if target is None:
                     continue

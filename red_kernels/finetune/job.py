@@ -452,7 +452,7 @@ def _compare(
     fused: nn.Module, fresh: BaseModel, data: _Data, device: torch.device, console: Console
 ) -> dict[str, Speed]:
     batch = data.first_batch(device)
-    sites = list(edit_parameters(fused))
+    sites = list(edit_modules(fused))
     head = list(head_parameters(fused).values())
     vectors = [vector for parts in edit_parameters(fused).values() for vector in parts.values()]
     # An edit inside of a layer's forward is no module's output: no hook can be its peer, and the floor alone stands.

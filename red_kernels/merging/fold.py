@@ -61,7 +61,10 @@ def folded_input(edit: Edit, weight: Tensor, bias: Tensor | None, columns: bool)
         for name, vector in edit.vectors.items()
     }
     given = weight.t() if columns else weight  # (out, in)
-    if kind.kernel == "affine":  # A is diagonal
+    shift: Tensor | None = None
+    if kind.on_input:
+        made, bias = fold(given, bias, vectors)
+    elif kind.kernel == "affine":  # A is diagonal
         operands = vectors if kind.operands is None else kind.operands(vectors)
         scale, shift = operands.get("scale"), operands.get("bias")
         made = given if scale is None else given * scale

@@ -72,7 +72,7 @@ class NaiveEdits:
 
     def vectors(self) -> list[nn.Parameter]:
         """All vectors in one list, as an optimizer takes them."""
-        return [vector for parts in self.parameters.values() for vector in parts.values()]
+        return list(dict.fromkeys(vector for parts in self.parameters.values() for vector in parts.values()))
 
     def remove(self) -> None:
         """Take the hooks off and give the base parameters their former `requires_grad`; a second call does nothing."""
@@ -122,8 +122,10 @@ def naive_edit(
     own, names = kind_named(kind), list(sites)
     if not names:
         raise ValueError("sites: got none, expected at least one module name")
+    inputs = names if own.on_input else inputs
     modules = dict(model.named_modules())
     parameters: dict[str, dict[str, nn.Parameter]] = {}
+    first: dict[int, str] = {}  # width to the first site of it
     for site in names:
         if site not in modules:
             raise ValueError(f"sites: the model has no module {site!r}")
@@ -133,5 +135,8 @@ def naive_edit(
         if width is None or device is None:
             raise ValueError(f"sites: {site!r} is a {type(modules[site]).__name__}, whose width cannot be told")
         refuse_site(own, modules[site], width, f"sites: {site!r}", site in inputs)
+        if own.shared and first.setdefault(width, site) != site:
+            parameters[site] = parameters[first[width]]
+            continue
         parameters[site] = {name: nn.Parameter(start) for name, start in own.start(width, dtype, device).items()}
     return NaiveEdits(model, own, parameters, frozenset(inputs))

@@ -76,12 +76,8 @@ def patch_with(
         _check_free(site)
         refuse_site(config.edit_kind, site.module, site.width, f"model: {site.report.site}", site.on_input)
     head = find_head(model, [site.report.site for site in plan.sites], config)
-    selection = Selection()
     with torch.inference_mode(False):  # what is made in inference mode can never be trained
-        made = [
-            edits.get(site.report.site) or RedEdit(site.width, config.edit_kind, config.dtype, site.device, selection)
-            for site in plan.sites
-        ]
+        made = _made(plan.sites, config, edits)
     prepare_classes([*plan.blocks, *plan.stacks], plan.norms, plan.dropouts)
     parameters = {name: own for name, own in model.named_parameters() if own.requires_grad}
     state = PatchState(config, set(parameters), {site.report.site: (site.norm, site.bias_flag) for site in plan.sites})
@@ -115,6 +111,22 @@ def patch_with(
         frozen_head=head.frozen_modules,
         edits={site.report.site: weakref.ref(edit) for site, edit in zip(plan.sites, made, strict=True)},
     )
+
+
+def _made(sites: list[PlannedSite], config: RedConfig, edits: Mapping[str, RedEdit]) -> list[RedEdit]:
+    """The edits of the sites: those that they had before, and else new ones."""
+    selection, kind = Selection(), config.edit_kind
+    made: list[RedEdit] = []
+    leads: dict[int, RedEdit] = {}
+    for site in sites:
+        edit = edits.get(site.report.site)
+        if edit is None:
+            lead = leads.get(site.width)
+            edit = RedEdit(site.width, kind, config.dtype, site.device, selection, lead=lead)
+        if kind.shared:
+            leads.setdefault(site.width, edit)
+        made.append(edit)
+    return made
 
 
 def _foreseen(site: SiteReport, found: Mapping[str, tuple[str | None, str]]) -> SiteReport:

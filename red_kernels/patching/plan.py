@@ -16,7 +16,7 @@ from ..fusion.norms import could_be_norm, norm_spec
 from ..fusion.paths import child_at
 from ..models import Block, blocks_in
 from ..support.text import listed
-from .module_facts import device_of, experts_in, experts_remark, linear_patterns, output_width
+from .module_facts import device_of, experts_in, experts_remark, input_width, linear_patterns, output_width
 from .post_norm import with_norms
 from .report import SiteReport
 from .sites import ChosenSite, check_names, chosen
@@ -110,8 +110,9 @@ def _planned(model: nn.Module, block: Block, site: ChosenSite, config: RedConfig
     width = site.width if site.on_input else output_width(module) or site.width
     if not width:
         side = "input" if site.on_input else "output"
-        raise ValueError(f"model: the width of the {side} of {name}, a {type(module).__name__}, cannot be told")
-    reason = "" if config.edit_kind.kernel else f"edits of kind {config.edit_kind.name!r} have no fused kernel"
+        advice = f"; edits of kind {config.kind!r} are of the input of linear layers" if site.on_input else ""
+        raise ValueError(f"model: the width of the {side} of {name}, a {type(module).__name__}, cannot be told{advice}")
+    reason = "" if config.edit_kind.kernel else _unfused(config)
     return PlannedSite(
         module,
         width,
@@ -128,6 +129,10 @@ def _planned(model: nn.Module, block: Block, site: ChosenSite, config: RedConfig
         caller_name=block.name,
         on_input=site.on_input,
     )
+
+
+def _unfused(config: RedConfig) -> str:
+    return f"edits of kind {config.kind!r} have no fused kernel"
 
 
 def _plan_named(model: nn.Module, config: RedConfig) -> Plan:
@@ -152,7 +157,13 @@ def _plan_named(model: nn.Module, config: RedConfig) -> Plan:
                 f"sites: {name!r} is inside of an nn.MultiheadAttention, which reads its weights without calling it: "
                 "an edit there would never be applied"
             )
-        width = output_width(module)
+        on_input = config.edit_kind.on_input
+        width = input_width(module) if on_input else output_width(module)
+        if width is None and on_input:
+            raise ValueError(
+                f"sites: {name!r} is a {type(module).__name__}, and edits of kind {config.kind!r} are of the input of "
+                "linear layers; name those"
+            )
         if width is None:
             raise ValueError(
                 f"sites: {name!r} is a {type(module).__name__}, whose output is not known to be one tensor of a fixed "
@@ -160,9 +171,11 @@ def _plan_named(model: nn.Module, config: RedConfig) -> Plan:
             )
         # What is in a list may be called or not.
         caller = None if isinstance(modules[parent], (nn.ModuleList, nn.ModuleDict)) else modules[parent]
-        report = SiteReport(name, width, None, remark="named by sites=")
+        reason = "" if not on_input or config.edit_kind.kernel else _unfused(config)
+        report = SiteReport(name, width, None, reason, "named by sites=", on_input)
+        device = device_of(module, model)
         plan.sites.append(
-            PlannedSite(module, width, device_of(module, model), report, caller=caller, caller_name=parent)
+            PlannedSite(module, width, device, report, caller=caller, caller_name=parent, on_input=on_input)
         )
     experts = [name for name in experts_in(model) if not any(name.startswith(f"{site}.") for site in found)]
     if experts:

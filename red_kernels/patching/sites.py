@@ -165,9 +165,9 @@ def _places_of(module: nn.Module, place: str, path: str, config: RedConfig) -> l
     found = [place] if place in config.places else []
     for narrow in config.places:
         if NARROWER.get(narrow) == place:
-            if narrow in ON_INPUT:
+            if narrow in ON_INPUT and not config.edit_kind.on_input:
                 found += [narrow] if input_width(module) is not None else []
-            elif serves_alone(path, narrow):
+            elif narrow in ON_INPUT or serves_alone(path, narrow):
                 found.append(narrow)
     return found
 
@@ -186,7 +186,7 @@ def _sites_of(block: Block, config: RedConfig) -> list[ChosenSite]:
         places = _places_of(module, site.place, site.path, config)
         if not places:
             continue
-        if places[0] in ON_INPUT:
+        if places[0] in ON_INPUT or config.edit_kind.on_input:
             found.append(_input(places[0], site.path, module, flags))
             continue
         norm = norm_inside(module, site.width) if site.place in ("res", "attn_res") else ""
@@ -241,7 +241,7 @@ def _registered_sites(block: Block, family: Family, config: RedConfig) -> list[C
             module = child_at(block.module, path)
             assert module is not None
             places = _places_of(module, place, path, config)
-            if not places or places[0] in ON_INPUT:
+            if not places or places[0] in ON_INPUT or config.edit_kind.on_input:
                 found += [_input(narrow, path, module, family.bias_flags) for narrow in places]
                 continue
             norm = family.norms.get(path, "")

@@ -2,6 +2,7 @@
 
 from .affine import ALL, BIAS, SCALING, SSF, affine_edit
 from .generated import GENERATED
+from .gift import GIFT
 from .kind import Dropout, Edit, Family, Kind, Part, kind_named
 from .ln import LN
 from .lowrank import DIRECT, LOWRANK
@@ -29,6 +30,7 @@ for _name, _family in (
     ("lowrank", LOWRANK),
     ("direct", DIRECT),
     ("generated", GENERATED),
+    ("gift", GIFT),
 ):
     register_family(_name, _family)
 

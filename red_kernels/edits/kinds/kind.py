@@ -83,6 +83,9 @@ class Kind:
         by_row: `by_row(h, vectors, ids)`: the formula for several edits, each tensor with one more dimension in front,
             where it is quicker than to give each row tensors of its own.
         family: the name without an option, `"rotation"` of `"rotation:2"`.
+        on_input: whether it edits the input of a linear layer, whatever the position. Its `fold` is then given that
+            layer's weight `(n, width)` and bias.
+        shared: whether all sites of a width in a model have the same tensors.
     """
 
     name: str
@@ -102,6 +105,8 @@ class Kind:
     fits: Callable[[int], str | None] | None = None
     by_row: Callable[[Tensor, Vectors, Tensor], Tensor] | None = None
     family: str = ""
+    on_input: bool = False
+    shared: bool = False
 
     @property
     def starts_as_identity(self) -> bool:
@@ -175,7 +180,8 @@ class Kind:
             return False
         vectors: dict[str, Tensor | None] = {part.name: part.made(width, torch.float32, "meta") for part in self.parts}
         vectors |= dict.fromkeys(self.context)
-        return self.fold(torch.empty(width, 1, device="meta"), None, vectors)[1] is not None
+        shape = (1, width) if self.on_input else (width, 1)
+        return self.fold(torch.empty(shape, device="meta"), None, vectors)[1] is not None
 
     @property
     def least_width(self) -> int:
@@ -275,7 +281,9 @@ class Edit(NamedTuple):
         """`hidden` of shape `(..., width)` edited in plain PyTorch: in fp32 (fp64 for fp64), rounded once."""
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         kind, ids = self.kind, self.ids
-        vectors: Vectors = {name: None if v is None else v.to(wide) for name, v in self.vectors.items()}
+        # What sites share is at one of them, and they may be on several devices.
+        device = hidden.device if self.kind.shared else None
+        vectors: Vectors = {name: None if v is None else v.to(device, wide) for name, v in self.vectors.items()}
         if ids is None:
             return kind.formula(hidden.to(wide), vectors).to(hidden.dtype)
         if kind.by_row is not None:

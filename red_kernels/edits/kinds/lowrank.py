@@ -68,8 +68,13 @@ def _moved(h: Tensor, made: Made) -> Tensor:
 def by_row(h: Tensor, vectors: Vectors, ids: Tensor, make: Maker) -> Tensor:
     """For several edits: the thin products of all at once, of which each row keeps its own."""
     up, down, offset = make(vectors)
-    own = F.one_hot(ids, up.shape[0]).to(h.dtype).repeat_interleave(up.shape[1], -1)
-    return h + (F.linear(h, down.flatten(0, 1), offset.flatten()) * own) @ up.flatten(0, 1)
+    inner = F.linear(h, down.flatten(0, 1), offset.flatten())
+    return h + (inner * own_columns(ids, up, h.dtype)) @ up.flatten(0, 1)
+
+
+def own_columns(ids: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the inner columns of several edits side by side, `up` being `(n, r, d)`: 1 for those of a row's own edit."""
+    return F.one_hot(ids, up.shape[0]).to(dtype).repeat_interleave(up.shape[1], -1)
 
 
 def fold(weight: Tensor, bias: Tensor | None, vectors: Vectors, make: Maker) -> Folded:

@@ -83,6 +83,11 @@ class RedPeftConfig(PeftConfig):
                 "layers in that"
             )
         config = self.as_red_config()
+        if config.edit_kind.on_input or config.edit_kind.shared:
+            raise ValueError(
+                f"kind: edits of kind {self.kind!r} are of the input of modules, and sites share their vectors; an "
+                "adapter of PEFT edits outputs, each by vectors of its own: use rk.patch"
+            )
         if self.target_modules is None and set(config.places) & set(ON_INPUT):
             raise ValueError(
                 f"position: {self.position!r} edits the input of modules, and an adapter of PEFT edits outputs; use "
