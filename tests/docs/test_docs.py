@@ -64,9 +64,10 @@ def test_positions_and_kinds_of_the_table():
     rows = re.findall(r"^\| `(\w+)` \|(?:[^|]*\|){2} ([\d,]*) \|", first.group(), flags=re.M)
     assert [name for name, _ in rows] == sorted(KINDS, key=[name for name, _ in rows].index)
     for name, count in rows:  # of Llama-2-7B's 32 sites of width 4,096
+        kind = kind_named(name)
         if count:
-            made = kind_named(name).start(4096, torch.float32, "meta")
-            assert 32 * sum(own.numel() for own in made.values()) == int(count.replace(",", "")), name
+            made = kind.start(11008 if kind.on_input else 4096, torch.float32, "meta")
+            assert (1 if kind.shared else 32) * sum(own.numel() for own in made.values()) == int(count.replace(",", "")), name
 
 
 def test_kernels(tmp_path, capsys):
