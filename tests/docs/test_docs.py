@@ -67,7 +67,9 @@ def test_positions_and_kinds_of_the_table():
         kind = kind_named(name)
         if count:
             made = kind.start(11008 if kind.on_input else 4096, torch.float32, "meta")
-            assert (1 if kind.shared else 32) * sum(own.numel() for own in made.values()) == int(count.replace(",", "")), name
+            assert (1 if kind.shared else 32) * sum(own.numel() for own in made.values()) == int(
+                count.replace(",", "")
+            ), name
 
 
 def test_kernels(tmp_path, capsys):

@@ -4,8 +4,8 @@ The functions are those of :mod:`red_kernels.backends.reference`. Called plainly
 while torch.compile traces they are operators, registered in the namespace ``red_kernels_triton``.
 
 Where to find what: ``kernels`` has a file for each family of kernels, over the device functions of ``device`` and
-``norm_math``; ``rules`` says which tile and grid they take; ``operations`` and
-``mixing`` allocate; ``launch`` starts them.
+``norm_math``, or ``mix_math``; ``rules`` and ``mix_rules`` say which tile and grid they take; ``operations`` and
+``mixing`` allocate, with what they share in ``dealing``; ``launch`` starts them.
 """
 
 from __future__ import annotations
