@@ -18,6 +18,7 @@ from .kinds.ln import NORM_EPS
 from .kinds.registry import RESERVED
 from .recompute import recalled, runs_plainly
 from .selection import DEFAULT, OFF, Rows
+from .stream import STREAM, initial_of
 
 __all__ = ["CONTEXTS", "EDITED", "NAME", "NORM_EPS", "SITE", "RedEdit", "check_name", "plain_only"]
 
@@ -86,15 +87,17 @@ class RedEdit(EditBank):
                     "deleted since; delete it behind the backward pass"
                 )
         found = self.of_rows(state, hidden, again) if isinstance(state, Rows) else self.by_state(state, again)
-        return found if found is None or not found.kind.context else self._in_context(found)
+        return found if found is None or not found.kind.context else self._in_context(found, hidden)
 
-    def _in_context(self, edit: Edit) -> Edit:
+    def _in_context(self, edit: Edit, hidden: Tensor) -> Edit:
         """The same with what its formula takes besides its own parts."""
         module = self.__dict__.get(EDITED)
-        given = {
-            name: None if module is None or self.on_input else CONTEXTS[name](module, self.width)
-            for name in edit.kind.context
-        }
+        given: dict[str, Tensor | None] = {}
+        for name in edit.kind.context:
+            if name == "initial":
+                given[name] = initial_of(self.__dict__.get(STREAM), hidden, self.__dict__.get(SITE, "an edited module"))
+            else:
+                given[name] = None if module is None or self.on_input else CONTEXTS[name](module, self.width)
         return edit._replace(vectors={**edit.vectors, **given})
 
     def by_state(self, state: Any, again: bool) -> Edit | None:
@@ -162,6 +165,7 @@ def linear_bias(module: nn.Module, width: int) -> Tensor | None:
 
 
 # What a formula may take besides the parts of its edit, by name: of the edited module, and the width of its output.
+# (`"initial"` is of a forward, and not of a module: see `stream`.)
 CONTEXTS: dict[str, Callable[[nn.Module, int], Tensor | None]] = {"linear_bias": linear_bias}
 
 
@@ -169,6 +173,8 @@ def refuse_site(kind: Kind, module: nn.Module, width: int, where: str, on_input:
     """Raise ValueError where a module cannot have an edit of a kind: by its width, or for what it lacks."""
     kind.refuse_width(width, where)
     for name in kind.requires:
+        if name not in CONTEXTS:
+            continue
         if on_input:
             raise ValueError(f"{where}: an edit of kind {kind.name!r} is of a module's output, and not of its input")
         if CONTEXTS[name](module, width) is None:

@@ -22,9 +22,10 @@ from .bank import EditBank
 from .blocks import Block
 from .selection import Selection, saved_tensor_hooks
 
-__all__ = ["recalled", "runs_plainly"]
+__all__ = ["keep", "kept", "recalled", "runs_plainly"]
 
 _NOTES = "_red_kernels_states"  # the attribute with the notes: site to what it has applied, and the vectors' versions
+_KEPT = "_red_kernels_kept"  # the attribute with what else a first run leaves: a key to a tensor
 _MISSING: Any = object()
 _SEVERAL: Any = object()  # a site that ran more than once, with different edits
 # Until torch 2.13 `apply` is a function of Python, with a frame of its own below which `forward` runs.
@@ -98,6 +99,37 @@ def recalled(own: EditBank, live: Any, block: Block | None) -> tuple[Any, bool]:
     if unknown and not again and len(own.selection.unclear) < 2:
         own.selection.unclear.add(state)
     return state, again
+
+
+def keep(key: object, value: Tensor) -> None:
+    """Leave a tensor for the second run of the forward that is running, if it is to have one."""
+    recorded = torch.is_grad_enabled()
+    if torch.is_inference_mode_enabled() or (recorded and saved_tensor_hooks(True) is None):
+        return
+    first = _checkpoints()[0]
+    for owner in first if recorded else (*first, *_contexts()[0]):
+        held = owner.__dict__.setdefault(_KEPT, {})
+        held[key] = value if held.get(key, value) is value else _SEVERAL
+
+
+def kept(key: object) -> tuple[Tensor | None, bool]:
+    """What the first run has left of the forward that runs again, and whether that is of a reentrant checkpoint.
+
+    Raises RuntimeError where it ran several times in one checkpoint, with different tensors.
+    """
+    if torch._C._current_graph_task_id() == -1 and saved_tensor_hooks(True) is None:
+        return None, False
+    node: Any = torch._C._current_autograd_node()
+    for owner in (*_checkpoints()[1], node):
+        found = getattr(owner, _KEPT, {}).get(key)
+        if found is _SEVERAL:
+            raise RuntimeError(
+                "under activation checkpointing a stack of layers ran several times in one checkpoint, with different "
+                "inputs: which of them a second run has to read cannot be told; give each its own checkpoint"
+            )
+        if found is not None:
+            return found, owner is node
+    return None, False
 
 
 def _noted(owner: Any, own: EditBank) -> tuple[Any, Any]:

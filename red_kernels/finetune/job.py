@@ -455,11 +455,13 @@ def _compare(
     sites = list(edit_modules(fused))
     head = list(head_parameters(fused).values())
     vectors = [vector for parts in edit_parameters(fused).values() for vector in parts.values()]
-    # An edit inside of a layer's forward is no module's output: no hook can be its peer, and the floor alone stands.
-    inside = any(own.inside for own in edit_modules(fused).values())
+    # An edit inside of a layer's forward is no module's output, and one may read another layer's input: no hook can be
+    # its peer, and the floor alone stands.
+    kind = edit_config(fused).edit_kind
+    inside = any(own.inside for own in edit_modules(fused).values()) or "initial" in kind.context
     widths = {site: own.width for site, own in edit_modules(fused).items()}
     inputs = [site for site, own in edit_modules(fused).items() if own.on_input]
-    with naive_edit(fresh.model, sites, edit_config(fused).kind, widths=widths, inputs=inputs) as naive:
+    with naive_edit(fresh.model, sites, "bias" if inside else kind.name, widths=widths, inputs=inputs) as naive:
         fresh_head = train_head(fresh.model, fresh.new_parameters) if data.classification else []
         passing = pass_gradients(fresh.model, sites)
 

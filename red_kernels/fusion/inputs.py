@@ -1,4 +1,4 @@
-"""The hook by which the input of a site is edited, in front of its forward."""
+"""The hook by which the input of a site is edited, in front of its forward; and which hooks of `edits` are ours."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..edits.module import NAME, RedEdit
+from ..edits.stream import enter_hook, given_hook, leave_hook
 from .scopes import OWN_HOOKS
 from .site import reach
 from .waiting import Waiting
@@ -32,4 +33,4 @@ def input_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return (args, {**kwargs, key: edited}) if key is not None else ((edited, *args[1:]), kwargs)
 
 
-OWN_HOOKS.add(input_hook)
+OWN_HOOKS.update((input_hook, enter_hook, given_hook, leave_hook))

@@ -122,6 +122,10 @@ def naive_edit(
     own, names = kind_named(kind), list(sites)
     if not names:
         raise ValueError("sites: got none, expected at least one module name")
+    if "initial" in own.context:
+        raise ValueError(
+            f"kind: {kind!r} reads what the first layer of a stack is given, which a plain hook is not told"
+        )
     inputs = names if own.on_input else inputs
     modules = dict(model.named_modules())
     parameters: dict[str, dict[str, nn.Parameter]] = {}

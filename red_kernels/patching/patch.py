@@ -15,6 +15,7 @@ from ..edits.config import RedConfig
 from ..edits.find import STATE, PatchState, patches_of, wrapper_of
 from ..edits.module import EDITED, NAME, SITE, RedEdit, refuse_site
 from ..edits.selection import Selection
+from ..edits.stream import STREAM, Stream, close_stream, open_stream
 from ..fusion.fingerprint import BASE
 from ..fusion.inputs import input_hook
 from ..fusion.paths import child_at
@@ -90,6 +91,12 @@ def patch_with(
         for site, edit in zip(plan.sites, made, strict=True):
             attach(site, edit)
             edit.__dict__[SITE] = site.report.site
+        for planned in plan.streams:
+            stream = Stream(planned.name)
+            open_stream(stream, planned.owner, planned.layers)
+            for site, edit in zip(plan.sites, made, strict=True):
+                if site.report.site in planned.sites:
+                    edit.__dict__[STREAM] = stream
         fuse(plan)
         wrap_saving(model, [site.report.site for site in plan.sites], config)
         watch(model, [_watched(site, edit) for site, edit in zip(plan.sites, made, strict=True)])
@@ -254,6 +261,7 @@ def _take_back(holder: nn.Module, state: PatchState) -> list[str]:
         module.__dict__.pop(BEHIND, None)
         if isinstance(module._modules.get(NAME), RedEdit):
             del module._modules[NAME]
+        close_stream(module)
         stop_watching(module)
         unwrap_saving(module)
     release_head(holder)

@@ -20,9 +20,7 @@ from .module_facts import device_of, experts_in, experts_remark, input_width, li
 from .post_norm import with_norms
 from .report import SiteReport
 from .sites import ChosenSite, check_names, chosen
-
-# Of what a layer does not call every time: attention to an encoder that may not be there, or to global tokens.
-_CONDITIONAL = re.compile(r"cross|enc_?(oder)?_?(dec)?_?att|_global\b|[ew]2[ew]", re.IGNORECASE)
+from .streams import CONDITIONAL, PlannedStream, plan_streams
 
 __all__ = ["Plan", "PlannedSite", "make_plan", "plan_edited"]
 
@@ -58,6 +56,7 @@ class Plan:
     dropouts: list[nn.Module] = field(default_factory=list)  # that may lie between a site and its addition
     # Last projections whose output is not edited, and an edited site.
     carriers: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
+    streams: list[PlannedStream] = field(default_factory=list)  # whose first input is read by edits
     warnings: list[str] = field(default_factory=list)
 
 
@@ -75,6 +74,8 @@ def make_plan(model: nn.Module, config: RedConfig) -> Plan:
             raise ValueError(f"model: has a {wrapper} {where}, which would not know the vectors; patch before wrapping")
     plan = _plan_known(model, config) if config.sites is None else _plan_named(model, config)
     check_names((site.module, site.report.site) for site in plan.sites)
+    if "initial" in config.edit_kind.context:
+        plan.streams = plan_streams(model, [(site.report.site, site.place, site.width) for site in plan.sites], config)
     return plan
 
 
@@ -125,7 +126,7 @@ def _planned(model: nn.Module, block: Block, site: ChosenSite, config: RedConfig
         of_tuple=not site.on_input,
         norm=site.norm,
         bias_flag=site.bias_flag,
-        caller=None if module is block.module or _CONDITIONAL.search(site.path) else block.module,
+        caller=None if module is block.module or CONDITIONAL.search(site.path) else block.module,
         caller_name=block.name,
         on_input=site.on_input,
     )

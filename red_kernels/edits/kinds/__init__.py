@@ -3,6 +3,7 @@
 from .affine import ALL, BIAS, SCALING, SSF, affine_edit
 from .generated import GENERATED
 from .gift import GIFT
+from .initial import INITIAL
 from .kind import Dropout, Edit, Family, Kind, Part, kind_named
 from .ln import LN
 from .lowrank import DIRECT, LOWRANK
@@ -31,6 +32,7 @@ for _name, _family in (
     ("direct", DIRECT),
     ("generated", GENERATED),
     ("gift", GIFT),
+    ("initial", INITIAL),
 ):
     register_family(_name, _family)
 

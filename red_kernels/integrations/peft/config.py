@@ -88,6 +88,11 @@ class RedPeftConfig(PeftConfig):
                 f"kind: edits of kind {self.kind!r} are of the input of modules, and sites share their vectors; an "
                 "adapter of PEFT edits outputs, each by vectors of its own: use rk.patch"
             )
+        if "initial" in config.edit_kind.context:
+            raise ValueError(
+                f"kind: edits of kind {self.kind!r} read what the first layer of their stack is given, which an "
+                "adapter of PEFT is not told; use rk.patch"
+            )
         if self.target_modules is None and set(config.places) & set(ON_INPUT):
             raise ValueError(
                 f"position: {self.position!r} edits the input of modules, and an adapter of PEFT edits outputs; use "
