@@ -95,7 +95,6 @@ void edit_forward(const EditForward& p, int64_t begin, int64_t end, float* scrat
 template <class T, bool Stream>
 struct EditGradient {
   using Element = T;
-  static constexpr bool kDecides = true;  // whether a gradient of z of its own is known beside `all`
   const T* x;
   const float *scale, *factor;
   T* dx;

@@ -120,13 +120,7 @@ RED_INLINE void norm_backward_of_rows(const P& p, const Chunk& chunk, const Colu
       };
       edit.behind(d, gradient, all);
     };
-    const bool all = edit.all() && dresidual, has_dz = static_cast<bool>(p.dz);
-    if constexpr (Gradient::kDecides)
-      decide(second, all, has_dz);
-    else if (all)
-      decide([&](auto known) __attribute__((always_inline)) { second(std::true_type{}, known); }, has_dz);
-    else
-      second(std::false_type{}, has_dz);
+    decide(second, edit.all() && dresidual, static_cast<bool>(p.dz));
   }
   if (Stream) fence();
 }

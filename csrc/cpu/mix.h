@@ -156,7 +156,6 @@ void mix_forward(const MixForward& p, int64_t begin, int64_t end, float* scratch
 template <class T, bool Stream, bool Hold, int Reflections>
 struct MixGradient {
   using Element = T;
-  static constexpr bool kDecides = false;
   const T *x, *next_x = nullptr;  // the latter is fetched meanwhile, without `Hold`
   const float *first, *second, *factor;
   T* dx;

@@ -22,6 +22,8 @@ pytestmark = [
 SETS = list(build.X86_SETS)
 # Without the processor's conversion of fp16 it takes about twenty instructions with a dozen constants.
 EMULATED = re.compile(r"base::\w+<red::Float16")
+# Reflections have up to four dots, and as many factors, beside the constants of a conversion.
+REFLECTIONS = re.compile(r"mix_\w+_rows<[^(]*, [12]>")
 
 
 @functools.cache
@@ -49,25 +51,32 @@ def test_no_vector_is_put_aside(name: str) -> None:
     found = machine_code.faults(functions, stored)
     if name == "base":  # with trained norms beside the edit: their sums, and three operations where FMA has two
         found = [text for text in found if "norm_edit_backward_rows<float, true" not in text]
+        found = [text for text in found if not REFLECTIONS.search(text)]
+        loops = [loop for one in functions if REFLECTIONS.search(one.name) for loop in one.loops() if loop.computes()]
+        assert max(len(stored(loop)) for loop in loops) <= 1
     assert found == []
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_little_is_read_back(name: str) -> None:
-    """Loops that need more constants than there are registers read them: one in sixteen instructions at most."""
+    """Loops that need more constants than there are registers read them: one in sixteen instructions at most, and in
+    those of reflections one in eight."""
     functions = [one for one in row_functions(name) if not EMULATED.search(one.name)]
-    loops = [loop for one in functions for loop in one.loops() if loop.computes()]
+    loops = [(loop, REFLECTIONS.search(one.name)) for one in functions for loop in one.loops() if loop.computes()]
     assert len(loops) > 100
     assert [
-        len(loop.vector_spills()) for loop in loops if len(loop.vector_spills()) * 16 > len(loop.instructions)
+        len(loop.vector_spills())
+        for loop, reflects in loops
+        if len(loop.vector_spills()) * (8 if reflects else 16) > len(loop.instructions)
     ] == []
 
 
 def test_emulated_halves_put_little_aside() -> None:
     functions = [one for one in row_functions("base") if EMULATED.search(one.name)]
-    loops = [loop for one in functions for loop in one.loops() if loop.computes()]
+    loops = [(loop, REFLECTIONS.search(one.name)) for one in functions for loop in one.loops() if loop.computes()]
     assert len(loops) > 30
-    assert max(len(stored(loop)) / len(loop.instructions) for loop in loops) < 1 / 20
+    assert max(len(stored(loop)) / len(loop.instructions) for loop, reflects in loops if not reflects) < 1 / 20
+    assert max(len(stored(loop)) / len(loop.instructions) for loop, reflects in loops if reflects) < 1 / 10
 
 
 @pytest.mark.parametrize("name", SETS)
