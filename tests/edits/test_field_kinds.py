@@ -456,6 +456,12 @@ def test_an_option_that_is_the_default_is_left_out() -> None:
         assert kind_named(same) is KINDS[name]
 
 
+def test_plain_hooks_do_not_see_another_stream() -> None:
+    model = wide("bert")
+    with pytest.raises(ValueError, match="kind: 'initial' reads what other modules of the model are given"):
+        naive_edit(model, zoo.sites("bert"), "initial")
+
+
 def test_widths_that_have_no_such_edit() -> None:
     for kind, message in (
         ("rotation", "needs a multiple of 64"),
