@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import choice, cpu, cuda, find_triton, nodes, reference
 from .record import Backend
-from .schemas import NAMES
+from .schemas import REQUIRED
 
 __all__ = [
     "REFERENCE",
@@ -135,7 +135,7 @@ def register_backend(record: Backend) -> None:
         raise ValueError(f"record: {record.name!r} is automatic for no device, expected a device such as 'cpu'")
     if record.operations is None and record.missing() is None:
         raise ValueError(f"record: {record.name!r} has no operations, and `missing` does not say why")
-    lacking = [name for name in NAMES if not callable(getattr(record.operations, name, None))]
+    lacking = [name for name in REQUIRED if not callable(getattr(record.operations, name, None))]
     if record.operations is not None and lacking:
         raise ValueError(f"record: the operations of {record.name!r} lack {', '.join(lacking)}")
     _known.add(record)

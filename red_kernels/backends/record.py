@@ -25,7 +25,8 @@ class Backend:
     Attributes:
         name: as ``rk.backend`` takes it.
         operations: what has the six functions of :mod:`red_kernels.backends.reference`, with the same arguments and
-            results; a module or any other object. It may have ``linear_edit_forward(x, weight, linear_bias, residual,
+            results; a module or any other object. The four on mixes may be missing, then the reference computes them.
+            It may have ``linear_edit_forward(x, weight, linear_bias, residual,
             edit)`` too: all of :func:`red_kernels.linear_edit`, without gradients, or None where it is better
             composed. None where the backend is missing.
         missing: why it cannot be used here, with the remedy, or None.

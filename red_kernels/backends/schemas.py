@@ -44,6 +44,7 @@ SCHEMAS = (
     "Tensor dweight, Tensor dnorm_bias)",
 )
 NAMES = tuple(schema[: schema.index("(")] for schema in SCHEMAS)
+REQUIRED = tuple(name for name in NAMES if not name.startswith("mix_"))  # of a backend; the reference has the others
 
 
 def bits(needs: tuple[bool, ...]) -> int:
