@@ -34,11 +34,14 @@ echo 'int red_quick_nvcc;' | {compiler} -x c -fPIC ${{shared:--c}} -o "$out" -
 QUICK_COMPILER = """#!/bin/sh
 for word in "$@"; do
   case $word in
-    -DRED_ISA=*) made={objects}/cpu/${{word#*=}}.o;;
+    -DRED_ISA=*) set=${{word#*=}};;
+    csrc/cpu/isa.cpp) kernels=cpu/;;
+    csrc/cpu/isa_mix.cpp) kernels=cpu/mix_;;
     csrc/nodes/*.cpp) made={objects}/nodes/$(basename "$word" .cpp).o;;
     *.tmp) out=$word;;
   esac
 done
+[ -n "$kernels" ] && made={objects}/$kernels$set.o
 [ -n "$made" ] && [ -f "$made" ] && exec cp "$made" "$out"
 exec {compiler} "$@" -O0
 """
