@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from numbers import Real
 
 import torch
@@ -123,8 +122,9 @@ def mix_vectors(
         try:
             edit_vectors(x, vector, None if edit_ids is None else first, edit_ids)
         except (TypeError, ValueError) as error:
-            named = re.sub(r"^scale", name, str(error))
-            raise type(error)(re.sub(r" and bias ", " and first ", re.sub(r"^bias", "first", named))) from None
+            called, _, said = str(error).partition(" ")  # that check calls the two scale and bias
+            called = {"scale": name, "bias": "first"}.get(called, called)
+            raise type(error)(f"{called} {said}".replace(" and bias ", " and first ")) from None
     mix_width(x.shape[-1], blocks, pair)
 
 

@@ -121,10 +121,6 @@ def naive_edit(
     if not is_kind(kind):
         raise ValueError(f"kind: got {kind!r}, expected one of {kind_names()}")
     own, names = kind_named(kind), list(sites)
-    if any(name not in CONTEXTS for name in own.context):
-        raise ValueError(
-            f"kind: {kind!r} reads what other modules of the model are given, which a site's hook does not see"
-        )
     if not names:
         raise ValueError("sites: got none, expected at least one module name")
     if "initial" in own.context:

@@ -61,7 +61,7 @@ def test_positions_and_kinds_of_the_table():
     kinds = (DOCS / "kinds.md").read_text()
     first = re.search(r"(?s)\n\| kind \| computes .*?\n\n", kinds)
     assert first is not None
-    rows = re.findall(r"^\| `(\w+)` \|(?:[^|]*\|){2} ([\d,]*) \|", first.group(), flags=re.M)
+    rows = re.findall(r"^\| `(\w+)` \|(?:[^|]*\|){2}\s*([\d,]*)\s*\|", first.group(), flags=re.M)
     assert [name for name, _ in rows] == sorted(KINDS, key=[name for name, _ in rows].index)
     for name, count in rows:  # of Llama-2-7B's 32 sites of width 4,096
         kind = kind_named(name)

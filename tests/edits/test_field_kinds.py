@@ -262,14 +262,15 @@ def test_copied_and_pickled(kind: str) -> None:
     own = next(iter(edit_modules(model).values()))
     assert pickle.loads(pickle.dumps(own.kind)) is own.kind is kind_named(kind)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(logits(other), logits(model))
+        # A copy has its first call before it: with reflections the norm's sums may be added in another order then.
+        torch.testing.assert_close(logits(other), logits(model), rtol=1e-5, atol=1e-6)
         # A copy has the bias of its own layer.
         with torch.no_grad():
             for site in edit_modules(other):
                 other.get_submodule(site).bias += 1.0
         if kind.startswith(("reflection", "generated")):
             plain = copy.deepcopy(other)
-            assert torch.equal(logits(plain), logits(other))
+            torch.testing.assert_close(logits(plain), logits(other), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", EVERY)
@@ -427,7 +428,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert rk.saved_config(tmp_path / "out" / "edits").kind == "reflections:2"
     capsys.readouterr()
     arguments[-1] += "-more"
-    assert main([*arguments, "--steps", "2", "--kind", "rotation"]) != 0
+    assert main([*arguments, "--steps", "2", "--length", "16", "--kind", "rotation"]) != 0
     assert "an edit of kind 'rotation' needs a multiple of 64" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["finetune", "--help"])
@@ -454,12 +455,6 @@ def test_an_option_that_is_the_default_is_left_out() -> None:
     for name, same in (("rotation", "rotation:1"), ("reflection", "reflection:4"), ("lowrank", "lowrank:04")):
         assert rk.RedConfig(kind=same) == rk.RedConfig(kind=name)
         assert kind_named(same) is KINDS[name]
-
-
-def test_plain_hooks_do_not_see_another_stream() -> None:
-    model = wide("bert")
-    with pytest.raises(ValueError, match="kind: 'initial' reads what other modules of the model are given"):
-        naive_edit(model, zoo.sites("bert"), "initial")
 
 
 def test_widths_that_have_no_such_edit() -> None:

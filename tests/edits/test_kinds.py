@@ -337,7 +337,10 @@ def test_named_edits_where_they_were() -> None:
 
 
 def test_an_unknown_kind_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="kind: got 'cubic', supported: 'all', 'scaling', 'bias', 'ln', 'curved'"):
+    with pytest.raises(
+        ValueError,
+        match="kind: got 'cubic', supported: 'all', 'scaling', 'bias', 'ln', 'ssf', 'rotation' or 'rotation:N'",
+    ):
         rk.RedConfig(kind="cubic")
     assert kind_with({"scale", "bias"}) is KINDS["all"]
     assert kind_with({"scale", "curve"}) is None
