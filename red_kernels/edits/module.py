@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +22,29 @@ from .recompute import recalled, runs_plainly
 from .selection import DEFAULT, OFF, Rows
 from .stream import STREAM, initial_of
 
-__all__ = ["CONTEXTS", "EDITED", "NAME", "NORM_EPS", "SITE", "RedEdit", "check_name", "plain_only"]
+__all__ = ["CONTEXTS", "EDITED", "NAME", "NORM_EPS", "SITE", "Edited", "RedEdit", "check_name", "plain_only"]
 
 NAME = "red_edit"  # the child's name in the site: state_dict keys are `<site>.red_edit.scale`
 SITE = "_red_kernels_site"  # of a RedEdit: the name that its site had in the patched model
-EDITED = "_red_kernels_edited"  # of a RedEdit: the module whose output it edits
+EDITED = "_red_kernels_edited"  # of a RedEdit: the `Edited` of the module whose output it edits
+
+
+class Edited:
+    """The module that an edit is of, without keeping it alive. A copy has the module's copy."""
+
+    __slots__ = ("reference",)
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self.reference = None if module is None else weakref.ref(module)
+
+    def __call__(self) -> nn.Module | None:
+        return None if self.reference is None else self.reference()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Edited:
+        return Edited(copy.deepcopy(self(), memo))
+
+    def __reduce__(self) -> tuple[type[Edited], tuple[nn.Module | None]]:
+        return Edited, (self(),)
 
 
 class RedEdit(EditBank):
@@ -91,7 +111,8 @@ class RedEdit(EditBank):
 
     def _in_context(self, edit: Edit, hidden: Tensor) -> Edit:
         """The same with what its formula takes besides its own parts."""
-        module = self.__dict__.get(EDITED)
+        edited: Edited | None = self.__dict__.get(EDITED)
+        module = None if edited is None else edited()
         given: dict[str, Tensor | None] = {}
         for name in edit.kind.context:
             if name == "initial":

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..edits.config import RedConfig
 from ..edits.find import STATE, PatchState, patches_of, wrapper_of
-from ..edits.module import EDITED, NAME, SITE, RedEdit, refuse_site
+from ..edits.module import EDITED, NAME, SITE, Edited, RedEdit, refuse_site
 from ..edits.selection import Selection
 from ..edits.stream import STREAM, Stream, close_stream, open_stream
 from ..fusion.fingerprint import BASE
@@ -200,7 +200,7 @@ def attach(site: PlannedSite, edit: RedEdit) -> None:
     edit.of_tuple, edit.place, edit.on_input = site.of_tuple, site.place, site.on_input
     edit.inside = site.inside or site.hooked is not None
     site.module._modules[NAME] = edit
-    edit.__dict__[EDITED] = site.module
+    edit.__dict__[EDITED] = Edited(site.module)
     if site.on_input:
         if input_hook not in site.module._forward_pre_hooks.values():
             nn.Module.register_forward_pre_hook(site.module, input_hook, with_kwargs=True)

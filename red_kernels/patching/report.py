@@ -61,7 +61,8 @@ def what_of(own: RedEdit) -> tuple[str | None, str] | None:
 
 def _what_of_input(own: RedEdit) -> tuple[str | None, str] | None:
     """The same of an edit of an input, with what the module's output was fused with."""
-    module = own.__dict__.get(EDITED)
+    edited = own.__dict__.get(EDITED)
+    module = None if edited is None else edited()
     record = None if module is None else last_record(module)
     if record is None or record.what is None:
         return None

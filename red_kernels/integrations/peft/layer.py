@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...edits.kinds import PARTS, Edit, kind_named
-from ...edits.module import EDITED, NAME, RedEdit, refuse_site
+from ...edits.module import EDITED, NAME, Edited, RedEdit, refuse_site
 from ...edits.selection import OFF, Selection
 from ...edits.vectors import EditVectors
 from ...fusion.site import edit_hook
@@ -44,7 +44,7 @@ class RedAdapters(RedEdit, nn.ModuleDict):
         taken = name in PARTS or (hasattr(self, name) and name not in self._modules)
         if not name or "." in name or name == NAME or taken:
             raise ValueError(f"adapter_name: got {name!r}, which cannot be the name of an adapter; take another one")
-        refuse_site(kind_named(kind), self.__dict__[EDITED], self.width, "base_layer")
+        refuse_site(kind_named(kind), self.__dict__[EDITED](), self.width, "base_layer")
         added = EditVectors(self.width, kind_named(kind), dtype, device)
         added.train(self.training)
         self[name] = added
@@ -110,7 +110,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
         self.out_features = width
         # One layer may have other adapters than the next: notes are left from the beginning.
         self.red_edit = RedAdapters(width, Selection() if selection is None else selection)
-        self.red_edit.__dict__[EDITED] = self
+        self.red_edit.__dict__[EDITED] = Edited(self)
         self.merged_adapters: list[str] = []
         self._base_tensors: dict[str, Tensor | None] = {}  # of the base layer, before merging
         self.sharing: tuple[str, ...] = ()  # names of Parameters that are one with the base layer's, as the model knows
