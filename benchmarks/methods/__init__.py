@@ -1,8 +1,9 @@
 """The fine-tuning methods of the suite, each applied to one model: RED fused, naive and compiled, and its peers.
 
-Every method begins as the frozen model: the same logits before the first step. The vectors of RED are fp32; PEFT keeps
-its adapters in fp32 too where the base model is in half precision, as it does by default, and so do the neighbours that
-are written here; biases and whole weights that are trained keep the model's dtype.
+Every method begins as the frozen model, with the same logits before the first step, but for edits of kinds that start
+at random. The vectors of RED are fp32; PEFT keeps its adapters in fp32 too where the base model is in half precision,
+as it does by default, and so do the neighbours that are written here; biases and whole weights that are trained keep
+the model's dtype.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from .red import edited_sites
 
 __all__ = [
     "ALPHA",
+    "KIND_METHODS",
     "METHODS",
     "QUALITY_DEFAULT",
     "QUALITY_METHODS",
     "RANK",
+    "STEP_KNOWN",
     "STEP_METHODS",
     "Batches",
     "Method",
@@ -105,13 +108,18 @@ def sister(model: nn.Module) -> nn.Module:
 
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (*red.METHODS, *known.ADAPTERS, *neighbours.METHODS, *known.WHOLE)
+    method.name: method
+    for method in (*red.METHODS, *red.KIND_METHODS, *known.ADAPTERS, *neighbours.METHODS, *known.WHOLE)
 }
-STEP_METHODS = tuple(name for name in METHODS if name != "linear-probe")
+KIND_METHODS = tuple(method.name for method in red.KIND_METHODS)
+# What a step's time is measured of by default, and what it can be asked for.
+STEP_METHODS = tuple(name for name in METHODS if name != "linear-probe" and name not in KIND_METHODS)
+STEP_KNOWN = tuple(name for name in METHODS if name != "linear-probe")
 # What quality is measured of by default, and what it can be asked for. A method costs about a tenth of the hour.
 QUALITY_DEFAULT = ("red", "naive", "lora-all", "ia3", "road", "linear-probe", "full")
 QUALITY_METHODS = (
     *(name for name in QUALITY_DEFAULT if name not in ("linear-probe", "full")),
+    *KIND_METHODS,
     *(method.name for method in neighbours.METHODS if method.name not in QUALITY_DEFAULT),
     *("linear-probe", "full"),
 )

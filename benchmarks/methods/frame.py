@@ -26,6 +26,7 @@ class Prepared:
         active: gives a context manager that each step has to run in, forward and backward.
         held: what has to live as long as the model is used this way.
         fixed: tensors that the method adds and does not train, such as random projections or lists of indices.
+        as_frozen: whether it begins as the frozen model.
     """
 
     model: Any
@@ -33,6 +34,7 @@ class Prepared:
     active: Callable[[], AbstractContextManager[object]] = field(default=contextlib.nullcontext)
     held: object = None
     fixed: list[Tensor] = field(default_factory=list)
+    as_frozen: bool = True
 
     @property
     def trainable(self) -> int:

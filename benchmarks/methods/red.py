@@ -1,4 +1,4 @@
-"""RED itself, fused and naive, each also compiled, and the frozen models that it is held to."""
+"""RED itself, fused and naive, each also compiled, the other kinds of edit, and the frozen models they are held to."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 import red_kernels as rk
 from red_kernels.edits.find import edit_modules
+from red_kernels.edits.kinds import KINDS, kind_named
 from red_kernels.finetune.measure import pass_gradients
 from red_kernels.patching.naive import naive_edit
 from red_kernels.patching.plan import make_plan
@@ -64,6 +65,15 @@ def _red(model: nn.Module) -> Prepared:
     return Prepared(model, [own for parts in rk.edit_parameters(model).values() for own in parts.values()])
 
 
+def _of_kind(name: str) -> Callable[[nn.Module], Prepared]:
+    def apply(model: nn.Module) -> Prepared:
+        rk.patch(model, rk.RedConfig(kind=name))
+        trained = {id(own): own for parts in rk.edit_parameters(model).values() for own in parts.values()}
+        return Prepared(model, list(trained.values()), as_frozen=kind_named(name).starts_as_identity)
+
+    return apply
+
+
 def _naive(model: nn.Module) -> Prepared:
     sites = edited_sites(model)
     return Prepared(model, naive_edit(model, sites, widths=sites).vectors())
@@ -84,4 +94,8 @@ METHODS = (
     Method("red-compile", "RED, ours under torch.compile", _compiled(_red)),
     Method("naive", "RED, eager hooks", _naive),
     Method("naive-compile", "RED, hooks under torch.compile", _compiled(_naive)),
+)
+# The other kinds at position `ffn`, where RED itself is; `all` is RED.
+KIND_METHODS = tuple(
+    Method(name, f"edits of kind {name}, ours", _of_kind(name)) for name, kind in KINDS.items() if name != "all"
 )

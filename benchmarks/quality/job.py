@@ -26,7 +26,7 @@ from rich.table import Table
 from red_kernels.finetune.base_dtype import AUTO
 from red_kernels.finetune.measure import HeldOut
 
-from ..methods import METHODS, QUALITY_DEFAULT, QUALITY_METHODS, prepare
+from ..methods import KIND_METHODS, METHODS, QUALITY_DEFAULT, QUALITY_METHODS, prepare
 from ..runs import Case, ResultFile, Run, run_cases
 from .tasks import LANGUAGE, METRIC, SENTIMENT, TASKS, Budget, Task, make_task
 from .training import check_grid, search_rate, train
@@ -37,6 +37,10 @@ _BASE_LABEL = {SENTIMENT: "most frequent class", LANGUAGE: "no training"}
 POINTS = 10  # of a training curve, each a mean over as many steps
 LOOKS = 4  # batches of its training that a method looks at, if it does, before it trains
 _RED = (3e-3, 1e-2, 3e-2, 1e-1)
+_KINDS = {
+    **dict.fromkeys(KIND_METHODS, _RED),
+    **dict.fromkeys(("lowrank", "direct", "initial", "gift", "generated"), (1e-3, 3e-3, 1e-2, 3e-2)),
+}
 _NEIGHBOURS = {
     "road": (3e-3, 1e-2, 3e-2, 1e-1),
     "vera": (3e-3, 1e-2, 3e-2, 1e-1),
@@ -50,6 +54,7 @@ _NEIGHBOURS = {
 }
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     SENTIMENT: {
+        **_KINDS,
         **_NEIGHBOURS,
         "red": _RED,
         "naive": _RED,
@@ -59,6 +64,7 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
         "full": (1e-5, 3e-5, 1e-4, 3e-4),
     },
     LANGUAGE: {
+        **_KINDS,
         **_NEIGHBOURS,
         "red": _RED,
         "naive": _RED,

@@ -36,9 +36,15 @@ FLOOR = "frozen-fused"
 OUR_METHODS = ("red", "red-compile")
 WITHOUT_TRAINING = (FLOOR, "frozen")
 NEIGHBOURS = ("road", "vera", "hra", "sara", "spt", "lorta", "loretta-adp", "loretta-rep", "melora")
+# Other kinds of edit, ours.
+KINDS = (
+    *("scaling", "bias", "ln", "ssf", "rotation", "reflection", "reflections", "reflection_pair"),
+    *("lowrank", "direct", "generated", "gift", "initial"),
+)
 METHODS = (
     *WITHOUT_TRAINING,
     *OUR_METHODS,
+    *KINDS,
     "naive",
     "naive-compile",
     "lora-qv",
@@ -48,7 +54,7 @@ METHODS = (
     *NEIGHBOURS,
     "full",
 )
-QUALITY_METHODS = ("base", "red", "naive", "lora-all", "ia3", *NEIGHBOURS, "linear-probe", "full")
+QUALITY_METHODS = ("base", "red", *KINDS, "naive", "lora-all", "ia3", *NEIGHBOURS, "linear-probe", "full")
 GROWN = ("layers", "width", "batch", "length", "edits")
 STEP_GOAL = 1.01  # of a step of ours over the frozen model with the same norms
 HOST_GOAL = 10e-6  # seconds of a forward call of the CUDA kernels at HOST_SHAPE

@@ -9,6 +9,7 @@ from .figures import (
     FLOOR,
     HOST_GOAL,
     HOST_SHAPE,
+    KINDS,
     OUR_METHODS,
     STEP_GOAL,
     WITHOUT_TRAINING,
@@ -66,7 +67,7 @@ def _comparisons(device: Device) -> Iterator[tuple[Loss | None, str]]:
                 ("memory", _memory, case.get("peak_bytes", {})),
             ):
                 ours = [method for method in OUR_METHODS if method in values]
-                peers = [method for method in values if method not in (*OUR_METHODS, *WITHOUT_TRAINING)]
+                peers = [method for method in values if method not in (*OUR_METHODS, *KINDS, *WITHOUT_TRAINING)]
                 yield from compare(job, f"{name}, {what}", words(case), values, ours, peers)
     yield from _scores(files.get("quality", {}).get("cases", []))
 

@@ -40,9 +40,10 @@ class _Found(NamedTuple):
 def check(base: nn.Module, prepared: Mapping[str, Prepared], naive: Naive, batch: Mapping[str, Tensor]) -> None:
     """Hold every method's logits and loss, and the gradients of all edits, to the same in twice the precision.
 
-    At its start each method computes what the frozen model does. Those that train edits are then given the same random
-    ones. Dropout is off; where a model has any, compiled methods are checked without gradients, as compiling another
-    backward takes as long again. Values, gradients and the mode are left as they were found.
+    At its start each method computes what the frozen model does, but for those that start at random. Those that train
+    RED's edits are then given the same random ones. Dropout is off; where a model has any, compiled methods are checked
+    without gradients, as compiling another backward takes as long again. Values, gradients and the mode are left as
+    they were found.
 
     Args:
         base: the frozen model.
@@ -60,6 +61,8 @@ def check(base: nn.Module, prepared: Mapping[str, Prepared], naive: Naive, batch
     truth = _run(Prepared(_exact(base, twice), []), batch, False, False, watched=True)
     frozen = _run(Prepared(base, []), batch, False, False, watched=True)
     for name, made in prepared.items():
+        if not made.as_frozen:
+            continue
         compiled = name.endswith("-compile")
         found = _run(made, batch, not (compiled and dropping), not dropping, backward=False)
         _hold(f"{name}, at its start", found, frozen, truth, dtype, batch)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from red_kernels.finetune.base_dtype import ASKED, AUTO
 from red_kernels.patching.naive import naive_edit
 
-from ..methods import METHODS, STEP_METHODS, Prepared, edited_sites, prepare, sister
+from ..methods import METHODS, STEP_KNOWN, STEP_METHODS, Prepared, edited_sites, prepare, sister
 from ..runs import Case, ResultFile, Run, run_cases
 from .compare import compare
 from .models import batch_of, build, find
@@ -79,7 +79,7 @@ class Settings:
                 raise ValueError(f"cases: got a batch of {batch} for {name}, expected at least 1")
             if not 2 <= length <= model.longest:
                 raise ValueError(f"cases: got {length} tokens for {name}, expected 2 to {model.longest}")
-        check_timed(self.methods, STEP_METHODS, self.seconds, self.rounds)
+        check_timed(self.methods, STEP_KNOWN, self.seconds, self.rounds)
 
 
 def check_timed(methods: tuple[str, ...], known: tuple[str, ...], seconds: float, rounds: int) -> None:
@@ -97,7 +97,7 @@ def check_timed(methods: tuple[str, ...], known: tuple[str, ...], seconds: float
 
 def missing(run: Run) -> dict[str, str]:
     """Method to the reason why it is not measured here at all."""
-    return {name: reason for name in STEP_METHODS if (reason := METHODS[name].missing()) is not None}
+    return {name: reason for name in STEP_KNOWN if (reason := METHODS[name].missing()) is not None}
 
 
 def cases(settings: Settings, run: Run) -> list[Case]:

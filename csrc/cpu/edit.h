@@ -39,7 +39,7 @@ struct Added {
 };
 
 // The edit of a row. A norm wants formulas of this form: after `start`, z of all columns by `sweep_values`, and before
-// that the value of some of the first `start_width` by `start_value`.
+// that of the first columns by `start_value`.
 template <class T>
 struct Edited : Added<T> {
   using Element = T;
@@ -56,7 +56,7 @@ struct Edited : Added<T> {
     return this->to(at, j, at.load(x + j) * at.load(scale + j) + at.load(bias + j), has_residual);
   }
   RED_INLINE void start() const {}
-  RED_INLINE int64_t start_width(int64_t d) const { return d; }
+  static constexpr bool in_order() { return true; }
   template <class At, class Flag>
   RED_INLINE V start_value(At at, Flag has_residual) const {
     return value(at, 0, has_residual);
@@ -98,12 +98,18 @@ struct EditGradient {
   const T* x;
   const float *scale, *factor;
   T* dx;
-  float *dscale, *dbias;
+  float *dscale, *dbias, *held;  // the last is null where the gradient is asked for and nothing is written with it
 
   template <class P>
-  RED_INLINE EditGradient(const P& p, int64_t i, const T* x, const float* factor, const Columns& sums, float* = nullptr)
+  RED_INLINE EditGradient(const P& p, int64_t i, const T* x, const float* factor, const Columns& sums,
+                          float* held = nullptr)
       : x(x), scale(p.scale.row(i)), factor(factor), dx(output<T>(p.dx, p.d, i)), dscale(sums.dscale),
-        dbias(sums.dbias) {}
+        dbias(sums.dbias), held(held) {}
+
+  template <class Pass, class... Flags>
+  RED_INLINE static void each_case(const Pass& pass, Flags... flags) {
+    decide(pass, flags...);
+  }
 
   // With `all`, dx and both sums are asked for and nothing is dropped.
   template <class At, class Flag>
@@ -123,7 +129,21 @@ struct EditGradient {
   // gradient(at, j) is g at columns j, and is called once for each.
   template <class Gradient, class Flag>
   RED_INLINE void behind(int64_t d, const Gradient& gradient, Flag all) const {
-    sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) { put(at, j, gradient(at, j), all); });
+    if (!Stream || !held) {
+      sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) { put(at, j, gradient(at, j), all); });
+      return;
+    }
+    // Stores past the cache fill line by line, and of two outputs by turns some lines leave half full. So each is
+    // written by itself, for as many columns as the nearest cache has room for.
+    constexpr int64_t columns = 512;
+    for (int64_t from = 0; from < d; from += columns) {
+      const int64_t width = d - from < columns ? d - from : columns;
+      float* const g = held + from;
+      sweep(width, [&](auto at, int64_t j) __attribute__((always_inline)) {
+        at.template store<false>(g + j, gradient(at, from + j));
+      });
+      sweep(width, [&](auto at, int64_t j) __attribute__((always_inline)) { put(at, from + j, at.load(g + j), all); });
+    }
   }
 };
 

@@ -7,8 +7,8 @@
 namespace red {
 namespace RED_ISA {
 
-template <class Formula, bool Centered, bool Stream, class P>
-RED_INLINE void norm_forward_of_rows(const P& p, int64_t begin, int64_t end, float* scratch) {
+template <class Formula, bool Centered, class Flag, class P>
+RED_INLINE void norm_forward_of_rows(Flag stream, const P& p, int64_t begin, int64_t end, float* scratch) {
   using T = typename Formula::Element;
   const int64_t d = p.d;
   const float *weight = p.weight, *norm_bias = p.norm_bias;
@@ -19,18 +19,19 @@ RED_INLINE void norm_forward_of_rows(const P& p, int64_t begin, int64_t end, flo
     Statistics s;
     formula.start();
     const auto pass = [&](auto has_residual, auto keeps_z) __attribute__((always_inline)) {
-      RowSums<T, Centered> sums(formula.start_width(d), [&](auto at, int64_t) __attribute__((always_inline)) {
+      RowSums<T, Centered> sums(d, [&](auto at, int64_t) __attribute__((always_inline)) {
         return rounded(T{}, formula.start_value(at, has_residual));
       });
       formula.template sweep_values<sums.kParts>(
           d, [&](auto at, int64_t j, int k, const auto& value) __attribute__((always_inline)) {
-            prepare<Stream>(y + j);
+            prepare(stream, y + j);
             // The norm sees z as rounded, whether it is kept or not.
-            const V h = Formula::kKeepsZ || keeps_z ? at.template store_rounded<Stream>(z + j, value(has_residual))
+            const V h = Formula::kKeepsZ || keeps_z ? at.store_rounded(stream, z + j, value(has_residual))
                                                     : rounded(T{}, value(has_residual));
             at.template store<false>(held + j, h);
-            sums.add(at, k, h);
+            if (formula.in_order()) sums.add(at, k, h);
           });
+      if (!formula.in_order()) sums = sums_of_row<T, Centered>(held, d);
       s = sums.statistics(held, d, p.eps);
     };
     formula.each_case(pass, Formula::kKeepsZ || z);
@@ -43,15 +44,15 @@ RED_INLINE void norm_forward_of_rows(const P& p, int64_t begin, int64_t end, flo
       prefetch(next_x + j);
       prefetch(next_residual + j);
       const V normed = normalised<Centered>(at.load(held + j), s);
-      at.template store<Stream>(y + j, normed * at.load(weight + j) + at.load(norm_bias + j));
+      at.store(stream, y + j, normed * at.load(weight + j) + at.load(norm_bias + j));
     });
   }
-  if (Stream) fence();
+  if (stream) fence();
 }
 
 template <class T, bool Centered, bool Stream>
 void edit_norm_forward_rows(const EditNormForward& p, int64_t begin, int64_t end, float* scratch) {
-  norm_forward_of_rows<Edited<T>, Centered, Stream>(p, begin, end, scratch);
+  norm_forward_of_rows<Edited<T>, Centered>(std::bool_constant<Stream>{}, p, begin, end, scratch);
 }
 
 template <class T, bool Centered>
@@ -60,8 +61,8 @@ void edit_norm_forward(const EditNormForward& p, int64_t begin, int64_t end, flo
                                                                                                      scratch);
 }
 
-template <class Gradient, bool Centered, bool Stream, bool HasZ, class P>
-RED_INLINE void norm_backward_of_rows(const P& p, const Chunk& chunk, const Columns& sums, float* scratch) {
+template <class Gradient, bool Centered, bool HasZ, class Flag, class P>
+RED_INLINE void norm_backward_of_rows(Flag stream, const P& p, const Chunk& chunk, const Columns& sums, float* scratch) {
   using T = typename Gradient::Element;
   const int64_t d = p.d;
   const float* weight = p.weight;
@@ -80,8 +81,8 @@ RED_INLINE void norm_backward_of_rows(const P& p, const Chunk& chunk, const Colu
     const auto first = [&](auto has_residual, auto norm_sums) __attribute__((always_inline)) {
       Projection found;
       sweep_sums<Projection::kParts>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
-        prepare<Stream>(first_out + j);
-        prepare<Stream>(second_out + j);
+        prepare(stream, first_out + j);
+        prepare(stream, second_out + j);
         V value;
         if constexpr (HasZ) {
           value = at.load(z + j);
@@ -102,7 +103,7 @@ RED_INLINE void norm_backward_of_rows(const P& p, const Chunk& chunk, const Colu
     };
     const bool norm_sums = sums.dweight || sums.dnorm_bias;
     if constexpr (HasZ)
-      decide([&](auto known) __attribute__((always_inline)) { first(std::false_type{}, known); }, norm_sums);
+      Gradient::each_case([&](auto known) __attribute__((always_inline)) { first(std::false_type{}, known); }, norm_sums);
     else
       edited.each_case(first, norm_sums);
     projection.finish<Centered>(d);
@@ -115,19 +116,19 @@ RED_INLINE void norm_backward_of_rows(const P& p, const Chunk& chunk, const Colu
         const V normed = normalised<Centered>(HasZ ? at.load(z + j) : at.load(held + j), s);
         V g = projection.apply<Centered>(at.load(dy + j) * at.load(weight + j), normed, s);
         if (has_dz) g += at.load(dz + j);
-        if (all || dresidual) at.template store<Stream>(dresidual + j, g);
+        if (all || dresidual) at.store(stream, dresidual + j, g);
         return g;
       };
       edit.behind(d, gradient, all);
     };
-    decide(second, edit.all() && dresidual, static_cast<bool>(p.dz));
+    Gradient::each_case(second, edit.all() && dresidual, static_cast<bool>(p.dz));
   }
-  if (Stream) fence();
+  if (stream) fence();
 }
 
 template <class T, bool Centered, bool Stream, bool HasZ>
 void edit_norm_backward_rows(const EditNormBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
-  norm_backward_of_rows<EditGradient<T, Stream>, Centered, Stream, HasZ>(p, chunk, sums, scratch);
+  norm_backward_of_rows<EditGradient<T, Stream>, Centered, HasZ>(std::bool_constant<Stream>{}, p, chunk, sums, scratch);
 }
 
 template <class T, bool Centered>

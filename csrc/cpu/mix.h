@@ -1,5 +1,6 @@
 // Mixes with their dropout and residual add, forward and backward (mix_forward, mix_backward in reference.py). Formula
-// and gradient have the form of those of edits, for the loops of edit_norm.h.
+// and gradient have the form of those of edits, for the loops of edit_norm.h. Flags are looked at in each unit: there are
+// three formulas, and code for each case of each would be a megabyte for every instruction set.
 #pragma once
 
 #include "edit.h"
@@ -84,6 +85,13 @@ struct Mixed : Added<T> {
       if constexpr (Reflections == 2) along_second = dots.total(1);
     }
   }
+  template <class Pass>
+  RED_INLINE void each_case(const Pass& pass, bool flag) const {
+    if (this->residual && !this->factor)
+      pass(std::true_type{}, flag);
+    else
+      pass(this->residual != nullptr, flag);
+  }
   template <class At, class Flag>
   RED_INLINE V value(At at, int64_t j, Flag has_residual) const {
     V h = at.load(x + j);
@@ -97,7 +105,8 @@ struct Mixed : Added<T> {
     }
     return this->to(at, j, h, has_residual);
   }
-  RED_INLINE int64_t start_width(int64_t) const { return width; }
+  // Whether sweep_values takes the units of a row as one sweep would: a norm then adds up the same sums as one alone.
+  RED_INLINE bool in_order() const { return Reflections == 0 || width % (2 * L) == 0; }
   template <class At, class Flag>
   RED_INLINE V start_value(At at, Flag has_residual) const {
     return value(at, 0, has_residual);
@@ -125,35 +134,36 @@ RED_INLINE void by_reflections(const P& p, const Run& run) {
     run(std::integral_constant<int, 2>{});
 }
 
-template <class T, bool Stream, int Reflections>
+template <class T, int Reflections>
 void mix_forward_rows(const MixForward& p, int64_t begin, int64_t end, float* scratch) {
   const int64_t d = p.d;
+  const bool stream = p.stream;
   for (int64_t i = begin; i < end; ++i) {
     Mixed<T, Reflections> mixed(p, i, dropout_factors(p.dropout, i, d, scratch));
     T* z = output<T>(p.z, d, i);
-    const auto pass = [&](auto has_residual, auto) __attribute__((always_inline)) {
+    const auto pass = [&](auto has_residual, bool) __attribute__((always_inline)) {
       for (int64_t from = 0; from < d; from += mixed.width) {
         mixed.template start<true>(from);
         sweep(mixed.width, [&](auto at, int64_t j) __attribute__((always_inline)) {
-          at.template store<Stream>(z + from + j, mixed.value(at, from + j, has_residual));
+          at.store(stream, z + from + j, mixed.value(at, from + j, has_residual));
         });
       }
     };
-    mixed.each_case(pass, false);
+    mixed.each_case(pass, true);
   }
-  if (Stream) fence();
+  if (stream) fence();
 }
 
 template <class T>
 void mix_forward(const MixForward& p, int64_t begin, int64_t end, float* scratch) {
   by_reflections(p, [&](auto n) {
-    (p.stream ? mix_forward_rows<T, true, n()> : mix_forward_rows<T, false, n()>)(p, begin, end, scratch);
+    mix_forward_rows<T, n()>(p, begin, end, scratch);
   });
 }
 
 // The part of a backward behind the gradient of z, as EditGradient. With `Hold` that gradient, which then costs more
 // than a load and may be asked for once, is kept for the columns at hand.
-template <class T, bool Stream, bool Hold, int Reflections>
+template <class T, bool Hold, int Reflections>
 struct MixGradient {
   using Element = T;
   const T *x, *next_x = nullptr;  // the latter is fetched meanwhile, without `Hold`
@@ -161,39 +171,44 @@ struct MixGradient {
   T* dx;
   float *dfirst, *dsecond, *dbias, *held;
   int64_t blocks;
+  bool stream;
 
   template <class P>
   RED_INLINE MixGradient(const P& p, int64_t i, const T* x, const float* factor, const Columns& sums, float* held)
       : x(x), first(p.scale.row(i)), second(p.second.row(i)), factor(factor), dx(output<T>(p.dx, p.d, i)),
-        dfirst(sums.dscale), dsecond(sums.dsecond), dbias(sums.dbias), held(held), blocks(p.blocks) {}
+        dfirst(sums.dscale), dsecond(sums.dsecond), dbias(sums.dbias), held(held), blocks(p.blocks),
+        stream(p.stream) {}
 
-  bool all() const { return dx && dfirst && (dsecond || Reflections == 1) && dbias && !factor; }
+  bool all() const { return false; }
+  template <class Pass, class... Flags>
+  RED_INLINE static void each_case(const Pass& pass, Flags... flags) {
+    pass(flags...);
+  }
 
-  template <class Gradient, class Flag>
-  RED_INLINE void behind(int64_t d, const Gradient& gradient, Flag all) const {
+  template <class Gradient>
+  RED_INLINE void behind(int64_t d, const Gradient& gradient, bool) const {
     const int64_t width = Reflections ? d / blocks : 512;  // a rotation's is what the nearest cache has room for
     for (int64_t from = 0; from < d; from += width)
-      behind_block(from, Reflections || d - from > width ? width : d - from, gradient, all);
+      behind_block(from, Reflections || d - from > width ? width : d - from, gradient);
   }
 
   // Of one block, or of whole pairs.
-  template <class Gradient, class Flag>
-  RED_INLINE void behind_block(int64_t from, int64_t width, const Gradient& gradient, Flag all) const {
+  template <class Gradient>
+  RED_INLINE void behind_block(int64_t from, int64_t width, const Gradient& gradient) const {
     const auto dropped = [&](auto at, int64_t j) __attribute__((always_inline)) {
       V g = gradient(at, j);
-      if constexpr (std::is_same_v<Flag, std::false_type>)
-        if (factor) g *= at.load(factor + j);
+      if (factor) g *= at.load(factor + j);
       return g;
     };
     if constexpr (Reflections > 0)
-      reflected(from, width, dropped, all);
+      reflected(from, width, dropped);
     else
-      turned(from, width, dropped, all);
+      turned(from, width, dropped);
   }
 
  private:
-  template <class Gradient, class Flag>
-  RED_INLINE void reflected(int64_t from, int64_t width, const Gradient& gradient, Flag all) const {
+  template <class Gradient>
+  RED_INLINE void reflected(int64_t from, int64_t width, const Gradient& gradient) const {
     const Dots<2 * Reflections> dots(width, [&](auto at, int64_t j, const auto& add) __attribute__((always_inline)) {
       const V g = at.valid(gradient(at, from + j)), h = at.load(x + from + j), u = at.load(first + from + j);
       if (Hold) at.template store<false>(held + j, g);
@@ -218,19 +233,19 @@ struct MixGradient {
         g = gradient(at, j);
       }
       const V h = at.load(x + j);
-      if (all || dbias) accumulate(at, dbias + j, g);
-      if (all || dfirst) at.template store<false>(dfirst + j, at.load(dfirst + j) - g * first_x - h * first_g);
+      if (dbias) accumulate(at, dbias + j, g);
+      if (dfirst) at.template store<false>(dfirst + j, at.load(dfirst + j) - (g * first_x + h * first_g));
       V through = g - at.load(first + j) * first_g;
       if constexpr (Reflections == 2) {
-        if (all || dsecond) at.template store<false>(dsecond + j, at.load(dsecond + j) + g * second_x + h * second_g);
+        if (dsecond) at.template store<false>(dsecond + j, at.load(dsecond + j) + (g * second_x + h * second_g));
         through += at.load(second + j) * second_g;
       }
-      if (all || dx) at.template store<Stream>(dx + j, through);
+      if (dx) at.store(stream, dx + j, through);
     });
   }
 
-  template <class Gradient, class Flag>
-  RED_INLINE void turned(int64_t from, int64_t width, const Gradient& gradient, Flag all) const {
+  template <class Gradient>
+  RED_INLINE void turned(int64_t from, int64_t width, const Gradient& gradient) const {
     const Full at;
     if (Hold)  // in order: what else is written with it fills line by line
       for (int64_t j = 0; j < width; j += L) store<false>(held + j, gradient(at, from + j));
@@ -243,21 +258,21 @@ struct MixGradient {
       else
         low_g = gradient(at, low), high_g = gradient(at, high);
       const V low_x = load(x + low), high_x = load(x + high);
-      if (all || dbias) {
+      if (dbias) {
         accumulate(at, dbias + low, low_g);
         accumulate(at, dbias + high, high_g);
       }
-      if (all || dfirst) {
+      if (dfirst) {
         accumulate(at, dfirst + low, low_g * low_x);
         accumulate(at, dfirst + high, high_g * high_x);
       }
-      if (all || dsecond) {
+      if (dsecond) {
         accumulate(at, dsecond + low, low_g * high_x);
         accumulate(at, dsecond + high, high_g * low_x);
       }
-      if (all || dx) {
-        store<Stream>(dx + low, fused(low_g, load(first + low), high_g * load(second + high)));
-        store<Stream>(dx + high, fused(high_g, load(first + high), low_g * load(second + low)));
+      if (dx) {
+        at.store(stream, dx + low, fused(low_g, load(first + low), high_g * load(second + high)));
+        at.store(stream, dx + high, fused(high_g, load(first + high), low_g * load(second + low)));
       }
     }
   }
@@ -265,7 +280,7 @@ struct MixGradient {
 
 // Where it reflects, some blocks of all rows and then others: their vectors and sums stay in the nearest cache.
 // A dropout's factors are there for one row at a time.
-template <class T, bool Stream, int Reflections>
+template <class T, int Reflections>
 void mix_backward_rows(const MixBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
   const int64_t d = p.d, width = Reflections ? d / p.blocks : d;
   const int64_t columns = width < 1024 ? 1024 / width * width : width;
@@ -273,7 +288,7 @@ void mix_backward_rows(const MixBackward& p, const Chunk& chunk, const Columns& 
   const auto columns_of_row = [&](int64_t k, int64_t from, int64_t to) __attribute__((always_inline)) {
     const int64_t i = chunk.row(k);
     const T* dz = row<T>(p.dz, i);
-    MixGradient<T, Stream, false, Reflections> mix(p, i, row<T>(p.x, i, dz), p.dropout.on ? scratch : nullptr, sums,
+    MixGradient<T, false, Reflections> mix(p, i, row<T>(p.x, i, dz), p.dropout.on ? scratch : nullptr, sums,
                                                    nullptr);
     const int64_t next = chunk.row(k + 1 < chunk.end ? k + 1 : k);
     const T* next_dz = row<T>(p.dz, next);
@@ -282,23 +297,20 @@ void mix_backward_rows(const MixBackward& p, const Chunk& chunk, const Columns& 
       if (Reflections) prefetch(next_dz + j);
       return at.load(dz + j);
     };
-    const auto pass = [&](auto all) __attribute__((always_inline)) {
-      for (int64_t block = from; block < to; block += width) mix.behind_block(block, width, gradient, all);
-    };
-    decide(pass, mix.all());
+    for (int64_t block = from; block < to; block += width) mix.behind_block(block, width, gradient);
   };
   for (int64_t top = chunk.begin; top < chunk.end; top += rows) {
     if (p.dropout.on) dropout_row(p.dropout, chunk.row(top), d, scratch);
     for (int64_t from = 0; from < d; from += columns)
       for (int64_t k = top; k < top + rows; ++k) columns_of_row(k, from, from + columns < d ? from + columns : d);
   }
-  if (Stream) fence();
+  if (p.stream) fence();
 }
 
 template <class T>
 void mix_backward(const MixBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
   by_reflections(p, [&](auto n) {
-    (p.stream ? mix_backward_rows<T, true, n()> : mix_backward_rows<T, false, n()>)(p, chunk, sums, scratch);
+    mix_backward_rows<T, n()>(p, chunk, sums, scratch);
   });
 }
 

@@ -7,29 +7,15 @@
 namespace red {
 namespace RED_ISA {
 
-template <class T, bool Centered, bool Stream, int Reflections>
-void mix_norm_forward_rows(const MixNormForward& p, int64_t begin, int64_t end, float* scratch) {
-  norm_forward_of_rows<Mixed<T, Reflections>, Centered, Stream>(p, begin, end, scratch);
-}
-
 template <class T, bool Centered>
 void mix_norm_forward(const MixNormForward& p, int64_t begin, int64_t end, float* scratch) {
-  by_reflections(p, [&](auto n) {
-    (p.stream ? mix_norm_forward_rows<T, Centered, true, n()> : mix_norm_forward_rows<T, Centered, false, n()>)(
-        p, begin, end, scratch);
-  });
-}
-
-template <class T, bool Centered, bool Stream, int Reflections>
-void mix_norm_backward_rows(const MixNormBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
-  norm_backward_of_rows<MixGradient<T, Stream, true, Reflections>, Centered, Stream, true>(p, chunk, sums, scratch);
+  by_reflections(p, [&](auto n) { norm_forward_of_rows<Mixed<T, n()>, Centered>(p.stream, p, begin, end, scratch); });
 }
 
 template <class T, bool Centered>
 void mix_norm_backward(const MixNormBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
   by_reflections(p, [&](auto n) {
-    (p.stream ? mix_norm_backward_rows<T, Centered, true, n()> : mix_norm_backward_rows<T, Centered, false, n()>)(
-        p, chunk, sums, scratch);
+    norm_backward_of_rows<MixGradient<T, true, n()>, Centered, true>(p.stream, p, chunk, sums, scratch);
   });
 }
 

@@ -86,6 +86,15 @@ class RowSums {
   Sum<kParts> sum_, squares_;
 };
 
+// The same of a row that is held already.
+template <class T, bool Centered>
+__attribute__((noinline)) RowSums<T, Centered> sums_of_row(const float* held, int64_t d) {
+  RowSums<T, Centered> sums(d, [&](auto at, int64_t j) __attribute__((always_inline)) { return at.load(held + j); });
+  sweep_sums<sums.kParts>(
+      d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) { sums.add(at, k, at.load(held + j)); });
+  return sums;
+}
+
 template <bool Centered>
 RED_INLINE V normalised(V z, Statistics s) {
   return Centered ? (z - s.mean) * s.rstd : z * s.rstd;

@@ -75,7 +75,7 @@ void norm_edit_forward_rows(const NormEditForward& p, int64_t begin, int64_t end
     T* y = output<T>(p.y, d, i);
     RowSums<T, Centered> sums(d, [&](auto at, int64_t j) __attribute__((always_inline)) { return at.load(x + j); });
     sweep_sums<sums.kParts>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
-      prepare<Stream>(y + j);
+      prepare(std::bool_constant<Stream>{}, y + j);
       const V value = at.load(x + j);
       at.template store<false>(held + j, value);
       sums.add(at, k, value);
@@ -135,7 +135,7 @@ void norm_edit_backward_rows(const NormEditBackward& p, const Chunk& chunk, cons
     const auto first = [&](auto edit_only, auto folds) __attribute__((always_inline)) {
       Projection found;
       sweep_sums<Projection::kParts>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
-        if (edit_only || dx) prepare<Stream>(dx + j);
+        if (edit_only || dx) prepare(std::bool_constant<Stream>{}, dx + j);
         const V normed = at.valid(normalised<Centered>(at.load(x + j), s)), gradient = at.load(dy + j);
         found.add<Centered>(k, through(at, j, gradient, folds), normed);
         if (edit_only || gradients) accumulate(at, gradients + j, gradient);

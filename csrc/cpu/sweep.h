@@ -21,11 +21,14 @@ RED_INLINE void prefetch(const T* p) {
   for (int i = 0; i < L; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
 }
 // The same for lines that will be written, as this core's own; past the cache nothing is to be brought.
-template <bool Stream, class T>
-RED_INLINE void prepare(const T* p) {
-  if constexpr (!Stream)
+template <class Flag, class T>
+RED_INLINE void prepare(Flag stream, const T* p) {
+  if (!stream)
     for (int i = 0; i < L; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 1);
 }
+
+// What a flag costs where it is looked at in each unit is little, and code for each case is long: kernels say which flags
+// are constants (std::bool_constant) and which are looked at (bool).
 
 // How a body loads and stores its columns: a whole unit, or the first n of one (the rest read as zero and are not written).
 struct Full {
@@ -36,6 +39,17 @@ struct Full {
   template <bool Stream, class T>
   RED_INLINE void store(T* p, V v) const {
     RED_ISA::store<Stream>(p, v);
+  }
+  template <class Flag, class T>
+  RED_INLINE void store(Flag stream, T* p, V v) const {
+    if (stream)
+      RED_ISA::store<true>(p, v);
+    else
+      RED_ISA::store<false>(p, v);
+  }
+  template <class Flag, class T>
+  RED_INLINE V store_rounded(Flag stream, T* p, V v) const {
+    return stream ? RED_ISA::store_rounded<true>(p, v) : RED_ISA::store_rounded<false>(p, v);
   }
   template <bool Stream, class T>
   RED_INLINE V store_rounded(T* p, V v) const {
@@ -55,6 +69,14 @@ struct Part {
   template <bool Stream, class T>
   RED_INLINE void store(T* p, V v) const {
     store_rounded<Stream>(p, v);
+  }
+  template <class Flag, class T>
+  RED_INLINE void store(Flag, T* p, V v) const {
+    store_rounded<false>(p, v);
+  }
+  template <class Flag, class T>
+  RED_INLINE V store_rounded(Flag, T* p, V v) const {
+    return store_rounded<false>(p, v);
   }
   template <bool Stream, class T>
   RED_INLINE V store_rounded(T* p, V v) const {

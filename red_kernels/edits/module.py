@@ -219,12 +219,22 @@ def _affine_layer_norm(hidden: Tensor, applied: Edit) -> Tensor:
 
 
 def _mix(hidden: Tensor, applied: Edit) -> Tensor:
-    first, second, bias = (applied.operands.get(name) for name in ("first", "second", "bias"))
+    vectors = applied.operands
+    first, second, bias = (vectors.get(name) for name in ("first", "second", "bias"))
     assert first is not None
     return mix(hidden, first, second, bias, blocks=applied.kind.blocks, edit_ids=applied.ids)
 
 
-_KERNELS = {"affine": _affine, "affine_layer_norm": _affine_layer_norm, "mix": _mix}
+def _mix_mix(hidden: Tensor, applied: Edit) -> Tensor:
+    vectors = applied.operands
+    inner, outer, bias = (vectors.get(name) for name in ("inner", "outer", "bias"))
+    assert inner is not None
+    assert outer is not None
+    blocks, ids = applied.kind.blocks, applied.ids
+    return mix(mix(hidden, inner, blocks=blocks, edit_ids=ids), outer, None, bias, blocks=blocks, edit_ids=ids)
+
+
+_KERNELS = {"affine": _affine, "affine_layer_norm": _affine_layer_norm, "mix": _mix, "mix_mix": _mix_mix}
 
 
 def plain_only() -> bool:

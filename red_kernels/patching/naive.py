@@ -7,6 +7,7 @@ the whole activation, before the model goes on with its own residual addition an
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import chain
 from types import TracebackType
 from typing import Any
 
@@ -135,10 +136,12 @@ def naive_edit(
         if site not in modules:
             raise ValueError(f"sites: the model has no module {site!r}")
         told = input_width(modules[site]) if site in inputs else output_width(modules[site])
-        width, device = told, next((own.device for own in modules[site].parameters()), None)
-        width = (widths or {}).get(site, width)
-        if width is None or device is None:
-            raise ValueError(f"sites: {site!r} is a {type(modules[site]).__name__}, whose width cannot be told")
+        width = (widths or {}).get(site, told)
+        if width is None:
+            what = f"{site!r} is a {type(modules[site]).__name__}"
+            raise ValueError(f"sites: {what}, whose width cannot be told; give it in widths")
+        parameter = next(chain(modules[site].parameters(), model.parameters()), None)
+        device = "cpu" if parameter is None else parameter.device
         refuse_site(own, modules[site], width, f"sites: {site!r}", site in inputs)
         if own.shared and first.setdefault(width, site) != site:
             parameters[site] = parameters[first[width]]

@@ -50,7 +50,9 @@ def what_of(own: RedEdit) -> tuple[str | None, str] | None:
         return None
     if record.apart:
         name = "its kind" if own.kind is None else f"kind {own.kind.name!r}"
-        return None, f"edits of {name} have no fused kernel" + (f"; behind it {record.what}" if record.what else "")
+        alone = own.kind is not None and own.kind.kernel
+        how = f"edits of {name} " + ("run by themselves" if alone else "have no fused kernel")
+        return None, how + (f"; behind it {record.what}" if record.what else "")
     if record.what is None:
         return None, f"its output is taken by {record.by}" if record.by else "it is applied by itself"
     behind = record.behind

@@ -17,7 +17,8 @@ from benchmarks import methods
 from benchmarks.methods.linears import KEYS, QUERIES, VALUES, named
 
 MODELS = ("roberta", "llama", "gpt2", "t5")
-EAGER = tuple(name for name in methods.METHODS if "compile" not in name and name != "linear-probe")
+PLAIN = tuple(name for name in methods.METHODS if "compile" not in name and name not in methods.KIND_METHODS)
+EAGER = tuple(name for name in PLAIN if name != "linear-probe")
 D, F, LAYERS, RANK = zoo.HIDDEN, zoo.INNER, zoo.LAYERS, methods.RANK
 # What has no gradient as long as a factor that it is multiplied by is 0, as each method's last one is at the start.
 WAITING = re.compile(
@@ -220,7 +221,7 @@ def test_compiled_methods_compile_the_whole_model(monkeypatch: pytest.MonkeyPatc
     assert max(losses.values()) - min(losses.values()) <= 16 * torch.finfo(torch.float32).eps * losses["red"]
 
 
-@pytest.mark.parametrize("method", [name for name in methods.QUALITY_METHODS if "compile" not in name])
+@pytest.mark.parametrize("method", [name for name in methods.QUALITY_METHODS if name in PLAIN])
 def test_a_head_is_trained_in_fp32_by_every_method(method: str) -> None:
     base = zoo.tiny("roberta").bfloat16()
     head = [name for name, _ in base.named_parameters() if name.startswith("classifier.")]
@@ -234,6 +235,22 @@ def test_a_head_is_trained_in_fp32_by_every_method(method: str) -> None:
     assert all(own[name].dtype == torch.float32 and not torch.equal(own[name], before[name]) for name in head)
     if method == "linear-probe":
         assert prepared.trainable == sum(own[name].numel() for name in head)
+
+
+@pytest.mark.parametrize("method", methods.KIND_METHODS)
+def test_other_kinds_of_edit(method: str) -> None:
+    """Each trains its edits and a head, and begins as the frozen model unless it says otherwise."""
+    base, batch = zoo.tiny("roberta", hidden_size=64), zoo.inputs("roberta")
+    frozen = base(**batch).logits
+    torch.manual_seed(0)
+    prepared = methods.prepare(method, methods.sister(base), head=["classifier.out_proj.bias"])
+    at_start = prepared.model(**batch).logits
+    assert torch.allclose(at_start, frozen, rtol=1e-4, atol=1e-5) == prepared.as_frozen
+    trained = {id(own) for parts in rk.edit_parameters(prepared.model).values() for own in parts.values()}
+    assert len(prepared.trained) == len(trained) + 1
+    before = step(prepared, batch, 1e-3)
+    assert all(torch.isfinite(own).all() for own in prepared.trained)
+    assert step(prepared, batch, 0.0) != before
 
 
 def test_the_probe_of_a_language_model_is_its_untied_output_projection() -> None:

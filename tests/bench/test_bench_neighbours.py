@@ -342,7 +342,8 @@ def test_neighbours_are_in_the_tables() -> None:
 
     names = {method.name for method in neighbours.METHODS}
     assert names == set(figures.NEIGHBOURS) <= set(methods.STEP_METHODS) & set(methods.QUALITY_METHODS)
-    assert set(methods.STEP_METHODS) <= set(figures.METHODS)
+    assert set(methods.STEP_KNOWN) <= set(figures.METHODS)
+    assert set(methods.KIND_METHODS) == set(figures.KINDS)
     assert {"base", *methods.QUALITY_METHODS} == set(figures.QUALITY_METHODS)
     assert set(methods.QUALITY_DEFAULT) < set(methods.QUALITY_METHODS)
     assert set(methods.METHODS) <= set(plots.LOOKS)

@@ -287,7 +287,10 @@ def test_a_seed_decides_all_that_is_drawn(settings):
     assert job.measure(case, settings, a_run()) == first
 
 
-@pytest.mark.parametrize("method", [name for name in job.QUALITY_METHODS if name not in job.QUALITY_DEFAULT])
+OTHERS = [name for name in job.QUALITY_METHODS if name not in (*job.QUALITY_DEFAULT, *job.KIND_METHODS)]
+
+
+@pytest.mark.parametrize("method", OTHERS)
 def test_methods_that_are_not_measured_by_default(settings, monkeypatch, method):
     """They train, and `spt` looks at the first batches of its own training."""
     pytest.importorskip("peft")

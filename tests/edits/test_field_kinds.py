@@ -23,9 +23,10 @@ from red_kernels.patching.naive import naive_edit
 
 ROTATIONS = ("rotation", "rotation:2", "rotation:4")
 REFLECTIONS = ("reflection", "reflection:1", "reflections", "reflections:16")
+PAIRS = ("reflection_pair", "reflection_pair:2")
 MIXES = (*ROTATIONS, *REFLECTIONS)
 LOW = ("lowrank", "lowrank:2", "direct", "direct:3")
-EVERY = (*MIXES, *LOW, "generated", "generated:5", "ssf")
+EVERY = (*MIXES, *PAIRS, *LOW, "generated", "generated:5", "ssf")
 WIDTH = 64
 _WIDTH = {"llama": "hidden_size", "bert": "hidden_size", "gpt2": "n_embd", "t5": "d_model"}
 
@@ -66,7 +67,7 @@ def by_matrix(kind: str, parts: dict[str, Tensor], h: Tensor, bias: Tensor) -> T
     """The edited rows of `h`, the output of a layer with this bias, by the papers' matrices."""
     family, _, option = kind.partition(":")
     d, eye = h.shape[-1], torch.eye(h.shape[-1], dtype=h.dtype)
-    if family in ("reflection", "reflections"):
+    if family in ("reflection", "reflections", "reflection_pair"):
         width = d // int(option or 4)
         blocks = []
         for at in range(0, d, width):
@@ -78,6 +79,9 @@ def by_matrix(kind: str, parts: dict[str, Tensor], h: Tensor, bias: Tensor) -> T
             one = torch.eye(width, dtype=h.dtype)
             if family == "reflection":  # ETHER: I - 2 u u^T
                 blocks.append(one - 2 * torch.outer(unit("normal"), unit("normal")))
+            elif family == "reflection_pair":
+                inner, outer = (one - 2 * torch.outer(unit(name), unit(name)) for name in ("inner", "outer"))
+                blocks.append(outer @ inner)
             else:  # ETHER+: I - u u^T + v v^T
                 blocks.append(
                     one - torch.outer(unit("away"), unit("away")) + torch.outer(unit("toward"), unit("toward"))
@@ -208,11 +212,12 @@ def test_the_report_says_what_is_fused(kind: str) -> None:
     assert rk.patch(wide("bert"), rk.RedConfig(kind=kind)).sites[0].fused == "residual add + LayerNorm"
 
 
-@pytest.mark.parametrize("kind", LOW)
-def test_what_follows_a_formula_is_fused(kind: str) -> None:
+@pytest.mark.parametrize("kind", [*LOW, *PAIRS])
+def test_what_follows_an_edit_by_itself_is_fused(kind: str) -> None:
     report = rk.patch(wide("llama"), rk.RedConfig(kind=kind))
     assert report.sites[0].fused is None
-    assert report.sites[0].reason.endswith("have no fused kernel; behind it residual add + next layer's RMSNorm")
+    reason = "run by themselves" if kind in PAIRS else "have no fused kernel"
+    assert report.sites[0].reason.endswith(f"{reason}; behind it residual add + next layer's RMSNorm")
 
 
 @pytest.mark.parametrize("kind", EVERY)
@@ -233,7 +238,7 @@ def edit_modules_of(model: nn.Module) -> list[str]:
 
 def test_only_what_needs_a_bias_makes_one() -> None:
     """Rotations and reflections of a layer without a bias leave it without one."""
-    for kind in (*MIXES, *LOW):
+    for kind in (*MIXES, *PAIRS, *LOW):
         model = trained(kind, "llama")
         edited = logits(model, "llama")
         rk.merge(model, loadable=False)
@@ -262,15 +267,15 @@ def test_copied_and_pickled(kind: str) -> None:
     own = next(iter(edit_modules(model).values()))
     assert pickle.loads(pickle.dumps(own.kind)) is own.kind is kind_named(kind)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        # A copy has its first call before it: with reflections the norm's sums may be added in another order then.
-        torch.testing.assert_close(logits(other), logits(model), rtol=1e-5, atol=1e-6)
+        # A copy has its first call before it, which computes the sum and its norm one after the other.
+        assert torch.equal(logits(other), logits(model))
         # A copy has the bias of its own layer.
         with torch.no_grad():
             for site in edit_modules(other):
                 other.get_submodule(site).bias += 1.0
         if kind.startswith(("reflection", "generated")):
             plain = copy.deepcopy(other)
-            torch.testing.assert_close(logits(plain), logits(other), rtol=1e-5, atol=1e-6)
+            assert torch.equal(logits(plain), logits(other))
 
 
 @pytest.mark.parametrize("kind", EVERY)
@@ -295,7 +300,7 @@ def test_rows_of_several_edits(kind: str) -> None:
 
 def test_what_cannot_be_combined_by_weights_says_so() -> None:
     rk.combine_edits(trained("rotation"), {"default": 0.5}, "weak")
-    for kind in ("reflection", "reflections", "lowrank", "direct", "generated"):
+    for kind in ("reflection", "reflections", "reflection_pair", "lowrank", "direct", "generated"):
         with pytest.raises(ValueError, match=f"kind '{kind}', which cannot be combined by weights"):
             rk.combine_edits(trained(kind), {"default": 0.5}, "weak")
 
@@ -477,7 +482,7 @@ def test_widths_that_have_no_such_edit() -> None:
 def test_a_kind_is_told_from_its_tensors(kind: str) -> None:
     """Of rotations and reflections, whose option no shape tells, the default."""
     found = kind_fitting(kind_named(kind).start(WIDTH, torch.float32, "cpu"))
-    told = kind.partition(":")[0] if kind in MIXES else kind
+    told = kind.partition(":")[0] if kind in (*MIXES, *PAIRS) else kind
     assert found is kind_named("all" if kind == "ssf" else told)
 
 

@@ -428,11 +428,65 @@ def test_what_cannot_be() -> None:
         naive_edit(zoo.tiny("llama"), zoo.sites("llama"), "initial")
     with pytest.raises(ValueError, match="cannot be combined by weights"):
         rk.combine_edits(patched(), {"default": 1.0}, "b")
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_as_an_adapter_of_peft(name: str, tmp_path: Path) -> None:
+    """The logits and gradients of `rk.patch`, saved and loaded, beside an adapter of another kind, and taken off."""
     pytest.importorskip("peft")
+    from peft import PeftModel, get_peft_model
+
     from red_kernels.integrations.peft import RedPeftConfig
 
-    with pytest.raises(ValueError, match="kind: edits of kind 'initial' read what the first layer of their stack"):
-        RedPeftConfig(kind="initial")
+    ours, base = patched(name, embeddings=False), zoo.tiny(name)
+    plain = {key for module in base.modules() for key in module.__dict__}
+    model = get_peft_model(base, RedPeftConfig(kind=KIND)).eval()
+    with torch.no_grad():
+        own, others = (rk.edit_parameters(each).values() for each in (model, ours))
+        for mine, theirs in zip(own, others, strict=True):
+            for part, vector in mine.items():
+                vector.copy_(theirs[part])
+    found, expected = model(**zoo.inputs(name)), ours(**zoo.inputs(name))
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-6)
+    found.loss.backward()
+    expected.loss.backward()
+    for mine, theirs in zip(rk.edit_parameters(model).values(), rk.edit_parameters(ours).values(), strict=True):
+        for part, vector in mine.items():
+            torch.testing.assert_close(vector.grad, theirs[part].grad, rtol=1e-4, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(zoo.tiny(name), tmp_path).eval()
+    assert torch.equal(loaded(**zoo.inputs(name)).logits, found.logits)
+    loaded.add_adapter("scaled", RedPeftConfig(kind="scaling"))
+    loaded.add_adapter("more", RedPeftConfig(kind=KIND))
+    assert torch.equal(loaded(**zoo.inputs(name)).logits, found.logits)
+    loaded.set_adapter("more")
+    frozen = zoo.tiny(name)(**zoo.inputs(name)).logits
+    torch.testing.assert_close(loaded(**zoo.inputs(name)).logits, frozen, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="which no layer's weights can stand in for"):
+        loaded.merge_adapter()
+    bare = loaded.unload()
+    torch.testing.assert_close(bare(**zoo.inputs(name)).logits, frozen)
+    assert {key for module in bare.modules() for key in module.__dict__} <= plain | {"training"}
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in bare.modules())
+
+
+def test_what_cannot_be_an_adapter_of_peft() -> None:
+    pytest.importorskip("peft")
+    from peft import get_peft_model
+
+    from red_kernels.integrations.peft import RedPeftConfig
+
+    with pytest.raises(ValueError, match="target_modules: edits of kind 'initial' add what the first layer"):
+        RedPeftConfig(kind="initial", target_modules="all-linear")
+    for name, target, why in (
+        ("llama", "k_proj", "is 16 wide"),
+        ("llama", "lm_head", "in no stack of layers"),
+        ("t5", "EncDecAttention.q", "may be of another sequence"),
+    ):
+        model = zoo.tiny(name)
+        with pytest.raises(ValueError, match=why):
+            get_peft_model(model, RedPeftConfig(kind="initial", target_modules=[target]))
+        assert not any("red_edit" in key for key in model.state_dict())
 
 
 def test_a_first_layer_that_changes_its_input_in_place() -> None:

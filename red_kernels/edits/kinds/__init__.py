@@ -8,7 +8,7 @@ from .kind import Dropout, Edit, Family, Kind, Part, kind_named
 from .ln import LN
 from .lowrank import DIRECT, LOWRANK
 from .mixes import mix_edit
-from .reflection import REFLECTION, REFLECTIONS
+from .reflection import REFLECTION, REFLECTION_PAIR, REFLECTIONS
 from .registry import (
     KINDS,
     PARTS,
@@ -28,6 +28,7 @@ for _name, _family in (
     ("rotation", ROTATION),
     ("reflection", REFLECTION),
     ("reflections", REFLECTIONS),
+    ("reflection_pair", REFLECTION_PAIR),
     ("lowrank", LOWRANK),
     ("direct", DIRECT),
     ("generated", GENERATED),

@@ -64,7 +64,8 @@ class Kind:
             has its part's shape, or that shape behind leading dimensions of `h` where each row has its own edit.
         help: what it computes, for messages and help.
         kernel: the fused kernels that compute it: `"affine"` (in front of an addition and a norm too) or
-            `"affine_layer_norm"`; None where `formula` is all there is.
+            `"affine_layer_norm"`, or `"mix"` (in front of an addition and a norm too) or `"mix_mix"`, one reflection
+            behind another; None where `formula` is all there is.
         operands: what such a kernel takes, made of the vectors: `scale` and `bias`, and for a norm behind them
             `norm_weight` and `norm_bias`. None: the vectors themselves.
         fold: `fold(weight, bias, vectors)`: a linear layer's weight `(width, n)` and bias with the edit merged into
@@ -75,7 +76,7 @@ class Kind:
             can be in one batch.
         identity: whether it is the identity as it starts; None: as `neutral` says.
         combines: whether edits can be combined by weights, part by part; None: as `neutral` says.
-        blocks: of the kernel "mix", as :class:`red_kernels.backends.arguments.Mix` has it.
+        blocks: of the kernels of mixes, as :class:`red_kernels.backends.arguments.Mix` has it.
         context: what the formula takes besides the parts, in the same mapping: `"linear_bias"`, the bias of the site's
             linear layer (None where it has none), and `"initial"`, what the stack's first layer was given.
         requires: what of the context there has to be.

@@ -55,4 +55,11 @@ def mix_edit(
     return Edit(_kind(blocks), {"first": first, "second": second, "bias": bias}, ids, dropout)
 
 
+def after_another(h: Tensor, vectors: Vectors, blocks: int) -> Tensor:
+    """Two reflections of each block: `b` behind `a = h - inner (inner . h)` is `a - outer (outer . a) + bias`."""
+    once = formula(h, {"first": vectors.get("inner")}, blocks)
+    return formula(once, {"first": vectors.get("outer"), "bias": vectors.get("bias")}, blocks)
+
+
+FORMULAS["mix_mix"] = lambda kind: partial(after_another, blocks=kind.blocks)
 FORMULAS["mix"] = lambda kind: partial(formula, blocks=kind.blocks)

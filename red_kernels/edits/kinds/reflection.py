@@ -1,15 +1,19 @@
-"""ETHER and ETHER+: blocks of columns are reflected at a hyperplane, or along two of them (arXiv 2405.20271)."""
+"""ETHER and ETHER+: blocks of columns are reflected at a hyperplane, or along two of them (arXiv 2405.20271).
+
+A pair of reflections turns each block in the plane of its two vectors, and starts with both alike: as the identity.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from . import mixes
-from .kind import Family, Folded, Kind, Part, Vectors
+from .kind import Family, Folded, Formula, Kind, Part, Vectors
 
 BLOCKS = 4  # the authors' choice in most of their runs
 
@@ -28,7 +32,7 @@ def once(vectors: Vectors, blocks: int) -> Vectors:
     """`h - 2 n (n . h)` with the unit vector `n` of `normal`, of what the linear layer gives without its bias."""
     normal = vectors.get("normal")
     assert normal is not None
-    return _behind({"first": units(normal, blocks, math.sqrt(2.0))}, vectors.get("linear_bias"), blocks)
+    return _behind({"first": units(normal, blocks, math.sqrt(2.0))}, vectors.get("linear_bias"), mixes.formula, blocks)
 
 
 def twice(vectors: Vectors, blocks: int) -> Vectors:
@@ -37,28 +41,45 @@ def twice(vectors: Vectors, blocks: int) -> Vectors:
     assert away is not None
     assert toward is not None
     made = {"first": units(away, blocks), "second": units(toward, blocks)}
-    return _behind(made, vectors.get("linear_bias"), blocks)
+    return _behind(made, vectors.get("linear_bias"), mixes.formula, blocks)
 
 
-def _behind(made: dict[str, Tensor], bias: Tensor | None, blocks: int) -> Vectors:
+def paired(vectors: Vectors, blocks: int) -> Vectors:
+    """One reflection behind another, with the unit vectors of `inner` and of `outer`."""
+    inner, outer = vectors.get("inner"), vectors.get("outer")
+    assert inner is not None
+    assert outer is not None
+    length = math.sqrt(2.0)
+    made = {"inner": units(inner, blocks, length), "outer": units(outer, blocks, length)}
+    return _behind(made, vectors.get("linear_bias"), mixes.after_another, blocks)
+
+
+def _behind(made: dict[str, Tensor], bias: Tensor | None, formula: Callable[..., Tensor], blocks: int) -> Vectors:
     """The operands for an output that holds the bias already: `edit(h - b) + b = edit(h) + (b - edit(b))`."""
     if bias is None:
         return made
-    bias = bias.to(made["first"].dtype)
-    return {**made, "bias": bias - mixes.formula(bias, made, blocks)}
+    bias = bias.to(next(iter(made.values())).dtype)
+    return {**made, "bias": bias - formula(bias, made, blocks)}
 
 
-def fold(weight: Tensor, bias: Tensor | None, vectors: Vectors, make: partial[Vectors], blocks: int) -> Folded:
+def fold(weight: Tensor, bias: Tensor | None, vectors: Vectors, formula: Formula) -> Folded:
     """Each column of the weight reflected; the bias comes behind the reflection and stays."""
-    made = make({**vectors, "linear_bias": None})
-    return mixes.formula(weight.t(), made, blocks).t(), bias
+    return formula(weight.t(), {**vectors, "linear_bias": None}).t(), bias
 
 
 def _kind(
-    name: str, parts: tuple[Part, ...], operands: partial[Vectors], blocks: int, help: str, identity: bool
+    name: str,
+    parts: tuple[Part, ...],
+    operands: partial[Vectors],
+    blocks: int,
+    help: str,
+    identity: bool,
+    kernel: str = "mix",
 ) -> Kind:
+    of_operands = mixes.formula if kernel == "mix" else mixes.after_another
+
     def formula(h: Tensor, vectors: Vectors) -> Tensor:
-        return mixes.formula(h, operands(vectors), blocks)
+        return of_operands(h, operands(vectors), blocks)
 
     def fits(width: int) -> str | None:
         return f"needs a multiple of {blocks}, its number of blocks" if width % blocks else None
@@ -68,9 +89,9 @@ def _kind(
         parts,
         formula,
         help,
-        kernel="mix",
+        kernel=kernel,
         operands=operands,
-        fold=partial(fold, make=operands, blocks=blocks),
+        fold=partial(fold, formula=formula),
         identity=identity,
         combines=False,
         blocks=blocks,
@@ -94,5 +115,13 @@ def reflections(blocks: int) -> Kind:
     return _kind("reflections", parts, partial(twice, blocks=blocks), blocks, what, True)
 
 
+def pair(blocks: int) -> Kind:
+    """Two reflections of each block, of which the second undoes the first at the start."""
+    parts = (Part("inner", draw=nn.init.normal_), Part("outer", like="inner"))
+    what = "H_m H_n h with H_n h = h - 2 n (n . h) in each block of columns, m = n at the start (a pair of ETHER's)"
+    return _kind("reflection_pair", parts, partial(paired, blocks=blocks), blocks, what, True, "mix_mix")
+
+
 REFLECTION = Family(reflection, BLOCKS, "the number of blocks")
 REFLECTIONS = Family(reflections, BLOCKS, "the number of blocks")
+REFLECTION_PAIR = Family(pair, BLOCKS, "the number of blocks")

@@ -21,6 +21,7 @@ KERNELS = {
     "affine": ("scale", "bias"),
     "affine_layer_norm": ("scale", "bias", "norm_weight", "norm_bias"),
     "mix": ("first", "second", "bias"),
+    "mix_mix": ("inner", "outer", "bias"),
 }
 
 

@@ -88,10 +88,10 @@ class RedPeftConfig(PeftConfig):
                 f"kind: edits of kind {self.kind!r} are of the input of modules, and sites share their vectors; an "
                 "adapter of PEFT edits outputs, each by vectors of its own: use rk.patch"
             )
-        if "initial" in config.edit_kind.context:
+        if "initial" in config.edit_kind.context and self.target_modules == "all-linear":
             raise ValueError(
-                f"kind: edits of kind {self.kind!r} read what the first layer of their stack is given, which an "
-                "adapter of PEFT is not told; use rk.patch"
+                f"target_modules: edits of kind {self.kind!r} add what the first layer of their stack is given to the "
+                "output of a module, so all of these need that width; name such modules, or leave it to `position`"
             )
         if self.target_modules is None and set(config.places) & set(ON_INPUT):
             raise ValueError(

@@ -13,16 +13,19 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ...edits.config import RedConfig
 from ...edits.find import wrapper_of
-from ...edits.module import RedEdit
+from ...edits.module import SITE, RedEdit
 from ...edits.named import use_edits
 from ...edits.selection import DEFAULT, Selection
+from ...edits.stream import STREAM, Stream, close_stream, open_stream
 from ...merging.fold import biasless_kinds
 from ...merging.merge import make_place, places_for_biases
 from ...patching.classes import unpatch_module
 from ...patching.patch import fuse
 from ...patching.plan import plan_edited
 from ...patching.sites import bias_flags, known_sites
+from ...patching.streams import PlannedStream, plan_streams
 from ...support.text import listed
 from . import combining
 from .config import RedPeftConfig
@@ -52,6 +55,7 @@ class RedModel(BaseTuner):
         inside: list[str] = []
         shared = None
         parents: dict[str, nn.Module] = {}
+        found_sites: list[str] = []
         for name, module in model.named_modules():
             parents[name] = module
             wrapper = wrapper_of(module)
@@ -67,10 +71,13 @@ class RedModel(BaseTuner):
             if isinstance(module, RedLayer):
                 inside.append(f"{name}.")
                 shared = module.red_edit.selection
-            elif name and peft_config.target_modules != "all-linear":
+            if name and peft_config.target_modules != "all-linear":
                 found = self._check_target_module_exists(peft_config, name)
                 if found and not isinstance(found, _ExcludedModule):
-                    _check_target(module, name, parents[name.rpartition(".")[0]])
+                    if not isinstance(module, RedLayer):
+                        _check_target(module, name, parents[name.rpartition(".")[0]])
+                    found_sites.append(name)
+        self.__dict__["_streams"] = _streams(model, found_sites, peft_config.as_red_config())
         self.__dict__["_selection"] = Selection() if shared is None else shared
 
     def _create_and_replace(
@@ -106,6 +113,13 @@ class RedModel(BaseTuner):
         """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._note_sharing()
+        for planned in self.__dict__.pop("_streams", ()):
+            stream = planned.layers[0].__dict__.get(STREAM)
+            if stream is None:
+                stream = Stream(planned.name)
+                open_stream(stream, planned.owner, planned.layers)
+            for site in planned.sites:
+                model.get_submodule(site).red_edit.__dict__.update({STREAM: stream, SITE: site})
         fuse(plan_edited(model))
 
     def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
@@ -194,6 +208,7 @@ class RedModel(BaseTuner):
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for module in model.modules():
             unpatch_module(module)
+            close_stream(module)
         _place_biases(model, [name for name in without if getattr(model.get_submodule(name), "bias", None) is not None])
         return model
 
@@ -305,6 +320,14 @@ def _check_target(target: nn.Module, name: str, parent: nn.Module) -> None:
             f"target_modules: {name!r} is inside of a {type(parent).__name__}, which takes its weights without calling "
             "it, so that the edit would never be applied"
         )
+
+
+def _streams(model: nn.Module, sites: list[str], config: RedConfig) -> list[PlannedStream]:
+    """The stacks whose first input these sites read, if their kind reads it. Raises ValueError as `plan_streams`."""
+    if "initial" not in config.edit_kind.context:
+        return []
+    # As of values, which attention takes from another sequence where its name says so.
+    return plan_streams(model, [(site, "value", width_of(model.get_submodule(site)) or 0) for site in sites], config)
 
 
 def _targets(model: nn.Module, config: RedPeftConfig) -> set[str]:
