@@ -44,6 +44,7 @@ template <class T>
 struct Edited : Added<T> {
   using Element = T;
   static constexpr bool kKeepsZ = false;  // whether z always is
+  static constexpr bool kWhole = false;   // whether rows consist of whole units
   const T* x;
   const float *scale, *bias;
 
@@ -95,6 +96,7 @@ void edit_forward(const EditForward& p, int64_t begin, int64_t end, float* scrat
 template <class T, bool Stream>
 struct EditGradient {
   using Element = T;
+  static constexpr bool kWhole = false;
   const T* x;
   const float *scale, *factor;
   T* dx;

@@ -39,7 +39,7 @@ RED_INLINE void norm_forward_of_rows(Flag stream, const P& p, int64_t begin, int
     p.rstd[i] = s.rstd;
     const int64_t next = i + 1 < end ? i + 1 : i;
     const T *next_x = row<T>(p.x, next), *next_residual = row<T>(p.residual, next, next_x);
-    sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
+    sweep<Formula::kWhole>(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
       // This pass reads nothing from memory, so the next row can come in meanwhile.
       prefetch(next_x + j);
       prefetch(next_residual + j);
@@ -80,7 +80,7 @@ RED_INLINE void norm_backward_of_rows(Flag stream, const P& p, const Chunk& chun
     Projection projection;
     const auto first = [&](auto has_residual, auto norm_sums) __attribute__((always_inline)) {
       Projection found;
-      sweep_sums<Projection::kParts>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
+      sweep_sums<Projection::kParts, Gradient::kWhole>(d, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
         prepare(stream, first_out + j);
         prepare(stream, second_out + j);
         V value;

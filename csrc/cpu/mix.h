@@ -21,8 +21,8 @@ class Dots {
  public:
   // body(at, j, add) calls add(n, v) with what the n-th dot gets at columns j.
   template <class Body>
-  RED_INLINE Dots(int64_t width, const Body& body) {
-    const int64_t whole = width / L * L;
+  RED_INLINE Dots(int64_t columns, const Body& body) {
+    const int64_t width = unknown(columns), whole = width / L * L;
     int64_t j = 0;
     while (j < whole) {
       V few[Count] = {};
@@ -60,6 +60,7 @@ template <class T, int Reflections>
 struct Mixed : Added<T> {
   using Element = T;
   static constexpr bool kKeepsZ = true;
+  static constexpr bool kWhole = Reflections == 0;
   const T* x;
   const float *first, *second, *bias;
   int64_t width;                                  // of a block
@@ -115,7 +116,7 @@ struct Mixed : Added<T> {
   RED_INLINE void sweep_values(int64_t d, const Body& body) {
     for (int64_t from = 0; from < d; from += width) {
       if (from > 0) start(from);
-      sweep_sums<Parts>(width, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
+      sweep_sums<Parts, kWhole>(width, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
         body(at, from + j, k,
              [&](auto has_residual) __attribute__((always_inline)) { return value(at, from + j, has_residual); });
       });
@@ -144,7 +145,7 @@ void mix_forward_rows(const MixForward& p, int64_t begin, int64_t end, float* sc
     const auto pass = [&](auto has_residual, bool) __attribute__((always_inline)) {
       for (int64_t from = 0; from < d; from += mixed.width) {
         mixed.template start<true>(from);
-        sweep(mixed.width, [&](auto at, int64_t j) __attribute__((always_inline)) {
+        sweep<mixed.kWhole>(mixed.width, [&](auto at, int64_t j) __attribute__((always_inline)) {
           at.store(stream, z + from + j, mixed.value(at, from + j, has_residual));
         });
       }
@@ -166,6 +167,7 @@ void mix_forward(const MixForward& p, int64_t begin, int64_t end, float* scratch
 template <class T, bool Hold, int Reflections>
 struct MixGradient {
   using Element = T;
+  static constexpr bool kWhole = Reflections == 0;
   const T *x, *next_x = nullptr;  // the latter is fetched meanwhile, without `Hold`
   const float *first, *second, *factor;
   T* dx;

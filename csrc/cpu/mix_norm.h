@@ -7,16 +7,24 @@
 namespace red {
 namespace RED_ISA {
 
+template <class T, bool Centered, int Reflections>
+void mix_norm_forward_rows(const MixNormForward& p, int64_t begin, int64_t end, float* scratch) {
+  norm_forward_of_rows<Mixed<T, Reflections>, Centered>(p.stream, p, begin, end, scratch);
+}
+
 template <class T, bool Centered>
 void mix_norm_forward(const MixNormForward& p, int64_t begin, int64_t end, float* scratch) {
-  by_reflections(p, [&](auto n) { norm_forward_of_rows<Mixed<T, n()>, Centered>(p.stream, p, begin, end, scratch); });
+  by_reflections(p, [&](auto n) { mix_norm_forward_rows<T, Centered, n()>(p, begin, end, scratch); });
+}
+
+template <class T, bool Centered, int Reflections>
+void mix_norm_backward_rows(const MixNormBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
+  norm_backward_of_rows<MixGradient<T, true, Reflections>, Centered, true>(p.stream, p, chunk, sums, scratch);
 }
 
 template <class T, bool Centered>
 void mix_norm_backward(const MixNormBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
-  by_reflections(p, [&](auto n) {
-    norm_backward_of_rows<MixGradient<T, true, n()>, Centered, true>(p.stream, p, chunk, sums, scratch);
-  });
+  by_reflections(p, [&](auto n) { mix_norm_backward_rows<T, Centered, n()>(p, chunk, sums, scratch); });
 }
 
 }  // namespace RED_ISA

@@ -111,17 +111,26 @@ struct Sum {
   }
 };
 
-// body(at, j) for the columns j of a row: `at` loads and stores a whole unit or the tail.
-template <class Body>
-RED_INLINE void sweep(int64_t d, const Body& body) {
+// The same number, of which the compiler knows nothing: from one sweep it concludes whether the next has whole units, and
+// makes code of its own for rows that have none.
+RED_INLINE int64_t unknown(int64_t d) {
+  asm("" : "+r"(d));
+  return d;
+}
+
+// body(at, j) for the columns j of a row: `at` loads and stores a whole unit or the tail. With `Whole` there is no tail.
+template <bool Whole = false, class Body>
+RED_INLINE void sweep(int64_t columns, const Body& body) {
+  const int64_t d = unknown(columns);
   int64_t j = 0;
   for (; j + L <= d; j += L) body(Full{}, j);
-  if (j < d) body(Part{static_cast<int>(d - j)}, j);
+  if (!Whole && j < d) body(Part{static_cast<int>(d - j)}, j);
 }
 
 // The same for a body that adds up along the row: body(at, j, k), where k says which part of a Sum takes the unit.
-template <int Parts, class Body>
-RED_INLINE void sweep_sums(int64_t d, const Body& body) {
+template <int Parts, bool Whole = false, class Body>
+RED_INLINE void sweep_sums(int64_t columns, const Body& body) {
+  const int64_t d = unknown(columns);
   int64_t j = 0;
   if constexpr (Parts == 2) {
     for (; j + 2 * L <= d; j += 2 * L) {
@@ -135,7 +144,7 @@ RED_INLINE void sweep_sums(int64_t d, const Body& body) {
   } else {
     for (; j + L <= d; j += L) body(Full{}, j, 0);
   }
-  if (j < d) body(Part{static_cast<int>(d - j)}, j, 0);
+  if (!Whole && j < d) body(Part{static_cast<int>(d - j)}, j, 0);
 }
 
 template <class At>

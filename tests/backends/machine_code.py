@@ -180,7 +180,7 @@ class Function:
         stack = re.compile(f"{own.stack}|{own.frame}" if framed else own.stack)
         return [
             Loop(own, stack, tuple(self.instructions[k] for k in sorted(nodes)))
-            for nodes in sorted(_innermost(self._after()), key=min)
+            for nodes in sorted(_innermost(_reached(self._after())), key=min)
         ]
 
     def _after(self) -> dict[int, list[int]]:
@@ -273,6 +273,16 @@ def faults(found: Iterable[Function], check: Callable[[Loop], Iterable[str]]) ->
         if loop.computes()
         for fault in check(loop)
     ]
+
+
+def _reached(after: dict[int, list[int]]) -> dict[int, list[int]]:
+    """The part of a graph that its first node leads to: what fills up to the next line is run by nobody."""
+    found, left = {0}, [0]
+    while left:
+        fresh = [t for t in after[left.pop()] if t not in found]
+        found.update(fresh)
+        left += fresh
+    return {node: after[node] for node in sorted(found)}
 
 
 def _innermost(after: dict[int, list[int]]) -> list[set[int]]:

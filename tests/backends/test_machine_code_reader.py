@@ -156,6 +156,24 @@ def test_a_part_of_a_loop_that_lies_elsewhere() -> None:
     assert len(found.instructions) == 9
 
 
+def test_what_fills_up_to_the_next_line_enters_no_loop() -> None:
+    text = """\
+0000000000000000 <red::avx2::rows()>:
+   0:\txor    %eax,%eax
+   2:\tjmp    10 <red::avx2::rows()+0x10>
+   4:\tnopw   0x0(%rsp)
+   a:\tvaddps (%rdi),%ymm1,%ymm0
+  10:\tvmulps (%rdi),%ymm1,%ymm0
+  16:\tjne    a <red::avx2::rows()+0xa>
+  18:\tjl     10 <red::avx2::rows()+0x10>
+  1a:\tvmovaps %ymm0,0x20(%rsp)
+  20:\tjne    0 <red::avx2::rows()>
+  22:\tret
+"""
+    (found,) = functions(text, "x86_64")[0].loops()
+    assert [instruction.address for instruction in found.instructions] == [0xA, 0x10, 0x16, 0x18]
+
+
 def test_loops_side_by_side() -> None:
     again = (
         "  3c:\tfadd\tv0.4s, v0.4s, v1.4s\n  40:\tcbz\tx7, 3c <void red::neon::rows<float>(long)+0x3c>\n  44:\tret\n"
