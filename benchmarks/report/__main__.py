@@ -1,6 +1,6 @@
-"""Writes the figures of README.md and docs/performance.md from the files of results: `python -m benchmarks.report`.
+"""Writes the figures of README.md, docs/performance.md and docs/kinds.md from the files of results.
 
-`--check` writes nothing and fails where the two disagree with the files.
+`python -m benchmarks.report`, or `make report`. `--check` writes nothing and fails where they disagree with the files.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from red_kernels.support.files import write_files
 
 from .documents import BEGIN, END, performance, put_block, readme_block
+from .kinds import kinds_block
 from .results import load
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -31,7 +32,12 @@ def documents(results: Path, root: Path) -> dict[Path, tuple[str, str]]:
     text = readme.read_text(encoding="utf-8")
     found = {page: (page.read_text(encoding="utf-8") if page.is_file() else "", performance(devices, page.parent))}
     if devices or BEGIN in text or END in text:
-        found[readme] = (text, put_block(text, readme_block(devices)))
+        found[readme] = (text, put_block(text, readme_block(devices), readme.name))
+    kinds = root / "docs" / "kinds.md"
+    if kinds.is_file():
+        text = kinds.read_text(encoding="utf-8")
+        if BEGIN in text:
+            found[kinds] = (text, put_block(text, kinds_block(results), kinds.name))
     return found
 
 

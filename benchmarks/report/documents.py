@@ -86,8 +86,8 @@ def _filled(paragraph: str) -> str:
     return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
 
 
-def put_block(text: str, block: str) -> str:
-    """A README with the block between its marks.
+def put_block(text: str, block: str, name: str = "README.md") -> str:
+    """A page with the block between its marks; ``name`` is for the message.
 
     Raises ValueError where it has not exactly one of each mark, each on a line of its own, in order.
     """
@@ -96,7 +96,7 @@ def put_block(text: str, block: str) -> str:
     counts = [len(found) for found in places]
     if counts != [1, 1] or places[0][0] > places[1][0]:
         raise ValueError(
-            f"README.md has {counts[0]} lines {BEGIN!r} and {counts[1]} lines {END!r}, expected one of each, in order"
+            f"{name} has {counts[0]} lines {BEGIN!r} and {counts[1]} lines {END!r}, expected one of each, in order"
         )
     begin, end = places[0][0], places[1][0]
     return "\n".join([*lines[: begin + 1], *block.split("\n"), *lines[end:]])

@@ -11,8 +11,8 @@ import made_results as made
 import pytest
 
 from benchmarks.report import __main__ as report
+from benchmarks.report import kinds, tables
 from benchmarks.report import losses as against
-from benchmarks.report import tables
 from benchmarks.report.documents import BEGIN, END, NOTHING, performance, put_block, readme_block
 from benchmarks.report.figures import (
     Spread,
@@ -251,6 +251,35 @@ def test_writes_and_checks(root, capsys):
     path = root / "benchmarks/results/a-cpu/step.json"
     path.write_text(path.read_text().replace("1.6,", "1.7,"))
     assert report.main(["--root", str(root), "--check"]) == 1
+
+
+def test_the_page_of_kinds(root, capsys):
+    page = root / "docs/kinds.md"
+    page.write_text(f"# Kinds\n{BEGIN}\n{END}\nmore\n")
+    assert report.main(["--root", str(root)]) == 0
+    assert kinds.NOTHING in page.read_text()
+    steps = made.steps()
+    for case in steps["cases"]:
+        for values in (case["seconds"], case["peak_bytes"], case["trainable"]):
+            values["rotation"] = values["red"]
+        case.pop("over_floor", None)
+    folder = root / "benchmarks/results/kinds/a-cpu"
+    made.write(folder, {**made.everything(), "step": steps})
+    over = {"all": 1.0, "rotation": 1.04, "copy": 0.5}
+    mixes = [{"pass": "forward", "rows": 8, "width": 64, "dtype": "fp32", "blocks": 4, "over_all": over}]
+    (folder / "mixes.json").write_text(json.dumps({"results": mixes}))
+    assert report.main(["--root", str(root), "--check"]) == 1
+    assert report.main(["--root", str(root)]) == 0
+    assert report.main(["--root", str(root), "--check"]) == 0
+    lines = page.read_text().splitlines()
+    assert lines[-1] == "more"
+    (red,) = (line for line in lines if line.startswith("| `red` |"))
+    (rotation,) = (line for line in lines if line.startswith("| `rotation` |"))
+    assert red.split("|")[2:-3] == rotation.split("|")[2:-3]
+    assert "78.20" in red
+    assert rotation.endswith("| – | – |")
+    assert "| rotation | 1.040 |" in lines
+    assert "| copy | 0.50 |" in lines
 
 
 def test_every_table_has_its_columns(root):

@@ -26,6 +26,11 @@ def factors(size: int, count: int) -> tuple[int, ...]:
     return (first, *factors(size // first, count - 1))
 
 
+def _falling(size: int) -> tuple[int, ...]:
+    """Three factors with the greatest first: at an end of a train, where its core is smallest."""
+    return factors(size, 3)[::-1]
+
+
 class TensorTrain(nn.Module):
     """A matrix of shape `(rows, columns)` as a train of cores.
 
@@ -67,7 +72,7 @@ class Reparametrised(nn.Module):
         super().__init__()
         self.scale = scale
         self.first = TensorTrain((rank,), factors(into, 3), train_rank, zero=False, device=device)
-        self.second = TensorTrain(factors(out, 3), (rank,), train_rank, zero=True, device=device)
+        self.second = TensorTrain(_falling(out), (rank,), train_rank, zero=True, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
@@ -79,10 +84,10 @@ class TrainAdapter(nn.Module):
 
     def __init__(self, width: int, bottleneck: int, train_rank: int, device: torch.device) -> None:
         super().__init__()
-        narrow, wide = factors(bottleneck, 2), factors(width, 3)
-        self.down = TensorTrain(narrow, wide, train_rank, zero=False, device=device)
+        narrow = factors(bottleneck, 2)
+        self.down = TensorTrain(narrow, factors(width, 3), train_rank, zero=False, device=device)
         self.down_bias = nn.Parameter(torch.zeros(bottleneck, device=device))
-        self.up = TensorTrain(wide, narrow, train_rank, zero=True, device=device)
+        self.up = TensorTrain(_falling(width), narrow, train_rank, zero=True, device=device)
         self.up_bias = nn.Parameter(torch.zeros(width, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
