@@ -55,9 +55,9 @@ def edit_parameters(model: nn.Module, name: str | None = None) -> dict[str, dict
     for site, own in edit_modules(model).items():
         wanted = (own.selection.chosen or DEFAULT) if name is None else name
         names.update(dict.fromkeys(own.names))
-        if own.has(wanted) and id(own.root) not in seen:
-            seen.add(id(own.root))
-            holder = own.holder(wanted)
+        holder = own.holder(wanted) if own.has(wanted) else None
+        if holder is not None and id(holder) not in seen:
+            seen.add(id(holder))
             held = ((part, holder._parameters.get(part)) for part in holder.parts)
             found[site] = {part: vector for part, vector in held if vector is not None}
     if not found:

@@ -50,17 +50,17 @@ class ChosenSite:
     on_input: bool = False
 
 
-def known_sites(model: nn.Module, config: RedConfig) -> dict[str, str]:
+def known_sites(model: nn.Module, config: RedConfig) -> dict[str, ChosenSite]:
     """The sites that a position edits, edited already or not, in the model's order.
 
     Returns:
-        The name of each, and that of the norm in it by which its output ends; empty where there is none.
+        Each by its name.
 
     Raises:
         ValueError: as `make_plan`, of the layers.
     """
     return {
-        f"{block.name}.{site.path}" if site.path else block.name: site.norm
+        f"{block.name}.{site.path}" if site.path else block.name: site
         for block, sites in chosen(model, config, [])
         for site in sites
     }

@@ -278,11 +278,71 @@ def test_what_has_no_input_to_edit() -> None:
             rk.patch(zoo.tiny(name), rk.RedConfig(kind="gift", position=position))
     with pytest.raises(ValueError, match=r"has outputs of width 48, and an edit of kind 'gift:64' needs at least 64"):
         rk.patch(zoo.tiny("llama"), rk.RedConfig(kind="gift:64"))
+
+
+@pytest.mark.parametrize(("name", "position"), POSITIONS)
+def test_as_an_adapter_of_peft(name: str, position: str, tmp_path: Path) -> None:
+    """The logits and gradients of `rk.patch`; shared vectors stay shared, saved and loaded; merged."""
     pytest.importorskip("peft")
+    from peft import PeftModel, get_peft_model
+
     from red_kernels.integrations.peft import RedPeftConfig
 
-    with pytest.raises(ValueError, match="kind: edits of kind 'gift' are of the input of modules, and sites share"):
-        RedPeftConfig(kind="gift")
+    ours = patched(name, position)
+    model = get_peft_model(zoo.tiny(name), RedPeftConfig(position=position, kind=KIND)).eval()
+    theirs = rk.edit_parameters(model)
+    assert len(theirs) == len(rk.edit_parameters(ours))
+    assert len(shared(model)) == len(shared(ours))
+    widths = {own.width for own in edit_modules(ours).values()}
+    assert len(shared(model)) == 2 * len(widths)
+    copied(ours, model)
+    found, expected = model(**zoo.inputs(name)), ours(**zoo.inputs(name))
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-6)
+    found.loss.backward()
+    expected.loss.backward()
+    for mine, their in zip(rk.edit_parameters(ours).values(), theirs.values(), strict=True):
+        for part, vector in mine.items():
+            torch.testing.assert_close(their[part].grad, vector.grad, rtol=1e-4, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(zoo.tiny(name), tmp_path, is_trainable=True).eval()
+    assert torch.equal(logits(loaded, name), found.logits)
+    assert len(shared(loaded)) == 2 * len(widths)
+    loaded.merge_adapter()
+    torch.testing.assert_close(logits(loaded, name), found.logits, rtol=1e-4, atol=1e-5)
+    loaded.unmerge_adapter()
+    assert torch.equal(logits(loaded, name), found.logits)
+    loaded.add_adapter("b", RedPeftConfig(position=position, kind=KIND))
+    loaded.set_adapter("b")
+    torch.testing.assert_close(logits(loaded, name), logits(zoo.tiny(name), name), rtol=1e-5, atol=1e-6)
+    assert len(shared(loaded)) == 2 * len(widths)
+    with loaded.disable_adapter():
+        torch.testing.assert_close(logits(loaded, name), logits(zoo.tiny(name), name))
+    loaded.delete_adapter("b")
+    loaded.set_adapter("default")
+    bare = loaded.merge_and_unload()
+    torch.testing.assert_close(logits(bare, name), found.logits, rtol=1e-4, atol=1e-5)
+
+
+def copied(ours: nn.Module, model: nn.Module) -> None:
+    with torch.no_grad():
+        for mine, theirs in zip(rk.edit_parameters(ours).values(), rk.edit_parameters(model).values(), strict=True):
+            for part, vector in mine.items():
+                theirs[part].copy_(vector)
+
+
+def test_adapters_of_an_input_and_of_an_output() -> None:
+    pytest.importorskip("peft")
+    from peft import get_peft_model
+
+    from red_kernels.integrations.peft import RedPeftConfig
+
+    model = get_peft_model(zoo.tiny("llama"), RedPeftConfig(kind=KIND))
+    before = set(model.state_dict())
+    with pytest.raises(ValueError, match=r"this adapter edits the output of .*down_proj', and another one its input"):
+        model.add_adapter("b", RedPeftConfig(kind="all"))
+    assert set(model.state_dict()) == before
+    with pytest.raises(ValueError, match=r"feedforward_modules: 'model.norm' is a .*RMSNorm, and the edited input"):
+        get_peft_model(zoo.tiny("llama"), RedPeftConfig(kind=KIND, target_modules=["model.norm"]))
 
 
 def test_the_option() -> None:

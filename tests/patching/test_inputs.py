@@ -318,13 +318,50 @@ def test_where_there_is_no_such_place() -> None:
         rk.patch(zoo.tiny("mixtral"), rk.RedConfig(position="ia3"))
     with pytest.raises(ValueError, match="kind 'generated' is of a module's output, and not of its input"):
         rk.patch(zoo.tiny("bert"), rk.RedConfig(position="ia3", kind="generated"))
-    pytest.importorskip("peft")
+
+
+@pytest.mark.parametrize("kind", ["scaling", "lowrank:2"])
+@pytest.mark.parametrize("name", IA3)
+def test_ia3_as_an_adapter(name: str, kind: str, tmp_path: Path) -> None:
+    """The logits and gradients of `rk.patch`; saved, loaded, merged, one for each row."""
+    peft = pytest.importorskip("peft")
     from red_kernels.integrations.peft import RedPeftConfig
 
-    with pytest.raises(
-        ValueError, match="position: 'ia3' edits the input of modules, and an adapter of PEFT edits out"
-    ):
-        RedPeftConfig(position="ia3")
+    ours = patched(name, kind=kind)
+    model = peft.get_peft_model(zoo.tiny(name), RedPeftConfig(position="ia3", kind=kind)).eval()
+    inputs = {site.removeprefix("base_model.model.") for site, own in edit_modules(model).items() if own.on_input}
+    assert inputs == {site for site, own in edit_modules(ours).items() if own.on_input} != set()
+    with torch.no_grad():
+        for mine, theirs in zip(rk.edit_parameters(ours).values(), rk.edit_parameters(model).values(), strict=True):
+            for part, vector in mine.items():
+                theirs[part].copy_(vector)
+    edited = logits(ours, name)
+    torch.testing.assert_close(logits(model, name), edited, rtol=1e-5, atol=1e-6)
+    for found, expected in zip(gradients(model, name).values(), gradients(ours, name).values(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(zoo.tiny(name), tmp_path).eval()
+    assert torch.equal(logits(loaded, name), logits(model, name))
+    loaded.add_adapter("b", RedPeftConfig(position="ia3", kind=kind))
+    batch = {key: value[:2] for key, value in zoo.inputs(name).items()}
+    both = loaded(**batch, adapter_names=["default", "__base__"]).logits
+    torch.testing.assert_close(both[0], logits(loaded, name)[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(both[1], logits(zoo.tiny(name), name)[1], rtol=1e-5, atol=1e-6)
+    bare = loaded.merge_and_unload()
+    torch.testing.assert_close(logits(bare, name), edited, rtol=1e-4, atol=1e-5)
+
+
+def test_what_inputs_an_adapter_refuses() -> None:
+    peft = pytest.importorskip("peft")
+    from red_kernels.integrations.peft import RedPeftConfig
+
+    with pytest.raises(ValueError, match="feedforward_modules: got it without target_modules"):
+        RedPeftConfig(feedforward_modules=["down_proj"])
+    for names in (["down_proj"], r".*down_proj"):
+        config = RedPeftConfig(target_modules=["v_proj", "down_proj"], feedforward_modules=names, kind="scaling")
+        model = peft.get_peft_model(zoo.tiny("llama"), config)
+        sides = {site.rpartition(".")[2]: own.on_input for site, own in edit_modules(model).items()}
+        assert sides == {"v_proj": False, "down_proj": True}
 
 
 def test_values_as_an_adapter_of_peft() -> None:

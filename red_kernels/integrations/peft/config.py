@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,6 @@ from peft import PeftConfig
 
 from ...edits.config import DTYPES, RedConfig
 from ...edits.kinds import KINDS
-from ...models import ON_INPUT
 
 __all__ = ["RedPeftConfig", "RedPeftType"]
 
@@ -31,10 +31,11 @@ class RedPeftConfig(PeftConfig):
         target_modules: names of the modules whose output is edited, as in PEFT: a list of names or of their ends, a
             regular expression, or `"all-linear"`. None for those that `position` stands for.
         exclude_modules: names of modules to leave alone, by the same rules.
-        position: as in `rk.RedConfig`, but for `"ia3"`, which edits the input of modules; used
-            where `target_modules` is None, for models of the known families. PEFT wraps the modules that it edits, so
+        feedforward_modules: those of `target_modules` whose input is edited and not their output, by the same rules, as
+            in PEFT's `IA3Config`: linear layers. Kinds that edit inputs (`"gift"`) do so at all targets.
+        position: as in `rk.RedConfig`; used where `target_modules` is None. PEFT wraps the modules that it edits, so
             the two of the residual stream are to be had only where that ends in a norm.
-        kind: `"all"`, `"scaling"`, `"bias"` or `"ln"`, as in `rk.RedConfig`.
+        kind: as in `rk.RedConfig`: `"all"`, `"scaling"`, `"bias"`, `"ln"`, `"rotation"`, ...
         layers_to_transform: index of a layer, or a list of them; None for all.
         layers_pattern: name of the list of layers, or several, where PEFT cannot tell it; needs `target_modules`.
         modules_to_save: names of modules to train and save as a whole beside the edits, such as a new head.
@@ -51,6 +52,9 @@ class RedPeftConfig(PeftConfig):
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of modules not to edit, or a regular expression."}
+    )
+    feedforward_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of those of `target_modules` whose input is edited."}
     )
     position: str = field(default="ffn", metadata={"help": "Where the edits lie if `target_modules` is None."})
     kind: str = field(default="all", metadata={"help": f"The kind of edit: {', '.join(KINDS)}."})
@@ -69,7 +73,7 @@ class RedPeftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type: Any = RedPeftType.RED
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
         if self.vector_dtype not in _DTYPES:
@@ -83,21 +87,22 @@ class RedPeftConfig(PeftConfig):
                 "layers in that"
             )
         config = self.as_red_config()
-        if config.edit_kind.on_input or config.edit_kind.shared:
-            raise ValueError(
-                f"kind: edits of kind {self.kind!r} are of the input of modules, and sites share their vectors; an "
-                "adapter of PEFT edits outputs, each by vectors of its own: use rk.patch"
-            )
+        if self.feedforward_modules and self.target_modules is None:
+            raise ValueError("feedforward_modules: got it without target_modules, which it names some of")
         if "initial" in config.edit_kind.context and self.target_modules == "all-linear":
             raise ValueError(
                 f"target_modules: edits of kind {self.kind!r} add what the first layer of their stack is given to the "
                 "output of a module, so all of these need that width; name such modules, or leave it to `position`"
             )
-        if self.target_modules is None and set(config.places) & set(ON_INPUT):
-            raise ValueError(
-                f"position: {self.position!r} edits the input of modules, and an adapter of PEFT edits outputs; use "
-                "rk.patch, or PEFT's IA3Config"
-            )
+
+    def edits_input(self, name: str) -> bool:
+        """Whether it is the input of a targeted module that is edited."""
+        chosen = self.feedforward_modules or ()
+        if isinstance(chosen, str):
+            named = re.fullmatch(chosen, name) is not None
+        else:
+            named = any(name == one or name.endswith(f".{one}") for one in chosen)
+        return named or self.as_red_config().edit_kind.on_input
 
     def as_red_config(self) -> RedConfig:
         """The same for the models of the known families. Raises what `rk.RedConfig` does."""

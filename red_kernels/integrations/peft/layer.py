@@ -14,9 +14,10 @@ from ...edits.kinds import PARTS, Edit, kind_named
 from ...edits.module import EDITED, NAME, Edited, RedEdit, refuse_site
 from ...edits.selection import OFF, Selection
 from ...edits.vectors import EditVectors
+from ...fusion.inputs import input_hook
 from ...fusion.site import edit_hook
 from ...merging.merge import is_finite, unfinite
-from ...patching.module_facts import device_of, output_width
+from ...patching.module_facts import device_of, input_width, output_width
 from ...support.text import listed
 from .config import RedPeftConfig
 from .merged import mergeable, merged_tensors
@@ -39,13 +40,18 @@ class RedAdapters(RedEdit, nn.ModuleDict):
         self.enabled = True
         self.merged = False
 
-    def add_adapter(self, name: str, kind: str, dtype: torch.dtype, device: torch.device | None) -> EditVectors:
-        """Add the vectors of an adapter, or new ones in their place. Raises ValueError for what cannot be a name."""
+    def add_adapter(
+        self, name: str, kind: str, dtype: torch.dtype, device: torch.device | None, shared: EditVectors | None = None
+    ) -> EditVectors:
+        """Add the vectors of an adapter, `shared` or new ones, or put them in the place of those that it had.
+
+        Raises ValueError for what cannot be a name.
+        """
         taken = name in PARTS or (hasattr(self, name) and name not in self._modules)
         if not name or "." in name or name == NAME or taken:
             raise ValueError(f"adapter_name: got {name!r}, which cannot be the name of an adapter; take another one")
-        refuse_site(kind_named(kind), self.__dict__[EDITED](), self.width, "base_layer")
-        added = EditVectors(self.width, kind_named(kind), dtype, device)
+        refuse_site(kind_named(kind), self.__dict__[EDITED](), self.width, "base_layer", self.on_input)
+        added = EditVectors(self.width, kind_named(kind), dtype, device) if shared is None else shared
         added.train(self.training)
         self[name] = added
         return added
@@ -80,7 +86,7 @@ class RedAdapters(RedEdit, nn.ModuleDict):
 
 
 class RedLayer(nn.Module, BaseTunerLayer):
-    """Edits the output of a module: `scale * h + bias` (RED, arXiv 2402.15179), for one or several adapters.
+    """Edits what a module returns or is given, `scale * h + bias` (RED, arXiv 2402.15179), for one or several adapters.
 
     The edit is applied by a forward hook, or by the layer's fused forward behind it. The base layer is a black box;
     only merging looks into it.
@@ -90,24 +96,34 @@ class RedLayer(nn.Module, BaseTunerLayer):
         adapter_name: of the first adapter.
         config: that adapter's.
         selection: shared by all layers of a model; that of `rk.use_edits`.
+        on_input: whether it is the input that is edited, by all adapters.
+        shared: vectors for the adapter that another layer has already (`Kind.shared`).
 
     Raises:
-        ValueError: the width of the base layer's output cannot be told, or the adapter's name cannot be one.
+        ValueError: the width of what is edited cannot be told, or the adapter's name cannot be one.
     """
 
     adapter_layer_names = (NAME,)
     other_param_names = ()
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: RedPeftConfig, selection: Selection | None = None
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: RedPeftConfig,
+        selection: Selection | None = None,
+        *,
+        on_input: bool = False,
+        shared: EditVectors | None = None,
     ) -> None:
         super().__init__()
-        width = width_of(base_layer)
+        width = width_of(base_layer, on_input)
         if width is None:
-            raise ValueError(f"base_layer: got a {type(base_layer).__name__}, whose output's width cannot be told")
+            side = "input" if on_input else "output"
+            raise ValueError(f"base_layer: got a {type(base_layer).__name__}, whose {side}'s width cannot be told")
         self.base_layer = base_layer
         self.in_features: int | None = _first(base_layer, "in_features", "nx", "num_embeddings") or width
-        self.out_features = width
+        self.out_features = width_of(base_layer) or width
         # One layer may have other adapters than the next: notes are left from the beginning.
         self.red_edit = RedAdapters(width, Selection() if selection is None else selection)
         self.red_edit.__dict__[EDITED] = Edited(self)
@@ -115,9 +131,13 @@ class RedLayer(nn.Module, BaseTunerLayer):
         self._base_tensors: dict[str, Tensor | None] = {}  # of the base layer, before merging
         self.sharing: tuple[str, ...] = ()  # names of Parameters that are one with the base layer's, as the model knows
         self.red_edit.selection.varied = True
-        self.register_forward_hook(edit_hook)
+        self.red_edit.on_input = on_input
+        if on_input:
+            self.register_forward_pre_hook(input_hook, with_kwargs=True)
+        else:
+            self.register_forward_hook(edit_hook)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
+        self.update_layer(adapter_name, config, shared)
 
     # PEFT sets these two by name; the edits have to know them, as the layer's fused forward asks those.
 
@@ -137,13 +157,13 @@ class RedLayer(nn.Module, BaseTunerLayer):
     def _disable_adapters(self, disabled: bool) -> None:
         self.red_edit.enabled = not disabled
 
-    def update_layer(self, adapter_name: str, config: RedPeftConfig) -> None:
-        """Add an adapter. Raises ValueError for a name that cannot be one."""
+    def update_layer(self, adapter_name: str, config: RedPeftConfig, shared: EditVectors | None = None) -> None:
+        """Add an adapter, with vectors of another layer if they are given. Raises ValueError as the class does."""
         device = device_of(self.base_layer, self.base_layer)
         dtype: torch.dtype = getattr(torch, config.vector_dtype)
         with torch.inference_mode(False), torch.no_grad():
-            added = self.red_edit.add_adapter(adapter_name, config.kind, dtype, device)
-            if not config.init_weights:
+            added = self.red_edit.add_adapter(adapter_name, config.kind, dtype, device, shared)
+            if not config.init_weights and shared is None:
                 for vector in added.parameters():
                     vector.add_(torch.randn_like(vector), alpha=0.5)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -218,7 +238,8 @@ class RedLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"base_layer: {listed(self.sharing)} share one Parameter; an edit of one would change all")
         tensors = {name: None if held is None else held.data for name, held in base._parameters.items()}
         original = {**tensors, **self._base_tensors}
-        merged = merged_tensors(base, original, self._vectors_of([*self.merged_adapters, *chosen]))
+        edit = self._vectors_of([*self.merged_adapters, *chosen])
+        merged = merged_tensors(base, original, edit, self.red_edit.on_input)
         for name, tensor in merged.items():
             if not is_finite(tensor):
                 raise ValueError(
@@ -242,12 +263,13 @@ class RedLayer(nn.Module, BaseTunerLayer):
         return "red." + super().__repr__()
 
 
-def width_of(module: nn.Module) -> int | None:
-    """The width of what a module returns; None where it cannot be told."""
-    if isinstance(module, nn.Embedding):
+def width_of(module: nn.Module, on_input: bool = False) -> int | None:
+    """The width of what a module returns, or of what a linear layer is given; None where it cannot be told."""
+    told = input_width if on_input else output_width
+    if isinstance(module, nn.Embedding) and not on_input:
         return module.embedding_dim
-    width = output_width(module)
-    return output_width(module.get_base_layer()) if width is None and isinstance(module, BaseTunerLayer) else width
+    width = told(module)
+    return told(module.get_base_layer()) if width is None and isinstance(module, BaseTunerLayer) else width
 
 
 def _composed(found: list[Edit]) -> Edit | None:

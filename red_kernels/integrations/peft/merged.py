@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ...edits.kinds import Edit
 from ...fusion.norms import norm_spec
-from ...merging.fold import adds_bias, folded, why_not
+from ...merging.fold import adds_bias, folded, folded_input, why_not
 from ...merging.linears import linear_columns
 
 __all__ = ["mergeable", "merged_tensors"]
@@ -35,13 +35,16 @@ def mergeable(module: nn.Module, what: str) -> nn.Module:
     return module
 
 
-def merged_tensors(base: nn.Module, original: dict[str, Tensor | None], edit: Edit) -> dict[str, Tensor]:
+def merged_tensors(
+    base: nn.Module, original: dict[str, Tensor | None], edit: Edit, on_input: bool
+) -> dict[str, Tensor]:
     """The weight and the bias of `base` with an edit folded in, in the weight's dtype.
 
     Args:
         base: a module that `mergeable` takes.
         original: its tensors by name. With None for all only the checks are made.
         edit: what to fold in.
+        on_input: whether it is of the input of `base`, a linear layer, and not of its output.
 
     Raises:
         ValueError: no weights can stand in for the edit, or it has a bias and the module has no place for that.
@@ -60,8 +63,12 @@ def merged_tensors(base: nn.Module, original: dict[str, Tensor | None], edit: Ed
         made, shift = folded(edit, held, None, None, True)
         return {"weight": (made if shift is None else made + shift).to(weight.dtype)}
     own = original.get("bias")
+    given = None if own is None else own.to(held.dtype)
     columns = spec is None and bool(linear_columns(type(base)))
-    made, bias = folded(edit, held, None if own is None else own.to(held.dtype), spec, columns)
+    if on_input:
+        made, bias = folded_input(edit, held, given, columns)
+    else:
+        made, bias = folded(edit, held, given, spec, columns)
     merged = {} if made is held else {"weight": made.to(weight.dtype)}
     if bias is not None:
         merged["bias"] = bias.to(weight.dtype if own is None else own.dtype)

@@ -19,6 +19,7 @@ from ...edits.module import SITE, RedEdit
 from ...edits.named import use_edits
 from ...edits.selection import DEFAULT, Selection
 from ...edits.stream import STREAM, Stream, close_stream, open_stream
+from ...edits.vectors import EditVectors
 from ...merging.fold import biasless_kinds
 from ...merging.merge import make_place, places_for_biases
 from ...patching.classes import unpatch_module
@@ -48,7 +49,7 @@ class RedModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:
-            peft_config.target_modules = _targets(self.model, peft_config)
+            peft_config.target_modules, peft_config.feedforward_modules = _targets(self.model, peft_config)
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
@@ -74,8 +75,7 @@ class RedModel(BaseTuner):
             if name and peft_config.target_modules != "all-linear":
                 found = self._check_target_module_exists(peft_config, name)
                 if found and not isinstance(found, _ExcludedModule):
-                    if not isinstance(module, RedLayer):
-                        _check_target(module, name, parents[name.rpartition(".")[0]])
+                    _check_target(module, name, parents[name.rpartition(".")[0]], peft_config.edits_input(name))
                     found_sites.append(name)
         self.__dict__["_streams"] = _streams(model, found_sites, peft_config.as_red_config())
         self.__dict__["_selection"] = Selection() if shared is None else shared
@@ -90,15 +90,28 @@ class RedModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        on_input = peft_config.edits_input(current_key)
+        _check_target(target, current_key, parent, on_input)
+        shared = self._shared(adapter_name, peft_config, target, on_input)
         if isinstance(target, RedLayer):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, peft_config, shared)
             return
-        _check_target(target, current_key, parent)
-        made = RedLayer(target, adapter_name, peft_config, self.__dict__["_selection"])
+        selection = self.__dict__["_selection"]
+        made = RedLayer(target, adapter_name, peft_config, selection, on_input=on_input, shared=shared)
         made.train(target.training)
         if adapter_name not in self.active_adapters:
             made.red_edit.requires_grad_(False)
         self._replace_module(parent, target_name, made, target)
+
+    def _shared(
+        self, adapter_name: str, config: RedPeftConfig, target: nn.Module, on_input: bool
+    ) -> EditVectors | None:
+        """The vectors that a layer of this width has for the adapter, where all such layers have the same."""
+        if not config.as_red_config().edit_kind.shared:
+            return None
+        width = target.red_edit.width if isinstance(target, RedLayer) else width_of(target, on_input)
+        there = (layer.red_edit for layer in self._layers() if layer is not target)
+        return next((own.holder(adapter_name) for own in there if own.width == width and adapter_name in own), None)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT would also look for a weight in both, which a saved head may not have; the vectors are where they belong.
@@ -309,7 +322,20 @@ def _encoder(model: Any) -> nn.Module | None:
     return None if found is model else found
 
 
-def _check_target(target: nn.Module, name: str, parent: nn.Module) -> None:
+def _check_target(target: nn.Module, name: str, parent: nn.Module, on_input: bool) -> None:
+    if isinstance(target, RedLayer):
+        if target.red_edit.on_input != on_input:
+            sides = ("input", "output") if on_input else ("output", "input")
+            raise ValueError(
+                f"target_modules: this adapter edits the {sides[0]} of {name!r}, and another one its {sides[1]}; an "
+                "edited module has one of them"
+            )
+        return
+    if on_input and width_of(target, True) is None:
+        raise ValueError(
+            f"feedforward_modules: {name!r} is a {type(target).__name__}, and the edited input is that of a linear "
+            "layer; name those"
+        )
     if width_of(target) is None:
         raise ValueError(
             f"target_modules: {name!r} is a {type(target).__name__}, whose output is not known to be one tensor of a "
@@ -330,25 +356,36 @@ def _streams(model: nn.Module, sites: list[str], config: RedConfig) -> list[Plan
     return plan_streams(model, [(site, "value", width_of(model.get_submodule(site)) or 0) for site in sites], config)
 
 
-def _targets(model: nn.Module, config: RedPeftConfig) -> set[str]:
-    """The modules that a position stands for, by the shortest ends of their names that no other module's name has."""
+def _targets(model: nn.Module, config: RedPeftConfig) -> tuple[set[str], set[str] | None]:
+    """The modules that a position stands for, by the shortest ends of their names that no other module's name has.
+
+    Of these those whose input is edited; None where the kind says so, or there are none.
+    """
     found: set[str] = set()
+    inputs: set[str] = set()
     modules = {name: module for name, module in model.named_modules() if ".base_layer" not in name}
     streams = []
-    for site, norm in known_sites(model, config.as_red_config()).items():
-        name = site if width_of(modules[site]) is not None else f"{site}.{norm}" if norm and norm != "." else ""
+    for site, chosen in known_sites(model, config.as_red_config()).items():
+        of_norm = f"{site}.{chosen.norm}" if chosen.norm and chosen.norm != "." else ""
+        name = site if width_of(modules[site]) is not None else of_norm
         found.add(name)
         if not name:
             streams.append(site)
+        elif chosen.on_input:
+            inputs.add(name)
     if streams:
         raise ValueError(
             f"position: {config.position!r} edits the output of {listed(streams)}, which PEFT cannot wrap; choose "
             "another position, or use rk.patch"
         )
-    if config.layers_to_transform is not None:
-        return found
-    others = [name for name in modules if name and name not in found]
-    return {_short(name, others) for name in found}
+    if config.as_red_config().edit_kind.on_input:
+        inputs = set()  # all are
+    if config.layers_to_transform is None:
+        found, inputs = (
+            {_short(name, [other for other in modules if other and other not in chosen]) for name in chosen}
+            for chosen in (found, inputs)
+        )
+    return found, inputs or None
 
 
 def _short(name: str, others: list[str]) -> str:
