@@ -66,6 +66,8 @@ def arguments(given: Mapping[str, Any], output: Path) -> list[str]:
             continue
         if value is True:
             found.append(option)
+        elif name == "case":  # given once for each
+            found += [part for one in value for part in (option, *map(str, one))]
         elif isinstance(value, tuple | list):
             found += [option, *map(str, value)]
         else:

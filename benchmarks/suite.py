@@ -42,6 +42,8 @@ class Request:
         options: values for fields of `ops.Settings`.
         methods: of the job `step` or `quality`, some of its methods; empty for those by default. The growth of steps,
             which has methods of its own, is left out then.
+        cases: of the job `step`, `(model, batch, length)` in place of those of the device; the growth is left out too.
+        tasks: of the job `quality`, some of its tasks; empty for all.
         dtype: of the base models of `step`, `growth` and `quality`, but for those that are fp32 by design: `"auto"`,
             `"fp32"` or `"bf16"`. A folder that is gone on with keeps what `"auto"` was.
     """
@@ -56,6 +58,8 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = AUTO
     methods: tuple[str, ...] = ()
+    cases: tuple[tuple[str, int, int], ...] = ()
+    tasks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.job not in (*JOBS, GROWTH, ALL):
@@ -74,6 +78,10 @@ class Request:
             raise ValueError("--dtype: this is of base models, got the job ops; --dtypes are those of activations")
         if self.methods and self.job not in (step.JOB, quality.JOB):
             raise ValueError(f"--methods: this is for the jobs step and quality, got the job {self.job}")
+        if self.cases and self.job != step.JOB:
+            raise ValueError(f"--case: this is for the job step, got the job {self.job}")
+        if self.tasks and self.job != quality.JOB:
+            raise ValueError(f"--tasks: this is for the job quality, got the job {self.job}")
         if self.options and self.job in ("step", GROWTH, "quality"):
             given = ", ".join(f"--{name}" for name in self.options)
             raise ValueError(f"{given}: this is for the job ops, got the job {self.job}")
@@ -95,17 +103,19 @@ class Request:
             return ops.run_job(settings, run, folder, resume)
 
         def steps(run: Run, folder: Path, resume: bool) -> ResultFile:
-            return step.run_job(step.Settings(**chosen), run, folder, resume)
+            cases = {"cases": tuple(step.case_of(*case) for case in self.cases)} if self.cases else {}
+            return step.run_job(step.Settings(**chosen, **cases), run, folder, resume)
 
         def growing(run: Run, folder: Path, resume: bool) -> ResultFile:
             return growth.run_job(growth.Settings(), run, folder, resume)
 
         def qualities(run: Run, folder: Path, resume: bool) -> ResultFile:
-            return quality.run_job(quality.Settings(**chosen), run, folder, resume)
+            tasks = {"tasks": self.tasks} if self.tasks else {}
+            return quality.run_job(quality.Settings(**chosen, **tasks), run, folder, resume)
 
         of: dict[str, dict[str, Job]] = {
             "ops": {ops.JOB: operations},
-            "step": {step.JOB: steps} if self.methods else {step.JOB: steps, growth.JOB: growing},
+            "step": {step.JOB: steps} if self.methods or self.cases else {step.JOB: steps, growth.JOB: growing},
             GROWTH: {growth.JOB: growing},
             "quality": {quality.JOB: qualities},
         }

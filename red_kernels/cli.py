@@ -259,6 +259,17 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="of step or quality, such as red lora-all vera (default: those of the job)",
     )
+    run.add_argument(
+        "--case",
+        nargs=3,
+        action="append",
+        default=unset,
+        metavar=("MODEL", "BATCH", "LENGTH"),
+        help="of step, in place of its own cases; more than one by --case again",
+    )
+    run.add_argument(
+        "--tasks", nargs="+", default=unset, metavar="NAME", help="of quality: sentiment, language-modelling"
+    )
     ops = parser.add_argument_group("operations, and --tune")
     ops.add_argument(
         "--operations",
@@ -411,15 +422,22 @@ def _measure(given: dict[str, Any]) -> int:
         )
         return result
     operations = ("operations", "inputs", "seconds", "widths", "dtypes", "rows")
-    own = ("device", "dtype", "resume", "overwrite", "minutes", "quick", "methods")
+    own = ("device", "dtype", "resume", "overwrite", "minutes", "quick", "methods", "tasks")
     request = suite.Request(
         job=given["job"] or "ops",
         output=given.get("output", Path("bench-results")),
         options={name: given[name] for name in operations if name in given},
+        cases=tuple(_case(*case) for case in given.get("case", ())),
         **{name: given[name] for name in own if name in given},
     )
     suite.run_suite(request, Console())
     return 0
+
+
+def _case(model: str, batch: str, length: str) -> tuple[str, int, int]:
+    if not (batch.isdecimal() and length.isdecimal()):
+        raise ValueError(f"--case: got {model} {batch} {length}, expected a model and two numbers, batch and length")
+    return model, int(batch), int(length)
 
 
 def _benchmarks(part: str) -> Any:

@@ -87,6 +87,7 @@ class Settings:
         methods: in the order in which they are measured, after the base.
         grids: task to method to the learning rates to try; the fused and the eager edit have the same.
         extend: how many rates may be tried beyond a grid.
+        tasks: which, in this order.
     """
 
     sentiment: Budget = SENTENCES
@@ -94,10 +95,13 @@ class Settings:
     methods: tuple[str, ...] = QUALITY_DEFAULT
     grids: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=lambda: GRIDS)
     extend: int = 2
+    tasks: tuple[str, ...] = TASKS
 
     def __post_init__(self) -> None:
         self.sentiment.check("sentiment")
         self.language.check("language")
+        if not self.tasks or not set(self.tasks) <= set(TASKS):
+            raise ValueError(f"tasks: got {self.tasks}, expected some of {', '.join(TASKS)}")
         unknown = [name for name in self.methods if name not in QUALITY_METHODS]
         if unknown or not self.methods:
             raise ValueError(f"methods: got {self.methods}, expected some of {', '.join(QUALITY_METHODS)}")
@@ -142,7 +146,7 @@ def missing(methods: Iterable[str]) -> dict[str, str]:
 
 def cases(settings: Settings, run: Run) -> list[Case]:
     """Every method on every task, sentiment first: more of it is done in less time."""
-    return [{"task": task, "method": method} for task in TASKS for method in (BASE, *settings.methods)]
+    return [{"task": task, "method": method} for task in settings.tasks for method in (BASE, *settings.methods)]
 
 
 def measure(case: Case, settings: Settings, run: Run) -> dict[str, Any]:

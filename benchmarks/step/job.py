@@ -53,6 +53,12 @@ ON_GPU: Cases = (
 QUICK: Cases = (("tiny-decoder", AUTO, 2, 16), ("tiny-encoder", "fp32", 2, 16))
 
 
+def case_of(model: str, batch: int, length: int) -> tuple[str, str, int, int]:
+    """A case of a model, in the dtype that its other cases have."""
+    known = {name: dtype for name, dtype, _, _ in (*QUICK, *ON_GPU, *ON_CPU)}
+    return model, known.get(model, AUTO), batch, length
+
+
 @dataclass(frozen=True)
 class Settings:
     """What is measured.

@@ -153,6 +153,36 @@ def test_methods_that_are_asked_for(tmp_path, monkeypatch):
         )
 
 
+def test_cases_and_tasks_that_are_asked_for(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def run_job(settings, run, folder, resume):
+        asked.append(settings)
+        return {}
+
+    monkeypatch.setattr(suite.step, "run_job", run_job)
+    monkeypatch.setattr(suite.quality, "run_job", run_job)
+    monkeypatch.setattr(suite, "draw", lambda *_: [])
+    request = suite.Request("step", tmp_path, device="cpu", cases=(("MiniLM-L6", 16, 64), ("SmolLM2-135M", 1, 128)))
+    assert list(request.jobs()) == ["step"]
+    suite.run_suite(request, Console(file=io.StringIO()))
+    suite.run_suite(suite.Request("quality", tmp_path, device="cpu", tasks=("sentiment",)), Console(file=io.StringIO()))
+    assert asked[0].cases == (("MiniLM-L6", "fp32", 16, 64), ("SmolLM2-135M", "auto", 1, 128))
+    assert asked[1].tasks == ("sentiment",)
+    assert {case["task"] for case in suite.quality.cases(asked[1], None)} == {"sentiment"}
+    for error, options in (
+        ("--case: this is for the job step, got the job quality", {"job": "quality", "cases": (("a", 1, 1),)}),
+        ("--tasks: this is for the job quality, got the job step", {"job": "step", "tasks": ("sentiment",)}),
+    ):
+        with pytest.raises(ValueError, match=error):
+            suite.Request(output=tmp_path, **options)
+    for tasks in ((), ("sums",)):
+        with pytest.raises(ValueError, match="tasks: got"):
+            suite.quality.Settings(tasks=tasks)
+    assert cli.main(["bench", "step", "--output", str(tmp_path), "--case", "MiniLM-L6", "many", "64"]) != 0
+    assert "--case: got MiniLM-L6 many 64, expected a model and two numbers" in capsys.readouterr().err
+
+
 def test_each_result_is_on_the_disk_at_once(tmp_path, run):
     seen = []
 
