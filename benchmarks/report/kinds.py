@@ -1,7 +1,7 @@
 """The measured part of docs/kinds.md: kinds of edit and RED's neighbours side by side, and the operations of mixes.
 
 Its files lie in `benchmarks/results/kinds/<device>/`: `step.json` and `quality.json` of the suite, made by
-`red-kernels bench step|quality --methods ...`, and `mixes.json` of `benchmarks.tools.mixes`.
+`red-kernels bench step|quality --methods ...`, and `mixes*.json` of `benchmarks.tools.mixes`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .results import Device, load
 from .text import NONE, mebibytes, ratio, table
 
 FOLDER = "kinds"
-MIXES = "mixes.json"
+MIXES = "mixes*.json"
 NOTHING = "Nothing has been measured in this form yet."
 
 
@@ -46,8 +46,7 @@ def _device(device: Device) -> list[str]:
         for case in cases:
             header += [f"step over the frozen model, {case_of_step(case)}", "its memory"]
         found.append(table([*header, *tasks], [_row(name, cases, list(tasks.values())) for name in methods]))
-    path = device.folder / MIXES
-    if path.is_file():
+    for path in sorted(device.folder.glob(MIXES), key=lambda path: path.stem):
         found += _mixes(json.loads(path.read_text(encoding="utf-8")))
     return found
 
@@ -81,4 +80,5 @@ def _mixes(content: dict[str, Any]) -> list[str]:
         [name, *(NONE if value is None else ratio(value) for value in own)]
         for name, own in zip(peers, ratios, strict=True)
     ]
-    return [f"Sum and RMSNorm behind the edit, {results[0]['blocks']} blocks:", table(header, rows)]
+    where = content["environment"]["instruction_set"]
+    return [f"Sum and RMSNorm behind the edit, {results[0]['blocks']} blocks, {where}:", table(header, rows)]

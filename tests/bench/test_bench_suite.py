@@ -158,7 +158,7 @@ def test_cases_and_tasks_that_are_asked_for(tmp_path, monkeypatch, capsys):
 
     def run_job(settings, run, folder, resume):
         asked.append(settings)
-        return {}
+        return ResultFile(folder / "any.json", "any", run, {}, {})
 
     monkeypatch.setattr(suite.step, "run_job", run_job)
     monkeypatch.setattr(suite.quality, "run_job", run_job)
