@@ -30,7 +30,7 @@ def kinds_block(results: Path) -> str:
     folder = results / FOLDER
     devices = load(folder) if folder.is_dir() else []
     parts = [part for device in devices for part in _device(device)]
-    return "\n\n".join(["", *parts, ""]) if parts else f"\n{NOTHING}\n"
+    return "\n" + ("\n\n".join(parts) or NOTHING) + "\n"
 
 
 def _device(device: Device) -> list[str]:
