@@ -103,15 +103,15 @@ class Request:
             return ops.run_job(settings, run, folder, resume)
 
         def steps(run: Run, folder: Path, resume: bool) -> ResultFile:
-            cases = {"cases": tuple(step.case_of(*case) for case in self.cases)} if self.cases else {}
-            return step.run_job(step.Settings(**chosen, **cases), run, folder, resume)
+            cases = tuple(step.case_of(*case) for case in self.cases) or None
+            return step.run_job(step.Settings(cases, **chosen), run, folder, resume)
 
         def growing(run: Run, folder: Path, resume: bool) -> ResultFile:
             return growth.run_job(growth.Settings(), run, folder, resume)
 
         def qualities(run: Run, folder: Path, resume: bool) -> ResultFile:
-            tasks = {"tasks": self.tasks} if self.tasks else {}
-            return quality.run_job(quality.Settings(**chosen, **tasks), run, folder, resume)
+            settings = replace(quality.Settings(**chosen), tasks=self.tasks or quality.TASKS)
+            return quality.run_job(settings, run, folder, resume)
 
         of: dict[str, dict[str, Job]] = {
             "ops": {ops.JOB: operations},
