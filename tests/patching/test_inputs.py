@@ -351,12 +351,39 @@ def test_ia3_as_an_adapter(name: str, kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(bare, name), edited, rtol=1e-4, atol=1e-5)
 
 
+def test_adapters_of_inputs_combined_by_weights() -> None:
+    """Of adapters with other targets: the new one edits the same sides of all of them."""
+    peft = pytest.importorskip("peft")
+    from red_kernels.integrations.peft import RedPeftConfig
+
+    model = peft.get_peft_model(zoo.tiny("llama"), RedPeftConfig(position="ia3", kind="scaling")).eval()
+    model.add_adapter("b", RedPeftConfig(target_modules=["q_proj", "v_proj"], kind="scaling"))
+    for name, seed in (("default", 3), ("b", 4)):
+        change(model, name, seed)
+    model.add_weighted_adapter(["b", "default"], [-1.0, 0.5], "both")
+    model.set_adapter("both")
+    found = rk.edit_parameters(model, "both")
+    first, second = rk.edit_parameters(model, "default"), rk.edit_parameters(model, "b")
+    assert set(found) == set(first) | set(second)
+    for site, parts in found.items():
+        expected = 1.0
+        for weight, own in ((0.5, first), (-1.0, second)):
+            if site in own:
+                expected = expected + weight * (own[site]["scale"] - 1)
+        torch.testing.assert_close(parts["scale"], expected)
+    logits(model, "llama")
+
+
 def test_what_inputs_an_adapter_refuses() -> None:
     peft = pytest.importorskip("peft")
     from red_kernels.integrations.peft import RedPeftConfig
 
     with pytest.raises(ValueError, match="feedforward_modules: got it without target_modules"):
         RedPeftConfig(feedforward_modules=["down_proj"])
+    for names in (["down_proj", "up"], r".*up"):
+        config = RedPeftConfig(target_modules=["v_proj", "down_proj"], feedforward_modules=names)
+        with pytest.raises(ValueError, match=r"feedforward_modules: got '(\.\*)?up', expected some of the modules in"):
+            peft.get_peft_model(zoo.tiny("llama"), config)
     for names in (["down_proj"], r".*down_proj"):
         config = RedPeftConfig(target_modules=["v_proj", "down_proj"], feedforward_modules=names, kind="scaling")
         model = peft.get_peft_model(zoo.tiny("llama"), config)

@@ -19,7 +19,7 @@ from .layer import RedLayer
 
 __all__ = ["check", "config_of", "fill"]
 
-_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_TARGETS = ("target_modules", "feedforward_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 def check(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], name: str, combination: str) -> None:
@@ -69,11 +69,13 @@ def config_of(model: BaseTuner, adapters: Sequence[str]) -> Any:
     made.vector_dtype = str(dtype).removeprefix("torch.")
     made.init_weights = True
     if any(getattr(config, field) != getattr(configs[0], field) for config in configs for field in _TARGETS):
-        made.target_modules = {
-            site
+        edited = {
+            site: layer.red_edit.on_input
             for site, layer in model.model.named_modules()
             if isinstance(layer, RedLayer) and any(adapter in layer.red_edit for adapter in adapters)
         }
+        made.target_modules = set(edited)
+        made.feedforward_modules = {site for site, on_input in edited.items() if on_input} or None
         made.exclude_modules = made.layers_to_transform = made.layers_pattern = None
     saved = [config.modules_to_save for config in configs if config.modules_to_save]
     made.modules_to_save = sorted({name for names in saved for name in names}) or None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from peft import PeftConfig
 from ...edits.config import DTYPES, RedConfig
 from ...edits.kinds import KINDS
 
-__all__ = ["RedPeftConfig", "RedPeftType"]
+__all__ = ["RedPeftConfig", "RedPeftType", "named_by"]
 
 _DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
@@ -21,6 +22,13 @@ class RedPeftType(str, enum.Enum):
     """The type of the method, beside PEFT's own `PeftType`, to which nothing can be added. It equals `"RED"`."""
 
     RED = "RED"
+
+
+def named_by(chosen: str | Collection[str], name: str) -> bool:
+    """Whether a module's name matches a regular expression, or is one of these or ends in one, as PEFT has it."""
+    if isinstance(chosen, str):
+        return re.fullmatch(chosen, name) is not None
+    return any(name == one or name.endswith(f".{one}") for one in chosen)
 
 
 @dataclass
@@ -97,12 +105,7 @@ class RedPeftConfig(PeftConfig):
 
     def edits_input(self, name: str) -> bool:
         """Whether it is the input of a targeted module that is edited."""
-        chosen = self.feedforward_modules or ()
-        if isinstance(chosen, str):
-            named = re.fullmatch(chosen, name) is not None
-        else:
-            named = any(name == one or name.endswith(f".{one}") for one in chosen)
-        return named or self.as_red_config().edit_kind.on_input
+        return named_by(self.feedforward_modules or (), name) or self.as_red_config().edit_kind.on_input
 
     def as_red_config(self) -> RedConfig:
         """The same for the models of the known families. Raises what `rk.RedConfig` does."""

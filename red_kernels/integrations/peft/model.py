@@ -29,7 +29,7 @@ from ...patching.sites import bias_flags, known_sites
 from ...patching.streams import PlannedStream, plan_streams
 from ...support.text import listed
 from . import combining
-from .config import RedPeftConfig
+from .config import RedPeftConfig, named_by
 from .layer import RedLayer, width_of
 
 __all__ = ["RedModel"]
@@ -77,6 +77,7 @@ class RedModel(BaseTuner):
                 if found and not isinstance(found, _ExcludedModule):
                     _check_target(module, name, parents[name.rpartition(".")[0]], peft_config.edits_input(name))
                     found_sites.append(name)
+        _check_inputs(found_sites, peft_config)
         self.__dict__["_streams"] = _streams(model, found_sites, peft_config.as_red_config())
         self.__dict__["_selection"] = Selection() if shared is None else shared
 
@@ -346,6 +347,17 @@ def _check_target(target: nn.Module, name: str, parent: nn.Module, on_input: boo
             f"target_modules: {name!r} is inside of a {type(parent).__name__}, which takes its weights without calling "
             "it, so that the edit would never be applied"
         )
+
+
+def _check_inputs(sites: list[str], config: RedPeftConfig) -> None:
+    """Raise ValueError where `feedforward_modules` names what is no target."""
+    chosen = config.feedforward_modules
+    if config.target_modules == "all-linear" or not chosen:
+        return
+    for one in (chosen,) if isinstance(chosen, str) else ({name} for name in sorted(chosen)):
+        if not any(named_by(one, site) for site in sites):
+            what = one if isinstance(one, str) else next(iter(one))
+            raise ValueError(f"feedforward_modules: got {what!r}, expected some of the modules in target_modules")
 
 
 def _streams(model: nn.Module, sites: list[str], config: RedConfig) -> list[PlannedStream]:
