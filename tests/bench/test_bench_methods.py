@@ -87,10 +87,10 @@ def expected_of_neighbour(kind: str, method: str, layers: int, attentions: int, 
     trains = {32: (2, 4, 4), 16: (2, 2, 4), 96: (4, 4, 6)}  # by hand: 5 x (first + last) + 25 x the others
     if method == "loretta-rep":
         into = 5 * (RANK + 4) + 25 * (2 + 4)
-        out = [5 * (trains[own][0] + RANK) + 25 * (trains[own][1] + trains[own][2]) for own in queried]
+        out = [5 * (trains[own][2] + RANK) + 25 * (trains[own][1] + trains[own][0]) for own in queried]
         return attentions * sum(into + own for own in out)
     if method == "loretta-adp":
-        down, up = 5 * (8 + 4) + 25 * (8 + 2 + 4), 5 * (2 + 8) + 25 * (4 + 4 + 8)
+        down, up = 5 * (8 + 4) + 25 * (8 + 2 + 4), 5 * (4 + 8) + 25 * (4 + 2 + 8)
         return (attentions + layers) * (down + up + 64 + D)
     return None
 
