@@ -96,7 +96,8 @@ class Task:
 
     def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
         """The batches of a run, which depend on the seed alone."""
-        for numbers in data_order(len(self.train), self.budget.steps, self.budget.batch, seed):
+        lengths = [len(self.train[number]["input_ids"]) for number in range(len(self.train))]
+        for numbers in data_order(len(self.train), self.budget.steps, self.budget.batch, seed, lengths):
             yield self._batch([self.train[number] for number in numbers])
 
     def judge(self, model: nn.Module, part: Sequence[Any]) -> HeldOut:

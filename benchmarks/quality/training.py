@@ -19,17 +19,38 @@ import torch
 from torch import Tensor, nn
 
 WARM_UP = 0.06  # of the steps
+POOL = 16  # batches whose items are sorted by length together
 
 
-def data_order(items: int, steps: int, batch: int, seed: int) -> list[list[int]]:
-    """The numbers of the items in each step's batch: whole passes over the data, each shuffled anew."""
+def data_order(items: int, steps: int, batch: int, seed: int, lengths: Sequence[int] | None = None) -> list[list[int]]:
+    """The numbers of the items in each step's batch: whole passes over the data, each shuffled anew.
+
+    Args:
+        items, steps, batch: how many.
+        seed: all that the order depends on.
+        lengths: of the items. With them a batch has items of like length, which leaves little to pad: the items of
+            `POOL` batches at a time are sorted by length and cut into batches, and these are shuffled.
+
+    Raises:
+        ValueError: no items, or another number of lengths.
+    """
     if items < 1:
         raise ValueError(f"items: got {items}, expected at least 1")
+    if lengths is not None and len(lengths) != items:
+        raise ValueError(f"lengths: got {len(lengths)}, expected one for each of {items} items")
     generator = torch.Generator().manual_seed(seed)
     stream: list[int] = []
     while len(stream) < steps * batch:
         stream += torch.randperm(items, generator=generator).tolist()
-    return [stream[step * batch : (step + 1) * batch] for step in range(steps)]
+    order = [stream[step * batch : (step + 1) * batch] for step in range(steps)]
+    if lengths is None:
+        return order
+    by_length: list[list[int]] = []
+    for start in range(0, steps, POOL):
+        pool = sorted(itertools.chain.from_iterable(order[start : start + POOL]), key=lengths.__getitem__)
+        cut = [pool[first : first + batch] for first in range(0, len(pool), batch)]
+        by_length += [cut[place] for place in torch.randperm(len(cut), generator=generator).tolist()]
+    return by_length
 
 
 def train(

@@ -90,6 +90,19 @@ def test_the_order_of_the_data():
     assert data_order(7, steps=4, batch=5, seed=4) != batches
 
 
+def test_batches_of_like_length():
+    lengths = [number % 37 + 1 for number in range(300)]
+    batches = data_order(300, steps=60, batch=5, seed=3, lengths=lengths)
+    assert sorted(number for batch in batches for number in batch) == list(range(300))
+    padded = sum(len(batch) * max(lengths[number] for number in batch) for batch in batches)
+    assert padded < 1.15 * sum(lengths), "nearly nothing is padded"
+    means = [sum(lengths[number] for number in batch) / 5 for batch in batches]
+    assert means != sorted(means), "batches come in no order of length"
+    assert data_order(300, steps=60, batch=5, seed=3, lengths=lengths) == batches
+    with pytest.raises(ValueError, match="lengths: got 2, expected one for each of 3 items"):
+        data_order(3, steps=1, batch=2, seed=0, lengths=[1, 2])
+
+
 class Pull(torch.nn.Module):
     """Its loss pulls a weight of 1 upward."""
 
