@@ -10,6 +10,7 @@ namespace RED_ISA {
 
 constexpr int64_t kPair = 32;  // columns between the two of a pair
 static_assert(kPair % L == 0, "a unit has no pair inside");
+constexpr int kGroup = 2 * kPair / L;  // units of a group of pairs
 
 // The unit behind j, in the lower half of each pair of kPair columns.
 RED_INLINE int64_t next_in_pairs(int64_t j) { return (j + L + kPair) & ~kPair; }
@@ -68,8 +69,8 @@ struct Mixed : Added<T> {
 
   template <class P>
   RED_INLINE Mixed(const P& p, int64_t i, const float* factor)
-      : Added<T>(p, i, factor), x(row<T>(p.x, i)), first(p.scale.row(i)), second(p.second.row(i)), bias(p.bias.row(i)),
-        width(Reflections ? p.d / p.blocks : p.d) {}
+      : Added<T>(p, i, factor), x(row<T>(p.x, i)), first(p.scale.row(i)), second(p.second.row(i)),
+        bias(p.bias.data ? p.bias.row(i) : nullptr), width(Reflections ? p.d / p.blocks : p.d) {}
 
   // Before the values of a block. `Fetch` brings its residual meanwhile.
   template <bool Fetch = false>
@@ -99,12 +100,11 @@ struct Mixed : Added<T> {
     if constexpr (Reflections > 0) {
       h = h - at.load(first + j) * along_first;
       if constexpr (Reflections == 2) h += at.load(second + j) * along_second;
-      h = h + at.load(bias + j);
+      if (bias) h += at.load(bias + j);
+      return this->to(at, j, h, has_residual);
     } else {
-      h = h * at.load(first + j) + at.load(bias + j);
-      h += at.load(x + (j ^ kPair)) * at.load(second + j);
+      return turned(at, j, h, at.load(x + (j ^ kPair)), has_residual);
     }
-    return this->to(at, j, h, has_residual);
   }
   // Whether sweep_values takes the units of a row as one sweep would: a norm then adds up the same sums as one alone.
   RED_INLINE bool in_order() const { return Reflections == 0 || width % (2 * L) == 0; }
@@ -114,12 +114,43 @@ struct Mixed : Added<T> {
   }
   template <int Parts, class Body>
   RED_INLINE void sweep_values(int64_t d, const Body& body) {
+    if constexpr (Reflections == 0 && sizeof(T) < sizeof(float) && kGroup <= 2 * Parts) {
+      sweep_pairs<Parts>(d, body);
+      return;
+    }
     for (int64_t from = 0; from < d; from += width) {
       if (from > 0) start(from);
       sweep_sums<Parts, kWhole>(width, [&](auto at, int64_t j, int k) __attribute__((always_inline)) {
         body(at, from + j, k,
              [&](auto has_residual) __attribute__((always_inline)) { return value(at, from + j, has_residual); });
       });
+    }
+  }
+
+ private:
+  // A rotation's value, of h and what it is paired with.
+  template <class At, class Flag>
+  RED_INLINE V turned(At at, int64_t j, V h, V partner, Flag has_residual) const {
+    V z = h * at.load(first + j);
+    if (bias) z += at.load(bias + j);
+    z += partner * at.load(second + j);
+    return this->to(at, j, z, has_residual);
+  }
+  // sweep_values of rows of halves, each converted once. Each part of a sum gets its units in their order.
+  template <int Parts, class Body>
+  RED_INLINE void sweep_pairs(int64_t d, const Body& body) const {
+    for (int64_t from = 0; from < d; from += 2 * kPair) {
+#pragma GCC unroll 2
+      for (int n = 0; n < kGroup / 2; ++n) {
+        const int64_t low = from + n * L, high = low + kPair;
+        const V low_h = load(x + low), high_h = load(x + high);
+        body(Full{}, low, n % Parts, [&](auto has_residual) __attribute__((always_inline)) {
+          return turned(Full{}, low, low_h, high_h, has_residual);
+        });
+        body(Full{}, high, (n + kGroup / 2) % Parts, [&](auto has_residual) __attribute__((always_inline)) {
+          return turned(Full{}, high, high_h, low_h, has_residual);
+        });
+      }
     }
   }
 };

@@ -27,6 +27,11 @@ class Mixing {
   bool aligned_;
 };
 
+// A bias that is absent costs nothing.
+Vectors added(const OptionalTensor& bias, const EditIds& ids, const Vector& values) {
+  return bias.has_value() ? ids.vectors(values) : Vectors();
+}
+
 }  // namespace
 
 Tensor mix_forward(Tensor x, OptionalTensor residual, Tensor first, OptionalTensor second, OptionalTensor bias,
@@ -38,7 +43,7 @@ Tensor mix_forward(Tensor x, OptionalTensor residual, Tensor first, OptionalTens
   const Vector biases(shape, bias, ids.edits(), -0.0f, 0.0f, "bias");
   const Mixing mix(shape, ids, second, blocks);
   Tensor z = make_like(shape);
-  const MixForward arguments{{shape.d, xs.rows, residuals.rows, ids.vectors(firsts), ids.vectors(biases),
+  const MixForward arguments{{shape.d, xs.rows, residuals.rows, ids.vectors(firsts), added(bias, ids, biases),
                               dropout_of(seed, dropout_p), mix.streams(shape, 1), z.mutable_data_ptr()},
                              mix.second, mix.blocks};
   const auto kernel = kernels().mixes->forward[shape.type];
@@ -86,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mix_norm_forward(
   Tensor y = make_like(shape), z = make_like(shape);
   Tensor mean = centered ? make_statistic(shape) : Tensor(), rstd = make_statistic(shape);
   const MixNormForward arguments{
-      {shape.d, xs.rows, residuals.rows, ids.vectors(firsts), ids.vectors(biases), weights.data, norm_biases.data,
+      {shape.d, xs.rows, residuals.rows, ids.vectors(firsts), added(bias, ids, biases), weights.data, norm_biases.data,
        dropout_of(seed, dropout_p), static_cast<float>(eps), mix.streams(shape, 2), y.mutable_data_ptr(),
        z.mutable_data_ptr(), centered ? floats(mean) : nullptr, floats(rstd)},
       mix.second, mix.blocks};

@@ -7,14 +7,17 @@
 namespace red {
 namespace RED_ISA {
 
-template <class T, bool Centered, int Reflections>
+template <class T, bool Centered, int Reflections, bool Stream>
 void mix_norm_forward_rows(const MixNormForward& p, int64_t begin, int64_t end, float* scratch) {
-  norm_forward_of_rows<Mixed<T, Reflections>, Centered>(p.stream, p, begin, end, scratch);
+  norm_forward_of_rows<Mixed<T, Reflections>, Centered>(std::bool_constant<Stream>{}, p, begin, end, scratch);
 }
 
 template <class T, bool Centered>
 void mix_norm_forward(const MixNormForward& p, int64_t begin, int64_t end, float* scratch) {
-  by_reflections(p, [&](auto n) { mix_norm_forward_rows<T, Centered, n()>(p, begin, end, scratch); });
+  by_reflections(p, [&](auto n) {
+    (p.stream ? mix_norm_forward_rows<T, Centered, n(), true> : mix_norm_forward_rows<T, Centered, n(), false>)(
+        p, begin, end, scratch);
+  });
 }
 
 template <class T, bool Centered, int Reflections>
