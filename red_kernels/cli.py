@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .edits.config import POSITIONS
-from .edits.kinds import KINDS, Kind, option_of
-from .support.arguments import Parser, layers
+from .finetune.options import add_options, settings_of
+from .support.arguments import Parser
 from .support.bars import bars_on_terminals_only
 from .support.errors import explained, one_line
 from .support.require import require
@@ -28,11 +27,6 @@ _MERGE_ADVICE = {
 EXIT_UNEXPECTED = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
-
-
-def _kind_help(kind: Kind) -> str:
-    option = option_of(kind.name)
-    return f"{kind.name}{':N' if option else ''}: {kind.help}" + (f", N is {option}" if option else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,10 +79,9 @@ def _parser() -> Parser:
     finetune = commands.add_parser(
         "finetune",
         help="train edits on a model and show what they bring",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     finetune.set_defaults(run=_finetune)
-    _add_finetune_options(finetune)
+    add_options(finetune)
     merge = commands.add_parser(
         "merge",
         help="merge saved edits into their base model, into a folder that transformers loads",
@@ -117,70 +110,6 @@ def _parser() -> Parser:
     for command in (info, finetune, merge, convert, bench):
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
-
-
-def _add_finetune_options(parser: argparse.ArgumentParser) -> None:
-    unset = argparse.SUPPRESS  # what is left out takes the default that finetune.job.Settings names
-    model = parser.add_argument_group("model")
-    model.add_argument("--task", choices=("causal-lm", "classification"), default="causal-lm", help="what is trained")
-    model.add_argument(
-        "--model",
-        default=unset,
-        help="a folder, a .gguf file, a hub id or the name of a packaged model "
-        "(default: SmolLM2-135M-Instruct, for classification all-MiniLM-L6-v2)",
-    )
-    model.add_argument(
-        "--dtype",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="of the base model; auto: bf16 where the processor or GPU multiplies it natively, else fp32, and with "
-        "--resume the run's own; the vectors are fp32",
-    )
-    model.add_argument("--device", default=unset, help="cpu or cuda (default: a GPU if there is one)")
-    model.add_argument("--position", default="ffn", help=f"where the edits lie: {', '.join(POSITIONS)}")
-    model.add_argument("--kind", default="all", help="; ".join(map(_kind_help, KINDS.values())))
-    model.add_argument("--layers", type=layers, default=unset, help="such as 0-5,8 (default: all layers)")
-    model.add_argument(
-        "--sites",
-        nargs="+",
-        default=unset,
-        metavar="GLOB",
-        help="names of modules to edit, for layouts that are unknown",
-    )
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data",
-        default=unset,
-        help="a .txt, .csv, .tsv, .jsonl or .parquet file, or a hub id (default: python-topics, the Python reference "
-        "in the standard library)",
-    )
-    data.add_argument("--subset", default=unset, help="the configuration of a hub dataset")
-    data.add_argument("--text-column", default=unset, help="of a table (default: text; 0 with --no-header)")
-    data.add_argument("--label-column", default=unset, help="of a table (default: label; 1 with --no-header)")
-    data.add_argument("--no-header", action="store_true", help="the first row of the csv or tsv file is data")
-    data.add_argument(
-        "--held-out", type=float, default=0.1, help="the fraction of the data to hold out, whole documents"
-    )
-    training = parser.add_argument_group("training")
-    training.add_argument("--learning-rate", "--lr", type=float, default=1e-2, help="of AdamW without weight decay")
-    training.add_argument(
-        "--schedule", choices=("constant", "linear", "cosine"), default="constant", help="of the rate"
-    )
-    training.add_argument("--steps", type=int, default=30, help="optimizer steps")
-    training.add_argument("--batch-size", type=int, default=4, help="blocks or texts in a step")
-    training.add_argument(
-        "--length", type=int, default=256, help="tokens in a block, and at most in a text to classify"
-    )
-    training.add_argument("--seed", type=int, default=0, help="of the order of the data, of dropout, of a new head")
-    training.add_argument("--no-compare", action="store_true", help="leave out the comparison of training speeds")
-    run = parser.add_argument_group("output")
-    run.add_argument(
-        "--output", default="red-finetune", help="the folder for edits, checkpoints, loss curve and results"
-    )
-    run.add_argument("--save-every", type=int, default=10, help="steps between checkpoints")
-    again = run.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
-    again.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
 
 
 def _add_merge_options(parser: argparse.ArgumentParser) -> None:
@@ -465,14 +394,7 @@ def _finetune(options: argparse.Namespace) -> int:
             require(package, "red-kernels finetune")
         from rich.console import Console
 
-        from .finetune.data import Columns
-        from .finetune.job import Settings, finetune
+        from .finetune.job import finetune
 
-    given: dict[str, Any] = dict(vars(options))
-    columns = Columns(given.get("text_column"), given.get("label_column"), header=not given["no_header"])
-    known = {field.name for field in dataclasses.fields(Settings)}
-    values = {name: value for name, value in given.items() if name in known}
-    if "sites" in values:
-        values["sites"] = tuple(values["sites"])
-    settings = Settings(**values, columns=columns, compare=not given["no_compare"])
+    settings = settings_of(options)
     return EXIT_INTERRUPTED if finetune(settings, Console()) is None else 0

@@ -6,6 +6,7 @@ Nothing is dropped silently: a row that does not fit is an error that names the 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import random
 import re
@@ -324,6 +325,19 @@ def split_documents(documents: Sequence[Document], held_out: float) -> Split:
         [document for document in documents if document.group not in chosen],
         [document for document in documents if document.group in chosen],
     )
+
+
+def digest(split: Split) -> str:
+    """The SHA-256 of all texts and labels, in their order: data of the same name with another one has changed."""
+    found = hashlib.sha256()
+    for part in (split.train, split.held_out):
+        found.update(f"{len(part)};".encode())
+        for document in part:
+            for text in (document.text, document.label or ""):
+                own = text.encode()
+                found.update(f"{len(own)};".encode())
+                found.update(own)
+    return found.hexdigest()
 
 
 class TokenBlocks(Dataset[dict[str, torch.Tensor]]):

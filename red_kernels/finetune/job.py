@@ -3,45 +3,32 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, TrainingArguments, default_data_collator, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers import set_seed
 
 from ..backends import choose
 from ..checkpoints.checkpoint import saved_config
 from ..edits.config import RedConfig
 from ..edits.find import edit_modules, edit_parameters
-from ..integrations.trainer import RedTrainer, StopOnSignal, head_parameters, load_trained, save_trained
+from ..integrations.trainer import head_parameters, load_trained, save_trained
 from ..merging.merge import reason_against
 from ..patching.naive import naive_edit
 from ..patching.patch import edit_config, patch
-from ..support.base_models import DEFAULT_MODEL, TASKS, BaseModel, load_base
+from ..support.base_models import BaseModel, load_base
 from ..support.output_folder import check_output
 from ..support.parse import shown
-from ..support.progress import Stage, duration
+from ..support.progress import duration
 from . import report
-from .base_dtype import ASKED, AUTO, DTYPES, resolve_dtype
-from .data import (
-    PYTHON_TOPICS,
-    Columns,
-    LabelledTexts,
-    Split,
-    TokenBlocks,
-    check_held_out,
-    label_numbers,
-    load_documents,
-    split_documents,
-)
+from .base_dtype import AUTO, DTYPES, resolve_dtype
+from .data import digest, label_numbers, load_documents, split_documents
 from .head import train_head
+from .job_data import JobData, tokenised
 from .measure import (
     QUIET,
     HeldOut,
@@ -49,123 +36,19 @@ from .measure import (
     Speed,
     compare_speed,
     first_look,
-    held_out_loss,
     pass_gradients,
     real_tokens,
     training_step,
 )
-from .progress import ShowProgress
-from .resume import ResumingTrainer, check_checkpoint
-from .run_folder import RunFolder, former_setting, open_run
+from .resume import check_checkpoint
+from .run_folder import RunFolder, former_settings, open_run
+from .settings import Settings, write_config
+from .train import best_step, end_diverged, losses, train
+from .watching import Sampler
 
 __all__ = ["Settings", "finetune"]
 
 FUSED, EAGER, FROZEN = "fused edit", "eager edit", "frozen, no edit"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All settings of a job; None stands for the task's default.
-
-    Attributes:
-        model: a packaged model's name, a folder, a `.gguf` file or a hub id.
-        data: `python-topics`, a `.txt`, `.csv`, `.tsv`, `.jsonl` or `.parquet` file, or a hub id.
-        subset: the configuration of a hub dataset.
-        columns: where a table holds its texts and labels.
-        task: `"causal-lm"` or `"classification"`.
-        learning_rate: of AdamW, without weight decay.
-        schedule: `"constant"`, `"linear"` or `"cosine"`.
-        steps: optimizer steps.
-        batch_size: texts or blocks in a step.
-        length: tokens in a block, and the most in a text to classify.
-        dtype: of the base model: `"fp32"`, `"bf16"`, or `"auto"`, which is bf16 where the device multiplies it natively
-            and else fp32; a resumed run keeps its own. The vectors are fp32 in any case.
-        position, kind, layers, sites: as in `RedConfig`.
-        seed: of the order of the data, of dropout and of a new head.
-        held_out: the fraction of the data to hold out.
-        save_every: steps between checkpoints.
-        device: `"cpu"`, `"cuda"`, or None for a GPU if there is one.
-        output: the folder for everything the job writes.
-        compare: measure the speed beside the eager edit and the frozen model.
-        resume, overwrite: what to do with a run that the output folder already holds.
-    """
-
-    task: str = "causal-lm"
-    model: str | None = None
-    data: str | None = None
-    subset: str | None = None
-    columns: Columns = field(default_factory=Columns)
-    learning_rate: float = 1e-2
-    schedule: str = "constant"
-    steps: int = 30
-    batch_size: int = 4
-    length: int = 256
-    dtype: str = AUTO
-    position: str = "ffn"
-    kind: str = "all"
-    layers: tuple[int, ...] | None = None
-    sites: tuple[str, ...] | None = None
-    seed: int = 0
-    held_out: float = 0.1
-    save_every: int = 10
-    device: str | None = None
-    output: str = "red-finetune"
-    compare: bool = True
-    resume: bool = False
-    overwrite: bool = False
-
-    def filled(self) -> Settings:
-        """The same with the task's defaults in place of None.
-
-        Raises:
-            ValueError: a value out of range, or data missing for a task that has no default data.
-        """
-        if self.task not in TASKS:
-            raise ValueError(f"task: got {self.task!r}, expected one of {', '.join(map(repr, TASKS))}")
-        for name, least in (("steps", 1), ("batch_size", 1), ("save_every", 1), ("length", 2)):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value >= least):
-                raise ValueError(f"{name}: got {value}, expected a whole number from {least} on")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate: got {self.learning_rate}, expected a number above 0")
-        check_held_out(self.held_out)
-        data = self.data or (PYTHON_TOPICS if self.task == "causal-lm" else None)
-        if data is None:
-            raise ValueError("data: classification needs a table of texts and labels (--data FILE)")
-        if self.device is not None and self.device.partition(":")[0] not in ("cpu", "cuda"):
-            raise ValueError(f"device: got {self.device!r}, expected 'cpu' or 'cuda'")
-        if self.device is not None and self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device: got {self.device!r}, but torch sees no CUDA device")
-        if self.dtype not in ASKED:
-            raise ValueError(f"dtype: got {self.dtype!r}, expected one of {', '.join(map(repr, ASKED))}")
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        values = {**self.__dict__, "data": data, "device": device}
-        return Settings(**{**values, "model": self.model or DEFAULT_MODEL[self.task]})
-
-    def deciding(self) -> dict[str, Any]:
-        """The settings that decide the course of the training, which a resumed run must share."""
-        without = {"output", "compare", "resume", "overwrite", "device", "save_every"}
-        return {name: value for name, value in asdict(self).items() if name not in without}
-
-
-@dataclass(frozen=True)
-class _Data:
-    """The datasets of a job, and how to batch them."""
-
-    train: Any
-    held_out: Any
-    collate: Any
-    classification: bool
-    batch_size: int
-
-    def held_out_loss(self, model: nn.Module, console: Console) -> HeldOut:
-        batches = DataLoader(self.held_out, batch_size=self.batch_size, collate_fn=self.collate)
-        with Stage(console, "held-out loss", len(batches), unit="batch", after=QUIET) as stage:
-            return held_out_loss(model, batches, self.classification, stage)
-
-    def first_batch(self, device: torch.device) -> dict[str, torch.Tensor]:
-        items = [self.train[index % len(self.train)] for index in range(self.batch_size)]
-        return {name: value.to(device) for name, value in self.collate(items).items()}
 
 
 def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
@@ -186,7 +69,7 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     """
     settings = settings.filled()
     config = RedConfig(position=settings.position, kind=settings.kind, layers=settings.layers, sites=settings.sites)
-    classification = settings.task == "classification"
+    labelled = settings.task != "causal-lm"
     device = torch.device(settings.device or "cpu")
     choose(torch.empty(1, device=device), "edit")  # a backend that is missing is said now
     # Data and model take minutes to load: what can go wrong with the output is said before.
@@ -195,40 +78,62 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     if run.checkpoint is not None:
         check_checkpoint(run.checkpoint)
     console.print(f"Loading the data: {settings.data}", markup=False, highlight=False, soft_wrap=True)
-    documents = load_documents(str(settings.data), settings.columns, classification, settings.held_out, settings.subset)
-    labels = label_numbers(documents) if classification else None
+    documents = load_documents(str(settings.data), settings.columns, labelled, settings.held_out, settings.subset)
+    labels = label_numbers(documents) if labelled else None
     split = split_documents(documents, settings.held_out)
+    _check_same_data(settings, run, digest(split))
 
     set_seed(settings.seed)  # a new head is drawn while loading
     console.print(f"Loading the model: {settings.model}", markup=False, highlight=False, soft_wrap=True)
     base = _load(settings, labels, device)
-    data = _tokenise(settings, base, split, labels, console)
+    data = tokenised(settings, base, split, labels, console)
+    steps = _total_steps(settings, run, len(data.train))
     patched = patch(base.model, config)
     console.print(str(replace(patched, frozen_head=())), highlight=False)  # the head is not to stay frozen
     _say_what_merges(base.model, config.kind, console)
-    if classification:
+    if labelled:
         train_head(base.model, base.new_parameters)
     run.begin()
+    write_config(settings, run.config)
     trained = _show_parameters(base.model, console)
 
     before = _measure_before(run, base.model, data, console)
     report.held_out_table(console, {"before": before})
-    _say_how_long(settings, base.model, data, run, console)
+    sampler = Sampler(base.model, base.tokenizer, settings.sample, console)
+    if run.checkpoint is None:
+        sampler.show(0, "before")
+    _say_how_long(settings, steps, base.model, data, run, console)
     memory = PeakMemory(device)
-    trainer, stopped = _train(settings, run, base, data, console)
+    trainer, stopped = train(settings, steps, run, base, data, sampler, console)
     peak = memory.bytes()
+    reached = trainer.state.global_step
+    if trainer.diverged is not None:
+        end_diverged(trainer, run)
     save_trained(base.model, run.edits)
-    curve = _losses(trainer)
+    curve = losses(trainer)
+    samples = [*run.results.get("samples", ()), *sampler.samples]
     if stopped:
-        run.write("interrupted", steps=trainer.state.global_step)
+        run.write("interrupted", steps=reached, samples=samples)
         console.print(
-            f"Stopped after step {trainer.state.global_step} of {settings.steps}. The edits so far are in {run.edits}; "
-            "the same command with --resume goes on."
+            f"Stopped after step {reached} of {steps}. The edits so far are in {run.edits}; "
+            f"red-kernels finetune --output {run.path} --resume goes on.",
+            soft_wrap=True,
         )
         return None
+    if reached < steps:
+        console.print(
+            f"Stopped after step {reached} of {steps}: {settings.patience} evaluations brought no lower loss."
+        )
 
     after = data.held_out_loss(base.model, console)
-    report.draw_loss_curve(run.curve, *curve, {0: before.loss, settings.steps: after.loss})
+    evaluated = {step: found.loss for step, found in trainer.measured.items()}
+    best = best_step(trainer)
+    report.draw_loss_curve(run.curve, *curve, {0: before.loss, **evaluated, best or reached: after.loss})
+    if best is not None and best != reached:
+        console.print(f"The edits are those of step {best}, whose held-out loss is the least.")
+    if not evaluated:
+        sampler.show(reached, "after")
+        samples = [*run.results.get("samples", ()), *sampler.samples]
     reloaded, speeds = _reload_and_compare(settings, run, base, data, labels, device, console)
 
     report.held_out_table(console, {"before": before, "after": after, "after, reloaded into a fresh model": reloaded})
@@ -243,7 +148,10 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     console.print(f"Edits: {run.edits} ({report.size(saved)}); loss curve: {run.curve}")
     run.write(
         "finished",
-        steps=trainer.state.global_step,
+        steps=reached,
+        best_step=best,
+        evaluated={str(step): asdict(found) for step, found in sorted(trainer.measured.items())},
+        samples=samples,
         trainable_parameters=trained,
         after=asdict(after),
         reloaded=asdict(reloaded),
@@ -266,12 +174,12 @@ def _open(settings: Settings, device: torch.device, console: Console) -> tuple[S
     path = Path(settings.output)
     kept = None
     if settings.resume and not settings.overwrite and settings.dtype == AUTO:
-        kept = former_setting(path, "dtype")
+        kept = former_settings(path).get("dtype")
         if not isinstance(kept, str) or kept not in DTYPES:
             raise ValueError(f"--resume: the run in {str(path)!r} is damaged: its dtype is {shown(kept)}")
     dtype = resolve_dtype(settings.dtype, device, kept)
     settings = replace(settings, dtype=dtype.name)
-    run = open_run(path, settings.deciding(), settings.resume, settings.overwrite)
+    run = open_run(path, settings)
     run.results.setdefault("base_dtype", dtype.json())  # that of the run's beginning
     console.print(f"Base model's dtype: {dtype.name} ({dtype.reason})", markup=False, highlight=False, soft_wrap=True)
     if dtype.warning is not None:
@@ -294,39 +202,6 @@ def _load(settings: Settings, labels: dict[str, int] | None, device: torch.devic
         raise ValueError(f"length: got {settings.length}, the model takes at most {longest} tokens")
     base.model.config.use_cache = False  # a cache is of no use in training, and Trainer would warn
     return base
-
-
-def _tokenise(
-    settings: Settings, base: BaseModel, split: Split, labels: dict[str, int] | None, console: Console
-) -> _Data:
-    train: Any
-    held_out: Any
-    collate: Any
-    console.print("Tokenising the data")
-    if labels is not None:
-        train = LabelledTexts(split.train, labels, base.tokenizer, settings.length)
-        held_out = LabelledTexts(split.held_out, labels, base.tokenizer, settings.length)
-        cut = train.truncated + held_out.truncated
-        console.print(
-            f"{report.plural(len(train), 'text')} to train on, {len(held_out):,} held out, {len(labels)} labels"
-            + (f"; {report.plural(cut, 'text')} cut to {settings.length} tokens" if cut else "")
-        )
-        _, most = Counter(document.label for document in split.held_out).most_common(1)[0]
-        console.print(f"The most frequent label is that of {most / len(held_out):.1%} of the held-out texts")
-        collate = DataCollatorWithPadding(base.tokenizer)
-    else:
-        count = len(split.train) + len(split.held_out)
-        with Stage(console, "tokenising", count, unit="document", after=QUIET) as stage:
-            train, held_out = (
-                TokenBlocks(stage.over(document.text for document in part), base.tokenizer, settings.length)
-                for part in (split.train, split.held_out)
-            )
-        console.print(
-            f"{report.plural(len(split.train), 'document')} to train on ({train.tokens:,} tokens), "
-            f"{len(split.held_out):,} held out ({held_out.tokens:,} tokens)"
-        )
-        collate = default_data_collator
-    return _Data(train, held_out, collate, labels is not None, settings.batch_size)
 
 
 def _say_what_merges(model: nn.Module, kind: str, console: Console) -> None:
@@ -355,7 +230,7 @@ def _show_parameters(model: nn.Module, console: Console) -> int:
     return sum(count for _, count in groups.values())
 
 
-def _measure_before(run: RunFolder, model: nn.Module, data: _Data, console: Console) -> HeldOut:
+def _measure_before(run: RunFolder, model: nn.Module, data: JobData, console: Console) -> HeldOut:
     if "before" in run.results:  # a resumed run has measured it already
         return HeldOut.of(run.results["before"])
     before = data.held_out_loss(model, console)
@@ -363,11 +238,32 @@ def _measure_before(run: RunFolder, model: nn.Module, data: _Data, console: Cons
     return before
 
 
-def _say_how_long(settings: Settings, model: nn.Module, data: _Data, run: RunFolder, console: Console) -> None:
+def _check_same_data(settings: Settings, run: RunFolder, found: str) -> None:
+    """Raises ValueError where a resumed run's data is not what it began with; keeps what a new run begins with."""
+    before = run.results.setdefault("data_digest", found)
+    if before != found:
+        raise ValueError(
+            f"--resume: the data {settings.data!r} is not what the run in {str(run.path)!r} began with: it holds other "
+            f"texts now (SHA-256 {found[:12]}..., was {str(before)[:12]}...); restore it, or start anew by --overwrite"
+        )
+
+
+def _total_steps(settings: Settings, run: RunFolder, items: int) -> int:
+    """How many optimizer steps the run has in all. Raises ValueError where a resumed one has done as many."""
+    steps = settings.total_steps(items)
+    done = run.results.get("steps", 0) if run.state == "finished" else 0
+    if done >= steps:
+        raise ValueError(f"--resume: the run in {str(run.path)!r} has done {done} steps, and {steps} are asked for")
+    return steps
+
+
+def _say_how_long(
+    settings: Settings, steps: int, model: nn.Module, data: JobData, run: RunFolder, console: Console
+) -> None:
     """Say about how long the training will take, from a look at a few tokens, where a step takes seconds."""
-    tokens = real_tokens(data.first_batch(torch.device("cpu")))
+    tokens = settings.accumulate * real_tokens(data.first_batch(torch.device("cpu")))
     step = first_look(model, data.collate([data.train[0]]), tokens)
-    left = settings.steps - (int(run.checkpoint.name.rpartition("-")[2]) if run.checkpoint else 0)
+    left = steps - (int(run.checkpoint.name.rpartition("-")[2]) if run.checkpoint else 0)
     if step > QUIET:
         console.print(
             f"A look at a few tokens: a step of {tokens:,} tokens will take about {duration(step)}, the training "
@@ -377,60 +273,11 @@ def _say_how_long(settings: Settings, model: nn.Module, data: _Data, run: RunFol
         )
 
 
-def _train(
-    settings: Settings, run: RunFolder, base: BaseModel, data: _Data, console: Console
-) -> tuple[RedTrainer, bool]:
-    arguments = TrainingArguments(
-        output_dir=str(run.path),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
-        weight_decay=0.0,  # it would pull the scales toward 0, not toward 1
-        logging_steps=1,
-        save_strategy="steps",
-        save_steps=settings.save_every,
-        save_total_limit=2,
-        seed=settings.seed,
-        use_cpu=settings.device == "cpu",
-        report_to="none",
-        disable_tqdm=True,
-        include_num_input_tokens_seen="non_padding" if data.classification else "all",  # blocks have no padding
-        remove_unused_columns=False,
-        dataloader_pin_memory=settings.device != "cpu",
-        dataloader_drop_last=len(data.train) >= settings.batch_size,
-    )
-    progress = ShowProgress(console)
-    stop = StopOnSignal(lambda: console.print("Stopping after this step; once more stops at once, without saving."))
-    trainer = ResumingTrainer(
-        model=base.model,
-        args=arguments,
-        train_dataset=data.train,
-        data_collator=data.collate,
-        callbacks=[progress, stop],
-    )
-    trainer.remove_callback(PrinterCallback)
-    if run.checkpoint is not None:
-        console.print(f"Going on from {run.checkpoint}")
-    try:
-        with stop.installed(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*pin_memory.*")
-            trainer.train_on(run.checkpoint)
-    finally:
-        progress.close()
-    return trainer, stop.stopped and trainer.state.global_step < settings.steps
-
-
-def _losses(trainer: RedTrainer) -> tuple[list[int], list[float]]:
-    logged = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    return [int(step) for step, _ in logged], [float(loss) for _, loss in logged]
-
-
 def _reload_and_compare(
     settings: Settings,
     run: RunFolder,
     base: BaseModel,
-    data: _Data,
+    data: JobData,
     labels: dict[str, int] | None,
     device: torch.device,
     console: Console,
@@ -449,7 +296,7 @@ def _reload_and_compare(
 
 
 def _compare(
-    fused: nn.Module, fresh: BaseModel, data: _Data, device: torch.device, console: Console
+    fused: nn.Module, fresh: BaseModel, data: JobData, device: torch.device, console: Console
 ) -> dict[str, Speed]:
     batch = data.first_batch(device)
     sites = list(edit_modules(fused))

@@ -23,20 +23,34 @@ QUIET = 5.0  # seconds before a stage that is mostly short says how far it is
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean loss over the held-out targets; `accuracy` for classification only."""
+    """Mean loss over the held-out targets, and how well a classifier or a regression does.
+
+    Attributes:
+        loss: in nats, or the mean squared error of a regression.
+        targets: tokens, or texts.
+        accuracy: of a classifier, from 0 to 1, like the next two.
+        f1: the mean over the classes, or that of the second of two classes.
+        matthews: Matthews' correlation coefficient.
+        pearson, spearman: of a regression, the correlation of what it says with the labels, and that of their ranks.
+    """
 
     loss: float
     targets: int
     accuracy: float | None = None
+    f1: float | None = None
+    matthews: float | None = None
+    pearson: float | None = None
+    spearman: float | None = None
 
     @classmethod
     def of(cls, said: Any) -> HeldOut:
         """From what `dataclasses.asdict` made of one, as a file holds it. Raises ValueError for anything else."""
-        form = {"loss": (int, float), "targets": (int,), "accuracy": (int, float, type(None))}
+        form: dict[str, tuple[type, ...]] = {name: (int, float, type(None)) for name in cls.__dataclass_fields__}
+        form |= {"loss": (int, float), "targets": (int,)}
         if (
             not isinstance(said, dict)
-            or said.keys() != form.keys()
-            or any(isinstance(said[name], bool) or not isinstance(said[name], kinds) for name, kinds in form.items())
+            or not {"loss", "targets", "accuracy"} <= said.keys() <= form.keys()  # an older version had these alone
+            or any(isinstance(value, bool) or not isinstance(value, form[name]) for name, value in said.items())
         ):
             raise ValueError(f"a held-out loss is {shown(said)}, expected numbers for {', '.join(form)}")
         return cls(**said)
@@ -45,6 +59,11 @@ class HeldOut:
     def perplexity(self) -> float:
         """`exp(loss)`; infinite where that overflows."""
         return math.inf if self.loss > 700 else math.exp(self.loss)
+
+    def numbers(self) -> dict[str, float]:
+        """What was measured, by name, without the number of targets."""
+        said = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "targets"}
+        return {name: float(value) for name, value in said.items() if value is not None}
 
 
 @torch.no_grad()
@@ -55,9 +74,9 @@ def held_out_loss(
 
     Args:
         model: a transformers model that returns `loss` for `labels`, and `logits`.
-        batches: with `input_ids` and `labels`: `(batch, length)` with -100 where nothing is predicted, or `(batch,)`
-            class numbers.
-        classification: which of the two; with it the accuracy is measured as well.
+        batches: with `input_ids` and `labels`: `(batch, length)` with -100 where nothing is predicted; or `(batch,)`,
+            numbers of classes or, in floating point, what a regression is to say.
+        classification: whether the labels are `(batch,)`; with them it is measured how well they are met.
         stage: told of each batch that is done.
 
     Raises:
@@ -66,24 +85,74 @@ def held_out_loss(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    total, count, correct = 0.0, 0, 0
+    total, count = 0.0, 0
+    said: list[torch.Tensor] = []
+    meant: list[torch.Tensor] = []
     try:
         for number, batch in enumerate(batches, start=1):
             batch = {name: value.to(device) for name, value in batch.items()}
             output = model(**batch)
             labels = batch["labels"] if classification else batch["labels"][:, 1:]
-            targets = int((labels != -100).sum())
+            targets = int((labels != -100).sum()) if not labels.is_floating_point() else labels.numel()
             total += float(output.loss.float()) * targets
             count += targets
             if classification:
-                correct += int((output.logits.argmax(-1) == labels).sum())
+                said.append(output.logits.float().cpu())
+                meant.append(labels.cpu())
             if stage is not None:
                 stage.reached(number)
     finally:
         model.train(was_training)
     if count == 0:
         raise ValueError("batches: hold no targets")
-    return HeldOut(total / count, count, correct / count if classification else None)
+    scores = {} if not classification else _scores(torch.cat(said), torch.cat(meant))
+    return HeldOut(total / count, count, **scores)
+
+
+def _scores(said: torch.Tensor, meant: torch.Tensor) -> dict[str, float]:
+    if meant.is_floating_point():
+        return correlations(said.squeeze(-1), meant)
+    return class_scores(said.argmax(-1), meant, said.shape[-1])
+
+
+def class_scores(said: torch.Tensor, meant: torch.Tensor, classes: int) -> dict[str, float]:
+    """Accuracy, F1 and Matthews' correlation coefficient of class numbers, `(items,)` each.
+
+    F1 is that of class 1 where there are two, else the mean over the classes that are said or meant. A quotient without
+    anything in its denominator is 0.
+    """
+    counts = torch.zeros(classes, classes, dtype=torch.float64)  # [meant, said]
+    counts.index_put_((meant, said), torch.ones(len(said), dtype=torch.float64), accumulate=True)
+    right, of_meant, of_said = counts.diagonal(), counts.sum(1), counts.sum(0)
+    each = 2 * right / (of_meant + of_said).clamp(min=1)
+    there = of_meant + of_said > 0
+    every = counts.sum()
+    # Gorodkin's form for any number of classes; with two it is Matthews' own.
+    above = right.sum() * every - (of_meant * of_said).sum()
+    below = (every**2 - (of_said**2).sum()) * (every**2 - (of_meant**2).sum())
+    return {
+        "accuracy": float(right.sum() / every),
+        "f1": float(each[1] if classes == 2 else each[there].mean()),
+        "matthews": float(above / below.sqrt()) if below > 0 else 0.0,
+    }
+
+
+def correlations(said: torch.Tensor, meant: torch.Tensor) -> dict[str, float]:
+    """Pearson's correlation of two `(items,)`, and Spearman's: that of their ranks. 0 where one of them is constant."""
+
+    def pearson(one: torch.Tensor, other: torch.Tensor) -> float:
+        one, other = one.double() - one.double().mean(), other.double() - other.double().mean()
+        norm = one.norm() * other.norm()
+        return float(one @ other / norm) if norm > 0 else 0.0
+
+    return {"pearson": pearson(said, meant), "spearman": pearson(_ranks(said), _ranks(meant))}
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    """Each value's place in their order; equal ones share the mean of theirs."""
+    _, place, count = values.unique(return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double()
+    return (last - (count - 1) / 2)[place]
 
 
 _COUNTED_LATER = 16 << 20

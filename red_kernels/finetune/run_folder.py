@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,12 @@ from ..support.files import write_files
 from ..support.parse import read_json
 from ..support.text import listed
 from .measure import HeldOut
+from .settings import Settings
 
 RUN_NAME = "run.json"
 EDITS_NAME = "edits"
 CURVE_NAME = "loss.png"
+CONFIG_NAME = "config.yaml"
 
 STATES = ("running", "interrupted", "finished")
 _SETTINGS = {"task", "model", "data", "steps"}  # among those of every run
@@ -31,12 +32,13 @@ _OF_A_CHECKPOINT = re.compile(
 
 @dataclass
 class RunFolder:
-    """`run.json` (settings, state, results), `edits/`, `loss.png` and `checkpoint-*/` in one folder."""
+    """`run.json` (settings, state, results), `config.yaml`, `edits/`, `loss.png` and `checkpoint-*/` in one folder."""
 
     path: Path
     settings: dict[str, Any]
     results: dict[str, Any]
     checkpoint: Path | None = None
+    state: str = "running"  # of the run that was there, then of this one
 
     @property
     def edits(self) -> Path:
@@ -65,62 +67,73 @@ class RunFolder:
                 self.curve.unlink()
         self.write("running")
 
+    @property
+    def config(self) -> Path:
+        """The settings as `--config` takes them."""
+        return self.path / CONFIG_NAME
+
     def write(self, state: str, **results: Any) -> None:
         """Record the state of the run (`running`, `interrupted`, `finished`) and add results."""
         self.results.update(results)
+        self.state = state
         content = {"state": state, "settings": self.settings, "results": self.results}
         write_files(self.path, {RUN_NAME: (json.dumps(content, indent=2) + "\n").encode()})
 
 
-def open_run(path: Path, settings: Mapping[str, Any], resume: bool, overwrite: bool) -> RunFolder:
+def open_run(path: Path, settings: Settings) -> RunFolder:
     """Look at an output folder for a new run, or find the checkpoint to resume from; `begin` changes it.
 
     Args:
         path: the folder.
-        settings: what decides the course of the run; a resumed run must have the same.
-        resume: go on from the newest checkpoint; from the start if the run was killed before its first.
-        overwrite: remove the files of an earlier run. Other files in the folder are never touched; among those of a
-            checkpoint they are refused.
+        settings: of the run. With `resume` it goes on from the newest checkpoint, or from the start if the run was
+            killed before its first; what decides its course must be the same, and a finished run must have more steps
+            to go. With `overwrite` the files of an earlier run are removed. Other files in the folder are not
+            touched; among those of a checkpoint they are refused.
 
     Raises:
         ValueError: the folder holds a run and neither was asked for; or a run to resume is missing, finished, damaged,
             or was started with other settings; or what there is to overwrite was not written by a run.
     """
-    if resume and overwrite:
+    if settings.resume and settings.overwrite:
         raise ValueError("--resume and --overwrite: got both, expected one at most")
-    settings = json.loads(json.dumps(settings))  # as they will be read back
-    exists = (path / RUN_NAME).exists()
-    if resume:
+    recorded = json.loads(json.dumps(settings.recorded()))  # as they will be read back
+    if settings.resume:
         former = _read(path, "--resume")
-        if former["state"] == "finished":
-            raise ValueError(f"--resume: the run in {str(path)!r} is finished; --overwrite starts it anew")
-        changed = [name for name in settings if former["settings"].get(name) != settings[name]]
-        if changed:
-            differences = ", ".join(
-                f"{name} was {former['settings'].get(name)!r}, is {settings[name]!r}" for name in changed
-            )
-            raise ValueError(f"--resume: the run in {str(path)!r} was started with other settings: {differences}")
+        _check_resumable(path, former, recorded, set(settings.deciding()))
         saved = checkpoints(path)
-        run = RunFolder(path, dict(settings), former["results"], saved[-1] if saved else None)
-    else:
-        if exists and not overwrite:
-            raise ValueError(
-                f"--output: {str(path)!r} already holds a run; go on with it by --resume, or start anew by --overwrite"
-            )
-        if not exists and (checkpoints(path) or any((path / name).exists() for name in (EDITS_NAME, CURVE_NAME))):
-            raise ValueError(
-                f"--output: {str(path)!r} holds checkpoints, edits or a {CURVE_NAME} of another program; choose "
-                "another folder"
-            )
-        if exists:
-            _read(path, "--overwrite")
-            for folder in checkpoints(path):
-                foreign = [entry.name for entry in sorted(folder.iterdir()) if not _of_a_run(entry)]
-                if foreign or folder.is_symlink():
-                    what = f"has {listed(foreign)}, which no run wrote" if foreign else "is a link"
-                    raise ValueError(f"--overwrite: {str(folder)!r} {what}; move away what is to be kept")
-        run = RunFolder(path, dict(settings), {})
-    return run
+        return RunFolder(path, recorded, former["results"], saved[-1] if saved else None, former["state"])
+    exists = (path / RUN_NAME).exists()
+    if exists and not settings.overwrite:
+        raise ValueError(
+            f"--output: {str(path)!r} already holds a run; go on with it by --resume, or start anew by --overwrite"
+        )
+    if not exists and (checkpoints(path) or any((path / name).exists() for name in (EDITS_NAME, CURVE_NAME))):
+        raise ValueError(
+            f"--output: {str(path)!r} holds checkpoints, edits or a {CURVE_NAME} of another program; choose another "
+            "folder"
+        )
+    if exists:
+        _read(path, "--overwrite")
+        for folder in checkpoints(path):
+            foreign = [entry.name for entry in sorted(folder.iterdir()) if not _of_a_run(entry)]
+            if foreign or folder.is_symlink():
+                what = f"has {listed(foreign)}, which no run wrote" if foreign else "is a link"
+                raise ValueError(f"--overwrite: {str(folder)!r} {what}; move away what is to be kept")
+    return RunFolder(path, recorded, {})
+
+
+def _check_resumable(path: Path, former: dict[str, Any], settings: dict[str, Any], deciding: set[str]) -> None:
+    defaults = json.loads(json.dumps(Settings().recorded()))  # of what an older version did not know
+    before = {name: former["settings"].get(name, defaults[name]) for name in settings}
+    if former["state"] == "finished" and all(before[name] == settings[name] for name in ("steps", "epochs")):
+        raise ValueError(
+            f"--resume: the run in {str(path)!r} is finished; --steps N or --epochs N with a larger N goes on with it, "
+            "--overwrite starts it anew"
+        )
+    changed = [name for name in settings if name in deciding and before[name] != settings[name]]
+    if changed:
+        differences = ", ".join(f"{name} was {before[name]!r}, is {settings[name]!r}" for name in changed)
+        raise ValueError(f"--resume: the run in {str(path)!r} was started with other settings: {differences}")
 
 
 def _of_a_run(path: Path) -> bool:
@@ -128,13 +141,14 @@ def _of_a_run(path: Path) -> bool:
     return _OF_A_CHECKPOINT.fullmatch(path.name) is not None and (path.is_symlink() or path.is_file())
 
 
-def former_setting(path: Path, name: str) -> Any:
-    """A setting of the run that a folder holds; None where that run has no such setting.
+def former_settings(path: Path) -> dict[str, Any]:
+    """The settings of the run that a folder holds.
 
     Raises:
         ValueError: the folder holds no run, or a damaged one.
     """
-    return _read(path, "--resume")["settings"].get(name)
+    settings: dict[str, Any] = _read(path, "--resume")["settings"]
+    return settings
 
 
 def _read(path: Path, option: str) -> dict[str, Any]:

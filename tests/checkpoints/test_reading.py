@@ -20,6 +20,7 @@ from red_kernels.checkpoints import infer as _infer
 from red_kernels.checkpoints import vectors as _vectors
 from red_kernels.checkpoints.authors import CLASSIFIER_NAME, VECTORS_NAME
 from red_kernels.finetune import data, run_folder
+from red_kernels.finetune.settings import Settings
 from red_kernels.patching.report import PatchReport, SiteReport
 from red_kernels.support import parse as _parse
 
@@ -81,7 +82,7 @@ def read_table(path: Path) -> object:
 
 
 def read_run(path: Path) -> object:
-    return run_folder.open_run(path.parent, {}, resume=True, overwrite=False)
+    return run_folder.open_run(path.parent, Settings(resume=True))
 
 
 READERS = {

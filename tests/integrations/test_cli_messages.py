@@ -26,9 +26,10 @@ from red_kernels import cli
 @pytest.mark.parametrize(
     ("command", "words", "meant"),
     [
-        ("finetune", ["--epochs", "3"], "--epochs: unknown; did you mean --steps?"),
-        ("finetune", ["--epochs=3"], "--epochs: unknown; did you mean --steps?"),
-        ("finetune", ["--num_train_epochs", "3"], "--num_train_epochs: unknown; did you mean --steps?"),
+        ("finetune", ["--max-steps", "3"], "--max-steps: unknown; did you mean --steps?"),
+        ("finetune", ["--max-steps=3"], "--max-steps: unknown; did you mean --steps?"),
+        ("finetune", ["--num_train_epochs", "3"], "--num_train_epochs: unknown; did you mean --epochs?"),
+        ("finetune", ["--gradient_accumulation_steps", "3"], "did you mean --accumulate?"),
         ("finetune", ["--batch_size", "3"], "--batch_size: unknown; did you mean --batch-size?"),
         ("finetune", ["--learning-rat", "3", "--lenght", "3"], "--lenght: unknown; did you mean --length?"),
         ("finetune", ["--max-seq-length", "3"], "did you mean --length?"),
@@ -36,7 +37,7 @@ from red_kernels import cli
         ("finetune", ["--dataset", "x"], "did you mean --data?"),
         ("finetune", ["--xyzzy", "x"], "--xyzzy: unknown"),
         ("finetune", ["stray"], "unexpected 'stray'"),
-        ("finetune", ["--epochs", "3", "--qqq"], "--epochs: unknown; did you mean --steps?; --qqq: unknown"),
+        ("finetune", ["--max-steps", "3", "--qqq"], "--max-steps: unknown; did you mean --steps?; --qqq: unknown"),
         ("merge", ["--model", "a", "--edits", "b", "--output", "c", "--base-mode", "d"], "--base-mode: unknown"),
         ("convert", ["a", "b", "--overwite"], "did you mean --overwrite?"),
         ("bench", ["--second", "1", "--minuts", "3"], "--minuts: unknown; did you mean --minutes?"),
@@ -54,7 +55,7 @@ def test_unknown_options(command: str, words: list[str], meant: str, capsys: pyt
 
 def test_an_option_of_finetune_is_suggested_to_finetune_alone(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["info", "--epochs", "3"])
+        cli.main(["info", "--max-steps", "3"])
     assert "did you mean" not in capsys.readouterr().err
 
 

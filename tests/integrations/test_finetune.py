@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import os
 import shutil
 import signal
@@ -19,9 +18,9 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-import tiny_folders
 import torch
 from checkpoint_helpers import description
+from finetune_helpers import assert_equal_runs, causal, classify, make_folders, results, trained_tensors
 from patience import HANGS
 from places import ROOT
 from rich.console import Console
@@ -36,20 +35,7 @@ from red_kernels.integrations.trainer import HEAD_NAME, RedTrainer, checkpoints,
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny models, a text and a table of labelled texts."""
-    root = tmp_path_factory.mktemp("tiny")
-    text = root / "text.txt"
-    text.write_text("".join(f"line {i} of the text, with {i * i} words in it.\n" for i in range(200)))
-    table = root / "table.tsv"
-    words = {"good": ("aaaa", "abab", "baaa"), "bad": ("zzzz", "zyzy", "yzzz")}
-    rows = [f"{words[label][i % 3]} {words[label][i % 2]} {i}\t{label}" for i in range(60) for label in words]
-    table.write_text("text\tlabel\n" + "\n".join(rows) + "\n")
-    return {
-        "llama": tiny_folders.tiny_llama(root / "llama"),
-        "bert": tiny_folders.tiny_bert(root / "bert"),
-        "text": text,
-        "table": table,
-    }
+    return make_folders(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
@@ -71,40 +57,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     assert tried == []
 
 
-def causal(folders: dict[str, Path], output: Path, *more: str) -> list[str]:
-    return [
-        *("finetune", "--model", str(folders["llama"]), "--data", str(folders["text"]), "--output", str(output)),
-        *("--length", "32", "--dtype", "fp32", "--device", "cpu", *more),
-    ]
-
-
-def classify(folders: dict[str, Path], output: Path, *more: str) -> list[str]:
-    return [
-        *("finetune", "--task", "classification", "--model", str(folders["bert"]), "--data", str(folders["table"])),
-        *("--output", str(output), "--length", "24", "--device", "cpu", *more),
-    ]
-
-
-def results(output: Path) -> dict[str, Any]:
-    run = json.loads((output / "run.json").read_text())
-    assert run["state"] == "finished"
-    return run["results"]
-
-
-def trained_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    tensors = safetensors.torch.load_file(folder / TENSORS_NAME)
-    if (folder / HEAD_NAME).exists():
-        tensors.update(safetensors.torch.load_file(folder / HEAD_NAME))
-    return tensors
-
-
-def assert_equal_runs(first: Path, second: Path) -> None:
-    one, two = trained_tensors(first / "edits"), trained_tensors(second / "edits")
-    assert set(one) == set(two)
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert results(first)["after"] == results(second)["after"]
-
-
 # ---- the job
 
 
@@ -122,7 +74,7 @@ def test_language_model(
     assert found["reloaded"] == found["after"]
     assert all(len(samples) >= 3 for samples in found["tokens_per_second"].values())
     assert sorted(path.name for path in output.iterdir()) == [
-        *("checkpoint-10", "checkpoint-20", "edits", "loss.png", "run.json"),
+        *("checkpoint-10", "checkpoint-20", "config.yaml", "edits", "loss.png", "run.json"),
     ]
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (output / "edits").iterdir()) == [TENSORS_NAME]
@@ -238,9 +190,21 @@ def test_damaged_base_models(folders: dict[str, Path], tmp_path: Path, capsys: p
 
 
 def test_divergence_is_said(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(causal(folders, tmp_path / "out", "--steps", "3", "--lr", "1e38", "--no-compare")) == 0
-    assert "diverged" in capsys.readouterr().out
-    assert math.isnan(results(tmp_path / "out")["after"]["loss"])
+    """The training ends where a loss is no number, and leaves the edits of the checkpoint before."""
+    output = tmp_path / "out"
+    wild = ("--steps", "30", "--save-every", "1", "--lr", "3e37", "--warmup", "20", "--no-compare")
+    assert cli.main(causal(folders, output, *wild)) == cli.EXIT_ERROR
+    said = capsys.readouterr().err
+    run = json.loads((output / "run.json").read_text())
+    assert (run["state"], run["results"]["diverged"]) == ("interrupted", run["results"]["steps"])
+    assert f"at step {run['results']['diverged']} the loss" in said
+    good = checkpoints(output)[-1]
+    assert good.name in said
+    assert int(good.name.rpartition("-")[2]) < run["results"]["diverged"] < 30
+    assert all(value.isfinite().all() for value in trained_tensors(good).values())
+    assert {name: value.tolist() for name, value in trained_tensors(output / "edits").items()} == {
+        name: value.tolist() for name, value in trained_tensors(good).items()
+    }
 
 
 # ---- going on after a kill, and Ctrl-C
@@ -340,7 +304,7 @@ def test_resume_refuses_other_settings(
     run = json.loads((output / "run.json").read_text())
     (output / "run.json").write_text(json.dumps({**run, "state": "running"}))
     assert cli.main(causal(folders, output, "--steps", "5", "--lr", "0.5", "--resume")) == cli.EXIT_ERROR
-    assert "learning_rate was 0.01, is 0.5, steps was 3, is 5" in capsys.readouterr().err
+    assert "learning_rate was 0.01, is 0.5" in capsys.readouterr().err
     (output / "run.json").write_text("{")
     assert cli.main(causal(folders, output, "--steps", "3", "--resume")) == cli.EXIT_ERROR
     assert "is damaged" in capsys.readouterr().err

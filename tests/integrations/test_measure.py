@@ -174,3 +174,28 @@ def test_naive_edit_refuses() -> None:
             naive_edit(model, sites, kind)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not model[0]._forward_hooks
+
+
+def test_scores_of_classes():
+    """Worked out by hand: of two classes, and of three of which one is never said."""
+    said, meant = torch.tensor([1, 1, 0, 0, 1, 0]), torch.tensor([1, 0, 0, 0, 1, 1])
+    found = measure.class_scores(said, meant, 2)  # 2 right positives, 1 wrong one, 1 missed, 2 right negatives
+    assert found == pytest.approx(
+        {"accuracy": 4 / 6, "f1": 4 / 6, "matthews": (2 * 2 - 1 * 1) / (3 * 3 * 3 * 3) ** 0.5}
+    )
+    said, meant = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 2, 1, 1])
+    found = measure.class_scores(said, meant, 4)
+    assert found["f1"] == pytest.approx((2 / 3 + 1 + 0) / 3), "a class that is neither said nor meant does not count"
+    assert found["matthews"] == pytest.approx((3 * 4 - (2 + 4)) / ((16 - 8) * (16 - 6)) ** 0.5)
+    assert measure.class_scores(torch.tensor([1, 1]), torch.tensor([1, 0]), 2)["matthews"] == 0
+
+
+def test_correlations():
+    said, meant = torch.tensor([1.0, 2.0, 4.0, 100.0]), torch.tensor([1.0, 3.0, 4.0, 5.0])
+    found = measure.correlations(said, meant)
+    assert found["spearman"] == pytest.approx(1)
+    one, other = said - said.mean(), meant - meant.mean()
+    assert found["pearson"] == pytest.approx(float((one @ other) / (one @ one * (other @ other)).sqrt()), rel=1e-6)
+    tied = measure.correlations(torch.tensor([1.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 3.0]))
+    assert tied["spearman"] == pytest.approx(3**0.5 / 2)
+    assert measure.correlations(torch.ones(3), torch.arange(3.0)) == {"pearson": 0.0, "spearman": 0.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from transformers import TrainingArguments
 
 import red_kernels as rk
 from red_kernels.finetune.run_folder import open_run
+from red_kernels.finetune.settings import Settings
 from red_kernels.integrations.trainer import RedTrainer, checkpoints
 
-SETTINGS = {"task": "causal-lm", "model": "m", "data": "d", "steps": 3}
+SETTINGS = Settings(model="m", data="d", steps=3)
+AGAIN = replace(SETTINGS, overwrite=True)
 OWN = ("red_edits.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
@@ -21,7 +24,7 @@ OWN = ("red_edits.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
 def run(tmp_path: Path) -> Path:
     """A finished run with one checkpoint, edits and a picture."""
     folder = tmp_path / "out"
-    open_run(folder, SETTINGS, resume=False, overwrite=False).write("finished")
+    open_run(folder, SETTINGS).write("finished")
     for name in (*(f"checkpoint-2/{name}" for name in OWN), "edits/red_edits.safetensors", "loss.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("own")
@@ -34,7 +37,7 @@ def held(folder: Path) -> dict[Path, bytes | None]:
 
 def test_a_run_is_overwritten(run: Path) -> None:
     (run / "mine.txt").write_text("mine")
-    open_run(run, SETTINGS, resume=False, overwrite=True).begin()
+    open_run(run, AGAIN).begin()
     assert sorted(path.name for path in run.iterdir()) == ["mine.txt", "run.json"]
 
 
@@ -53,7 +56,7 @@ def test_the_record_of_another_program(record: str, run: Path) -> None:
     (run / "run.json").write_text(record)
     before = held(run)
     with pytest.raises(ValueError, match=r"--overwrite: .*run\.json is damaged or of another program"):
-        open_run(run, SETTINGS, resume=False, overwrite=True)
+        open_run(run, AGAIN)
     assert held(run) == before
 
 
@@ -63,7 +66,7 @@ def test_a_folder_of_another_program(name: str, overwrite: bool, tmp_path: Path)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match="of another program; choose another folder"):
-        open_run(tmp_path, SETTINGS, resume=False, overwrite=overwrite)
+        open_run(tmp_path, replace(SETTINGS, overwrite=overwrite))
     assert (tmp_path / name).read_text() == "mine"
 
 
@@ -77,12 +80,12 @@ def test_others_files_in_a_checkpoint(name: str, run: Path) -> None:
     path.write_text("mine")
     before = held(run)
     with pytest.raises(ValueError, match=rf"checkpoint-2' has {name.partition('/')[0]}, which no run wrote; move away"):
-        open_run(run, SETTINGS, resume=False, overwrite=True)
+        open_run(run, AGAIN)
     assert held(run) == before
 
 
 def test_a_file_that_comes_while_the_model_is_loaded(run: Path) -> None:
-    opened = open_run(run, SETTINGS, resume=False, overwrite=True)
+    opened = open_run(run, AGAIN)
     (run / "checkpoint-2" / "thesis.txt").write_text("mine")
     opened.begin()
     assert [path.name for path in (run / "checkpoint-2").iterdir()] == ["thesis.txt"]
@@ -92,7 +95,7 @@ def test_a_checkpoint_that_is_a_link(run: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (run / "checkpoint-9").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="checkpoint-9' is a link"):
-        open_run(run, SETTINGS, resume=False, overwrite=True)
+        open_run(run, AGAIN)
 
 
 @pytest.mark.parametrize("step", ["٣", "３", "²", "9" * 200, "", "-1", "1 ", "1\n"])

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 import model_zoo as zoo
 import pytest
 import torch
+import transformers
 from stack_helpers import STEPS, files, listed, rows, trainer_of, training
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -333,3 +334,15 @@ def test_a_push_has_the_edits_and_no_partial_folder(tmp_path, monkeypatch):
     fresh = patched()
     rk.load_edits(fresh, tmp_path)
     assert all(map(torch.equal, values(model, "default"), values(fresh, "default")))
+
+
+def test_no_edit_has_weight_decay(tmp_path):
+    """It would pull a scale toward 0. A head that is trained beside the edits has it, as with any Trainer."""
+    model = transformers.LlamaForSequenceClassification(zoo.tiny("llama").config)
+    rk.patch(model, rk.RedConfig(train_head=True))
+    arguments = TrainingArguments(str(tmp_path), weight_decay=0.1, use_cpu=True, report_to="none")
+    groups = RedTrainer(model=model, args=arguments).create_optimizer().param_groups
+    decayed = {id(own) for group in groups if group["weight_decay"] for own in group["params"]}
+    trained = {name for name, own in model.named_parameters() if own.requires_grad and id(own) in decayed}
+    assert trained == {"score.weight"}
+    assert sum(len(group["params"]) for group in groups) == 1 + sum(map(len, edit_parameters(model).values()))

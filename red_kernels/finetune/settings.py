@@ -1,0 +1,284 @@
+"""All settings of the finetune job: their defaults, what they may be, and where they come from."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..support.arguments import layers
+from ..support.base_models import DEFAULT_MODEL, TASKS
+from ..support.files import write_files
+from ..support.parse import shown
+from ..support.require import require
+from ..support.text import listed
+from .base_dtype import ASKED, AUTO
+from .data import PYTHON_TOPICS, Columns, check_held_out
+
+__all__ = ["Settings", "as_options", "from_options", "read_config", "write_config"]
+
+STEPS, SAVE_EVERY = 30, 10
+SCHEDULES = ("constant", "linear", "cosine")
+# What may change when a run is resumed: where and how it runs, what it shows, and how long it goes on.
+_FREE = {
+    *("output", "resume", "overwrite", "device", "compare", "save_every", "eval_every", "patience", "sample"),
+    *("report_to", "steps", "epochs"),
+}
+_OF_COLUMNS = {"text_column": "text", "label_column": "label"}
+_NEGATED = {"no_header": "header", "no_compare": "compare"}  # as the command line has them
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a job; None stands for the task's default.
+
+    Attributes:
+        model: a packaged model's name, a folder, a `.gguf` file or a hub id.
+        data: `python-topics`, a `.txt`, `.csv`, `.tsv`, `.jsonl` or `.parquet` file, or a hub id.
+        subset: the configuration of a hub dataset.
+        columns: where a table holds its texts and labels.
+        task: `"causal-lm"`, `"classification"` or `"regression"`.
+        learning_rate: of AdamW. Nothing has weight decay.
+        schedule: `"constant"`, `"linear"` or `"cosine"`.
+        warmup: steps in which the rate rises from 0; below 1 the fraction of all steps.
+        clip: the norm that the gradients of all that is trained are clipped to; 0 clips nothing.
+        steps: optimizer steps; without it and `epochs` 30.
+        epochs: passes over the data, in place of `steps`.
+        batch_size: texts or blocks in a forward pass, of all processes together.
+        accumulate: forward passes whose gradients make one optimizer step.
+        checkpointing: compute activations again in the backward pass, which saves memory and costs time.
+        length: tokens in a block, and the most in a text.
+        dtype: of the base model: `"fp32"`, `"bf16"`, or `"auto"`, which is bf16 where the device multiplies it natively
+            and else fp32; a resumed run keeps its own. The vectors are fp32 in any case.
+        position, kind, layers, sites: as in `RedConfig`.
+        seed: of the order of the data, of dropout and of a new head.
+        held_out: the fraction of the data to hold out.
+        eval_every: steps between evaluations on what is held out. The edits with the least loss are the result. None:
+            before and after the training alone.
+        patience: stop when so many evaluations one behind the other bring no lower loss; needs `eval_every`.
+        sample: prompts whose continuation is shown before, at each evaluation and after.
+        report_to: what else logs the run, as transformers' Trainer names it: `"tensorboard"`, `"wandb"`, ...
+        save_every: steps between checkpoints; by default 10, or `eval_every`.
+        device: `"cpu"`, `"cuda"`, or None for a GPU if there is one.
+        output: the folder for everything that the job writes.
+        compare: measure the speed beside the eager edit and the frozen model.
+        resume, overwrite: what to do with a run that the output folder already holds.
+    """
+
+    task: str = "causal-lm"
+    model: str | None = None
+    data: str | None = None
+    subset: str | None = None
+    columns: Columns = field(default_factory=Columns)
+    learning_rate: float = 1e-2
+    schedule: str = "constant"
+    warmup: float = 0
+    clip: float = 1.0
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 4
+    accumulate: int = 1
+    checkpointing: bool = False
+    length: int = 256
+    dtype: str = AUTO
+    position: str = "ffn"
+    kind: str = "all"
+    layers: tuple[int, ...] | None = None
+    sites: tuple[str, ...] | None = None
+    seed: int = 0
+    held_out: float = 0.1
+    eval_every: int | None = None
+    patience: int | None = None
+    sample: tuple[str, ...] = ()
+    report_to: tuple[str, ...] = ()
+    save_every: int | None = None
+    device: str | None = None
+    output: str = "red-finetune"
+    compare: bool = True
+    resume: bool = False
+    overwrite: bool = False
+
+    def filled(self) -> Settings:
+        """The same with defaults in place of None, where they do not depend on the data.
+
+        Raises:
+            ValueError: a value out of range, two that exclude each other, or data missing for a task without default
+                data.
+        """
+        if self.task not in TASKS:
+            raise ValueError(f"task: got {self.task!r}, expected one of {', '.join(map(repr, TASKS))}")
+        whole = {"batch_size": 1, "accumulate": 1, "length": 2, "steps": 1, "save_every": 1, "eval_every": 1}
+        for name, least in {**whole, "patience": 1}.items():
+            value = getattr(self, name)
+            may_lack = getattr(Settings, name) is None
+            if not (value is None and may_lack) and not (type(value) is int and value >= least):
+                raise ValueError(f"{name}: got {shown(value)}, expected a whole number from {least} on")
+        for name, expected in (
+            ("learning_rate", "above 0"),
+            ("epochs", "above 0"),
+            ("warmup", "0 or more"),
+            ("clip", "0 or more"),
+        ):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+            if value is not None and not (number and (value > 0 or expected != "above 0")):
+                raise ValueError(f"{name}: got {shown(value)}, expected a number, {expected}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: got {self.schedule!r}, expected one of {', '.join(map(repr, SCHEDULES))}")
+        _check_reporting(self.report_to)
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"steps and epochs: got {self.steps} and {self.epochs}, expected one of them at most")
+        if self.patience is not None and self.eval_every is None:
+            raise ValueError(f"patience: got {self.patience}, and eval_every says after how many steps to evaluate")
+        check_held_out(self.held_out)
+        data = self.data or (PYTHON_TOPICS if self.task == "causal-lm" else None)
+        if data is None:
+            raise ValueError(f"data: {self.task} needs a table of texts and labels (--data FILE)")
+        if self.sample and self.task != "causal-lm":
+            raise ValueError(f"sample: a model for {self.task} continues no prompt")
+        if self.device is not None and self.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise ValueError(f"device: got {self.device!r}, expected 'cpu' or 'cuda'")
+        if self.device is not None and self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device: got {self.device!r}, but torch sees no CUDA device")
+        if self.dtype not in ASKED:
+            raise ValueError(f"dtype: got {self.dtype!r}, expected one of {', '.join(map(repr, ASKED))}")
+        save_every = self.save_every or self.eval_every or SAVE_EVERY
+        if self.eval_every is not None and save_every % self.eval_every:
+            raise ValueError(
+                f"save_every: got {save_every}, expected a multiple of eval_every, {self.eval_every}: the edits with "
+                "the least loss are those of a checkpoint"
+            )
+        return dataclasses.replace(
+            self,
+            data=data,
+            device=self.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            model=self.model or DEFAULT_MODEL[self.task],
+            save_every=save_every,
+            steps=self.steps if self.steps or self.epochs else STEPS,
+        )
+
+    def total_steps(self, items: int) -> int:
+        """The optimizer steps of the whole run, given how many items there are to train on."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None  # `filled` has seen to it
+        batches = items // self.batch_size or 1 if self.drops_last(items) else math.ceil(items / self.batch_size)
+        return max(1, math.ceil(self.epochs * math.ceil(batches / self.accumulate)))
+
+    def drops_last(self, items: int) -> bool:
+        """Whether a last batch that is not full is left out: always, but where there is no full one."""
+        return items >= self.batch_size
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide the course of the training, which a resumed run must share."""
+        return {name: value for name, value in asdict(self).items() if name not in _FREE}
+
+    def recorded(self) -> dict[str, Any]:
+        """All that is kept of a run, for `run.json`."""
+        return {name: value for name, value in asdict(self).items() if name not in {"output", "resume", "overwrite"}}
+
+
+def _check_reporting(names: tuple[str, ...]) -> None:
+    """Raises ValueError for a name that Trainer does not know, ModuleNotFoundError where its package is missing."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"report_to: got {shown(name)}, expected some of {known}")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as error:
+            raise ModuleNotFoundError(f"report_to: {name} cannot be used: {' '.join(str(error).split())}") from error
+
+
+def from_options(given: Mapping[str, Any], former: Mapping[str, Any] | None = None) -> Settings:
+    """Settings of options by their names, with dashes or underscores; the rest is `former`'s, or the default.
+
+    Args:
+        given: of the command line or a file: the fields of `Settings`, with `text_column`, `label_column` and
+            `no_header` in place of `columns` and `no_compare` in place of `compare`.
+        former: the settings that `run.json` holds, which a resumed run takes the rest from.
+
+    Raises:
+        ValueError: an unknown name, which is named.
+    """
+    values = {name: value for name, value in (former or {}).items() if name in _FIELDS and name != "columns"}
+    columns = dict((former or {}).get("columns", {}))
+    names = {name.replace("-", "_"): value for name, value in given.items()}
+    for name, value in names.items():
+        if name in _OF_COLUMNS:
+            columns[_OF_COLUMNS[name]] = value
+        elif name in _NEGATED:
+            {"no_header": columns, "no_compare": values}[name][_NEGATED[name]] = not value
+        elif name in _FIELDS - {"columns", "compare"}:
+            values[name] = _as_meant(name, value)
+        else:
+            known = sorted({*_FIELDS, *_OF_COLUMNS, *_NEGATED} - {"columns", "compare"})
+            raise ValueError(f"{name}: is no setting of finetune; these are: {', '.join(known)}")
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if one in names and other not in names:  # which takes its place
+            values[other] = None
+    tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return Settings(**{**values, **tuples}, columns=Columns(**columns))
+
+
+def _as_meant(name: str, value: Any) -> Any:
+    """A value of a file as the command line would have made it: to YAML `1e-2` is a text, and one item no list."""
+    if isinstance(value, str):
+        if name in ("learning_rate", "warmup", "clip", "epochs", "held_out"):
+            with contextlib.suppress(ValueError):
+                return float(value)
+        if name in ("sites", "sample", "report_to"):
+            return (value,)
+        if name == "layers":
+            try:
+                return layers(value)
+            except argparse.ArgumentTypeError as error:
+                raise ValueError(f"layers: {error}") from None
+    return value
+
+
+def as_options(settings: Settings) -> dict[str, Any]:
+    """The settings as `from_options` takes them, complete but for the output folder and what to do with it."""
+    options = {name.replace("_", "-"): value for name, value in settings.recorded().items() if name != "columns"}
+    options["no-compare"] = not options.pop("compare")
+    options["text-column"], options["label-column"] = settings.columns.text, settings.columns.label
+    options["no-header"] = not settings.columns.header
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in sorted(options.items())}
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The options of a YAML file, by the names of the command line.
+
+    Raises:
+        ValueError: no such file, no YAML, or no mapping of names to values.
+    """
+    yaml = require("yaml", "a file of settings", "pyyaml")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"config: {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ValueError(f"config: {str(path)!r} holds {shown(content)}, expected names of settings with their values")
+    twice = [name for name in content if name.replace("-", "_") != name and name.replace("-", "_") in content]
+    if twice:
+        raise ValueError(f"config: {str(path)!r} has {listed(twice)} twice, with dashes and with underscores")
+    return {name: value for name, value in content.items() if value is not None}
+
+
+def write_config(settings: Settings, path: Path) -> None:
+    """Write the settings, complete, as a file that `read_config` reads."""
+    yaml = require("yaml", "a file of settings", "pyyaml")
+    options = {name: value for name, value in as_options(settings).items() if value is not None}
+    write_files(path.parent, {path.name: yaml.safe_dump(options, sort_keys=True, allow_unicode=True).encode()})
+
+
+_FIELDS = {own.name for own in dataclasses.fields(Settings)}

@@ -1,0 +1,116 @@
+"""The training of a job, by transformers' Trainer, and its ends."""
+
+from __future__ import annotations
+
+import warnings
+
+from rich.console import Console
+from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from ..integrations.trainer import StopOnSignal, checkpoints, load_trained, save_trained
+from ..support.base_models import BaseModel
+from .job_data import JobData
+from .progress import ShowProgress
+from .run_folder import RunFolder
+from .settings import SAVE_EVERY, Settings
+from .watching import Diverged, JobTrainer, Sampler
+
+__all__ = ["best_step", "end_diverged", "losses", "train"]
+
+
+def train(
+    settings: Settings,
+    steps: int,
+    run: RunFolder,
+    base: BaseModel,
+    data: JobData,
+    sampler: Sampler,
+    console: Console,
+) -> tuple[JobTrainer, bool]:
+    """Train up to so many optimizer steps, from the run's checkpoint on if it has one.
+
+    Returns:
+        The trainer, and whether a signal has stopped it before the last step.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(run.path),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        gradient_checkpointing=settings.checkpointing,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+        warmup_steps=settings.warmup,
+        max_grad_norm=settings.clip,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=settings.save_every or SAVE_EVERY,
+        save_total_limit=2,
+        eval_strategy="no" if settings.eval_every is None else "steps",
+        eval_steps=settings.eval_every,
+        load_best_model_at_end=settings.eval_every is not None,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        seed=settings.seed,
+        use_cpu=settings.device == "cpu",
+        report_to=list(settings.report_to) or "none",
+        run_name=run.path.name,
+        disable_tqdm=True,
+        include_num_input_tokens_seen="non_padding" if data.classification else "all",  # blocks have no padding
+        remove_unused_columns=False,
+        dataloader_pin_memory=settings.device != "cpu",
+        dataloader_drop_last=settings.drops_last(len(data.train)),
+    )
+    progress = ShowProgress(console)
+    stop = StopOnSignal(lambda: console.print("Stopping after this step; once more stops at once, without saving."))
+    early = [] if settings.patience is None else [EarlyStoppingCallback(settings.patience)]
+    trainer = JobTrainer(
+        model=base.model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        data_collator=data.collate,
+        callbacks=[progress, stop, *early, *([sampler] if settings.sample else [])],
+        measure=lambda model: data.held_out_loss(model, console),
+    )
+    trainer.remove_callback(PrinterCallback)
+    if run.checkpoint is not None:
+        console.print(f"Going on from {run.checkpoint}")
+    try:
+        with stop.installed(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*pin_memory.*")
+            trainer.train_on(run.checkpoint)
+    finally:
+        progress.close()
+    return trainer, stop.stopped and trainer.state.global_step < steps
+
+
+def end_diverged(trainer: JobTrainer, run: RunFolder) -> None:
+    """Leave the newest checkpoint's edits, if there is one, and raise Diverged."""
+    step = trainer.diverged
+    assert step is not None
+    good = checkpoints(run.path)
+    run.write("interrupted", steps=step, diverged=step)
+    left = "no checkpoint was written before"
+    if good:
+        load_trained(trainer._inner_model(), good[-1])
+        save_trained(trainer._inner_model(), run.edits)
+        left = f"{run.edits} holds the edits of the last good checkpoint, {good[-1].name}"
+    raise Diverged(
+        f"the training diverged: at step {step} the loss, or what is trained, is no finite number; {left}. Try "
+        "a smaller --learning-rate, some --warmup or a smaller --clip",
+        step,
+    )
+
+
+def best_step(trainer: JobTrainer) -> int | None:
+    """The step whose edits were taken, where evaluations chose it."""
+    return trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+
+
+def losses(trainer: JobTrainer) -> tuple[list[int], list[float]]:
+    """The steps whose training loss was logged, and the losses."""
+    logged = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return [int(step) for step, _ in logged], [float(loss) for _, loss in logged]

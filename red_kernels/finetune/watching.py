@@ -1,0 +1,141 @@
+"""What is watched while a job trains: the loss on what is held out, a loss that is no number, and samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .measure import HeldOut
+from .resume import ResumingTrainer
+
+__all__ = ["Diverged", "JobTrainer", "Sampler", "continued"]
+
+NEW_TOKENS = 48
+
+
+class Diverged(ValueError):
+    """The loss, or what is trained, is no finite number any more. `step` is the one that found it."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class JobTrainer(ResumingTrainer):
+    """A ResumingTrainer that measures what is held out by `measure`, and ends where the loss is no finite number.
+
+    Args:
+        measure: from the model to what it scores on the held-out data.
+
+    Attributes:
+        diverged: the step whose loss, or whose vectors behind it, are not finite; None where all went well. Nothing of
+            it is saved: the newest checkpoint is the last good one.
+        measured: step to what was measured after it.
+    """
+
+    def __init__(self, *args: Any, measure: Callable[[nn.Module], HeldOut], **kwargs: Any) -> None:
+        self._measure = measure
+        self.diverged: int | None = None
+        self.measured: dict[int, HeldOut] = {}
+        super().__init__(*args, **kwargs)
+        self.add_callback(_StopWhereNotFinite(self))
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Measure the held-out data; the numbers are logged and callbacks told, as Trainer's own evaluation does."""
+        found = self._measure(self._inner_model())
+        self.measured[self.state.global_step] = found
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.numbers().items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.diverged is None and not _finite(self._inner_model()):
+            self.diverged = self.state.global_step
+            self.control.should_training_stop = True
+        if self.diverged is None:
+            super()._save_checkpoint(model, trial)
+
+
+def _finite(model: nn.Module) -> bool:
+    trained = [own for own in model.parameters() if own.requires_grad]
+    return all(bool(own.detach().isfinite().all()) for own in trained)
+
+
+class _StopWhereNotFinite(TrainerCallback):
+    def __init__(self, trainer: JobTrainer) -> None:
+        self._trainer = trainer
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> TrainerControl:
+        if logs and "loss" in logs and not math.isfinite(float(logs["loss"])) and self._trainer.diverged is None:
+            self._trainer.diverged = state.global_step
+        if self._trainer.diverged is not None:
+            control.should_training_stop = True
+            control.should_save = control.should_evaluate = False
+        return control
+
+
+@torch.no_grad()
+def continued(model: Any, tokenizer: Any, prompt: str, new_tokens: int = NEW_TOKENS, chat: bool | None = None) -> str:
+    """The most likely continuation of a prompt, in evaluation mode; the model's mode is given back.
+
+    Args:
+        model: a transformers model that generates.
+        prompt: a text. With `chat` it is what the user says, in the model's chat template.
+        new_tokens: how many tokens to add at most.
+        chat: None for a chat where the tokenizer has a template.
+    """
+    if tokenizer.chat_template if chat is None else chat:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    device = next(model.parameters()).device
+    given = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
+    was_training = model.training
+    model.eval()
+    try:
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        found = model.generate(**given, max_new_tokens=new_tokens, do_sample=False, use_cache=True, pad_token_id=pad)
+    finally:
+        model.train(was_training)
+    return str(tokenizer.decode(found[0, given["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+
+class Sampler(TrainerCallback):
+    """Shows how the model continues some prompts, whenever it is evaluated or asked to.
+
+    Attributes:
+        samples: what was shown: `{"step", "prompt", "text"}` each.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, prompts: Sequence[str], console: Console) -> None:
+        self._model, self._tokenizer, self._prompts, self._console = model, tokenizer, prompts, console
+        self.samples: list[dict[str, Any]] = []
+
+    def show(self, step: int, when: str) -> None:
+        """Show all prompts with their continuations."""
+        for prompt in self._prompts:
+            text = continued(self._model, self._tokenizer, prompt)
+            self.samples.append({"step": step, "prompt": prompt, "text": text})
+            self._console.print(
+                f"Sample, {when}: {prompt!r} -> {text!r}", markup=False, highlight=False, soft_wrap=True
+            )
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After each evaluation of the training."""
+        self.show(state.global_step, f"step {state.global_step}")
