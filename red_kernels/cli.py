@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.traceback:
             raise
+        if getattr(error, "said", False):  # by another process
+            return EXIT_ERROR
         if explained(error):
             print(f"error: {one_line(error)}", file=sys.stderr)
             return EXIT_ERROR

@@ -16,7 +16,7 @@ from ..backends import choose
 from ..checkpoints.checkpoint import saved_config
 from ..edits.config import RedConfig
 from ..edits.find import edit_modules, edit_parameters
-from ..integrations.trainer import head_parameters, load_trained, save_trained
+from ..integrations.trainer import head_parameters, load_trained
 from ..merging.merge import reason_against
 from ..patching.naive import naive_edit
 from ..patching.patch import edit_config, patch
@@ -40,10 +40,11 @@ from .measure import (
     real_tokens,
     training_step,
 )
+from .processes import Processes, join
 from .resume import check_checkpoint
 from .run_folder import RunFolder, former_settings, open_run
 from .settings import Settings, write_config
-from .train import best_step, end_diverged, losses, train
+from .train import best_step, end_diverged, losses, save, train
 from .watching import Sampler
 
 __all__ = ["Settings", "finetune"]
@@ -70,13 +71,17 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     settings = settings.filled()
     config = RedConfig(position=settings.position, kind=settings.kind, layers=settings.layers, sites=settings.sites)
     labelled = settings.task != "causal-lm"
-    device = torch.device(settings.device or "cpu")
+    processes = join(torch.device(settings.device or "cpu"))
+    device = processes.device
+    if not processes.first:
+        console = Console(quiet=True)
+    _check_shares(settings, processes)
     choose(torch.empty(1, device=device), "edit")  # a backend that is missing is said now
     # Data and model take minutes to load: what can go wrong with the output is said before.
-    check_output(settings.output, "--output")
-    settings, run = _open(settings, device, console)
-    if run.checkpoint is not None:
-        check_checkpoint(run.checkpoint)
+    settings, run = processes.first_decides(lambda: _open(settings, device, console))
+    run.writes = processes.first
+    if processes.count > 1:
+        console.print(f"{processes.count} processes, each with {settings.batch_size // processes.count} of a batch")
     console.print(f"Loading the data: {settings.data}", markup=False, highlight=False, soft_wrap=True)
     documents = load_documents(str(settings.data), settings.columns, labelled, settings.held_out, settings.subset)
     labels = label_numbers(documents) if labelled else None
@@ -94,22 +99,23 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     if labelled:
         train_head(base.model, base.new_parameters)
     run.begin()
-    write_config(settings, run.config)
+    if processes.first:
+        write_config(settings, run.config)
     trained = _show_parameters(base.model, console)
 
-    before = _measure_before(run, base.model, data, console)
+    before = _measure_before(run, base.model, data, processes, console)
     report.held_out_table(console, {"before": before})
     sampler = Sampler(base.model, base.tokenizer, settings.sample, console)
     if run.checkpoint is None:
         sampler.show(0, "before")
     _say_how_long(settings, steps, base.model, data, run, console)
     memory = PeakMemory(device)
-    trainer, stopped = train(settings, steps, run, base, data, sampler, console)
+    trainer, stopped = train(settings, steps, run, base, data, sampler, processes, console)
     peak = memory.bytes()
     reached = trainer.state.global_step
     if trainer.diverged is not None:
         end_diverged(trainer, run)
-    save_trained(base.model, run.edits)
+    save(base.model, run)
     curve = losses(trainer)
     samples = [*run.results.get("samples", ()), *sampler.samples]
     if stopped:
@@ -125,16 +131,19 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
             f"Stopped after step {reached} of {steps}: {settings.patience} evaluations brought no lower loss."
         )
 
-    after = data.held_out_loss(base.model, console)
+    after = data.held_out_loss(base.model, console, processes)
     evaluated = {step: found.loss for step, found in trainer.measured.items()}
     best = best_step(trainer)
-    report.draw_loss_curve(run.curve, *curve, {0: before.loss, **evaluated, best or reached: after.loss})
+    if processes.first:
+        report.draw_loss_curve(run.curve, *curve, {0: before.loss, **evaluated, best or reached: after.loss})
     if best is not None and best != reached:
         console.print(f"The edits are those of step {best}, whose held-out loss is the least.")
     if not evaluated:
         sampler.show(reached, "after")
         samples = [*run.results.get("samples", ()), *sampler.samples]
-    reloaded, speeds = _reload_and_compare(settings, run, base, data, labels, device, console)
+    reloaded, speeds = processes.first_decides(
+        lambda: _reload_and_compare(settings, run, base, data, labels, device, console)
+    )
 
     report.held_out_table(console, {"before": before, "after": after, "after, reloaded into a fresh model": reloaded})
     _show_change(before, after, console)
@@ -172,6 +181,7 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
 def _open(settings: Settings, device: torch.device, console: Console) -> tuple[Settings, RunFolder]:
     """The settings with the dtype of the base model in place of `auto`, which is printed, and the output folder."""
     path = Path(settings.output)
+    check_output(settings.output, "--output")
     kept = None
     if settings.resume and not settings.overwrite and settings.dtype == AUTO:
         kept = former_settings(path).get("dtype")
@@ -184,7 +194,19 @@ def _open(settings: Settings, device: torch.device, console: Console) -> tuple[S
     console.print(f"Base model's dtype: {dtype.name} ({dtype.reason})", markup=False, highlight=False, soft_wrap=True)
     if dtype.warning is not None:
         console.print(f"Warning: {dtype.warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if run.checkpoint is not None:
+        check_checkpoint(run.checkpoint)
     return settings, run
+
+
+def _check_shares(settings: Settings, processes: Processes) -> None:
+    if settings.batch_size % processes.count:
+        raise ValueError(
+            f"batch_size: got {settings.batch_size}, expected a multiple of {processes.count}: so many processes "
+            "share it"
+        )
+    if settings.fsdp and processes.count == 1:
+        raise ValueError("fsdp: there is one process; torchrun --nproc_per_node N, or accelerate launch, starts more")
 
 
 def _same_loss(one: float, other: float, rounding: float) -> bool:
@@ -230,10 +252,10 @@ def _show_parameters(model: nn.Module, console: Console) -> int:
     return sum(count for _, count in groups.values())
 
 
-def _measure_before(run: RunFolder, model: nn.Module, data: JobData, console: Console) -> HeldOut:
+def _measure_before(run: RunFolder, model: nn.Module, data: JobData, processes: Processes, console: Console) -> HeldOut:
     if "before" in run.results:  # a resumed run has measured it already
         return HeldOut.of(run.results["before"])
-    before = data.held_out_loss(model, console)
+    before = data.held_out_loss(model, console, processes)
     run.write("running", before=asdict(before))
     return before
 
@@ -286,7 +308,7 @@ def _reload_and_compare(
     console.print("Loading the model once more" + (", to compare training speeds" if settings.compare else ""))
     fresh = _load(settings, labels, device, base.tokenizer)
     speeds: dict[str, Speed] = {}
-    if settings.compare:
+    if settings.compare and not settings.fsdp:  # of a model in parts, one process alone can run no step
         speeds = _compare(base.model, fresh, data, device, console)
     patch(fresh.model, saved_config(run.edits))
     if labels is not None:

@@ -14,9 +14,11 @@ from transformers import DataCollatorWithPadding, default_data_collator
 
 from ..support.base_models import BaseModel
 from ..support.progress import Stage
+from ..support.sharded import is_sharded
 from . import report
 from .data import LabelledTexts, Split, TokenBlocks
 from .measure import QUIET, HeldOut, held_out_loss
+from .processes import ALONE, Processes
 from .settings import Settings
 
 __all__ = ["JobData", "tokenised"]
@@ -32,11 +34,17 @@ class JobData:
     classification: bool
     batch_size: int
 
-    def held_out_loss(self, model: nn.Module, console: Console) -> HeldOut:
-        """The loss of a model on what is held out, shown as a stage where it takes long."""
-        batches = DataLoader(self.held_out, batch_size=self.batch_size, collate_fn=self.collate)
+    def held_out_loss(self, model: nn.Module, console: Console, processes: Processes = ALONE) -> HeldOut:
+        """The loss of a model on what is held out, whose batches the processes share; a stage where it takes long."""
+        count = len(self.held_out)
+        groups = [range(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
+        # Where parameters lie in parts on all processes, each of them has to run each batch.
+        shared = not any(map(is_sharded, model.parameters()))
+        own = groups[processes.rank :: processes.count] if shared else groups
+        batches = DataLoader(self.held_out, batch_sampler=list(map(list, own)), collate_fn=self.collate)
+        gather = processes.gather if shared else ALONE.gather
         with Stage(console, "held-out loss", len(batches), unit="batch", after=QUIET) as stage:
-            return held_out_loss(model, batches, self.classification, stage)
+            return held_out_loss(model, batches, self.classification, stage, gather)
 
     def first_batch(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The first items to train on, as a batch."""

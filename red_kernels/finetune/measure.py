@@ -68,7 +68,11 @@ class HeldOut:
 
 @torch.no_grad()
 def held_out_loss(
-    model: Any, batches: Iterable[Mapping[str, torch.Tensor]], classification: bool, stage: Stage | None = None
+    model: Any,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    classification: bool,
+    stage: Stage | None = None,
+    gather: Callable[[Any], list[Any]] = lambda own: [own],
 ) -> HeldOut:
     """The mean loss over all targets of the batches, in evaluation mode; the model's mode is given back after.
 
@@ -78,6 +82,7 @@ def held_out_loss(
             numbers of classes or, in floating point, what a regression is to say.
         classification: whether the labels are `(batch,)`; with them it is measured how well they are met.
         stage: told of each batch that is done.
+        gather: from what this process has found to what all have, each of which measures some of the batches.
 
     Raises:
         ValueError: the batches hold no targets.
@@ -103,10 +108,14 @@ def held_out_loss(
                 stage.reached(number)
     finally:
         model.train(was_training)
+    found = gather((total, count, said, meant))
+    total, count = sum(own[0] for own in found), sum(own[1] for own in found)
     if count == 0:
         raise ValueError("batches: hold no targets")
-    scores = {} if not classification else _scores(torch.cat(said), torch.cat(meant))
-    return HeldOut(total / count, count, **scores)
+    if not classification:
+        return HeldOut(total / count, count)
+    said, meant = ([part for own in found for part in own[place]] for place in (2, 3))
+    return HeldOut(total / count, count, **_scores(torch.cat(said), torch.cat(meant)))
 
 
 def _scores(said: torch.Tensor, meant: torch.Tensor) -> dict[str, float]:

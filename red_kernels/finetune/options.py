@@ -50,6 +50,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--resume the run's own; the vectors are fp32 (default: auto)",
     )
     add(model, "--device", help="cpu or cuda (default: a GPU if there is one)")
+    add(
+        model,
+        "--fsdp",
+        action=argparse.BooleanOptionalAction,
+        help="under torchrun or accelerate launch: lay the model in parts on all processes (default: a copy on each)",
+    )
     add(model, "--position", help=f"where the edits lie: {', '.join(POSITIONS)} (default: ffn)")
     add(model, "--kind", help="; ".join(map(kind_help, KINDS.values())) + " (default: all)")
     add(model, "--layers", type=layers, help="such as 0-5,8 (default: all layers)")

@@ -51,7 +51,7 @@ def check_checkpoint(checkpoint: Path) -> None:
         STATE: _check_state,
         OPTIMIZER: lambda path: _expect(_read(path), {"state": dict, "param_groups": list}),
         SCHEDULER: lambda path: _expect(_read(path), {"last_epoch": int, "base_lrs": list}),
-        RANDOM: _check_random,
+        **dict.fromkeys(_random_states(checkpoint), _check_random),
     }
     for name, check in checks.items():
         path = checkpoint / name
@@ -59,6 +59,11 @@ def check_checkpoint(checkpoint: Path) -> None:
             raise FileNotFoundError(f"--resume: {path} does not exist; {_remedy(checkpoint)}")
         with _naming(path):
             check(path)
+
+
+def _random_states(checkpoint: Path) -> list[str]:
+    """The files of random states: one, or one for each process that trained."""
+    return sorted(path.name for path in checkpoint.glob("rng_state_*.pth")) or [RANDOM]
 
 
 class ResumingTrainer(RedTrainer):

@@ -39,6 +39,7 @@ class RunFolder:
     results: dict[str, Any]
     checkpoint: Path | None = None
     state: str = "running"  # of the run that was there, then of this one
+    writes: bool = True  # whether it is this process that changes the folder
 
     @property
     def edits(self) -> Path:
@@ -56,7 +57,7 @@ class RunFolder:
         Raises:
             OSError: the folder cannot be written to; found out here, before anything is trained.
         """
-        if self.checkpoint is None:
+        if self.checkpoint is None and self.writes:
             for folder in checkpoints(self.path):
                 for path in filter(_of_a_run, folder.iterdir()):
                     path.unlink()
@@ -76,6 +77,8 @@ class RunFolder:
         """Record the state of the run (`running`, `interrupted`, `finished`) and add results."""
         self.results.update(results)
         self.state = state
+        if not self.writes:
+            return
         content = {"state": state, "settings": self.settings, "results": self.results}
         write_files(self.path, {RUN_NAME: (json.dumps(content, indent=2) + "\n").encode()})
 

@@ -29,7 +29,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 # What may change when a run is resumed: where and how it runs, what it shows, and how long it goes on.
 _FREE = {
     *("output", "resume", "overwrite", "device", "compare", "save_every", "eval_every", "patience", "sample"),
-    *("report_to", "steps", "epochs"),
+    *("report_to", "steps", "epochs", "fsdp"),
 }
 _OF_COLUMNS = {"text_column": "text", "label_column": "label"}
 _NEGATED = {"no_header": "header", "no_compare": "compare"}  # as the command line has them
@@ -53,6 +53,7 @@ class Settings:
         epochs: passes over the data, in place of `steps`.
         batch_size: texts or blocks in a forward pass, of all processes together.
         accumulate: forward passes whose gradients make one optimizer step.
+        fsdp: lay the base model in parts on all processes (FSDP2), where else each has a copy of it.
         checkpointing: compute activations again in the backward pass, which saves memory and costs time.
         length: tokens in a block, and the most in a text.
         dtype: of the base model: `"fp32"`, `"bf16"`, or `"auto"`, which is bf16 where the device multiplies it natively
@@ -86,6 +87,7 @@ class Settings:
     batch_size: int = 4
     accumulate: int = 1
     checkpointing: bool = False
+    fsdp: bool = False
     length: int = 256
     dtype: str = AUTO
     position: str = "ffn"

@@ -5,18 +5,21 @@ from __future__ import annotations
 import warnings
 
 from rich.console import Console
+from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ..integrations.trainer import StopOnSignal, checkpoints, load_trained, save_trained
 from ..support.base_models import BaseModel
+from ..support.sharded import is_sharded
 from .job_data import JobData
+from .processes import Processes
 from .progress import ShowProgress
 from .run_folder import RunFolder
 from .settings import SAVE_EVERY, Settings
 from .watching import Diverged, JobTrainer, Sampler
 
-__all__ = ["best_step", "end_diverged", "losses", "train"]
+__all__ = ["best_step", "end_diverged", "losses", "save", "train"]
 
 
 def train(
@@ -26,6 +29,7 @@ def train(
     base: BaseModel,
     data: JobData,
     sampler: Sampler,
+    processes: Processes,
     console: Console,
 ) -> tuple[JobTrainer, bool]:
     """Train up to so many optimizer steps, from the run's checkpoint on if it has one.
@@ -36,13 +40,14 @@ def train(
     arguments = TrainingArguments(
         output_dir=str(run.path),
         max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size // processes.count,
         gradient_accumulation_steps=settings.accumulate,
         gradient_checkpointing=settings.checkpointing,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
         warmup_steps=settings.warmup,
         max_grad_norm=settings.clip,
+        fsdp=settings.fsdp or None,  # type: ignore[arg-type]
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="steps",
@@ -64,7 +69,9 @@ def train(
         dataloader_drop_last=settings.drops_last(len(data.train)),
     )
     progress = ShowProgress(console)
-    stop = StopOnSignal(lambda: console.print("Stopping after this step; once more stops at once, without saving."))
+    stop = StopOnSignal(
+        lambda: console.print("Stopping after this step; once more stops at once, without saving."), processes.any
+    )
     early = [] if settings.patience is None else [EarlyStoppingCallback(settings.patience)]
     trainer = JobTrainer(
         model=base.model,
@@ -73,7 +80,8 @@ def train(
         eval_dataset=data.held_out,
         data_collator=data.collate,
         callbacks=[progress, stop, *early, *([sampler] if settings.sample else [])],
-        measure=lambda model: data.held_out_loss(model, console),
+        measure=lambda model: data.held_out_loss(model, console, processes),
+        processes=processes,
     )
     trainer.remove_callback(PrinterCallback)
     if run.checkpoint is not None:
@@ -87,6 +95,12 @@ def train(
     return trainer, stop.stopped and trainer.state.global_step < steps
 
 
+def save(model: nn.Module, run: RunFolder) -> None:
+    """Save what was trained into the run's folder: by one process, or by all where each has a part of it."""
+    if run.writes or any(map(is_sharded, model.parameters())):
+        save_trained(model, run.edits)
+
+
 def end_diverged(trainer: JobTrainer, run: RunFolder) -> None:
     """Leave the newest checkpoint's edits, if there is one, and raise Diverged."""
     step = trainer.diverged
@@ -96,7 +110,7 @@ def end_diverged(trainer: JobTrainer, run: RunFolder) -> None:
     left = "no checkpoint was written before"
     if good:
         load_trained(trainer._inner_model(), good[-1])
-        save_trained(trainer._inner_model(), run.edits)
+        save(trainer._inner_model(), run)
         left = f"{run.edits} holds the edits of the last good checkpoint, {good[-1].name}"
     raise Diverged(
         f"the training diverged: at step {step} the loss, or what is trained, is no finite number; {left}. Try "

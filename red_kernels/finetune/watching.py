@@ -11,7 +11,9 @@ from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..support.sharded import local
 from .measure import HeldOut
+from .processes import ALONE, Processes
 from .resume import ResumingTrainer
 
 __all__ = ["Diverged", "JobTrainer", "Sampler", "continued"]
@@ -32,6 +34,7 @@ class JobTrainer(ResumingTrainer):
 
     Args:
         measure: from the model to what it scores on the held-out data.
+        processes: those that train together.
 
     Attributes:
         diverged: the step whose loss, or whose vectors behind it, are not finite; None where all went well. Nothing of
@@ -39,8 +42,10 @@ class JobTrainer(ResumingTrainer):
         measured: step to what was measured after it.
     """
 
-    def __init__(self, *args: Any, measure: Callable[[nn.Module], HeldOut], **kwargs: Any) -> None:
-        self._measure = measure
+    def __init__(
+        self, *args: Any, measure: Callable[[nn.Module], HeldOut], processes: Processes = ALONE, **kwargs: Any
+    ) -> None:
+        self._measure, self._processes = measure, processes
         self.diverged: int | None = None
         self.measured: dict[int, HeldOut] = {}
         super().__init__(*args, **kwargs)
@@ -56,7 +61,7 @@ class JobTrainer(ResumingTrainer):
         return metrics
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.diverged is None and not _finite(self._inner_model()):
+        if self.diverged is None and self._processes.any(not _finite(self._inner_model())):
             self.diverged = self.state.global_step
             self.control.should_training_stop = True
         if self.diverged is None:
@@ -65,7 +70,7 @@ class JobTrainer(ResumingTrainer):
 
 def _finite(model: nn.Module) -> bool:
     trained = [own for own in model.parameters() if own.requires_grad]
-    return all(bool(own.detach().isfinite().all()) for own in trained)
+    return all(bool(local(own.detach()).isfinite().all()) for own in trained)
 
 
 class _StopWhereNotFinite(TrainerCallback):

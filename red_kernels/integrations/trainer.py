@@ -246,11 +246,17 @@ class StopOnSignal(TrainerCallback):
 
     Inside `with callback.installed():` Ctrl-C (SIGINT) and SIGTERM do so; a second Ctrl-C stops at once, as always.
     `stopped` tells afterwards whether it happened.
+
+    Args:
+        announce: called when the signal comes.
+        agree: called behind each step with whether a signal has come. It says whether to stop: where several processes
+            train together, all have to stop behind the same step.
     """
 
-    def __init__(self, announce: Callable[[], None] | None = None) -> None:
+    def __init__(self, announce: Callable[[], None] | None = None, agree: Callable[[bool], bool] | None = None) -> None:
         self.stopped = False
-        self._announce = announce
+        self._signalled = False
+        self._announce, self._agree = announce, agree
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -264,9 +270,9 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped:
+        if self._signalled:
             raise KeyboardInterrupt
-        self.stopped = True
+        self._signalled = True
         if self._announce is not None:
             self._announce()
 
@@ -274,6 +280,7 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Ask Trainer to save and to end, if a signal came during the step."""
+        self.stopped = self._signalled if self._agree is None else self._agree(self._signalled)
         if self.stopped:
             control.should_save = True
             control.should_training_stop = True

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["is_sharded", "placed_as", "refuse_partitioned", "whole", "write_from_one"]
+__all__ = ["is_sharded", "local", "placed_as", "refuse_partitioned", "whole", "write_from_one"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -41,6 +41,13 @@ def whole(tensor: Tensor) -> Tensor:
     gathered: Any = tensor.detach()
     full: Tensor = gathered.full_tensor() if is_sharded(tensor) else gathered
     return full
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: of a sharded one its shard, else all of it."""
+    own: Any = tensor
+    part: Tensor = own.to_local() if is_sharded(tensor) else tensor
+    return part
 
 
 def placed_as(value: Tensor, like: Tensor) -> Tensor:

@@ -1,0 +1,102 @@
+"""The processes of one job, as torchrun or `accelerate launch` starts them: who writes, and what all agree on."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ..support.errors import one_line
+
+__all__ = ["ALONE", "FirstFailed", "Processes", "join"]
+
+T = TypeVar("T")
+
+
+class FirstFailed(RuntimeError):
+    """The first process has failed where it decides for all, and has said why."""
+
+    said = True  # for the command line: nothing is to be said again
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How many processes run the job, and which one this is.
+
+    Attributes:
+        count: all of them.
+        rank: of this one, from 0.
+        device: of this one.
+    """
+
+    count: int = 1
+    rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that prints and writes."""
+        return self.rank == 0
+
+    def first_decides(self, act: Callable[[], T]) -> T:
+        """What `act` returns in the first process, in all of them. It must be picklable.
+
+        Raises:
+            FirstFailed: in the other processes, where `act` has raised something in the first one.
+        """
+        if self.count == 1:
+            return act()
+        told: list[Any] = [None]
+        failure: Exception | None = None
+        if self.first:
+            try:
+                told = [("done", act())]
+                pickle.dumps(told)
+            except Exception as error:
+                failure, told = error, [("failed", f"{type(error).__name__}: {one_line(error)}")]
+        dist.broadcast_object_list(told, src=0)
+        if failure is not None:
+            raise failure
+        how, value = told[0]
+        if how == "failed":
+            raise FirstFailed(f"the first process failed: {value}")
+        result: T = value
+        return result
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, in the order of their ranks."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value)
+        return found
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any of them."""
+        if self.count == 1:
+            return flag
+        found = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return bool(found)
+
+
+ALONE = Processes()
+
+
+def join(device: torch.device) -> Processes:
+    """Join the group that a launcher has started this process for; alone where there is none.
+
+    Args:
+        device: `cpu` or `cuda`. Of several GPUs each process of a machine gets its own.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes(device=device)
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device.type == "cpu")  # which transformers' Trainer takes up
+    return Processes(state.num_processes, state.process_index, state.device)

@@ -1,0 +1,113 @@
+"""The command under torchrun: one run, whose result is that of one process with the same batches."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from finetune_helpers import causal, classify, make_folders, record, results, trained_tensors
+from patience import HANGS
+from places import python_path
+
+from red_kernels import cli
+from red_kernels.integrations.trainer import checkpoints
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_folders(tmp_path_factory.mktemp("tiny"))
+
+
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "red_kernels"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
+
+
+def launched(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*TWO, *arguments], env=environment(), capture_output=True, text=True, timeout=HANGS)
+
+
+def assert_near(first: Path, second: Path, tolerance: float) -> None:
+    one, other = trained_tensors(first), trained_tensors(second)
+    assert set(one) == set(other)
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=0, atol=tolerance)
+
+
+def test_two_processes_are_one_run(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Evaluations, a schedule, samples; and what two processes began, one ends."""
+    more = ("--steps", "6", "--schedule", "linear", "--eval-every", "3", "--sample", "line 3", "--no-compare")
+    two = tmp_path / "two"
+    done = launched(causal(folders, two, *more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Trainable parameters") == 1
+    assert "2 processes, each with 2 of a batch" in done.stdout
+    assert cli.main(causal(folders, tmp_path / "one", *more)) == 0
+    found, alone = results(two), results(tmp_path / "one")
+    assert_near(tmp_path / "one" / "edits", two / "edits", 1e-5)
+    for name in ("before", "after", "reloaded"):
+        assert found[name]["loss"] == pytest.approx(alone[name]["loss"], rel=1e-5)
+    assert [own["step"] for own in found["samples"]] == [0, 3, 6]
+
+    assert cli.main(["finetune", "--output", str(two), "--resume", "--steps", "8"]) == 0
+    assert cli.main(["finetune", "--output", str(tmp_path / "one"), "--resume", "--steps", "8"]) == 0
+    assert_near(tmp_path / "one" / "edits", two / "edits", 1e-5)
+
+
+def test_a_classifier_on_two_processes(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The scores are of all held-out texts, whichever process has judged them; an error is said once."""
+    two = tmp_path / "two"
+    more = ("--steps", "4", "--accumulate", "2", "--no-compare")
+    done = launched(classify(folders, two, *more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results(two)["after"]["targets"] == 12
+    again = launched(classify(folders, two, *more))
+    assert again.returncode != 0
+    assert again.stderr.count("already holds a run") == 1
+    odd = launched(classify(folders, tmp_path / "odd", *more, "--batch-size", "3"))
+    assert odd.returncode != 0
+    assert "batch_size: got 3, expected a multiple of 2" in odd.stderr
+    assert not (tmp_path / "odd").exists()
+
+
+def test_fsdp(folders: dict[str, Path], tmp_path: Path) -> None:
+    more = ("--steps", "4", "--save-every", "2")
+    done = launched(causal(folders, tmp_path / "parts", *more, "--fsdp"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert cli.main(causal(folders, tmp_path / "one", *more, "--no-compare")) == 0
+    assert_near(tmp_path / "one" / "edits", tmp_path / "parts" / "edits", 1e-5)
+    assert record(tmp_path / "parts")["state"] == "finished"
+    assert [path.name for path in checkpoints(tmp_path / "parts")] == ["checkpoint-2", "checkpoint-4"]
+    assert cli.main(causal(folders, tmp_path / "alone", "--fsdp")) == cli.EXIT_ERROR
+
+
+def test_a_signal_stops_both_behind_one_step(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A scheduler ends a job by SIGTERM to its launcher, which hands it on; one process goes on with the run."""
+    output = tmp_path / "out"
+    arguments = causal(folders, output, "--steps", "4000", "--save-every", "50", "--no-compare")
+    with subprocess.Popen(
+        [*TWO, *arguments], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as job:
+        deadline = time.monotonic() + HANGS
+        while not checkpoints(output):
+            assert job.poll() is None, job.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        job.send_signal(signal.SIGTERM)
+        job.communicate(timeout=HANGS)
+    run = record(output)
+    assert run["state"] == "interrupted"
+    reached = run["results"]["steps"]
+    assert reached < 4000
+    newest = checkpoints(output)[-1]
+    assert newest.name == f"checkpoint-{reached}"
+    assert_near(newest, output / "edits", 0.0)
+    assert cli.main(["finetune", "--output", str(output), "--resume", "--steps", str(reached + 2)]) == 0
