@@ -6,7 +6,6 @@ TRL is optional, and imported when a trainer is asked for: `pip install red-kern
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -63,14 +62,12 @@ class BaseWithoutEdits(nn.Module):
         return self._patched[0].state_dict(*args, **kwargs)
 
 
-@lru_cache
 def sft_class(base: type[RedTrainer] = RedTrainer) -> type[Any]:
     """`RedSFTTrainer`: TRL's SFTTrainer with the checkpoints of `base`. Raises ModuleNotFoundError without TRL."""
     trl: Any = require("trl", "fine-tuning on answers by TRL", _PACKAGES)
     return type("RedSFTTrainer", (base, trl.SFTTrainer), {"__doc__": "SFTTrainer whose checkpoints hold the edits."})
 
 
-@lru_cache
 def dpo_class(base: type[RedTrainer] = RedTrainer) -> type[Any]:
     """`RedDPOTrainer`: TRL's DPOTrainer with the checkpoints of `base`, for pairs that are tokenised already.
 
