@@ -106,10 +106,10 @@ def test_a_packed_batch_is_its_documents_one_by_one(name: str, attention: str) -
 def test_models_that_keep_documents_apart(name: str, dtype: torch.dtype) -> None:
     model = zoo.tiny(name).to(dtype)
     model.train()
-    list(model.children())[0].eval()
+    next(iter(model.children())).eval()
     data.check_packing(model)
     assert model.training
-    assert not list(model.children())[0].training
+    assert not next(iter(model.children())).training
 
 
 def small_bert() -> nn.Module:
