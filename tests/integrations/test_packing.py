@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import model_zoo as zoo
 import pytest
+import tiny_folders
 import torch
 from torch import nn
-from transformers import BertConfig, BertLMHeadModel, MambaConfig, MambaForCausalLM
+from transformers import BertConfig, BertLMHeadModel, MambaConfig, MambaForCausalLM, TrainingArguments
 
 from red_kernels.edits.config import RedConfig
 from red_kernels.edits.find import edit_parameters
 from red_kernels.finetune import data
+from red_kernels.integrations.trainer import RedTrainer
 from red_kernels.patching.patch import patch
 
 SIZES = (7, 3, 5, 4, 1, 6)
@@ -153,10 +156,47 @@ def test_models_that_do_not(make: Any, message: str) -> None:
         data.check_packing(make())
 
 
-def test_batches_that_are_not_packed() -> None:
-    from tiny_folders import tokenizer
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_trainer_learns_from_packed_rows(size: int, tmp_path: Path) -> None:
+    """Without TRL; rows of a step may come in batches of one, and each token counts alike."""
+    dataset = examples(SIZES)
+    rows = data.packed(dataset, 10)
+    assert len(rows) == 3
+    model = zoo.tiny("llama")
+    patch(model, RedConfig())
+    alone = [{key: torch.tensor([value]) for key, value in example.items()} for example in dataset]
+    wanted, vectors = gradients(model, alone)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=3 // size,
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+        remove_unused_columns=False,
+    )
+    own = [vector for parts in edit_parameters(model).values() for vector in parts.values()]
+    before = [vector.detach().clone() for vector in own]
+    trainer = RedTrainer(
+        model,
+        arguments,
+        train_dataset=rows,
+        data_collator=data.PackedCollator(),
+        optimizers=(torch.optim.SGD(own, lr=1.0), None),
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(wanted, abs=1e-4)  # Trainer rounds what it logs
+    for vector, start, gradient in zip(own, before, vectors, strict=True):
+        torch.testing.assert_close(start - vector, gradient, rtol=0, atol=float(1e-4 * gradient.abs().max()))
 
-    batch = data.padded_collator(tokenizer())(examples((3, 2)))
+
+def test_batches_that_are_not_packed() -> None:
+    batch = data.padded_collator(tiny_folders.tokenizer())(examples((3, 2)))
     assert batch["input_ids"].shape == (2, 3)
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"][1, -1] == -100

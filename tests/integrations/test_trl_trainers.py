@@ -131,6 +131,17 @@ def test_sft_evaluates_saves_and_resumes(tmp_path: Path) -> None:
     assert same_vectors(whole, run(resume_from_checkpoint=str(tmp_path / "checkpoint-2")))
 
 
+def test_sft_on_blocks_of_text(tmp_path: Path) -> None:
+    """Any data set of `input_ids` and `labels` will do, of tensors too."""
+    blocks, watch = data.TokenBlocks(["some words and more of them"] * 8, tokenizer(), 16), Losses()
+    model = patched()
+    with torch.no_grad():
+        wanted = model(input_ids=blocks[:]["input_ids"], labels=blocks[:]["labels"]).loss.item()
+    options = arguments(tmp_path, per_device_train_batch_size=len(blocks), max_steps=1)
+    trl_trainers.sft_trainer(model, tokenizer(), blocks, options, callbacks=[watch]).train()
+    assert watch.losses == [pytest.approx(wanted, abs=1e-3)]
+
+
 def log_probabilities(model: torch.nn.Module, pairs: data.Tokenised) -> list[list[float]]:
     """Of the chosen and of the rejected answers."""
     found: list[list[float]] = []

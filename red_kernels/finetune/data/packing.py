@@ -147,7 +147,8 @@ def check_packing(model: nn.Module) -> None:
     finally:
         for module, training in modes.items():
             module.training = training
-    rounding = torch.finfo(next(model.parameters()).dtype).eps * alone.norm()
+    dtypes = {own.dtype for own in model.parameters() if own.is_floating_point() and own.itemsize > 1}
+    rounding = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0) * alone.norm()
     near = max(_NEAR * (reading[0] - reading[1]).norm(), rounding)
     leak, away = (behind[0] - behind[1]).norm(), (behind[0] - alone).norm()
     if not max(leak, away) <= near:  # NaN is not, either
