@@ -105,6 +105,14 @@ def test_blanks_around_answers_are_the_answers(blanks: str, tokenizer: PreTraine
     assert answers(tokenizer, talk(*turns)) == [f"{blanks}So.{blanks}<|end|>\n"]
 
 
+def test_blanks_with_nothing_behind_them(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The last one before another message is in the token of that message's first word, and not learnt."""
+    bare = "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}"
+    bare += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    example = talk(("user", "a"), ("assistant", "b  "), ("user", "c"), ("assistant", "d  "))
+    assert answers(tokenizer, example, template=bare) == ["b ", "d  "]
+
+
 def test_loss_on_all(tokenizer: PreTrainedTokenizerFast) -> None:
     [item] = data.chat_dataset([talk(*TALK[:4])], tokenizer, 500, "all")
     assert item["labels"] == [-100, *item["input_ids"][1:]]
@@ -145,6 +153,8 @@ def test_a_token_of_prompt_and_answer(tokenizer: PreTrainedTokenizerFast) -> Non
     )
     assert made.said == ["In 1 of them a token holds the prompt's end and the answer's beginning; it is an answer's."]
     assert made[0]["input_ids"] == [joined, tokenizer.eos_token_id]
+    blank = data.chat_dataset([data.Completion("Why? ", "salt", "a", "a")], tokenizer, 9)
+    assert blank.said == made.said
 
 
 def test_the_beginning_of_texts(tokenizer: PreTrainedTokenizerFast) -> None:

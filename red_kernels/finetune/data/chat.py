@@ -18,6 +18,7 @@ _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ADVICE = "with --loss-on all the template need not tell where answers are"
 
 Span = tuple[int, int]  # characters of a text, the second one behind the last
+Place = tuple[int, int, int]  # of a token: where it begins, where its first character that is no blank is, its end
 
 
 class Tokenised(Dataset[dict[str, list[int]]]):
@@ -158,8 +159,8 @@ def _tokens(
     if isinstance(example, Completion):
         prompt = len(example.prompt)
         ids, places = _encoded(example.text, tokenizer)
-        answer = [loss_on == ALL or stop > prompt for _, stop in places]
-        straddles = any(start < prompt < stop for start, stop in places)
+        answer = [loss_on == ALL or stop > prompt for _, _, stop in places]
+        straddles = any(begin < prompt < stop for begin, _, stop in places)
         front = len(_begun(ids, tokenizer)) - len(ids)
         ids = _ended(_begun(ids, tokenizer), tokenizer)
         answer = [loss_on == ALL] * front + answer
@@ -177,8 +178,9 @@ def _tokens(
     if example.asked == 0 and _MARKED.search(chosen):
         return ids, _marked(example, tokenizer, template, ids), False
     spans = _answers(example, text, tokenizer, template)
-    answer = [any(stop > first and start < last for first, last in spans) for start, stop in places]
-    return ids, answer, any(start < first < stop for first, _ in spans for start, stop in places)
+    # A token that begins in an answer and goes on behind it is an answer's, but not for a blank in front alone.
+    answer = [any(stop > first and start < last for first, last in spans) for _, start, stop in places]
+    return ids, answer, any(begin < first < stop for first, _ in spans for begin, _, stop in places)
 
 
 def _answers(example: Conversation, text: str, tokenizer: Any, template: str | None) -> list[Span]:
@@ -226,7 +228,7 @@ def _answered(
         assert isinstance(answer, str)  # all three are texts, or none is
         ids, places = _encoded(example.prompt + answer, tokenizer)
         front = len(_begun(ids, tokenizer)) - len(ids)
-        inside = sum(stop <= len(example.prompt) for _, stop in places)
+        inside = sum(stop <= len(example.prompt) for _, _, stop in places)
         return _ended(_begun(ids, tokenizer), tokenizer), front + inside
     prompt = render(example.prompt, tokenizer, template, example.where, ask=True)
     text = render((*example.prompt, *answer), tokenizer, template, example.where)
@@ -236,18 +238,20 @@ def _answered(
             "so that the answers cannot be told apart"
         )
     ids, places = _encoded(text, tokenizer)
-    return ids, sum(stop <= len(prompt) for _, stop in places)
+    return ids, sum(stop <= len(prompt) for _, _, stop in places)
 
 
-def _encoded(text: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
+def _encoded(text: str, tokenizer: Any) -> tuple[list[int], list[Place]]:
     """The tokens of a text, and which characters each of them covers: all of the text is covered."""
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"model: its tokenizer {type(tokenizer).__name__} tells no offsets, expected a fast tokenizer")
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    places, end = [], 0
+    places: list[Place] = []
+    end = 0
     for start, stop in found["offset_mapping"]:
         # Blanks may be left out of offsets, and all tokens of one character have the same.
-        places.append((min(start, end), stop))
+        begin = min(start, end)
+        places.append((begin, start if start < stop else begin, stop))
         end = max(end, stop)
     return list(found["input_ids"]), places
 
