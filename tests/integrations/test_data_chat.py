@@ -151,10 +151,13 @@ def test_a_token_of_prompt_and_answer(tokenizer: PreTrainedTokenizerFast) -> Non
     made = data.chat_dataset(
         [data.Completion(" sa", "lt", "a", "a"), data.Completion("Why?", "lt", "a", "a")], tokenizer, 9
     )
-    assert made.said == ["In 1 of them a token holds the prompt's end and the answer's beginning; it is an answer's."]
+    assert made.said == [
+        "In 1 of 2 examples a token holds the end of the prompt and the beginning of the answer; "
+        "it counts as the answer's."
+    ]
     assert made[0]["input_ids"] == [joined, tokenizer.eos_token_id]
     blank = data.chat_dataset([data.Completion("Why? ", "salt", "a", "a")], tokenizer, 9)
-    assert blank.said == made.said
+    assert blank.said[0].startswith("In 1 of 1 examples a token holds")
 
 
 def test_the_beginning_of_texts(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -89,7 +89,8 @@ def chat_dataset(
     said = _counted(count, cut, dropped, length, "answer" if loss_on == ANSWERS else "token to predict")
     if merged:
         said.append(
-            f"In {merged:,} of them a token holds the prompt's end and the answer's beginning; it is an answer's."
+            f"In {merged:,} of {count:,} examples a token holds the end of the prompt and the beginning of the answer; "
+            "it counts as the answer's."
         )
     return Tokenised(items, cut, dropped, learnt, said)
 
