@@ -1,0 +1,236 @@
+"""The forms of data, told from the columns of a row, and the examples that rows stand for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Set
+from typing import Any
+
+from ...support.parse import shown
+from .examples import ASSISTANT, Columns, Completion, Conversation, Document, Example, Message, Preference, listed
+from .files import Row
+from .messages import check_text, is_messages, messages_of, tools_of
+
+TEXT, LABELLED, SCORED = "text", "labelled", "scored"
+CHAT, COMPLETION, PREFERENCE = "chat", "completion", "preference"
+FORMS = (TEXT, LABELLED, SCORED, CHAT, COMPLETION, PREFERENCE)
+TASK_FORMS = {"causal-lm": None, "classification": LABELLED, "regression": SCORED}  # None: by the columns
+
+# The columns that tell a form, and those that it uses where they are there; the first that fits is taken.
+_TELLING: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    (PREFERENCE, ("chosen", "rejected"), ("prompt",)),
+    (CHAT, ("messages",), ("tools",)),
+    (CHAT, ("conversations",), ("tools", "system")),
+    (COMPLETION, ("prompt", "completion"), ()),
+    (COMPLETION, ("instruction", "output"), ("input",)),
+)
+KNOWN = (
+    "'messages' or 'conversations' (chat), 'prompt' and 'completion', 'instruction' and 'output', "
+    "'chosen' and 'rejected' (preference), or 'text'"
+)
+
+
+def form_of(row: Row, columns: Columns, task: str, asked: str | None = None) -> tuple[str, tuple[str, ...]]:
+    """The form of a row for a task, and the columns that it uses; with `asked` this form, if its columns are there.
+
+    Raises:
+        ValueError: the columns are those of no form, or of two; the message names them and the forms.
+    """
+    wanted = TASK_FORMS[task]
+    if wanted is not None:
+        return wanted, tuple(columns.wanted(True))
+    names = {name for name, value in row.values.items() if value is not None}
+    if columns.text is None and columns.header:
+        if {"messages", "conversations"} <= names:
+            raise ValueError(f"data: {row.where}: has both 'messages' and 'conversations', expected one of them")
+        for form, telling, also in _TELLING:
+            if names.issuperset(telling) and asked in (None, form):
+                return form, (*telling, *(name for name in also if name in row.values))
+    return TEXT, tuple(columns.wanted(False))
+
+
+def examples_of(
+    rows: Iterable[Row], source: str, columns: Columns, task: str, form: str | None = None, asked: str | None = None
+) -> tuple[str | None, list[Example], list[str]]:
+    """The form of a source's rows, its examples, and the columns that are not used.
+
+    Args:
+        rows: of the source.
+        source: its name, for those of the examples.
+        columns: where texts and labels are.
+        task: `"causal-lm"`, `"classification"` or `"regression"`.
+        form: that the rows must have; None for that of the first row.
+        asked: the form to take where a row's columns are those of several.
+
+    Raises:
+        ValueError: a row is out of form, or of another form than the first one.
+    """
+    examples: list[Example] = []
+    unused: dict[str, None] = {}
+    first: str | None = None
+    for number, row in enumerate(rows):
+        found, used = form_of(row, columns, task, asked)
+        if form is None:
+            form, first = found, row.where
+        if found != form:
+            expected = f"{form!r}, as {first} is" if first else repr(form)
+            raise ValueError(
+                f"data: {row.where}: is of the form {found!r} by its columns {listed(row.values)}, expected "
+                f"{expected}; all data has to be of one form"
+            )
+        unused.update(dict.fromkeys(name for name in row.values if name not in used))
+        examples.append(_MAKERS[form](row, f"{source} #{number}", used, columns))
+    return form, examples, list(unused)
+
+
+def missing_column(row: Row, name: str, labelled: bool) -> ValueError:
+    """The error for a column that a row lacks: which there are, and how to name the right one."""
+    options = "--text-column and --label-column" if labelled else "--text-column"
+    forms = "" if labelled else f"; a form of data is told from its columns: {KNOWN}"
+    first_row = ", or say --no-header if the first row is data" if row.separated else ""
+    return ValueError(
+        f"data: {row.where}: has no column {name!r}; its columns are {listed(row.values)}{forms}; name the right ones "
+        f"by {options}{first_row}"
+    )
+
+
+def _document(row: Row, name: str, used: tuple[str, ...], columns: Columns) -> Document:
+    return Document(_text(row, used), name, _text(row, used).strip(), where=row.where)
+
+
+def _labelled(row: Row, name: str, used: tuple[str, ...], columns: Columns) -> Document:
+    text, value = _text(row, used), row.values[used[1]]
+    if value is None or isinstance(value, (float, list, dict)) or str(value).strip() == "":
+        raise ValueError(f"data: {row.where}: {used[1]!r} is {shown(value)}, expected a label (a word or an integer)")
+    label = check_text(str(value).strip(), row.where, used[1])
+    # Equal texts share a group: a duplicate must not be held out and trained on.
+    return Document(text, name, text.strip(), label, where=row.where)
+
+
+def _scored(row: Row, name: str, used: tuple[str, ...], columns: Columns) -> Document:
+    text, value = _text(row, used), row.values[used[1]]
+    try:
+        score = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise ValueError(f"data: {row.where}: {used[1]!r} is {shown(value)}, expected a finite number to predict")
+    return Document(text, name, text.strip(), score=score, where=row.where)
+
+
+def _text(row: Row, used: tuple[str, ...]) -> str:
+    for name in used:
+        if name not in row.values:
+            raise missing_column(row, name, len(used) > 1)
+    return check_text(row.values[used[0]], row.where, used[0])
+
+
+def _chat(row: Row, name: str, used: tuple[str, ...], columns: Columns) -> Conversation:
+    messages = messages_of(row.values[used[0]], row.where, used[0])
+    system = row.values.get("system") if "system" in used else None
+    if system:
+        if messages[0]["role"] == "system":
+            raise ValueError(f"data: {row.where}: has a column 'system' and a message of the system, expected one")
+        messages = ({"role": "system", "content": check_text(system, row.where, "system")}, *messages)
+    return Conversation(messages, name, row.where, tools=tools_of(row.values.get("tools"), row.where))
+
+
+def _completion(row: Row, name: str, used: tuple[str, ...], columns: Columns) -> Conversation | Completion:
+    if used[0] == "instruction":
+        return _instruction(row, name)
+    prompt, completion = row.values["prompt"], row.values["completion"]
+    if is_messages(prompt) and is_messages(completion):
+        before = messages_of(prompt, row.where, "prompt")
+        return Conversation((*before, *messages_of(completion, row.where, "completion")), name, row.where, len(before))
+    if isinstance(prompt, str) and isinstance(completion, str):
+        check_text(prompt, row.where, "prompt")
+        check_text(completion, row.where, "completion")
+        return Completion(prompt, completion, name, row.where)
+    raise ValueError(
+        f"data: {row.where}: 'prompt' is {shown(prompt)} and 'completion' {shown(completion)}, expected two texts or "
+        "two lists of messages"
+    )
+
+
+def _instruction(row: Row, name: str) -> Conversation:
+    """Alpaca's form: a conversation of two messages."""
+    texts = {
+        column: check_text(row.values.get(column) or "", row.where, column)
+        for column in ("instruction", "input", "output")
+    }
+    asked = "\n\n".join(filter(None, (texts["instruction"], texts["input"])))
+    question, answer = {"role": "user", "content": asked}, {"role": ASSISTANT, "content": texts["output"]}
+    return Conversation((question, answer), name, row.where, asked=1)
+
+
+def _preference(row: Row, name: str, used: tuple[str, ...], columns: Columns) -> Preference:
+    prompt, chosen, rejected = (row.values.get(column) for column in ("prompt", "chosen", "rejected"))
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"data: {row.where}: 'prompt' is {shown(prompt)}, expected a text, as 'chosen' and 'rejected' are"
+            )
+        texts = {column: check_text(row.values[column], row.where, column) for column in used}
+        return Preference(texts["prompt"], texts["chosen"], texts["rejected"], name, row.where)
+    if not (is_messages(chosen) and is_messages(rejected)):
+        raise ValueError(
+            f"data: {row.where}: 'chosen' is {shown(chosen)} and 'rejected' {shown(rejected)}, expected two texts or "
+            "two lists of messages"
+        )
+    better, worse = (messages_of(row.values[column], row.where, column) for column in ("chosen", "rejected"))
+    before, better, worse = _prompt_apart(prompt, better, worse, row.where)
+    for column, answer in (("chosen", better), ("rejected", worse)):
+        if not answer or answer[-1]["role"] != ASSISTANT:
+            raise ValueError(
+                f"data: {row.where}: {column!r} does not end with an answer of the assistant behind the prompt"
+            )
+    return Preference(before, better, worse, name, row.where)
+
+
+_Messages = tuple[Message, ...]
+
+
+def _prompt_apart(prompt: Any, chosen: _Messages, rejected: _Messages, where: str) -> tuple[_Messages, ...]:
+    """The prompt and both answers without it; the prompt may be a column, the beginning of both lists, or both."""
+    if prompt is None:
+        same = 0
+        # The last message of each is an answer, even where both say the same.
+        while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
+            same += 1
+        if same == 0:
+            raise ValueError(
+                f"data: {where}: 'chosen' and 'rejected' do not begin with the same prompt, and none is given"
+            )
+        return chosen[:same], chosen[same:], rejected[same:]
+    if isinstance(prompt, str):
+        given: _Messages = ({"role": "user", "content": check_text(prompt, where, "prompt")},)
+    else:
+        given = messages_of(prompt, where, "prompt")
+    answers = []
+    for messages in (chosen, rejected):
+        repeated = len(messages) > len(given) and messages[: len(given)] == given
+        answers.append(messages[len(given) :] if repeated else messages)
+        if not repeated and messages[0]["role"] in ("system", "developer", "user"):
+            # Perhaps a system's message is in front of a prompt that is the text of the user.
+            if isinstance(prompt, str) and chosen[:2] == rejected[:2] and chosen[1:2] == given:
+                return chosen[:2], chosen[2:], rejected[2:]
+            raise ValueError(
+                f"data: {where}: 'prompt' is {shown(prompt)}, and the messages of 'chosen' and 'rejected' begin with "
+                "another one"
+            )
+    return (given, *answers)
+
+
+_MAKERS: dict[str, Callable[[Row, str, tuple[str, ...], Columns], Example]] = {
+    TEXT: _document,
+    LABELLED: _labelled,
+    SCORED: _scored,
+    CHAT: _chat,
+    COMPLETION: _completion,
+    PREFERENCE: _preference,
+}
+
+
+def shared(first: Iterable[Example], second: Set[Any]) -> int:
+    """How many of the examples are among these groups."""
+    return sum(example.group in second for example in first)

@@ -1,0 +1,203 @@
+"""Trainers of TRL for a patched model and data that is tokenised already: SFT on answers, and DPO on pairs of answers.
+
+TRL is optional, and imported when a trainer is asked for: `pip install red-kernels[train]` brings it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..edits.named import disable_edits
+from ..integrations.trainer import RedTrainer
+from ..support.bars import bars_on_terminals_only
+from ..support.require import require
+from .data.packing import LENGTHS, PackedCollator, check_packing
+
+__all__ = ["BaseWithoutEdits", "dpo_class", "dpo_trainer", "sft_class", "sft_trainer"]
+
+_PACKAGES = "red-kernels[train]"
+# As of transformers' own arguments; TRL has others. Autocast and checkpointing are the caller's choice.
+_DEFAULTS = {"bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+# The examples are cut, packed and masked already.
+_SFT = {
+    "max_length": None,
+    "packing": False,
+    "padding_free": False,
+    "remove_unused_columns": False,
+    "dataset_kwargs": {"skip_prepare_dataset": True},
+}
+_DPO = {"max_length": None, "sync_ref_model": False, "remove_unused_columns": False}
+
+
+class BaseWithoutEdits(nn.Module):
+    """The base model of a patched model, as a model of its own: the same weights with all edits off.
+
+    It has no parameters: those of the patched model stay its own, and nothing is in memory twice. Calls return what
+    the base model returns, bit for bit; the training mode is that of the patched model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._patched = (model,)  # in a tuple, so that it is no submodule
+
+    @property
+    def config(self) -> Any:
+        """The base model's configuration."""
+        return self._patched[0].config
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Not forward: TRL gives each model a forward of its own, which would run the layers outside of the block.
+        with disable_edits(self._patched[0]):
+            return self._patched[0](*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As calling it."""
+        return self(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # TRL names its cache of reference values by it
+        """That of the patched model."""
+        return self._patched[0].state_dict(*args, **kwargs)
+
+
+def sft_class(base: type[RedTrainer] = RedTrainer) -> type[Any]:
+    """`RedSFTTrainer`: TRL's SFTTrainer with the checkpoints of `base`. Raises ModuleNotFoundError without TRL."""
+    trl: Any = require("trl", "fine-tuning on answers by TRL", _PACKAGES)
+    return type("RedSFTTrainer", (base, trl.SFTTrainer), {"__doc__": "SFTTrainer whose checkpoints hold the edits."})
+
+
+def dpo_class(base: type[RedTrainer] = RedTrainer) -> type[Any]:
+    """`RedDPOTrainer`: TRL's DPOTrainer with the checkpoints of `base`, for pairs that are tokenised already.
+
+    Raises:
+        ModuleNotFoundError: TRL is not installed.
+    """
+    trl: Any = require("trl", "fine-tuning on preferences by TRL", _PACKAGES)
+
+    def prepare(self: Any, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        if "prompt_ids" in dataset.column_names:
+            return dataset
+        return trl.DPOTrainer._prepare_dataset(self, dataset, *args, **kwargs)
+
+    names = {"__doc__": "DPOTrainer whose checkpoints hold the edits.", "_prepare_dataset": prepare}
+    return type("RedDPOTrainer", (base, trl.DPOTrainer), names)
+
+
+def sft_trainer(
+    model: nn.Module,
+    tokenizer: Any,
+    train: Any,
+    arguments: Mapping[str, Any],
+    *,
+    held_out: Any = None,
+    base: type[RedTrainer] = RedTrainer,
+    **options: Any,
+) -> Any:
+    """TRL's SFTTrainer for a patched model.
+
+    Args:
+        model: patched by `rk.patch`.
+        tokenizer: the model's.
+        train: what `chat_dataset` or `packed` gives, or any data set of `input_ids` and `labels`.
+        arguments: for `trl.SFTConfig`. Those about preparing data are set here; bf16 and checkpointing are off unless
+            given.
+        held_out: to evaluate on, tokenised alike; packed where `train` is.
+        base: RedTrainer or a subclass.
+        options: of the trainer, such as `callbacks` and `optimizers`.
+
+    Raises:
+        ModuleNotFoundError: TRL is not installed; the message has the command.
+        ValueError: the model is not patched, an argument prepares data, or packing does not fit the model.
+    """
+    kind = sft_class(base)
+    given = _arguments("sft_trainer", arguments, _SFT)
+    parts = [part for part in (train, held_out) if part is not None]
+    packs = {LENGTHS in part[0] for part in parts}
+    if len(packs) > 1:
+        raise ValueError("held_out: is packed and train is not, or the reverse; expected both packed, or none")
+    if packs == {True}:
+        check_packing(model)
+        options["data_collator"] = PackedCollator()
+    trl: Any = require("trl", "fine-tuning on answers by TRL", _PACKAGES)
+    return _made(kind, model, tokenizer, trl.SFTConfig(**given), train, held_out, options)
+
+
+def dpo_trainer(
+    model: nn.Module,
+    tokenizer: Any,
+    train: Any,
+    arguments: Mapping[str, Any],
+    *,
+    held_out: Any = None,
+    base: type[RedTrainer] = RedTrainer,
+    **options: Any,
+) -> Any:
+    """TRL's DPOTrainer for a patched model, whose reference is the same model with its edits off.
+
+    Args:
+        model: patched by `rk.patch`.
+        tokenizer: the model's.
+        train: what `preference_dataset` gives.
+        arguments: for `trl.DPOConfig`, such as `beta`; else as in `sft_trainer`.
+        held_out: to evaluate on, tokenised alike.
+        base: RedTrainer or a subclass.
+        options: of the trainer, such as `callbacks` and `optimizers`.
+
+    Raises:
+        ModuleNotFoundError: TRL is not installed; the message has the command.
+        ValueError: the model is not patched, an argument prepares data, or the parameters are sharded (DeepSpeed,
+            FSDP), for which a reference without parameters of its own is not made.
+    """
+    kind = dpo_class(base)
+    given = _arguments("dpo_trainer", arguments, _DPO)
+    sharded = [name for name in ("deepspeed", "fsdp") if given.get(name)]
+    if sharded:
+        raise ValueError(f"arguments: {sharded[0]} is set, expected parameters that are not sharded for DPO")
+    trl: Any = require("trl", "fine-tuning on preferences by TRL", _PACKAGES)
+    options["ref_model"] = BaseWithoutEdits(model)
+    return _made(kind, model, tokenizer, trl.DPOConfig(**given), train, held_out, options)
+
+
+def _arguments(function: str, given: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a configuration. Raises ValueError for one that is fixed and given otherwise."""
+    for name, value in fixed.items():
+        if name in given and given[name] != value:
+            raise ValueError(
+                f"arguments: {name} is {given[name]!r}, expected {value!r}: {function} takes tokenised data"
+            )
+    return {**_DEFAULTS, **given, **fixed}
+
+
+def _made(
+    kind: type[Any],
+    model: nn.Module,
+    tokenizer: Any,
+    arguments: Any,
+    train: Any,
+    held_out: Any,
+    options: Mapping[str, Any],
+) -> Any:
+    tables = [None if part is None else _table(part) for part in (train, held_out)]
+    with bars_on_terminals_only():
+        return kind(
+            model=model,
+            args=arguments,
+            train_dataset=tables[0],
+            eval_dataset=tables[1],
+            processing_class=tokenizer,
+            **options,
+        )
+
+
+def _table(dataset: Any) -> Any:
+    """A data set of any kind as one of datasets, which TRL asks for."""
+    datasets: Any = require("datasets", "training by TRL", _PACKAGES)
+    if isinstance(dataset, datasets.Dataset):
+        return dataset
+    rows: Sequence[Mapping[str, Any]] = [dataset[place] for place in range(len(dataset))]
+    lists = [
+        {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()} for row in rows
+    ]
+    return datasets.Dataset.from_list(lists)
