@@ -26,7 +26,7 @@ from ..support.parse import shown
 from ..support.progress import duration
 from . import report
 from .base_dtype import AUTO, DTYPES, resolve_dtype
-from .data import digest, label_numbers, load_documents, split_documents
+from .data import Loaded, label_numbers, load_data
 from .head import train_head
 from .job_data import JobData, tokenised
 from .measure import (
@@ -82,16 +82,18 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     run.writes = processes.first
     if processes.count > 1:
         console.print(f"{processes.count} processes, each with {settings.batch_size // processes.count} of a batch")
-    console.print(f"Loading the data: {settings.data}", markup=False, highlight=False, soft_wrap=True)
-    documents = load_documents(str(settings.data), settings.columns, labelled, settings.held_out, settings.subset)
-    labels = label_numbers(documents) if labelled else None
-    split = split_documents(documents, settings.held_out)
-    _check_same_data(settings, run, digest(split))
+    names = ", ".join(settings.data or ())
+    console.print(f"Loading the data: {names}", markup=False, highlight=False, soft_wrap=True)
+    loaded = _load_data(settings)
+    for sentence in loaded.said:
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    labels = label_numbers([*loaded.train, *loaded.held_out]) if settings.task == "classification" else None
+    _check_same_data(names, run, loaded.digest)
 
     set_seed(settings.seed)  # a new head is drawn while loading
     console.print(f"Loading the model: {settings.model}", markup=False, highlight=False, soft_wrap=True)
     base = _load(settings, labels, device)
-    data = tokenised(settings, base, split, labels, console)
+    data = tokenised(settings, base, loaded, labels, console)
     steps = _total_steps(settings, run, len(data.train))
     patched = patch(base.model, config)
     console.print(str(replace(patched, frozen_head=())), highlight=False)  # the head is not to stay frozen
@@ -260,12 +262,31 @@ def _measure_before(run: RunFolder, model: nn.Module, data: JobData, processes: 
     return before
 
 
-def _check_same_data(settings: Settings, run: RunFolder, found: str) -> None:
+def _load_data(settings: Settings) -> Loaded:
+    loaded = load_data(
+        settings.data or (),
+        settings.columns,
+        settings.task,
+        subset=settings.subset,
+        validation=settings.validation,
+        held_out=settings.held_out,
+    )
+    if loaded.form == "preference":
+        raise ValueError(
+            "data: holds pairs of answers, chosen and rejected; this command does not train on them yet: "
+            "red_kernels.finetune.trl_trainers.dpo_trainer does (docs/data.md)"
+        )
+    if settings.packing and loaded.form not in ("chat", "completion"):
+        raise ValueError(f"packing: is of conversations and completions, and the data's form is {loaded.form!r}")
+    return loaded
+
+
+def _check_same_data(names: str, run: RunFolder, found: str) -> None:
     """Raises ValueError where a resumed run's data is not what it began with; keeps what a new run begins with."""
     before = run.results.setdefault("data_digest", found)
     if before != found:
         raise ValueError(
-            f"--resume: the data {settings.data!r} is not what the run in {str(run.path)!r} began with: it holds other "
+            f"--resume: the data {names!r} is not what the run in {str(run.path)!r} began with: it holds other "
             f"texts now (SHA-256 {found[:12]}..., was {str(before)[:12]}...); restore it, or start anew by --overwrite"
         )
 
@@ -331,7 +352,7 @@ def _compare(
     widths = {site: own.width for site, own in edit_modules(fused).items()}
     inputs = [site for site, own in edit_modules(fused).items() if own.on_input]
     with naive_edit(fresh.model, sites, "bias" if inside else kind.name, widths=widths, inputs=inputs) as naive:
-        fresh_head = train_head(fresh.model, fresh.new_parameters) if data.classification else []
+        fresh_head = train_head(fresh.model, fresh.new_parameters) if data.labelled else []
         passing = pass_gradients(fresh.model, sites)
 
         def use(edited: bool) -> None:
@@ -357,6 +378,8 @@ def _show_change(before: HeldOut, after: HeldOut, console: Console) -> None:
         )
     elif not math.isfinite(after.loss):
         console.print("The training diverged: the held-out loss is not finite. Try a smaller --learning-rate.")
+    elif before.pearson is not None:
+        console.print(f"Held-out correlation: {before.pearson:.4f} to {after.pearson:.4f}")
     elif before.accuracy is None:
         change = 1 - after.perplexity / before.perplexity
         word = "fell" if change >= 0 else "rose"

@@ -16,7 +16,16 @@ from ..support.base_models import BaseModel
 from ..support.progress import Stage
 from ..support.sharded import is_sharded
 from . import report
-from .data import LabelledTexts, Split, TokenBlocks
+from .data import (
+    LabelledTexts,
+    Loaded,
+    PackedCollator,
+    TokenBlocks,
+    chat_dataset,
+    check_packing,
+    packed,
+    padded_collator,
+)
 from .measure import QUIET, HeldOut, held_out_loss
 from .processes import ALONE, Processes
 from .settings import Settings
@@ -26,12 +35,13 @@ __all__ = ["JobData", "tokenised"]
 
 @dataclass(frozen=True)
 class JobData:
-    """The datasets of a job, and how to batch them."""
+    """The datasets of a job, and how to batch them. `labelled`: whether a text has one label, or one score."""
 
     train: Any
     held_out: Any
     collate: Any
-    classification: bool
+    labelled: bool
+    padded: bool  # whether batches hold padding, and a mask that tells
     batch_size: int
 
     def held_out_loss(self, model: nn.Module, console: Console, processes: Processes = ALONE) -> HeldOut:
@@ -44,7 +54,7 @@ class JobData:
         batches = DataLoader(self.held_out, batch_sampler=list(map(list, own)), collate_fn=self.collate)
         gather = processes.gather if shared else ALONE.gather
         with Stage(console, "held-out loss", len(batches), unit="batch", after=QUIET) as stage:
-            return held_out_loss(model, batches, self.classification, stage, gather)
+            return held_out_loss(model, batches, self.labelled, stage, gather)
 
     def first_batch(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The first items to train on, as a batch."""
@@ -53,34 +63,65 @@ class JobData:
 
 
 def tokenised(
-    settings: Settings, base: BaseModel, split: Split, labels: dict[str, int] | None, console: Console
+    settings: Settings, base: BaseModel, loaded: Loaded, labels: dict[str, int] | None, console: Console
 ) -> JobData:
-    """Tokenise a split, and say how much it is. `labels` are a classification's, label to number."""
-    train: Any
-    held_out: Any
-    collate: Any
+    """Tokenise the data, and say how much it is. `labels` are a classification's, label to number."""
     console.print("Tokenising the data")
+    if loaded.form in ("labelled", "scored"):
+        return _labelled(settings, base, loaded, labels, console)
+    if loaded.form in ("chat", "completion"):
+        return _answers(settings, base, loaded, console)
+    return _blocks(settings, base, loaded, console)
+
+
+def _labelled(
+    settings: Settings, base: BaseModel, loaded: Loaded, labels: dict[str, int] | None, console: Console
+) -> JobData:
+    train, held_out = (
+        LabelledTexts(part, labels, base.tokenizer, settings.length) for part in (loaded.train, loaded.held_out)
+    )
+    cut = train.truncated + held_out.truncated
+    console.print(
+        f"{report.plural(len(train), 'text')} to train on, {len(held_out):,} held out"
+        + ("" if labels is None else f", {len(labels)} labels")
+        + (f"; {report.plural(cut, 'text')} cut to {settings.length} tokens" if cut else "")
+    )
     if labels is not None:
-        train = LabelledTexts(split.train, labels, base.tokenizer, settings.length)
-        held_out = LabelledTexts(split.held_out, labels, base.tokenizer, settings.length)
-        cut = train.truncated + held_out.truncated
-        console.print(
-            f"{report.plural(len(train), 'text')} to train on, {len(held_out):,} held out, {len(labels)} labels"
-            + (f"; {report.plural(cut, 'text')} cut to {settings.length} tokens" if cut else "")
-        )
-        _, most = Counter(document.label for document in split.held_out).most_common(1)[0]
+        _, most = Counter(document.label for document in loaded.held_out).most_common(1)[0]
         console.print(f"The most frequent label is that of {most / len(held_out):.1%} of the held-out texts")
-        collate = DataCollatorWithPadding(base.tokenizer)
-    else:
-        count = len(split.train) + len(split.held_out)
-        with Stage(console, "tokenising", count, unit="document", after=QUIET) as stage:
-            train, held_out = (
-                TokenBlocks(stage.over(document.text for document in part), base.tokenizer, settings.length)
-                for part in (split.train, split.held_out)
-            )
-        console.print(
-            f"{report.plural(len(split.train), 'document')} to train on ({train.tokens:,} tokens), "
-            f"{len(split.held_out):,} held out ({held_out.tokens:,} tokens)"
+    return JobData(train, held_out, DataCollatorWithPadding(base.tokenizer), True, True, settings.batch_size)
+
+
+def _answers(settings: Settings, base: BaseModel, loaded: Loaded, console: Console) -> JobData:
+    train, held_out = (
+        chat_dataset(part, base.tokenizer, settings.length, settings.loss_on)
+        for part in (loaded.train, loaded.held_out)
+    )
+    what = "conversation" if loaded.form == "chat" else "completion"
+    console.print(
+        f"{report.plural(len(train), what)} to train on ({train.tokens:,} tokens, {train.learnt:,} with a loss), "
+        f"{len(held_out):,} held out ({held_out.tokens:,} tokens)"
+    )
+    for name, part in (("to train on", train), ("held out", held_out)):
+        for sentence in part.said:
+            console.print(f"Of those {name}: {sentence}", markup=False, highlight=False, soft_wrap=True)
+    if not settings.packing:
+        return JobData(train, held_out, padded_collator(base.tokenizer), False, True, settings.batch_size)
+    check_packing(base.model)
+    rows = [packed(part, settings.length) for part in (train, held_out)]
+    console.print(rows[0].said[0], markup=False, highlight=False, soft_wrap=True)
+    return JobData(rows[0], rows[1], PackedCollator(), False, False, settings.batch_size)
+
+
+def _blocks(settings: Settings, base: BaseModel, loaded: Loaded, console: Console) -> JobData:
+    count = len(loaded.train) + len(loaded.held_out)
+    with Stage(console, "tokenising", count, unit="document", after=QUIET) as stage:
+        train, held_out = (
+            TokenBlocks(stage.over(document.text for document in part), base.tokenizer, settings.length)
+            for part in (loaded.train, loaded.held_out)
         )
-        collate = default_data_collator
-    return JobData(train, held_out, collate, labels is not None, settings.batch_size)
+    console.print(
+        f"{report.plural(len(loaded.train), 'document')} to train on ({train.tokens:,} tokens), "
+        f"{len(loaded.held_out):,} held out ({held_out.tokens:,} tokens)"
+    )
+    return JobData(train, held_out, default_data_collator, False, False, settings.batch_size)

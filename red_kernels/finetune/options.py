@@ -64,8 +64,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         data,
         "--data",
-        help="a .txt, .csv, .tsv, .jsonl or .parquet file, or a hub id (default: python-topics, the Python reference "
-        "in the standard library)",
+        nargs="+",
+        metavar="SOURCE",
+        help="texts, conversations, completions or labelled texts: .txt, .csv, .tsv, .json, .jsonl and .parquet files, "
+        "compressed or not, folders of save_to_disk, hub ids (default: python-topics, the Python reference in the "
+        "standard library)",
+    )
+    add(
+        data,
+        "--validation",
+        nargs="+",
+        metavar="SOURCE",
+        help="what is held out, in place of a part of the data",
+    )
+    add(data, "--loss-on", choices=("answers", "all"), help="of conversations and completions (default: answers)")
+    add(
+        data,
+        "--packing",
+        action=argparse.BooleanOptionalAction,
+        help="whole conversations or completions in rows of --length tokens, without attention between them",
     )
     add(data, "--subset", help="the configuration of a hub dataset")
     add(data, "--text-column", help="of a table (default: text; 0 with --no-header)")

@@ -14,6 +14,9 @@ from ..support.require import require
 from .measure import HeldOut, Speed
 
 
+_HEADINGS = {"f1": "F1", "matthews": "Matthews", "pearson": "Pearson", "spearman": "Spearman"}
+
+
 def plural(count: int, noun: str) -> str:
     """`1 site`, `2 sites`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
@@ -43,15 +46,16 @@ def parameter_table(console: Console, groups: Mapping[str, tuple[int, int]], tot
 
 
 def held_out_table(console: Console, rows: Mapping[str, HeldOut]) -> None:
-    """Print held-out loss with perplexity, or with accuracy for classification."""
-    classification = any(row.accuracy is not None for row in rows.values())
+    """Print held-out loss with perplexity, or with the scores of a classifier or a regression."""
+    scores = [name for name in next(iter(rows.values())).numbers() if name != "loss"]
     table = Table(title="Held-out")
     table.add_column("")
-    table.add_column("loss", justify="right")
-    table.add_column("accuracy" if classification else "perplexity", justify="right")
+    for heading in ("loss", *(scores or ["perplexity"])):
+        table.add_column(_HEADINGS.get(heading, heading), justify="right")
     for name, row in rows.items():
-        second = f"{row.accuracy:.2%}" if row.accuracy is not None else f"{row.perplexity:.2f}"
-        table.add_row(name, f"{row.loss:.5f}", second)
+        said = row.numbers()
+        others = [f"{said[own]:.2%}" if own == "accuracy" else f"{said[own]:.4f}" for own in scores]
+        table.add_row(name, f"{row.loss:.5f}", *(others or [f"{row.perplexity:.2f}"]))
     console.print(table)
 
 

@@ -21,6 +21,7 @@ from ..support.require import require
 from ..support.text import listed
 from .base_dtype import ASKED, AUTO
 from .data import PYTHON_TOPICS, Columns, check_held_out
+from .data.chat import ALL, ANSWERS
 
 __all__ = ["Settings", "as_options", "from_options", "read_config", "write_config"]
 
@@ -41,7 +42,10 @@ class Settings:
 
     Attributes:
         model: a packaged model's name, a folder, a `.gguf` file or a hub id.
-        data: `python-topics`, a `.txt`, `.csv`, `.tsv`, `.jsonl` or `.parquet` file, or a hub id.
+        data: `python-topics`, files, folders of `save_to_disk` or hub ids, one or several, as in `load_data`.
+        validation: the same, of what is to be held out in place of a part of `data`.
+        loss_on: of conversations and completions, `"answers"` or `"all"`.
+        packing: put whole conversations or completions into rows of `length` tokens, without attention between them.
         subset: the configuration of a hub dataset.
         columns: where a table holds its texts and labels.
         task: `"causal-lm"`, `"classification"` or `"regression"`.
@@ -75,7 +79,10 @@ class Settings:
 
     task: str = "causal-lm"
     model: str | None = None
-    data: str | None = None
+    data: str | tuple[str, ...] | None = None
+    validation: tuple[str, ...] | None = None
+    loss_on: str = ANSWERS
+    packing: bool = False
     subset: str | None = None
     columns: Columns = field(default_factory=Columns)
     learning_rate: float = 1e-2
@@ -143,6 +150,8 @@ class Settings:
         data = self.data or (PYTHON_TOPICS if self.task == "causal-lm" else None)
         if data is None:
             raise ValueError(f"data: {self.task} needs a table of texts and labels (--data FILE)")
+        if self.loss_on not in (ANSWERS, ALL):
+            raise ValueError(f"loss_on: got {self.loss_on!r}, expected {ANSWERS!r} or {ALL!r}")
         if self.sample and self.task != "causal-lm":
             raise ValueError(f"sample: a model for {self.task} continues no prompt")
         if self.device is not None and self.device.partition(":")[0] not in ("cpu", "cuda"):
@@ -159,7 +168,7 @@ class Settings:
             )
         return dataclasses.replace(
             self,
-            data=data,
+            data=(data,) if isinstance(data, str) else data,
             device=self.device or ("cuda" if torch.cuda.is_available() else "cpu"),
             model=self.model or DEFAULT_MODEL[self.task],
             save_every=save_every,
@@ -213,6 +222,8 @@ def from_options(given: Mapping[str, Any], former: Mapping[str, Any] | None = No
         ValueError: an unknown name, which is named.
     """
     values = {name: value for name, value in (former or {}).items() if name in _FIELDS and name != "columns"}
+    if isinstance(values.get("data"), str):  # as older versions kept it
+        values["data"] = (values["data"],)
     columns = dict((former or {}).get("columns", {}))
     names = {name.replace("-", "_"): value for name, value in given.items()}
     for name, value in names.items():
@@ -238,7 +249,7 @@ def _as_meant(name: str, value: Any) -> Any:
         if name in ("learning_rate", "warmup", "clip", "epochs", "held_out"):
             with contextlib.suppress(ValueError):
                 return float(value)
-        if name in ("sites", "sample", "report_to"):
+        if name in ("sites", "sample", "report_to", "data", "validation"):
             return (value,)
         if name == "layers":
             try:

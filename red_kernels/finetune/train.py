@@ -63,7 +63,7 @@ def train(
         report_to=list(settings.report_to) or "none",
         run_name=run.path.name,
         disable_tqdm=True,
-        include_num_input_tokens_seen="non_padding" if data.classification else "all",  # blocks have no padding
+        include_num_input_tokens_seen="non_padding" if data.padded else "all",
         remove_unused_columns=False,
         dataloader_pin_memory=settings.device != "cpu",
         dataloader_drop_last=settings.drops_last(len(data.train)),

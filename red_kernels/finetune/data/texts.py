@@ -44,15 +44,24 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
 
 
 class LabelledTexts(Dataset[dict[str, Any]]):
-    """Tokenised texts with the number of their label, cut to `length` tokens; `truncated` counts those that were."""
+    """Tokenised texts with the number of their label, cut to `length` tokens; `truncated` counts those that were.
 
-    def __init__(self, documents: Sequence[Document], label_ids: dict[str, int], tokenizer: Any, length: int) -> None:
+    Without `label_ids` the labels are the documents' scores, for a regression.
+    """
+
+    def __init__(
+        self, documents: Sequence[Document], label_ids: dict[str, int] | None, tokenizer: Any, length: int
+    ) -> None:
         texts = [document.text for document in documents]
         full = tokenizer(texts, verbose=False)["input_ids"] if texts else []
         cut = tokenizer(texts, truncation=True, max_length=length)["input_ids"] if texts else []
         self.truncated = sum(len(long) > len(short) for long, short in zip(full, cut, strict=True))
         self._items = [
-            {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": label_ids[str(document.label)]}
+            {
+                "input_ids": ids,
+                "attention_mask": [1] * len(ids),
+                "labels": document.score if label_ids is None else label_ids[str(document.label)],
+            }
             for ids, document in zip(cut, documents, strict=True)
         ]
 

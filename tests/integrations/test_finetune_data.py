@@ -1,0 +1,116 @@
+"""The command on each form of data."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from finetune_helpers import causal, classify, make_folders, record, results, trained_tensors
+from transformers import AutoTokenizer
+
+from red_kernels import cli
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = make_folders(tmp_path_factory.mktemp("tiny"))
+    tokenizer = AutoTokenizer.from_pretrained(found["llama"])
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(found["llama"])
+    return found
+
+
+def rows(path: Path, found: list[dict[str, object]]) -> Path:
+    text = "\n".join(map(json.dumps, found)).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return path
+
+
+def chat(number: int) -> dict[str, object]:
+    said = [("user", f"q{number}"), ("assistant", f"a{number % 3}!")]
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+def run(arguments: list[str], *more: str) -> None:
+    assert cli.main([*arguments, "--no-compare", *more]) == 0
+
+
+def test_conversations(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two files, one of them compressed; the loss is on the answers, and a sample is asked by the chat template."""
+    files = [
+        rows(tmp_path / "a.jsonl", list(map(chat, range(12)))),
+        rows(tmp_path / "b.jsonl.gz", list(map(chat, range(12, 24)))),
+    ]
+    arguments = causal(folders, tmp_path / "out", "--steps", "8", "--lr", "3e-2", "--length", "64", "--sample", "q1")
+    arguments[arguments.index("--data") + 1 : arguments.index("--data") + 2] = map(str, files)
+    run(arguments)
+    shown = capsys.readouterr().out
+    assert "conversations to train on" in shown
+    assert "with a loss" in shown
+    found = results(tmp_path / "out")
+    assert found["after"]["loss"] < found["before"]["loss"]
+    assert found["after"]["targets"] < 64  # of the answers alone
+    assert record(tmp_path / "out")["settings"]["data"] == list(map(str, files))
+
+
+def test_packed_conversations_are_the_same(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Packed, all of them in one step: the same gradients, and so the same edits, as padded ones."""
+    data = rows(tmp_path / "chat.jsonl", list(map(chat, range(16))))
+    held = rows(tmp_path / "held.jsonl", list(map(chat, range(50, 54))))
+    for name, more in (("padded", ("--batch-size", "16")), ("packed", ("--packing", "--batch-size", "16"))):
+        arguments = causal({**folders, "text": data}, tmp_path / name, "--steps", "2", "--length", "64", *more)
+        run(arguments, "--validation", str(held))
+    one, other = (trained_tensors(tmp_path / name / "edits") for name in ("padded", "packed"))
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=0, atol=1e-4)
+    padded, packed = (results(tmp_path / name) for name in ("padded", "packed"))
+    assert packed["after"]["targets"] == padded["after"]["targets"]
+    assert packed["after"]["loss"] == pytest.approx(padded["after"]["loss"], rel=1e-4)
+
+
+def test_completions_with_the_loss_on_all(folders: dict[str, Path], tmp_path: Path) -> None:
+    data = rows(tmp_path / "pairs.jsonl", [{"prompt": f"{n} + 1 = ", "completion": f"{n + 1}"} for n in range(20)])
+    counts = {}
+    for loss_on in ("answers", "all"):
+        run(causal({**folders, "text": data}, tmp_path / loss_on, "--steps", "2", "--loss-on", loss_on))
+        counts[loss_on] = results(tmp_path / loss_on)["after"]["targets"]
+    assert 0 < counts["answers"] < counts["all"]
+
+
+def test_regression(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = rows(
+        tmp_path / "scores.jsonl", [{"text": "ab"[n % 2] * 8 + str(n), "label": n % 2 + 0.5} for n in range(60)]
+    )
+    arguments = classify({**folders, "table": data}, tmp_path / "out", "--steps", "40", "--lr", "2e-2")
+    arguments[arguments.index("classification")] = "regression"
+    run(arguments)
+    after = results(tmp_path / "out")["after"]
+    assert after["pearson"] > 0.7
+    assert after["accuracy"] is None
+    assert "Held-out correlation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("row", "more", "message"), [
+    ({"chosen": "a", "rejected": "b", "prompt": "c"}, (), "pairs of answers, chosen and rejected"),
+    ({"text": "a"}, ("--packing",), "packing: is of conversations and completions, and the data's form is 'text'"),
+    ({"messages": [{"role": "user"}]}, (), "line 1"),
+])  # fmt: skip
+def test_what_does_not_fit(
+    row: dict[str, object], more: tuple[str, ...], message: str, folders: dict[str, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    found = [
+        {name: f"{value}{n}" if isinstance(value, str) else value for name, value in row.items()} for n in range(9)
+    ]
+    data = rows(tmp_path / "data.jsonl", found)
+    assert cli.main(causal({**folders, "text": data}, tmp_path / "out", *more)) == cli.EXIT_ERROR
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
