@@ -18,6 +18,7 @@ from .edits.named import (
     switch_edit,
     use_edits,
 )
+from .edits.rows import sum_gradients_over
 from .merging.merge import MergeReport, merge, unmerge
 from .models import register_family
 from .ops import functional
@@ -72,6 +73,7 @@ __all__ = [
     "rms_norm_edit",
     "save_edits",
     "saved_config",
+    "sum_gradients_over",
     "switch_edit",
     "unmerge",
     "unpatch",

@@ -368,7 +368,7 @@ def _check_fits(source: Path, name: str, value: torch.Tensor, parameter: nn.Para
 
 def _placed(model: nn.Module, site: str, slot: Slot, value: torch.Tensor) -> torch.Tensor:
     if slot.own.is_meta:
-        return value.to(device=weights_device(model, site), dtype=slot.own.dtype)
+        return placed_as(value, slot.own, weights_device(model, site))
     return placed_as(value, slot.own)
 
 
@@ -383,7 +383,7 @@ def _starts(
                 device, kind = weights_device(model, site), slot.holder.kind
                 assert kind is not None
                 start = kind.start(slot.width, slot.own.dtype, device)[part]
-                found.append((slot, start))
+                found.append((slot, placed_as(start, slot.own, device)))
     return found
 
 

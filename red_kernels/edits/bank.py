@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..support.sharded import is_sharded
 from .blocks import lock
 from .kinds import PARTS, Edit, Kind
+from .lies import Lies, spread_vectors
 from .selection import DEFAULT, Rows, Selection
 from .vectors import EditVectors
 
@@ -29,7 +31,10 @@ class EditBank(EditVectors):
 
     Attributes:
         root: what holds the edits: this, or that of the other site.
+        lies: how the vectors lie on several processes; None where each process has them by itself.
     """
+
+    lies: Lies | None = None
 
     def __init__(
         self,
@@ -79,6 +84,9 @@ class EditBank(EditVectors):
     def make(self, dtype: torch.dtype, device: torch.device | str | None) -> EditVectors:
         """The vectors of a further edit, the identity at the start and frozen, which are no part of the module yet."""
         made = EditVectors(self.width, self.kind, dtype, device)
+        like = next((own for own in self.parameters() if is_sharded(own)), None)
+        if like is not None:
+            spread_vectors(made, like.device_mesh, like.placements)  # type: ignore[attr-defined]
         made.train(self.training)
         made.freeze()
         return made
@@ -103,7 +111,7 @@ class EditBank(EditVectors):
                 return None
             holder = root
         found: Edit = holder.vectors(again)
-        return found
+        return found if root.lies is None else root.lies.here(found)
 
     def versions(self, state: Any) -> tuple[tuple[Tensor, int], ...]:
         """The vectors that a state applies here, and how often each was changed in place."""

@@ -118,7 +118,9 @@ class RedEdit(EditBank):
             if name == "initial":
                 given[name] = initial_of(self.__dict__.get(STREAM), hidden, self.__dict__.get(SITE, "an edited module"))
             else:
-                given[name] = None if module is None or self.on_input else CONTEXTS[name](module, self.width)
+                value = None if module is None or self.on_input else CONTEXTS[name](module, self.width)
+                lies = self.root.lies
+                given[name] = value if value is None or lies is None else lies.part_of(value)
         return edit._replace(vectors={**edit.vectors, **given})
 
     def by_state(self, state: Any, again: bool) -> Edit | None:
@@ -168,6 +170,7 @@ _TAKEN = (
     "of_tuple",
     "on_input",
     "place",
+    "lies",
 )
 RESERVED.update(_TAKEN, dir(RedEdit))  # a part is an attribute of it
 

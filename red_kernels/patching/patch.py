@@ -13,6 +13,7 @@ from torch import nn
 
 from ..edits.config import RedConfig
 from ..edits.find import STATE, PatchState, patches_of, wrapper_of
+from ..edits.lies import spread_vectors
 from ..edits.module import EDITED, NAME, SITE, Edited, RedEdit, refuse_site
 from ..edits.selection import Selection
 from ..edits.stream import STREAM, Stream, close_stream, open_stream
@@ -27,6 +28,7 @@ from .heads import find_head, release_head
 from .plan import Plan, PlannedSite, make_plan
 from .pretrained import unwrap_saving, wrap_saving
 from .report import IN_FRONT, PatchReport, SiteReport, count_parameters
+from .split import Split, mesh_of, split_of
 from .watch import Site, missing, stop_watching, watch
 
 __all__ = ["attach", "edit_config", "fuse", "patch", "patch_with", "unpatch"]
@@ -76,9 +78,10 @@ def patch_with(
     for site in plan.sites:
         _check_free(site)
         refuse_site(config.edit_kind, site.module, site.width, f"model: {site.report.site}", site.on_input)
+    splits = _splits(model, plan.sites, config)
     head = find_head(model, [site.report.site for site in plan.sites], config)
     with torch.inference_mode(False):  # what is made in inference mode can never be trained
-        made = _made(plan.sites, config, edits)
+        made = _made(plan.sites, config, edits, splits)
     prepare_classes([*plan.blocks, *plan.stacks], plan.norms, plan.dropouts)
     parameters = {name: own for name, own in model.named_parameters() if own.requires_grad}
     state = PatchState(config, set(parameters), {site.report.site: (site.norm, site.bias_flag) for site in plan.sites})
@@ -89,7 +92,7 @@ def patch_with(
             parameter.requires_grad_(False)
         head.train(model)
         for site, edit in zip(plan.sites, made, strict=True):
-            attach(site, edit)
+            attach(site, edit, edit.root.lies is not None)
             edit.__dict__[SITE] = site.report.site
         for planned in plan.streams:
             stream = Stream(planned.name)
@@ -110,7 +113,7 @@ def patch_with(
     return PatchReport(
         type(model).__name__,
         config,
-        tuple(_foreseen(site.report, foreseen) for site in plan.sites),
+        tuple(_foreseen(_told(site, split), foreseen) for site, split in zip(plan.sites, splits, strict=True)),
         trainable,
         total,
         tuple(plan.warnings),
@@ -120,20 +123,36 @@ def patch_with(
     )
 
 
-def _made(sites: list[PlannedSite], config: RedConfig, edits: Mapping[str, RedEdit]) -> list[RedEdit]:
+def _splits(model: nn.Module, sites: list[PlannedSite], config: RedConfig) -> list[Split | None]:
+    """How tensor parallelism splits the sites; for each None where the model is whole in this process."""
+    mesh = mesh_of(model)
+    return [None] * len(sites) if mesh is None else [*split_of(model, sites, config.edit_kind, mesh)]
+
+
+def _made(
+    sites: list[PlannedSite], config: RedConfig, edits: Mapping[str, RedEdit], splits: list[Split | None]
+) -> list[RedEdit]:
     """The edits of the sites: those that they had before, and else new ones."""
     selection, kind = Selection(), config.edit_kind
     made: list[RedEdit] = []
     leads: dict[int, RedEdit] = {}
-    for site in sites:
+    for site, split in zip(sites, splits, strict=True):
         edit = edits.get(site.report.site)
         if edit is None:
             lead = leads.get(site.width)
             edit = RedEdit(site.width, kind, config.dtype, site.device, selection, lead=lead)
+            if split is not None and lead is None:
+                spread_vectors(edit, split.mesh, (split.placement,))
+                edit.lies = split.lies
         if kind.shared:
             leads.setdefault(site.width, edit)
         made.append(edit)
     return made
+
+
+def _told(site: PlannedSite, split: Split | None) -> SiteReport:
+    remark = "" if split is None else split.remark
+    return replace(site.report, remark="; ".join(filter(None, (site.report.remark, remark))))
 
 
 def _foreseen(site: SiteReport, found: Mapping[str, tuple[str | None, str]]) -> SiteReport:
@@ -194,8 +213,12 @@ def edit_config(model: nn.Module) -> RedConfig:
     return configs[0]
 
 
-def attach(site: PlannedSite, edit: RedEdit) -> None:
-    """Give a site its vectors and the hook that applies them."""
+def attach(site: PlannedSite, edit: RedEdit, parallel: bool = False) -> None:
+    """Give a site its vectors and the hook that applies them.
+
+    With `parallel` the module's other hooks may turn this process's part into a DTensor and back; the edit is of the
+    plain tensor outside of these.
+    """
     edit.train(site.module.training)
     edit.of_tuple, edit.place, edit.on_input = site.of_tuple, site.place, site.on_input
     edit.inside = site.inside or site.hooked is not None
@@ -203,13 +226,13 @@ def attach(site: PlannedSite, edit: RedEdit) -> None:
     edit.__dict__[EDITED] = Edited(site.module)
     if site.on_input:
         if input_hook not in site.module._forward_pre_hooks.values():
-            nn.Module.register_forward_pre_hook(site.module, input_hook, with_kwargs=True)
+            nn.Module.register_forward_pre_hook(site.module, input_hook, prepend=parallel, with_kwargs=True)
         return
     hooked, hook = (site.module, edit_hook) if site.hooked is None else (site.hooked, behind_hook)
     if site.hooked is not None:
         site.hooked.__dict__[BEHIND] = edit, site.hooked
     if hook not in hooked._forward_hooks.values():
-        nn.Module.register_forward_hook(hooked, hook, prepend=True)
+        nn.Module.register_forward_hook(hooked, hook, prepend=not parallel)
 
 
 def fuse(plan: Plan) -> None:

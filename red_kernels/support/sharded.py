@@ -1,19 +1,19 @@
 """Vectors of which each process holds a part: taking them together, putting them back, and writing from one process.
 
-Sharded parameters are `torch.distributed.tensor.DTensor`s (FSDP2), recognised by their `device_mesh`. Those of
-DeepSpeed's ZeRO-3 are recognised too, but only DeepSpeed itself can gather them.
+Sharded parameters are `torch.distributed.tensor.DTensor`s (FSDP2, tensor parallelism), recognised by their
+`device_mesh`. Those of DeepSpeed's ZeRO-3 are recognised too, but only DeepSpeed itself can gather them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["is_sharded", "local", "placed_as", "refuse_partitioned", "whole", "write_from_one"]
+__all__ = ["is_sharded", "local", "placed_as", "refuse_partitioned", "spread", "whole", "write_from_one"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -50,16 +50,28 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
-def placed_as(value: Tensor, like: Tensor) -> Tensor:
-    """`value`, which all processes hold alike, on the device, in the dtype and with the sharding of `like`."""
-    value = value.to(device=like.device, dtype=like.dtype)
+def placed_as(value: Tensor, like: Tensor, device: torch.device | None = None) -> Tensor:
+    """`value`, which all processes hold alike, on the device (or another), in the dtype and sharding of `like`."""
+    value = value.to(device=like.device if device is None else device, dtype=like.dtype)
     if not is_sharded(like):
         return value
+    sharded: Any = like
+    return spread(value, sharded.device_mesh, sharded.placements)
+
+
+def spread(value: Tensor, mesh: Any, placements: Sequence[Any], *, from_first: bool = False) -> Tensor:
+    """A tensor, whole in every process of a mesh, as a DTensor of which each keeps its part.
+
+    Args:
+        value: of any shape.
+        mesh: a `DeviceMesh`.
+        placements: one for each of its dimensions.
+        from_first: send the values of the mesh's first process to the others, as those of the others may differ.
+            Otherwise nothing is sent.
+    """
     from torch.distributed.tensor import distribute_tensor
 
-    sharded: Any = like
-    # Without a source each process takes its part of its own copy; nothing is sent.
-    return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
+    return distribute_tensor(value, mesh, placements, src_data_rank=0 if from_first and not value.is_meta else None)
 
 
 def write_from_one(tensors: Iterable[Tensor], write: Callable[[], object]) -> None:

@@ -1,4 +1,4 @@
-"""Starting a worker script twice, as the two processes of a gloo group, and the beginning and end of such a script."""
+"""Starting a worker script as the processes of a gloo group, mostly two, and the beginning and end of such a script."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from places import python_path
 HERE = Path(__file__).resolve().parent
 
 
-def run_pair(script: str, *arguments: str, timeout: float = HANGS) -> None:
-    """Run `script` (of this folder) as two processes with `rank, port, *arguments`; both have to end well."""
+def run_pair(script: str, *arguments: str, timeout: float = HANGS, count: int = 2) -> None:
+    """Run `script` (of this folder) as `count` processes with `rank, port, *arguments`; all have to end well."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
+    environment |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     workers = [
         subprocess.Popen(
             [sys.executable, str(HERE / script), str(rank), port, *arguments],
@@ -33,7 +34,7 @@ def run_pair(script: str, *arguments: str, timeout: float = HANGS) -> None:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     outputs: list[str] = []
     try:
@@ -41,7 +42,7 @@ def run_pair(script: str, *arguments: str, timeout: float = HANGS) -> None:
     finally:
         for worker in workers:
             worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    assert [worker.returncode for worker in workers] == [0] * count, "\n".join(outputs)
 
 
 @contextmanager
@@ -49,8 +50,8 @@ def in_group(*, initialise: bool = True) -> Iterator[int]:
     """The body of a worker: gives the rank, and ends the process behind it. By `initialise` it is in the group."""
     rank, port = sys.argv[1:3]
     torch.set_num_threads(1)
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": rank})
-    os.environ.update({"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank})
+    os.environ["LOCAL_RANK"] = rank
     if initialise:
         dist.init_process_group("gloo")
     try:

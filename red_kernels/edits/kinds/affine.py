@@ -50,7 +50,11 @@ def _wide(vector: Tensor | None) -> Tensor | None:
 
 
 def _kind(name: str, help: str, *parts: Part) -> Kind:
-    return Kind(name, parts, formula, help, kernel="affine", fold=fold, chain=chain)
+    return Kind(name, parts, formula, help, kernel="affine", fold=fold, chain=chain, part_of=_part_of)
+
+
+def _part_of(kind: Kind, width: int, count: int) -> Kind:
+    return kind  # column by column
 
 
 ALL = _kind("all", "scale * h + bias", SCALE, SHIFT)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ...support.sharded import is_sharded, spread
 
 Vectors = Mapping[str, Tensor | None]  # a part's name to its tensor; an absent part or None is the identity
 Formula = Callable[[Tensor, Vectors], Tensor]
@@ -87,6 +89,9 @@ class Kind:
         on_input: whether it edits the input of a linear layer, whatever the position. Its `fold` is then given that
             layer's weight `(n, width)` and bias.
         shared: whether all sites of a width in a model have the same tensors.
+        part_of: `part_of(kind, width, count)`: the kind of edit that each of `count` processes applies to its part of
+            `width` columns, with the same part of each tensor. It raises ValueError with the reason where a part cannot
+            be edited by itself. None: all columns of a row are mixed.
     """
 
     name: str
@@ -108,6 +113,7 @@ class Kind:
     family: str = ""
     on_input: bool = False
     shared: bool = False
+    part_of: Callable[[Kind, int, int], Kind] | None = None
 
     @property
     def starts_as_identity(self) -> bool:
@@ -139,6 +145,9 @@ class Kind:
         own = tensors[part.name]
         if own is None or own.is_meta:
             return
+        if is_sharded(own):
+            self._fill_sharded(part, tensors)
+            return
         like = None if part.like is None else tensors.get(part.like)
         if like is not None:
             own.copy_(like)
@@ -146,6 +155,17 @@ class Kind:
             drawn = torch.empty(own.shape, dtype=torch.float32)
             part.draw(drawn)
             own.copy_(drawn)
+
+    def _fill_sharded(self, part: Part, tensors: Mapping[str, Tensor | None]) -> None:
+        """The same of a tensor of which each process has a part: what one of them draws, all have."""
+        own: Any = tensors[part.name]
+        like = None if part.like is None else tensors.get(part.like)
+        if like is not None:
+            own.copy_(like)
+        elif part.draw is not None:
+            drawn = torch.empty(own.shape, dtype=torch.float32)
+            part.draw(drawn)
+            own.copy_(spread(drawn.to(own.device, own.dtype), own.device_mesh, own.placements, from_first=True))
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -183,6 +203,21 @@ class Kind:
         vectors |= dict.fromkeys(self.context)
         shape = (1, width) if self.on_input else (width, 1)
         return self.fold(torch.empty(shape, device="meta"), None, vectors)[1] is not None
+
+    def split(self, width: int, count: int) -> Kind:
+        """The kind of edit of one process of `count`, each of which has its part of the columns.
+
+        Raises:
+            ValueError: an edit of this kind cannot be split so; the message is the reason.
+        """
+        if self.part_of is None:
+            raise ValueError("takes all columns of a row together")
+        return self.part_of(self, width, count)
+
+    @property
+    def draws(self) -> bool:
+        """Whether a new edit has random values."""
+        return any(part.draw is not None for part in self.parts)
 
     @property
     def least_width(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import mixes
-from .kind import Family, Folded, Formula, Kind, Part, Vectors
+from .kind import Family, Folded, Formula, Kind, Part, Vectors, kind_named
 
 BLOCKS = 4  # the authors' choice in most of their runs
 
@@ -98,7 +98,16 @@ def _kind(
         context=("linear_bias",),
         fits=fits,
         family=name,
+        part_of=part_of,
     )
+
+
+def part_of(kind: Kind, width: int, count: int) -> Kind:
+    """The kind of as many blocks as one of `count` processes has. Raises ValueError where it has no whole ones."""
+    if kind.blocks % count:
+        number = f"{kind.blocks} block" + ("" if kind.blocks == 1 else "s")
+        raise ValueError(f"reflects {number} of columns, which {count} processes cannot share evenly")
+    return kind_named(f"{kind.family}:{kind.blocks // count}")
 
 
 def reflection(blocks: int) -> Kind:

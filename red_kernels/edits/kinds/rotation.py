@@ -56,6 +56,13 @@ def fits(width: int) -> str | None:
     return f"needs a multiple of {mixes.GROUP}" if width % mixes.GROUP else None
 
 
+def part_of(kind: Kind, width: int, count: int) -> Kind:
+    """A rotation, where each of `count` processes has whole groups. Raises ValueError elsewhere."""
+    if width % (count * mixes.GROUP):
+        raise ValueError(f"turns groups of {mixes.GROUP} columns, which {count} processes cannot share evenly")
+    return kind
+
+
 def kind(variant: int) -> Kind:
     """The kind of a variant. Raises ValueError for one that there is not."""
     if variant not in VARIANTS:
@@ -74,6 +81,7 @@ def kind(variant: int) -> Kind:
         fold=partial(fold, variant=variant),
         fits=fits,
         family="rotation",
+        part_of=part_of,
     )
 
 
