@@ -332,7 +332,7 @@ def _reload_and_compare(
     if settings.compare and not settings.fsdp:  # of a model in parts, one process alone can run no step
         speeds = _compare(base.model, fresh, data, device, console)
     patch(fresh.model, saved_config(run.edits))
-    if labels is not None:
+    if data.labelled:
         train_head(fresh.model, fresh.new_parameters)
     load_trained(fresh.model, run.edits)
     return data.held_out_loss(fresh.model, console), speeds
