@@ -101,8 +101,8 @@ def _parser() -> Parser:
         "convert",
         help="turn saved edits into another form: a folder of save_edits, the RED authors' files, a folder of PEFT",
         description="Turn edits in the form of RED's authors (delta_vector.pth, and classifier.pth beside it), or a "
-        "RED adapter that PEFT has saved, into a folder of rk.save_edits; or such a folder into the authors' form, or with "
-        "--to peft into an adapter that PEFT loads. The form of SOURCE is told by what it holds.",
+        "RED adapter that PEFT has saved, into a folder of rk.save_edits; or such a folder into the authors' form, or "
+        "with --to peft into an adapter that PEFT loads. The form of SOURCE is told by what it holds.",
     )
     convert.set_defaults(run=_convert)
     _add_convert_options(convert)

@@ -145,7 +145,7 @@ def _save(
         values = {bare_name(model, key): whole(own).to("cpu", copy=True).contiguous() for key, own in head.items()}
         trained = Head(values, labels_of(model), architecture(model))
     prefix = inner_prefix(inner_model(model)[1], vectors)
-    base = Base(base_model_name(model), base_revision(model), weights_print(model))
+    base = Base(base_model_name(model), base_revision(model), weights_print(model), architecture(model))
     saved = make_saved(config, vectors, base, prefix, trained)
     target = Path(folder)
     every = [*(own for parts in tensors.values() for own in parts.values()), *head.values()]

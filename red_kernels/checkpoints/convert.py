@@ -136,7 +136,7 @@ def _content(found: Found, source: Path, form: str, model: str | None, position:
             f"{CONFIG_NAME} in it"
         )
     said = found.description
-    base = Base(said.get("base_model_name"), said.get("base_model_revision"), said.get("base_weights"))
+    base = Base.of(said)
     config = config_of(found.source, said)
     where = f"position {config.position!r}" if config.sites is None else "sites by their names"
     what = f"{where}, kind {config.kind!r}" + (", from an adapter of PEFT" if form == PEFT else "")
@@ -156,6 +156,8 @@ def _to_peft(content: _Content, target: Path, overwrite: bool) -> Conversion:
     _refuse(target, (*PEFT_NAMES, *PEFT_TENSORS), PEFT_NAMES, overwrite)
     write_peft(target, content.config, content.vectors, content.base, content.head)
     notes = [*content.notes, "PEFT loads it once red_kernels.integrations.peft is imported"]
+    if content.config.edit_kind.shared:
+        notes.append("PEFT will warn of missing keys: those of the other sites, which have the same vectors")
     if content.config.sites is None and content.config.position in ("res", "res_with_attn"):
         notes.append("PEFT cannot wrap a whole layer, and refuses the adapter where such a layer is a site")
     return _conversion(target, list(PEFT_NAMES), content.vectors, f"{content.what}, in PEFT's form", notes)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ TENSORS_NAME = "red_edits.safetensors"
 HEAD_NAME = "red_head.safetensors"  # what else a run has trained, by the model's names
 CONFIG_NAME = "red_config.json"  # the description, in folders of earlier versions
 
+_BASE_ENTRIES = ("base_model_name", "base_model_revision", "base_weights", "base_architecture")  # as `Base` has them
 _DESCRIPTION = "red_kernels"  # the key of the description, and of what is said of a head, in the metadata
 _MARK = re.compile(r"[0-9a-f]{32}")
 _MARKED_HEAD = re.compile(r"red_head\.[0-9a-f]{32}\.safetensors")
@@ -94,11 +95,18 @@ class Base:
         name: as transformers loaded it.
         revision: the commit of its repository on the hub.
         weights: a digest of some of its weights, by which a copy in another folder is recognised.
+        architecture: the class of the model.
     """
 
     name: str | None = None
     revision: str | None = None
     weights: str | None = None
+    architecture: str | None = None
+
+    @classmethod
+    def of(cls, description: Mapping[str, Any]) -> Base:
+        """The one that a description names; files of earlier versions say less."""
+        return cls(*map(description.get, _BASE_ENTRIES))
 
 
 @dataclass(frozen=True)
@@ -150,9 +158,7 @@ def make_saved(config: RedConfig, vectors: SiteTensors, base: Base, prefix: str,
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "red_kernels_version": __version__,
-        "base_model_name": base.name,
-        "base_model_revision": base.revision,
-        "base_weights": base.weights,
+        **dict(zip(_BASE_ENTRIES, astuple(base), strict=True)),
         "position": config.position,
         "kind": config.kind,
         "layers": None if config.layers is None else list(config.layers),
@@ -411,7 +417,7 @@ def _check_entries(path: Path, description: dict[str, Any]) -> None:
         if key not in description or not isinstance(description[key], types):
             raise ValueError(f"{path}: the entry {key!r} is missing or of the wrong type")
     # Files of earlier versions lack some.
-    for key in ("inner_prefix", "head", "stale_head", "base_model_name", "base_model_revision", "base_weights"):
+    for key in ("inner_prefix", "head", "stale_head", *_BASE_ENTRIES):
         if not isinstance(description.get(key), str | None):
             raise ValueError(f"{path}: the entry {key!r} is of the wrong type")
     mark = description.get("head")

@@ -49,7 +49,10 @@ def fetched(source: str | os.PathLike[str], revision: str | None = None) -> Path
     name = str(source)
     what = f"folder_or_file: {name!r} does not exist here, and could not be fetched from the hub"
     with explaining_hub(what, name), bars_on_terminals_only():
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(_PATTERNS)))
+        found = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(_PATTERNS)))
+    if not found.is_dir():
+        raise FileNotFoundError(f"folder_or_file: the repository {name!r} holds no edits")
+    return found
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 from pathlib import Path
@@ -20,7 +21,7 @@ __all__ = ["PEFT_NAMES", "write_peft"]
 
 PEFT_NAMES = (TENSORS_NAMES[0], CONFIG_NAME)
 _BY_POSITION = ("ia3",)  # edits inputs and outputs, which only the model's own table tells apart
-_TASKS = {"CausalLM": "CAUSAL_LM", "ConditionalGeneration": "SEQ_2_SEQ_LM"}
+_LANGUAGE_MODEL = "ForCausalLM"
 
 
 def write_peft(folder: Path, config: RedConfig, vectors: SiteTensors, base: Base, head: Head | None) -> None:
@@ -47,11 +48,13 @@ def write_peft(folder: Path, config: RedConfig, vectors: SiteTensors, base: Base
 
 
 def _said(config: RedConfig, vectors: SiteTensors, base: Base, head: Head | None) -> dict[str, Any]:
-    by_position = config.sites is None and config.position in _BY_POSITION
+    shared = config.edit_kind.shared  # the file names one of the sites, and the others have the same vectors
+    by_position = config.sites is None and (shared or config.position in _BY_POSITION)
     # An expression and not a list of names, each of which would stand for all names that end in it.
-    targets = None if by_position else "|".join(map(re.escape, vectors))
+    names = map(fnmatch.translate, config.sites or ()) if shared else map(re.escape, vectors)
+    targets = None if by_position else "|".join(names)
     modules = [] if head is None else dict.fromkeys(name.rpartition(".")[0] for name in head.values)
-    kind = "" if head is None else head.architecture or ""
+    language_model = (base.architecture or "").endswith(_LANGUAGE_MODEL)
     return {
         "auto_mapping": None,
         "base_model_name_or_path": base.name,
@@ -67,6 +70,6 @@ def _said(config: RedConfig, vectors: SiteTensors, base: Base, head: Head | None
         "position": config.position,
         "revision": base.revision,
         "target_modules": targets,
-        "task_type": next((task for end, task in _TASKS.items() if kind.endswith(end)), None),
+        "task_type": "CAUSAL_LM" if language_model else None,
         "vector_dtype": str(config.dtype).removeprefix("torch."),
     }

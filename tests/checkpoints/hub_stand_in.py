@@ -1,4 +1,4 @@
-"""A stand-in of the hub on this machine: what `huggingface_hub` asks for to make, fill and read a repository of a model.
+"""A stand-in of the hub on this machine: what `huggingface_hub` asks for to make, fill and read a model's repository.
 
 Repositories are kept in memory. Files that the hub would keep in LFS (`.safetensors`, `.bin`) have to be sent there.
 """
