@@ -83,7 +83,8 @@ def read_peft_folder(folder: str | os.PathLike[str]) -> PeftFolder:
     vectors = collect(source, edits, split_key)
     name, revision = (content.get(key) for key in ("base_model_name_or_path", "revision"))
     base = Base(*(value if isinstance(value, str) and value else None for value in (name, revision)))
-    return PeftFolder(_config(source, vectors), vectors, head, base, source)
+    config = _config(source, vectors)
+    return PeftFolder(config, _once(config, vectors), head, base, source)
 
 
 def read_peft(folder: str | os.PathLike[str]) -> Found:
@@ -123,6 +124,22 @@ def _config(source: Path, vectors: SiteTensors) -> RedConfig:
         kind, dtypes = kind_of(source, vectors), {own.dtype for parts in vectors.values() for own in parts.values()}
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         return RedConfig(kind=kind, sites=tuple(re.sub(r"([*?[])", r"[\1]", site) for site in vectors), dtype=dtype)
+
+
+def _once(config: RedConfig, vectors: SiteTensors) -> SiteTensors:
+    """Vectors that all sites of a width share: PEFT writes them for each, and our own form for the first."""
+    kind = config.edit_kind
+    if not kind.shared:
+        return vectors
+    kept: SiteTensors = {}
+    for site, parts in vectors.items():
+        if not any(_same(parts, other) for other in kept.values()):
+            kept[site] = parts
+    return kept
+
+
+def _same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[part], second[part]) for part in first)
 
 
 def _inner_prefix(vectors: SiteTensors) -> str:
