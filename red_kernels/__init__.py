@@ -4,7 +4,10 @@ from . import _old_paths
 from ._version import __version__
 from .backends import available_backends, backend, reference, register_backend
 from .checkpoints.authors import export_authors
+from .checkpoints.card import write_model_card
 from .checkpoints.checkpoint import load_edits, save_edits, saved_config
+from .checkpoints.push import push_edits
+from .checkpoints.whole import from_pretrained, load_base_model, load_tokenizer
 from .edits.config import RedConfig
 from .edits.find import edit_parameters
 from .edits.kinds import register_kind
@@ -56,16 +59,20 @@ __all__ = [
     "edit_names",
     "edit_parameters",
     "export_authors",
+    "from_pretrained",
     "functional",
     "layer_norm_edit",
     "linear_edit",
+    "load_base_model",
     "load_edits",
+    "load_tokenizer",
     "merge",
     "mix",
     "mix_add",
     "mix_add_layer_norm",
     "mix_add_rms_norm",
     "patch",
+    "push_edits",
     "reference",
     "register_backend",
     "register_family",
@@ -78,4 +85,5 @@ __all__ = [
     "unmerge",
     "unpatch",
     "use_edits",
+    "write_model_card",
 ]

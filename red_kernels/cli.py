@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
+from .checkpoints import push
 from .finetune.options import add_options, settings_of
 from .support.arguments import Parser
 from .support.bars import bars_on_terminals_only
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="red-kernels", description="Fused kernels for RED, representation editing.")
     parser.add_argument("--version", action="version", version=f"red-kernels {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="info | finetune | merge | convert | bench")
+    commands = parser.add_subparsers(required=True, metavar="info | finetune | merge | convert | push | bench")
     info = commands.add_parser("info", help="show the backends, the machine and the versions of what is installed")
     info.set_defaults(run=_info)
     info.add_argument(
@@ -93,13 +94,16 @@ def _parser() -> Parser:
     _add_merge_options(merge)
     convert = commands.add_parser(
         "convert",
-        help="turn a checkpoint of RED's authors into a folder of save_edits, or the other way round",
-        description="Turn edits in the form of RED's authors (delta_vector.pth, and classifier.pth beside it) into a "
-        "folder of rk.save_edits, or such a folder into theirs; or a RED adapter that PEFT has saved into one of ours. "
-        "Which way is told by what SOURCE holds.",
+        help="turn saved edits into another form: a folder of save_edits, the RED authors' files, a folder of PEFT",
+        description="Turn edits in the form of RED's authors (delta_vector.pth, and classifier.pth beside it), or a "
+        "RED adapter that PEFT has saved, into a folder of rk.save_edits; or such a folder into the authors' form, or "
+        "with --to peft into an adapter that PEFT loads. The form of SOURCE is told by what it holds.",
     )
     convert.set_defaults(run=_convert)
     _add_convert_options(convert)
+    pushing = commands.add_parser("push", help="put saved edits on the hub, with a model card")
+    pushing.set_defaults(run=push.run)
+    push.add_options(pushing)
     bench = commands.add_parser(
         "bench",
         help="measure operations, training steps and quality; or search the launch rules of the GPU at hand (--tune)",
@@ -109,18 +113,22 @@ def _parser() -> Parser:
     )
     bench.set_defaults(run=_bench)
     _add_bench_options(bench)
-    for command in (info, finetune, merge, convert, bench):
+    for command in (info, finetune, merge, convert, pushing, bench):
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
 
 
 def _add_merge_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="the base model: a folder or hub id")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="the base model: a folder, a .gguf file, a hub id or the name of a packaged model",
+    )
     parser.add_argument(
         "--edits",
         required=True,
         metavar="FOLDER",
-        help="a folder with saved edits, or with a RED adapter that PEFT has saved",
+        help="a folder with saved edits, of a run of finetune, or with a RED adapter that PEFT has saved; or a hub id",
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the merged model goes")
     parser.add_argument(
@@ -134,14 +142,16 @@ def _add_merge_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_convert_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="a folder, or one file of edits without the head beside it")
+    parser.add_argument("source", metavar="SOURCE", help="a folder, a hub id, or one file of edits alone")
     parser.add_argument("output", metavar="OUTPUT", help="the folder for the files of the other form")
     parser.add_argument(
         "--model",
         metavar="MODEL",
-        help="the base model's hub id, folder or config.json (default: told from names alone)",
+        help="the base model: a folder, a config.json, a .gguf file, a hub id or the name of a packaged model "
+        "(default: told from names alone)",
     )
     parser.add_argument("--position", help="where the edits lie, if it is not to be told")
+    parser.add_argument("--to", choices=("own", "authors", "peft"), help="the form of OUTPUT (default: own or authors)")
     parser.add_argument("--overwrite", action="store_true", help="replace files of an earlier conversion")
 
 
@@ -310,7 +320,7 @@ def _convert(options: argparse.Namespace) -> int:
 
         if options.model is not None and importlib.util.find_spec("transformers") is not None:
             from .support import base_models  # noqa: F401
-    print(convert(options.source, options.output, options.model, options.position, options.overwrite))
+    print(convert(options.source, options.output, options.model, options.position, options.overwrite, options.to))
     return 0
 
 

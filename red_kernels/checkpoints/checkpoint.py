@@ -15,9 +15,8 @@ import contextlib
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -30,26 +29,25 @@ from ..patching.pretrained import beside_pretrained
 from ..support.files import locked, made_folder, sync_folder, write_files
 from ..support.sharded import placed_as, refuse_partitioned, whole, write_from_one
 from ..support.text import listed
-from .authors import CLASSIFIER_NAME, HEAD, VECTORS_NAME, classifier_of, inner_prefix, read_authors, read_vectors
+from .authors import CLASSIFIER_NAME, HEAD, VECTORS_NAME, classifier_of, inner_prefix
 from .edit_values import Slot, edit_tensors, slots, values_of, weights_device
 from .folder import CONFIG_NAME as CONFIG_NAME
-from .folder import (
-    HEAD_NAME,
-    TENSORS_NAME,
-    Head,
-    Saved,
-    config_of,
-    is_own_folder,
-    make_saved,
-    marked_head,
-    read_description,
-    read_file,
-    read_folder,
-    stale_files,
+from .folder import HEAD_NAME, Base, Head, Saved, make_saved, marked_head, stale_files
+from .folder import TENSORS_NAME as TENSORS_NAME
+from .found import Found as Found
+from .model_facts import (
+    architecture,
+    base_model_name,
+    base_revision,
+    labels_of,
+    last_name,
+    set_labels,
+    weights_print,
 )
-from .model_facts import architecture, base_model_name, labels_of, last_name, set_labels
+from .reading import located
+from .reading import read as read
+from .reading import saved_config as saved_config
 from .site_names import renamed
-from .vectors import SiteTensors
 from .wrapped_names import bare_name, inner_model, match_wrapped, renamed_sites, unwrapped
 
 __all__ = ["LoadReport", "load_edits", "save_edits", "saved_config"]
@@ -147,7 +145,8 @@ def _save(
         values = {bare_name(model, key): whole(own).to("cpu", copy=True).contiguous() for key, own in head.items()}
         trained = Head(values, labels_of(model), architecture(model))
     prefix = inner_prefix(inner_model(model)[1], vectors)
-    saved = make_saved(config, vectors, base_model_name(model), prefix, trained)
+    base = Base(base_model_name(model), base_revision(model), weights_print(model), architecture(model))
+    saved = make_saved(config, vectors, base, prefix, trained)
     target = Path(folder)
     every = [*(own for parts in tensors.values() for own in parts.values()), *head.values()]
     write_from_one(every, lambda: write_saved(target, saved))
@@ -167,23 +166,13 @@ def write_saved(folder: Path, saved: Saved) -> None:
             sync_folder(folder)
 
 
-def saved_config(folder: str | os.PathLike[str]) -> RedConfig:
-    """Read from what `save_edits` has made how the model has to be patched before `load_edits`.
-
-    `rk.patch(model, rk.saved_config(folder)); rk.load_edits(model, folder)` brings the edits to a fresh base model.
-
-    Args:
-        folder: the folder, or the `red_edits.safetensors` in it.
-
-    Raises:
-        FileNotFoundError: the folder, or the description in it, does not exist.
-        ValueError: the file is damaged, of another program, of a newer format, or describes edits that cannot be.
-    """
-    return config_of(*read_description(Path(folder)))
-
-
 def load_edits(
-    model: nn.Module, folder_or_file: str | os.PathLike[str], name: str | None = None, *, strict: bool = True
+    model: nn.Module,
+    folder_or_file: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    strict: bool = True,
+    revision: str | None = None,
 ) -> LoadReport:
     """Load edits into a patched model, after checking every name, shape and dtype.
 
@@ -203,11 +192,14 @@ def load_edits(
     Args:
         model: a model patched by `rk.patch`, at the position and kind of the checkpoint (`rk.saved_config`).
         folder_or_file: a folder made by `save_edits`, or with the authors' `delta_vector.pth`; or one such file
-            (`.safetensors`, or anything `torch.load(weights_only=True)` reads).
+            (`.safetensors`, or anything `torch.load(weights_only=True)` reads). The folder of a run of `red-kernels
+            finetune`, or of a RED adapter that PEFT has saved. Or, as text, the id of a repository on the hub with one
+            of these (`"user/name"`), which is fetched into the hub's cache.
         name: which of the model's edits to load into; None for the active one. An edit that does not exist yet is
             added when all of its values are there, and the active one stays active.
         strict: with False, vectors and parameters of a head without a partner are listed in the report instead of
             raising. A checkpoint of which nothing fits is an error all the same.
+        revision: branch, tag or commit of a repository on the hub.
 
     Returns:
         A `LoadReport`.
@@ -218,13 +210,15 @@ def load_edits(
             without a partner (`strict`); a vector of the model is computed from others and cannot be set; the base
             model's weights are on the meta device; `name` cannot be the name of an edit.
         FileNotFoundError: there is no such file, no file of edits in the folder, or the head that belongs to them is
-            missing.
+            missing; there is no such repository on the hub.
+        OSError: the hub cannot be reached, or refuses.
 
     Warns:
-        UserWarning: the file says that the edits were trained on a base model of another name.
+        UserWarning: the file says that the edits were trained on a base model of another name, and nothing says that
+            its weights are the same.
     """
-    path = Path(folder_or_file)
     check_patched(model)
+    path = located(folder_or_file, revision)
     report = load_found(model, read(path), path, name, strict)
     for text in report.warnings:
         warnings.warn(text, stacklevel=2)
@@ -308,49 +302,6 @@ def load_found(model: nn.Module, found: Found, path: Path, name: str | None, str
         named,
         _other_base(model, found),
     )
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a folder or a file of edits holds.
-
-    Attributes:
-        source: the file of the vectors.
-        vectors: site to part to tensor `(width,)`.
-        description: how the model was patched, if the file says it.
-        head: the authors' classifier head, parameter name to value; empty where there is none.
-        trained: the head of our own form.
-        head_file: where that comes from, if it is not the file that `save_edits` puts beside the vectors.
-    """
-
-    source: Path
-    vectors: SiteTensors
-    description: dict[str, Any] | None = None
-    head: dict[str, torch.Tensor] = field(default_factory=dict)
-    trained: Head | None = None
-    head_file: Path | None = None
-
-    @property
-    def head_source(self) -> Path:
-        """The file of the trained head, for messages."""
-        return self.head_file or self.source.with_name(HEAD_NAME)
-
-
-def read(path: Path) -> Found:
-    """Read a folder or file of either form. Raises as `load_edits` does."""
-    if path.is_dir():
-        if is_own_folder(path):
-            own = read_folder(path)
-            return Found(path / TENSORS_NAME, own.vectors, own.description, trained=own.head)
-        if (path / VECTORS_NAME).exists():
-            return Found(path / VECTORS_NAME, *read_authors(path))
-        raise FileNotFoundError(f"folder_or_file: {str(path)!r} holds neither {TENSORS_NAME} nor {VECTORS_NAME}")
-    if not path.exists():
-        raise FileNotFoundError(f"folder_or_file: {str(path)!r} does not exist")
-    if path.suffix == ".safetensors":
-        own = read_file(path)
-        return Found(path, own.vectors, own.description)
-    return Found(path, read_vectors(path))
 
 
 def _slots_of(added: NewEdit) -> dict[str, dict[str, Slot]]:
@@ -457,8 +408,11 @@ def _advised(found: Found) -> str:
 
 def _other_base(model: nn.Module, found: Found) -> tuple[str, ...]:
     """A warning where the edits were trained on a base model of another name."""
-    saved, here = (found.description or {}).get("base_model_name"), base_model_name(model)
+    said = found.description or {}
+    saved, here = said.get("base_model_name"), base_model_name(model)
     if not saved or not here or last_name(saved) == last_name(here):
+        return ()
+    if said.get("base_weights") is not None and said["base_weights"] == weights_print(model):  # a copy of the folder
         return ()
     if Path(here).is_dir() and Path(here).resolve() == found.source.resolve().parent:  # save_pretrained wrote both
         return ()

@@ -1,4 +1,4 @@
-"""`red-kernels convert`: a checkpoint of the authors' form into a folder of `rk.save_edits`, and back."""
+"""`red-kernels convert`: saved edits from one form into another: our own, the authors', and PEFT's."""
 
 from __future__ import annotations
 
@@ -9,17 +9,27 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..edits.config import POSITIONS
+from ..edits.config import POSITIONS, RedConfig
 from ..support.require import require
 from ..support.text import listed
 from .authors import CLASSIFIER_NAME, HEAD, VECTORS_NAME, inner_prefix, write_authors
-from .checkpoint import Found, read, write_saved
-from .folder import CONFIG_NAME, HEAD_NAME, TENSORS_NAME, Head, make_saved
+from .checkpoint import write_saved
+from .folder import CONFIG_NAME, HEAD_NAME, TENSORS_NAME, Base, Head, Saved, config_of, make_saved
+from .found import Found
 from .infer import config_from_model, config_from_names, kind_of
-from .peft_folder import is_peft_folder, own_content, read_peft_folder
+from .peft_folder import TENSORS_NAMES as PEFT_TENSORS
+from .peft_write import PEFT_NAMES, write_peft
+from .reading import located, read
 from .vectors import SiteTensors
 
-__all__ = ["Conversion", "convert", "model_on_meta"]
+__all__ = ["FORMS", "Conversion", "convert", "model_on_meta"]
+
+OWN, AUTHORS, PEFT = FORMS = ("own", "authors", "peft")
+_OWN_CODE = {"trust_remote_code": False}
+_NO_POSITION = {
+    OWN: "the authors' form does not hold one, and the folder says it itself",
+    PEFT: "a PEFT folder names its sites itself",
+}
 
 
 @dataclass(frozen=True)
@@ -52,63 +62,118 @@ def convert(
     model: str | None = None,
     position: str | None = None,
     overwrite: bool = False,
+    to: str | None = None,
+    revision: str | None = None,
 ) -> Conversion:
-    """Convert edits from the authors' form to a folder of `rk.save_edits`, or the other way round.
+    """Convert edits from one form into another: a folder of `rk.save_edits`, the authors' files, a folder of PEFT.
 
-    Which way is told by what `source` holds. All files of the output are written together or not at all. No weights are
-    read: a model is built from its configuration alone, on the meta device.
+    Which form `source` has is told by what it holds. All files of the output are written together or not at all. No
+    weights are read: a model is built from its configuration alone, on the meta device.
 
     Args:
-        source: a folder, or a file `delta_vector.pth` or `red_edits.safetensors`. A classifier head beside them is
-            converted too where the folder is named. Or the folder of a RED adapter saved by PEFT, which becomes one of
-            `rk.save_edits`; what `modules_to_save` has trained is converted with it.
+        source: a folder, or a file `delta_vector.pth` or `red_edits.safetensors`. A trained head beside them is
+            converted too where the folder is named. Or the folder of a RED adapter saved by PEFT, with what its
+            `modules_to_save` has trained; or of a run of `red-kernels finetune`; or, as text, a hub id of one of these.
         output: another folder; made if missing.
-        model: the base model's hub id, folder or `config.json`. From the authors' form it tells position, layers and
-            site names, and widths are checked; without it, names alone have to. To the authors' form it is needed for
-            files that do not say what the authors' names leave out.
+        model: the base model: the name of a packaged one, a folder, a `config.json`, a `.gguf` file or a hub id. From
+            the authors' form it tells position, layers and site names, and widths are checked; without it, names alone
+            have to. To the authors' form it is needed for files that do not say what the authors' names leave out.
         position: from the authors' form, the position where it is not to be told.
         overwrite: replace files of an earlier conversion.
+        to: the form of the output: `"own"`, `"authors"` or `"peft"`; None for `"authors"` from a folder of
+            `rk.save_edits`, and for `"own"` from the others.
+        revision: branch, tag or commit of the repository, where `source` is a hub id.
 
     Raises:
-        ValueError: a damaged or foreign file; a position that cannot be told, with the reason; a model that does not
-            fit; trained parameters for which the authors' form has no place.
+        ValueError: a damaged or foreign file; an unknown form, or that of the source; a position that cannot be told,
+            with the reason; a model that does not fit; trained parameters for which the authors' form has no place.
         FileExistsError: the output has such files already, and `overwrite` is False.
         OSError: there is no such source or model, or the output cannot be written.
     """
-    if is_peft_folder(source):
-        return _from_peft(Path(source), Path(output), position, overwrite)
-    found = read(Path(source))
+    if to is not None and to not in FORMS:
+        raise ValueError(f"to: got {to!r}, expected one of {', '.join(map(repr, FORMS))}")
+    place = located(source, revision)
+    found = read(place)
+    form = PEFT if found.source.name in PEFT_TENSORS else OWN if found.source.suffix == ".safetensors" else AUTHORS
+    to = to or (AUTHORS if form == OWN else OWN)
+    if to == form:
+        raise ValueError(f"to: got {to!r}, but {str(source)!r} is in that form already")
     target = Path(output)
     if target.exists() and target.resolve() == found.source.parent.resolve():
         raise ValueError(f"output: {str(target)!r} is the folder of the source; the two forms need a folder each")
     if position is not None and position not in tuple(POSITIONS):
         raise ValueError(f"position: got {position!r}, supported: {', '.join(map(repr, POSITIONS))}")
-    if found.source.suffix == ".safetensors":
-        if position is not None:
-            raise ValueError(f"position: got {position!r}, but the authors' form does not hold one; leave it out")
-        return _to_authors(found, Path(source), target, model, overwrite)
-    return _to_own(found, Path(source), target, model, position, overwrite)
+    if position is not None and form != AUTHORS:
+        raise ValueError(f"position: got {position!r}, but {_NO_POSITION[form]}; leave it out")
+    if to == AUTHORS and form != AUTHORS:
+        return _to_authors(found, place, target, model, overwrite)
+    content = _content(found, place, form, model, position)
+    return (_to_own if to == OWN else _to_peft)(content, target, overwrite)
 
 
-def _from_peft(source: Path, target: Path, position: str | None, overwrite: bool) -> Conversion:
-    if position is not None:
-        raise ValueError(f"position: got {position!r}, but a PEFT folder names its sites itself; leave it out")
-    if target.exists() and target.resolve() == source.resolve():
-        raise ValueError(f"output: {str(target)!r} is the folder of the source; the two forms need a folder each")
-    config, vectors, _, _ = read_peft_folder(source)
-    content = own_content(source)
-    _refuse(target, (TENSORS_NAME, CONFIG_NAME, HEAD_NAME), (*content.names, CONFIG_NAME), overwrite)
-    write_saved(target, content)
+@dataclass(frozen=True)
+class _Content:
+    """What is converted, with the names that the model's own form has."""
+
+    config: RedConfig
+    vectors: SiteTensors
+    base: Base
+    prefix: str
+    head: Head | None
+    what: str
+    notes: list[str]
+
+    def saved(self) -> Saved:
+        return make_saved(self.config, self.vectors, self.base, self.prefix, self.head)
+
+
+def _content(found: Found, source: Path, form: str, model: str | None, position: str | None) -> _Content:
+    if form == AUTHORS:
+        return _authors_content(found, source, model, position)
+    if found.description is None:
+        raise ValueError(
+            f"{found.source}: holds no description of its edits; name the folder that it was saved to, with a "
+            f"{CONFIG_NAME} in it"
+        )
+    said = found.description
+    base = Base.of(said)
+    config = config_of(found.source, said)
     where = f"position {config.position!r}" if config.sites is None else "sites by their names"
-    what = f"{where}, kind {config.kind!r}, from an adapter of PEFT"
-    return _conversion(target, list(content.names), vectors, what, [])
+    what = f"{where}, kind {config.kind!r}" + (", from an adapter of PEFT" if form == PEFT else "")
+    notes = [] if found.trained is not None else _left_out(found.source.with_name(HEAD_NAME), source)
+    return _Content(config, found.vectors, base, str(said.get("inner_prefix") or ""), found.trained, what, notes)
+
+
+def _to_own(content: _Content, target: Path, overwrite: bool) -> Conversion:
+    saved = content.saved()
+    replaced = (*saved.names, CONFIG_NAME)  # that of an earlier version goes
+    _refuse(target, (TENSORS_NAME, CONFIG_NAME, HEAD_NAME), replaced, overwrite)
+    write_saved(target, saved)
+    return _conversion(target, list(saved.names), content.vectors, content.what, content.notes)
+
+
+def _to_peft(content: _Content, target: Path, overwrite: bool) -> Conversion:
+    _refuse(target, (*PEFT_NAMES, *PEFT_TENSORS), PEFT_NAMES, overwrite)
+    write_peft(target, content.config, content.vectors, content.base, content.head)
+    notes = [*content.notes, "PEFT loads it once red_kernels.integrations.peft is imported"]
+    if content.config.edit_kind.shared:
+        notes.append("PEFT will warn of missing keys: those of the other sites, which have the same vectors")
+    if content.config.sites is None and content.config.position in ("res", "res_with_attn"):
+        notes.append("PEFT cannot wrap a whole layer, and refuses the adapter where such a layer is a site")
+    return _conversion(target, list(PEFT_NAMES), content.vectors, f"{content.what}, in PEFT's form", notes)
+
+
+def _left_out(beside: Path, source: Path) -> list[str]:
+    if not source.is_file() or not beside.exists():
+        return []
+    return [f"{beside.name} beside the file was left out; name the folder to convert it too"]
 
 
 def model_on_meta(name: str) -> nn.Module:
     """A transformers model without values, built from its configuration.
 
     Args:
-        name: a hub id, a folder with a `config.json`, or that file.
+        name: the name of a packaged model, a folder with a `config.json`, that file, a `.gguf` file or a hub id.
 
     Raises:
         ModuleNotFoundError: transformers is missing.
@@ -120,14 +185,19 @@ def model_on_meta(name: str) -> nn.Module:
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"model: the folder {name!r} has no config.json")
     try:
-        from ..support.base_models import named_class
+        from ..support.base_models import PACKAGED, described_base, named_class
 
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        known = path.suffix == ".gguf" or any(one.name == name for one in PACKAGED)
+        config = described_base(name) if known else transformers.AutoConfig.from_pretrained(name, **_OWN_CODE)
         kind = named_class(config)
         with torch.device("meta"):
             if kind is not None:
                 return kind(config)
-            return transformers.AutoModel.from_config(config, trust_remote_code=False)
+            # A GGUF file names no class, and holds a language model.
+            auto = transformers.AutoModelForCausalLM if known else transformers.AutoModel
+            return auto.from_config(config, **_OWN_CODE)
+    except (ModuleNotFoundError, FileNotFoundError):
+        raise  # of a package, or of the file, with what to do
     except Exception as error:  # whatever a parser of damaged files may raise means the same here
         reason = str(error).partition("\n")[0]
         if path.exists():
@@ -135,10 +205,7 @@ def model_on_meta(name: str) -> nn.Module:
         raise OSError(f"model: {name!r} is no file or folder, and could not be found on the hub: {reason}") from error
 
 
-def _to_own(
-    found: Found, source: Path, target: Path, model: str | None, position: str | None, overwrite: bool
-) -> Conversion:
-    notes = []
+def _authors_content(found: Found, source: Path, model: str | None, position: str | None) -> _Content:
     vectors = {
         # fp32 at least, as patched models have them
         site: {part: own.to(torch.promote_types(own.dtype, torch.float32), copy=True) for part, own in parts.items()}
@@ -155,15 +222,10 @@ def _to_own(
         told = f"told from {type(base).__name__}"
         prefix = inner_prefix(base, vectors)
     head = Head({f"{HEAD}.{name}": own for name, own in found.head.items()}) if found.head else None
-    saved = make_saved(config, vectors, model, prefix, head)
-    if head is None and source.is_file() and source.with_name(CLASSIFIER_NAME).exists():
-        notes.append(f"{CLASSIFIER_NAME} beside the file was left out; name the folder to convert it too")
-    replaced = (*saved.names, CONFIG_NAME)  # that of an earlier version goes
-    _refuse(target, (TENSORS_NAME, CONFIG_NAME, HEAD_NAME), replaced, overwrite)
-    write_saved(target, saved)
+    notes = [] if head is not None else _left_out(source.with_name(CLASSIFIER_NAME), source)
     layers = "" if config.layers is None else f" in the layers {listed([str(layer) for layer in config.layers])}"
     what = f"position {config.position!r}{layers} ({told}), kind {config.kind!r}"
-    return _conversion(target, list(saved.names), vectors, what, notes)
+    return _Content(config, vectors, Base(model), prefix, head, what, notes)
 
 
 def _to_authors(found: Found, source: Path, target: Path, model: str | None, overwrite: bool) -> Conversion:
@@ -179,13 +241,8 @@ def _to_authors(found: Found, source: Path, target: Path, model: str | None, ove
                 "model's id, folder or config.json"
             )
         prefix = str(said)
-    notes = []
-    head: dict[str, torch.Tensor] = {}
-    beside = found.source.with_name(HEAD_NAME)
-    if found.trained is not None:
-        head = _authors_head(beside, found.trained)
-    elif beside.exists() and source.is_file():
-        notes.append(f"{HEAD_NAME} beside the file was left out; name the folder to convert it too")
+    head = {} if found.trained is None else _authors_head(found, found.trained)
+    notes = [] if found.trained is not None else _left_out(found.source.with_name(HEAD_NAME), source)
     names = [VECTORS_NAME, *([CLASSIFIER_NAME] if head else [])]
     _refuse(target, (VECTORS_NAME, CLASSIFIER_NAME), names, overwrite)
     write_authors(target, found.vectors, prefix, head)
@@ -193,12 +250,12 @@ def _to_authors(found: Found, source: Path, target: Path, model: str | None, ove
     return _conversion(target, names, found.vectors, what, notes)
 
 
-def _authors_head(path: Path, head: Head) -> dict[str, torch.Tensor]:
+def _authors_head(found: Found, head: Head) -> dict[str, torch.Tensor]:
     other = [name for name in head.values if not name.startswith(f"{HEAD}.")]
     if other:
         raise ValueError(
-            f"{path}: holds {listed(other)}, for which the authors' form has no place beside {HEAD!r}; name "
-            f"{TENSORS_NAME} itself to convert the vectors alone"
+            f"{found.head_source}: holds {listed(other)}, for which the authors' form has no place beside {HEAD!r}; "
+            f"name {TENSORS_NAME} itself to convert the vectors alone"
         )
     return {name.removeprefix(f"{HEAD}."): value for name, value in head.values.items()}
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ __all__ = [
     "CONFIG_NAME",
     "HEAD_NAME",
     "TENSORS_NAME",
+    "Base",
     "Head",
     "MissingHead",
     "OwnFound",
@@ -52,6 +53,7 @@ TENSORS_NAME = "red_edits.safetensors"
 HEAD_NAME = "red_head.safetensors"  # what else a run has trained, by the model's names
 CONFIG_NAME = "red_config.json"  # the description, in folders of earlier versions
 
+_BASE_ENTRIES = ("base_model_name", "base_model_revision", "base_weights", "base_architecture")  # as `Base` has them
 _DESCRIPTION = "red_kernels"  # the key of the description, and of what is said of a head, in the metadata
 _MARK = re.compile(r"[0-9a-f]{32}")
 _MARKED_HEAD = re.compile(r"red_head\.[0-9a-f]{32}\.safetensors")
@@ -86,6 +88,28 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Base:
+    """The base model that edits belong to.
+
+    Attributes:
+        name: as transformers loaded it.
+        revision: the commit of its repository on the hub.
+        weights: a digest of some of its weights, by which a copy in another folder is recognised.
+        architecture: the class of the model.
+    """
+
+    name: str | None = None
+    revision: str | None = None
+    weights: str | None = None
+    architecture: str | None = None
+
+    @classmethod
+    def of(cls, description: Mapping[str, Any]) -> Base:
+        """The one that a description names; files of earlier versions say less."""
+        return cls(*map(description.get, _BASE_ENTRIES))
+
+
+@dataclass(frozen=True)
 class Saved:
     """What is to be written. `contents` gives the files in the order in which they are renamed."""
 
@@ -117,15 +141,13 @@ class Saved:
         return {_marked_name(str(self.mark)): self.head, TENSORS_NAME: edits}
 
 
-def make_saved(
-    config: RedConfig, vectors: SiteTensors, base_model: str | None, prefix: str, head: Head | None = None
-) -> Saved:
+def make_saved(config: RedConfig, vectors: SiteTensors, base: Base, prefix: str, head: Head | None = None) -> Saved:
     """The content of a folder of `save_edits`.
 
     Args:
         config: what the model is patched with.
         vectors: site to part to tensor, on the CPU.
-        base_model: the base model's name, if it has one.
+        base: the base model, as far as it is known.
         prefix: what the site names have in front of the authors' names, for converting.
         head: what was trained beside the edits, on the CPU.
     """
@@ -136,7 +158,7 @@ def make_saved(
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "red_kernels_version": __version__,
-        "base_model_name": base_model,
+        **dict(zip(_BASE_ENTRIES, astuple(base), strict=True)),
         "position": config.position,
         "kind": config.kind,
         "layers": None if config.layers is None else list(config.layers),
@@ -394,7 +416,8 @@ def _check_entries(path: Path, description: dict[str, Any]) -> None:
     for key, types in expected.items():
         if key not in description or not isinstance(description[key], types):
             raise ValueError(f"{path}: the entry {key!r} is missing or of the wrong type")
-    for key in ("inner_prefix", "head", "stale_head", "base_model_name"):  # files of earlier versions lack some
+    # Files of earlier versions lack some.
+    for key in ("inner_prefix", "head", "stale_head", *_BASE_ENTRIES):
         if not isinstance(description.get(key), str | None):
             raise ValueError(f"{path}: the entry {key!r} is of the wrong type")
     mark = description.get("head")

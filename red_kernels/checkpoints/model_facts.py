@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..edits.find import edit_modules
+from ..edits.module import RedEdit
 from ..fusion.fingerprint import BASE
+from ..support.sharded import is_sharded
+from .hub import only_commit
 
-__all__ = ["architecture", "base_model_name", "labels_of", "last_name", "set_labels"]
+__all__ = [
+    "architecture",
+    "base_model_name",
+    "base_revision",
+    "labels_of",
+    "last_name",
+    "set_labels",
+    "weights_print",
+]
+
+_SAMPLED = 64  # values of a tensor: enough to tell two models apart
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def set_labels(model: nn.Module, labels: dict[int, str] | None) -> tuple[str, ...]:
@@ -64,3 +82,43 @@ def last_name(name: str) -> str:
     if len(parts) >= 3 and parts[-2] == "snapshots":  # in the cache of the hub: models--OWNER--NAME/snapshots/COMMIT
         parts = parts[-3].split("--")
     return parts[-1].casefold() if parts else ""
+
+
+def base_revision(model: nn.Module) -> str | None:
+    """The commit of the repository on the hub that a model was loaded from; None where that cannot be told."""
+    said = getattr(getattr(model, "config", None), "_commit_hash", None)
+    if isinstance(said, str) and _COMMIT.fullmatch(said):
+        return said
+    name = base_model_name(model)
+    if name is None:
+        return None
+    parts = Path(name).parts
+    if len(parts) >= 3 and parts[-2] == "snapshots" and _COMMIT.fullmatch(parts[-1]):
+        return parts[-1]
+    return only_commit(name)
+
+
+def weights_print(model: nn.Module) -> str | None:
+    """A digest of some frozen weights of the first and the last edited modules, rounded to bf16.
+
+    So it is the same whether the model was loaded in fp32 or bf16, and whatever its folder is called. None where there
+    are no such weights, or this process does not hold them as they are (sharded, offloaded, quantised).
+    """
+    sites = list(edit_modules(model))
+    digest = hashlib.sha256()
+    any_weights = False
+    for site in dict.fromkeys((*sites[:1], *sites[-1:])):
+        module = model.get_submodule(site)
+        edits = {id(own) for part in module.modules() if isinstance(part, RedEdit) for own in part.parameters()}
+        for own in module.parameters():
+            if id(own) in edits:
+                continue
+            known = own.is_floating_point() and own.element_size() > 1 and own.layout is torch.strided
+            if not known or own.is_meta or is_sharded(own) or own.numel() == 0 or own.requires_grad:
+                return None
+            flat = own.detach().reshape(-1)[:: max(1, own.numel() // _SAMPLED)][:_SAMPLED]
+            digest.update(
+                str(tuple(own.shape)).encode() + flat.float().bfloat16().view(torch.int16).cpu().numpy().tobytes()
+            )
+            any_weights = True
+    return digest.hexdigest() if any_weights else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,16 @@ import torch
 from ..edits.config import RedConfig
 from ..support.parse import read_json, shown
 from ..support.text import listed
-from .checkpoint import Found
-from .folder import Head, Saved, make_saved
+from .folder import Base, Head, Saved, make_saved
+from .found import Found
 from .infer import config_from_names, kind_of, layers_by_stack
 from .vectors import SiteTensors, checked_tensor, collect, load_pickled, split_key
 
-__all__ = ["is_peft_folder", "own_content", "read_peft", "read_peft_folder"]
+__all__ = ["PeftFolder", "is_peft_folder", "read_peft", "read_peft_folder"]
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _KEPT = {"model", "transformer", "encoder", "decoder", "layers", "layer", "h", "blocks"}  # in the authors' names
 
 
@@ -33,18 +33,35 @@ def is_peft_folder(folder: str | os.PathLike[str]) -> bool:
     return (Path(folder) / CONFIG_NAME).is_file()
 
 
-def read_peft_folder(
-    folder: str | os.PathLike[str],
-) -> tuple[RedConfig, SiteTensors, dict[str, torch.Tensor], str | None]:
+@dataclass(frozen=True)
+class PeftFolder:
+    """What a folder of a RED adapter holds.
+
+    Attributes:
+        config: how a model has to be patched; by a position where the sites are those of one, else by their names.
+        vectors: site to part to vector `(width,)`.
+        head: what `modules_to_save` has trained, by the model's names.
+        base: the base model, as far as it is named.
+        source: the file of the vectors.
+    """
+
+    config: RedConfig
+    vectors: SiteTensors
+    head: dict[str, torch.Tensor]
+    base: Base
+    source: Path
+
+    def saved(self) -> Saved:
+        """The same as the content of a folder of `rk.save_edits`."""
+        head = Head(self.head) if self.head else None
+        return make_saved(self.config, self.vectors, self.base, _inner_prefix(self.vectors), head)
+
+
+def read_peft_folder(folder: str | os.PathLike[str]) -> PeftFolder:
     """Read a RED adapter that PEFT's `save_pretrained` wrote.
 
     Args:
         folder: with `adapter_config.json`, and `adapter_model.safetensors` or `.bin`.
-
-    Returns:
-        How a model has to be patched; site to part to vector `(width,)`; what `modules_to_save` has trained, by the
-        model's names; and the base model's name, where there is one. The config has a position where the sites are
-        those of one, else their names.
 
     Raises:
         ValueError: a file is damaged, or the adapter is of another method.
@@ -57,30 +74,24 @@ def read_peft_folder(
             f"{path / CONFIG_NAME}: is of an adapter of the method {shown(content.get('peft_type'))}, expected 'RED'"
         )
     source = _tensors_file(path)
-    tensors = {key.removeprefix(_PREFIX): value for key, value in _tensors(source).items()}
+    tensors = {key.removeprefix(PREFIX): value for key, value in _tensors(source).items()}
     head = {key: checked_tensor(source, key, value) for key, value in tensors.items() if split_key(key) is None}
     odd = [key for key in head if ".red_edit." in key]
     if odd:
         raise ValueError(f"{source}: has {listed(odd)}, which are no vectors of RED")
     edits = {key: value for key, value in tensors.items() if key not in head}
     vectors = collect(source, edits, split_key)
-    base = content.get("base_model_name_or_path")
-    return _config(source, vectors), vectors, head, base if isinstance(base, str) and base else None
+    name, revision = (content.get(key) for key in ("base_model_name_or_path", "revision"))
+    base = Base(*(value if isinstance(value, str) and value else None for value in (name, revision)))
+    config = _config(source, vectors)
+    return PeftFolder(config, _once(config, vectors), head, base, source)
 
 
 def read_peft(folder: str | os.PathLike[str]) -> Found:
     """What PEFT's folder holds, as if `rk.save_edits` had written it. Raises as `read_peft_folder`."""
-    source = _tensors_file(Path(folder))
-    config, vectors, values, base = read_peft_folder(folder)
-    head = Head(values) if values else None
-    description = make_saved(config, vectors, base, _inner_prefix(vectors), head).description
-    return Found(source, vectors, description, trained=head, head_file=source)
-
-
-def own_content(folder: str | os.PathLike[str]) -> Saved:
-    """The content of a folder of `rk.save_edits` with that of PEFT's. Raises as `read_peft_folder`."""
-    config, vectors, head, base = read_peft_folder(folder)
-    return make_saved(config, vectors, base, _inner_prefix(vectors), Head(head) if head else None)
+    found = read_peft_folder(folder)
+    head = Head(found.head) if found.head else None
+    return Found(found.source, found.vectors, found.saved().description, trained=head, head_file=found.source)
 
 
 def _tensors_file(folder: Path) -> Path:
@@ -113,6 +124,22 @@ def _config(source: Path, vectors: SiteTensors) -> RedConfig:
         kind, dtypes = kind_of(source, vectors), {own.dtype for parts in vectors.values() for own in parts.values()}
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         return RedConfig(kind=kind, sites=tuple(re.sub(r"([*?[])", r"[\1]", site) for site in vectors), dtype=dtype)
+
+
+def _once(config: RedConfig, vectors: SiteTensors) -> SiteTensors:
+    """Vectors that all sites of a width share: PEFT writes them for each, and our own form for the first."""
+    kind = config.edit_kind
+    if not kind.shared:
+        return vectors
+    kept: SiteTensors = {}
+    for site, parts in vectors.items():
+        if not any(_same(parts, other) for other in kept.values()):
+            kept[site] = parts
+    return kept
+
+
+def _same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[part], second[part]) for part in first)
 
 
 def _inner_prefix(vectors: SiteTensors) -> str:

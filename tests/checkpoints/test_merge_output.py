@@ -13,6 +13,7 @@ import torch
 from killed import each_kill
 
 import red_kernels as rk
+from red_kernels.checkpoints import base
 from red_kernels.cli import main
 from red_kernels.merging import folder as merged_folder
 from red_kernels.support import files as _files
@@ -273,7 +274,7 @@ def test_the_users_own_temporary_names_stay(tmp_path):
 def work(tmp_path):
     """`w/base`, `w/edits` and `w/thesis.txt`."""
     tiny_folders.tiny_llama(tmp_path / "w" / "base")
-    model = merged_folder.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "w" / "base")
+    model = base.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "w" / "base")
     rk.patch(model)
     rk.save_edits(model, tmp_path / "w" / "edits")
     (tmp_path / "w" / "thesis.txt").write_text("years")
@@ -309,20 +310,20 @@ def test_the_output_is_not_the_input(work, overwrite, capsys, tmp_path):
 def test_a_merge_beside_another(work, monkeypatch, capsys):
     """The whole command: the second runs while the first is about to write."""
     output = work / "merged"
-    real = merged_folder._tokenizer
+    real = merged_folder.source_tokenizer
     codes = []
 
-    def meanwhile(source, notes):
+    def meanwhile(source):
         if not codes:
             codes.append(0)
             codes.append(merge(work, output))
-        return real(source, notes)
+        return real(source)
 
-    monkeypatch.setattr(merged_folder, "_tokenizer", meanwhile)
+    monkeypatch.setattr(merged_folder, "source_tokenizer", meanwhile)
     assert merge(work, output) == 2
     assert codes == [0, 0]
     assert "is there already" in capsys.readouterr().err
-    loaded = merged_folder.transformers.AutoModelForCausalLM.from_pretrained(output)
+    loaded = base.transformers.AutoModelForCausalLM.from_pretrained(output)
     assert torch.isfinite(loaded.model.embed_tokens.weight).all()
     assert sorted(os.listdir(work)) == ["base", "edits", "merged", "thesis.txt"]
 
@@ -339,7 +340,7 @@ def test_a_full_disk_and_damaged_files(work, monkeypatch, capsys):
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(merged_folder.transformers.LlamaForCausalLM, "save_pretrained", full)
+        patch.setattr(base.transformers.LlamaForCausalLM, "save_pretrained", full)
         check("Error while serializing")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")))

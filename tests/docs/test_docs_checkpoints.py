@@ -27,9 +27,10 @@ def test_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
     text = (doc_examples.ROOT / PAGE).read_text()
     commands = re.findall(r"^red-kernels (\S+) .*$", text, flags=re.MULTILINE)
-    assert set(commands) == {"convert"}
-    with pytest.raises(SystemExit):
-        cli.main(["convert", "--help"])
+    assert set(commands) == {"convert", "push"}
+    for command in sorted(set(commands)):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
     options = set(re.findall(r"`(--[a-z]+)`", text))
     shown = capsys.readouterr().out
     assert options

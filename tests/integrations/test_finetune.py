@@ -77,7 +77,10 @@ def test_language_model(
         *("checkpoint-10", "checkpoint-20", "config.yaml", "edits", "loss.png", "run.json"),
     ]
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in (output / "edits").iterdir()) == [TENSORS_NAME]
+    assert sorted(path.name for path in (output / "edits").iterdir()) == ["README.md", TENSORS_NAME]
+    card = (output / "edits" / "README.md").read_text()
+    assert "held-out loss" in card
+    assert str(folders["text"]) in card
 
 
 def test_progress_counts_real_tokens(

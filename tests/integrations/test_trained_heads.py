@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import tiny_folders
 import torch
-from checkpoint_helpers import as_earlier, every_vector, patched, same, trained, values
+from checkpoint_helpers import as_earlier, change_base, every_vector, patched, same, trained, values
 from torch import nn
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
@@ -332,6 +332,7 @@ def test_edits_of_the_authors_form_are_to_be_converted(tmp_path, capsys):
 def test_edits_of_another_base(saved, here, warned, tmp_path, recwarn):
     source, model = trained(), patched()
     source.config._name_or_path, model.config._name_or_path = saved, here
+    change_base(model)
     rk.save_edits(source, tmp_path)
     report = rk.load_edits(model, tmp_path)
     assert same(values(source), values(model))
@@ -347,6 +348,7 @@ def test_edits_of_another_base(saved, here, warned, tmp_path, recwarn):
 def test_another_base_is_said_by_the_command_and_when_a_run_resumes(bases, tmp_path, capsys):
     model = finetuned(bases["bert"], tmp_path / "edits")
     model.config._name_or_path = "other-model"
+    change_base(model)
     with pytest.warns(UserWarning, match=r"trained on the base model '.*bert'.*'other-model'"):
         load_trained(model, tmp_path / "edits")
     save_trained(model, tmp_path / "edits")

@@ -6,10 +6,15 @@ import enum
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 
+from ...checkpoints.authors import VECTORS_NAME
+from ...checkpoints.folder import TENSORS_NAME
+from ...checkpoints.peft_folder import is_peft_folder
+from ...checkpoints.reading import RUN_EDITS
 from ...edits.config import DTYPES, RedConfig
 from ...edits.kinds import KINDS
 
@@ -102,6 +107,19 @@ class RedPeftConfig(PeftConfig):
                 f"target_modules: edits of kind {self.kind!r} add what the first layer of their stack is given to the "
                 "output of a module, so all of these need that width; name such modules, or leave it to `position`"
             )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As PEFT's. Raises ValueError, with what to do, for a folder of `rk.save_edits` or of RED's authors."""
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        inner = folder / RUN_EDITS
+        others = (TENSORS_NAME, VECTORS_NAME)
+        if not is_peft_folder(folder) and any((one / name).exists() for one in (folder, inner) for name in others):
+            raise ValueError(
+                f"{str(folder)!r} is no folder of PEFT; red-kernels convert {folder} OUTPUT --to peft makes one of "
+                "its edits"
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 
     def edits_input(self, name: str) -> bool:
         """Whether it is the input of a targeted module that is edited."""

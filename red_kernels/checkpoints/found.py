@@ -1,0 +1,40 @@
+"""What was read from a folder or a file of edits, whatever form it has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .folder import HEAD_NAME, Head
+from .vectors import SiteTensors
+
+__all__ = ["Found"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder or a file of edits holds.
+
+    Attributes:
+        source: the file of the vectors.
+        vectors: site to part to tensor `(width,)`.
+        description: how the model was patched, if the file says it.
+        head: the authors' classifier head, parameter name to value; empty where there is none.
+        trained: the head of our own form.
+        head_file: where that comes from, if it is not the file that `save_edits` puts beside the vectors.
+    """
+
+    source: Path
+    vectors: SiteTensors
+    description: dict[str, Any] | None = None
+    head: dict[str, torch.Tensor] = field(default_factory=dict)
+    trained: Head | None = None
+    head_file: Path | None = None
+
+    @property
+    def head_source(self) -> Path:
+        """The file of the trained head, for messages."""
+        return self.head_file or self.source.with_name(HEAD_NAME)

@@ -1,0 +1,75 @@
+"""Writing saved edits as the folder of a RED adapter, which PEFT loads. PEFT itself is not needed for that."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from ..edits.config import RedConfig
+from ..support.files import locked, made_folder, write_files
+from .folder import Base, Head
+from .peft_folder import CONFIG_NAME, PREFIX, TENSORS_NAMES
+from .vectors import SiteTensors
+
+__all__ = ["PEFT_NAMES", "write_peft"]
+
+PEFT_NAMES = (TENSORS_NAMES[0], CONFIG_NAME)
+_BY_POSITION = ("ia3",)  # edits inputs and outputs, which only the model's own table tells apart
+_LANGUAGE_MODEL = "ForCausalLM"
+
+
+def write_peft(folder: Path, config: RedConfig, vectors: SiteTensors, base: Base, head: Head | None) -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json` into a folder, together; made if missing.
+
+    Args:
+        folder: where to.
+        config: how the model was patched.
+        vectors: site to part to tensor.
+        base: the base model, as far as it is known.
+        head: what was trained beside the edits: its modules become `modules_to_save`.
+
+    Raises:
+        OSError: the folder cannot be written to; what was there stays.
+    """
+    tensors = {f"{site}.red_edit.{part}": own for site, parts in vectors.items() for part, own in parts.items()}
+    tensors |= {} if head is None else head.values
+    # A copy each: safetensors refuses tensors that share memory, as the vectors of shared kinds do.
+    content = {f"{PREFIX}{name}": own.clone(memory_format=torch.contiguous_format) for name, own in tensors.items()}
+    said = json.dumps(_said(config, vectors, base, head), indent=2) + "\n"
+    files = {PEFT_NAMES[0]: safetensors.torch.save(content, {"format": "pt"}), CONFIG_NAME: said.encode()}
+    with made_folder(folder), locked(folder):
+        write_files(folder, files)
+
+
+def _said(config: RedConfig, vectors: SiteTensors, base: Base, head: Head | None) -> dict[str, Any]:
+    shared = config.edit_kind.shared  # the file names one of the sites, and the others have the same vectors
+    by_position = config.sites is None and (shared or config.position in _BY_POSITION)
+    # An expression and not a list of names, each of which would stand for all names that end in it.
+    names = map(fnmatch.translate, config.sites or ()) if shared else map(re.escape, vectors)
+    targets = None if by_position else "|".join(names)
+    modules = [] if head is None else dict.fromkeys(name.rpartition(".")[0] for name in head.values)
+    language_model = (base.architecture or "").endswith(_LANGUAGE_MODEL)
+    return {
+        "auto_mapping": None,
+        "base_model_name_or_path": base.name,
+        "exclude_modules": None,
+        "feedforward_modules": None,
+        "inference_mode": True,
+        "init_weights": True,
+        "kind": config.kind,
+        "layers_pattern": None,
+        "layers_to_transform": list(config.layers) if by_position and config.layers is not None else None,
+        "modules_to_save": [name for name in modules if name] or None,
+        "peft_type": "RED",
+        "position": config.position,
+        "revision": base.revision,
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM" if language_model else None,
+        "vector_dtype": str(config.dtype).removeprefix("torch."),
+    }

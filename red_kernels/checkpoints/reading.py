@@ -1,0 +1,84 @@
+"""Reading edits of every form: a folder of `rk.save_edits`, of PEFT, of the authors, of a run, a file, or a hub id."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..edits.config import RedConfig
+from .authors import VECTORS_NAME, read_authors, read_vectors
+from .folder import TENSORS_NAME, config_of, is_own_folder, read_description, read_file, read_folder
+from .found import Found
+from .hub import fetched
+from .peft_folder import is_peft_folder, read_peft, read_peft_folder
+
+__all__ = ["RUN_EDITS", "located", "read", "saved_config"]
+
+RUN_EDITS = "edits"  # where a run of `red-kernels finetune` has its edits, in the run's folder
+
+
+def located(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder or the file that a name stands for.
+
+    Args:
+        source: a file or a folder; the folder of a run, whose edits are in `edits/`; or, as text, the id of a
+            repository on the hub, which is fetched into the hub's cache.
+        revision: branch, tag or commit of the repository.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or repository.
+        OSError: the hub cannot be reached.
+        ValueError: a revision of what is no repository.
+    """
+    path = fetched(source, revision)
+    inner = path / RUN_EDITS
+    return inner if path.is_dir() and not _has_edits(path) and _has_edits(inner) else path
+
+
+def read(path: Path) -> Found:
+    """Read a folder or a file that `located` gave. Raises as `load_edits` does."""
+    if path.is_dir():
+        if is_own_folder(path):  # first: a folder of save_pretrained may have both
+            own = read_folder(path)
+            return Found(path / TENSORS_NAME, own.vectors, own.description, trained=own.head)
+        if is_peft_folder(path):
+            return read_peft(path)
+        if (path / VECTORS_NAME).exists():
+            return Found(path / VECTORS_NAME, *read_authors(path))
+        raise FileNotFoundError(
+            f"folder_or_file: {str(path)!r} holds neither {TENSORS_NAME} nor {VECTORS_NAME}, nor an adapter of PEFT"
+        )
+    if not path.exists():
+        raise FileNotFoundError(f"folder_or_file: {str(path)!r} does not exist")
+    if path.suffix == ".safetensors":
+        if path.name != TENSORS_NAME and is_peft_folder(path.parent):
+            raise ValueError(f"folder_or_file: {str(path)!r} is a file of PEFT; name its folder {str(path.parent)!r}")
+        own = read_file(path)
+        return Found(path, own.vectors, own.description)
+    return Found(path, read_vectors(path))
+
+
+def saved_config(folder: str | os.PathLike[str], revision: str | None = None) -> RedConfig:
+    """Read from saved edits how the model has to be patched before `load_edits`.
+
+    `rk.patch(model, rk.saved_config(folder)); rk.load_edits(model, folder)` brings the edits to a fresh base model.
+
+    Args:
+        folder: the folder of `save_edits`, or the `red_edits.safetensors` in it; the folder of a run of
+            `red-kernels finetune`; that of a RED adapter that PEFT has saved; or, as text, the id of a repository on
+            the hub that holds one of these.
+        revision: branch, tag or commit of the repository.
+
+    Raises:
+        FileNotFoundError: the folder, the description in it, or the repository does not exist.
+        OSError: the hub cannot be reached.
+        ValueError: the file is damaged, of another program, of a newer format, or describes edits that cannot be.
+    """
+    path = located(folder, revision)
+    if path.is_dir() and is_peft_folder(path) and not is_own_folder(path):
+        return read_peft_folder(path).config
+    return config_of(*read_description(path))
+
+
+def _has_edits(folder: Path) -> bool:
+    return is_own_folder(folder) or is_peft_folder(folder) or (folder / VECTORS_NAME).exists()
