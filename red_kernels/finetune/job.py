@@ -298,7 +298,7 @@ def _write_card(settings: Settings, run: RunFolder, names: str, before: HeldOut,
         "length",
         "seed",
     )
-    values = {name.replace("_", " "): getattr(settings, name) for name in told}
+    values = {name.replace("_", " "): getattr(settings, name) for name in (*told, "length", "seed")}
     write_model_card(
         run.edits,
         data=names,
