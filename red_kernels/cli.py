@@ -9,12 +9,13 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ._version import __version__
 from .checkpoints import push
+from .finetune import evaluate, generate, sweep
 from .finetune.options import add_options, settings_of
 from .support.arguments import Parser
 from .support.bars import bars_on_terminals_only
@@ -25,6 +26,7 @@ _MERGE_ADVICE = {
     "rounding": "merge into --dtype fp32, or pass --force",
     "place": "train edits of --kind scaling (red-kernels finetune), or use these unmerged (rk.load_edits)",
 }
+_COMMANDS = ("info", "finetune", "sweep", "evaluate", "generate", "merge", "convert", "push", "bench")
 EXIT_UNEXPECTED = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="red-kernels", description="Fused kernels for RED, representation editing.")
     parser.add_argument("--version", action="version", version=f"red-kernels {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="info | finetune | merge | convert | push | bench")
+    commands = parser.add_subparsers(required=True, metavar=" | ".join(_COMMANDS))
     info = commands.add_parser("info", help="show the backends, the machine and the versions of what is installed")
     info.set_defaults(run=_info)
     info.add_argument(
@@ -85,6 +87,15 @@ def _parser() -> Parser:
     )
     finetune.set_defaults(run=_finetune)
     add_options(finetune)
+    sweeping = commands.add_parser("sweep", help="find the learning rate, by runs of finetune of which half go on")
+    sweeping.set_defaults(run=_with_transformers("sweep", sweep.run))
+    sweep.add_options(sweeping)
+    evaluating = commands.add_parser("evaluate", help="measure saved edits on data, beside their base model")
+    evaluating.set_defaults(run=_with_transformers("evaluate", evaluate.run))
+    evaluate.add_options(evaluating)
+    generating = commands.add_parser("generate", help="continue prompts with saved edits, by their names")
+    generating.set_defaults(run=_with_transformers("generate", generate.run))
+    generate.add_options(generating)
     merge = commands.add_parser(
         "merge",
         help="merge saved edits into their base model, into a folder that transformers loads",
@@ -113,7 +124,7 @@ def _parser() -> Parser:
     )
     bench.set_defaults(run=_bench)
     _add_bench_options(bench)
-    for command in (info, finetune, merge, convert, pushing, bench):
+    for command in (info, finetune, sweeping, evaluating, generating, merge, convert, pushing, bench):
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
 
@@ -398,6 +409,19 @@ def _benchmarks(part: str) -> Any:
         sys.modules[name] = module
         spec.loader.exec_module(module)
     return importlib.import_module(f"{name}.{part}")
+
+
+def _with_transformers(name: str, run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """The command, once the packages that it needs are there and imported."""
+
+    def checked(options: argparse.Namespace) -> int:
+        with _quiet_imports():
+            for package in ("rich", "transformers", "accelerate"):
+                require(package, f"red-kernels {name}")
+            from .finetune import job  # noqa: F401
+        return run(options)
+
+    return checked
 
 
 def _finetune(options: argparse.Namespace) -> int:

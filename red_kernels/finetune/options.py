@@ -20,11 +20,15 @@ def kind_help(kind: Kind) -> str:
     return f"{kind.name}{':N' if option else ''}: {kind.help}" + (f", N is {option}" if option else "")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add all options. What is left out is not in the namespace: a file of settings or a former run may have it."""
+def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
+    """Add all options but those that are named.
+
+    What is left out of a command line is not in the namespace: a file of settings or a former run may have it.
+    """
 
     def add(group: Any, *names: str, **options: Any) -> None:
-        group.add_argument(*names, default=argparse.SUPPRESS, **options)
+        if names[0] not in without:
+            group.add_argument(*names, default=argparse.SUPPRESS, **options)
 
     parser.set_defaults(config=None)
     parser.add_argument(

@@ -94,15 +94,24 @@ class _StopWhereNotFinite(TrainerCallback):
 
 
 @torch.no_grad()
-def continued(model: Any, tokenizer: Any, prompt: str, new_tokens: int = NEW_TOKENS, chat: bool | None = None) -> str:
-    """The most likely continuation of a prompt, in evaluation mode; the model's mode is given back.
+def continued(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    new_tokens: int = NEW_TOKENS,
+    chat: bool | None = None,
+    temperature: float | None = None,
+) -> str:
+    """The most likely continuation of a prompt, token by token, in evaluation mode; the model's mode is given back.
 
     Args:
         model: a transformers model that generates.
         prompt: a text. With `chat` it is what the user says, in the model's chat template.
         new_tokens: how many tokens to add at most.
         chat: None for a chat where the tokenizer has a template.
+        temperature: draw the tokens, by torch's generator, in place of taking the most likely ones.
     """
+    how = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
     if tokenizer.chat_template if chat is None else chat:
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -115,7 +124,7 @@ def continued(model: Any, tokenizer: Any, prompt: str, new_tokens: int = NEW_TOK
     model.eval()
     try:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        found = model.generate(**given, max_new_tokens=new_tokens, do_sample=False, use_cache=True, pad_token_id=pad)
+        found = model.generate(**given, max_new_tokens=new_tokens, use_cache=True, pad_token_id=pad, **how)
     finally:
         model.train(was_training)
     return str(tokenizer.decode(found[0, given["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

@@ -1,0 +1,121 @@
+"""`red-kernels evaluate`: how well saved edits do on data, beside their base model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_options", "evaluate", "run"]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command. What is left out is that of the run, if the source is one."""
+
+    def add(*names: str, **options: Any) -> None:
+        parser.add_argument(*names, default=argparse.SUPPRESS, **options)
+
+    parser.add_argument("source", metavar="SOURCE", help="a run's folder, a folder of saved edits, or a hub id")
+    add("--data", nargs="+", metavar="SOURCE", help="all of it is judged (default: what the run held out)")
+    add("--task", choices=("causal-lm", "classification", "regression"), help="(default: the run's, or causal-lm)")
+    add("--model", help="the base model, where it is not the one that the edits name")
+    add("--subset", help="the configuration of a hub dataset")
+    add("--text-column", help="of a table")
+    add("--label-column", help="of a table")
+    add("--no-header", action="store_true", help="the first row of the csv or tsv file is data")
+    add("--loss-on", choices=("answers", "all"), help="of conversations and completions")
+    add("--length", type=int, help="tokens in a block, and at most in a text")
+    add("--batch-size", type=int, help="blocks or texts in a forward pass")
+    add("--device", help="cpu or cuda (default: a GPU if there is one)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command."""
+    from rich.console import Console
+
+    from ..support.files import write_files
+    from . import report
+
+    given = {name: value for name, value in vars(options).items() if name not in ("source", "json", "run", "traceback")}
+    console = Console()
+    found = evaluate(options.source, given, console)
+    report.held_out_table(console, found)
+    if options.json is not None:
+        path = Path(options.json)
+        content = {name: asdict(scores) for name, scores in found.items()}
+        write_files(path.parent, {path.name: (json.dumps(content, indent=2) + "\n").encode()})
+    return 0
+
+
+def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]:
+    """Measure saved edits on data.
+
+    Args:
+        source: a run's folder, a folder of saved edits, or a hub id.
+        given: settings as `red_kernels.finetune.settings.from_options` takes them; the rest is the run's.
+        console: where everything is shown.
+
+    Returns:
+        `"with edits"`, and for language models `"base model"`, to a `HeldOut`.
+
+    Raises:
+        ValueError: no data where the source is no run, a label that the model does not know, or what `load_data` and
+            `rk.from_pretrained` raise.
+    """
+    import torch
+
+    from ..checkpoints.whole import from_pretrained, load_tokenizer
+    from ..edits.named import disable_edits
+    from ..support.base_models import BaseModel
+    from .data import load_data
+    from .job_data import tokenised
+    from .run_folder import RUN_NAME, former_settings
+    from .settings import from_options
+
+    folder = Path(source)
+    former = former_settings(folder) if (folder / RUN_NAME).is_file() else None
+    if former is None and "data" not in given:
+        raise ValueError(f"data: {source!r} is no run's folder, which would name it; give --data")
+    base = given.pop("model", None)
+    settings = from_options({**given, "dtype": "auto"}, former)
+    settings = replace(settings, output=source, sample=(), steps=None, epochs=None).filled()
+    names = settings.data or ()
+    loaded = load_data(
+        names,
+        settings.columns,
+        settings.task,
+        subset=settings.subset,
+        validation=names if "data" in given else settings.validation,
+        held_out=settings.held_out,
+    )
+    loaded = replace(loaded, train=loaded.held_out)
+    model = from_pretrained(source, base=base, device=torch.device(settings.device or "cpu"))
+    tokenizer = load_tokenizer(source, base=base)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    labels = None
+    if settings.task == "classification":
+        labels = {str(name): int(number) for name, number in model.config.label2id.items()}
+        strange = sorted({str(own.label) for own in loaded.held_out} - labels.keys())
+        if strange:
+            raise ValueError(f"data: has the label {strange[0]!r}, and the model knows {', '.join(sorted(labels))}")
+    from rich.console import Console
+
+    own = BaseModel(model, tokenizer, source, frozenset())
+    data = tokenised(settings, own, loaded, labels, Console(quiet=True))
+    console.print(f"{len(data.held_out):,} items of {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
+    cut = getattr(data.held_out, "truncated", 0)
+    for sentence in [*getattr(data.held_out, "said", ()), *([f"{cut:,} of them cut"] if cut else [])]:
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    blocks: dict[str, AbstractContextManager[Any]] = {"with edits": nullcontext()}
+    if not data.labelled:  # a head without the edits that it was trained with says nothing
+        blocks = {"base model": disable_edits(model), **blocks}
+    found = {}
+    for name, block in blocks.items():
+        with block:
+            found[name] = data.held_out_loss(model, console)
+    return found

@@ -1,0 +1,98 @@
+"""`red-kernels generate`: continuations of prompts, with edits by name, beside those of the base model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_options", "run"]
+
+BASE = "base"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="[NAME=]SOURCE",
+        help="edits of one base model: runs' folders, folders of saved edits or hub ids, each by the name before the "
+        "=, or else by the folder's own",
+    )
+    parser.add_argument(
+        "--prompt", action="append", help="more than one by --prompt again (default: lines of the input)"
+    )
+    parser.add_argument("--model", help="the base model, where it is not the one that the edits name")
+    parser.add_argument("--base", action="store_true", help="show what the base model says, too")
+    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="at most (default: 64)")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="draw tokens at this temperature (default: take the likeliest)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="put the prompt into the model's chat template (default: where there is one)",
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command.
+
+    Raises:
+        ValueError: two edits of one name, a name that cannot be one, a number out of range, edits that do not fit the
+            first one's base model.
+    """
+    import torch
+
+    from ..checkpoints.checkpoint import load_edits
+    from ..checkpoints.whole import from_pretrained, load_tokenizer
+    from ..edits.named import active_edit, disable_edits, use_edits
+    from .watching import continued
+
+    if options.new_tokens < 1:
+        raise ValueError(f"new_tokens: got {options.new_tokens}, expected at least 1")
+    if options.temperature is not None and not 0 < options.temperature < float("inf"):
+        raise ValueError(f"temperature: got {options.temperature}, expected a number above 0")
+    sources = _named(options.sources)
+    (first, folder), *others = sources.items()
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = from_pretrained(folder, base=options.model, device=device)
+    if not model.can_generate():
+        raise ValueError(f"source: {folder!r} is of a {type(model).__name__}, which generates nothing")
+    tokenizer = load_tokenizer(folder, base=options.model)
+    for name, other in others:
+        load_edits(model, other, name)
+    active = active_edit(model)
+    blocks: dict[str, AbstractContextManager[Any]] = {BASE: disable_edits(model)} if options.base else {}
+    for name in sources:
+        blocks[name] = use_edits(model, [active if name == first else name])
+    for prompt in options.prompt or (line.rstrip("\n") for line in sys.stdin):
+        if len(options.prompt or ()) != 1:
+            print(f"> {prompt}")
+        for name, block in blocks.items():
+            torch.manual_seed(options.seed)
+            with block:
+                text = continued(model, tokenizer, prompt, options.new_tokens, options.chat, options.temperature)
+            print(f"{name}: {text}" if len(blocks) > 1 else text, flush=True)
+    return 0
+
+
+def _named(sources: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in sources:
+        name, equals, source = text.partition("=")
+        if not equals:
+            source = text
+            path = Path(text)
+            name = (path.parent if path.name == "edits" and path.parent.name else path).name.replace(".", "-")
+        if not name or not source:
+            raise ValueError(f"source: got {text!r}, expected SOURCE or NAME=SOURCE")
+        if name in found or name == BASE:
+            raise ValueError(f"source: the name {name!r} is taken; give another one by NAME={source}")
+        found[name] = source
+    return found

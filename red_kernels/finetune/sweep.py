@@ -1,0 +1,189 @@
+"""`red-kernels sweep`: the learning rate, by successive halving.
+
+All rates train for a while, the better half goes on for twice as many steps, until one is left and has trained for all
+of them (Jamieson and Talwalkar, arXiv 1502.07943). Nothing is trained twice: a run goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .settings import Settings
+
+__all__ = ["add_options", "run", "rungs", "sweep"]
+
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RECORD, PICTURE = "sweep.json", "sweep.png"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command, beside those of finetune."""
+    from .options import add_options as add_finetune_options
+
+    parser.add_argument(
+        "--rates",
+        nargs="+",
+        type=float,
+        default=list(RATES),
+        metavar="RATE",
+        help=f"learning rates to try (default: {' '.join(f'{rate:g}' for rate in RATES)})",
+    )
+    add_finetune_options(parser, without=("--learning-rate",))
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command."""
+    from rich.console import Console
+
+    from .options import settings_of
+
+    resume = getattr(options, "resume", False)
+    options.resume = False  # it is the sweep that is gone on with
+    options.output = getattr(options, "output", "red-sweep")
+    sweep(replace(settings_of(options), resume=resume), options.rates, Console())
+    return 0
+
+
+def rungs(count: int, steps: int) -> list[tuple[int, int]]:
+    """How many rates train up to which step, one rung after the other; the last one is one rate, for all steps."""
+    sizes = [count]
+    while sizes[-1] > 1:
+        sizes.append(math.ceil(sizes[-1] / 2))
+    return [(size, max(1, steps >> (len(sizes) - 1 - place))) for place, size in enumerate(sizes)]
+
+
+def sweep(settings: Settings, rates: list[float], console: Any) -> float:
+    """Find the learning rate with the least held-out loss.
+
+    Args:
+        settings: of each run but for its rate; `output` is the folder for all of them, `steps` those of the last rung.
+            With `resume` a sweep that was broken off goes on.
+        rates: two or more.
+        console: where a line for each run and a table are shown.
+
+    Returns:
+        The best rate. Its run, with the edits, is in `output` / `lr-RATE`.
+
+    Raises:
+        ValueError: fewer than two rates, or one twice; another schedule than a constant one, which more steps would
+            change; an output folder that holds a sweep; all rates diverge; or what `finetune` raises.
+    """
+    from rich.console import Console
+
+    from ..support.files import write_files
+    from .job import finetune
+    from .settings import STEPS
+    from .watching import Diverged
+
+    rates = sorted(rates)
+    if len(rates) < 2 or len(set(rates)) < len(rates) or not all(0 < rate < math.inf for rate in rates):
+        raise ValueError(f"rates: got {rates}, expected two or more different numbers above 0")
+    if settings.schedule != "constant" or settings.epochs is not None:
+        what = "schedule" if settings.epochs is None else "epochs"
+        raise ValueError(f"{what}: a run that goes on for more steps needs a constant schedule and --steps")
+    folder = Path(settings.output)
+    record = _former(folder, settings)
+    settings = replace(settings, compare=False, sample=(), resume=False)
+    alive = rates
+    for size, steps in rungs(len(rates), settings.steps or STEPS):
+        alive = sorted(alive, key=lambda rate: _last(record, rate))[:size]
+        for number, rate in enumerate(sorted(alive), start=1):
+            losses = record.setdefault(f"{rate:g}", {})
+            if str(steps) in losses:
+                continue
+            own = folder / f"lr-{rate:g}"
+            goes_on = (own / "run.json").is_file() and not settings.overwrite
+            try:
+                found = finetune(
+                    replace(settings, learning_rate=rate, steps=steps, output=str(own), resume=goes_on),
+                    Console(quiet=True),
+                )
+            except Diverged:
+                losses[str(steps)] = None
+            else:
+                if found is None:
+                    raise KeyboardInterrupt
+                losses[str(steps)] = found["after"]["loss"]
+            loss = losses[str(steps)]
+            said = "diverged" if loss is None else f"held-out loss {loss:.5f}"
+            console.print(f"{number} of {len(alive)}: learning rate {rate:g}, {steps} steps: {said}", highlight=False)
+            content = {"settings": settings.deciding(), "losses": record}
+            write_files(folder, {RECORD: (json.dumps(content, indent=2, default=str) + "\n").encode()})
+        alive = [rate for rate in alive if math.isfinite(_last(record, rate))]
+        if not alive:
+            raise ValueError(f"rates: the training diverged with each of {', '.join(f'{rate:g}' for rate in rates)}")
+        settings = replace(settings, overwrite=False)
+    _show(console, record)
+    write_files(folder, {PICTURE: _picture(record)})
+    best = min(alive, key=lambda rate: _last(record, rate))
+    console.print(
+        f"Best: --learning-rate {best:g}; its edits are in {folder / f'lr-{best:g}' / 'edits'}", soft_wrap=True
+    )
+    return best
+
+
+def _former(folder: Path, settings: Settings) -> dict[str, dict[str, float | None]]:
+    from ..support.parse import read_json
+
+    path = folder / RECORD
+    if settings.overwrite or not path.exists():
+        return {}
+    if not settings.resume:
+        raise ValueError(f"--output: {str(folder)!r} holds a sweep; go on with it by --resume, or by --overwrite anew")
+    content = read_json(path)
+    same = json.loads(json.dumps(replace(settings, compare=False, sample=()).deciding(), default=str))
+    if content.get("settings") != same or not isinstance(content.get("losses"), dict):
+        raise ValueError(f"--resume: the sweep in {str(folder)!r} is damaged, or was started with other settings")
+    losses: dict[str, dict[str, float | None]] = content["losses"]
+    return losses
+
+
+def _last(record: dict[str, dict[str, float | None]], rate: float) -> float:
+    """The loss of a rate at the most steps that it has trained for; infinite where it diverged."""
+    losses = record.get(f"{rate:g}", {})
+    if not losses:
+        return 0.0
+    loss = losses[max(losses, key=int)]
+    return math.inf if loss is None or math.isnan(loss) else loss
+
+
+def _show(console: Any, record: dict[str, dict[str, float | None]]) -> None:
+    from rich.table import Table
+
+    steps = sorted({int(step) for losses in record.values() for step in losses})
+    table = Table("learning rate", *(f"{step} steps" for step in steps), title="Held-out loss")
+    for rate, losses in sorted(record.items(), key=lambda item: float(item[0])):
+        cells = [losses.get(str(step), "") for step in steps]
+        table.add_row(rate, *("diverged" if one is None else one if one == "" else f"{one:.5f}" for one in cells))
+    console.print(table)
+
+
+def _picture(record: dict[str, dict[str, float | None]]) -> bytes:
+    from ..support.require import require
+
+    require("matplotlib", "the picture of a sweep")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for step in sorted({int(step) for losses in record.values() for step in losses}):
+        known = {float(rate): losses.get(str(step)) for rate, losses in record.items()}
+        points = sorted((rate, loss) for rate, loss in known.items() if loss is not None)
+        axes.plot(*zip(*points, strict=True), "o-", label=f"{step} steps")
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("held-out loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
