@@ -25,6 +25,7 @@ from ..support.base_models import BaseModel, load_base
 from ..support.output_folder import check_output
 from ..support.parse import shown
 from ..support.progress import duration
+from ..support.require import require
 from . import report
 from .base_dtype import AUTO, DTYPES, resolve_dtype
 from .data import Loaded, label_numbers, load_data
@@ -275,10 +276,9 @@ def _load_data(settings: Settings) -> Loaded:
         held_out=settings.held_out,
     )
     if loaded.form == "preference":
-        raise ValueError(
-            "data: holds pairs of answers, chosen and rejected; this command does not train on them yet: "
-            "red_kernels.finetune.trl_trainers.dpo_trainer does (docs/data.md)"
-        )
+        require("trl", "training on preferences", "red-kernels[train]")
+        if settings.fsdp:
+            raise ValueError("fsdp: preferences need the model without edits beside it, which is not made in parts")
     if settings.packing and loaded.form not in ("chat", "completion"):
         raise ValueError(f"packing: is of conversations and completions, and the data's form is {loaded.form!r}")
     return loaded
@@ -355,7 +355,8 @@ def _reload_and_compare(
     console.print("Loading the model once more" + (", to compare training speeds" if settings.compare else ""))
     fresh = _load(settings, labels, device, base.tokenizer)
     speeds: dict[str, Speed] = {}
-    if settings.compare and not settings.fsdp:  # of a model in parts, one process alone can run no step
+    # Of a model in parts, one process alone can run no step; and a step of DPO is another than of the rest.
+    if settings.compare and not settings.fsdp and data.pairs is None:
         speeds = _compare(base.model, fresh, data, device, console)
     patch(fresh.model, saved_config(run.edits))
     if data.labelled:

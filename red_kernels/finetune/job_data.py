@@ -25,8 +25,10 @@ from .data import (
     check_packing,
     packed,
     padded_collator,
+    preference_dataset,
 )
 from .measure import QUIET, HeldOut, held_out_loss
+from .preferences import Answers, preference_loss
 from .processes import ALONE, Processes
 from .settings import Settings
 
@@ -43,6 +45,7 @@ class JobData:
     labelled: bool
     padded: bool  # whether batches hold padding, and a mask that tells
     batch_size: int
+    pairs: tuple[Any, Any] | None = None  # to train on and held out, of preferences; `train` is then of the better ones
 
     def held_out_loss(self, model: nn.Module, console: Console, processes: Processes = ALONE) -> HeldOut:
         """The loss of a model on what is held out, whose batches the processes share; a stage where it takes long."""
@@ -51,6 +54,10 @@ class JobData:
         # Where parameters lie in parts on all processes, each of them has to run each batch.
         shared = not any(map(is_sharded, model.parameters()))
         own = groups[processes.rank :: processes.count] if shared else groups
+        if self.pairs is not None:
+            parts = [[self.pairs[1][place] for place in group] for group in own]
+            with Stage(console, "held-out loss", len(parts), unit="batch", after=QUIET) as stage:
+                return preference_loss(model, parts, self.collate, stage, processes.gather)
         batches = DataLoader(self.held_out, batch_sampler=list(map(list, own)), collate_fn=self.collate)
         gather = processes.gather if shared else ALONE.gather
         with Stage(console, "held-out loss", len(batches), unit="batch", after=QUIET) as stage:
@@ -71,6 +78,8 @@ def tokenised(
         return _labelled(settings, base, loaded, labels, console)
     if loaded.form in ("chat", "completion"):
         return _answers(settings, base, loaded, console)
+    if loaded.form == "preference":
+        return _pairs(settings, base, loaded, console)
     return _blocks(settings, base, loaded, console)
 
 
@@ -111,6 +120,17 @@ def _answers(settings: Settings, base: BaseModel, loaded: Loaded, console: Conso
     rows = [packed(part, settings.length) for part in (train, held_out)]
     console.print(rows[0].said[0], markup=False, highlight=False, soft_wrap=True)
     return JobData(rows[0], rows[1], PackedCollator(), False, False, settings.batch_size)
+
+
+def _pairs(settings: Settings, base: BaseModel, loaded: Loaded, console: Console) -> JobData:
+    parts = [preference_dataset(part, base.tokenizer, settings.length) for part in (loaded.train, loaded.held_out)]
+    console.print(f"{report.plural(len(parts[0]), 'pair')} of answers to train on, {len(parts[1]):,} held out")
+    for name, part in zip(("to train on", "held out"), parts, strict=True):
+        for sentence in part.said:
+            console.print(f"Of those {name}: {sentence}", markup=False, highlight=False, soft_wrap=True)
+    collate = padded_collator(base.tokenizer)
+    better = [Answers(part) for part in parts]
+    return JobData(better[0], better[1], collate, False, True, settings.batch_size, (parts[0], parts[1]))
 
 
 def _blocks(settings: Settings, base: BaseModel, loaded: Loaded, console: Console) -> JobData:

@@ -43,7 +43,8 @@ class ShowProgress(TrainerCallback):
         if logs and "loss" in logs and self._stage is not None:
             began, first = self._began
             speed = (int(state.num_input_tokens_seen) - first) / max(time.perf_counter() - began, 1e-9)
-            self._stage.reached(state.global_step, f"loss {float(logs['loss']):.4f}, {speed:,.0f} tokens/s")
+            said = f", {speed:,.0f} tokens/s" if speed else ""  # of pairs of answers they are not counted
+            self._stage.reached(state.global_step, f"loss {float(logs['loss']):.4f}{said}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

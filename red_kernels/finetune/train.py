@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from rich.console import Console
 from torch import nn
@@ -13,10 +14,12 @@ from ..integrations.trainer import StopOnSignal, checkpoints, load_trained, save
 from ..support.base_models import BaseModel
 from ..support.sharded import is_sharded
 from .job_data import JobData
+from .preferences import BETA
 from .processes import Processes
 from .progress import ShowProgress
 from .run_folder import RunFolder
 from .settings import SAVE_EVERY, Settings
+from .trl_trainers import dpo_trainer
 from .watching import Diverged, JobTrainer, Sampler
 
 __all__ = ["best_step", "end_diverged", "losses", "save", "train"]
@@ -37,52 +40,63 @@ def train(
     Returns:
         The trainer, and whether a signal has stopped it before the last step.
     """
-    arguments = TrainingArguments(
-        output_dir=str(run.path),
-        max_steps=steps,
-        per_device_train_batch_size=settings.batch_size // processes.count,
-        gradient_accumulation_steps=settings.accumulate,
-        gradient_checkpointing=settings.checkpointing,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
-        warmup_steps=settings.warmup,
-        max_grad_norm=settings.clip,
-        fsdp=settings.fsdp or None,  # type: ignore[arg-type]
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=settings.save_every or SAVE_EVERY,
-        save_total_limit=2,
-        eval_strategy="no" if settings.eval_every is None else "steps",
-        eval_steps=settings.eval_every,
-        load_best_model_at_end=settings.eval_every is not None,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        seed=settings.seed,
-        use_cpu=settings.device == "cpu",
-        report_to=list(settings.report_to) or "none",
-        run_name=run.path.name,
-        disable_tqdm=True,
-        include_num_input_tokens_seen="non_padding" if data.padded else "all",
-        remove_unused_columns=False,
-        dataloader_pin_memory=settings.device != "cpu",
-        dataloader_drop_last=settings.drops_last(len(data.train)),
-    )
+    arguments: dict[str, Any] = {
+        "output_dir": str(run.path),
+        "max_steps": steps,
+        "per_device_train_batch_size": settings.batch_size // processes.count,
+        "gradient_accumulation_steps": settings.accumulate,
+        "gradient_checkpointing": settings.checkpointing,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+        "warmup_steps": settings.warmup,
+        "max_grad_norm": settings.clip,
+        "fsdp": settings.fsdp or None,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": settings.save_every or SAVE_EVERY,
+        "save_total_limit": 2,
+        "eval_strategy": "no" if settings.eval_every is None else "steps",
+        "eval_steps": settings.eval_every,
+        "load_best_model_at_end": settings.eval_every is not None,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "seed": settings.seed,
+        "use_cpu": settings.device == "cpu",
+        "report_to": list(settings.report_to) or "none",
+        "run_name": run.path.name,
+        "disable_tqdm": True,
+        "include_num_input_tokens_seen": "non_padding" if data.padded else "all",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": settings.device != "cpu",
+        "dataloader_drop_last": settings.drops_last(len(data.train)),
+    }
     progress = ShowProgress(console)
     stop = StopOnSignal(
         lambda: console.print("Stopping after this step; once more stops at once, without saving."), processes.any
     )
     early = [] if settings.patience is None else [EarlyStoppingCallback(settings.patience)]
-    trainer = JobTrainer(
-        model=base.model,
-        args=arguments,
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        data_collator=data.collate,
-        callbacks=[progress, stop, *early, *([sampler] if settings.sample else [])],
-        measure=lambda model: data.held_out_loss(model, console, processes),
-        processes=processes,
-    )
+    watching: dict[str, Any] = {
+        "callbacks": [progress, stop, *early, *([sampler] if settings.sample else [])],
+        "measure": lambda model: data.held_out_loss(model, console, processes),
+        "processes": processes,
+    }
+    trainer: JobTrainer
+    if data.pairs is not None:
+        more = {**arguments, "beta": BETA, "include_num_input_tokens_seen": "no"}
+        train_on, held_out = data.pairs
+        trainer = dpo_trainer(
+            base.model, base.tokenizer, train_on, more, held_out=held_out, base=JobTrainer, **watching
+        )
+    else:
+        trainer = JobTrainer(
+            model=base.model,
+            args=TrainingArguments(**arguments),
+            train_dataset=data.train,
+            eval_dataset=data.held_out,
+            data_collator=data.collate,
+            **watching,
+        )
     trainer.remove_callback(PrinterCallback)
     if run.checkpoint is not None:
         console.print(f"Going on from {run.checkpoint}")

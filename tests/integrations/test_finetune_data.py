@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -98,8 +99,27 @@ def test_regression(folders: dict[str, Path], tmp_path: Path, capsys: pytest.Cap
     assert "Held-out correlation" in capsys.readouterr().out
 
 
+def test_preferences(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """DPO by TRL. Before the training the loss is log 2 and no answer is preferred; another process resumes it."""
+    pytest.importorskip("trl")
+    pairs = [{"prompt": f"q{n}", "chosen": f"yes {n % 3}", "rejected": f"no {n % 3}"} for n in range(40)]
+    data = rows(tmp_path / "pairs.jsonl", pairs)
+    output = tmp_path / "out"
+    more = ("--lr", "3e-2", "--length", "32", "--save-every", "4", "--eval-every", "4")
+    run(causal({**folders, "text": data}, output, "--steps", "8", *more))
+    found = results(output)
+    assert found["before"]["loss"] == pytest.approx(math.log(2))
+    assert found["before"]["accuracy"] == 0
+    assert found["before"]["targets"] == 4
+    assert found["after"]["loss"] < 0.6
+    assert found["after"]["accuracy"] == 1
+    assert found["reloaded"] == found["after"]
+    assert "36 pairs of answers to train on, 4 held out" in capsys.readouterr().out
+    assert cli.main(["finetune", "--output", str(output), "--resume", "--steps", "12"]) == 0
+    assert results(output)["steps"] == 12
+
+
 @pytest.mark.parametrize(("row", "more", "message"), [
-    ({"chosen": "a", "rejected": "b", "prompt": "c"}, (), "pairs of answers, chosen and rejected"),
     ({"text": "a"}, ("--packing",), "packing: is of conversations and completions, and the data's form is 'text'"),
     ({"messages": [{"role": "user"}]}, (), "line 1"),
 ])  # fmt: skip
