@@ -34,10 +34,11 @@ BY_TWO := -n 2 --dist loadgroup
 RANDOM_ORDER := --random-order-bucket=global $(if $(SEED),--random-order-seed=$(SEED))
 TESTED := --constraint constraints.txt
 
-.PHONY: help demo test test-deepspeed test-extra test-oldest test-nightly test-torch test-gpu memcheck racecheck initcheck bench report lint format clean say-cuda say-aarch64
+.PHONY: help demo demo-chat test test-deepspeed test-extra test-oldest test-nightly test-torch test-gpu memcheck racecheck initcheck bench report lint format clean say-cuda say-aarch64
 
 help:
 	@echo "make demo      fine-tune a language model on fused kernels and show what came of it (into $(DEMO)/)"
+	@echo "make demo-chat fine-tune it on 110 short conversations and show answers before and after (into $(DEMO)-chat/)"
 	@echo "make test      format, lint and type checks, the build (of the CUDA kernels too where there is nvcc), all tests"
 	@echo "make bench     the whole benchmark suite, into $(BENCH)/ (about an hour; goes on where it ended)"
 	@echo "make report    the README's figures and docs/performance.md, written from benchmarks/results/"
@@ -70,6 +71,10 @@ help:
 
 demo: .venv/demo
 	$(BIN)/red-kernels finetune --output $(DEMO) --overwrite
+
+demo-chat: .venv/demo
+	$(BIN)/red-kernels finetune --data examples/chat.jsonl --output $(DEMO)-chat --overwrite --length 128 --steps 60 \
+		--eval-every 20 --no-compare --sample "How do I boil an egg?" --sample "My soup is too thin. What can I do?"
 
 # The oldest Triton that is supported, beside the newest; its interpreter does not run with later versions of numpy.
 $(OLDEST)/done: .venv/torch
