@@ -56,12 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if getattr(error, "said", False):  # by another process
             return EXIT_ERROR
+        rank = int(os.environ.get("RANK", "0"))
+        where = f" in process {rank}" if rank else ""
         if explained(error):
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            print(f"error{where}: {one_line(error)}", file=sys.stderr)
             return EXIT_ERROR
         what = f"{type(error).__name__}: {one_line(error)}"
         print(
-            f"error: unexpected {what}; this is a fault of red-kernels, or of a file in a way that it does not know: "
+            f"error{where}: unexpected {what}; this is a fault of red-kernels, or of a file in a way that it does not know: "
             "the same command with --traceback shows where",
             file=sys.stderr,
         )

@@ -71,6 +71,7 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
     from ..checkpoints.whole import from_pretrained, load_tokenizer
     from ..edits.named import disable_edits
     from ..support.base_models import BaseModel
+    from .base_dtype import DTYPES
     from .data import load_data
     from .job_data import tokenised
     from .run_folder import RUN_NAME, former_settings
@@ -93,7 +94,8 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
         held_out=settings.held_out,
     )
     loaded = replace(loaded, train=loaded.held_out)
-    model = from_pretrained(source, base=base, device=torch.device(settings.device or "cpu"))
+    dtype = DTYPES.get(str((former or {}).get("dtype")), "auto")  # that of the run
+    model = from_pretrained(source, base=base, dtype=dtype, device=torch.device(settings.device or "cpu"))
     tokenizer = load_tokenizer(source, base=base)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -128,6 +128,8 @@ def open_run(path: Path, settings: Settings) -> RunFolder:
 def _check_resumable(path: Path, former: dict[str, Any], settings: dict[str, Any], deciding: set[str]) -> None:
     defaults = json.loads(json.dumps(Settings().recorded()))  # of what an older version did not know
     before = {name: former["settings"].get(name, defaults[name]) for name in settings}
+    if isinstance(before["data"], str):
+        before["data"] = [before["data"]]
     if former["state"] == "finished" and all(before[name] == settings[name] for name in ("steps", "epochs")):
         raise ValueError(
             f"--resume: the run in {str(path)!r} is finished; --steps N or --epochs N with a larger N goes on with it, "

@@ -15,7 +15,7 @@ from ..support.base_models import BaseModel
 from ..support.sharded import is_sharded
 from .job_data import JobData
 from .preferences import BETA
-from .processes import Processes
+from .processes import FirstFailed, Processes
 from .progress import ShowProgress
 from .run_folder import RunFolder
 from .settings import SAVE_EVERY, Settings
@@ -116,7 +116,7 @@ def save(model: nn.Module, run: RunFolder) -> None:
 
 
 def end_diverged(trainer: JobTrainer, run: RunFolder) -> None:
-    """Leave the newest checkpoint's edits, if there is one, and raise Diverged."""
+    """Leave the newest checkpoint's edits, if there is one, and raise Diverged; in all processes but the first FirstFailed."""
     step = trainer.diverged
     assert step is not None
     good = checkpoints(run.path)
@@ -126,6 +126,8 @@ def end_diverged(trainer: JobTrainer, run: RunFolder) -> None:
         load_trained(trainer._inner_model(), good[-1])
         save(trainer._inner_model(), run)
         left = f"{run.edits} holds the edits of the last good checkpoint, {good[-1].name}"
+    if not run.writes:
+        raise FirstFailed(f"the training diverged at step {step}")
     raise Diverged(
         f"the training diverged: at step {step} the loss, or what is trained, is no finite number; {left}. Try "
         "a smaller --learning-rate, some --warmup or a smaller --clip",

@@ -212,6 +212,20 @@ def test_resume_alone(folders: dict[str, Path], tmp_path: Path, monkeypatch: pyt
     assert record(output)["settings"]["learning_rate"] == 2e-2
 
 
+def test_a_run_of_an_older_version_goes_on(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Its record knows one source of data, and none of the options that came since."""
+    output = tmp_path / "out"
+    run(causal(folders, output, "--steps", "3", "--save-every", "3"))
+    former = record(output)
+    known = ("task", "model", "data", "subset", "columns", "learning_rate", "schedule", "steps", "batch_size", "length")
+    settings = {name: former["settings"][name] for name in (*known, "dtype", "position", "kind", "seed", "held_out")}
+    settings |= {"data": settings["data"][0], "layers": None, "sites": None}
+    (output / "run.json").write_text(json.dumps({**former, "settings": settings}))
+    assert cli.main([*causal(folders, output, "--steps", "5", "--resume"), "--no-compare"]) == 0
+    assert cli.main(["finetune", "--output", str(output), "--resume", "--steps", "6"]) == 0
+    assert results(output)["steps"] == 6
+
+
 def test_resume_refuses(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text(folders["text"].read_text())

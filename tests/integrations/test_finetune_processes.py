@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -111,3 +112,28 @@ def test_a_signal_stops_both_behind_one_step(folders: dict[str, Path], tmp_path:
     assert newest.name == f"checkpoint-{reached}"
     assert_near(newest, output / "edits", 0.0)
     assert cli.main(["finetune", "--output", str(output), "--resume", "--steps", str(reached + 2)]) == 0
+
+
+def test_two_groups_of_processes(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As on two machines: a launcher on each, which find each other at one address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", address, "-m", "red_kernels"]
+    arguments = causal(folders, tmp_path / "out", "--steps", "3", "--no-compare")
+    machines = [
+        subprocess.Popen(
+            [*launcher, *arguments], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
+    try:
+        said = [machine.communicate(timeout=HANGS)[0] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(said)
+    assert sum(text.count("Trainable parameters") for text in said) == 1
+    assert cli.main(causal(folders, tmp_path / "one", "--steps", "3", "--no-compare")) == 0
+    assert_near(tmp_path / "one" / "edits", tmp_path / "out" / "edits", 1e-5)
