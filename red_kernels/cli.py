@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return EXIT_ERROR
         what = f"{type(error).__name__}: {one_line(error)}"
         print(
-            f"error{where}: unexpected {what}; this is a fault of red-kernels, or of a file in a way that it does not know: "
-            "the same command with --traceback shows where",
+            f"error{where}: unexpected {what}; this is a fault of red-kernels, or of a file in a way that it does not "
+            "know: the same command with --traceback shows where",
             file=sys.stderr,
         )
         return EXIT_UNEXPECTED

@@ -116,7 +116,7 @@ def save(model: nn.Module, run: RunFolder) -> None:
 
 
 def end_diverged(trainer: JobTrainer, run: RunFolder) -> None:
-    """Leave the newest checkpoint's edits, if there is one, and raise Diverged; in all processes but the first FirstFailed."""
+    """Leave the newest checkpoint's edits, if there is one; raise Diverged, or FirstFailed in all processes but one."""
     step = trainer.diverged
     assert step is not None
     good = checkpoints(run.path)
