@@ -22,6 +22,13 @@ from .settings import SAVE_EVERY, Settings
 from .trl_trainers import dpo_trainer
 from .watching import Diverged, JobTrainer, Sampler
 
+# transformers 5.24 warns of the former name, 5.17 knows no other.
+_CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    else "gradient_checkpointing"
+)
+
 __all__ = ["best_step", "end_diverged", "losses", "save", "train"]
 
 
@@ -45,7 +52,7 @@ def train(
         "max_steps": steps,
         "per_device_train_batch_size": settings.batch_size // processes.count,
         "gradient_accumulation_steps": settings.accumulate,
-        "gradient_checkpointing": settings.checkpointing,
+        **({_CHECKPOINTING: True} if settings.checkpointing else {}),
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
         "warmup_steps": settings.warmup,
