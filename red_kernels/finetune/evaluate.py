@@ -26,6 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--text-column", help="of a table")
     add("--label-column", help="of a table")
     add("--no-header", action="store_true", help="the first row of the csv or tsv file is data")
+    add("--template", metavar="FILE", help="a chat template in place of the model's own")
     add("--loss-on", choices=("answers", "all"), help="of conversations and completions")
     add("--length", type=int, help="tokens in a block, and at most in a text")
     add("--batch-size", type=int, help="blocks or texts in a forward pass")
@@ -75,7 +76,7 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
     from .data import load_data
     from .job_data import tokenised
     from .run_folder import RUN_NAME, former_settings
-    from .settings import from_options
+    from .settings import chat_template, from_options
 
     folder = Path(source)
     former = former_settings(folder) if (folder / RUN_NAME).is_file() else None
@@ -99,6 +100,8 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
     tokenizer = load_tokenizer(source, base=base)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if settings.template is not None:
+        tokenizer.chat_template = chat_template(settings.template)
     labels = None
     if settings.task == "classification":
         labels = {str(name): int(number) for name, number in model.config.label2id.items()}

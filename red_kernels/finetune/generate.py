@@ -37,6 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="put the prompt into the model's chat template (default: where there is one)",
     )
+    parser.add_argument("--template", metavar="FILE", help="a chat template in place of the model's own")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
 
 
@@ -52,6 +53,7 @@ def run(options: argparse.Namespace) -> int:
     from ..checkpoints.checkpoint import load_edits
     from ..checkpoints.whole import from_pretrained, load_tokenizer
     from ..edits.named import active_edit, disable_edits, use_edits
+    from .settings import chat_template
     from .watching import continued
 
     if options.new_tokens < 1:
@@ -65,6 +67,8 @@ def run(options: argparse.Namespace) -> int:
     if not model.can_generate():
         raise ValueError(f"source: {folder!r} is of a {type(model).__name__}, which generates nothing")
     tokenizer = load_tokenizer(folder, base=options.model)
+    if options.template is not None:
+        tokenizer.chat_template = chat_template(options.template)
     for name, other in others:
         load_edits(model, other, name)
     active = active_edit(model)

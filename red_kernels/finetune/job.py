@@ -45,7 +45,7 @@ from .measure import (
 from .processes import Processes, join
 from .resume import check_checkpoint
 from .run_folder import RunFolder, former_settings, open_run
-from .settings import Settings, write_config
+from .settings import Settings, chat_template, write_config
 from .train import best_step, end_diverged, losses, save, train
 from .watching import Sampler
 
@@ -228,6 +228,8 @@ def _load(settings: Settings, labels: dict[str, int] | None, device: torch.devic
     longest = getattr(base.model.config, "max_position_embeddings", None)
     if isinstance(longest, int) and settings.length > longest:
         raise ValueError(f"length: got {settings.length}, the model takes at most {longest} tokens")
+    if settings.template is not None:
+        base.tokenizer.chat_template = chat_template(settings.template)
     base.model.config.use_cache = False  # a cache is of no use in training, and Trainer would warn
     return base
 

@@ -82,6 +82,7 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
         help="what is held out, in place of a part of the data",
     )
     add(data, "--loss-on", choices=("answers", "all"), help="of conversations and completions (default: answers)")
+    add(data, "--template", metavar="FILE", help="a chat template in place of the model's own")
     add(
         data,
         "--packing",

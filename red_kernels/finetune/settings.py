@@ -23,7 +23,7 @@ from .base_dtype import ASKED, AUTO
 from .data import PYTHON_TOPICS, Columns, check_held_out
 from .data.chat import ALL, ANSWERS
 
-__all__ = ["Settings", "as_options", "from_options", "read_config", "write_config"]
+__all__ = ["Settings", "as_options", "chat_template", "from_options", "read_config", "write_config"]
 
 STEPS, SAVE_EVERY = 30, 10
 SCHEDULES = ("constant", "linear", "cosine")
@@ -45,6 +45,7 @@ class Settings:
         data: `python-topics`, files, folders of `save_to_disk` or hub ids, one or several, as in `load_data`.
         validation: the same, of what is to be held out in place of a part of `data`.
         loss_on: of conversations and completions, `"answers"` or `"all"`.
+        template: a file with a chat template, in place of the model's own.
         packing: put whole conversations or completions into rows of `length` tokens, without attention between them.
         subset: the configuration of a hub dataset.
         columns: where a table holds its texts and labels.
@@ -82,6 +83,7 @@ class Settings:
     data: str | tuple[str, ...] | None = None
     validation: tuple[str, ...] | None = None
     loss_on: str = ANSWERS
+    template: str | None = None
     packing: bool = False
     subset: str | None = None
     columns: Columns = field(default_factory=Columns)
@@ -152,6 +154,7 @@ class Settings:
             raise ValueError(f"data: {self.task} needs a table of texts and labels (--data FILE)")
         if self.loss_on not in (ANSWERS, ALL):
             raise ValueError(f"loss_on: got {self.loss_on!r}, expected {ANSWERS!r} or {ALL!r}")
+        chat_template(self.template)
         if self.sample and self.task != "causal-lm":
             raise ValueError(f"sample: a model for {self.task} continues no prompt")
         if self.device is not None and self.device.partition(":")[0] not in ("cpu", "cuda"):
@@ -208,6 +211,16 @@ def _check_reporting(names: tuple[str, ...]) -> None:
             INTEGRATION_TO_CALLBACK[name]()
         except (ImportError, RuntimeError) as error:
             raise ModuleNotFoundError(f"report_to: {name} cannot be used: {' '.join(str(error).split())}") from error
+
+
+def chat_template(path: str | None) -> str | None:
+    """The text of a file with a chat template. Raises ValueError where it cannot be read."""
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"template: {path!r} cannot be read: {error}") from error
 
 
 def from_options(given: Mapping[str, Any], former: Mapping[str, Any] | None = None) -> Settings:

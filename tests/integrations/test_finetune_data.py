@@ -62,6 +62,22 @@ def test_conversations(folders: dict[str, Path], tmp_path: Path, capsys: pytest.
     assert record(tmp_path / "out")["settings"]["data"] == list(map(str, files))
 
 
+def test_a_template_of_ones_own(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is used for the data and for samples, and a resumed run and `evaluate` know it."""
+    data = rows(tmp_path / "chat.jsonl", list(map(chat, range(12))))
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}[/]{% endfor %}")
+    arguments = causal({**folders, "text": data}, tmp_path / "out", "--steps", "2")
+    run(arguments, "--template", str(template))
+    own = results(tmp_path / "out")
+    run(causal({**folders, "text": data}, tmp_path / "other", "--steps", "2"))
+    assert own["after"]["targets"] != results(tmp_path / "other")["after"]["targets"]
+    assert cli.main(["evaluate", str(tmp_path / "out"), "--device", "cpu", "--json", str(tmp_path / "f.json")]) == 0
+    assert json.loads((tmp_path / "f.json").read_text())["with edits"]["targets"] == own["after"]["targets"]
+    assert cli.main([*arguments, "--template", "nowhere", "--overwrite"]) == cli.EXIT_ERROR
+    assert "template: 'nowhere' cannot be read" in capsys.readouterr().err
+
+
 def test_packed_conversations_are_the_same(folders: dict[str, Path], tmp_path: Path) -> None:
     """Packed, all of them in one step: the same gradients, and so the same edits, as padded ones."""
     data = rows(tmp_path / "chat.jsonl", list(map(chat, range(16))))

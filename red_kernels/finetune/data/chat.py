@@ -139,7 +139,7 @@ def render(
     """
     if template is None and not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            "model: its tokenizer has no chat template, which conversations need; give one by a template file, or take "
+            "model: its tokenizer has no chat template, which conversations need; give one by --template FILE, or take "
             "data of 'prompt' and 'completion' that are texts, or of 'text'"
         )
     options = {"tokenize": False, "add_generation_prompt": ask, "tools": list(tools) if tools else None}
