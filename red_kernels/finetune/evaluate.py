@@ -19,7 +19,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(*names, default=argparse.SUPPRESS, **options)
 
     parser.add_argument("source", metavar="SOURCE", help="a run's folder, a folder of saved edits, or a hub id")
-    add("--data", nargs="+", metavar="SOURCE", help="all of it is judged (default: what the run held out)")
+    add(
+        "--data",
+        nargs="+",
+        metavar="SOURCE",
+        help="judged: files whole, of data sets the split validation or test (default: what the run held out)",
+    )
     add("--task", choices=("causal-lm", "classification", "regression"), help="(default: the run's, or causal-lm)")
     add("--model", help="the base model, where it is not the one that the edits name")
     add("--subset", help="the configuration of a hub dataset")
@@ -67,19 +72,20 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
         ValueError: no data where the source is no run, a label that the model does not know, or what `load_data` and
             `rk.from_pretrained` raise.
     """
-    import torch
-
     from ..checkpoints.whole import from_pretrained, load_tokenizer
     from ..edits.named import disable_edits
     from ..support.base_models import BaseModel
     from .base_dtype import DTYPES
     from .data import load_data
     from .job_data import tokenised
-    from .run_folder import RUN_NAME, former_settings
+    from .run_folder import RUN_NAME, former_run
     from .settings import chat_template, from_options
 
     folder = Path(source)
-    former = former_settings(folder) if (folder / RUN_NAME).is_file() else None
+    own_run = former_run(folder, "source") if (folder / RUN_NAME).is_file() else None
+    former = None
+    if own_run is not None:  # where it ran, and what logged it, is of no account here
+        former = {name: value for name, value in own_run["settings"].items() if name not in ("device", "report_to")}
     if former is None and "data" not in given:
         raise ValueError(f"data: {source!r} is no run's folder, which would name it; give --data")
     base = given.pop("model", None)
@@ -94,9 +100,18 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
         validation=names if "data" in given else settings.validation,
         held_out=settings.held_out,
     )
+    if (
+        own_run is not None
+        and "data" not in given
+        and own_run["results"].get("data_digest", loaded.digest) != loaded.digest
+    ):
+        raise ValueError(
+            f"data: {', '.join(names)!r} is not what the run in {source!r} had, so what it held out is not known; give "
+            "what is to be judged by --data"
+        )
     loaded = replace(loaded, train=loaded.held_out)
     dtype = DTYPES.get(str((former or {}).get("dtype")), "auto")  # that of the run
-    model = from_pretrained(source, base=base, dtype=dtype, device=torch.device(settings.device or "cpu"))
+    model = from_pretrained(source, base=base, dtype=dtype, device=settings.place)
     tokenizer = load_tokenizer(source, base=base)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -90,7 +90,7 @@ def _named(sources: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for text in sources:
         name, equals, source = text.partition("=")
-        if not equals:
+        if not equals or Path(text).exists():
             source = text
             path = Path(text)
             name = (path.parent if path.name == "edits" and path.parent.name else path).name.replace(".", "-")

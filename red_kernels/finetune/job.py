@@ -29,6 +29,7 @@ from ..support.require import require
 from . import report
 from .base_dtype import AUTO, DTYPES, resolve_dtype
 from .data import Loaded, label_numbers, load_data
+from .data.chat import ANSWERS
 from .head import train_head
 from .job_data import JobData, tokenised
 from .measure import (
@@ -46,7 +47,7 @@ from .processes import Processes, join
 from .resume import check_checkpoint
 from .run_folder import RunFolder, former_settings, open_run
 from .settings import Settings, chat_template, write_config
-from .train import best_step, end_diverged, losses, save, train
+from .train import best_step, end_diverged, losses, save, train, watched
 from .watching import Sampler
 
 __all__ = ["Settings", "finetune"]
@@ -73,7 +74,7 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     settings = settings.filled()
     config = RedConfig(position=settings.position, kind=settings.kind, layers=settings.layers, sites=settings.sites)
     labelled = settings.task != "causal-lm"
-    processes = join(torch.device(settings.device or "cpu"))
+    processes = join(settings.place)
     device = processes.device
     if not processes.first:
         console = Console(quiet=True)
@@ -110,9 +111,10 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     before = _measure_before(run, base.model, data, processes, console)
     report.held_out_table(console, {"before": before})
     sampler = Sampler(base.model, base.tokenizer, settings.sample, console)
+    sampler.samples = [own for own in run.results.get("samples", ()) if own["step"] <= run.step]
     if run.checkpoint is None:
         sampler.show(0, "before")
-    _say_how_long(settings, steps, base.model, data, run, console)
+    _say_how_long(settings, steps, base.model, data, run, processes, console)
     memory = PeakMemory(device)
     trainer, stopped = train(settings, steps, run, base, data, sampler, processes, console)
     peak = memory.bytes()
@@ -121,9 +123,8 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
         end_diverged(trainer, run)
     save(base.model, run)
     curve = losses(trainer)
-    samples = [*run.results.get("samples", ()), *sampler.samples]
     if stopped:
-        run.write("interrupted", steps=reached, samples=samples)
+        run.write("interrupted", steps=reached, **watched(trainer, sampler))
         console.print(
             f"Stopped after step {reached} of {steps}. The edits so far are in {run.edits}; "
             f"red-kernels finetune --output {run.path} --resume goes on.",
@@ -139,12 +140,12 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     evaluated = {step: found.loss for step, found in trainer.measured.items()}
     best = best_step(trainer)
     if processes.first:
-        report.draw_loss_curve(run.curve, *curve, {0: before.loss, **evaluated, best or reached: after.loss})
+        points = {0: before.loss, **evaluated, best or reached: after.loss}
+        report.draw_loss_curve(run.curve, *curve, dict(sorted(points.items())))
     if best is not None and best != reached:
         console.print(f"The edits are those of step {best}, whose held-out loss is the least.")
     if not evaluated:
         sampler.show(reached, "after")
-        samples = [*run.results.get("samples", ()), *sampler.samples]
     reloaded, speeds = processes.first_decides(
         lambda: _reload_and_compare(settings, run, base, data, labels, device, console)
     )
@@ -153,7 +154,7 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     _show_change(before, after, console)
     if speeds:
         report.speed_table(console, speeds, FUSED)
-    saved = sum(path.stat().st_size for path in run.edits.iterdir())
+    saved = sum(path.stat().st_size for path in run.edits.iterdir()) if processes.first else 0
     if processes.first:
         _write_card(settings, run, names, before, after)
     if peak is not None:
@@ -165,8 +166,7 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
         "finished",
         steps=reached,
         best_step=best,
-        evaluated={str(step): asdict(found) for step, found in sorted(trainer.measured.items())},
-        samples=samples,
+        **watched(trainer, sampler),
         trainable_parameters=trained,
         after=asdict(after),
         reloaded=asdict(reloaded),
@@ -279,6 +279,8 @@ def _load_data(settings: Settings) -> Loaded:
     )
     if loaded.form == "preference":
         require("trl", "training on preferences", "red-kernels[train]")
+        if settings.loss_on != ANSWERS:
+            raise ValueError(f"loss_on: got {settings.loss_on!r}, and preferences have their loss on the answers")
         if settings.fsdp:
             raise ValueError("fsdp: preferences need the model without edits beside it, which is not made in parts")
     if settings.packing and loaded.form not in ("chat", "completion"):
@@ -329,12 +331,20 @@ def _total_steps(settings: Settings, run: RunFolder, items: int) -> int:
 
 
 def _say_how_long(
-    settings: Settings, steps: int, model: nn.Module, data: JobData, run: RunFolder, console: Console
+    settings: Settings,
+    steps: int,
+    model: nn.Module,
+    data: JobData,
+    run: RunFolder,
+    processes: Processes,
+    console: Console,
 ) -> None:
     """Say about how long the training will take, from a look at a few tokens, where a step takes seconds."""
-    tokens = settings.accumulate * real_tokens(data.first_batch(torch.device("cpu")))
+    if data.pairs is not None:
+        return  # a step of DPO is other work than what is looked at
+    tokens = settings.accumulate * real_tokens(data.first_batch(torch.device("cpu"))) // processes.count
     step = first_look(model, data.collate([data.train[0]]), tokens)
-    left = steps - (int(run.checkpoint.name.rpartition("-")[2]) if run.checkpoint else 0)
+    left = steps - run.step
     if step > QUIET:
         console.print(
             f"A look at a few tokens: a step of {tokens:,} tokens will take about {duration(step)}, the training "

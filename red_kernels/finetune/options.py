@@ -136,7 +136,7 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
         "--output",
         help="the folder for edits, checkpoints, loss curve and results (default: red-finetune)",
     )
-    add(run, "--save-every", type=int, help="steps between checkpoints (default: 10, or --eval-every)")
+    add(run, "--save-every", type=int, help="steps between checkpoints (default: 10, with --eval-every that)")
     again = run.add_mutually_exclusive_group()
     add(
         again,

@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -98,5 +99,6 @@ def join(device: torch.device) -> Processes:
         return Processes(device=device)
     from accelerate import PartialState
 
-    state = PartialState(cpu=device.type == "cpu")  # which transformers' Trainer takes up
+    # Trainer takes it up. One process may work alone for long, while the others wait.
+    state = PartialState(cpu=device.type == "cpu", timeout=timedelta(hours=12))
     return Processes(state.num_processes, state.process_index, state.device)

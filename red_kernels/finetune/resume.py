@@ -77,10 +77,16 @@ class ResumingTrainer(RedTrainer):
         if checkpoint is not None:
             state = TrainerState.load_from_json(str(checkpoint / STATE))
             if state.global_step >= self.args.max_steps:
-                self._load_from_checkpoint(str(checkpoint))
-                self.state = state
+                self.take_up(checkpoint, state)
                 return
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    def take_up(self, checkpoint: Path, state: TrainerState) -> None:
+        """The state and the vectors of a checkpoint, or those of the best one, as Trainer has them at its end."""
+        best = checkpoint.parent / f"checkpoint-{state.best_global_step}"
+        chosen = best if self.args.load_best_model_at_end and state.best_global_step and best.is_dir() else checkpoint
+        self._load_from_checkpoint(str(chosen))
+        self.state = state
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

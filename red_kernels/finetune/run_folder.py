@@ -51,6 +51,11 @@ class RunFolder:
         """Where the loss curve is drawn."""
         return self.path / CURVE_NAME
 
+    @property
+    def step(self) -> int:
+        """The step of the checkpoint; 0 without one."""
+        return int(self.checkpoint.name.rpartition("-")[2]) if self.checkpoint else 0
+
     def begin(self) -> None:
         """Remove the files of a run that is not gone on with, and record the new one.
 
@@ -66,7 +71,9 @@ class RunFolder:
             remove_saved(self.edits)
             if self.curve.exists():
                 self.curve.unlink()
+        finished = self.state == "finished"
         self.write("running")
+        self.state = "finished" if finished else "running"  # what was there, until the next write
 
     @property
     def config(self) -> Path:
@@ -146,12 +153,17 @@ def _of_a_run(path: Path) -> bool:
     return _OF_A_CHECKPOINT.fullmatch(path.name) is not None and (path.is_symlink() or path.is_file())
 
 
-def former_settings(path: Path) -> dict[str, Any]:
-    """The settings of the run that a folder holds.
+def former_run(path: Path, option: str = "--resume") -> dict[str, Any]:
+    """State, settings and results of the run that a folder holds.
 
     Raises:
-        ValueError: the folder holds no run, or a damaged one.
+        ValueError: the folder holds no run, or a damaged one; the message begins with the option.
     """
+    return _read(path, option)
+
+
+def former_settings(path: Path) -> dict[str, Any]:
+    """The settings of the run that a folder holds. Raises as `former_run`."""
     settings: dict[str, Any] = _read(path, "--resume")["settings"]
     return settings
 

@@ -71,7 +71,7 @@ class Settings:
         patience: stop when so many evaluations one behind the other bring no lower loss; needs `eval_every`.
         sample: prompts whose continuation is shown before, at each evaluation and after.
         report_to: what else logs the run, as transformers' Trainer names it: `"tensorboard"`, `"wandb"`, ...
-        save_every: steps between checkpoints; by default 10, or `eval_every`.
+        save_every: steps between checkpoints; by default 10. With `eval_every` there is one at each evaluation.
         device: `"cpu"`, `"cuda"`, or None for a GPU if there is one.
         output: the folder for everything that the job writes.
         compare: measure the speed beside the eager edit and the frozen model.
@@ -163,20 +163,27 @@ class Settings:
             raise ValueError(f"device: got {self.device!r}, but torch sees no CUDA device")
         if self.dtype not in ASKED:
             raise ValueError(f"dtype: got {self.dtype!r}, expected one of {', '.join(map(repr, ASKED))}")
-        save_every = self.save_every or self.eval_every or SAVE_EVERY
-        if self.eval_every is not None and save_every % self.eval_every:
+        if self.eval_every is not None and self.save_every not in (None, self.eval_every):
             raise ValueError(
-                f"save_every: got {save_every}, expected a multiple of eval_every, {self.eval_every}: the edits with "
-                "the least loss are those of a checkpoint"
+                f"save_every: got {self.save_every}, expected {self.eval_every}, that of eval_every: a checkpoint is "
+                "written at each evaluation, so that the edits with the least loss are kept"
             )
         return dataclasses.replace(
             self,
             data=(data,) if isinstance(data, str) else data,
-            device=self.device or ("cuda" if torch.cuda.is_available() else "cpu"),
             model=self.model or DEFAULT_MODEL[self.task],
-            save_every=save_every,
             steps=self.steps if self.steps or self.epochs else STEPS,
         )
+
+    @property
+    def place(self) -> torch.device:
+        """The device: a GPU where there is one, if none is named. What is recorded stays unnamed."""
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @property
+    def checkpoints_every(self) -> int:
+        """The steps between checkpoints."""
+        return self.save_every or self.eval_every or SAVE_EVERY
 
     def total_steps(self, items: int) -> int:
         """The optimizer steps of the whole run, given how many items there are to train on."""
@@ -241,7 +248,7 @@ def from_options(given: Mapping[str, Any], former: Mapping[str, Any] | None = No
     names = {name.replace("-", "_"): value for name, value in given.items()}
     for name, value in names.items():
         if name in _OF_COLUMNS:
-            columns[_OF_COLUMNS[name]] = value
+            columns[_OF_COLUMNS[name]] = str(value) if type(value) is int else value
         elif name in _NEGATED:
             {"no_header": columns, "no_compare": values}[name][_NEGATED[name]] = not value
         elif name in _FIELDS - {"columns", "compare"}:
@@ -258,6 +265,8 @@ def from_options(given: Mapping[str, Any], former: Mapping[str, Any] | None = No
 
 def _as_meant(name: str, value: Any) -> Any:
     """A value of a file as the command line would have made it: to YAML `1e-2` is a text, and one item no list."""
+    if name == "layers" and type(value) is int:
+        value = str(value)
     if isinstance(value, str):
         if name in ("learning_rate", "warmup", "clip", "epochs", "held_out"):
             with contextlib.suppress(ValueError):

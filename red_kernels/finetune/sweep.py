@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
 
     from .options import settings_of
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("sweep: runs in one process, which starts no others; got several, by a launcher")
     resume = getattr(options, "resume", False)
     options.resume = False  # it is the sweep that is gone on with
     options.output = getattr(options, "output", "red-sweep")
@@ -91,9 +94,10 @@ def sweep(settings: Settings, rates: list[float], console: Any) -> float:
     folder = Path(settings.output)
     record = _former(folder, settings)
     settings = replace(settings, compare=False, sample=(), resume=False)
-    alive = rates
+    alive, former = rates, 0
     for size, steps in rungs(len(rates), settings.steps or STEPS):
-        alive = sorted(alive, key=lambda rate: _last(record, rate))[:size]
+        before = {rate: _last(record, rate, former) for rate in alive}
+        alive = sorted((rate for rate in alive if before[rate] < math.inf), key=before.__getitem__)[:size]
         for number, rate in enumerate(sorted(alive), start=1):
             losses = record.setdefault(f"{rate:g}", {})
             if str(steps) in losses:
@@ -116,13 +120,13 @@ def sweep(settings: Settings, rates: list[float], console: Any) -> float:
             console.print(f"{number} of {len(alive)}: learning rate {rate:g}, {steps} steps: {said}", highlight=False)
             content = {"settings": settings.deciding(), "losses": record}
             write_files(folder, {RECORD: (json.dumps(content, indent=2, default=str) + "\n").encode()})
-        alive = [rate for rate in alive if math.isfinite(_last(record, rate))]
-        if not alive:
+        former = steps
+        if all(_last(record, rate, steps) == math.inf for rate in alive):
             raise ValueError(f"rates: the training diverged with each of {', '.join(f'{rate:g}' for rate in rates)}")
         settings = replace(settings, overwrite=False)
     _show(console, record)
     write_files(folder, {PICTURE: _picture(record)})
-    best = min(alive, key=lambda rate: _last(record, rate))
+    best = min(alive, key=lambda rate: _last(record, rate, former))
     console.print(
         f"Best: --learning-rate {best:g}; its edits are in {folder / f'lr-{best:g}' / 'edits'}", soft_wrap=True
     )
@@ -145,9 +149,9 @@ def _former(folder: Path, settings: Settings) -> dict[str, dict[str, float | Non
     return losses
 
 
-def _last(record: dict[str, dict[str, float | None]], rate: float) -> float:
-    """The loss of a rate at the most steps that it has trained for; infinite where it diverged."""
-    losses = record.get(f"{rate:g}", {})
+def _last(record: dict[str, dict[str, float | None]], rate: float, most: int) -> float:
+    """The loss of a rate at the most steps up to `most` that it has trained for; infinite where it diverged."""
+    losses = {step: loss for step, loss in record.get(f"{rate:g}", {}).items() if int(step) <= most}
     if not losses:
         return 0.0
     loss = losses[max(losses, key=int)]

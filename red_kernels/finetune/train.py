@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ..integrations.trainer import StopOnSignal, checkpoints, load_trained, save_trained
 from ..support.base_models import BaseModel
 from ..support.sharded import is_sharded
 from .job_data import JobData
+from .measure import HeldOut
 from .preferences import BETA
 from .processes import FirstFailed, Processes
 from .progress import ShowProgress
 from .run_folder import RunFolder
-from .settings import SAVE_EVERY, Settings
+from .settings import Settings
 from .trl_trainers import dpo_trainer
 from .watching import Diverged, JobTrainer, Sampler
 
@@ -29,7 +31,7 @@ _CHECKPOINTING = (
     else "gradient_checkpointing"
 )
 
-__all__ = ["best_step", "end_diverged", "losses", "save", "train"]
+__all__ = ["best_step", "end_diverged", "losses", "save", "train", "watched"]
 
 
 def train(
@@ -61,7 +63,7 @@ def train(
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
-        "save_steps": settings.save_every or SAVE_EVERY,
+        "save_steps": settings.checkpoints_every,
         "save_total_limit": 2,
         "eval_strategy": "no" if settings.eval_every is None else "steps",
         "eval_steps": settings.eval_every,
@@ -69,22 +71,23 @@ def train(
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
         "seed": settings.seed,
-        "use_cpu": settings.device == "cpu",
+        "use_cpu": settings.place.type == "cpu",
         "report_to": list(settings.report_to) or "none",
         "run_name": run.path.name,
         "disable_tqdm": True,
         "include_num_input_tokens_seen": "non_padding" if data.padded else "all",
         "remove_unused_columns": False,
-        "dataloader_pin_memory": settings.device != "cpu",
+        "dataloader_pin_memory": settings.place.type != "cpu",
         "dataloader_drop_last": settings.drops_last(len(data.train)),
     }
     progress = ShowProgress(console)
     stop = StopOnSignal(
         lambda: console.print("Stopping after this step; once more stops at once, without saving."), processes.any
     )
-    early = [] if settings.patience is None else [EarlyStoppingCallback(settings.patience)]
+    patience = None if settings.patience is None else EarlyStoppingCallback(settings.patience)
+    measured = {int(step): HeldOut.of(said) for step, said in run.results.get("evaluated", {}).items()}
     watching: dict[str, Any] = {
-        "callbacks": [progress, stop, *early, *([sampler] if settings.sample else [])],
+        "callbacks": [progress, stop, *([patience] if patience else []), *([sampler] if settings.sample else [])],
         "measure": lambda model: data.held_out_loss(model, console, processes),
         "processes": processes,
     }
@@ -105,15 +108,42 @@ def train(
             **watching,
         )
     trainer.remove_callback(PrinterCallback)
+    trainer.measured = {step: found for step, found in measured.items() if step <= run.step}
+    trainer.add_callback(_Record(run, trainer, sampler))
     if run.checkpoint is not None:
         console.print(f"Going on from {run.checkpoint}")
     try:
         with stop.installed(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*pin_memory.*")
-            trainer.train_on(run.checkpoint)
+            # A finished run that goes on was asked to: what it waited for in vain does not count.
+            trainer.train_on(run.checkpoint, None if run.state == "finished" else patience)
     finally:
         progress.close()
-    return trainer, stop.stopped and trainer.state.global_step < steps
+    return trainer, processes.any(stop.signalled)
+
+
+class _Record(TrainerCallback):
+    """Writes what was measured after each evaluation, so that a killed run still has it.
+
+    And has a resumed run evaluate and save as often as it is asked to now: Trainer keeps to what the checkpoint says.
+    """
+
+    def __init__(self, run: RunFolder, trainer: JobTrainer, sampler: Sampler) -> None:
+        self._run, self._trainer, self._sampler = run, trainer, sampler
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._run.write("running", **watched(self._trainer, self._sampler))
+
+
+def watched(trainer: JobTrainer, sampler: Sampler) -> dict[str, Any]:
+    """What `run.json` keeps of the evaluations and samples."""
+    evaluated = {str(step): asdict(found) for step, found in sorted(trainer.measured.items())}
+    return {"evaluated": evaluated, "samples": sampler.samples}
 
 
 def save(model: nn.Module, run: RunFolder) -> None:

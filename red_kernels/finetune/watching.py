@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..support.sharded import local
 from .measure import HeldOut
 from .processes import ALONE, Processes
-from .resume import ResumingTrainer
+from .resume import STATE, ResumingTrainer
 
 __all__ = ["Diverged", "JobTrainer", "Sampler", "continued"]
 
@@ -50,6 +51,17 @@ class JobTrainer(ResumingTrainer):
         self.measured: dict[int, HeldOut] = {}
         super().__init__(*args, **kwargs)
         self.add_callback(_StopWhereNotFinite(self))
+
+    def train_on(self, checkpoint: Path | None, patience: EarlyStoppingCallback | None = None) -> None:
+        """Train, from a checkpoint on if there is one; `patience` goes on counting where it was."""
+        if checkpoint is not None and patience is not None:
+            state = TrainerState.load_from_json(str(checkpoint / STATE))
+            kept = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+            patience.early_stopping_patience_counter = int(kept.get("early_stopping_patience_counter", 0))
+            if patience.early_stopping_patience_counter >= patience.early_stopping_patience:
+                self.take_up(checkpoint, state)
+                return
+        super().train_on(checkpoint)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Measure the held-out data; the numbers are logged and callbacks told, as Trainer's own evaluation does."""

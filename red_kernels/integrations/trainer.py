@@ -258,6 +258,11 @@ class StopOnSignal(TrainerCallback):
         self._signalled = False
         self._announce, self._agree = announce, agree
 
+    @property
+    def signalled(self) -> bool:
+        """Whether a signal came to this process, obeyed by now or not."""
+        return self._signalled
+
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Handle the signals in this block, which has to be in the main thread; the former handlers come back after."""

@@ -104,6 +104,35 @@ def test_the_best_edits_are_kept(folders: dict[str, Path], tmp_path: Path, capsy
     assert f"The edits are those of step {found['best_step']}" in shown
 
 
+@pytest.mark.parametrize("patience", [(), ("--patience", "2")])
+def test_a_run_that_died_at_its_end_has_the_same_result(
+    patience: tuple[str, ...], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Killed behind its last checkpoint: the best edits are found again, and nobody trains on who had stopped."""
+    output = tmp_path / "out"
+    run(causal(folders, output, "--steps", "20", "--lr", "0.4", "--eval-every", "2", "--sample", "line", *patience))
+    whole, edits = results(output), trained_tensors(output / "edits")
+    assert whole["best_step"] < whole["steps"]
+    (output / "run.json").write_text(json.dumps({**record(output), "state": "running"}))
+    (output / "edits" / "red_edits.safetensors").unlink()
+    assert cli.main(["finetune", "--output", str(output), "--resume"]) == 0
+    again = results(output)
+    for name in ("best_step", "steps", "after", "evaluated", "samples"):
+        assert again[name] == whole[name], name
+    assert {n: v.tolist() for n, v in trained_tensors(output / "edits").items()} == {
+        n: v.tolist() for n, v in edits.items()
+    }
+
+
+def test_other_evaluations_from_a_resume_on(folders: dict[str, Path], tmp_path: Path) -> None:
+    """What was not given does not come back as a setting: checkpoints follow the evaluations."""
+    output = tmp_path / "out"
+    run(causal(folders, output, "--steps", "4", "--eval-every", "2"))
+    assert record(output)["settings"]["save_every"] is None
+    assert cli.main(["finetune", "--output", str(output), "--resume", "--steps", "12", "--eval-every", "4"]) == 0
+    assert list(results(output)["evaluated"]) == ["2", "4", "8", "12"]
+
+
 def test_samples(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ("--steps", "4", "--eval-every", "2", "--sample", "line 1", "--sample", "line 2")
     run(causal(folders, tmp_path / "out", *more))
@@ -187,7 +216,7 @@ def test_settings_come_back_from_their_options() -> None:
     ("save-every: 3\nsave_every: 3", "save-every twice"),
     ("steps: many", "steps: got 'many', expected a whole number from 1 on"),
     ("patience: 2", "patience: got 2, and eval_every says"),
-    ("eval-every: 4\nsave-every: 6", "save_every: got 6, expected a multiple of eval_every, 4"),
+    ("eval-every: 4\nsave-every: 6", "save_every: got 6, expected 4, that of eval_every"),
     ("steps: 3\nepochs: 1", "steps and epochs: got 3 and 1, expected one"),
     ("warmup: -1", "warmup: got -1, expected a number, 0 or more"),
     ("schedule: sudden", "schedule: got 'sudden', expected one of"),
