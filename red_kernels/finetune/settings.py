@@ -244,6 +244,7 @@ def from_options(given: Mapping[str, Any], former: Mapping[str, Any] | None = No
     values = {name: value for name, value in (former or {}).items() if name in _FIELDS and name != "columns"}
     if isinstance(values.get("data"), str):  # as older versions kept it
         values["data"] = (values["data"],)
+    values.pop("dtype", None)  # the run's own is kept, and said to be
     columns = dict((former or {}).get("columns", {}))
     names = {name.replace("-", "_"): value for name, value in given.items()}
     for name, value in names.items():

@@ -17,6 +17,9 @@ from patience import HANGS
 from places import python_path
 
 from red_kernels import cli
+from red_kernels.finetune.job import _check_shares
+from red_kernels.finetune.processes import Processes
+from red_kernels.finetune.settings import Settings
 from red_kernels.integrations.trainer import checkpoints
 
 
@@ -73,10 +76,13 @@ def test_a_classifier_on_two_processes(folders: dict[str, Path], tmp_path: Path)
     again = launched(classify(folders, two, *more))
     assert again.returncode != 0
     assert again.stderr.count("already holds a run") == 1
-    odd = launched(classify(folders, tmp_path / "odd", *more, "--batch-size", "3"))
-    assert odd.returncode != 0
-    assert "batch_size: got 3, expected a multiple of 2" in odd.stderr
-    assert not (tmp_path / "odd").exists()
+
+
+def test_a_batch_that_cannot_be_shared() -> None:
+    with pytest.raises(ValueError, match="batch_size: got 3, expected a multiple of 2: so many processes share it"):
+        _check_shares(Settings(batch_size=3), Processes(2))
+    with pytest.raises(ValueError, match="fsdp: there is one process"):
+        _check_shares(Settings(fsdp=True), Processes())
 
 
 def test_fsdp(folders: dict[str, Path], tmp_path: Path) -> None:
