@@ -14,6 +14,10 @@ from red_kernels import backends, models
 from red_kernels.backends import cpu
 from red_kernels.edits.kinds import KINDS
 
+# On a loaded machine the hub's stand-in may take longer than the ten seconds after which its client takes what it has.
+os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "300")
+os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "300")
+
 SEED = 0
 
 

@@ -113,7 +113,9 @@ def weights_print(model: nn.Module) -> str | None:
         for own in module.parameters():
             if id(own) in edits:
                 continue
-            known = own.is_floating_point() and own.element_size() > 1 and own.layout is torch.strided
+            # Quantised weights are tensors of classes of their own, which do not have each operation.
+            plain = type(own) in (torch.nn.Parameter, torch.Tensor) and type(own.data) is torch.Tensor
+            known = plain and own.is_floating_point() and own.element_size() > 1 and own.layout is torch.strided
             if not known or own.is_meta or is_sharded(own) or own.numel() == 0 or own.requires_grad:
                 return None
             flat = own.detach().reshape(-1)[:: max(1, own.numel() // _SAMPLED)][:_SAMPLED]

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 import red_kernels as rk
 from red_kernels import cli
-from red_kernels.finetune import job
+from red_kernels.finetune import watching
 from red_kernels.integrations.trainer import checkpoints
 
 
@@ -367,7 +367,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def step(*arguments: Any, **named: Any) -> None:
         pytest.fail("a step was trained")
 
-    monkeypatch.setattr(job.ResumingTrainer, "training_step", step)
+    monkeypatch.setattr(watching.JobTrainer, "training_step", step)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
