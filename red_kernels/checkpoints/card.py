@@ -14,10 +14,9 @@ from typing import Any
 from ..support.bars import bars_on_terminals_only
 from ..support.files import write_files
 from ..support.text import listed
-from .folder import TENSORS_NAME
 from .found import Found
 from .hub import ID, is_hub_id
-from .reading import located, read
+from .reading import located_folder, read_described
 
 __all__ = ["CARD_NAME", "is_own_card", "renamed_card", "write_model_card"]
 
@@ -75,15 +74,8 @@ def write_model_card(
     Warns:
         UserWarning: a `README.md` of somebody else was left as it is.
     """
-    place = located(Path(folder))
-    if not place.is_dir():
-        raise FileNotFoundError(f"folder: {str(folder)!r} is no folder; expected one that rk.save_edits wrote")
-    found = read(place)
-    if found.description is None:
-        raise ValueError(
-            f"folder: {str(folder)!r} does not say where its edits belong; expected one with {TENSORS_NAME}, which "
-            "red-kernels convert makes"
-        )
+    place = located_folder(folder)
+    found = read_described(place, "folder", folder)
     for key, pair in (figures or {}).items():
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ValueError(f"figures: got {pair!r} for {key!r}, expected the values before and after the training")

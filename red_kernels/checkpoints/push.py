@@ -16,7 +16,7 @@ from ..support.text import listed
 from .card import CARD_NAME, is_own_card, renamed_card, write_model_card
 from .found import Found
 from .hub import EDIT_FILES, ID, explaining_hub
-from .reading import located, read
+from .reading import located_folder, read_described
 
 __all__ = ["Pushed", "add_options", "push_edits", "run"]
 
@@ -80,18 +80,11 @@ def push_edits(
     """
     if not isinstance(repository, str) or not ID.fullmatch(repository):
         raise ValueError(f"repository: got {repository!r}, expected an id of the hub such as 'user/name'")
-    place = located(Path(folder))
-    if not place.is_dir():
-        raise FileNotFoundError(f"folder: {str(folder)!r} is no folder; expected one that rk.save_edits wrote")
+    place = located_folder(folder)
     with tempfile.TemporaryDirectory(prefix="red-push-") as made:
         copy = Path(made)
         left_out = _copy(place, copy)
-        found = read(copy)
-        if found.description is None:
-            raise ValueError(
-                f"folder: {str(folder)!r} does not say where its edits belong; push the folder that red-kernels "
-                "convert makes of it"
-            )
+        found = read_described(copy, "folder", folder)
         notes = _put_card(copy, repository, found)
         return _upload(copy, repository, private, revision, message, token, left_out, notes)
 

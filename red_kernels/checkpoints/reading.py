@@ -12,7 +12,7 @@ from .found import Found
 from .hub import fetched
 from .peft_folder import is_peft_folder, read_peft, read_peft_folder
 
-__all__ = ["RUN_EDITS", "located", "read", "saved_config"]
+__all__ = ["RUN_EDITS", "located", "located_folder", "read", "read_described", "saved_config"]
 
 RUN_EDITS = "edits"  # where a run of `red-kernels finetune` has its edits, in the run's folder
 
@@ -33,6 +33,14 @@ def located(source: str | os.PathLike[str], revision: str | None = None) -> Path
     path = fetched(source, revision)
     inner = path / RUN_EDITS
     return inner if path.is_dir() and not _has_edits(path) and _has_edits(inner) else path
+
+
+def located_folder(folder: str | os.PathLike[str]) -> Path:
+    """The folder on this machine that `folder` stands for. Raises FileNotFoundError where there is none."""
+    place = located(Path(folder))
+    if not place.is_dir():
+        raise FileNotFoundError(f"folder: {str(folder)!r} is no folder; expected one that rk.save_edits wrote")
+    return place
 
 
 def read(path: Path) -> Found:
@@ -56,6 +64,17 @@ def read(path: Path) -> Found:
         own = read_file(path)
         return Found(path, own.vectors, own.description)
     return Found(path, read_vectors(path))
+
+
+def read_described(path: Path, argument: str, source: str | os.PathLike[str]) -> Found:
+    """The same of edits that say how their model is patched. Raises ValueError for others, naming the argument."""
+    found = read(path)
+    if found.description is None:
+        raise ValueError(
+            f"{argument}: {os.fspath(source)!r} does not say where its edits belong; expected a folder with "
+            f"{TENSORS_NAME}, which red-kernels convert makes of other forms"
+        )
+    return found
 
 
 def saved_config(folder: str | os.PathLike[str], revision: str | None = None) -> RedConfig:

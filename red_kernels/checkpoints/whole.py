@@ -14,7 +14,7 @@ from ..patching.patch import patch
 from .checkpoint import load_found
 from .folder import config_of
 from .found import Found
-from .reading import located, read
+from .reading import located, read_described
 
 if TYPE_CHECKING:
     from .base import Source
@@ -146,18 +146,13 @@ def load_base_model(
 def _read(source: str | os.PathLike[str], revision: str | None) -> tuple[Path, Found]:
     place = located(source, revision)
     try:
-        found = read(place)
+        return place, read_described(place, "source", source)
     except FileNotFoundError as error:
         if place.is_dir() and (place / "config.json").is_file():
             raise ValueError(
                 f"source: {str(source)!r} holds a model and no edits; transformers' from_pretrained loads it"
             ) from error
         raise
-    if found.description is None:
-        raise ValueError(
-            f"source: {str(source)!r} does not say where its edits belong; red-kernels convert makes a folder that does"
-        )
-    return place, found
 
 
 def _base(source: str | os.PathLike[str], place: Path, found: Found, base: str | None, revision: str | None) -> Source:

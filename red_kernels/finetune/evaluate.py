@@ -76,8 +76,8 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
     from ..edits.named import disable_edits
     from ..support.base_models import BaseModel
     from .base_dtype import DTYPES
-    from .data import load_data
-    from .job_data import tokenised
+    from .data import load_data, load_judged
+    from .job_data import judged
     from .run_folder import RUN_NAME, former_run
     from .settings import chat_template, from_options
 
@@ -92,24 +92,23 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
     settings = from_options({**given, "dtype": "auto"}, former)
     settings = replace(settings, output=source, sample=(), steps=None, epochs=None).filled()
     names = settings.data or ()
-    loaded = load_data(
-        names,
-        settings.columns,
-        settings.task,
-        subset=settings.subset,
-        validation=names if "data" in given else settings.validation,
-        held_out=settings.held_out,
-    )
-    if (
-        own_run is not None
-        and "data" not in given
-        and own_run["results"].get("data_digest", loaded.digest) != loaded.digest
-    ):
-        raise ValueError(
-            f"data: {', '.join(names)!r} is not what the run in {source!r} had, so what it held out is not known; give "
-            "what is to be judged by --data"
+    if "data" in given:
+        loaded = load_judged(names, settings.columns, settings.task, subset=settings.subset)
+    else:
+        loaded = load_data(
+            names,
+            settings.columns,
+            settings.task,
+            subset=settings.subset,
+            validation=settings.validation,
+            held_out=settings.held_out,
         )
-    loaded = replace(loaded, train=loaded.held_out)
+        assert own_run is not None
+        if own_run["results"].get("data_digest", loaded.digest) != loaded.digest:
+            raise ValueError(
+                f"data: {', '.join(names)!r} is not what the run in {source!r} had, so what it held out is not known; "
+                "give what is to be judged by --data"
+            )
     dtype = DTYPES.get(str((former or {}).get("dtype")), "auto")  # that of the run
     model = from_pretrained(source, base=base, dtype=dtype, device=settings.place)
     tokenizer = load_tokenizer(source, base=base)
@@ -123,14 +122,8 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
         strange = sorted({str(own.label) for own in loaded.held_out} - labels.keys())
         if strange:
             raise ValueError(f"data: has the label {strange[0]!r}, and the model knows {', '.join(sorted(labels))}")
-    from rich.console import Console
-
-    own = BaseModel(model, tokenizer, source, frozenset())
-    data = tokenised(settings, own, loaded, labels, Console(quiet=True))
-    console.print(f"{len(data.held_out):,} items of {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
-    cut = getattr(data.held_out, "truncated", 0)
-    for sentence in [*getattr(data.held_out, "said", ()), *([f"{cut:,} of them cut"] if cut else [])]:
-        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Data: {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
+    data = judged(settings, BaseModel(model, tokenizer, source, frozenset()), loaded, labels, console)
     blocks: dict[str, AbstractContextManager[Any]] = {"with edits": nullcontext()}
     if not data.labelled:  # a head without the edits that it was trained with says nothing
         blocks = {"base model": disable_edits(model), **blocks}

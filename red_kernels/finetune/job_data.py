@@ -32,7 +32,9 @@ from .preferences import Answers, preference_loss
 from .processes import ALONE, Processes
 from .settings import Settings
 
-__all__ = ["JobData", "tokenised"]
+__all__ = ["JobData", "judged", "tokenised"]
+
+_LABELLED, _ANSWERED = ("labelled", "scored"), ("chat", "completion")  # forms of data
 
 
 @dataclass(frozen=True)
@@ -74,74 +76,83 @@ def tokenised(
 ) -> JobData:
     """Tokenise the data, and say how much it is. `labels` are a classification's, label to number."""
     console.print("Tokenising the data")
-    if loaded.form in ("labelled", "scored"):
-        return _labelled(settings, base, loaded, labels, console)
-    if loaded.form in ("chat", "completion"):
-        return _answers(settings, base, loaded, console)
-    if loaded.form == "preference":
-        return _pairs(settings, base, loaded, console)
-    return _blocks(settings, base, loaded, console)
+    with Stage(console, "tokenising", len(loaded.train) + len(loaded.held_out), unit="document", after=QUIET) as stage:
+        train, held_out = (
+            _tokens(settings, base, loaded.form, part, labels, stage) for part in (loaded.train, loaded.held_out)
+        )
+    for sentence in _sizes(loaded, train, held_out, labels):
+        console.print(sentence, markup=False, soft_wrap=True)
+    for name, part in (("to train on", train), ("held out", held_out)):
+        for sentence in left_out(part, settings.length):
+            console.print(f"Of those {name}: {sentence}", markup=False, highlight=False, soft_wrap=True)
+    return _batched(settings, base, loaded.form, train, held_out, console)
 
 
-def _labelled(
+def judged(
     settings: Settings, base: BaseModel, loaded: Loaded, labels: dict[str, int] | None, console: Console
 ) -> JobData:
-    train, held_out = (
-        LabelledTexts(part, labels, base.tokenizer, settings.length) for part in (loaded.train, loaded.held_out)
-    )
-    cut = train.truncated + held_out.truncated
-    console.print(
-        f"{report.plural(len(train), 'text')} to train on, {len(held_out):,} held out"
-        + ("" if labels is None else f", {len(labels)} labels")
-        + (f"; {report.plural(cut, 'text')} cut to {settings.length} tokens" if cut else "")
-    )
-    if labels is not None:
-        _, most = Counter(document.label for document in loaded.held_out).most_common(1)[0]
-        console.print(f"The most frequent label is that of {most / len(held_out):.1%} of the held-out texts")
-    return JobData(train, held_out, DataCollatorWithPadding(base.tokenizer), True, True, settings.batch_size)
+    """Tokenise what is held out, and say how much it is: data that is not trained on."""
+    with Stage(console, "tokenising", len(loaded.held_out), unit="document", after=QUIET) as stage:
+        part = _tokens(settings, base, loaded.form, loaded.held_out, labels, stage)
+    for sentence in (f"{len(part):,} items", *left_out(part, settings.length)):
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    return _batched(settings, base, loaded.form, part, part, console)
 
 
-def _answers(settings: Settings, base: BaseModel, loaded: Loaded, console: Console) -> JobData:
-    train, held_out = (
-        chat_dataset(part, base.tokenizer, settings.length, settings.loss_on)
-        for part in (loaded.train, loaded.held_out)
-    )
-    what = "conversation" if loaded.form == "chat" else "completion"
-    console.print(
-        f"{report.plural(len(train), what)} to train on ({train.tokens:,} tokens, {train.learnt:,} with a loss), "
-        f"{len(held_out):,} held out ({held_out.tokens:,} tokens)"
-    )
-    for name, part in (("to train on", train), ("held out", held_out)):
-        for sentence in part.said:
-            console.print(f"Of those {name}: {sentence}", markup=False, highlight=False, soft_wrap=True)
+def left_out(part: Any, length: int) -> list[str]:
+    """Sentences about what was cut or dropped of a tokenised part."""
+    cut = getattr(part, "truncated", 0)
+    return [*getattr(part, "said", ()), *([f"{report.plural(cut, 'text')} cut to {length} tokens."] if cut else ())]
+
+
+def _tokens(
+    settings: Settings, base: BaseModel, form: str, examples: Any, labels: dict[str, int] | None, stage: Stage
+) -> Any:
+    if form in _LABELLED:
+        return LabelledTexts(examples, labels, base.tokenizer, settings.length)
+    if form in _ANSWERED:
+        return chat_dataset(examples, base.tokenizer, settings.length, settings.loss_on)
+    if form == "preference":
+        return preference_dataset(examples, base.tokenizer, settings.length)
+    return TokenBlocks(stage.over(own.text for own in examples), base.tokenizer, settings.length)
+
+
+def _sizes(loaded: Loaded, train: Any, held_out: Any, labels: dict[str, int] | None) -> list[str]:
+    if loaded.form in _LABELLED:
+        kinds = "" if labels is None else f", {len(labels)} labels"
+        said = [f"{report.plural(len(train), 'text')} to train on, {len(held_out):,} held out{kinds}"]
+        if labels is not None:
+            _, most = Counter(document.label for document in loaded.held_out).most_common(1)[0]
+            said.append(f"The most frequent label is that of {most / len(held_out):.1%} of the held-out texts")
+        return said
+    if loaded.form == "preference":
+        return [f"{report.plural(len(train), 'pair')} of answers to train on, {len(held_out):,} held out"]
+    counts, what = (len(train), len(held_out)), loaded.form
+    if loaded.form == "chat":
+        what = "conversation"
+    elif loaded.form not in _ANSWERED:
+        counts, what = (len(loaded.train), len(loaded.held_out)), "document"
+    learnt = f", {train.learnt:,} with a loss" if loaded.form in _ANSWERED else ""
+    return [
+        f"{report.plural(counts[0], what)} to train on ({train.tokens:,} tokens{learnt}), "
+        f"{counts[1]:,} held out ({held_out.tokens:,} tokens)"
+    ]
+
+
+def _batched(settings: Settings, base: BaseModel, form: str, train: Any, held_out: Any, console: Console) -> JobData:
+    size = settings.batch_size
+    if form in _LABELLED:
+        return JobData(train, held_out, DataCollatorWithPadding(base.tokenizer), True, True, size)
+    if form == "preference":
+        collate = padded_collator(base.tokenizer)
+        return JobData(Answers(train), Answers(held_out), collate, False, True, size, (train, held_out))
+    if form not in _ANSWERED:
+        return JobData(train, held_out, default_data_collator, False, False, size)
     if not settings.packing:
-        return JobData(train, held_out, padded_collator(base.tokenizer), False, True, settings.batch_size)
+        return JobData(train, held_out, padded_collator(base.tokenizer), False, True, size)
     check_packing(base.model)
-    rows = [packed(part, settings.length) for part in (train, held_out)]
-    console.print(rows[0].said[0], markup=False, highlight=False, soft_wrap=True)
-    return JobData(rows[0], rows[1], PackedCollator(), False, False, settings.batch_size)
-
-
-def _pairs(settings: Settings, base: BaseModel, loaded: Loaded, console: Console) -> JobData:
-    parts = [preference_dataset(part, base.tokenizer, settings.length) for part in (loaded.train, loaded.held_out)]
-    console.print(f"{report.plural(len(parts[0]), 'pair')} of answers to train on, {len(parts[1]):,} held out")
-    for name, part in zip(("to train on", "held out"), parts, strict=True):
-        for sentence in part.said:
-            console.print(f"Of those {name}: {sentence}", markup=False, highlight=False, soft_wrap=True)
-    collate = padded_collator(base.tokenizer)
-    better = [Answers(part) for part in parts]
-    return JobData(better[0], better[1], collate, False, True, settings.batch_size, (parts[0], parts[1]))
-
-
-def _blocks(settings: Settings, base: BaseModel, loaded: Loaded, console: Console) -> JobData:
-    count = len(loaded.train) + len(loaded.held_out)
-    with Stage(console, "tokenising", count, unit="document", after=QUIET) as stage:
-        train, held_out = (
-            TokenBlocks(stage.over(document.text for document in part), base.tokenizer, settings.length)
-            for part in (loaded.train, loaded.held_out)
-        )
-    console.print(
-        f"{report.plural(len(loaded.train), 'document')} to train on ({train.tokens:,} tokens), "
-        f"{len(loaded.held_out):,} held out ({held_out.tokens:,} tokens)"
+    rows = packed(train, settings.length)
+    console.print(rows.said[0], markup=False, highlight=False, soft_wrap=True)
+    return JobData(
+        rows, rows if held_out is train else packed(held_out, settings.length), PackedCollator(), False, False, size
     )
-    return JobData(train, held_out, default_data_collator, False, False, settings.batch_size)

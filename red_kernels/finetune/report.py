@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -72,6 +73,36 @@ def speed_table(console: Console, speeds: Mapping[str, Speed], first: str) -> No
     console.print(table)
 
 
+def loss_picture(draw: Callable[[Any], None], across: str, log: bool = False) -> bytes:
+    """A picture of losses, as a PNG file's content.
+
+    Args:
+        draw: gets matplotlib's axes.
+        across: what the losses are drawn over.
+        log: whether that axis is logarithmic.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+    """
+    require("matplotlib", "a picture of losses")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)  # no display, and the user's own backend stays as it is
+    axes = figure.add_subplot()
+    draw(axes)
+    if log:
+        axes.set_xscale("log")
+    axes.set_xlabel(across)
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
 def draw_loss_curve(path: Path, steps: Sequence[int], losses: Sequence[float], held_out: Mapping[int, float]) -> Path:
     """Draw the training loss, and the held-out loss at the steps where it was measured, into a PNG file.
 
@@ -79,20 +110,10 @@ def draw_loss_curve(path: Path, steps: Sequence[int], losses: Sequence[float], h
         ModuleNotFoundError: matplotlib is missing.
         OSError: the file cannot be written; nothing is left behind.
     """
-    require("matplotlib", "the loss curve")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)  # no display, and the user's own backend stays as it is
-    axes = figure.add_subplot()
-    axes.plot(steps, losses, color="tab:blue", linewidth=1.2, label="training")
-    axes.plot(list(held_out), list(held_out.values()), "o--", color="tab:red", label="held out")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    write_files(path.parent, {path.name: content.getvalue()})
+    def draw(axes: Any) -> None:
+        axes.plot(steps, losses, color="tab:blue", linewidth=1.2, label="training")
+        axes.plot(list(held_out), list(held_out.values()), "o--", color="tab:red", label="held out")
+
+    write_files(path.parent, {path.name: loss_picture(draw, "step")})
     return path

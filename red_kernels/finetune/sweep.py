@@ -7,7 +7,6 @@ of them (Jamieson and Talwalkar, arXiv 1502.07943). Nothing is trained twice: a 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import os
@@ -170,24 +169,12 @@ def _show(console: Any, record: dict[str, dict[str, float | None]]) -> None:
 
 
 def _picture(record: dict[str, dict[str, float | None]]) -> bytes:
-    from ..support.require import require
+    from .report import loss_picture
 
-    require("matplotlib", "the picture of a sweep")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    def draw(axes: Any) -> None:
+        for step in sorted({int(step) for losses in record.values() for step in losses}):
+            known = {float(rate): losses.get(str(step)) for rate, losses in record.items()}
+            points = sorted((rate, loss) for rate, loss in known.items() if loss is not None)
+            axes.plot(*zip(*points, strict=True), "o-", label=f"held out, {step} steps")
 
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for step in sorted({int(step) for losses in record.values() for step in losses}):
-        known = {float(rate): losses.get(str(step)) for rate, losses in record.items()}
-        points = sorted((rate, loss) for rate, loss in known.items() if loss is not None)
-        axes.plot(*zip(*points, strict=True), "o-", label=f"{step} steps")
-    axes.set_xscale("log")
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("held-out loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
+    return loss_picture(draw, "learning rate", log=True)

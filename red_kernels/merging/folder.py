@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from ..checkpoints.base import DTYPES, load_source, source_of, source_tokenizer
-from ..checkpoints.checkpoint import Found, load_found, located, read
-from ..checkpoints.folder import TENSORS_NAME, config_of
+from ..checkpoints.checkpoint import Found, load_found, located
+from ..checkpoints.folder import config_of
+from ..checkpoints.reading import read_described
 from ..patching.patch import patch
 from ..support.base_models import quietly
 from ..support.output_folder import check_output, writing
@@ -70,12 +71,7 @@ def merge_folder(
     inputs = {"the folder of the edits": place}
     refuse_overlap(output, inputs if source.path is None else {"the base model": source.path, **inputs})
     target = OutputFolder(output, overwrite)
-    found = read(place)
-    if found.description is None:
-        raise ValueError(
-            f"edits: {str(edits)!r} does not say where its edits belong; expected a folder with {TENSORS_NAME}, which "
-            "red-kernels convert makes of the authors' form"
-        )
+    found = read_described(place, "edits", edits)
     for name, value in {} if found.trained is None else found.trained.values.items():
         if not is_finite(value):
             raise ValueError(f"{found.head_source}: {name} is not finite ({unfinite(value)})")
@@ -83,6 +79,7 @@ def merge_folder(
     with target.written() as folder:
         say(f"Loading the model: {model}")
         loaded = load_source(source, DTYPES[dtype], found.trained)
+        assert found.description is not None
         patch(loaded, config_of(found.source, found.description))
         report = load_found(loaded, found, place, None, strict=True)
         notes = [*report.warnings, *_rounded(loaded, found)]

@@ -142,30 +142,18 @@ class Kind:
                 self._fill(part, tensors)
 
     def _fill(self, part: Part, tensors: Mapping[str, Tensor | None]) -> None:
-        own = tensors[part.name]
+        own: Any = tensors[part.name]
         if own is None or own.is_meta:
             return
-        if is_sharded(own):
-            self._fill_sharded(part, tensors)
-            return
         like = None if part.like is None else tensors.get(part.like)
         if like is not None:
             own.copy_(like)
         elif part.draw is not None:
             drawn = torch.empty(own.shape, dtype=torch.float32)
             part.draw(drawn)
+            if is_sharded(own):  # what one of the processes draws, all have
+                drawn = spread(drawn.to(own.device, own.dtype), own.device_mesh, own.placements, from_first=True)
             own.copy_(drawn)
-
-    def _fill_sharded(self, part: Part, tensors: Mapping[str, Tensor | None]) -> None:
-        """The same of a tensor of which each process has a part: what one of them draws, all have."""
-        own: Any = tensors[part.name]
-        like = None if part.like is None else tensors.get(part.like)
-        if like is not None:
-            own.copy_(like)
-        elif part.draw is not None:
-            drawn = torch.empty(own.shape, dtype=torch.float32)
-            part.draw(drawn)
-            own.copy_(spread(drawn.to(own.device, own.dtype), own.device_mesh, own.placements, from_first=True))
 
     @cached_property
     def names(self) -> tuple[str, ...]:

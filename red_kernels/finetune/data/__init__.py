@@ -8,7 +8,7 @@ from .chat import Tokenised, chat_dataset, preference_dataset
 from .examples import Columns, Completion, Conversation, Document, Preference, Split, check_held_out
 from .files import COMPRESSIONS, FILE_TYPES
 from .forms import FORMS
-from .load import Loaded, load_data, load_documents
+from .load import Loaded, load_data, load_documents, load_judged
 from .packing import Packed, PackedCollator, check_packing, packed, padded_collator
 from .sources import PYTHON_TOPICS, python_topics
 from .split import split_documents
@@ -37,6 +37,7 @@ __all__ = [
     "label_numbers",
     "load_data",
     "load_documents",
+    "load_judged",
     "packed",
     "padded_collator",
     "preference_dataset",

@@ -102,6 +102,22 @@ def load_data(
     return Loaded(reader.form, train, kept, said, _digest(train, kept))
 
 
+def load_judged(
+    data: str | Sequence[str], columns: Columns | None = None, task: str = "causal-lm", *, subset: str | None = None
+) -> Loaded:
+    """Read examples that nothing is trained on, all of them as `held_out`: of data sets the split validation or test.
+
+    Arguments and errors as of `load_data`.
+    """
+    if task not in TASK_FORMS:
+        raise ValueError(f"task: got {task!r}, expected one of {listed(TASK_FORMS)}")
+    reader = Reader(columns or Columns(), task, subset)
+    for name in sequence_of_names(data, "data"):
+        reader.read(name, VALIDATION)
+    assert reader.form is not None  # there are examples
+    return Loaded(reader.form, [], reader.whole, reader.said, _digest([], reader.whole))
+
+
 def load_documents(
     data: str, columns: Columns, labelled: bool, held_out: float, subset: str | None = None
 ) -> list[Document]:
