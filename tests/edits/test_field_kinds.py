@@ -341,7 +341,8 @@ def test_in_half_precision_with_dropout(kind: str, dtype: torch.dtype) -> None:
     found = model(**zoo.inputs("llama"))
     assert found.logits.dtype == dtype
     found.loss.backward()
-    torch.testing.assert_close(found.logits.float(), logits(trained(kind, "llama"), "llama"), rtol=0.1, atol=0.1)
+    rounding = 0.05 if dtype == torch.bfloat16 else 0.006  # the edits move the logits by 1.7
+    torch.testing.assert_close(found.logits.float(), logits(trained(kind, "llama"), "llama"), rtol=0, atol=rounding)
 
 
 @pytest.mark.sampled(2)
