@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import huggingface_hub
 import pytest
 import tiny_folders
 import torch
+import transformers.utils.hub
 from checkpoint_helpers import every_vector
 from hub_stand_in import TOKEN, Hub, Repository, serving
 from huggingface_hub import constants
@@ -33,7 +35,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def _use(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As HF_ENDPOINT and its like set it, which the library reads when it is imported."""
+    """As HF_ENDPOINT and its like set it, which the library reads when it is imported.
+
+    A client keeps the address that it was made with. Those that are shared live on, so each gets the new one, and
+    transformers' own is made now: one made later would keep this test's address for the tests behind it.
+    """
+    getattr(transformers.utils.hub, "hf_api", lambda: None)()
+    for client in [own for own in gc.get_objects() if isinstance(own, huggingface_hub.HfApi)]:
+        monkeypatch.setattr(client, "endpoint", address)
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
