@@ -26,6 +26,8 @@ __all__ = [
     "ALPHA",
     "KIND_METHODS",
     "METHODS",
+    "MORE_ADAPTERS",
+    "POSITION_METHODS",
     "QUALITY_DEFAULT",
     "QUALITY_METHODS",
     "RANK",
@@ -109,17 +111,27 @@ def sister(model: nn.Module) -> nn.Module:
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (*red.METHODS, *red.KIND_METHODS, *known.ADAPTERS, *neighbours.METHODS, *known.WHOLE)
+    for method in (
+        *red.METHODS,
+        *red.POSITION_METHODS,
+        *red.KIND_METHODS,
+        *known.ADAPTERS,
+        *known.MORE_ADAPTERS,
+        *neighbours.METHODS,
+        *known.WHOLE,
+    )
 }
 KIND_METHODS = tuple(method.name for method in red.KIND_METHODS)
+POSITION_METHODS = tuple(method.name for method in red.POSITION_METHODS)
+MORE_ADAPTERS = tuple(method.name for method in known.MORE_ADAPTERS)
 # What a step's time is measured of by default, and what it can be asked for.
-STEP_METHODS = tuple(name for name in METHODS if name != "linear-probe" and name not in KIND_METHODS)
+_ASKED = ("linear-probe", *KIND_METHODS, *POSITION_METHODS, *MORE_ADAPTERS)
+STEP_METHODS = tuple(name for name in METHODS if name not in _ASKED)
 STEP_KNOWN = tuple(name for name in METHODS if name != "linear-probe")
-# What quality is measured of by default, and what it can be asked for. A method costs about a tenth of the hour.
-QUALITY_DEFAULT = ("red", "naive", "lora-all", "ia3", "road", "linear-probe", "full")
+# What quality is measured of by default, and what it can be asked for.
+QUALITY_DEFAULT = ("red", "red-more", "lora-all", "ia3", "linear-probe", "full")
 QUALITY_METHODS = (
-    *(name for name in QUALITY_DEFAULT if name not in ("linear-probe", "full")),
-    *KIND_METHODS,
+    *("red", "naive", *POSITION_METHODS, "lora-all", "ia3", "road", *MORE_ADAPTERS, *KIND_METHODS),
     *(method.name for method in neighbours.METHODS if method.name not in QUALITY_DEFAULT),
     *("linear-probe", "full"),
 )

@@ -1,4 +1,4 @@
-"""The peers that everybody knows: LoRA, IA3, BitFit, full fine-tuning and a linear probe."""
+"""The peers that everybody knows: LoRA, IA3, BitFit, BEFT, LN-tuning, full fine-tuning and a linear probe."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from red_kernels.fusion.norm_kinds import could_be_norm, norm_spec
+
 from .frame import Method, Prepared, inputs_in_fp32, with_peft
-from .linears import KEYS, QUERIES, VALUES, block_linears, named, transposed
+from .linears import JOINED, KEYS, QUERIES, VALUES, block_linears, in_block, named, transposed
 from .red import edited_sites
 
 RANK, ALPHA = 8, 16
 
 
-def _lora(every: bool) -> Callable[[nn.Module], Prepared]:
+def _lora(every: bool, rank: int = RANK) -> Callable[[nn.Module], Prepared]:
     def apply(model: nn.Module) -> Prepared:
         import peft
 
@@ -24,8 +26,8 @@ def _lora(every: bool) -> Callable[[nn.Module], Prepared]:
         if not names:
             raise ValueError("model: has no linear layers with a layer's number in their name")
         config = peft.LoraConfig(
-            r=RANK,
-            lora_alpha=ALPHA,
+            r=rank,
+            lora_alpha=rank * ALPHA // RANK,
             lora_dropout=0.0,
             target_modules=names,
             fan_in_fan_out=transposed(linears, names),
@@ -72,6 +74,33 @@ def _bitfit(model: nn.Module) -> Prepared:
     return Prepared(model, found)
 
 
+def _beft(model: nn.Module) -> Prepared:
+    """The biases of the layers of values alone (BEFT), which must have some."""
+    linears = block_linears(model)
+    values = named(linears, VALUES)
+    if any(name.rpartition(".")[2] in JOINED for name in values):
+        raise ValueError("model: its values come out of one layer with queries and keys, and beft trains theirs alone")
+    found = [own for name in values if isinstance(own := getattr(linears[name], "bias", None), nn.Parameter)]
+    if not found:
+        raise ValueError("model: its layers of values have no bias")
+    model.requires_grad_(False)
+    for own in found:
+        own.requires_grad_(True)
+    return Prepared(model, found)
+
+
+def _ln_tuning(model: nn.Module) -> Prepared:
+    """Weights and biases of the norms in the blocks, by PEFT, which trains copies of them."""
+    import peft
+
+    names = [
+        name for name, module in model.named_modules() if in_block(name) and could_be_norm(module) and norm_spec(module)
+    ]
+    if not names:
+        raise ValueError("model: its blocks have no norms")
+    return with_peft(model, peft.LNTuningConfig(target_modules=names))
+
+
 def _full(model: nn.Module) -> Prepared:
     model.requires_grad_(True)
     return Prepared(model, list(model.parameters()))
@@ -96,6 +125,12 @@ ADAPTERS = (
     Method("lora-all", f"LoRA r={RANK}, all linear layers", _lora(True), "peft"),
     Method("ia3", "IA3", _ia3, "peft"),
     Method("bitfit", "BitFit (biases)", _bitfit),
+)
+# Measured where they are asked for.
+MORE_ADAPTERS = (
+    Method("lora-all-r1", "LoRA r=1, all linear layers", _lora(True, 1), "peft"),
+    Method("beft", "BEFT (biases of values)", _beft),
+    Method("ln-tuning", "LN-tuning (norms)", _ln_tuning, "peft"),
 )
 WHOLE = (
     Method("full", "full fine-tuning", _full),

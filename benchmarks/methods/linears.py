@@ -21,8 +21,13 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and re.search(r"(?<![^.])\d+(?![^.])", name)
+        if isinstance(module, (nn.Linear, Conv1D)) and in_block(name)
     }
+
+
+def in_block(name: str) -> bool:
+    """Whether a module's name has a layer's number in it."""
+    return re.search(r"(?<![^.])\d+(?![^.])", name) is not None
 
 
 def named(linears: Mapping[str, nn.Module], *groups: tuple[str, ...]) -> list[str]:

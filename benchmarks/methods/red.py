@@ -65,11 +65,11 @@ def _red(model: nn.Module) -> Prepared:
     return Prepared(model, [own for parts in rk.edit_parameters(model).values() for own in parts.values()])
 
 
-def _of_kind(name: str) -> Callable[[nn.Module], Prepared]:
+def _edited(config: rk.RedConfig) -> Callable[[nn.Module], Prepared]:
     def apply(model: nn.Module) -> Prepared:
-        rk.patch(model, rk.RedConfig(kind=name))
+        rk.patch(model, config)
         trained = {id(own): own for parts in rk.edit_parameters(model).values() for own in parts.values()}
-        return Prepared(model, list(trained.values()), as_frozen=kind_named(name).starts_as_identity)
+        return Prepared(model, list(trained.values()), as_frozen=kind_named(config.kind).starts_as_identity)
 
     return apply
 
@@ -97,5 +97,10 @@ METHODS = (
 )
 # The other kinds at position `ffn`, where RED itself is; `all` is RED.
 KIND_METHODS = tuple(
-    Method(name, f"edits of kind {name}, ours", _of_kind(name)) for name, kind in KINDS.items() if name != "all"
+    Method(name, f"edits of kind {name}, ours", _edited(rk.RedConfig(kind=name))) for name in KINDS if name != "all"
+)
+# RED at the other positions; at `more` it is the paper's RED++.
+POSITION_METHODS = tuple(
+    Method(f"red-{position}", f"RED at position {position} (ours)", _edited(rk.RedConfig(position=position)))
+    for position in ("attn", "more", "res")
 )

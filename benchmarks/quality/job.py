@@ -1,21 +1,23 @@
-"""The quality of each method on two tasks, under equal budgets: accuracy on sentiment, perplexity on a language model.
+"""The quality of each method on three tasks, under equal budgets: accuracy of two classifications, and perplexity.
 
 All methods get the same steps, batches, lengths and, for a seed, the same order of the data and the same fresh head.
-The learning rate is chosen for each method by the mean loss on the validation part, with seed 0; where the best lies at
-the edge of the method's grid, the grid is extended. Only then the test part is used: by runs with seeds 1, 2, ... The
-mean over these and their sample standard deviation are the result. What the file's fields mean: docs/benchmarks.md.
+The learning rate is chosen for each method by the mean loss on the validation part, with seed 0, in runs of a share of
+the steps, each with its own warm-up and decay; where the best lies at the edge of the method's grid, the grid is
+extended. Only then the test part is used: by runs with seeds 1, 2, ... The mean over these and their sample standard
+deviation are the result. What the file's fields mean: docs/benchmarks.md.
 
 The head on the sentence model is transformers' own: a linear layer on the first token, as the model's pooler gives it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,119 +25,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from red_kernels.finetune.base_dtype import AUTO
 from red_kernels.finetune.measure import HeldOut
 
-from ..methods import KIND_METHODS, METHODS, QUALITY_DEFAULT, QUALITY_METHODS, prepare
+from ..memory import held_bytes, peak_allocated
+from ..methods import METHODS, QUALITY_DEFAULT, QUALITY_METHODS, Prepared, prepare
 from ..runs import Case, ResultFile, Run, run_cases
-from .tasks import LANGUAGE, METRIC, SENTIMENT, TASKS, Budget, Task, make_task
-from .training import check_grid, search_rate, train
+from .settings import Settings
+from .tasks import LABELS, LANGUAGE, METRIC, TASKS, Budget, Task, make_task
+from .training import search_rate, train
 
 JOB = "quality"
 BASE = "base"
-_BASE_LABEL = {SENTIMENT: "most frequent class", LANGUAGE: "no training"}
+_BASE_LABEL = dict.fromkeys(LABELS, "most frequent class") | {LANGUAGE: "no training"}
 POINTS = 10  # of a training curve, each a mean over as many steps
-LOOKS = 4  # batches of its training that a method looks at, if it does, before it trains
-_RED = (3e-3, 1e-2, 3e-2, 1e-1)
-_KINDS = {
-    **dict.fromkeys(KIND_METHODS, _RED),
-    **dict.fromkeys(("lowrank", "direct", "initial", "gift", "generated"), (1e-3, 3e-3, 1e-2, 3e-2)),
-}
-_NEIGHBOURS = {
-    "road": (3e-3, 1e-2, 3e-2, 1e-1),
-    "vera": (3e-3, 1e-2, 3e-2, 1e-1),
-    "hra": (1e-3, 3e-3, 1e-2, 3e-2),
-    "sara": (1e-4, 3e-4, 1e-3, 3e-3),
-    "spt": (1e-4, 3e-4, 1e-3, 3e-3),
-    "lorta": (1e-3, 3e-3, 1e-2, 3e-2),
-    "loretta-adp": (1e-3, 3e-3, 1e-2, 3e-2),
-    "loretta-rep": (1e-3, 3e-3, 1e-2, 3e-2),
-    "melora": (3e-4, 1e-3, 3e-3, 1e-2),
-}
-GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
-    SENTIMENT: {
-        **_KINDS,
-        **_NEIGHBOURS,
-        "red": _RED,
-        "naive": _RED,
-        "lora-all": (3e-4, 1e-3, 3e-3, 1e-2),
-        "ia3": (3e-3, 1e-2, 3e-2, 1e-1),
-        "linear-probe": (3e-3, 1e-2, 3e-2, 1e-1),
-        "full": (1e-5, 3e-5, 1e-4, 3e-4),
-    },
-    LANGUAGE: {
-        **_KINDS,
-        **_NEIGHBOURS,
-        "red": _RED,
-        "naive": _RED,
-        "lora-all": (3e-4, 1e-3, 3e-3, 1e-2),
-        "ia3": (3e-3, 1e-2, 3e-2, 1e-1),
-        "linear-probe": (1e-5, 3e-5, 1e-4, 3e-4),
-        "full": (1e-5, 3e-5, 1e-4, 3e-4),
-    },
-}
-SENTENCES = Budget("all-MiniLM-L6-v2", "fp32", 96, 16, 40, seeds=3, validation=512, test=1000)
-TEXTS = Budget("SmolLM2-135M-Instruct", AUTO, 16, 4, 128, seeds=3, validation=24, test=64)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured. The budgets are for two cores of a CPU, half an hour in all for the methods by default.
-
-    Attributes:
-        sentiment, language: the budget of each task.
-        methods: in the order in which they are measured, after the base.
-        grids: task to method to the learning rates to try; the fused and the eager edit have the same.
-        extend: how many rates may be tried beyond a grid.
-        tasks: which, in this order.
-    """
-
-    sentiment: Budget = SENTENCES
-    language: Budget = TEXTS
-    methods: tuple[str, ...] = QUALITY_DEFAULT
-    grids: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=lambda: GRIDS)
-    extend: int = 2
-    tasks: tuple[str, ...] = TASKS
-
-    def __post_init__(self) -> None:
-        self.sentiment.check("sentiment")
-        self.language.check("language")
-        if not self.tasks or not set(self.tasks) <= set(TASKS):
-            raise ValueError(f"tasks: got {self.tasks}, expected some of {', '.join(TASKS)}")
-        unknown = [name for name in self.methods if name not in QUALITY_METHODS]
-        if unknown or not self.methods:
-            raise ValueError(f"methods: got {self.methods}, expected some of {', '.join(QUALITY_METHODS)}")
-        for task in TASKS:
-            grids = {name: self.grids.get(task, {}).get(name, ()) for name in self.methods}
-            for name, grid in grids.items():
-                check_grid(f"grids[{task!r}][{name!r}]", grid)
-            if {"red", "naive"} <= grids.keys() and grids["red"] != grids["naive"]:
-                raise ValueError(
-                    f"grids[{task!r}]: 'red' has {grids['red']}, 'naive' {grids['naive']}, expected the same"
-                )
-        if self.extend < 0:
-            raise ValueError(f"extend: got {self.extend}, expected at least 0")
-
-    def budget(self, task: str) -> Budget:
-        """The budget of a task."""
-        return self.sentiment if task == SENTIMENT else self.language
-
-    def for_run(self, run: Run) -> Settings:
-        """These settings with the run's dtype in place of `auto`; of a quick run only few steps, rates and items."""
-        own = {name: replace(self.budget(name), dtype=run.resolved(self.budget(name).dtype)) for name in TASKS}
-        resolved = replace(self, sentiment=own[SENTIMENT], language=own[LANGUAGE])
-        return resolved._quick() if run.quick else resolved
-
-    def _quick(self) -> Settings:
-
-        def small(budget: Budget) -> Budget:
-            return replace(budget, steps=4, batch=4, length=min(32, budget.length), seeds=1, validation=16, test=16)
-
-        grids = {
-            task: {name: tuple(grid[len(grid) // 2 - 1 :][:2]) for name, grid in own.items()}
-            for task, own in self.grids.items()
-        }
-        return replace(self, sentiment=small(self.sentiment), language=small(self.language), grids=grids, extend=0)
+LOOKED_AT = 4  # batches of its training that a method looks at, if it does, before it trains
+LOOKS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # of a run's steps: when its loss on the validation part is measured
 
 
 def missing(methods: Iterable[str]) -> dict[str, str]:
@@ -157,10 +61,23 @@ def measure(case: Case, settings: Settings, run: Run) -> dict[str, Any]:
         RuntimeError: the training diverged with every learning rate.
     """
     settings = settings.for_run(run)
-    task = _task(case["task"], settings.budget(case["task"]), run.device)
+    budget = settings.budget(case["task"])
+    task = _task(case["task"], budget, run.device)
     if case["method"] == BASE:
         return _base(task)
-    return _method(case["method"], task, settings)
+    with _products(budget.products):
+        return _method(case["method"], task, settings)
+
+
+@contextlib.contextmanager
+def _products(dtype: str) -> Iterator[None]:
+    """Products of fp32 matrices by factors in this dtype."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if dtype == "bf16" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _task(name: str, budget: Budget, device: torch.device) -> Task:
@@ -186,29 +103,27 @@ def _base(task: Task) -> dict[str, Any]:
 
 
 def _method(method: str, task: Task, settings: Settings) -> dict[str, Any]:
-    trainable = 0
+    budget = task.budget
 
-    def trained(seed: int, rate: float, part: list[Any]) -> tuple[HeldOut, list[float]]:
-        nonlocal trainable
-        base = task.fresh(seed)
-        torch.manual_seed(seed)  # of what a method draws
-        looked_at = itertools.islice(task.batches(seed), LOOKS)
-        prepared = prepare(method, base.model, head=sorted(base.new_parameters), batches=looked_at)
-        trainable = prepared.trainable
-        torch.manual_seed(seed)  # of dropout
-        with prepared.active():
-            losses = train(prepared.model, prepared.trained, task.batches(seed), task.budget.steps, rate)
-            if not math.isfinite(losses[-1]):
-                return HeldOut(math.nan, 0), losses
-            return task.judge(prepared.model, part), losses
+    def rated(rate: float) -> HeldOut:
+        prepared = _prepared(method, task, 0, budget.search)
+        return _trained(prepared, task, 0, budget.search, rate) or task.judge(prepared.model, task.validation)
 
-    search = search_rate(
-        settings.grids[task.name][method], lambda rate: trained(0, rate, task.validation)[0], settings.extend
-    )
+    search = search_rate(settings.grids[task.name][method], rated, settings.extend)
     runs = []
-    for seed in range(1, task.budget.seeds + 1):
-        found, losses = trained(seed, search.chosen, task.test)
-        runs.append({"seed": seed, **_entry(task, found), "curve": _curve(losses)})
+    looks = sorted({max(1, round(share * budget.steps)) for share in LOOKS})
+    for seed in range(1, budget.seeds + 1):
+        prepared = _prepared(method, task, seed, budget.steps)
+        course: list[dict[str, Any]] = []
+
+        def look(step: int, seconds: float, model: Any = prepared.model, course: Any = course) -> None:
+            found = task.judge(model, task.validation)
+            course.append({"step": step, "seconds": round(seconds, 3), **_entry(task, found)})
+
+        losses: list[float] = []
+        diverged = _trained(prepared, task, seed, budget.steps, search.chosen, losses, looks=looks, look=look)
+        found = diverged or task.judge(prepared.model, task.test)
+        runs.append({"seed": seed, **_entry(task, found), "curve": _curve(losses), "validation": course})
     tried = {str(rate): _entry(task, found) for rate, found in search.tried.items()}
     return {
         **_summary(task, runs),
@@ -217,8 +132,43 @@ def _method(method: str, task: Task, settings: Settings) -> dict[str, Any]:
         "chosen": search.chosen,
         "at_edge": search.at_edge,
         "added": list(search.added),
-        "trainable": trainable,
+        "trainable": prepared.trainable,
+        "peak_bytes": _peak(method, task),
     }
+
+
+def _prepared(method: str, task: Task, seed: int, steps: int) -> Prepared:
+    base = task.fresh(seed)
+    torch.manual_seed(seed)  # of what a method draws
+    looked_at = itertools.islice(task.batches(seed, steps), LOOKED_AT)
+    return prepare(method, base.model, head=sorted(base.new_parameters), batches=looked_at)
+
+
+def _trained(
+    prepared: Prepared, task: Task, seed: int, steps: int, rate: float, losses: list[float] | None = None, **looks: Any
+) -> HeldOut | None:
+    """Train; what there is to judge already, where it diverged. `losses` gets those of the steps."""
+    torch.manual_seed(seed)  # of dropout
+    with prepared.active():
+        found = train(prepared.model, prepared.trained, task.batches(seed, steps), steps, rate, **looks)
+        if losses is not None:
+            losses += found
+    return None if math.isfinite(found[-1]) else HeldOut(math.nan, 0)
+
+
+def _peak(method: str, task: Task) -> int:
+    """The memory of a training step beyond the base weights, on the longest batch of a run: the second of two steps.
+
+    The optimizer's state is there from the first step on.
+    """
+    base = task.fresh(1)
+    weights = [own.detach() for own in base.model.parameters()]
+    batch = task.longest(1)
+    prepared = prepare(method, base.model, head=sorted(base.new_parameters), batches=[batch])
+    added = held_bytes([*prepared.trained, *prepared.fixed], weights)
+    with prepared.active():
+        peak = peak_allocated(lambda: train(prepared.model, prepared.trained, [batch] * 2, 2, 1e-6), task.device)
+    return peak + added
 
 
 def _entry(task: Task, found: HeldOut) -> dict[str, Any]:
@@ -237,6 +187,8 @@ def _summary(task: Task, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "mean": statistics.fmean(scores) if whole else None,
         "spread": statistics.stdev(scores) if whole and len(scores) > 1 else None,
         "steps": task.budget.steps,
+        "search_steps": task.budget.search,
+        "products": task.budget.products,
         "batch": task.budget.batch,
         "length": task.budget.length,
         **task.said,

@@ -94,22 +94,28 @@ def majority(train: Sequence[Labelled], judged: Sequence[Labelled]) -> tuple[flo
 
 
 def read_sentences(archive: bytes, name: str = ARCHIVE) -> list[tuple[str, float]]:
-    """Sentence and mean rating of each line, in the file's order.
+    """Sentence and mean rating of each line of the movie reviews, in the file's order. Raises as `read_lines` does."""
+    return [(sentence, rating) for _, rating, sentence in read_lines(archive, name, SENTENCES)]
+
+
+def read_lines(archive: bytes, name: str, file: str) -> list[tuple[str, float, str]]:
+    """Id, mean rating and sentence of each line of a file, in its order.
 
     Args:
         archive: a gzipped tar that has in `additional_resources` another, which has the file of sentences.
         name: what to call it in an error.
+        file: the name of the file.
 
     Raises:
-        ValueError: there is no such archive, no such file, or a line is not a number, a rating and a sentence.
+        ValueError: there is no such archive, no such file, or a line is not an id, a rating and a sentence.
     """
     try:
         for inner in _members(archive, lambda path: "additional_resources" in path.parts and path.suffix == ".gz"):
-            for content in _members(inner, lambda path: path.name == SENTENCES):
-                return _lines(content)
+            for content in _members(inner, lambda path: path.name == file):
+                return _lines(content, file)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f"{name}: is damaged or no source distribution of {PROJECT}: {error}") from error
-    raise ValueError(f"{name}: no archive in its additional_resources holds {SENTENCES}")
+    raise ValueError(f"{name}: no archive in its additional_resources holds {file}")
 
 
 def _members(archive: bytes, wanted: Callable[[PurePosixPath], bool]) -> list[bytes]:
@@ -119,24 +125,24 @@ def _members(archive: bytes, wanted: Callable[[PurePosixPath], bool]) -> list[by
         return [opened.read() for member in files if (opened := tar.extractfile(member)) is not None]
 
 
-def _lines(content: bytes) -> list[tuple[str, float]]:
+def _lines(content: bytes, file: str) -> list[tuple[str, float, str]]:
     try:
         lines = content.decode("utf-8-sig").split("\n")  # not splitlines: a sentence may hold a control character
     except UnicodeDecodeError as error:
-        raise ValueError(f"{SENTENCES}: is not UTF-8 text: {error}") from error
+        raise ValueError(f"{file}: is not UTF-8 text: {error}") from error
     found = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         fields = line.rstrip("\r").split("\t")
         try:
-            _, rating, sentence = fields
+            own, rating, sentence = fields
             value = float(rating)
         except ValueError as error:
-            raise ValueError(f"{SENTENCES}, line {number}: expected an id, a rating and a sentence: {error}") from error
+            raise ValueError(f"{file}, line {number}: expected an id, a rating and a sentence: {error}") from error
         if not -4 <= value <= 4 or not sentence.strip():
-            raise ValueError(f"{SENTENCES}, line {number}: expected a rating from -4 to 4 and a sentence, got {line!r}")
-        found.append((sentence.strip(), value))
+            raise ValueError(f"{file}, line {number}: expected a rating from -4 to 4 and a sentence, got {line!r}")
+        found.append((own, value, sentence.strip()))
     return found
 
 

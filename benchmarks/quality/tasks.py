@@ -1,28 +1,28 @@
-"""The two tasks: their data in three parts, and a fresh copy of the base model for each run."""
+"""The tasks: their data in three parts, and a fresh copy of the base model for each run."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, default_data_collator
 
-from red_kernels.finetune.base_dtype import ASKED, DTYPES
-from red_kernels.finetune.data import Document, LabelledTexts, TokenBlocks, python_topics, split_documents
+from red_kernels.finetune.base_dtype import ASKED, AUTO, DTYPES
+from red_kernels.finetune.data import TokenBlocks, python_topics, split_documents
 from red_kernels.finetune.measure import HeldOut, held_out_loss
 from red_kernels.support.base_models import BaseModel, load_base
 
-from . import sentiment
+from . import following, sentiment
 from .training import data_order
 
-SENTIMENT, LANGUAGE = "sentiment", "language-modelling"
-TASKS = (SENTIMENT, LANGUAGE)
-METRIC = {SENTIMENT: "accuracy", LANGUAGE: "perplexity"}
-LABELS = ["negative", "positive"]
+SENTIMENT, FOLLOWING, LANGUAGE = "sentiment", "next-sentence", "language-modelling"
+TASKS = (SENTIMENT, FOLLOWING, LANGUAGE)
+METRIC = {SENTIMENT: "accuracy", FOLLOWING: "accuracy", LANGUAGE: "perplexity"}
+LABELS = {SENTIMENT: ["negative", "positive"], FOLLOWING: ["no", "yes"]}
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,13 @@ class Budget:
         model: a packaged model's name, a folder or a hub id.
         dtype: of the base model: `"auto"`, `"fp32"` or `"bf16"`.
         steps: optimizer steps of a run.
+        search: those of each run that searches a learning rate.
         batch: sentences or blocks in a step.
         length: tokens in a block, and the most in a sentence.
         seeds: runs with the chosen learning rate.
         validation, test: the most sentences or blocks to measure on, of those that these parts hold.
+        products: of fp32 matrices: `"fp32"`, or `"bf16"` for factors rounded to bf16 and sums in fp32, as usual in
+            mixed precision; `"auto"` for bf16 where the device multiplies it natively.
     """
 
     model: str
@@ -47,16 +50,25 @@ class Budget:
     seeds: int
     validation: int
     test: int
+    search: int
+    products: str = AUTO
 
     def check(self, name: str) -> None:
         """Raises ValueError, naming the field, for a value out of range."""
-        for own in ("steps", "batch", "seeds", "validation", "test"):
+        for own in ("steps", "search", "batch", "seeds", "validation", "test"):
             if getattr(self, own) < 1:
                 raise ValueError(f"{name}.{own}: got {getattr(self, own)}, expected at least 1")
         if self.length < 2:
             raise ValueError(f"{name}.length: got {self.length}, expected at least 2 tokens")
-        if self.dtype not in ASKED:
-            raise ValueError(f"{name}.dtype: got {self.dtype!r}, expected one of {', '.join(map(repr, ASKED))}")
+        for own in ("dtype", "products"):
+            value = getattr(self, own)
+            if value not in ASKED:
+                raise ValueError(f"{name}.{own}: got {value!r}, expected one of {', '.join(map(repr, ASKED))}")
+
+    def resolved(self, dtype: str) -> Budget:
+        """This budget with a dtype in place of each `"auto"`."""
+        own: dict[str, Any] = {name: dtype for name in ("dtype", "products") if getattr(self, name) == AUTO}
+        return replace(self, **own)
 
 
 @dataclass
@@ -84,7 +96,7 @@ class Task:
     @property
     def classification(self) -> bool:
         """Whether there are classes, and so a head."""
-        return self.name == SENTIMENT
+        return self.name in LABELS
 
     def fresh(self, seed: int) -> BaseModel:
         """The base model in evaluation mode, nothing of it shared with another; its head, if any, drawn by the seed."""
@@ -94,10 +106,9 @@ class Task:
         base = self._loaded[key]
         return BaseModel(copy.deepcopy(base.model), base.tokenizer, base.name, base.new_parameters)
 
-    def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
-        """The batches of a run, which depend on the seed alone."""
-        lengths = [len(self.train[number]["input_ids"]) for number in range(len(self.train))]
-        for numbers in data_order(len(self.train), self.budget.steps, self.budget.batch, seed, lengths):
+    def batches(self, seed: int, steps: int) -> Iterator[dict[str, Tensor]]:
+        """The batches of a run of so many steps, which depend on the seed alone."""
+        for numbers in data_order(len(self.train), steps, self.budget.batch, seed, self._lengths()):
             yield self._batch([self.train[number] for number in numbers])
 
     def judge(self, model: nn.Module, part: Sequence[Any]) -> HeldOut:
@@ -110,6 +121,16 @@ class Task:
         """Accuracy in percent, or perplexity."""
         return found.perplexity if found.accuracy is None else 100 * found.accuracy
 
+    def longest(self, seed: int) -> dict[str, Tensor]:
+        """The batch of a whole run that has the most tokens with their padding, for which memory must suffice."""
+        lengths = self._lengths()
+        order = data_order(len(self.train), self.budget.steps, self.budget.batch, seed, lengths)
+        numbers = max(order, key=lambda numbers: max(lengths[number] for number in numbers))
+        return self._batch([self.train[number] for number in numbers])
+
+    def _lengths(self) -> list[int]:
+        return [len(self.train[number]["input_ids"]) for number in range(len(self.train))]
+
     def _batch(self, items: Sequence[Any]) -> dict[str, Tensor]:
         return {name: value.to(self.device) for name, value in self.collate(items).items()}
 
@@ -117,7 +138,7 @@ class Task:
 def load(name: str, budget: Budget, device: torch.device, seed: int, tokenizer: Any = None) -> BaseModel:
     """The base model of a task. Its head is drawn by the seed. Raises what `load_base` does."""
     torch.manual_seed(seed)
-    labels, kind = (LABELS, "classification") if name == SENTIMENT else (None, "causal-lm")
+    labels, kind = LABELS.get(name), "classification" if name in LABELS else "causal-lm"
     base = load_base(budget.model, kind, DTYPES[budget.dtype], device, labels, tokenizer)
     longest = getattr(base.model.config, "max_position_embeddings", None)
     if isinstance(longest, int) and budget.length > longest:
@@ -134,37 +155,56 @@ def make_task(name: str, budget: Budget, device: torch.device) -> Task:
         ModuleNotFoundError: a package is missing; the message holds the pip command.
     """
     base = load(name, budget, device, 0)
-    task = (_sentiment if name == SENTIMENT else _language)(budget, device, base.tokenizer)
+    task = {SENTIMENT: _sentiment, FOLLOWING: _following, LANGUAGE: _language}[name](budget, device, base.tokenizer)
     task._loaded[0] = base
     return task
 
 
 def _sentiment(budget: Budget, device: torch.device, tokenizer: Any) -> Task:
     found = sentiment.load()
-    numbers = {str(number): number for number in range(len(LABELS))}
+    parts = [[((text,), label) for text, label in part] for part in (found.train, found.validation, found.test)]
+    return _classes(SENTIMENT, budget, device, tokenizer, parts, {"left_out_neutral": found.neutral})
 
-    def items(pairs: Sequence[sentiment.Labelled]) -> LabelledTexts:
-        documents = [Document(text, "", text, str(label)) for text, label in pairs]
-        return LabelledTexts(documents, numbers, tokenizer, budget.length)
 
-    def judged(pairs: Sequence[sentiment.Labelled]) -> list[Any]:
-        own = items(pairs)
-        # Sentences of like length together have less padding; the mean over all of them does not depend on the order.
-        return sorted((own[number] for number in range(len(own))), key=lambda item: len(item["input_ids"]))
+def _following(budget: Budget, device: torch.device, tokenizer: Any) -> Task:
+    found = following.load()
+    return _classes(FOLLOWING, budget, device, tokenizer, [found.train, found.validation, found.test], {})
 
-    validation, test = spread_out(found.validation, budget.validation), spread_out(found.test, budget.test)
-    accuracy, loss = sentiment.majority(found.train, test)
-    train = items(found.train)
+
+def _classes(
+    name: str,
+    budget: Budget,
+    device: torch.device,
+    tokenizer: Any,
+    parts: Sequence[Sequence[tuple[tuple[str, ...], int]]],
+    said: dict[str, int],
+) -> Task:
+    """A task with classes: of each part a text or a pair of texts with its class."""
+
+    def items(part: Sequence[tuple[tuple[str, ...], int]]) -> tuple[list[dict[str, Any]], int]:
+        whole = [tokenizer(*texts) for texts, _ in part]
+        cut = [dict(tokenizer(*texts, truncation=True, max_length=budget.length)) for texts, _ in part]
+        shortened = sum(len(one["input_ids"]) > len(own["input_ids"]) for one, own in zip(whole, cut, strict=True))
+        return [{**own, "labels": label} for own, (_, label) in zip(cut, part, strict=True)], shortened
+
+    def judged(part: Sequence[Any]) -> list[Any]:
+        # Texts of like length together have less padding; the mean over all of them does not depend on the order.
+        return sorted(items(part)[0], key=lambda item: len(item["input_ids"]))
+
+    validation, test = spread_out(parts[1], budget.validation), spread_out(parts[2], budget.test)
+    labels = [[("", label) for _, label in part] for part in (parts[0], test)]
+    accuracy, loss = sentiment.majority(*labels)
+    train, shortened = items(parts[0])
     said = {
         "train_items": len(train),
         "validation_items": len(validation),
         "test_items": len(test),
-        "left_out_neutral": found.neutral,
-        "train_items_cut": train.truncated,
+        **said,
+        "train_items_cut": shortened,
     }
     majority = HeldOut(loss, len(test), accuracy)
     collate = DataCollatorWithPadding(tokenizer)
-    return Task(SENTIMENT, budget, device, train, judged(validation), judged(test), collate, majority, said)
+    return Task(name, budget, device, train, judged(validation), judged(test), collate, majority, said)
 
 
 def spread_out(items: Any, most: int) -> list[Any]:

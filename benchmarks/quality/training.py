@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,14 @@ def data_order(items: int, steps: int, batch: int, seed: int, lengths: Sequence[
 
 
 def train(
-    model: nn.Module, trained: Sequence[nn.Parameter], batches: Iterable[Mapping[str, Tensor]], steps: int, rate: float
+    model: nn.Module,
+    trained: Sequence[nn.Parameter],
+    batches: Iterable[Mapping[str, Tensor]],
+    steps: int,
+    rate: float,
+    *,
+    looks: Collection[int] = (),
+    look: Callable[[int, float], None] = lambda step, seconds: None,
 ) -> list[float]:
     """Train by AdamW without weight decay, the rate rising over the first 6% of the steps and then falling to 0.
 
@@ -64,6 +72,9 @@ def train(
         batches: the model's inputs, one for each step.
         steps: how many there are.
         rate: the highest learning rate.
+        looks: after which steps to call `look`, counted from 1.
+        look: gets the number of steps done and the seconds that they took (`seconds_of`), in evaluation mode; what it
+            does is not counted in later seconds.
 
     Returns:
         The loss of each step, before it. The training ends early where one is not finite, with that one.
@@ -75,9 +86,11 @@ def train(
     copied = [(own, copy) for own, copy in zip(trained, stepped, strict=True) if copy is not own]
     optimizer = torch.optim.AdamW(stepped, lr=rate, weight_decay=0.0)
     schedule = get_scheduler("linear", optimizer, math.ceil(WARM_UP * steps), steps)
+    clock = seconds_of(trained[0].device)
     losses = []
+    passed, begun = 0.0, clock()
     model.train()
-    for batch in batches:
+    for done, batch in enumerate(batches, start=1):
         loss = model(**batch).loss
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
@@ -91,8 +104,29 @@ def train(
         with torch.no_grad():
             for own, copy in copied:
                 own.copy_(copy)
+        if done in looks:
+            passed += clock() - begun
+            model.eval()
+            look(done, passed)
+            model.train()
+            begun = clock()
     model.eval()
     return losses
+
+
+def seconds_of(device: torch.device) -> Callable[[], float]:
+    """The clock of a training: of the wall on a GPU, of the processor on a CPU, which other programs do not lengthen.
+
+    Processor seconds are those of all threads together.
+    """
+    if device.type == "cpu":
+        return time.process_time
+
+    def wall() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return wall
 
 
 @dataclass(frozen=True)
