@@ -9,6 +9,7 @@ import random
 import statistics
 import string
 import sys
+import time
 from collections import defaultdict
 from dataclasses import replace
 from types import SimpleNamespace
@@ -21,8 +22,9 @@ from rich.console import Console
 from test_bench_sentiment import RATED
 
 import red_kernels as rk
-from benchmarks.methods import prepare
-from benchmarks.quality import job, sentiment, tasks
+from benchmarks.methods import KIND_METHODS, QUALITY_DEFAULT, QUALITY_METHODS, prepare
+from benchmarks.quality import following, job, sentiment, tasks
+from benchmarks.quality.settings import GRIDS, Settings
 from benchmarks.quality.training import data_order, search_rate, train
 from benchmarks.runs import Run
 from red_kernels.finetune.data import Document
@@ -74,7 +76,7 @@ def test_grids_that_are_refused(grid):
     with pytest.raises(ValueError, match="at least two learning rates"):
         search_rate(grid, lambda rate: None, 0)
     with pytest.raises(ValueError, match=r"grids\['sentiment'\]\['full'\]"):
-        job.Settings(grids={**job.GRIDS, "sentiment": {**job.GRIDS["sentiment"], "full": grid}})
+        Settings(grids={**GRIDS, "sentiment": {**GRIDS["sentiment"], "full": grid}})
 
 
 # ---- the training
@@ -134,6 +136,27 @@ def test_the_rates_of_a_training():
     assert (model.weight - 1).tolist() == pytest.approx([sum(rates)] * 3)
 
 
+def test_a_training_is_looked_at():
+    """In evaluation mode, behind the step that is named; what a look takes is not counted."""
+    model = Pull(torch.float32)
+    seen = []
+
+    def look(step, seconds):
+        seen.append((step, seconds, model.training, model.weight.detach().clone()))
+        end = time.process_time() + 0.1
+        while time.process_time() < end:
+            pass
+
+    batches = [{"factor": torch.tensor(1.0)}] * 5
+    train(model, [model.weight], batches, 5, 1e-2, looks=(2, 5), look=look)
+    other = Pull(torch.float32)
+    train(other, [other.weight], batches, 5, 1e-2)
+    assert [(step, training) for step, _, training, _ in seen] == [(2, False), (5, False)]
+    assert torch.equal(seen[1][3], other.weight)
+    assert not torch.equal(seen[0][3], other.weight)
+    assert 0 < seen[0][1] < seen[1][1] < seen[0][1] + 0.1
+
+
 def test_a_training_that_diverges_ends():
     model = Pull(torch.float32)
     factors = [1.0, math.inf, 1.0]
@@ -178,6 +201,13 @@ def topics():
     ]
 
 
+TEXTS = [
+    following.Text(source, tuple(f"Sentence {place} of text {number} in {source}." for place in range(4 + number % 3)))
+    for source in ("news", "shop")
+    for number in range(20)
+]
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny")
@@ -188,12 +218,15 @@ def folders(tmp_path_factory):
 def settings(folders, monkeypatch):
     """The job on tiny models and the data of this file."""
     monkeypatch.setattr(sentiment, "load", lambda: sentiment.split(RATED))
+    monkeypatch.setattr(following, "load", lambda: following.split(TEXTS))
     monkeypatch.setattr(tasks, "python_topics", topics)
     bert, llama = map(str, folders)
-    return job.Settings(
-        sentiment=tasks.Budget(bert, "fp32", steps=3, batch=4, length=24, seeds=2, validation=6, test=9),
-        language=tasks.Budget(llama, "bf16", steps=3, batch=2, length=16, seeds=2, validation=4, test=5),
-        grids=dict.fromkeys(tasks.TASKS, dict.fromkeys(job.QUALITY_METHODS, (1e-3, 1e-2, 1e-1))),
+    few = {"steps": 3, "search": 2, "seeds": 2}
+    return Settings(
+        sentiment=tasks.Budget(bert, "fp32", batch=4, length=24, validation=6, test=9, **few),
+        following=tasks.Budget(bert, "fp32", batch=3, length=32, validation=7, test=8, **few),
+        language=tasks.Budget(llama, "bf16", batch=2, length=16, validation=4, test=5, **few),
+        grids=dict.fromkeys(tasks.TASKS, dict.fromkeys(QUALITY_METHODS, (1e-3, 1e-2, 1e-1))),
         extend=1,
     )
 
@@ -207,11 +240,11 @@ def watched(monkeypatch):
     """What happens, in its order: ("train", batches, head at the start, trained numbers), and ("judge", its part)."""
     events = []
 
-    def watching_train(model, trained, batches, steps, rate):
+    def watching_train(model, trained, batches, steps, rate, **looks):
         batches = list(batches)
         head = [own.detach().clone() for name, own in model.named_parameters() if "classifier" in name]
         events.append(("train", batches, head, sum(own.numel() for own in trained)))
-        return train(model, trained, batches, steps, rate)
+        return train(model, trained, batches, steps, rate, **looks)
 
     def watching_judge(task, model, part):
         events.append(("judge", "test" if part is task.test else "validation"))
@@ -226,16 +259,17 @@ def watched(monkeypatch):
 def test_the_job_writes_what_a_reader_needs(settings, tmp_path):
     pytest.importorskip("peft")
     run = a_run()
+    settings = replace(settings, methods=(*QUALITY_DEFAULT, "naive"))
     file = job.run_job(settings, run, tmp_path, resume=False)
     content = json.loads((tmp_path / "quality.json").read_text())
     assert content == json.loads(json.dumps(file.content))
     assert (content["job"], content["complete"], content["failed"], content["missing"]) == ("quality", True, [], {})
     found = {(case["task"], case["method"]): case for case in content["cases"]}
-    methods = [job.BASE, *job.QUALITY_DEFAULT]
+    methods = [job.BASE, *settings.methods]
     assert list(found) == [(task, method) for task in tasks.TASKS for method in methods]
     for (task, method), case in found.items():
         scores = [entry["score"] for entry in case["runs"]]
-        assert case["metric"] == {"sentiment": "accuracy", "language-modelling": "perplexity"}[task]
+        assert case["metric"] == ("perplexity" if task == "language-modelling" else "accuracy")
         assert case["mean"] == statistics.fmean(scores)
         if method == job.BASE:
             assert (case["steps"], case["trainable"], case["chosen"], case["spread"]) == (0, 0, None, None)
@@ -243,6 +277,13 @@ def test_the_job_writes_what_a_reader_needs(settings, tmp_path):
         assert case["spread"] == statistics.stdev(scores)
         assert [entry["seed"] for entry in case["runs"]] == [1, 2]
         assert all(len(entry["curve"]) == 3 for entry in case["runs"])
+        for entry in case["runs"]:
+            assert [look["step"] for look in entry["validation"]] == [1, 2, 3]
+            seconds = [look["seconds"] for look in entry["validation"]]
+            assert 0 < seconds[0] <= seconds[1] <= seconds[2]
+            assert all(look["loss"] >= 0 for look in entry["validation"])
+        assert (case["steps"], case["search_steps"]) == (3, 2)
+        assert case["peak_bytes"] > 4 * 3 * case["trainable"]  # at least the parameters and the optimizer's state
         if task == "language-modelling":
             assert scores == [math.exp(entry["loss"]) for entry in case["runs"]]
         rates = {float(rate): loss for rate, loss in case["learning_rates"].items()}
@@ -250,8 +291,8 @@ def test_the_job_writes_what_a_reader_needs(settings, tmp_path):
         assert case["at_edge"] == (case["chosen"] in (min(rates), max(rates)))
         assert set(rates) == {1e-3, 1e-2, 1e-1, *case["added"]}
         assert len(case["added"]) <= 1
-    sizes = {name: {found[task, name]["trainable"] for task in tasks.TASKS} for name in job.QUALITY_DEFAULT}
-    assert sizes["red"] == sizes["naive"] == {2 * 2 * 32 + 2 * 32 + 2, 2 * 2 * 16}  # two layers; the head
+    sizes = {name: {found[task, name]["trainable"] for task in tasks.TASKS} for name in QUALITY_DEFAULT}
+    assert sizes["red"] == {2 * 2 * 32 + 2 * 32 + 2, 2 * 2 * 16}  # two layers; the head
     assert found["sentiment", "linear-probe"]["trainable"] == 2 * 32 + 2
     assert found["sentiment", "base"]["test_items"] == 9
     assert found["sentiment", "base"]["left_out_neutral"] == 7
@@ -268,17 +309,23 @@ def test_every_method_gets_the_same_and_the_test_part_last(settings, watched):
         job._made.cache_clear()
         found = job.measure({"task": "sentiment", "method": method}, settings, run)
         searched = len(found["learning_rates"])
-        assert [event[1] for event in watched if event[0] == "judge"] == ["validation"] * searched + ["test"] * 2
+        judged = [*["validation"] * settings.sentiment.steps, "test"]  # so few steps that each is looked at
+        assert [event[1] for event in watched if event[0] == "judge"] == ["validation"] * searched + judged * 2
         trainings = [event for event in watched if event[0] == "train"]
-        assert len(trainings) == searched + 2
         assert {event[3] for event in trainings} == {found["trainable"]}
+        *trainings, memory = trainings
+        assert len(trainings) == searched + 2
+        longest = max(batch["input_ids"].numel() for batch in trainings[-2][1])  # of the first seed
+        assert [batch["input_ids"].numel() for batch in memory[1]] == [longest] * 2
         for seed, event in zip([0] * searched + [1, 2], trainings, strict=True):
             batches[seed].append(event[1])
             heads[seed].append(event[2])
     for seed in (0, 1, 2):
         assert len(batches[seed]) >= 4
         for other in batches[seed][1:]:
-            assert len(other) == len(batches[seed][0]) == settings.sentiment.steps
+            assert len(other) == len(batches[seed][0])
+        assert len(batches[seed][0]) == (settings.sentiment.steps if seed else settings.sentiment.search)
+        for other in batches[seed][1:]:
             for one, two in zip(batches[seed][0], other, strict=True):
                 assert one.keys() == two.keys()
                 assert all(torch.equal(one[name], two[name]) for name in one)
@@ -297,10 +344,14 @@ def test_a_seed_decides_all_that_is_drawn(settings):
     case = {"task": "sentiment", "method": "lora-all"}
     first = job.measure(case, settings, a_run())
     torch.rand(7)
-    assert job.measure(case, settings, a_run()) == first
+    second = job.measure(case, settings, a_run())
+    for found in (first, second):
+        for run in found["runs"]:
+            assert all(look.pop("seconds") > 0 for look in run["validation"])
+    assert second == first
 
 
-OTHERS = [name for name in job.QUALITY_METHODS if name not in (*job.QUALITY_DEFAULT, *job.KIND_METHODS)]
+OTHERS = [name for name in QUALITY_METHODS if name not in (*QUALITY_DEFAULT, *KIND_METHODS)]
 
 
 @pytest.mark.parametrize("method", OTHERS)
@@ -318,8 +369,8 @@ def test_methods_that_are_not_measured_by_default(settings, monkeypatch, method)
     found = job.measure({"task": "sentiment", "method": method}, replace(settings, methods=(method,)), a_run())
     assert found["mean"] is not None
     assert found["trainable"] > 2 * 32 + 2  # the head
-    trainings = len(found["learning_rates"]) + 2
-    assert len(looked) == (trainings * min(job.LOOKS, settings.sentiment.steps) if method == "spt" else 0)
+    batches = len(found["learning_rates"]) * settings.sentiment.search + 2 * settings.sentiment.steps
+    assert len(looked) == (batches + 1 if method == "spt" else 0)  # one for its memory
 
 
 def test_no_text_is_in_two_parts(settings):
@@ -346,9 +397,9 @@ def test_what_is_measured_on_is_spread_over_the_data(settings):
 def test_a_training_that_diverges_is_null(settings, monkeypatch):
     """Rates and seeds alike; a mean over the other seeds would not be one, and nothing that is no JSON is written."""
 
-    def train_badly(model, trained, batches, steps, rate):
+    def train_badly(model, trained, batches, steps, rate, **looks):
         calls.append(rate)
-        losses = train(model, trained, batches, steps, rate)
+        losses = train(model, trained, batches, steps, rate, **looks)
         return [*losses[:-1], math.nan] if rate == 1e-1 or len(calls) == broken else losses
 
     monkeypatch.setattr(job, "train", train_badly)
@@ -356,7 +407,7 @@ def test_a_training_that_diverges_is_null(settings, monkeypatch):
     found = job.measure({"task": "sentiment", "method": "red"}, settings, a_run())
     assert found["learning_rates"]["0.1"] is None
     assert found["chosen"] < 1e-1
-    broken, calls = len(calls), []
+    broken, calls = len(calls) - 1, []  # the second seed's; the last training is for the memory
     found = job.measure({"task": "sentiment", "method": "red"}, settings, a_run())
     assert [entry["score"] is None for entry in found["runs"]] == [False, True]
     assert (found["mean"], found["spread"], found["runs"][1]["loss"]) == (None, None, None)
@@ -378,7 +429,7 @@ def test_a_missing_package_is_named(settings, tmp_path, monkeypatch):
     settings = replace(settings, methods=("lora-all", "linear-probe"))
     run = a_run(quick=True)
     file = job.run_job(settings, run, tmp_path, resume=False)
-    assert file.content["missing"].keys() == {"lora-all", "ia3", "road"}
+    assert file.content["missing"].keys() == {"lora-all", "ia3"}
     assert file.content["complete"]
     assert {case["method"] for case in file.cases} == {job.BASE, "linear-probe"}
     assert "not measured: lora-all: " in run.console.file.getvalue()
@@ -393,24 +444,26 @@ def test_data_that_cannot_be_had_is_a_failure_of_its_task_alone(settings, tmp_pa
     file = job.run_job(replace(settings, methods=("red",)), run, tmp_path, resume=False)
     assert [case["task"] for case in file.content["failed"]] == ["sentiment", "sentiment"]
     assert all("pip cannot fetch" in case["error"] for case in file.content["failed"])
-    assert [case["task"] for case in file.cases] == ["language-modelling"] * 2
+    assert [case["task"] for case in file.cases] == ["next-sentence"] * 2 + ["language-modelling"] * 2
     assert file.content["complete"]  # nothing is left to be tried
 
 
 def test_settings_that_are_refused(settings):
-    red = {**job.GRIDS["sentiment"], "red": (1e-3, 1e-2)}
+    red = {**GRIDS["sentiment"], "red": (1e-3, 1e-2)}
     for message, changes in {
         "methods: got": {"methods": ("red", "prompt-tuning")},
         "expected some of": {"methods": ()},
         "extend: got -1": {"extend": -1},
-        "expected the same": {"grids": {**job.GRIDS, "sentiment": red}},
+        "expected the same": {"methods": ("red", "naive"), "grids": {**GRIDS, "sentiment": red}},
         "sentiment.steps: got 0": {"sentiment": replace(settings.sentiment, steps=0)},
         "language.seeds: got 0": {"language": replace(settings.language, seeds=0)},
         "language.length: got 1": {"language": replace(settings.language, length=1)},
+        "following.search: got 0": {"following": replace(settings.following, search=0)},
+        "language.products: got 'tf32'": {"language": replace(settings.language, products="tf32")},
         "sentiment.dtype: got 'fp16'": {"sentiment": replace(settings.sentiment, dtype="fp16")},
     }.items():
         with pytest.raises(ValueError, match=message):
-            job.Settings(**changes)
+            Settings(**changes)
     with pytest.raises(ValueError, match=r"sentiment\.length: got 4096, .* takes at most"):
         tasks.make_task("sentiment", replace(settings.sentiment, length=4096), torch.device("cpu"))
 
