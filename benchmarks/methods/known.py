@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -55,38 +55,40 @@ def _ia3(model: nn.Module) -> Prepared:
 
 
 def _bitfit(model: nn.Module) -> Prepared:
-    """All biases of the model, those of its norms too; a model without any gets one of zeros in each block's linears.
-
-    These are the layers' own biases, added inside of the matrix product.
-    """
-    model.requires_grad_(False)
+    """All biases of the model, those of its norms too; without any, new ones of zeros in the blocks' linear layers."""
     found = [own for name, own in model.named_parameters() if name.rpartition(".")[2] == "bias"]
-    if not found:
-        for module in block_linears(model).values():
-            if isinstance(module, nn.Linear):
-                weight = module.weight
-                module.bias = nn.Parameter(torch.zeros(module.out_features, dtype=weight.dtype, device=weight.device))
-                found.append(module.bias)
-    if not found:
-        raise ValueError("model: has neither biases nor linear layers in its blocks that could get one")
-    for own in found:
-        own.requires_grad_(True)
-    return Prepared(model, found)
+    return _trained_alone(model, found or _zero_biases(block_linears(model).values()))
 
 
 def _beft(model: nn.Module) -> Prepared:
-    """The biases of the layers of values alone (BEFT), which must have some."""
+    """The biases of the layers of values alone (BEFT); where they have none, some of zeros."""
     linears = block_linears(model)
-    values = named(linears, VALUES)
-    if any(name.rpartition(".")[2] in JOINED for name in values):
+    names = named(linears, VALUES)
+    if any(name.rpartition(".")[2] in JOINED for name in names):
         raise ValueError("model: its values come out of one layer with queries and keys, and beft trains theirs alone")
-    found = [own for name in values if isinstance(own := getattr(linears[name], "bias", None), nn.Parameter)]
+    values = [linears[name] for name in names]
+    found = [own for layer in values if isinstance(own := getattr(layer, "bias", None), nn.Parameter)]
+    return _trained_alone(model, found or _zero_biases(values))
+
+
+def _zero_biases(linears: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Give linear layers biases of zeros. They are the layers' own, added inside of the matrix product."""
+    found = []
+    for module in linears:
+        if isinstance(module, nn.Linear):
+            weight = module.weight
+            module.bias = nn.Parameter(torch.zeros(module.out_features, dtype=weight.dtype, device=weight.device))
+            found.append(module.bias)
     if not found:
-        raise ValueError("model: its layers of values have no bias")
+        raise ValueError("model: has neither biases nor linear layers in its blocks that could get one")
+    return found
+
+
+def _trained_alone(model: nn.Module, trained: list[nn.Parameter]) -> Prepared:
     model.requires_grad_(False)
-    for own in found:
+    for own in trained:
         own.requires_grad_(True)
-    return Prepared(model, found)
+    return Prepared(model, trained)
 
 
 def _ln_tuning(model: nn.Module) -> Prepared:

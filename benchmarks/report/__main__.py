@@ -1,4 +1,4 @@
-"""Writes the figures of README.md, docs/performance.md and docs/kinds.md from the files of results.
+"""Writes the figures of README.md and of performance.md, kinds.md and quality.md in docs/ from the files of results.
 
 `python -m benchmarks.report`, or `make report`. `--check` writes nothing and fails where they disagree with the files.
 """
@@ -14,6 +14,7 @@ from red_kernels.support.files import write_files
 
 from .documents import BEGIN, END, performance, put_block, readme_block
 from .kinds import kinds_block
+from .quality import quality_block
 from .results import load
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -33,11 +34,11 @@ def documents(results: Path, root: Path) -> dict[Path, tuple[str, str]]:
     found = {page: (page.read_text(encoding="utf-8") if page.is_file() else "", performance(devices, page.parent))}
     if devices or BEGIN in text or END in text:
         found[readme] = (text, put_block(text, readme_block(devices), readme.name))
-    kinds = root / "docs" / "kinds.md"
-    if kinds.is_file():
-        text = kinds.read_text(encoding="utf-8")
+    for name, block in {"kinds.md": kinds_block, "quality.md": quality_block}.items():
+        path = root / "docs" / name
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
         if BEGIN in text:
-            found[kinds] = (text, put_block(text, kinds_block(results), kinds.name))
+            found[path] = (text, put_block(text, block(results), name))
     return found
 
 
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         print("\n".join(lines))
     if not differing:
-        print("README.md and docs/performance.md agree with the results")
+        print("README.md and the pages in docs/ agree with the results")
     return 1 if chosen.check and differing else 0
 
 

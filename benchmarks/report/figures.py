@@ -41,20 +41,28 @@ KINDS = (
     *("scaling", "bias", "ln", "ssf", "rotation", "reflection", "reflections", "reflection_pair"),
     *("lowrank", "direct", "generated", "gift", "initial"),
 )
+POSITIONS = ("red-attn", "red-more", "red-res")
 METHODS = (
     *WITHOUT_TRAINING,
     *OUR_METHODS,
+    *POSITIONS,
     *KINDS,
     "naive",
     "naive-compile",
     "lora-qv",
     "lora-all",
+    "lora-all-r1",
     "ia3",
     "bitfit",
+    "beft",
+    "ln-tuning",
     *NEIGHBOURS,
     "full",
 )
-QUALITY_METHODS = ("base", "red", *KINDS, "naive", "lora-all", "ia3", *NEIGHBOURS, "linear-probe", "full")
+QUALITY_METHODS = (
+    *("base", "red", *POSITIONS, *KINDS, "naive", "lora-all", "lora-all-r1", "ia3", "beft", "ln-tuning"),
+    *(*NEIGHBOURS, "linear-probe", "full"),
+)
 GROWN = ("layers", "width", "batch", "length", "edits")
 STEP_GOAL = 1.01  # of a step of ours over the frozen model with the same norms
 HOST_GOAL = 10e-6  # seconds of a forward call of the CUDA kernels at HOST_SHAPE

@@ -1,7 +1,7 @@
 """The measured part of docs/kinds.md: kinds of edit and RED's neighbours side by side, and the operations of mixes.
 
-Its files lie in `benchmarks/results/kinds/<device>/`: `step.json` and `quality.json` of the suite, made by
-`red-kernels bench step|quality --methods ...`, and `mixes*.json` of `benchmarks.tools.mixes`.
+Its files lie in `benchmarks/results/kinds/<device>/`: `step.json` of the suite, made by `red-kernels bench step
+--methods ...`, and `mixes*.json` of `benchmarks.tools.mixes`. The scores come from the files of docs/quality.md.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from .figures import METHODS, QUALITY_METHODS, case_of_step, in_order, over_floor
 from .losses import score
+from .quality import Tasks, merged
 from .results import Device, load
 from .text import NONE, mebibytes, ratio, table
 
@@ -29,16 +30,14 @@ def kinds_block(results: Path) -> str:
     """
     folder = results / FOLDER
     devices = load(folder) if folder.is_dir() else []
-    parts = [part for device in devices for part in _device(device)]
+    scores = {f"{task}, {next(iter(own.values()))['metric']}": own for task, own in merged(results).items()}
+    parts = [part for device in devices for part in _device(device, scores)]
     return "\n" + ("\n\n".join(parts) or NOTHING) + "\n"
 
 
-def _device(device: Device) -> list[str]:
+def _device(device: Device, tasks: Tasks) -> list[str]:
     found = [f"On {_machine(device)}:"]
     cases = device.files.get("step", {}).get("cases", [])
-    tasks: dict[str, dict[str, dict[str, Any]]] = {}  # of each, method to case
-    for case in device.files.get("quality", {}).get("cases", []):
-        tasks.setdefault(f"{case['task']}, {case['metric']}", {})[case["method"]] = case
     measured = {name for case in cases for name in case["seconds"]} | {name for own in tasks.values() for name in own}
     methods = in_order(measured, (*METHODS, *(name for name in QUALITY_METHODS if name not in METHODS)))
     if methods:

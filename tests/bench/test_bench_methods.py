@@ -18,6 +18,7 @@ from benchmarks.methods.linears import KEYS, QUERIES, VALUES, named
 
 MODELS = ("roberta", "llama", "gpt2", "t5")
 PLAIN = tuple(name for name in methods.METHODS if "compile" not in name and name not in methods.KIND_METHODS)
+OF_THE_BASE = ("full", "bitfit", "beft")  # they train the base's own weights
 EAGER = tuple(name for name in PLAIN if name != "linear-probe")
 D, F, LAYERS, RANK = zoo.HIDDEN, zoo.INNER, zoo.LAYERS, methods.RANK
 # What has no gradient as long as a factor that it is multiplied by is 0, as each method's last one is at the start.
@@ -55,9 +56,16 @@ def expected_count(kind: str, method: str) -> int | None:
         if kind == "gpt2":
             return LAYERS * RANK * (D + 3 * D)
         return attentions * RANK * (D + D + D + key)
-    if method == "lora-all":
-        attention = RANK * (D + 3 * D + 2 * D) if kind == "gpt2" else RANK * (2 * 2 * D + 2 * (D + key))
-        return attentions * attention + len(layers) * RANK * (D + F) * (3 if kind == "llama" else 2)
+    if method in ("lora-all", "lora-all-r1"):
+        rank = RANK if method == "lora-all" else 1
+        attention = rank * (D + 3 * D + 2 * D) if kind == "gpt2" else rank * (2 * 2 * D + 2 * (D + key))
+        return attentions * attention + len(layers) * rank * (D + F) * (3 if kind == "llama" else 2)
+    if method == "beft":
+        return attentions * key
+    if method == "ln-tuning":
+        return (attentions + len(layers)) * D * (1 if kind in ("llama", "t5") else 2)
+    if method == "red-attn" and kind != "t5":
+        return len(layers) * 2 * D
     if method == "ia3":
         if kind == "gpt2":
             return LAYERS * (3 * D + F)
@@ -104,8 +112,12 @@ def test_a_step_changes_what_the_method_trains_and_nothing_else(kind: str, metho
         before = base(**batch).logits
     values = {name: own.detach().clone() for name, own in base.named_parameters()}
     model = methods.sister(base)
-    if method in ("full", "bitfit"):
+    if method in OF_THE_BASE:
         model = zoo.tiny(kind)  # these change the base's own weights
+    if (kind, method) == ("gpt2", "beft"):
+        with pytest.raises(ValueError, match="its values come out of one layer with queries and keys"):
+            methods.prepare(method, model)
+        return
     prepared = methods.prepare(method, model, batches=[batch])
     with prepared.active(), torch.no_grad():
         truth = zoo.exact(base, {})
@@ -135,7 +147,7 @@ def test_a_step_changes_what_the_method_trains_and_nothing_else(kind: str, metho
             assert not changed
         elif not WAITING.search(names.get(id(own), "")):
             assert changed, names.get(id(own))
-    if method not in ("full", "bitfit"):
+    if method not in OF_THE_BASE:
         assert all(torch.equal(own, values[name]) for name, own in base.named_parameters())
 
 

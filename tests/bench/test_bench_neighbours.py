@@ -336,7 +336,7 @@ def test_what_is_fixed_counts_as_memory() -> None:
 
 def test_neighbours_are_in_the_tables() -> None:
     from benchmarks.methods import neighbours
-    from benchmarks.quality import job
+    from benchmarks.quality.settings import GRIDS
     from benchmarks.report import figures, plots
 
     names = {method.name for method in neighbours.METHODS}
@@ -346,6 +346,6 @@ def test_neighbours_are_in_the_tables() -> None:
     assert {"base", *methods.QUALITY_METHODS} == set(figures.QUALITY_METHODS)
     assert set(methods.QUALITY_DEFAULT) < set(methods.QUALITY_METHODS)
     assert set(methods.METHODS) <= set(plots.LOOKS)
-    for grids in job.GRIDS.values():
+    for grids in GRIDS.values():
         assert set(grids) == set(methods.QUALITY_METHODS)
-    assert all(math.isfinite(rate) for grids in job.GRIDS.values() for grid in grids.values() for rate in grid)
+    assert all(math.isfinite(rate) for grids in GRIDS.values() for grid in grids.values() for rate in grid)

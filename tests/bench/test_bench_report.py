@@ -11,7 +11,7 @@ import made_results as made
 import pytest
 
 from benchmarks.report import __main__ as report
-from benchmarks.report import kinds, tables
+from benchmarks.report import kinds, quality, tables
 from benchmarks.report import losses as against
 from benchmarks.report.documents import BEGIN, END, NOTHING, performance, put_block, readme_block
 from benchmarks.report.figures import (
@@ -265,6 +265,7 @@ def test_the_page_of_kinds(root, capsys):
         case.pop("over_floor", None)
     folder = root / "benchmarks/results/kinds/a-cpu"
     made.write(folder, {**made.everything(), "step": steps})
+    made.write(root / "benchmarks/results/quality/a-cpu", {"quality": made.quality()})
     over = {"all": 1.0, "rotation": 1.04, "copy": 0.5}
     mixes = [{"pass": "forward", "rows": 8, "width": 64, "dtype": "fp32", "blocks": 4, "over_all": over}]
     (folder / "mixes.json").write_text(json.dumps({"environment": {"instruction_set": "avx2"}, "results": mixes}))
@@ -280,6 +281,43 @@ def test_the_page_of_kinds(root, capsys):
     assert rotation.endswith("| – | – |")
     assert "| rotation | 1.040 |" in lines
     assert "| copy | 0.50 |" in lines
+
+
+def test_the_page_of_quality(root, capsys):
+    """From several runs together: each has some of the methods, on one budget."""
+    page = root / "docs" / "quality.md"
+    page.write_text(f"# Quality\n{BEGIN}\n{END}\nmore\n")
+    assert report.main(["--root", str(root)]) == 0
+    assert quality.NOTHING in page.read_text()
+    first, second = made.quality(), made.quality()
+    of_first = ("base", "red", "lora-all")
+    first["cases"] = [case for case in first["cases"] if case["method"] in of_first]
+    second["cases"] = [case for case in second["cases"] if case["method"] not in of_first[1:]]
+    folders = [root / "benchmarks/results/quality" / name for name in ("one", "two")]
+    for folder, content in zip(folders, (first, second), strict=True):
+        made.write(folder, {"quality": content})
+    assert report.main(["--root", str(root), "--check"]) == 1
+    assert report.main(["--root", str(root)]) == 0
+    assert report.main(["--root", str(root), "--check"]) == 0
+    lines = page.read_text().splitlines()
+    assert lines.index("### Sentiment") < lines.index("### Language-modelling")
+    rows = {line.split("|")[1].strip(" `"): line.split("|")[2:-1] for line in lines if line.startswith("| `")}
+    sentiment = [line for line in lines if line.startswith("| `")][:7]
+    assert [line.split("`")[1] for line in sentiment] == [
+        *("base", "red", "naive", "lora-all", "ia3", "linear-probe", "full")
+    ]
+    assert " 78.20 ± 0.40 | (-0.70) | 0.01 | 0.320, 0.220, 0.220 | 40 | 55.0 MiB |" in sentiment[1]
+    assert "| +1.20 |" in sentiment[-1]  # beyond both deviations
+    assert "| +0.25 |" in "|".join(rows["full"])  # a perplexity: less is better
+    second["cases"].append(first["cases"][1])
+    made.write(folders[1], {"quality": second})
+    capsys.readouterr()
+    assert report.main(["--root", str(root)]) == 1
+    assert "red on sentiment is in one and in two" in capsys.readouterr().err
+    second["cases"][-1] = {**second["cases"][-1], "method": "road", "steps": 200}
+    made.write(folders[1], {"quality": second})
+    assert report.main(["--root", str(root)]) == 1
+    assert "two: road on sentiment has steps 200, and red has 400" in capsys.readouterr().err
 
 
 def test_every_table_has_its_columns(root):
