@@ -321,7 +321,18 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         importlib, "import_module", lambda name, *args: absent(name) if name == "peft" else of_name(name, *args)
     )
     missing = {name: reason for name, method in methods.METHODS.items() if (reason := method.missing())}
-    assert missing.keys() == {"lora-qv", "lora-all", "ia3", "road", "vera", "hra", "sara", "spt"}
+    assert missing.keys() == {
+        "lora-qv",
+        "lora-all",
+        "lora-all-r1",
+        "ia3",
+        "ln-tuning",
+        "road",
+        "vera",
+        "hra",
+        "sara",
+        "spt",
+    }
     assert all("pip install peft" in reason for reason in missing.values())
     model = zoo.tiny("llama")
     with pytest.raises(ModuleNotFoundError, match="pip install peft"):
