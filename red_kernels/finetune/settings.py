@@ -30,7 +30,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 # What may change when a run is resumed: where and how it runs, what it shows, and how long it goes on.
 _FREE = {
     *("output", "resume", "overwrite", "device", "compare", "save_every", "eval_every", "patience", "sample"),
-    *("report_to", "steps", "epochs", "fsdp"),
+    *("report_to", "steps", "epochs", "fsdp", "tp"),
 }
 _OF_COLUMNS = {"text_column": "text", "label_column": "label"}
 _NEGATED = {"no_header": "header", "no_compare": "compare"}  # as the command line has them
@@ -59,6 +59,8 @@ class Settings:
         batch_size: texts or blocks in a forward pass, of all processes together.
         accumulate: forward passes whose gradients make one optimizer step.
         fsdp: lay the base model in parts on all processes (FSDP2), where else each has a copy of it.
+        tp: split the base model's weights over so many processes (tensor parallelism); with more processes than that
+            there are several copies, or with `fsdp` parts of one.
         checkpointing: compute activations again in the backward pass, which saves memory and costs time.
         length: tokens in a block, and the most in a text.
         dtype: of the base model: `"fp32"`, `"bf16"`, or `"auto"`, which is bf16 where the device multiplies it natively
@@ -97,6 +99,7 @@ class Settings:
     accumulate: int = 1
     checkpointing: bool = False
     fsdp: bool = False
+    tp: int = 1
     length: int = 256
     dtype: str = AUTO
     position: str = "ffn"
@@ -125,7 +128,7 @@ class Settings:
         """
         if self.task not in TASKS:
             raise ValueError(f"task: got {self.task!r}, expected one of {', '.join(map(repr, TASKS))}")
-        whole = {"batch_size": 1, "accumulate": 1, "length": 2, "steps": 1, "save_every": 1, "eval_every": 1}
+        whole = {"batch_size": 1, "accumulate": 1, "length": 2, "steps": 1, "save_every": 1, "eval_every": 1, "tp": 1}
         for name, least in {**whole, "patience": 1}.items():
             value = getattr(self, name)
             may_lack = getattr(Settings, name) is None
