@@ -79,7 +79,8 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
     from .data import load_data, load_judged
     from .job_data import judged
     from .run_folder import RUN_NAME, former_run
-    from .settings import chat_template, from_options
+    from .settings import HELD_OUT, chat_template, from_options
+    from .unused import check_template, without_unused
 
     folder = Path(source)
     own_run = former_run(folder, "source") if (folder / RUN_NAME).is_file() else None
@@ -89,8 +90,11 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
     if former is None and "data" not in given:
         raise ValueError(f"data: {source!r} is no run's folder, which would name it; give --data")
     base = given.pop("model", None)
+    if former is not None and "data" in given:
+        former["validation"] = None
     settings = from_options({**given, "dtype": "auto"}, former)
-    settings = replace(settings, output=source, sample=(), steps=None, epochs=None).filled()
+    settings = replace(settings, output=source, sample=(), steps=None, epochs=None)
+    settings = without_unused(settings, given).filled()
     names = settings.data or ()
     if "data" in given:
         loaded = load_judged(names, settings.columns, settings.task, subset=settings.subset)
@@ -101,7 +105,7 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
             settings.task,
             subset=settings.subset,
             validation=settings.validation,
-            held_out=settings.held_out,
+            held_out=settings.held_out or HELD_OUT,
         )
         assert own_run is not None
         if own_run["results"].get("data_digest", loaded.digest) != loaded.digest:
@@ -109,6 +113,8 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
                 f"data: {', '.join(names)!r} is not what the run in {source!r} had, so what it held out is not known; "
                 "give what is to be judged by --data"
             )
+    if "template" in given:
+        check_template(settings.template, loaded.held_out)
     dtype = DTYPES.get(str((former or {}).get("dtype")), "auto")  # that of the run
     model = from_pretrained(source, base=base, dtype=dtype, device=settings.place)
     tokenizer = load_tokenizer(source, base=base)

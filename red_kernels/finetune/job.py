@@ -48,8 +48,9 @@ from .parallel import lay_in_parts, split_weights
 from .processes import Processes, join
 from .resume import check_checkpoint
 from .run_folder import RunFolder, former_settings, open_run
-from .settings import Settings, chat_template, write_config
+from .settings import HELD_OUT, Settings, chat_template, write_config
 from .train import best_step, end_diverged, losses, save, train, watched
+from .unused import check_template
 from .watching import Sampler
 
 __all__ = ["Settings", "finetune"]
@@ -296,8 +297,9 @@ def _load_data(settings: Settings) -> Loaded:
         settings.task,
         subset=settings.subset,
         validation=settings.validation,
-        held_out=settings.held_out,
+        held_out=settings.held_out or HELD_OUT,
     )
+    check_template(settings.template, [*loaded.train, *loaded.held_out], settings.sample)
     if loaded.form == "preference":
         require("trl", "training on preferences", "red-kernels[train]")
         if settings.loss_on != ANSWERS:

@@ -83,10 +83,12 @@ def split_weights(model: Any, processes: Processes) -> None:
 
 def _untie(model: Any) -> None:
     """Give an output layer that shares its weight with the embedding a parameter of its own: each is split its way."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    weight: Any = getattr(head, "weight", None)
-    if head is not None and weight is not None and weight is getattr(embedding, "weight", None):
-        head.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    if head is None or embedding is None or head.weight is not embedding.weight:
+        return
+    weight = head.weight
+    head.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
 
 
 def lay_in_parts(model: Any, processes: Processes) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import signal
 import socket
 import subprocess
@@ -65,6 +67,29 @@ def test_a_classifier_on_two_processes(folders: dict[str, Path], tmp_path: Path)
     again = launched(classify(folders, two, *more))
     assert again.returncode != 0
     assert again.stderr.count("already holds a run") == 1
+
+
+def test_preferences_on_two_processes(folders: dict[str, Path], tmp_path: Path) -> None:
+    """DPO, with the rate that falls, evaluations and accumulation; what two processes began, one ends."""
+    pytest.importorskip("trl")
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"{i} and 1? ", "chosen": f"{i + 1}", "rejected": f"{i} no"} for i in range(48)]
+    pairs.write_text("\n".join(map(json.dumps, rows)))
+    wanted = {**folders, "text": pairs}
+    more = ("--steps", "4", "--accumulate", "2", "--schedule", "linear", "--eval-every", "2")
+    two = tmp_path / "two"
+    done = launched(causal(wanted, two, *more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert cli.main(causal(wanted, tmp_path / "one", *more)) == 0
+    found, alone = results(two), results(tmp_path / "one")
+    assert_near(tmp_path / "one" / "edits", two / "edits", 1e-5)
+    for step in ("2", "4"):
+        assert found["evaluated"][step]["loss"] == pytest.approx(alone["evaluated"][step]["loss"], rel=1e-5)
+    assert found["after"]["targets"] == alone["after"]["targets"]
+    assert found["before"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for output in (two, tmp_path / "one"):
+        assert cli.main(["finetune", "--output", str(output), "--resume", "--steps", "6"]) == 0
+    assert_near(tmp_path / "one" / "edits", two / "edits", 1e-5)
 
 
 def test_a_batch_that_cannot_be_shared() -> None:
