@@ -6,33 +6,18 @@ neither on CPUs (it goes on with a copy in each process), and Trainer resumes no
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import ParallelismConfig
 from torch import nn
 
 from ..support.errors import one_line
 from ..support.sharded import local
+from .mesh import DATA, TENSOR
+from .processes import Processes
 
-if TYPE_CHECKING:
-    from .processes import Processes
-
-__all__ = ["Parallelism", "average_over_copies", "lay_in_parts", "split_weights"]
-
-_DATA, _TENSOR = "dp_shard", "tp"  # accelerate's names
-
-
-class Parallelism(ParallelismConfig):
-    """accelerate's own, which tells its loaders which processes get the same batch; here on CPUs too."""
-
-    def __init__(self, shares: int, tp: int) -> None:
-        super().__init__(dp_shard_size=shares, tp_size=tp)
-
-    def _validate_accelerator(self, accelerator: Any) -> None:
-        if accelerator.device.type != "cpu":  # these it refuses by their name; gloo does all that is needed
-            super()._validate_accelerator(accelerator)
+__all__ = ["average_over_copies", "lay_in_parts", "split_weights"]
 
 
 def _mesh(processes: Processes) -> Any:
@@ -61,7 +46,7 @@ def split_weights(model: Any, processes: Processes) -> None:
     wrong = f"tp: got {processes.tp}, and {type(model).__name__}"
     if not model.tp_plan:
         raise ValueError(f"{wrong} has no plan for it in transformers")
-    mesh = _mesh(processes)[_TENSOR]
+    mesh = _mesh(processes)[TENSOR]
     _untie(model)
     try:
         plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=processes.tp))
@@ -99,7 +84,7 @@ def lay_in_parts(model: Any, processes: Processes) -> None:
     from torch.distributed.fsdp import fully_shard
     from transformers.distributed import DistributedConfig
 
-    mesh = _mesh(processes)[_DATA]
+    mesh = _mesh(processes)[DATA]
     layers = set(getattr(model, "_no_split_modules", None) or ())
     for module in reversed(list(model.modules())):  # those inside first
         if type(module).__name__ in layers:
@@ -117,7 +102,7 @@ def average_over_copies(model: nn.Module, processes: Processes, accelerator: Any
     """
     if processes.copies == 1:
         return
-    group = _mesh(processes)[_DATA].get_group()
+    group = _mesh(processes)[DATA].get_group()
     first = dist.get_global_rank(group, 0)
 
     def average(own: torch.Tensor) -> None:

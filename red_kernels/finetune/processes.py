@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ..support.errors import one_line
 
 if TYPE_CHECKING:
-    from .parallel import Parallelism
+    from .mesh import Parallelism
 
 __all__ = ["ALONE", "FirstFailed", "Processes", "check_layout", "join"]
 
@@ -139,7 +139,7 @@ def join(device: torch.device, *, tp: int = 1, fsdp: bool = False) -> Processes:
     state = PartialState(cpu=device.type == "cpu", timeout=timedelta(hours=12))
     if tp == 1 and not fsdp:
         return Processes(state.num_processes, state.process_index, state.device)
-    from .parallel import Parallelism
+    from .mesh import Parallelism
 
     layout = Parallelism(state.num_processes // tp, tp)
     return Processes(state.num_processes, state.process_index, state.device, tp, fsdp, layout)

@@ -5,31 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..support.parse import shown
 from .data import PYTHON_TOPICS
 from .data.examples import Conversation, Preference
 from .data.files import file_type
 
-if TYPE_CHECKING:
-    from .settings import Settings
-
 __all__ = ["check_template", "check_used", "unused", "without_unused"]
 
 _NO_TABLE = "the data is plain text, which has no columns"
 
 
-def _labelled(settings: Settings) -> bool:
+def _labelled(settings: Any) -> bool:
     return settings.task != "causal-lm"
 
 
-def _sources(settings: Settings) -> list[str]:
+def _sources(settings: Any) -> list[str]:
     data = settings.data if settings.data is not None else PYTHON_TOPICS
     return [*([data] if isinstance(data, str) else data), *(settings.validation or ())]
 
 
-def _types(settings: Settings) -> set[str]:
+def _types(settings: Any) -> set[str]:
     """The types of the sources: those of files, or `"folder"`, or `"hub"`."""
     found = set()
     for source in _sources(settings):
@@ -38,12 +35,12 @@ def _types(settings: Settings) -> set[str]:
     return found
 
 
-def _is_plain(settings: Settings) -> bool:
+def _is_plain(settings: Any) -> bool:
     return _types(settings) == {".txt"}
 
 
 # The setting, its value where it is asked for something, when that has no effect, and why.
-_Rule = tuple[str, Callable[["Settings"], Any], Callable[["Settings"], bool], str]
+_Rule = tuple[str, Callable[[Any], Any], Callable[[Any], bool], str]
 _RULES: tuple[_Rule, ...] = (
     (
         "held_out",
@@ -88,8 +85,8 @@ _RULES: tuple[_Rule, ...] = (
 )
 
 
-def unused(settings: Settings) -> dict[str, str]:
-    """The settings that have no effect, by the names of the options, with sentences that say why."""
+def unused(settings: Any) -> dict[str, str]:
+    """The settings (a `Settings`) that have no effect, by the names of the options, with sentences that say why."""
     found = {}
     for name, value, idle, why in _RULES:
         asked = value(settings)
@@ -98,13 +95,13 @@ def unused(settings: Settings) -> dict[str, str]:
     return found
 
 
-def check_used(settings: Settings) -> None:
+def check_used(settings: Any) -> None:
     """Raises ValueError for the first setting that has no effect."""
     for message in unused(settings).values():
         raise ValueError(message)
 
 
-def without_unused(settings: Settings, given: Iterable[str]) -> Settings:
+def without_unused(settings: Any, given: Iterable[str]) -> Any:
     """The settings without those that have no effect. Raises ValueError for one of them that is among `given`."""
     asked = set(given)
     for name, message in unused(settings).items():
