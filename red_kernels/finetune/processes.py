@@ -127,8 +127,10 @@ def join(device: torch.device, *, tp: int = 1, fsdp: bool = False) -> Processes:
         fsdp: whether the model is to lie in parts on all of them.
 
     Raises:
-        ValueError: there are too few processes, or their number is no multiple of `tp`.
+        ValueError: there are too few processes, or their number is no multiple of `tp`; or accelerate's configuration
+            asks for what the job decides.
     """
+    _check_configuration()
     count = int(os.environ.get("WORLD_SIZE", "1"))
     check_layout(count, tp=tp, fsdp=fsdp)
     if count == 1:
@@ -143,6 +145,31 @@ def join(device: torch.device, *, tp: int = 1, fsdp: bool = False) -> Processes:
 
     layout = Parallelism(state.num_processes // tp, tp)
     return Processes(state.num_processes, state.process_index, state.device, tp, fsdp, layout)
+
+
+# What `accelerate launch` hands on of its configuration: the value that asks for nothing, what others ask for, and what
+# says so here.
+_CONFIGURED = (
+    (
+        "ACCELERATE_MIXED_PRECISION",
+        "no",
+        "mixed precision",
+        "--dtype; say accelerate launch --mixed_precision no",
+    ),
+    ("ACCELERATE_DYNAMO_BACKEND", "no", "torch.compile", "no option; say accelerate launch --dynamo_backend no"),
+    ("ACCELERATE_USE_FSDP", "false", "FSDP", "--fsdp; start it by torchrun"),
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", "false", "a parallelism_config", "--fsdp and --tp; start it by torchrun"),
+    ("ACCELERATE_USE_DEEPSPEED", "false", "DeepSpeed", "--fsdp; start it by torchrun"),
+    ("ACCELERATE_USE_MEGATRON_LM", "false", "Megatron-LM", "--tp; start it by torchrun"),
+)
+
+
+def _check_configuration() -> None:
+    """Raises ValueError where accelerate would train otherwise than the settings, and the results, say."""
+    for name, nothing, what, here in _CONFIGURED:
+        value = os.environ.get(name) or nothing
+        if value.lower() != nothing:
+            raise ValueError(f"accelerate's configuration asks for {what} ({name}={value}); here that is for {here}")
 
 
 def check_layout(count: int, *, tp: int, fsdp: bool) -> None:

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import tiny_folders
+import transformers
 from finetune_helpers import assert_near, causal, classify, launched, make_folders, record, results
 
 from red_kernels import cli
+from red_kernels.finetune import processes
+from red_kernels.finetune.parallel import split_weights
 from red_kernels.finetune.processes import check_layout
 from red_kernels.integrations.trainer import checkpoints
 
@@ -20,6 +23,7 @@ NEAR = 3e-5
 # Of a head beside the edits, of sites that tensor parallelism splits and others, of a rate that falls, of evaluations.
 LABELLED = ("--position", "more", "--steps", "4", "--accumulate", "2", "--schedule", "linear", "--eval-every", "2")
 TEXT = ("--position", "more", "--steps", "4", "--save-every", "2", "--sample", "line 3")
+WILD = ("--steps", "30", "--save-every", "1", "--lr", "3e37", "--warmup", "20")
 LAYOUTS = {
     "split over two": (2, ("--tp", "2")),
     "two copies, each split over two": (4, ("--tp", "2")),
@@ -93,27 +97,50 @@ def test_another_layout_goes_on(folders: dict[str, Path], alone: Path, tmp_path:
     assert_near(alone / "text" / "edits", output / "edits", NEAR)
     assert [own["step"] for own in results(output)["samples"]] == [0, 4, 6]
     assert "tokens/s" in done.stdout
-    again = launched(["finetune", "--output", str(output), "--resume", "--steps", "8"])  # by tp of the run
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert "weights are split over each 2" in again.stdout
+    assert record(output)["settings"]["tp"] == 2  # as a run that goes on without the option takes it
 
 
-@pytest.mark.parametrize(
-    ("model", "more", "said"),
-    [
-        ("odd", (), "does not run when it is split over so many"),
-        ("encoder", ("--task", "classification"), "tp: got 2, and BertForSequenceClassification has no plan for it"),
-    ],
-)
-def test_models_that_cannot_be_split(
-    model: str, more: tuple[str, ...], said: str, folders: dict[str, Path], tmp_path: Path
-) -> None:
-    wrong = {**folders, "llama": folders[model], "bert": folders[model]}
-    made = classify if more else causal
-    done = launched(made(wrong, tmp_path / "out", "--tp", "2"))
+def test_a_model_with_too_few_heads(folders: dict[str, Path], tmp_path: Path) -> None:
+    done = launched(causal({**folders, "llama": folders["odd"]}, tmp_path / "out", "--tp", "2"))
     assert done.returncode != 0
-    assert said in done.stderr
+    assert "does not run when it is split over so many" in done.stderr
+    assert "num_attention_heads 2, num_key_value_heads 1" in done.stderr
     assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_a_model_without_a_plan(folders: dict[str, Path]) -> None:
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folders["encoder"])
+    with pytest.raises(ValueError, match="tp: got 2, and BertForSequenceClassification has no plan for it"):
+        split_weights(model, processes.Processes(2, tp=2))
+
+
+@pytest.mark.parametrize("name", [row[0] for row in processes._CONFIGURED])
+def test_what_accelerate_is_configured_for(
+    name: str,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It would train in another way than the command says: mixed precision gave edits that did not do as they did."""
+    monkeypatch.setenv(name, "bf16" if "PRECISION" in name else "inductor" if "DYNAMO" in name else "true")
+    assert cli.main(causal(folders, tmp_path / "out")) == cli.EXIT_ERROR
+    assert "accelerate's configuration asks for" in (said := capsys.readouterr().err)
+    assert name in said
+    assert not (tmp_path / "out").exists()
+    for nothing in ("no", "NO") if "USE" not in name else ("false", "False"):
+        monkeypatch.setenv(name, nothing)
+        processes._check_configuration()
+
+
+def test_a_loss_that_is_no_number(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The last good checkpoint is the result, saved from its parts."""
+    output = tmp_path / "out"
+    done = launched(causal(folders, output, *WILD, "--tp", "2"))
+    assert done.returncode != 0
+    assert "the training diverged" in done.stderr
+    (*_, good) = checkpoints(output)
+    assert_near(good, output / "edits", 0.0)
 
 
 @pytest.mark.parametrize(
