@@ -69,8 +69,8 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
         `"with edits"`, and for language models `"base model"`, to a `HeldOut`.
 
     Raises:
-        ValueError: no data where the source is no run, a label that the model does not know, or what `load_data` and
-            `rk.from_pretrained` raise.
+        ValueError: no data where the source is no run, a model of another task, a label that the model does not know,
+            or what `load_data` and `rk.from_pretrained` raise.
     """
     from ..checkpoints.whole import from_pretrained, load_tokenizer
     from ..edits.named import disable_edits
@@ -117,6 +117,7 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
         check_template(settings.template, loaded.held_out)
     dtype = DTYPES.get(str((former or {}).get("dtype")), "auto")  # that of the run
     model = from_pretrained(source, base=base, dtype=dtype, device=settings.place)
+    _check_task(settings.task, model, source)
     tokenizer = load_tokenizer(source, base=base)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -138,3 +139,16 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
         with block:
             found[name] = data.held_out_loss(model, console)
     return found
+
+
+def _check_task(task: str, model: Any, source: str) -> None:
+    """Raises ValueError where a model with its head is of another task than its data is to be read for."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as LABELLING
+
+    own = "causal-lm"
+    if type(model).__name__ in LABELLING.values():
+        own = "regression" if model.config.num_labels == 1 else "classification"
+    if task != own:
+        raise ValueError(
+            f"task: got {task!r}, and {source!r} is of a {type(model).__name__} for {own!r}; give --task {own}"
+        )

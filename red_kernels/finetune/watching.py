@@ -155,6 +155,9 @@ def continued(
         new_tokens: how many tokens to add at most.
         chat: None for a chat where the tokenizer has a template.
         temperature: draw the tokens, by torch's generator, in place of taking the most likely ones.
+
+    Raises:
+        ValueError: the prompt has no token.
     """
     how = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
     if tokenizer.chat_template if chat is None else chat:
@@ -165,6 +168,8 @@ def continued(
         inputs = tokenizer(prompt, return_tensors="pt")
     device = next(model.parameters()).device
     given = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
+    if given["input_ids"].shape[1] == 0:
+        raise ValueError(f"prompt: got {prompt!r}, of which the tokenizer makes no token")
     was_training = model.training
     model.eval()
     try:

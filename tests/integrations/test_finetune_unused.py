@@ -158,6 +158,7 @@ def test_generate(folders: dict[str, Path], tmp_path: Path, capsys: pytest.Captu
     for more, message in (
         (("--seed", "3"), "seed: got 3, which has no effect: without temperature"),
         (("--template", "t.jinja", "--no-chat"), "template: got 't.jinja', which has no effect"),
+        (("--prompt", ""), "prompt: got '', of which the tokenizer makes no token"),
         (("--chat",), "chat: the model's tokenizer has no chat template"),
     ):
         assert cli.main([*ask, *more]) == cli.EXIT_ERROR
