@@ -177,8 +177,8 @@ def check_layout(count: int, *, tp: int, fsdp: bool) -> None:
     starts = "torchrun --nproc_per_node N, or accelerate launch, starts more"
     if count % tp:
         have = f"there is one process; {starts}" if count == 1 else f"there are {count} processes, no multiple of it"
-        raise ValueError(f"tp: got {tp}, and {have}")
+        raise ValueError(f"tp: got {tp}, and {have}; --tp 1 splits nothing")
     if fsdp and count == 1:
-        raise ValueError(f"fsdp: there is one process; {starts}")
+        raise ValueError(f"fsdp: there is one process; {starts}; --no-fsdp lays nothing in parts")
     if fsdp and count == tp:
         raise ValueError(f"fsdp: all {count} processes split the model's weights (tp); expected more processes")
