@@ -69,8 +69,8 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
         `"with edits"`, and for language models `"base model"`, to a `HeldOut`.
 
     Raises:
-        ValueError: no data where the source is no run, a label that the model does not know, or what `load_data` and
-            `rk.from_pretrained` raise.
+        ValueError: no data where the source is no run, a model of another task, a label that the model does not know,
+            or what `load_data` and `rk.from_pretrained` raise.
     """
     from ..checkpoints.whole import from_pretrained, load_tokenizer
     from ..edits.named import disable_edits
@@ -79,7 +79,8 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
     from .data import load_data, load_judged
     from .job_data import judged
     from .run_folder import RUN_NAME, former_run
-    from .settings import chat_template, from_options
+    from .settings import HELD_OUT, chat_template, from_options
+    from .unused import check_template, without_unused
 
     folder = Path(source)
     own_run = former_run(folder, "source") if (folder / RUN_NAME).is_file() else None
@@ -89,8 +90,11 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
     if former is None and "data" not in given:
         raise ValueError(f"data: {source!r} is no run's folder, which would name it; give --data")
     base = given.pop("model", None)
+    if former is not None and "data" in given:
+        former["validation"] = None
     settings = from_options({**given, "dtype": "auto"}, former)
-    settings = replace(settings, output=source, sample=(), steps=None, epochs=None).filled()
+    settings = replace(settings, output=source, sample=(), steps=None, epochs=None)
+    settings = without_unused(settings, given).filled()
     names = settings.data or ()
     if "data" in given:
         loaded = load_judged(names, settings.columns, settings.task, subset=settings.subset)
@@ -101,7 +105,7 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
             settings.task,
             subset=settings.subset,
             validation=settings.validation,
-            held_out=settings.held_out,
+            held_out=settings.held_out or HELD_OUT,
         )
         assert own_run is not None
         if own_run["results"].get("data_digest", loaded.digest) != loaded.digest:
@@ -109,8 +113,11 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
                 f"data: {', '.join(names)!r} is not what the run in {source!r} had, so what it held out is not known; "
                 "give what is to be judged by --data"
             )
+    if "template" in given:
+        check_template(settings.template, loaded.held_out)
     dtype = DTYPES.get(str((former or {}).get("dtype")), "auto")  # that of the run
     model = from_pretrained(source, base=base, dtype=dtype, device=settings.place)
+    _check_task(settings.task, model, source)
     tokenizer = load_tokenizer(source, base=base)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -132,3 +139,16 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
         with block:
             found[name] = data.held_out_loss(model, console)
     return found
+
+
+def _check_task(task: str, model: Any, source: str) -> None:
+    """Raises ValueError where a model with its head is of another task than its data is to be read for."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as LABELLING
+
+    own = "causal-lm"
+    if type(model).__name__ in LABELLING.values():
+        own = "regression" if model.config.num_labels == 1 else "classification"
+    if task != own:
+        raise ValueError(
+            f"task: got {task!r}, and {source!r} is of a {type(model).__name__} for {own!r}; give --task {own}"
+        )

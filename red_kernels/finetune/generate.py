@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=float, metavar="T", help="draw tokens at this temperature (default: take the likeliest)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    parser.add_argument("--seed", type=int, help="of what is drawn at a --temperature (default: 0)")
     parser.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
@@ -45,8 +45,8 @@ def run(options: argparse.Namespace) -> int:
     """The command.
 
     Raises:
-        ValueError: two edits of one name, a name that cannot be one, a number out of range, edits that do not fit the
-            first one's base model.
+        ValueError: two edits of one name, a name that cannot be one, a number out of range, an option that another
+            leaves without effect, a chat without a template, edits that do not fit the first one's base model.
     """
     import torch
 
@@ -60,6 +60,10 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"new_tokens: got {options.new_tokens}, expected at least 1")
     if options.temperature is not None and not 0 < options.temperature < float("inf"):
         raise ValueError(f"temperature: got {options.temperature}, expected a number above 0")
+    if options.seed is not None and options.temperature is None:
+        raise ValueError(f"seed: got {options.seed}, which has no effect: without temperature nothing is drawn")
+    if options.template is not None and options.chat is False:
+        raise ValueError(f"template: got {options.template!r}, which has no effect with no_chat")
     sources = _named(options.sources)
     (first, folder), *others = sources.items()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -69,6 +73,8 @@ def run(options: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(folder, base=options.model)
     if options.template is not None:
         tokenizer.chat_template = chat_template(options.template)
+    if options.chat and not tokenizer.chat_template:
+        raise ValueError("chat: the model's tokenizer has no chat template; give one by template")
     for name, other in others:
         load_edits(model, other, name)
     active = active_edit(model)
@@ -79,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
         if len(options.prompt or ()) != 1:
             print(f"> {prompt}")
         for name, block in blocks.items():
-            torch.manual_seed(options.seed)
+            torch.manual_seed(options.seed or 0)
             with block:
                 text = continued(model, tokenizer, prompt, options.new_tokens, options.chat, options.temperature)
             print(f"{name}: {text}" if len(blocks) > 1 else text, flush=True)

@@ -21,6 +21,7 @@ from ..integrations.trainer import head_parameters, load_trained
 from ..merging.merge import reason_against
 from ..patching.naive import naive_edit
 from ..patching.patch import edit_config, patch
+from ..patching.report import PatchReport
 from ..support.base_models import BaseModel, load_base
 from ..support.output_folder import check_output
 from ..support.parse import shown
@@ -43,11 +44,13 @@ from .measure import (
     real_tokens,
     training_step,
 )
+from .parallel import lay_in_parts, split_weights
 from .processes import Processes, join
 from .resume import check_checkpoint
 from .run_folder import RunFolder, former_settings, open_run
-from .settings import Settings, chat_template, write_config
+from .settings import HELD_OUT, Settings, chat_template, write_config
 from .train import best_step, end_diverged, losses, save, train, watched
+from .unused import check_template
 from .watching import Sampler
 
 __all__ = ["Settings", "finetune"]
@@ -73,8 +76,7 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     """
     settings = settings.filled()
     config = RedConfig(position=settings.position, kind=settings.kind, layers=settings.layers, sites=settings.sites)
-    labelled = settings.task != "causal-lm"
-    processes = join(settings.place)
+    processes = join(settings.place, tp=settings.tp, fsdp=settings.fsdp)
     device = processes.device
     if not processes.first:
         console = Console(quiet=True)
@@ -84,7 +86,7 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     settings, run = processes.first_decides(lambda: _open(settings, device, console))
     run.writes = processes.first
     if processes.count > 1:
-        console.print(f"{processes.count} processes, each with {settings.batch_size // processes.count} of a batch")
+        console.print(_said_of(processes, settings.batch_size // processes.shares))
     names = ", ".join(settings.data or ())
     console.print(f"Loading the data: {names}", markup=False, highlight=False, soft_wrap=True)
     loaded = _load_data(settings)
@@ -95,14 +97,12 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
 
     set_seed(settings.seed)  # a new head is drawn while loading
     console.print(f"Loading the model: {settings.model}", markup=False, highlight=False, soft_wrap=True)
-    base = _load(settings, labels, device)
+    base = _load(settings, labels, processes)
     data = tokenised(settings, base, loaded, labels, console)
     steps = _total_steps(settings, run, len(data.train))
-    patched = patch(base.model, config)
+    patched = _edited(settings, base, config, processes)
     console.print(str(replace(patched, frozen_head=())), highlight=False)  # the head is not to stay frozen
     _say_what_merges(base.model, config.kind, console)
-    if labelled:
-        train_head(base.model, base.new_parameters)
     run.begin()
     if processes.first:
         write_config(settings, run.config)
@@ -120,8 +120,8 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     peak = memory.bytes()
     reached = trainer.state.global_step
     if trainer.diverged is not None:
-        end_diverged(trainer, run)
-    save(base.model, run)
+        end_diverged(trainer, run, processes)
+    save(base.model, run, processes)
     curve = losses(trainer)
     if stopped:
         run.write("interrupted", steps=reached, **watched(trainer, sampler))
@@ -146,9 +146,11 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
         console.print(f"The edits are those of step {best}, whose held-out loss is the least.")
     if not evaluated:
         sampler.show(reached, "after")
-    reloaded, speeds = processes.first_decides(
-        lambda: _reload_and_compare(settings, run, base, data, labels, device, console)
-    )
+
+    def reload() -> tuple[HeldOut, dict[str, Speed]]:
+        return _reload_and_compare(settings, run, base, data, labels, processes, console)
+
+    reloaded, speeds = reload() if processes.in_parts else processes.first_decides(reload)
 
     report.held_out_table(console, {"before": before, "after": after, "after, reloaded into a fresh model": reloaded})
     _show_change(before, after, console)
@@ -206,13 +208,19 @@ def _open(settings: Settings, device: torch.device, console: Console) -> tuple[S
 
 
 def _check_shares(settings: Settings, processes: Processes) -> None:
-    if settings.batch_size % processes.count:
+    if settings.batch_size % processes.shares:
         raise ValueError(
-            f"batch_size: got {settings.batch_size}, expected a multiple of {processes.count}: so many processes "
-            "share it"
+            f"batch_size: got {settings.batch_size}, expected a multiple of {processes.shares}: so many "
+            f"{'processes' if processes.tp == 1 else 'groups of processes'} share it"
         )
-    if settings.fsdp and processes.count == 1:
-        raise ValueError("fsdp: there is one process; torchrun --nproc_per_node N, or accelerate launch, starts more")
+
+
+def _said_of(processes: Processes, each: int) -> str:
+    """How the processes share the work, for the user."""
+    said = f"{processes.count} processes, each with {each} of a batch"
+    if processes.tp > 1:
+        said += f"; the model's weights are split over each {processes.tp}"
+    return said + ("; the model lies in parts on all of them" if processes.fsdp else "")
 
 
 def _same_loss(one: float, other: float, rounding: float) -> bool:
@@ -222,16 +230,30 @@ def _same_loss(one: float, other: float, rounding: float) -> bool:
     return abs(one - other) <= rounding * abs(other)  # which NaN is not
 
 
-def _load(settings: Settings, labels: dict[str, int] | None, device: torch.device, tokenizer: Any = None) -> BaseModel:
+def _load(settings: Settings, labels: dict[str, int] | None, processes: Processes, tokenizer: Any = None) -> BaseModel:
     names = list(labels) if labels is not None else None
-    base = load_base(str(settings.model), settings.task, DTYPES[settings.dtype], device, names, tokenizer)
+    # A model that is to be split may be too large for one device.
+    place = torch.device("cpu") if processes.tp > 1 else processes.device
+    base = load_base(str(settings.model), settings.task, DTYPES[settings.dtype], place, names, tokenizer)
     longest = getattr(base.model.config, "max_position_embeddings", None)
     if isinstance(longest, int) and settings.length > longest:
         raise ValueError(f"length: got {settings.length}, the model takes at most {longest} tokens")
     if settings.template is not None:
         base.tokenizer.chat_template = chat_template(settings.template)
     base.model.config.use_cache = False  # a cache is of no use in training, and Trainer would warn
+    if processes.tp > 1:
+        split_weights(base.model, processes)
     return base
+
+
+def _edited(settings: Settings, base: BaseModel, config: RedConfig, processes: Processes) -> PatchReport:
+    """Patch a model, have its head trained where it has one, and lay it in parts where it is to be."""
+    report = patch(base.model, config)
+    if settings.task != "causal-lm":
+        train_head(base.model, base.new_parameters)
+    if processes.fsdp:
+        lay_in_parts(base.model, processes)
+    return report
 
 
 def _say_what_merges(model: nn.Module, kind: str, console: Console) -> None:
@@ -275,14 +297,16 @@ def _load_data(settings: Settings) -> Loaded:
         settings.task,
         subset=settings.subset,
         validation=settings.validation,
-        held_out=settings.held_out,
+        held_out=settings.held_out or HELD_OUT,
     )
+    check_template(settings.template, [*loaded.train, *loaded.held_out], settings.sample)
     if loaded.form == "preference":
         require("trl", "training on preferences", "red-kernels[train]")
         if settings.loss_on != ANSWERS:
             raise ValueError(f"loss_on: got {settings.loss_on!r}, and preferences have their loss on the answers")
-        if settings.fsdp:
-            raise ValueError("fsdp: preferences need the model without edits beside it, which is not made in parts")
+        for name in ("fsdp", "tp"):
+            if getattr(settings, name) != getattr(Settings, name):
+                raise ValueError(f"{name}: preferences are trained with a whole model in each process")
     if settings.packing and loaded.form not in ("chat", "completion"):
         raise ValueError(f"packing: is of conversations and completions, and the data's form is {loaded.form!r}")
     return loaded
@@ -342,7 +366,7 @@ def _say_how_long(
     """Say about how long the training will take, from a look at a few tokens, where a step takes seconds."""
     if data.pairs is not None:
         return  # a step of DPO is other work than what is looked at
-    tokens = settings.accumulate * real_tokens(data.first_batch(torch.device("cpu"))) // processes.count
+    tokens = settings.accumulate * real_tokens(data.first_batch(torch.device("cpu"))) // processes.shares
     step = first_look(model, data.collate([data.train[0]]), tokens)
     left = steps - run.step
     if step > QUIET:
@@ -360,19 +384,18 @@ def _reload_and_compare(
     base: BaseModel,
     data: JobData,
     labels: dict[str, int] | None,
-    device: torch.device,
+    processes: Processes,
     console: Console,
 ) -> tuple[HeldOut, dict[str, Speed]]:
     """Load the base model once more: first it is the peer whose edits are eager, then it takes the saved edits."""
-    console.print("Loading the model once more" + (", to compare training speeds" if settings.compare else ""))
-    fresh = _load(settings, labels, device, base.tokenizer)
+    # The frozen peer of a model in parts is not made; and a step of DPO is another than of the rest.
+    compare = settings.compare and not processes.in_parts and data.pairs is None
+    console.print("Loading the model once more" + (", to compare training speeds" if compare else ""))
+    fresh = _load(settings, labels, processes, base.tokenizer)
     speeds: dict[str, Speed] = {}
-    # Of a model in parts, one process alone can run no step; and a step of DPO is another than of the rest.
-    if settings.compare and not settings.fsdp and data.pairs is None:
-        speeds = _compare(base.model, fresh, data, device, console)
-    patch(fresh.model, saved_config(run.edits))
-    if data.labelled:
-        train_head(fresh.model, fresh.new_parameters)
+    if compare:
+        speeds = _compare(base.model, fresh, data, processes.device, console)
+    _edited(settings, fresh, saved_config(run.edits), processes)
     load_trained(fresh.model, run.edits)
     return data.held_out_loss(fresh.model, console), speeds
 

@@ -60,6 +60,14 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
         action=argparse.BooleanOptionalAction,
         help="under torchrun or accelerate launch: lay the model in parts on all processes (default: a copy on each)",
     )
+    add(
+        model,
+        "--tp",
+        type=int,
+        metavar="N",
+        help="under torchrun or accelerate launch: split the model's weights over N processes (tensor parallelism), "
+        "with a copy on each N of them, or with --fsdp parts of one (default: 1)",
+    )
     add(model, "--position", help=f"where the edits lie: {', '.join(POSITIONS)} (default: ffn)")
     add(model, "--kind", help="; ".join(map(kind_help, KINDS.values())) + " (default: all)")
     add(model, "--layers", type=layers, help="such as 0-5,8 (default: all layers)")

@@ -7,14 +7,17 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ..support.errors import one_line
 
-__all__ = ["ALONE", "FirstFailed", "Processes", "join"]
+if TYPE_CHECKING:
+    from .mesh import Parallelism
+
+__all__ = ["ALONE", "FirstFailed", "Processes", "check_layout", "join"]
 
 T = TypeVar("T")
 
@@ -33,11 +36,37 @@ class Processes:
         count: all of them.
         rank: of this one, from 0.
         device: of this one.
+        tp: how many neighbours have one model together, whose weights are split over them.
+        fsdp: whether the model lies in parts on all of them.
+        parallelism: how accelerate is told of both; None where each has a whole model.
     """
 
     count: int = 1
     rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    tp: int = 1
+    fsdp: bool = False
+    parallelism: Parallelism | None = None
+
+    @property
+    def shares(self) -> int:
+        """How many parts a batch has: neighbours with one model get the same."""
+        return self.count // self.tp
+
+    @property
+    def copies(self) -> int:
+        """How many copies of the model there are."""
+        return 1 if self.fsdp else self.shares
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether no process has the whole model, so that all of them have to run each batch."""
+        return self.fsdp or self.tp > 1
+
+    @property
+    def in_first_copy(self) -> bool:
+        """Whether this one has a part of the model's first copy."""
+        return self.rank < self.count // self.copies
 
     @property
     def first(self) -> bool:
@@ -89,16 +118,67 @@ class Processes:
 ALONE = Processes()
 
 
-def join(device: torch.device) -> Processes:
+def join(device: torch.device, *, tp: int = 1, fsdp: bool = False) -> Processes:
     """Join the group that a launcher has started this process for; alone where there is none.
 
     Args:
         device: `cpu` or `cuda`. Of several GPUs each process of a machine gets its own.
+        tp: how many processes are to have one model together.
+        fsdp: whether the model is to lie in parts on all of them.
+
+    Raises:
+        ValueError: there are too few processes, or their number is no multiple of `tp`; or accelerate's configuration
+            asks for what the job decides.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    _check_configuration()
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    check_layout(count, tp=tp, fsdp=fsdp)
+    if count == 1:
         return Processes(device=device)
     from accelerate import PartialState
 
     # Trainer takes it up. One process may work alone for long, while the others wait.
     state = PartialState(cpu=device.type == "cpu", timeout=timedelta(hours=12))
-    return Processes(state.num_processes, state.process_index, state.device)
+    if tp == 1 and not fsdp:
+        return Processes(state.num_processes, state.process_index, state.device)
+    from .mesh import Parallelism
+
+    layout = Parallelism(state.num_processes // tp, tp)
+    return Processes(state.num_processes, state.process_index, state.device, tp, fsdp, layout)
+
+
+# What `accelerate launch` hands on of its configuration: the value that asks for nothing, what others ask for, and what
+# says so here.
+_CONFIGURED = (
+    (
+        "ACCELERATE_MIXED_PRECISION",
+        "no",
+        "mixed precision",
+        "--dtype; say accelerate launch --mixed_precision no",
+    ),
+    ("ACCELERATE_DYNAMO_BACKEND", "no", "torch.compile", "no option; say accelerate launch --dynamo_backend no"),
+    ("ACCELERATE_USE_FSDP", "false", "FSDP", "--fsdp; start it by torchrun"),
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", "false", "a parallelism_config", "--fsdp and --tp; start it by torchrun"),
+    ("ACCELERATE_USE_DEEPSPEED", "false", "DeepSpeed", "--fsdp; start it by torchrun"),
+    ("ACCELERATE_USE_MEGATRON_LM", "false", "Megatron-LM", "--tp; start it by torchrun"),
+)
+
+
+def _check_configuration() -> None:
+    """Raises ValueError where accelerate would train otherwise than the settings, and the results, say."""
+    for name, nothing, what, here in _CONFIGURED:
+        value = os.environ.get(name) or nothing
+        if value.lower() != nothing:
+            raise ValueError(f"accelerate's configuration asks for {what} ({name}={value}); here that is for {here}")
+
+
+def check_layout(count: int, *, tp: int, fsdp: bool) -> None:
+    """Raises ValueError where so many processes cannot have a model in this way."""
+    starts = "torchrun --nproc_per_node N, or accelerate launch, starts more"
+    if count % tp:
+        have = f"there is one process; {starts}" if count == 1 else f"there are {count} processes, no multiple of it"
+        raise ValueError(f"tp: got {tp}, and {have}; --tp 1 splits nothing")
+    if fsdp and count == 1:
+        raise ValueError(f"fsdp: there is one process; {starts}; --no-fsdp lays nothing in parts")
+    if fsdp and count == tp:
+        raise ValueError(f"fsdp: all {count} processes split the model's weights (tp); expected more processes")

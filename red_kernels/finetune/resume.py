@@ -18,6 +18,8 @@ from transformers.trainer_pt_utils import safe_globals
 from ..integrations.trainer import RedTrainer
 from ..support.errors import one_line
 from ..support.parse import read_json, shown
+from ..support.sharded import is_sharded
+from .optimizer_state import for_groups, gathered, spread_over
 
 __all__ = ["ResumingTrainer", "check_checkpoint"]
 
@@ -88,31 +90,56 @@ class ResumingTrainer(RedTrainer):
         self._load_from_checkpoint(str(chosen))
         self.state = state
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Whole, as a single process has them, so that any number of processes goes on from them."""
+        groups = self._groups()
+        if not any(map(is_sharded, itertools.chain.from_iterable(groups))):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self.lr_scheduler is not None
+        optimizer = gathered(self.optimizer, groups)  # by all processes
+        if self.args.should_save:
+            torch.save(optimizer, Path(output_dir) / OPTIMIZER)
+            torch.save(for_groups(self.lr_scheduler.state_dict(), len(groups)), Path(output_dir) / SCHEDULER)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            folder = Path(checkpoint)
-            assert self.optimizer is not None  # Trainer has just made both
-            assert self.lr_scheduler is not None
-            with _naming(folder / OPTIMIZER):
-                _check_optimizer(_read(folder / OPTIMIZER), self.optimizer)
-            with _naming(folder / SCHEDULER):
-                found, own = _read(folder / SCHEDULER), self.lr_scheduler.state_dict()
-                one = self.args.world_size == 1  # else there is a step of the scheduler for each process
-                wanted = {"base_lrs": own["base_lrs"], **({"last_epoch": self.state.global_step} if one else {})}
-                for name, expected in wanted.items():
-                    if found[name] != expected:
-                        raise ValueError(f"its {name} is {shown(found[name])}, expected {expected}")
-            with _naming(folder, f"{OPTIMIZER} or {SCHEDULER}"):
+        if checkpoint is None:
+            return
+        folder, groups = Path(checkpoint), self._groups()
+        assert self.optimizer is not None  # Trainer has just made both
+        assert self.lr_scheduler is not None
+        with _naming(folder / OPTIMIZER):
+            optimizer = _read(folder / OPTIMIZER)
+            _check_optimizer(optimizer, groups)
+        with _naming(folder / SCHEDULER):
+            found, own = _read(folder / SCHEDULER), self.lr_scheduler.state_dict()
+            one = self.args.world_size == 1  # else there is a step of the scheduler for each process
+            rates = for_groups(own, len(groups))["base_lrs"]
+            wanted = {"base_lrs": rates, **({"last_epoch": self.state.global_step} if one else {})}
+            for name, expected in wanted.items():
+                if found[name] != expected:
+                    raise ValueError(f"its {name} is {shown(found[name])}, expected {expected}")
+        with _naming(folder, f"{OPTIMIZER} or {SCHEDULER}"):
+            if not any(map(is_sharded, itertools.chain.from_iterable(groups))):
                 super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            self.optimizer.load_state_dict(spread_over(optimizer, groups, self.optimizer))
+            self.lr_scheduler.load_state_dict(for_groups(found, len(self.optimizer.param_groups)))
+
+    def _groups(self) -> list[list[torch.Tensor]]:
+        """What is trained, in the groups and in the order that Trainer's optimizer of a whole model has."""
+        model = self._inner_model()
+        decaying = set(self.get_decay_parameter_names(model))
+        trained = [(name, own) for name, own in model.named_parameters() if own.requires_grad]
+        return [[own for name, own in trained if (name in decaying) is decays] for decays in (True, False)]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with contextlib.nullcontext() if checkpoint is None else _naming(Path(checkpoint) / RANDOM):
             super()._load_rng_state(checkpoint)
 
 
-def _check_optimizer(found: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+def _check_optimizer(found: dict[str, Any], own: list[list[torch.Tensor]]) -> None:
     groups = [group["params"] for group in found["param_groups"]]
-    own = [group["params"] for group in optimizer.param_groups]
     if [len(group) for group in groups] != [len(group) for group in own]:
         raise ValueError(
             f"it is of {list(map(len, groups))} parameters in groups, this run trains {list(map(len, own))}"

@@ -137,6 +137,8 @@ def _check_resumable(path: Path, former: dict[str, Any], settings: dict[str, Any
     before = {name: former["settings"].get(name, defaults[name]) for name in settings}
     if isinstance(before["data"], str):
         before["data"] = [before["data"]]
+    if before["validation"] is not None:
+        before["held_out"] = None
     if former["state"] == "finished" and all(before[name] == settings[name] for name in ("steps", "epochs")):
         raise ValueError(
             f"--resume: the run in {str(path)!r} is finished; --steps N or --epochs N with a larger N goes on with it, "

@@ -22,15 +22,17 @@ from ..support.text import listed
 from .base_dtype import ASKED, AUTO
 from .data import PYTHON_TOPICS, Columns, check_held_out
 from .data.chat import ALL, ANSWERS
+from .unused import check_used
 
 __all__ = ["Settings", "as_options", "chat_template", "from_options", "read_config", "write_config"]
 
 STEPS, SAVE_EVERY = 30, 10
+HELD_OUT = 0.1
 SCHEDULES = ("constant", "linear", "cosine")
 # What may change when a run is resumed: where and how it runs, what it shows, and how long it goes on.
 _FREE = {
     *("output", "resume", "overwrite", "device", "compare", "save_every", "eval_every", "patience", "sample"),
-    *("report_to", "steps", "epochs", "fsdp"),
+    *("report_to", "steps", "epochs", "fsdp", "tp"),
 }
 _OF_COLUMNS = {"text_column": "text", "label_column": "label"}
 _NEGATED = {"no_header": "header", "no_compare": "compare"}  # as the command line has them
@@ -59,13 +61,15 @@ class Settings:
         batch_size: texts or blocks in a forward pass, of all processes together.
         accumulate: forward passes whose gradients make one optimizer step.
         fsdp: lay the base model in parts on all processes (FSDP2), where else each has a copy of it.
+        tp: split the base model's weights over so many processes (tensor parallelism); with more processes than that
+            there are several copies, or with `fsdp` parts of one.
         checkpointing: compute activations again in the backward pass, which saves memory and costs time.
         length: tokens in a block, and the most in a text.
         dtype: of the base model: `"fp32"`, `"bf16"`, or `"auto"`, which is bf16 where the device multiplies it natively
             and else fp32; a resumed run keeps its own. The vectors are fp32 in any case.
         position, kind, layers, sites: as in `RedConfig`.
         seed: of the order of the data, of dropout and of a new head.
-        held_out: the fraction of the data to hold out.
+        held_out: the fraction of the data to hold out, without `validation`; by default 0.1.
         eval_every: steps between evaluations on what is held out. The edits with the least loss are the result. None:
             before and after the training alone.
         patience: stop when so many evaluations one behind the other bring no lower loss; needs `eval_every`.
@@ -97,6 +101,7 @@ class Settings:
     accumulate: int = 1
     checkpointing: bool = False
     fsdp: bool = False
+    tp: int = 1
     length: int = 256
     dtype: str = AUTO
     position: str = "ffn"
@@ -104,7 +109,7 @@ class Settings:
     layers: tuple[int, ...] | None = None
     sites: tuple[str, ...] | None = None
     seed: int = 0
-    held_out: float = 0.1
+    held_out: float | None = None
     eval_every: int | None = None
     patience: int | None = None
     sample: tuple[str, ...] = ()
@@ -120,12 +125,12 @@ class Settings:
         """The same with defaults in place of None, where they do not depend on the data.
 
         Raises:
-            ValueError: a value out of range, two that exclude each other, or data missing for a task without default
-                data.
+            ValueError: a value out of range, two that exclude each other, one that another leaves without effect, or
+                data missing for a task without default data.
         """
         if self.task not in TASKS:
             raise ValueError(f"task: got {self.task!r}, expected one of {', '.join(map(repr, TASKS))}")
-        whole = {"batch_size": 1, "accumulate": 1, "length": 2, "steps": 1, "save_every": 1, "eval_every": 1}
+        whole = {"batch_size": 1, "accumulate": 1, "length": 2, "steps": 1, "save_every": 1, "eval_every": 1, "tp": 1}
         for name, least in {**whole, "patience": 1}.items():
             value = getattr(self, name)
             may_lack = getattr(Settings, name) is None
@@ -148,15 +153,14 @@ class Settings:
             raise ValueError(f"steps and epochs: got {self.steps} and {self.epochs}, expected one of them at most")
         if self.patience is not None and self.eval_every is None:
             raise ValueError(f"patience: got {self.patience}, and eval_every says after how many steps to evaluate")
-        check_held_out(self.held_out)
+        if self.held_out is not None:
+            check_held_out(self.held_out)
         data = self.data or (PYTHON_TOPICS if self.task == "causal-lm" else None)
         if data is None:
             raise ValueError(f"data: {self.task} needs a table of texts and labels (--data FILE)")
         if self.loss_on not in (ANSWERS, ALL):
             raise ValueError(f"loss_on: got {self.loss_on!r}, expected {ANSWERS!r} or {ALL!r}")
         chat_template(self.template)
-        if self.sample and self.task != "causal-lm":
-            raise ValueError(f"sample: a model for {self.task} continues no prompt")
         if self.device is not None and self.device.partition(":")[0] not in ("cpu", "cuda"):
             raise ValueError(f"device: got {self.device!r}, expected 'cpu' or 'cuda'")
         if self.device is not None and self.device.startswith("cuda") and not torch.cuda.is_available():
@@ -168,8 +172,10 @@ class Settings:
                 f"save_every: got {self.save_every}, expected {self.eval_every}, that of eval_every: a checkpoint is "
                 "written at each evaluation, so that the edits with the least loss are kept"
             )
+        check_used(self)
         return dataclasses.replace(
             self,
+            held_out=self.held_out if self.held_out or self.validation else HELD_OUT,
             data=(data,) if isinstance(data, str) else data,
             model=self.model or DEFAULT_MODEL[self.task],
             steps=self.steps if self.steps or self.epochs else STEPS,
@@ -245,6 +251,8 @@ def from_options(given: Mapping[str, Any], former: Mapping[str, Any] | None = No
     if isinstance(values.get("data"), str):  # as older versions kept it
         values["data"] = (values["data"],)
     values.pop("dtype", None)  # the run's own is kept, and said to be
+    if values.get("validation") is not None:  # as older versions kept it
+        values.pop("held_out", None)
     columns = dict((former or {}).get("columns", {}))
     names = {name.replace("-", "_"): value for name, value in given.items()}
     for name, value in names.items():

@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="RATE",
         help=f"learning rates to try (default: {' '.join(f'{rate:g}' for rate in RATES)})",
     )
-    add_finetune_options(parser, without=("--learning-rate",))
+    add_finetune_options(parser, without=("--learning-rate", "--sample", "--no-compare", "--fsdp", "--tp"))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -49,7 +49,11 @@ def run(options: argparse.Namespace) -> int:
     resume = getattr(options, "resume", False)
     options.resume = False  # it is the sweep that is gone on with
     options.output = getattr(options, "output", "red-sweep")
-    sweep(replace(settings_of(options), resume=resume), options.rates, Console())
+    settings, console = settings_of(options), Console()
+    idle = [name for name in ("learning_rate", "sample") if getattr(settings, name) != getattr(type(settings), name)]
+    if idle:  # only a file can have them
+        console.print(f"Not used by a sweep, of {options.config}: {', '.join(idle)}", markup=False, highlight=False)
+    sweep(replace(settings, resume=resume), options.rates, console)
     return 0
 
 

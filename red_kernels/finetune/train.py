@@ -13,7 +13,6 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..integrations.trainer import StopOnSignal, checkpoints, load_trained, save_trained
 from ..support.base_models import BaseModel
-from ..support.sharded import is_sharded
 from .job_data import JobData
 from .measure import HeldOut
 from .preferences import BETA
@@ -52,14 +51,14 @@ def train(
     arguments: dict[str, Any] = {
         "output_dir": str(run.path),
         "max_steps": steps,
-        "per_device_train_batch_size": settings.batch_size // processes.count,
+        "per_device_train_batch_size": settings.batch_size // processes.shares,
         "gradient_accumulation_steps": settings.accumulate,
         **({_CHECKPOINTING: True} if settings.checkpointing else {}),
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
         "warmup_steps": settings.warmup,
         "max_grad_norm": settings.clip,
-        "fsdp": settings.fsdp or None,
+        "parallelism_config": processes.parallelism,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
@@ -146,13 +145,17 @@ def watched(trainer: JobTrainer, sampler: Sampler) -> dict[str, Any]:
     return {"evaluated": evaluated, "samples": sampler.samples}
 
 
-def save(model: nn.Module, run: RunFolder) -> None:
-    """Save what was trained into the run's folder: by one process, or by all where each has a part of it."""
-    if run.writes or any(map(is_sharded, model.parameters())):
+def save(model: nn.Module, run: RunFolder, processes: Processes) -> None:
+    """Save what was trained into the run's folder: by one process, or by those that have a part of it each.
+
+    It returns in all of them when it is written.
+    """
+    if processes.in_first_copy:
         save_trained(model, run.edits)
+    processes.gather(None)
 
 
-def end_diverged(trainer: JobTrainer, run: RunFolder) -> None:
+def end_diverged(trainer: JobTrainer, run: RunFolder, processes: Processes) -> None:
     """Leave the newest checkpoint's edits, if there is one; raise Diverged, or FirstFailed in all processes but one."""
     step = trainer.diverged
     assert step is not None
@@ -161,7 +164,7 @@ def end_diverged(trainer: JobTrainer, run: RunFolder) -> None:
     left = "no checkpoint was written before"
     if good:
         load_trained(trainer._inner_model(), good[-1])
-        save(trainer._inner_model(), run)
+        save(trainer._inner_model(), run, processes)
         left = f"{run.edits} holds the edits of the last good checkpoint, {good[-1].name}"
     if not run.writes:
         raise FirstFailed(f"the training diverged at step {step}")

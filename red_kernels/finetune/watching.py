@@ -10,10 +10,18 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from ..support.sharded import local
 from .measure import HeldOut
+from .parallel import average_over_copies
 from .processes import ALONE, Processes
 from .resume import STATE, ResumingTrainer
 
@@ -51,6 +59,9 @@ class JobTrainer(ResumingTrainer):
         self.measured: dict[int, HeldOut] = {}
         super().__init__(*args, **kwargs)
         self.add_callback(_StopWhereNotFinite(self))
+        if processes.in_parts:
+            self.is_distributed_loading_by_transformers = True  # Trainer then wraps nothing, and loads nothing
+            average_over_copies(self._inner_model(), processes, self.accelerator)
 
     def train_on(self, checkpoint: Path | None, patience: EarlyStoppingCallback | None = None) -> None:
         """Train, from a checkpoint on if there is one; `patience` goes on counting where it was."""
@@ -71,6 +82,28 @@ class JobTrainer(ResumingTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `RedTrainer.save_model`; of several copies of a model, each in several processes, the first is saved."""
+        if self._processes.in_first_copy:
+            super().save_model(output_dir, _internal_call)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self._processes.in_parts:  # else it is there
+            super()._move_model_to_device(model, device)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None or self._processes.tp == 1:
+            return
+        if len(list(Path(checkpoint).glob("rng_state*.pth"))) != self._processes.count:
+            # Some process has found no state, and those that have one model together have to draw the same.
+            set_seed(self.args.seed + self.state.global_step)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)  # which counts them in each process
+        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self._processes.tp
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.diverged is None and self._processes.any(not _finite(self._inner_model())):
@@ -122,6 +155,9 @@ def continued(
         new_tokens: how many tokens to add at most.
         chat: None for a chat where the tokenizer has a template.
         temperature: draw the tokens, by torch's generator, in place of taking the most likely ones.
+
+    Raises:
+        ValueError: the prompt has no token.
     """
     how = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
     if tokenizer.chat_template if chat is None else chat:
@@ -132,6 +168,8 @@ def continued(
         inputs = tokenizer(prompt, return_tensors="pt")
     device = next(model.parameters()).device
     given = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
+    if given["input_ids"].shape[1] == 0:
+        raise ValueError(f"prompt: got {prompt!r}, of which the tokenizer makes no token")
     was_training = model.training
     model.eval()
     try:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import tiny_folders
 import torch
+from patience import HANGS
+from places import python_path
 
 from red_kernels.checkpoints.checkpoint import TENSORS_NAME
 from red_kernels.integrations.trainer import HEAD_NAME
@@ -74,3 +80,29 @@ def assert_equal_runs(first: Path, second: Path) -> None:
     assert set(one) == set(two)
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert results(first)["after"] == results(second)["after"]
+
+
+def environment() -> dict[str, str]:
+    """That of processes that run the tree's own code."""
+    return {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
+
+
+def launcher(count: int = 2) -> list[str]:
+    """torchrun, with so many processes."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+
+
+def launched(
+    arguments: list[str], count: int = 2, program: Sequence[str] = ("-m", "red_kernels")
+) -> subprocess.CompletedProcess[str]:
+    """Run the command, or another program, in several processes."""
+    line = [*launcher(count), *program, *arguments]
+    return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=HANGS)
+
+
+def assert_near(first: Path, second: Path, tolerance: float) -> None:
+    """Two folders hold the same trained values, to a tolerance."""
+    one, other = trained_tensors(first), trained_tensors(second)
+    assert set(one) == set(other)
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=0, atol=tolerance)

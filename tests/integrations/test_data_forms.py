@@ -136,6 +136,27 @@ def test_preferences(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        (
+            "\n\nHuman: Why?\n\nAssistant: Help.",
+            "\n\nHuman: Why?\n\nAssistant: Hello.",
+            "\n\nHuman: Why?\n\nAssistant: ",
+        ),
+        ("Why? So.", "Why? So. And so on.", "Why? "),  # one is the beginning of the other
+        ("Why? So.", "Why? So.", "Why? "),
+        ("问：为什么？答：是", "问：为什么？答：否", "问：为什么？答："),
+    ],
+)
+def test_a_prompt_that_both_texts_begin_with(chosen: str, rejected: str, prompt: str, tmp_path: Path) -> None:
+    found = one_of(tmp_path, {"chosen": chosen, "rejected": rejected}, "preference")
+    assert found.prompt == prompt
+    assert (found.prompt + found.chosen, found.prompt + found.rejected) == (chosen, rejected)
+    assert found.chosen.strip()
+    assert found.rejected.strip()
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"messages": "Why?"}, "'messages' is 'Why\\?', expected a list of messages"),
@@ -156,7 +177,10 @@ def test_preferences(tmp_path: Path) -> None:
         ({"conversations": [SYSTEM, QUESTION], "system": "Be."}, "column 'system' and a message of the system"),
         ({"prompt": "Why?", "completion": [ANSWER]}, "expected two texts or two lists of messages"),
         ({"prompt": 3, "completion": "So."}, "'prompt' is 3 and"),
-        ({"chosen": "Yes.", "rejected": "No."}, "'prompt' is None, expected a text"),
+        ({"chosen": "Yes.", "rejected": "No."}, "do not begin with the same words, and no 'prompt' is given"),
+        ({"chosen": "Why?\n", "rejected": "Why? No."}, "do not begin with the same words"),  # blanks are no answer
+        ({"prompt": None, "chosen": "Yes", "rejected": "Yeah"}, "do not begin with the same words"),
+        ({"prompt": [QUESTION], "chosen": "Yes.", "rejected": "No."}, "expected a text, as 'chosen'"),
         ({"prompt": "Why?", "chosen": "Yes.", "rejected": 3}, "'chosen' is 'Yes.' and 'rejected' 3"),
         ({"chosen": [BETTER], "rejected": [WORSE]}, "do not begin with the same prompt"),
         ({"chosen": [QUESTION, BETTER], "rejected": [QUESTION, QUESTION]}, "'rejected' does not end with an answer"),

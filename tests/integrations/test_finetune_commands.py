@@ -49,6 +49,30 @@ def test_a_run_is_evaluated_on_what_it_held_out(name: str, runs: dict[str, Path]
         assert "base model" not in found
 
 
+@pytest.mark.parametrize(
+    ("name", "task", "own"),
+    [
+        ("labels", "causal-lm", "classification"),
+        ("labels", "regression", "classification"),
+        ("mild", "classification", "causal-lm"),
+    ],
+)
+def test_evaluate_for_another_task(
+    name: str,
+    task: str,
+    own: str,
+    runs: dict[str, Path],
+    folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = tmp_path / "data.tsv"
+    data.write_text("text\tlabel\n" + "aaaa abab\t1\nzzzz zyzy\t2\n" * 20)
+    wanted = ["evaluate", str(runs[name]), "--data", str(data), "--task", task, "--device", "cpu"]
+    assert cli.main(wanted) == cli.EXIT_ERROR
+    assert f"for '{own}'; give --task {own}" in capsys.readouterr().err
+
+
 def test_evaluate_on_other_data(
     runs: dict[str, Path], folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import json
+import math
 import signal
 import socket
 import subprocess
@@ -11,10 +12,18 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from finetune_helpers import causal, classify, make_folders, record, results, trained_tensors
+from finetune_helpers import (
+    assert_near,
+    causal,
+    classify,
+    environment,
+    launched,
+    launcher,
+    make_folders,
+    record,
+    results,
+)
 from patience import HANGS
-from places import python_path
 
 from red_kernels import cli
 from red_kernels.finetune.job import _check_shares
@@ -26,24 +35,6 @@ from red_kernels.integrations.trainer import checkpoints
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return make_folders(tmp_path_factory.mktemp("tiny"))
-
-
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "red_kernels"]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
-
-
-def launched(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*TWO, *arguments], env=environment(), capture_output=True, text=True, timeout=HANGS)
-
-
-def assert_near(first: Path, second: Path, tolerance: float) -> None:
-    one, other = trained_tensors(first), trained_tensors(second)
-    assert set(one) == set(other)
-    for name, value in one.items():
-        torch.testing.assert_close(other[name], value, rtol=0, atol=tolerance)
 
 
 def test_two_processes_are_one_run(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -78,22 +69,35 @@ def test_a_classifier_on_two_processes(folders: dict[str, Path], tmp_path: Path)
     assert again.stderr.count("already holds a run") == 1
 
 
+def test_preferences_on_two_processes(folders: dict[str, Path], tmp_path: Path) -> None:
+    """DPO, with the rate that falls, evaluations and accumulation; what two processes began, one ends."""
+    pytest.importorskip("trl")
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"{i} and 1? ", "chosen": f"{i + 1}", "rejected": f"{i} no"} for i in range(48)]
+    pairs.write_text("\n".join(map(json.dumps, rows)))
+    wanted = {**folders, "text": pairs}
+    more = ("--steps", "4", "--accumulate", "2", "--schedule", "linear", "--eval-every", "2")
+    two = tmp_path / "two"
+    done = launched(causal(wanted, two, *more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert cli.main(causal(wanted, tmp_path / "one", *more)) == 0
+    found, alone = results(two), results(tmp_path / "one")
+    assert_near(tmp_path / "one" / "edits", two / "edits", 1e-5)
+    for step in ("2", "4"):
+        assert found["evaluated"][step]["loss"] == pytest.approx(alone["evaluated"][step]["loss"], rel=1e-5)
+    assert found["after"]["targets"] == alone["after"]["targets"]
+    assert found["before"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for output in (two, tmp_path / "one"):
+        assert cli.main(["finetune", "--output", str(output), "--resume", "--steps", "6"]) == 0
+    assert_near(tmp_path / "one" / "edits", two / "edits", 1e-5)
+
+
 def test_a_batch_that_cannot_be_shared() -> None:
     with pytest.raises(ValueError, match="batch_size: got 3, expected a multiple of 2: so many processes share it"):
         _check_shares(Settings(batch_size=3), Processes(2))
-    with pytest.raises(ValueError, match="fsdp: there is one process"):
-        _check_shares(Settings(fsdp=True), Processes())
-
-
-def test_fsdp(folders: dict[str, Path], tmp_path: Path) -> None:
-    more = ("--steps", "4", "--save-every", "2")
-    done = launched(causal(folders, tmp_path / "parts", *more, "--fsdp"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert cli.main(causal(folders, tmp_path / "one", *more, "--no-compare")) == 0
-    assert_near(tmp_path / "one" / "edits", tmp_path / "parts" / "edits", 1e-5)
-    assert record(tmp_path / "parts")["state"] == "finished"
-    assert [path.name for path in checkpoints(tmp_path / "parts")] == ["checkpoint-2", "checkpoint-4"]
-    assert cli.main(causal(folders, tmp_path / "alone", "--fsdp")) == cli.EXIT_ERROR
+    _check_shares(Settings(batch_size=3), Processes(2, tp=2))
+    with pytest.raises(ValueError, match="expected a multiple of 2: so many groups of processes share it"):
+        _check_shares(Settings(batch_size=3), Processes(4, tp=2))
 
 
 def test_a_signal_stops_both_behind_one_step(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -101,7 +105,10 @@ def test_a_signal_stops_both_behind_one_step(folders: dict[str, Path], tmp_path:
     output = tmp_path / "out"
     arguments = causal(folders, output, "--steps", "4000", "--save-every", "50", "--no-compare")
     with subprocess.Popen(
-        [*TWO, *arguments], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*launcher(), "-m", "red_kernels", *arguments],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     ) as job:
         deadline = time.monotonic() + HANGS
         while not checkpoints(output):
@@ -125,12 +132,12 @@ def test_two_groups_of_processes(folders: dict[str, Path], tmp_path: Path) -> No
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
-    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", address, "-m", "red_kernels"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    torchrun += ["--rdzv_backend", "c10d", "--rdzv_endpoint", address, "-m", "red_kernels"]
     arguments = causal(folders, tmp_path / "out", "--steps", "3", "--no-compare")
     machines = [
         subprocess.Popen(
-            [*launcher, *arguments], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*torchrun, *arguments], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         for _ in range(2)
     ]

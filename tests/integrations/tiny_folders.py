@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -30,22 +31,23 @@ def tokenizer() -> PreTrainedTokenizerFast:
 VOCABULARY = 256 + len(SPECIAL)
 
 
-def tiny_llama(folder: Path) -> Path:
-    """A causal language model of two layers, hidden size 16, in `folder`."""
+def tiny_llama(folder: Path, **changes: Any) -> Path:
+    """A causal language model of two layers, hidden size 16, in `folder`. `changes` are of its configuration."""
     torch.manual_seed(11)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    config = LlamaConfig(**{**sizes, **changes})
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

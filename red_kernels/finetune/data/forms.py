@@ -166,12 +166,15 @@ def _instruction(row: Row, name: str) -> Conversation:
 def _preference(row: Row, name: str, used: tuple[str, ...], columns: Columns) -> Preference:
     prompt, chosen, rejected = (row.values.get(column) for column in ("prompt", "chosen", "rejected"))
     if isinstance(chosen, str) and isinstance(rejected, str):
+        check_text(chosen, row.where, "chosen")
+        check_text(rejected, row.where, "rejected")
+        if prompt is None:
+            return Preference(*_beginning_apart(chosen, rejected, row.where), name, row.where)
         if not isinstance(prompt, str):
             raise ValueError(
                 f"data: {row.where}: 'prompt' is {shown(prompt)}, expected a text, as 'chosen' and 'rejected' are"
             )
-        texts = {column: check_text(row.values[column], row.where, column) for column in used}
-        return Preference(texts["prompt"], texts["chosen"], texts["rejected"], name, row.where)
+        return Preference(check_text(prompt, row.where, "prompt"), chosen, rejected, name, row.where)
     if not (is_messages(chosen) and is_messages(rejected)):
         raise ValueError(
             f"data: {row.where}: 'chosen' is {shown(chosen)} and 'rejected' {shown(rejected)}, expected two texts or "
@@ -185,6 +188,26 @@ def _preference(row: Row, name: str, used: tuple[str, ...], columns: Columns) ->
                 f"data: {row.where}: {column!r} does not end with an answer of the assistant behind the prompt"
             )
     return Preference(before, better, worse, name, row.where)
+
+
+def _beginning_apart(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
+    """The words that two texts begin with, and the rest of each.
+
+    Where exactly they part decides nothing: what both have counts the same for both.
+    """
+    # Each keeps an answer, even where one is the beginning of the other, and no word is cut.
+    longest = min(len(chosen.rstrip()), len(rejected.rstrip())) - 1
+    same = next((place for place in range(longest) if chosen[place] != rejected[place]), longest)
+    place = next((place for place in range(same, 0, -1) if _between_words(chosen, place)), 0)
+    if not chosen[:place].strip():
+        raise ValueError(
+            f"data: {where}: 'chosen' and 'rejected' do not begin with the same words, and no 'prompt' is given"
+        )
+    return chosen[:place], chosen[place:], rejected[place:]
+
+
+def _between_words(text: str, place: int) -> bool:
+    return text[place].isspace() or not text[place - 1].isalnum()
 
 
 _Messages = tuple[Message, ...]

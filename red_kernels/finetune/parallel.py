@@ -1,0 +1,118 @@
+"""A job's model laid over several processes: its weights split (tensor parallelism), or in parts on all (FSDP2).
+
+transformers splits the weights and torch lays them in parts. Both is done here and not left to Trainer: accelerate does
+neither on CPUs (it goes on with a copy in each process), and Trainer resumes no model that it did not lay out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..support.errors import one_line
+from ..support.sharded import local
+from .mesh import DATA, TENSOR
+from .processes import Processes
+
+__all__ = ["average_over_copies", "lay_in_parts", "split_weights"]
+
+
+def _mesh(processes: Processes) -> Any:
+    assert processes.parallelism is not None  # `join` has made it
+    return processes.parallelism.get_device_mesh(processes.device.type)
+
+
+def split_weights(model: Any, processes: Processes) -> None:
+    """Split a model's weights over `processes.tp` processes by its own plan; before `rk.patch`, in all of them.
+
+    Args:
+        model: a transformers model, whole in each process. Each keeps its part, on the device of the mesh.
+        processes: those of the job.
+
+    Raises:
+        ValueError: the model has no plan, or cannot be split over so many.
+        ModuleNotFoundError: transformers is too old.
+    """
+    try:
+        from transformers.distributed import DistributedConfig
+        from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"tp: this transformers cannot split a model: {error}; pip install -U transformers"
+        ) from error
+    wrong = f"tp: got {processes.tp}, and {type(model).__name__}"
+    if not model.tp_plan:
+        raise ValueError(f"{wrong} has no plan for it in transformers")
+    mesh = _mesh(processes)[TENSOR]
+    _untie(model)
+    try:
+        plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=processes.tp))
+        apply_tensor_parallelism(model, mesh, plan)
+        model.to(processes.device)
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=processes.device))
+    except Exception as error:  # whatever a model does with heads that it has not
+        heads = {
+            name: getattr(model.config.get_text_config(), name, None)
+            for name in ("num_attention_heads", "num_key_value_heads")
+        }
+        has = ", ".join(f"{name} {count}" for name, count in heads.items() if count is not None)
+        raise ValueError(
+            f"{wrong} does not run when it is split over so many ({type(error).__name__}: {one_line(error)}); "
+            f"expected a divisor of {has}"
+        ) from error
+
+
+def _untie(model: Any) -> None:
+    """Give an output layer that shares its weight with the embedding a parameter of its own: each is split its way."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    if head is None or embedding is None or head.weight is not embedding.weight:
+        return
+    weight = head.weight
+    head.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
+
+
+def lay_in_parts(model: Any, processes: Processes) -> None:
+    """Lay a patched model in parts on the processes (FSDP2): each layer by itself, and the rest; in all of them.
+
+    With tensor parallelism the parts are those of each process's own part of the weights.
+    """
+    from torch.distributed.fsdp import fully_shard
+    from transformers.distributed import DistributedConfig
+
+    mesh = _mesh(processes)[DATA]
+    layers = set(getattr(model, "_no_split_modules", None) or ())
+    for module in reversed(list(model.modules())):  # those inside first
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh)
+    # Parameters behind the last layer are read between forwards too: by what saves a head, or loads the best one.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    model.config.distributed_config = DistributedConfig(fsdp_size=processes.shares)  # Trainer asks how gradients go
+
+
+def average_over_copies(model: nn.Module, processes: Processes, accelerator: Any) -> None:
+    """Have the copies of a split model, each with a share of the batch, train alike; in all processes.
+
+    They begin with the first copy's values. Gradients are averaged behind the last forward pass of an optimizer step.
+    Parameters that are not split are Trainer's to average.
+    """
+    if processes.copies == 1:
+        return
+    group = _mesh(processes)[DATA].get_group()
+    first = dist.get_global_rank(group, 0)
+
+    def average(own: torch.Tensor) -> None:
+        if accelerator.sync_gradients and own.grad is not None:
+            gradient = local(own.grad)
+            dist.all_reduce(gradient, group=group)
+            gradient.div_(processes.copies)
+
+    for own in model.parameters():
+        if own.requires_grad and local(own) is not own:
+            with torch.no_grad():
+                dist.broadcast(local(own), first, group=group)
+            own.register_post_accumulate_grad_hook(average)
