@@ -271,7 +271,7 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=unset,
         metavar="N",
-        help="in place of --rows, not with --tune: as many rows of each width as make so many elements",
+        help="in place of --rows, not with --tune: as many whole rows of each width as are in so many",
     )
     ops.add_argument(
         "--implementations",

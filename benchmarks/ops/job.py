@@ -56,7 +56,7 @@ class Settings:
         operations: names of functions; a function's variants are all measured.
         dtypes: of the activations.
         widths, rows: sizes of the activations; pairs beyond the device's limit are left out.
-        elements: in place of `rows`: of each width as many rows as make so many elements.
+        elements: in place of `rows`: of each width as many whole rows as are in so many elements.
         implementations: which are timed, `copy` always; None for all. Eager PyTorch runs in any case, to compare with.
         inputs: `"fresh"` for all operations, `"warm"` for those of whole blocks.
         seconds: how long the rounds of a case last on a CPU, at least seven rounds.
@@ -109,8 +109,8 @@ def cases(settings: Settings, run: Run) -> list[Case]:
     sizes = QUICK if run.quick else ON_GPU if gpu else ON_CPU
     widths, rows = settings.widths or sizes[0], settings.rows or sizes[1]
     for count, width in itertools.product(settings.elements or (), widths):
-        if count % width:
-            raise ValueError(f"elements: got {count:,}, which are no whole number of rows of {width}")
+        if count < width:
+            raise ValueError(f"elements: got {count:,}, which are no row of the width {width:,}")
     most = MOST_ON_GPU if gpu else MOST_ON_CPU
     keys = ("operation", "variant", "dtype", "width", "rows", "inputs")
     found = [

@@ -1,0 +1,25 @@
+"""The commands of a stage, one after the other: `python -m benchmarks.gpu.commands FILE`, FILE being a list of them.
+
+All run, whatever the others came to. The exit status is that of the first that failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def main(path: str) -> int:
+    status = 0
+    for arguments, variables in json.loads(Path(path).read_text()):
+        print("$", " ".join(arguments), flush=True)
+        code = subprocess.run(arguments, env=os.environ | variables).returncode
+        status = status or code
+    return status if status >= 0 else 128 - status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
