@@ -96,8 +96,14 @@ def settle(cache: Path) -> int:
     return count
 
 
+def digests(kit: Path) -> dict[str, str]:
+    """The name of each file of a kit, but for its manifest, to the hash of its bytes."""
+    paths = [path for path in sorted(kit.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    return {str(path.relative_to(kit)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
 def read_manifest(kit: Path) -> dict[str, Any]:
-    """What a kit says of itself. Raises KitError where there is none, or of another form."""
+    """What a kit says of itself. Raises KitError where there is none, of another form, or where a file is damaged."""
     path = kit / MANIFEST
     try:
         found = json.loads(path.read_text())
@@ -105,4 +111,8 @@ def read_manifest(kit: Path) -> dict[str, Any]:
         raise KitError(f"{kit} is no kit ({error}); remedy: make gpu-kit, and copy its folder here") from error
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise KitError(f"{path} is of another form; remedy: make gpu-kit again with these sources")
+    here = digests(kit)
+    damaged = [name for name, digest in found["files"].items() if here.get(name) != digest]
+    if damaged:
+        raise KitError(f"{kit / damaged[0]} is missing or damaged; remedy: copy the kit again")
     return found

@@ -84,6 +84,7 @@ def make(wanted: Wanted, say: Callable[[str], None] = print) -> dict[str, Any]:
             say(f"the variant {name}, {revision[:12]}")
             add_variant(name, revision, made)
             said["variants"][name] = revision
+        said["files"] = contents.digests(made)
         (made / contents.MANIFEST).write_text(json.dumps(said, indent=1) + "\n")
         check_size(made, folder, wanted.limit, say)
         made.chmod(0o755)

@@ -139,7 +139,7 @@ def _tests(machine: Machine, on: str, files: Sequence[str], *more: str) -> list[
     if on != "gpu":
         variables["RED_KERNELS_TEST_ON"] = "cpu" if machine.rehearsal else on
     workers = 2 if machine.rehearsal else WORKERS[on]
-    command = (machine.python, "-m", "benchmarks.gpu.tests", "-n", str(workers), "--maxfail", str(MAX_FAILURES), "-q")
+    command = (machine.python, "-m", "benchmarks.gpu.tests", "-n", str(workers), "--maxfail", str(MAX_FAILURES))
     return [Command((*command, *more, *files), variables)]
 
 
@@ -157,7 +157,7 @@ def suite_on(on: str, chosen: str = "") -> Commands:
 
 def _sanitizers(machine: Machine, seconds: float) -> Sequence[Command]:
     calls = [f"tests/backends/test_sanitized.py::{name}" for name in SANITIZED]
-    test = (machine.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *calls)
+    test = (machine.python, "-m", "pytest", "-p", "no:cacheprovider", *calls)
     variables = {"RED_KERNELS_TEST_ON": "cuda", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     around = ("--target-processes", "all", "--error-exitcode", "99")
     return [

@@ -35,7 +35,7 @@ from .state import CUT, DONE, ENDED, FAILED, LEFT_OUT, WAITING, State
 LEAST = 8  # seconds with which a stage is still begun
 MOST_NAMED = 8  # failed tests
 _SUMMARY = re.compile(r"^=*\s*((?:\d+ (?:passed|failed|errors?|skipped|deselected|warnings?)(?:, )?)+ in [\d.]+s)")
-_FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+(?:\[.*?\])?)")
+_FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?\.py(?:::\w+)*(?:\[.*?\](?= - |$))?)")
 LOGS, SUMMARY = "logs.tar.gz", "summary.txt"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -66,7 +67,12 @@ def _right(known: State) -> Iterator[str]:
             continue
         # What the last run says of a stage is what holds: a test that failed first and passed then is right.
         statuses = {known.stages[name].status for name in stages[:-1] if name in known.stages} | {ran[-1][1].status}
-        said = "WRONG" if FAILED in statuses else "right so far, not all was run" if CUT in statuses else "right"
+        passed = any(re.search(r"\b[1-9]\d* passed", entry.note) for _, entry in ran)
+        said = "right" if passed else "not looked at: no test passed"
+        if FAILED in statuses:
+            said = "WRONG"
+        elif passed and CUT in statuses:
+            said = "right so far, not all was run"
         yield f"  {what:14} {said}"
         for name, entry in ran:
             yield from (f"      {name}: {part}" for part in entry.note.split("; ") if part)
