@@ -240,7 +240,10 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         help="fresh (beyond the cache) and warm, not with --tune (default: both)",
     )
     ops.add_argument(
-        "--seconds", type=float, default=unset, help="for each case on a CPU, not with --tune (default: 1)"
+        "--seconds",
+        type=float,
+        default=unset,
+        help="for each case: of ops on a CPU (default: 1); of step and growth (default: 50 and 12); not with --tune",
     )
     ops.add_argument(
         "--widths",

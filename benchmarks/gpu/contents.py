@@ -67,7 +67,8 @@ def unpack(archive: Path, folder: Path) -> None:
         with tarfile.open(archive) as packed:
             packed.extractall(folder, filter="data")
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise KitError(f"{archive} cannot be unpacked ({error}); remedy: copy the kit again") from error
+        reason = " ".join(str(error).split())
+        raise KitError(f"{archive} cannot be unpacked ({reason}); remedy: copy the kit again") from error
 
 
 def groups(cache: Path) -> Iterator[Path]:
