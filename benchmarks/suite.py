@@ -39,8 +39,8 @@ class Request:
         overwrite: replace what it holds.
         minutes: no case is begun after so many.
         quick: few and small cases, to see that all runs.
-        options: values for fields of `ops.Settings`; `seconds` is for the jobs `step` and `growth` too, of which it says
-            how long a case is timed.
+        options: values for fields of `ops.Settings`; `seconds`, how long a case is timed, is for the jobs `step` and
+            `growth` too.
         methods: of the job `step` or `quality`, some of its methods; empty for those by default. The growth of steps,
             which has methods of its own, is left out then.
         cases: of the job `step`, `(model, batch, length)` in place of those of the device; the growth is left out too.

@@ -17,7 +17,7 @@ CALL = 330  # seconds
 PACKING = 10  # of them, for what comes between the stages and behind the last one
 LOAD = "load"  # runs in each call, as the machine of each is another
 BUILD = "build"  # runs where there is no kit of these sources, and takes its time from the stages behind it
-GRACE = 3  # seconds from the first signal to a stage until the one that nothing survives
+GRACE = 5  # seconds from the interrupt of a stage until the signal that nothing survives
 MAX_FAILURES = 25  # of one run of tests
 WORKERS = {"cuda": 7, "triton": 5, "gpu": 2}
 STEP = {
@@ -105,6 +105,7 @@ class Stage:
         result: its file of results, by the name under which it comes back.
         held: the file while it is made, under the folder of results, where that is another.
         continues: the stage whose unfinished tests it takes over: it runs only where that one did not end well.
+        serves: the stage that it prepares: it is not made up for once that one has run.
         left_out: why it cannot run on a machine, or None.
     """
 
@@ -116,6 +117,7 @@ class Stage:
     result: str = ""
     held: str = ""
     continues: str = ""
+    serves: str = ""
     left_out: Reason = always
 
 
@@ -278,7 +280,7 @@ STAGES = (
     Stage("tests-triton", 1, 75, suite_on("triton"), beside="tests"),
     Stage("tests-gpu", 1, 75, suite_on("gpu", f"not ({LARGE})"), beside="tests"),
     Stage("sanitizers", 1, 75, _sanitizers, beside="tests", left_out=_without_sanitizer),
-    Stage("compile", 1, 75, _fill, beside="tests"),
+    Stage("compile", 1, 75, _fill, beside="tests", serves="peers"),
     Stage("large", 1, 20, suite_on("gpu", LARGE)),
     Stage("bandwidth", 1, 65, _bandwidth, result="bandwidth.json", held="bandwidth/ops.json"),
     Stage("peers", 1, 75, _peers, result="peers.json", held="peers/ops.json"),

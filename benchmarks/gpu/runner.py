@@ -75,7 +75,10 @@ class Runner:
         return stage.call <= self.known.calls and entry.status not in ENDED and not self._taken_over(stage)
 
     def _taken_over(self, stage: Stage) -> bool:
-        """Whether another stage goes on with this one's tests, or there are none left for it to go on with."""
+        """Whether another stage goes on with this one's tests, there are none left for it to go on with, or what it
+        prepares has run."""
+        if stage.serves and self.known.of(stage.serves).call:
+            return True
         if stage.continues:
             before = self.known.of(stage.continues)
             return before.status in ENDED or before.call == 0
@@ -101,7 +104,7 @@ class Runner:
 
     def _unfinished(self, stage: Stage) -> bool:
         entry = self.known.of(stage.name)
-        if entry.status not in (WAITING, CUT):
+        if entry.status not in (WAITING, CUT) or (stage.serves and self.known.of(stage.serves).call):
             return False
         if stage.continues:
             return self.known.of(stage.continues).status not in (*ENDED, WAITING)
@@ -145,7 +148,7 @@ class Runner:
         script.write_text(json.dumps([[list(one.arguments), one.variables] for one in commands]))
         log = self._log(stage).open("ab")
         command = [sys.executable, "-m", "benchmarks.gpu.commands", str(script)]
-        limit = ["timeout", f"--kill-after={GRACE}", f"{max(1.0, seconds - GRACE):.1f}"]
+        limit = ["timeout", "--signal=INT", f"--kill-after={GRACE}", f"{max(1.0, seconds - GRACE):.1f}"]
         return subprocess.Popen(
             [*limit, *command], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             cwd=self.machine.root, env=self.variables | {"PYTHONPATH": self._path()},
@@ -169,11 +172,19 @@ class Runner:
         if entry.status == DONE and stage.result and not complete(held(self.machine, stage)):
             entry.status = CUT  # it ended by itself when its time was up
         entry.note = said_of_tests(self._log(stage)) or entry.note
+        if entry.status == CUT and (passed := self._passed(stage)):
+            entry.note = "; ".join([f"{passed} tests passed or skipped so far", *filter(None, [entry.note])])
         before = self.known.of(stage.continues) if stage.continues else None
         if before is not None and entry.status == DONE:
             before.status, before.note = DONE, f"the rest in call {self.known.calls}"
         last = self._log(stage).read_text(errors="replace").splitlines()[-4:]
         self.say("\n".join([f"{stage.name}: {entry.status}", *(f"    {line[:200]}" for line in last)]))
+
+    def _passed(self, stage: Stage) -> int:
+        """How many names of tests are in the file that a stage's tests write them into; 0 for other stages."""
+        commands = stage.commands(self.machine, stage.share)
+        paths = {Path(one.variables["PASSED_TESTS"]) for one in commands if "PASSED_TESTS" in one.variables}
+        return sum(len(path.read_text().splitlines()) for path in paths if path.is_file())
 
     def _log(self, stage: Stage) -> Path:
         return self.machine.kept / f"{stage.name}.log"
@@ -273,6 +284,8 @@ def _machine(given: argparse.Namespace, work: Path) -> Machine:
 
 def main(arguments: Sequence[str] | None = None, begun: float | None = None) -> int:
     begun = time.monotonic() if begun is None else begun
+    # A shell has those in the background ignore interrupts, and so would the stages.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(prog="benchmarks/gpu_suite.sh", description=str(__doc__).split("\n")[0])
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="a folder for at most 8 files")
     parser.add_argument("previous", type=Path, nargs="?", metavar="PREVIOUS", help="the OUTPUT of an earlier call")

@@ -6,6 +6,7 @@ Tests that passed before are left out; that none is left is no failure.
 from __future__ import annotations
 
 import importlib.util
+import signal
 import subprocess
 import sys
 
@@ -20,7 +21,11 @@ def main(arguments: list[str]) -> int:
     plugins = ("benchmarks.tools.passed_tests", "no:cacheprovider")
     more = [word for plugin in plugins for word in ("-p", plugin)]
     command = [sys.executable, "-m", "pytest", *more, "--continue-on-collection-errors", *arguments]
-    code = subprocess.run(command).returncode
+    before = signal.signal(signal.SIGINT, lambda *given: None)  # it is pytest's, which then says what it has found
+    try:
+        code = subprocess.run(command).returncode
+    finally:
+        signal.signal(signal.SIGINT, before)
     return 0 if code == NONE_LEFT else code
 
 

@@ -102,12 +102,12 @@ def test_a_stage_that_hangs_is_stopped_and_the_next_runs(machine: Machine, tmp_p
     """With all that it has started, also what ignores the first signal."""
     hangs = (
         "import signal, subprocess, sys, time\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])\n"
         f"open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid))\n"
         "time.sleep(1000)\n"
     )
-    stages = [Stage("load", 1, 60, python("")), Stage("hangs", 1, 8, python(hangs))]
+    stages = [Stage("load", 1, 60, python("")), Stage("hangs", 1, 12, python(hangs))]
     stages.append(Stage("next", 1, 60, noting(tmp_path / "notes", "next")))
     known = state.State()
     call(machine, tmp_path / "out", known, stages)
@@ -116,6 +116,24 @@ def test_a_stage_that_hangs_is_stopped_and_the_next_runs(machine: Machine, tmp_p
     child = int((tmp_path / "child").read_text())
     status = Path(f"/proc/{child}/stat")
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_tests_that_are_cut_off_say_what_they_found(machine: Machine, tmp_path: Path) -> None:
+    """Those that passed, and those that failed by their names: the next call begins there."""
+    (tmp_path / "test_some.py").write_text(
+        "import time\ndef test_good(): pass\ndef test_bad(): assert 0\ndef test_long(): time.sleep(1000)\n"
+    )
+    words = ("-m", "benchmarks.gpu.tests", "-c", "/dev/null", f"--rootdir={tmp_path}", str(tmp_path / "test_some.py"))
+    command = Command((sys.executable, *words), {"PASSED_TESTS": str(tmp_path / "passed")})
+    stages = [Stage("load", 1, 60, python("")), Stage("tests-cuda", 1, 40, lambda machine, seconds: [command])]
+    known = state.State()
+    call(machine, tmp_path / "out", known, stages)
+    entry = known.of("tests-cuda")
+    assert entry.status == state.CUT
+    assert "1 tests passed or skipped so far" in entry.note
+    assert "1 failed, 1 passed" in entry.note
+    assert entry.note.endswith("test_some.py::test_bad")
+    assert "WRONG" in (tmp_path / "out/summary.txt").read_text()
 
 
 def test_without_time_nothing_more_is_begun(machine: Machine, tmp_path: Path) -> None:
@@ -330,6 +348,29 @@ def test_the_summary_says_what_came_of_it() -> None:
     nothing = summary.text(state.State(rehearsal=True), {})
     assert nothing.startswith("REHEARSAL on a CPU")
     assert "not looked at" in nothing
+
+
+@pytest.mark.parametrize(
+    ("first", "again", "expected"),
+    [
+        (("done", "9 passed in 1.00s"), None, "right"),
+        (("failed", "1 failed, 8 passed in 1.00s"), None, "WRONG"),
+        (("failed", "1 failed, 8 passed in 1.00s"), ("failed", "1 failed in 1.00s"), "WRONG"),
+        (("done", "the rest in call 2"), ("done", "1 passed in 1.00s"), "right"),
+        (("failed", "1 failed, 8 passed in 1.00s"), ("cut", "1 passed in 1.00s"), "right so far, not all was run"),
+        (("cut", "8 tests passed or skipped so far"), None, "right so far, not all was run"),
+        (("cut", "1 failed, 8 passed in 1.00s"), None, "WRONG"),
+        (("failed", ""), None, "WRONG"),
+    ],
+)
+def test_right_or_wrong(first: tuple[str, str], again: tuple[str, str] | None, expected: str) -> None:
+    """What the last run of a test says holds, and no test that passed is no proof."""
+    known = state.State(2)
+    for name, entry in (("tests-cuda", first), ("again-cuda", again)):
+        if entry is not None:
+            known.stages[name] = state.Entry(entry[0], 1.0, 0, 1, "", entry[1])
+    lines = [" ".join(line.split()) for line in summary.text(known, {}).splitlines()]
+    assert f"cuda {expected}" in lines
 
 
 def test_skipped_tests_show_nothing() -> None:
