@@ -151,7 +151,8 @@ def add_cache(python: str, made: Path, wanted: Wanted, say: Callable[[str], None
     command = [python, "-m", "benchmarks.gpu.triton_cache", str(listed), str(cache)]
     command += ["--seconds", str(60 * wanted.minutes)]
     path = os.pathsep.join([str(ROOT), str(site)])
-    done = _run(command, "compiling for Triton", env=os.environ | {"PYTHONPATH": path, "PYTHONNOUSERSITE": "1"})
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONNOUSERSITE": "1"}
+    done = _run(command, "compiling for Triton", shown=True, env=environment)
     said: dict[str, Any] = json.loads(done.splitlines()[-1])
     if said["triton"] != TRITON or not said["python"].startswith(PYTHON + "."):
         raise KitError(
@@ -238,13 +239,15 @@ def _revision(given: str) -> str:
     return done.stdout.strip()
 
 
-def _run(command: Sequence[str], what: str, **options: Any) -> str:
+def _run(command: Sequence[str], what: str, shown: bool = False, **options: Any) -> str:
+    """Run a command; returns its output. `shown`: its progress, on the standard error, goes to that of this program."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, **options)
+        errors = None if shown else subprocess.PIPE
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, **options)
     except OSError as error:
         raise KitError(f"{what} failed: {error}") from error
     if done.returncode:
-        last = ((done.stderr.strip() or done.stdout.strip()).splitlines() or ["no message"])[-1]
+        last = ((done.stderr or done.stdout).strip().splitlines() or ["no message"])[-1]
         raise KitError(f"{what} failed: {last}")
     return done.stdout
 
