@@ -128,7 +128,7 @@ def build_library(root: Path, name: str, target: Path, objects: Path) -> None:
 def add_cache(python: str, made: Path, wanted: Wanted, say: Callable[[str], None]) -> dict[str, Any]:
     """Compile Triton's programs by the other machine's Python, and pack them; returns what is in the cache.
 
-    Raises KitError where one fails.
+    Raises KitError where all fail.
     """
     from . import programs
 
@@ -159,14 +159,17 @@ def add_cache(python: str, made: Path, wanted: Wanted, say: Callable[[str], None
             f"compiled by Python {said['python']} and Triton {said['triton']}, expected {PYTHON} and {TRITON}"
         )
     if said["failed"]:
-        raise KitError(f"{said['failed']} of Triton's programs do not compile: {said['errors'][0].splitlines()[0]}")
+        error = " ".join(said["errors"][0].split())[:300]
+        if not said["programs"]:
+            raise KitError(f"none of Triton's {said['failed']} programs compiles: {error}")
+        say(f"{said['failed']} programs do not compile, and will not there: {error}")
     say(f"{said['programs']} programs" + (f"; {said['left']} are left for the other machine" if said["left"] else ""))
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place) / "cache"
         shutil.copytree(cache, copy)
         contents.leave_sources(copy)
         contents.pack(copy, made / PACKED_CACHE)
-    return {name: said[name] for name in ("python", "triton", "programs", "left")}
+    return {name: said[name] for name in ("python", "triton", "programs", "failed", "left")}
 
 
 def add_wheels(made: Path, say: Callable[[str], None]) -> list[str]:

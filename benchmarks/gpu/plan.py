@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .sizes import ELEMENTS, NORMS, WIDTHS
+from .sizes import ELEMENTS, NORMS, OPERATION_TESTS, WIDTHS
 
 CALL = 330  # seconds
 PACKING = 10  # of them, for what comes between the stages and behind the last one
@@ -149,7 +149,7 @@ def suite_on(on: str, chosen: str = "") -> Commands:
     """The tests of the operations with a backend, or `gpu`, what only a GPU can show; some of them by their names."""
 
     def commands(machine: Machine, seconds: float) -> Sequence[Command]:
-        files = ["tests/backends/test_gpu.py"] if on == "gpu" else ["tests"]
+        files = ["tests/backends/test_gpu.py"] if on == "gpu" else list(OPERATION_TESTS)
         if machine.rehearsal and on != "gpu":
             files = ["tests/ops/test_operations.py"]
         return _tests(machine, on, files, *(("-k", chosen) if chosen else ()))
@@ -275,7 +275,7 @@ def _tiles(machine: Machine, seconds: float) -> Sequence[Command]:
 
 
 STAGES = (
-    Stage(LOAD, 1, 15, _load),
+    Stage(LOAD, 1, 20, _load),
     Stage("tests-cuda", 1, 75, suite_on("cuda"), beside="tests"),
     Stage("tests-triton", 1, 75, suite_on("triton"), beside="tests"),
     Stage("tests-gpu", 1, 75, suite_on("gpu", f"not ({LARGE})"), beside="tests"),
@@ -284,12 +284,12 @@ STAGES = (
     Stage("large", 1, 20, suite_on("gpu", LARGE)),
     Stage("bandwidth", 1, 65, _bandwidth, result="bandwidth.json", held="bandwidth/ops.json"),
     Stage("peers", 1, 75, _peers, result="peers.json", held="peers/ops.json"),
-    Stage("host", 1, 20, _host, result="host.json"),
+    Stage("host", 1, 15, _host, result="host.json"),
     Stage("profile", 1, 50, profiled(0), left_out=_without_profiler),
     Stage("again-cuda", 2, 50, suite_on("cuda"), beside="again", continues="tests-cuda"),
     Stage("again-triton", 2, 50, suite_on("triton"), beside="again", continues="tests-triton"),
     Stage("again-gpu", 2, 50, suite_on("gpu"), beside="again", continues="tests-gpu"),
-    Stage("variants", 2, 65, _variants, result="variants.json", left_out=_without_variants),
+    Stage("variants", 2, 60, _variants, result="variants.json", left_out=_without_variants),
     Stage("step", 2, 95, _step, result="step.json", held="step/step.json"),
     Stage("tiles", 2, 45, _tiles, left_out=_on_cpu),
     Stage("profile-more", 2, 50, profiled(2), left_out=_without_profiler),

@@ -18,7 +18,7 @@ from red_kernels.backends.triton import launch
 from red_kernels.backends.triton.rules import Architecture
 
 from ..tools import ahead_of_time
-from .sizes import WIDTHS
+from .sizes import OPERATION_TESTS, WIDTHS
 
 TARGET = "sm_90"
 GPU: GPUTarget = ahead_of_time.TARGETS[TARGET].gpu
@@ -67,7 +67,7 @@ def of_benchmarks() -> list[str]:
     )
 
 
-def of_tests(files: Sequence[str] = ("tests",)) -> list[str]:
+def of_tests(files: Sequence[str] = OPERATION_TESTS) -> list[str]:
     """Those that the tests of the operations launch, thinned by pairs. The tests themselves fail: nothing is launched.
 
     Raises RuntimeError, with the end of what pytest said, where no test launched anything.

@@ -276,7 +276,11 @@ def test_another_triton_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(KitError, match=r"compiled by Python 3.12.1 and Triton 3.7.0, expected 3.12 and 3.6.0"):
         kit.add_cache("python3.12", tmp_path, wanted, print)
     answer |= {"triton": "3.6.0", "failed": 1, "errors": ["ValueError: no\nmore"]}
-    with pytest.raises(KitError, match=r"1 of Triton's programs do not compile: ValueError: no$"):
+    said: list[str] = []
+    assert kit.add_cache("python3.12", tmp_path, wanted, said.append)["failed"] == 1
+    assert said == ["1 programs do not compile, and will not there: ValueError: no more", "1 programs"]
+    answer["programs"] = 0
+    with pytest.raises(KitError, match=r"none of Triton's 1 programs compiles: ValueError: no more$"):
         kit.add_cache("python3.12", tmp_path, wanted, print)
 
 
