@@ -38,11 +38,11 @@ class Placed:
     said: list[str] = field(default_factory=list)
 
 
-def place(kit: Path, work: Path, python: str, root: Path = ROOT) -> Placed:
+def place(kit: Path, work: Path, python: str, root: Path = ROOT, rehearsal: bool = False) -> Placed:
     """Put the parts of a kit in place: the libraries where the package looks for them, all else under `work`.
 
     A part that does not fit these sources or this machine is left out, with the reason. Without a kit the libraries are
-    built, and Triton's programs compiled as they come.
+    built, and Triton's programs compiled as they come. A rehearsal leaves the libraries alone that are here.
 
     Raises:
         KitError: the kit is damaged.
@@ -51,16 +51,15 @@ def place(kit: Path, work: Path, python: str, root: Path = ROOT) -> Placed:
     cache.mkdir(parents=True, exist_ok=True)
     variables = {"TRITON_CACHE_DIR": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
     if not kit.exists():
-        return Placed(
-            True, variables, [f"{kit} is not there: the libraries are built here; remedy: make gpu-kit first"]
-        )
+        why = f"{kit} is not there: the libraries are built here; remedy: make gpu-kit first"
+        return Placed(not rehearsal, variables, [f"{kit} is not there" if rehearsal else why])
     said = contents.read_manifest(kit)
     placed = Placed(False, variables)
     if said["sources"] == contents.sources(root):
-        _libraries(kit, root)
-        placed.said.append(f"libraries of the kit, for {said['architecture']}")
+        _libraries(kit, work / "lib" if rehearsal else root / "red_kernels/lib")
+        placed.said.append(f"libraries of the kit, for {said['architecture']}" + (", not used" if rehearsal else ""))
     else:
-        placed.build = True
+        placed.build = not rehearsal
         placed.said.append(
             "the kit's libraries are of other sources, so they are built here; remedy: make gpu-kit again"
         )
@@ -104,9 +103,9 @@ def _minor(version: str | None) -> str:
     return ".".join(str(version).split(".")[:2])
 
 
-def _libraries(kit: Path, root: Path) -> None:
+def _libraries(kit: Path, target: Path) -> None:
     """Whatever was there is replaced, each library as a whole."""
-    target = root / "red_kernels/lib"
+    target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target) as folder:
         contents.unpack(kit / PACKED_LIBRARIES, Path(folder))
         for name in LIBRARIES:

@@ -324,7 +324,7 @@ def _call(given: argparse.Namespace, begun: float) -> int:
     if given.dry:
         print(dry(runner))
         return 0
-    placed = place.place(machine.kit, machine.work, machine.python)
+    placed = place.place(machine.kit, machine.work, machine.python, rehearsal=machine.rehearsal)
     for line in placed.said:
         print(line, flush=True)
     runner.known.said = [*runner.known.said, *(f"call {runner.known.calls + 1}: {line}" for line in placed.said)]

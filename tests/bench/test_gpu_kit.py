@@ -91,6 +91,19 @@ def test_a_kit_is_put_in_place(made: Path, root: Path, tmp_path: Path, monkeypat
     assert placed.said == ["libraries of the kit, for sm_90", "1 Triton programs of the kit; 3 are left"]
 
 
+def test_a_rehearsal_leaves_the_libraries_alone(
+    made: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions(monkeypatch)
+    placed = place.place(made, tmp_path / "work", sys.executable, root, rehearsal=True)
+    assert "libraries of the kit, for sm_90, not used" in placed.said
+    (root / "csrc/cuda/more.cuh").write_text("// another version\n")
+    assert not place.place(made, tmp_path / "work", sys.executable, root, rehearsal=True).build
+    assert not place.place(tmp_path / "none", tmp_path / "work", sys.executable, root, rehearsal=True).build
+    assert [path.name for path in (root / "red_kernels/lib").iterdir()] == [contents.LIBRARIES[0]]
+    assert (root / "red_kernels/lib" / contents.LIBRARIES[0]).read_text() == "old"
+
+
 def test_what_does_not_fit_is_made_there_and_said(
     made: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
