@@ -34,7 +34,7 @@ BY_TWO := -n 2 --dist loadgroup
 RANDOM_ORDER := --random-order-bucket=global $(if $(SEED),--random-order-seed=$(SEED))
 TESTED := --constraint constraints.txt
 
-.PHONY: help demo demo-chat test test-deepspeed test-extra test-oldest test-nightly test-torch test-gpu memcheck racecheck initcheck bench report lint format clean say-cuda say-aarch64
+.PHONY: help demo demo-chat test test-deepspeed test-extra test-oldest test-nightly test-torch test-gpu memcheck racecheck bench report gpu-kit lint format clean say-cuda say-aarch64
 
 help:
 	@echo "make demo      fine-tune a language model on fused kernels and show what came of it (into $(DEMO)/)"
@@ -46,7 +46,8 @@ help:
 	@echo "make test-nightly  all cases, the main part in a random order; SEED=... repeats one (hours)"
 	@echo "make test-torch TORCH=2.14.1 [TRANSFORMERS=5.17.0]  the main part of the tests with another torch"
 	@echo "make test-gpu  the tests of the operations on a machine with a GPU"
-	@echo "make memcheck, racecheck, initcheck  the CUDA kernels under compute-sanitizer, on a machine with a GPU"
+	@echo "make gpu-kit   all that a machine with a GPU and few minutes needs, into gpu-kit/ (docs/gpu-status.md)"
+	@echo "make memcheck, racecheck  the CUDA kernels under compute-sanitizer, on a machine with a GPU"
 	@echo "make clean     remove what was built, and .venv"
 
 # torch first: the packages that need it then take the one that is there. Without build isolation the library is built
@@ -172,6 +173,12 @@ bench: .venv/test
 report: .venv/test
 	$(BIN)/python -m benchmarks.report $(if $(CHECK),--check)
 
+# Built where there is no GPU; VARIANTS are revisions to measure side by side ("tma=BRANCH"), MINUTES those of compiling Triton's
+# programs, PYTHON312 a Python of the version that the other machine has.
+gpu-kit: .venv/test
+	$(BIN)/python -m benchmarks.gpu.kit gpu-kit $(if $(PYTHON312),--python312 $(PYTHON312)) $(if $(MINUTES),--minutes $(MINUTES)) \
+		$(foreach one,$(VARIANTS),--variant $(one))
+
 test-gpu: .venv/test say-cuda
 	$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'make test-gpu needs a GPU that torch can use')"
 	RED_KERNELS_TEST_ON=cuda $(BIN)/python -m pytest
@@ -179,13 +186,14 @@ test-gpu: .venv/test say-cuda
 	$(BIN)/python -m pytest tests/backends/test_gpu.py tests/backends/test_tune.py tests/integrations/test_stacks_liger.py tests/integrations/test_stacks_bases.py tests/docs/test_docs_training.py
 
 # compute-sanitizer watches every access of the CUDA kernels: memcheck those out of bounds, racecheck those to shared memory
-# that nothing orders, initcheck reads of what was never written. torch's own memory pool is one large allocation, and
-# what runs over a tensor's end would still be inside of it: without the pool every tensor has an allocation to itself.
+# that nothing orders. initcheck would find nothing: the tests have torch fill what it allocates. torch's own memory pool is
+# one large allocation, and what runs over a tensor's end would still be inside of it: without the pool every tensor has an
+# allocation to itself.
 # A fault is an error of the command, whatever pytest says, and processes that the tests start are watched too.
-memcheck racecheck initcheck: .venv/test
+memcheck racecheck: .venv/test
 	@command -v compute-sanitizer >/dev/null || { echo "make $@ needs compute-sanitizer (it comes with the CUDA toolkit) on PATH"; exit 1; }
 	RED_KERNELS_TEST_ON=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
 		compute-sanitizer --tool $@ --target-processes all --error-exitcode 99 $(BIN)/python -m pytest tests/backends/test_sanitized.py
 
 clean:
-	rm -rf .venv .venv-torch-* build dist *.egg-info red_kernels/lib/*.so red_kernels/lib/*.missing .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch-* build dist gpu-kit *.egg-info red_kernels/lib/*.so red_kernels/lib/*.missing .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -39,7 +39,8 @@ class Request:
         overwrite: replace what it holds.
         minutes: no case is begun after so many.
         quick: few and small cases, to see that all runs.
-        options: values for fields of `ops.Settings`.
+        options: values for fields of `ops.Settings`; `seconds`, how long a case is timed, is for the jobs `step` and
+            `growth` too.
         methods: of the job `step` or `quality`, some of its methods; empty for those by default. The growth of steps,
             which has methods of its own, is left out then.
         cases: of the job `step`, `(model, batch, length)` in place of those of the device; the growth is left out too.
@@ -82,8 +83,9 @@ class Request:
             raise ValueError(f"--case: this is for the job step, got the job {self.job}")
         if self.tasks and self.job != quality.JOB:
             raise ValueError(f"--tasks: this is for the job quality, got the job {self.job}")
-        if self.options and self.job in ("step", GROWTH, "quality"):
-            given = ", ".join(f"--{name}" for name in self.options)
+        timed = {"seconds"} if self.job in (step.JOB, GROWTH) else set()
+        if set(self.options) - timed and self.job in ("step", GROWTH, "quality"):
+            given = ", ".join(f"--{name}" for name in self.options if name not in timed)
             raise ValueError(f"{given}: this is for the job ops, got the job {self.job}")
 
     def settings(self) -> ops.Settings:
@@ -98,16 +100,17 @@ class Request:
         """File name, without its end, to what measures it, in the order of the runs."""
         settings = self.settings()
         chosen: dict[str, Any] = {"methods": self.methods} if self.methods else {}
+        timed = {"seconds": self.options["seconds"]} if self.job in (step.JOB, GROWTH) and self.options else {}
 
         def operations(run: Run, folder: Path, resume: bool) -> ResultFile:
             return ops.run_job(settings, run, folder, resume)
 
         def steps(run: Run, folder: Path, resume: bool) -> ResultFile:
             cases = tuple(step.case_of(*case) for case in self.cases) or None
-            return step.run_job(step.Settings(cases, **chosen), run, folder, resume)
+            return step.run_job(step.Settings(cases, **chosen, **timed), run, folder, resume)
 
         def growing(run: Run, folder: Path, resume: bool) -> ResultFile:
-            return growth.run_job(growth.Settings(), run, folder, resume)
+            return growth.run_job(growth.Settings(**timed), run, folder, resume)
 
         def qualities(run: Run, folder: Path, resume: bool) -> ResultFile:
             settings = replace(quality.Settings(**chosen), tasks=self.tasks or quality.TASKS)

@@ -240,7 +240,10 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         help="fresh (beyond the cache) and warm, not with --tune (default: both)",
     )
     ops.add_argument(
-        "--seconds", type=float, default=unset, help="for each case on a CPU, not with --tune (default: 1)"
+        "--seconds",
+        type=float,
+        default=unset,
+        help="for each case: of ops on a CPU (default: 1); of step and growth (default: 50 and 12); not with --tune",
     )
     ops.add_argument(
         "--widths",
@@ -264,6 +267,28 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         default=unset,
         metavar="N",
         help="numbers of rows (default: 512 4096; on a GPU 16384 too, but with --tune)",
+    )
+    ops.add_argument(
+        "--elements",
+        nargs="+",
+        type=int,
+        default=unset,
+        metavar="N",
+        help="in place of --rows, not with --tune: as many whole rows of each width as are in so many",
+    )
+    ops.add_argument(
+        "--implementations",
+        nargs="+",
+        default=unset,
+        metavar="NAME",
+        help="not with --tune: which are timed, such as cuda triton compile liger (default: all that are here)",
+    )
+    ops.add_argument("--no-memory", action="store_true", default=unset, help="not with --tune: no peak of memory")
+    ops.add_argument(
+        "--kernels",
+        action="store_true",
+        default=unset,
+        help="not with --tune: note the names of the kernels that each implementation starts on a GPU",
     )
     ops.add_argument(
         "--sums",
@@ -346,9 +371,12 @@ def _bench(options: argparse.Namespace) -> int:
 def _tune(given: dict[str, Any]) -> int:
     if given["job"] is not None:
         raise ValueError(f"--tune is a job of its own, got the job {given['job']} beside it")
-    for name in ("resume", "quick", "minutes", "device", "dtype", "instruction_sets", "inputs", "seconds", "methods"):
+    for name in (
+        *("resume", "quick", "minutes", "device", "dtype", "instruction_sets", "inputs", "seconds", "methods"),
+        *("elements", "implementations", "no_memory", "kernels"),
+    ):
         if given.get(name):
-            raise ValueError(f"--{name}: the search for launch rules has no such option")
+            raise ValueError(f"--{name.replace('_', '-')}: the search for launch rules has no such option")
     from rich.console import Console
 
     from .backends.find_triton import require_gpu
@@ -375,12 +403,16 @@ def _measure(given: dict[str, Any]) -> int:
             given["instruction_sets"], {**given, "device": "cpu"}, given.get("output", Path("bench-results"))
         )
         return result
-    operations = ("operations", "inputs", "seconds", "widths", "dtypes", "rows")
+    operations = (
+        *("operations", "inputs", "seconds", "widths", "dtypes"),
+        *("rows", "elements", "implementations", "kernels"),
+    )
     own = ("device", "dtype", "resume", "overwrite", "minutes", "quick", "methods", "tasks")
     request = suite.Request(
         job=given["job"] or "ops",
         output=given.get("output", Path("bench-results")),
-        options={name: given[name] for name in operations if name in given},
+        options={name: given[name] for name in operations if name in given}
+        | ({"peak_memory": False} if "no_memory" in given else {}),
         cases=tuple(_case(*case) for case in given.get("case", ())),
         **{name: given[name] for name in own if name in given},
     )

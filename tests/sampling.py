@@ -8,7 +8,8 @@ A test marked ``sampled`` takes its time. It runs on as few of its cases as have
 
 Tests of implementations are sampled by threes: every kernel that is compiled by itself, which is one of an operation, a
 dtype and an instruction set. Triton's interpreter and the emulator of the CUDA kernels, which have one implementation
-each, sample by pairs, or by what RED_KERNELS_TEST_COMBINED says. The interpreter needs a millisecond and more for each
+each, sample by pairs, or by what RED_KERNELS_TEST_COMBINED says. With RED_KERNELS_TEST_PAIRS=1 all tests of
+implementations do, also on a GPU, where the time is short. The interpreter needs a millisecond and more for each
 program of a kernel: tests marked ``nightly`` do not run there. Neither runs what is marked ``not_interpreted``.
 
 The choice depends on nothing but the order in which the cases are written down.
@@ -24,6 +25,7 @@ from collections.abc import Iterator
 import pytest
 from op_cases import EMULATED, INTERPRETED, TEST_ALL, TEST_ON
 
+PAIRS = os.environ.get("RED_KERNELS_TEST_PAIRS") == "1"
 COMBINED = int(os.environ.get("RED_KERNELS_TEST_COMBINED", "2"))
 MARKERS = (
     "implementations: the test goes through the implementations by itself",
@@ -60,6 +62,8 @@ def _number(item: pytest.Item) -> int | None:
         return marker.args[0] if marker.args else 2
     if INTERPRETED or EMULATED:
         return COMBINED
+    if PAIRS and _of_implementations(item):
+        return 2
     return 3 if _of_implementations(item) else None
 
 

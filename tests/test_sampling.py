@@ -52,6 +52,23 @@ def test_tests_are_sampled_by_themselves() -> None:
     assert len(list(sampling.sampled(numbers))) == 5
 
 
+@pytest.mark.parametrize(("pairs", "number"), [(False, 3), (True, 2)])
+def test_tests_of_implementations_sample_by_pairs_where_asked(
+    pairs: bool, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU with little time; those of anything else run whole, and a test's own mark is what counts."""
+    for name, value in (("PAIRS", pairs), ("INTERPRETED", False), ("EMULATED", False)):
+        monkeypatch.setattr(sampling, name, value)
+    marks = {"own": SimpleNamespace(args=(1,)), None: None}
+
+    def item(fixtures: tuple[str, ...], mark: str | None = None) -> Any:
+        return Case(fixturenames=fixtures, get_closest_marker=lambda name: marks[mark] if name == "sampled" else None)
+
+    assert sampling._number(item(("implementation",))) == number
+    assert sampling._number(item(("implementation",), "own")) == 1
+    assert sampling._number(item(())) is None
+
+
 def test_a_group_has_one_worker(tmp_path: Path) -> None:
     """Which makes what takes a minute once: releases of pytest and pytest-xdist that do not fit pass over it."""
     (tmp_path / "test_group.py").write_text(

@@ -66,7 +66,11 @@ class Inputs:
 
 class Copies:
     """The floor: plain copies of as many bytes as an operation has to move, a read and a write for each activation
-    copied, out of the same sets: forward of what comes in first, backward of the gradients first."""
+    copied, out of the same sets: forward of what comes in first, backward of the gradients first.
+
+    On a GPU a kernel copies (its values come out negated): a graph's own copies may be done in another way. The targets
+    rotate as the sources do, since a target that is written again and again may never leave the cache.
+    """
 
     def __init__(self, inputs: Inputs) -> None:
         residual = inputs.operation.residual
@@ -75,14 +79,22 @@ class Copies:
             for arguments, upstream in inputs.sets
         ]
         most = -(-(inputs.operation.forward + inputs.operation.backward) // 2)
-        self._targets = [torch.empty_like(self._sources[0][0]) for _ in range(most)]
+        one = self._sources[0][0]
+        self._kernel = one.is_cuda
+        # On a CPU one set of targets, as in all results so far.
+        count = len(self._sources) if self._kernel else 1
+        self._targets = [[torch.empty_like(one) for _ in range(most)] for _ in range(count)]
 
     def copy(self, activations: int, number: int, backward: bool = False) -> None:
         """Read and write `activations` of them in all."""
         sources = self._sources[number % len(self._sources)]
-        for place, target in enumerate(self._targets[: -(-activations // 2)]):
+        targets = self._targets[number % len(self._targets)]
+        for place, target in enumerate(targets[: -(-activations // 2)]):
             source = sources[(-1 - place if backward else place) % len(sources)]
             if place == activations // 2:  # an odd one at the end: half of it is read, half written
                 half = len(source) // 2
                 source, target = source[:half], target[:half]
-            target.copy_(source)
+            if self._kernel:
+                torch.neg(source, out=target)
+            else:
+                target.copy_(source)

@@ -28,11 +28,13 @@ from ..runs import Case, ResultFile, Run, run_cases
 from .check import differing
 from .implementations import implementations
 from .inputs import DTYPES, Copies, Inputs
+from .kernels import started
 from .operations import NAMES, OPERATIONS, Operation, find
 from .timing import FLOOR, PASSES, Candidate, Times, device_times, gradients, host_times, wall_times
 
 JOB = "ops"
 INPUTS = ("fresh", "warm")
+KNOWN = tuple(dict.fromkeys(one.name for kind in ("cpu", "cuda") for one in implementations(torch.device(kind))))
 # Widths are those of RoBERTa-base, GPT-2 and T5-base (768), RoBERTa-large and GPT-2 medium (1,024), and Llama of 1B, 7B
 # and 70B (2,048, 4,096, 8,192); on a GPU others between and above.
 Sizes = tuple[tuple[int, ...], tuple[int, ...]]  # widths and rows
@@ -54,29 +56,41 @@ class Settings:
         operations: names of functions; a function's variants are all measured.
         dtypes: of the activations.
         widths, rows: sizes of the activations; pairs beyond the device's limit are left out.
+        elements: in place of `rows`: of each width as many whole rows as are in so many elements.
+        implementations: which are timed, `copy` always; None for all. Eager PyTorch runs in any case, to compare with.
         inputs: `"fresh"` for all operations, `"warm"` for those of whole blocks.
         seconds: how long the rounds of a case last on a CPU, at least seven rounds.
         peak_memory: whether memory is measured.
+        kernels: whether the names of the kernels that each implementation starts on a GPU are noted: a library may
+            choose among several.
     """
 
     operations: tuple[str, ...] = NAMES
     dtypes: tuple[str, ...] = ("bf16", "fp32")
     widths: tuple[int, ...] | None = None
     rows: tuple[int, ...] | None = None
+    elements: tuple[int, ...] | None = None
+    implementations: tuple[str, ...] | None = None
     inputs: tuple[str, ...] = INPUTS
     seconds: float = 1.0
     peak_memory: bool = True
+    kernels: bool = False
 
     def __post_init__(self) -> None:
         for field, known in (("operations", NAMES), ("dtypes", tuple(DTYPES)), ("inputs", INPUTS)):
             for value in getattr(self, field):
                 if value not in known:
                     raise ValueError(f"{field}: got {value!r}, expected some of {', '.join(known)}")
-        for field in ("widths", "rows"):
+        if self.rows is not None and self.elements is not None:
+            raise ValueError("rows and elements: got both, expected one of them at most")
+        for value in self.implementations or ():
+            if value not in KNOWN:
+                raise ValueError(f"implementations: got {value!r}, expected some of {', '.join(KNOWN)}")
+        for field in ("widths", "rows", "elements"):
             for value in getattr(self, field) or ():
                 if value < 1:
                     raise ValueError(f"{field}: got {value}, expected positive numbers")
-        for field in ("operations", "dtypes", "widths", "rows", "inputs"):
+        for field in ("operations", "dtypes", "widths", "rows", "elements", "implementations", "inputs"):
             values = getattr(self, field)
             if values is not None and not values:
                 raise ValueError(f"{field}: got nothing, expected one value or more")
@@ -94,18 +108,26 @@ def cases(settings: Settings, run: Run) -> list[Case]:
     gpu = run.device.type == "cuda"
     sizes = QUICK if run.quick else ON_GPU if gpu else ON_CPU
     widths, rows = settings.widths or sizes[0], settings.rows or sizes[1]
+    for count, width in itertools.product(settings.elements or (), widths):
+        if count < width:
+            raise ValueError(f"elements: got {count:,}, which are no row of the width {width:,}")
     most = MOST_ON_GPU if gpu else MOST_ON_CPU
     keys = ("operation", "variant", "dtype", "width", "rows", "inputs")
     found = [
         dict(zip(keys, (*operation.key, dtype, width, count, inputs), strict=True))
-        for inputs, dtype, count, width in itertools.product(settings.inputs, settings.dtypes, rows, widths)
+        for inputs, dtype, size, width in itertools.product(
+            settings.inputs, settings.dtypes, settings.elements or rows, widths
+        )
+        for count in [size // width if settings.elements else size]
         for operation in OPERATIONS
         if operation.name in settings.operations
         and width * count <= most
         and (inputs == "fresh" or operation.key in WARM_OPERATIONS)
     ]
     if not found:
-        raise ValueError(f"widths and rows: every pair has more than the {most:,} elements that fit this device")
+        raise ValueError(
+            f"widths, and rows or elements: every pair has more than the {most:,} elements that fit this device"
+        )
     return found
 
 
@@ -131,7 +153,7 @@ def measure(case: Case, settings: Settings, run: Run) -> dict[str, Any]:
     operation = find(case["operation"], case["variant"])
     dtype = DTYPES[case["dtype"]]
     inputs = Inputs(operation, case["rows"], case["width"], dtype, case["inputs"] == "fresh", run.device)
-    timed, left_out = prepared(operation, inputs, run.device)
+    timed, left_out = wanted(settings, operation, inputs, run.device)
     copies = Copies(inputs)
     if run.device.type == "cuda":
         times, uncaptured = device_times(timed, inputs, copies, rounds=3 if run.quick else GPU_ROUNDS)
@@ -146,8 +168,26 @@ def measure(case: Case, settings: Settings, run: Run) -> dict[str, Any]:
         "bytes": moved,
         "peak_bytes": _memory(timed, inputs, run.device) if settings.peak_memory else {},
         "left_out": left_out,
+        **({"kernels": started(timed, inputs)} if settings.kernels and run.device.type == "cuda" else {}),
         "result": {name: result(times[name], ours, moved[name]) for name in PASSES},
     }
+
+
+def wanted(
+    settings: Settings, operation: Operation, inputs: Inputs, device: torch.device
+) -> tuple[dict[str, Candidate], dict[str, str]]:
+    """Those of the implementations asked for that run and agree, and the reasons of the others.
+
+    Raises ValueError where all that were asked for are missing here.
+    """
+    names = settings.implementations
+    if names is None:
+        return prepared(operation, inputs, device)
+    absent = {one.name: one.missing for one in implementations(device) if one.missing is not None}
+    if set(names) <= set(absent):
+        raise ValueError(f"implementations: none of {', '.join(names)} can be measured here: {absent[names[0]]}")
+    found, left_out = prepared(operation, inputs, device, only=("eager", *names))
+    return {name: one for name, one in found.items() if name in names}, left_out
 
 
 def prepared(
@@ -208,6 +248,8 @@ def add_host(file: ResultFile, settings: Settings, run: Run) -> None:
 
     Operations that the file has already are left, and so is what the time does not suffice for.
     """
+    if settings.implementations is not None:
+        return  # some of them, for their bandwidth
     rows, width = HOST_SHAPE[run.device.type]
     found = file.content.setdefault("host", [])
     chosen = [operation for operation in OPERATIONS if operation.name in settings.operations]

@@ -41,6 +41,18 @@ def test_architectures_that_are_wrong(text: str) -> None:
         build.architectures(text)
 
 
+@pytest.mark.parametrize(("asked", "flags"), [(None, []), ("0", []), ("1", ["-lineinfo"])])
+def test_source_lines_where_asked(asked: str | None, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They make the library nearly three times as large."""
+    monkeypatch.delenv("RED_KERNELS_LINEINFO", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("RED_KERNELS_LINEINFO", asked)
+    assert build.line_numbers() == flags
+    monkeypatch.setenv("RED_KERNELS_LINEINFO", "yes")
+    with pytest.raises(build.SettingError, match="RED_KERNELS_LINEINFO is 'yes', expected 1 for source lines, or 0"):
+        build.line_numbers()
+
+
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 import red_kernels as rk
-from benchmarks.ops import implementations, inputs, job, operations
+from benchmarks.ops import implementations, inputs, job, kernels, operations
 from benchmarks.ops import timing as clocks
 from benchmarks.ops.check import differing, evaluate, exact
 from benchmarks.ops.implementations import apex, eager, flash_attention, liger, quack
@@ -164,6 +164,25 @@ def test_the_floor_copies_the_least_bytes(operation, monkeypatch):
         moved.clear()
         copies.copy(activations, 3, backward)
         assert sum(moved) == activations * given[0][0].x.nbytes
+
+
+def test_on_a_gpu_a_kernel_copies_into_targets_that_rotate(monkeypatch):
+    """One target would stay in the cache, and a copy that is no kernel need not go through it."""
+    operation = operations.OPERATIONS[0]
+    given = made(operation, rows=8, fresh=True)
+    given.sets = given.sets[:3]
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    copies = inputs.Copies(given)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.Tensor, "copy_", None)
+    moved, written = [], set()
+    plain = torch.neg
+    monkeypatch.setattr(torch, "neg", lambda source, out: moved.append(2 * out.nbytes) or plain(source, out=out))
+    for number in range(3):
+        copies.copy(operation.forward, number)
+        written |= {target.data_ptr() for target in copies._targets[number]}
+    assert sum(moved) == 3 * operation.forward * given[0][0].x.nbytes
+    assert len(written) == 3 * len(copies._targets[0])
 
 
 def test_wall_times_are_of_one_loop(monkeypatch):
@@ -318,6 +337,54 @@ def test_order_of_the_cases():
         assert {case["operation"] for case in found} == set(operations.NAMES)
 
 
+def test_sizes_by_elements(run):
+    settings = job.Settings(operations=("edit",), dtypes=("bf16",), widths=(64, 240), elements=(1024, 2048))
+    sizes = [(case["width"], case["rows"]) for case in job.cases(settings, run)]
+    assert sizes == [(64, 16), (240, 4), (64, 32), (240, 8)]
+    with pytest.raises(ValueError, match="elements: got 100, which are no row of the width 768"):
+        job.cases(job.Settings(widths=(768,), elements=(100,)), run)
+
+
+def test_some_implementations_only(tmp_path, run):
+    """Eager PyTorch is what they are compared with, and it is not timed."""
+    settings = job.Settings(
+        operations=("edit",), dtypes=("bf16",), widths=(40,), rows=(6,), implementations=("cpu", "liger"),
+        peak_memory=False, kernels=True,
+    )  # fmt: skip
+    content = job.run_job(settings, run, tmp_path, False).content
+    (case,) = content["cases"]
+    assert set(case["seconds"]["both"]) == {"cpu", FLOOR}
+    assert case["peak_bytes"] == {}
+    assert case["result"]["both"]["cpu"]["best_peer"] is None
+    assert "kernels" not in case  # a CPU starts none
+    assert "host" not in content
+    assert content["complete"]
+    with pytest.raises(
+        ValueError, match="implementations: none of liger, apex can be measured here: its kernels run on"
+    ):
+        job.run_job(job.Settings(implementations=("liger", "apex")), run, tmp_path / "none", False)
+
+
+def test_kernels_that_were_started():
+    """Those of the GPU alone, in the order of their starts; a profiler that fails is named and stops nothing."""
+
+    def event(name, start, kind=kernels.DeviceType.CUDA):
+        return types.SimpleNamespace(name=name, device_type=kind, time_range=types.SimpleNamespace(start=start))
+
+    events = [event("b" * 500, 3), event("a", 1), event("aten::mul", 0, kernels.DeviceType.CPU), event("a", 4)]
+    events.append(event("Memcpy DtoD (Device -> Device)", 2))
+    assert kernels.names_of(events) == ["a", "b" * kernels.LONGEST]
+    given = made(operations.OPERATIONS[0])
+    found, _ = job.prepared(operations.OPERATIONS[0], given, CPU, only=("eager",))
+    profile = contextlib.nullcontext(types.SimpleNamespace(events=lambda: events))
+    assert kernels.started(found, given, lambda: profile)["eager"] == ["a", "b" * kernels.LONGEST]
+
+    def broken():
+        raise RuntimeError("CUPTI is not there")
+
+    assert "CUPTI is not there" in kernels.started(found, given, broken)["eager"][0]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -327,6 +394,10 @@ def test_order_of_the_cases():
         ({"widths": (0,)}, "widths: got 0, expected positive numbers"),
         ({"rows": ()}, "rows: got nothing, expected one value or more"),
         ({"seconds": -1.0}, "seconds: got -1.0, expected 0 or more"),
+        ({"elements": (0,)}, "elements: got 0, expected positive numbers"),
+        ({"elements": (64,), "rows": (1,)}, "rows and elements: got both, expected one of them at most"),
+        ({"implementations": ("numpy",)}, "implementations: got 'numpy', expected some of cpu, eager, "),
+        ({"implementations": ()}, "implementations: got nothing, expected one value or more"),
     ],
 )
 def test_wrong_settings(settings, message):

@@ -85,6 +85,9 @@ def test_command_of_a_checkout_elsewhere(tmp_path):
     ("arguments", "message"),
     [
         (["step", "--widths", "8"], "--widths: this is for the job ops, got the job step"),
+        (["step", "--elements", "8", "--seconds", "1"], "--elements: this is for the job ops, got the job step"),
+        (["quality", "--seconds", "1"], "--seconds: this is for the job ops, got the job quality"),
+        (["--tune", "--no-memory"], "--no-memory: the search for launch rules has no such option"),
         (["ops", "--operations", "norm"], "operations: got 'norm', expected some of edit_add_rms_norm"),
         (["ops", "--minutes", "0"], "--minutes: got 0.0, expected a number above 0"),
         (["ops", "--device", "cuda"], "--device: got 'cuda', and torch .* finds no GPU here"),
@@ -320,3 +323,20 @@ def test_json_has_a_line_for_each_case():
     text = json_by_line({"schema": 1, "cases": [{"a": 1}, {"a": 2}]})
     assert json.loads(text) == {"schema": 1, "cases": [{"a": 1}, {"a": 2}]}
     assert [line.strip(" ,") for line in text.splitlines()][3:5] == ['{"a": 1}', '{"a": 2}']
+
+
+def test_options_of_the_operations_reach_them(tmp_path, monkeypatch):
+    """And the seconds the training steps."""
+    asked = []
+    package = cli._benchmarks("suite").__package__
+    for module in ("ops", "step"):
+        of = importlib.import_module(f"{package}.{module}.job")
+        monkeypatch.setattr(of, "run_job", lambda settings, run, folder, resume: asked.append(settings) or 1 / 0)
+    output = ["--output", str(tmp_path), "--device", "cpu"]
+    words = ["--elements", "64", "128", "--implementations", "cpu", "--no-memory", "--kernels", "--seconds", "3"]
+    for arguments in (["ops", *output, *words], ["step", *output, "--methods", "red", "--seconds", "5"]):
+        with pytest.raises(ZeroDivisionError):
+            cli._bench(cli._parser().parse_args(["bench", *arguments]))
+    ops, step = asked
+    assert (ops.elements, ops.implementations, ops.peak_memory, ops.kernels) == ((64, 128), ("cpu",), False, True)
+    assert (ops.seconds, step.seconds, step.methods) == (3.0, 5.0, ("red",))

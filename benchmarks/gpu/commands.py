@@ -1,0 +1,34 @@
+"""The commands of a stage, one after the other: `python -m benchmarks.gpu.commands FILE`, FILE being a list of them.
+
+All run, whatever the others came to. The exit status is that of the first that failed. An interrupt, which ends the
+stage, is the running command's: pytest says what it has found by then. None is begun behind it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+
+def main(path: str) -> int:
+    status = 0
+    interrupted = []
+    before = signal.signal(signal.SIGINT, lambda *given: interrupted.append(given))
+    try:
+        for arguments, variables in json.loads(Path(path).read_text()):
+            if interrupted:
+                break
+            print("$", " ".join(arguments), flush=True)
+            code = subprocess.run(arguments, env=os.environ | variables).returncode
+            status = status or code
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return status if status >= 0 else 128 - status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
