@@ -222,7 +222,11 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         help="of step, in place of its own cases; more than one by --case again",
     )
     run.add_argument(
-        "--tasks", nargs="+", default=unset, metavar="NAME", help="of quality: sentiment, next-sentence, language-modelling"
+        "--tasks",
+        nargs="+",
+        default=unset,
+        metavar="NAME",
+        help="of quality: sentiment, next-sentence, language-modelling",
     )
     ops = parser.add_argument_group("operations, and --tune")
     ops.add_argument(
