@@ -109,7 +109,7 @@ def test_a_stage_that_hangs_is_stopped_and_the_next_runs(machine: Machine, tmp_p
     )
     (tmp_path / "passed").write_text("one\ntwo\n")
     command = Command((sys.executable, "-c", hangs), {"PASSED_TESTS": str(tmp_path / "passed")})
-    stages = [Stage("load", 1, 60, python("")), Stage("hangs", 1, 12, lambda machine, seconds: [command])]
+    stages = [Stage("load", 1, 60, python("")), Stage("hangs", 1, 20, lambda machine, seconds: [command])]
     stages.append(Stage("next", 1, 60, noting(tmp_path / "notes", "next")))
     known = state.State()
     call(machine, tmp_path / "out", known, stages)
