@@ -32,6 +32,7 @@ from . import contents, place, state, summary
 from .plan import BUILDING, CALL, GRACE, LOAD, PACKING, STAGES, Machine, Stage, held, seconds_of, together
 from .state import CUT, DONE, ENDED, FAILED, LEFT_OUT, WAITING, State
 
+POLL = 0.05  # seconds between looks at what runs
 LEAST = 8  # seconds with which a stage is still begun
 MOST_NAMED = 8  # failed tests
 _SUMMARY = re.compile(r"^=*\s*((?:\d+ (?:passed|failed|errors?|skipped|deselected|warnings?)(?:, )?)+ in [\d.]+s)")
@@ -64,6 +65,7 @@ class Runner:
         self.machine, self.output, self.known, self.stages, self.say = machine, output, known, stages, say
         self.ends = (time.monotonic() if begun is None else begun) + budget - PACKING
         self.variables = dict(os.environ)
+        self.seen: dict[str, int] = {}  # stage to the bytes that its log had when it began
         self.sources = contents.sources(machine.root, "red_kernels") + contents.sources(machine.root)
 
     def pending(self) -> list[Stage]:
@@ -127,8 +129,12 @@ class Runner:
         programs = place.programs_in(self.machine.work / "triton")
         begun = time.monotonic()
         running = [(stage, self._start(stage, seconds)) for stage in ready]
-        for stage, process in running:
-            self._end(stage, process, begun, seconds)
+        while running:
+            stuck = time.monotonic() - begun > seconds + 2 * GRACE  # `timeout` itself
+            for stage, process in [one for one in running if stuck or one[1].poll() is not None]:
+                self._end(stage, process, time.monotonic() - begun)
+                running.remove((stage, process))
+            time.sleep(POLL)
         new = place.programs_in(self.machine.work / "triton") - programs
         if new:
             self.say(f"{new} Triton programs were not in the cache and were compiled")
@@ -147,6 +153,7 @@ class Runner:
         commands = stage.commands(self.machine, seconds)
         script.write_text(json.dumps([[list(one.arguments), one.variables] for one in commands]))
         log = self._log(stage).open("ab")
+        self.seen[stage.name] = log.tell()
         command = [sys.executable, "-m", "benchmarks.gpu.commands", str(script)]
         limit = ["timeout", "--signal=INT", f"--kill-after={GRACE}", f"{max(1.0, seconds - GRACE):.1f}"]
         return subprocess.Popen(
@@ -158,27 +165,26 @@ class Runner:
         own = [str(self.machine.root), str(self.machine.root / "tests")]
         return os.pathsep.join([*own, *filter(None, [self.variables.get("PYTHONPATH")])])
 
-    def _end(self, stage: Stage, process: subprocess.Popen[bytes], begun: float, seconds: float) -> None:
-        try:
-            code = process.wait(seconds + 2 * GRACE)
-        except subprocess.TimeoutExpired:  # `timeout` itself is stuck
+    def _end(self, stage: Stage, process: subprocess.Popen[bytes], seconds: float) -> None:
+        """Note what became of a stage that has ended, or has to."""
+        if process.poll() is None:
             process.kill()
-            code = process.wait()
+        code = process.wait()
         with contextlib.suppress(ProcessLookupError):  # what the stage has started and did not wait for
             os.killpg(process.pid, signal.SIGKILL)
         entry = self.known.of(stage.name)
-        entry.exit, entry.seconds = code, round(entry.seconds + time.monotonic() - begun, 1)
+        entry.exit, entry.seconds = code, round(entry.seconds + seconds, 1)
         entry.status = DONE if code == 0 else CUT if code in (124, 137, -9) else FAILED
         if entry.status == DONE and stage.result and not complete(held(self.machine, stage)):
             entry.status = CUT  # it ended by itself when its time was up
-        entry.note = said_of_tests(self._log(stage)) or entry.note
+        said = self._log(stage).read_bytes()[self.seen[stage.name] :].decode(errors="replace").splitlines()
+        entry.note = said_of_tests(said) or entry.note
         if entry.status == CUT and (passed := self._passed(stage)):
             entry.note = "; ".join([f"{passed} tests passed or skipped so far", *filter(None, [entry.note])])
         before = self.known.of(stage.continues) if stage.continues else None
         if before is not None and entry.status == DONE:
             before.status, before.note = DONE, f"the rest in call {self.known.calls}"
-        last = self._log(stage).read_text(errors="replace").splitlines()[-4:]
-        self.say("\n".join([f"{stage.name}: {entry.status}", *(f"    {line[:200]}" for line in last)]))
+        self.say("\n".join([f"{stage.name}: {entry.status}", *(f"    {line[:200]}" for line in said[-4:])]))
 
     def _passed(self, stage: Stage) -> int:
         """How many names of tests are in the file that a stage's tests write them into; 0 for other stages."""
@@ -215,9 +221,8 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     temporary.replace(path)
 
 
-def said_of_tests(log: Path) -> str:
+def said_of_tests(lines: Sequence[str]) -> str:
     """What pytest said at last in a log, and the tests that it named as failed; nothing where it was not run."""
-    lines = log.read_text(errors="replace").splitlines()
     last = [found[1] for line in lines if (found := _SUMMARY.search(line))]
     failed = list(dict.fromkeys(found[1] for line in lines if (found := _FAILED.match(line))))
     shown = [*failed[:MOST_NAMED], *([f"and {len(failed) - MOST_NAMED} more"] if len(failed) > MOST_NAMED else [])]

@@ -107,33 +107,47 @@ def test_a_stage_that_hangs_is_stopped_and_the_next_runs(machine: Machine, tmp_p
         f"open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid))\n"
         "time.sleep(1000)\n"
     )
-    stages = [Stage("load", 1, 60, python("")), Stage("hangs", 1, 12, python(hangs))]
+    (tmp_path / "passed").write_text("one\ntwo\n")
+    command = Command((sys.executable, "-c", hangs), {"PASSED_TESTS": str(tmp_path / "passed")})
+    stages = [Stage("load", 1, 60, python("")), Stage("hangs", 1, 20, lambda machine, seconds: [command])]
     stages.append(Stage("next", 1, 60, noting(tmp_path / "notes", "next")))
     known = state.State()
     call(machine, tmp_path / "out", known, stages)
     assert (known.of("hangs").status, known.of("next").status) == (state.CUT, state.DONE)
+    assert known.of("hangs").note == "2 tests passed or skipped so far"
     assert (tmp_path / "notes").read_text() == "next\n"
     child = int((tmp_path / "child").read_text())
     status = Path(f"/proc/{child}/stat")
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def test_tests_that_are_cut_off_say_what_they_found(machine: Machine, tmp_path: Path) -> None:
-    """Those that passed, and those that failed by their names: the next call begins there."""
+def test_tests_that_are_interrupted_say_what_they_found(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that passed, and those that failed by their names: the next call begins there. `timeout` interrupts all
+    processes of a stage at once, as the last test does here."""
+    monkeypatch.setattr(runner, "GRACE", 300)
     (tmp_path / "test_some.py").write_text(
-        "import time\ndef test_good(): pass\ndef test_bad(): assert 0\ndef test_long(): time.sleep(1000)\n"
+        "import os, signal, time\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 0\n"
+        "def test_long():\n"
+        "    os.kill(0, signal.SIGINT)\n"
+        "    time.sleep(1000)\n"
     )
     words = ("-m", "benchmarks.gpu.tests", "-c", "/dev/null", f"--rootdir={tmp_path}", str(tmp_path / "test_some.py"))
     command = Command((sys.executable, *words), {"PASSED_TESTS": str(tmp_path / "passed")})
-    stages = [Stage("load", 1, 60, python("")), Stage("tests-cuda", 1, 40, lambda machine, seconds: [command])]
+    behind = Command((sys.executable, "-c", PRINTS, "behind", str(tmp_path / "notes")))
+    stages = [Stage("load", 1, 500, python(""))]
+    stages.append(Stage("tests-cuda", 1, 500, lambda machine, seconds: [command, behind]))
     known = state.State()
     call(machine, tmp_path / "out", known, stages)
     entry = known.of("tests-cuda")
-    assert entry.status == state.CUT
-    assert "1 tests passed or skipped so far" in entry.note
     assert "1 failed, 1 passed" in entry.note
     assert entry.note.endswith("test_some.py::test_bad")
+    assert (tmp_path / "passed").read_text() == "test_some.py::test_good\n"
     assert "WRONG" in (tmp_path / "out/summary.txt").read_text()
+    assert not (tmp_path / "notes").exists()
 
 
 def test_without_time_nothing_more_is_begun(machine: Machine, tmp_path: Path) -> None:
@@ -155,7 +169,7 @@ def test_a_second_call_goes_on_where_the_first_ended(machine: Machine, tmp_path:
         "cases = json.loads(file.read_text())['cases'] if file.exists() else []\n"
         "file.write_text(json.dumps({'cases': [*cases, len(cases)], 'complete': len(cases) == 1}))\n"
     )
-    fails = f"import pathlib, sys; sys.exit(0 if pathlib.Path({str(flag)!r}).exists() else 'it broke')"
+    fails = f"import pathlib, sys; sys.exit(0 if pathlib.Path({str(flag)!r}).exists() else 'it ' + 'broke')"
     stages = [
         Stage("load", 1, 60, noting(notes, "load")),
         Stage("done", 1, 60, noting(notes, "done")),
@@ -175,6 +189,7 @@ def test_a_second_call_goes_on_where_the_first_ended(machine: Machine, tmp_path:
         log = archive.extractfile("fails.log")
         assert log is not None
         assert b"it broke" in log.read()
+    assert "it broke" in "\n".join(said)
     # Another machine: what is not in the output is lost.
     flag.touch()
     for path in (*machine.kept.iterdir(), *machine.results.iterdir()):
@@ -183,6 +198,7 @@ def test_a_second_call_goes_on_where_the_first_ended(machine: Machine, tmp_path:
     known = runner.fetch(machine, output, stages)
     said = call(machine, output, known, stages)
     assert begun(said) == ["load", "grows", "fails", "second"]
+    assert "it broke" not in "\n".join(said)  # of this call alone
     assert notes.read_text() == "load\nsecond\n"
     assert json.loads((output / "grows.json").read_text()) == {"cases": [0, 1], "complete": True}
     assert {entry.status for name, entry in known.stages.items() if name != "late"} == {"done"}
@@ -253,18 +269,16 @@ def test_no_test_left_is_no_failure(code: int, expected: int, monkeypatch: pytes
     assert called[1][-2:] == ["--continue-on-collection-errors", "some"]
 
 
-def test_what_pytest_said(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    log.write_text(
-        "FAILED tests/a.py::test_b[edit_add-bf16 x] - AssertionError: 1\n"
-        "======= 1 failed, 20 passed, 3 skipped in 12.50s =======\n"
-    )
-    found = runner.said_of_tests(log)
+def test_what_pytest_said() -> None:
+    last = "======= 1 failed, 20 passed, 3 skipped in 12.50s (0:00:12) ======="
+    found = runner.said_of_tests(["FAILED tests/a.py::test_b[edit_add-bf16 x] - AssertionError: 1", last])
     assert found == "1 failed, 20 passed, 3 skipped in 12.50s; tests/a.py::test_b[edit_add-bf16 x]"
-    log.write_text("".join(f"FAILED tests/a.py::test_{number}\n" for number in range(runner.MOST_NAMED + 3)))
-    assert runner.said_of_tests(log).endswith("; and 3 more")
-    log.write_text("nothing of the kind\n")
-    assert runner.said_of_tests(log) == ""
+    failed = [f"FAILED tests/a.py::test_{number}" for number in range(runner.MOST_NAMED + 3)]
+    assert runner.said_of_tests(["ERROR tests/b.py - ImportError", *failed]).startswith(
+        "tests/b.py; tests/a.py::test_0;"
+    )
+    assert runner.said_of_tests(failed).endswith("; and 3 more")
+    assert runner.said_of_tests(["nothing of the kind"]) == ""
 
 
 def case(width: int, seconds: dict[str, tuple[float, float]], **more: Any) -> dict[str, Any]:
@@ -428,14 +442,12 @@ def test_a_python_that_is_none(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_the_whole_is_rehearsed(tmp_path: Path) -> None:
     """Both calls on the CPU: every stage that needs no GPU ends well, and nothing is left."""
-    kit = tmp_path / "kit"
+    kit, libraries = tmp_path / "kit", tmp_path / "libraries"
     kit.mkdir()
-    with tarfile.open(kit / contents.PACKED_LIBRARIES, "w:xz") as archive:
-        for name in contents.LIBRARIES:
-            library = ROOT / "red_kernels/lib" / name
-            if not library.is_file():
-                pytest.skip(f"{name} is not built here")
-            archive.add(library, name)
+    libraries.mkdir()
+    for name in contents.LIBRARIES:  # a rehearsal takes those that are here
+        (libraries / name).touch()
+    contents.pack(libraries, kit / contents.PACKED_LIBRARIES)
     (kit / contents.MANIFEST).write_text(json.dumps(made_manifest() | {"files": contents.digests(kit)}))
     for number in (1, 2):
         done = suite(tmp_path / "out", "--kit", kit, "--rehearse", "--scale", "20", TMPDIR=str(tmp_path))
