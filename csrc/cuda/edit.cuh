@@ -83,7 +83,7 @@ RED_KERNEL(kSlabThreads, NORM ? 1 : 2) slab_backward(RED_ARGUMENT SlabBackward a
   constexpr int kSize = kVector<T>;
   const Slab<T> s(a.d, a.aligned, a.lanes);
   const int64_t seed = dropout_seed(a.edit);
-  const int64_t worker = static_cast<int64_t>(blockIdx.x) * s.slots + s.slot;
+  const int64_t worker = worker_number(s.slot, blockIdx.x, gridDim.x);
   const int64_t workers = static_cast<int64_t>(gridDim.x) * s.slots;
   const bool sorted = a.deal.order != nullptr;
   SlabSums<T, kSums> sums;

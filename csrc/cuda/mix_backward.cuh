@@ -38,7 +38,8 @@ RED_KERNEL(32 * mix_backward_warps(ROTATION, PLAIN), 1) mix_row_backward(RED_ARG
   const Stages stages(a.arrays, N);
   const bool norm = a.rstd != nullptr, through = a.dx != nullptr || a.x;
   const int at_dz = 1, at_z = at_dz + bool(a.dz), at_x = at_z + bool(a.z);
-  const int64_t groups = blockDim.y, worker = blockIdx.x * groups + group.index, workers = gridDim.x * groups;
+  const int64_t groups = blockDim.y, workers = gridDim.x * groups;
+  const int64_t worker = worker_number(group.index, blockIdx.x, gridDim.x);
   const bool sorted = !PLAIN && a.deal.order != nullptr;
   const int64_t seed = PLAIN ? 0 : dropout_seed(a.edit);
 

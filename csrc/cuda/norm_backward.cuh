@@ -40,8 +40,8 @@ RED_KERNEL(32 * most_warps(KIND), 1) norm_backward(RED_ARGUMENT NormBackward a) 
   const int d = static_cast<int>(a.d);
   const bool again = OPTIONS && !a.z;  // z is made from x and residual
   const int at_dz = 1, at_z = at_dz + bool(a.dz), at_x = at_z + !again, at_r = at_x + bool(a.x);
-  const int64_t groups = a.cluster > 1 ? 1 : blockDim.y, block = blockIdx.x / a.cluster;
-  const int64_t worker = block * groups + group.index, workers = gridDim.x / a.cluster * groups;
+  const int64_t groups = a.cluster > 1 ? 1 : blockDim.y, block = blockIdx.x / a.cluster, blocks = gridDim.x / a.cluster;
+  const int64_t worker = worker_number(group.index, block, blocks), workers = blocks * groups;
   const bool sorted = OPTIONS && a.deal.order != nullptr;
   const int64_t seed = OPTIONS ? dropout_seed(a.edit) : 0;
 

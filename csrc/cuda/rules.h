@@ -59,6 +59,10 @@ constexpr int kSumColumns = 32, kSumLines = 16;              // the block of add
 constexpr int vector_size(Type type) { return type == kFloat32 ? 4 : 8; }
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The number of a worker of column sums: of a group of rows' threads in a block (or in a cluster of them) that has others
+// beside it. Neighbours in number are in different blocks, so that rows left over go to as many multiprocessors.
+constexpr int64_t worker_number(int64_t group, int64_t block, int64_t blocks) { return group * blocks + block; }
+
 // Forward: the layout that leaves the fewest lanes idle; of those within 6 % the one with the fewest warps for each row, so
 // that few wait for each other. Blocks of 128 threads or more.
 inline RowLayout norm_forward_layout(int64_t d, Type type, const Device& device) {

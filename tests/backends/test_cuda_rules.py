@@ -18,6 +18,7 @@ if COMPILER is None:
 
 SOURCE = """
 #include "csrc/cuda/rules.h"
+#include <vector>
 using namespace red;
 using namespace red::cuda;
 static Device device(int capability, int shared) { return {0, capability, 108, shared, capability >= 90}; }
@@ -45,6 +46,17 @@ long mix_backward(long d, int type, int capability, int shared, long blocks, int
   to[5] = l.lanes, to[6] = mix_exact(d, static_cast<Type>(type), blocks, kMixBackwardColumns);
   return l ? norm_backward_shared(l, static_cast<Type>(type), arrays) : 0;
 }
+// The most rows that one block, or cluster, gets of `rows`.
+long most_rows(long rows, int groups, int blocks) {
+  std::vector<long> of(blocks, 0);
+  const long workers = static_cast<long>(blocks) * groups;
+  for (int block = 0; block < blocks; ++block)
+    for (int group = 0; group < groups; ++group) {
+      const long worker = worker_number(group, block, blocks);
+      of[block] += worker < rows ? (rows - worker + workers - 1) / workers : 0;
+    }
+  return *std::max_element(of.begin(), of.end());
+}
 int lanes(long d, int type) { return slab_lanes(d, static_cast<Type>(type)); }
 int threads(long d, int type) { return wide_threads(d, static_cast<Type>(type)); }
 }
@@ -71,7 +83,7 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     dll = ctypes.CDLL(str(folder / "rules.so"))
-    dll.backward.restype = dll.mix_backward.restype = ctypes.c_long
+    dll.backward.restype = dll.mix_backward.restype = dll.most_rows.restype = ctypes.c_long
     return dll
 
 
@@ -188,6 +200,27 @@ def test_every_backward_that_is_compiled_is_used(rules: ctypes.CDLL) -> None:
             found = {_layout(rules.backward, d, dtype, c, s, kind, a)[0] for d, c, s, a in cases}
             seen = {layout.n for layout in found if layout is not None}
             assert seen == {n for n in (1, 2, 3, 4, 6, 8) if n * size <= elements}, (dtype, kind)
+
+
+@pytest.mark.parametrize("elements", [1 << 24, 1 << 26])
+@pytest.mark.parametrize("d", [768, 1024, 2048, 4096, 5120, 8192, 16384])
+def test_multiprocessors_share_the_rows(rules: ctypes.CDLL, d: int, elements: int) -> None:
+    """No block of a backward has more of the rows than the others by more than one; with 132 multiprocessors each has
+    98% of the most at least, but where the rows left over have too few others beside them."""
+    layout, _ = _layout(rules.backward, d, 1, 90, 227 << 10, 0, 4)
+    assert layout is not None
+    rows, blocks = elements // d, 132 // layout.cluster
+    most = rules.most_rows(ctypes.c_long(rows), layout.groups, blocks)
+    assert most == -(-rows // blocks)
+    assert rows / blocks / most >= (0.98 if rows >= 50 * blocks else 0.96)
+
+
+@pytest.mark.parametrize("rows", [1, 17, 132, 1000])
+@pytest.mark.parametrize("groups", [1, 2, 3, 16])
+def test_every_worker_has_a_number(rules: ctypes.CDLL, rows: int, groups: int) -> None:
+    """Its own, so that each row has one worker: all rows are dealt when one block alone is asked."""
+    assert rules.most_rows(ctypes.c_long(rows), groups, 1) == rows
+    assert rules.most_rows(ctypes.c_long(rows), groups, 132) == -(-rows // 132)
 
 
 @pytest.mark.parametrize("dtype", VECTOR)
