@@ -51,6 +51,19 @@ RED_DEVICE Raw load16(const void* p) {
 }
 RED_DEVICE void store16(void* p, const Raw& v) { *static_cast<uint4*>(p) = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]); }
 
+// The same pointer, of which the compiler does not know what it was made from: what is a constant beyond it is added to it,
+// and not kept in registers as an address of its own.
+template <class T>
+RED_DEVICE T* as_base(T* p) {
+  asm("" : "+l"(p));
+  return p;
+}
+
+// Of what no thread of the kernel reads: loads may go before it, and it stays one store where registers are few.
+RED_DEVICE void put16(void* p, const Raw& v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]));
+}
+
 RED_DEVICE unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char memory[];
   return memory;

@@ -91,6 +91,11 @@ inline void store16(void* p, const Raw& v) {
   if (reinterpret_cast<uintptr_t>(p) % 16) throw "misaligned store of 16 bytes";
   std::memcpy(p, &v, 16);
 }
+template <class T>
+T* as_base(T* p) {
+  return p;
+}
+inline void put16(void* p, const Raw& v) { store16(p, v); }
 
 using SharedAddress = unsigned char*;
 inline SharedAddress shared_address(void* shared) { return static_cast<unsigned char*>(shared); }

@@ -63,7 +63,9 @@ int threads(long d, int type) { return wide_threads(d, static_cast<Type>(type));
 """
 VECTOR = {0: 4, 1: 8}  # elements of 16 bytes in fp32, and in bf16 and fp16
 DEVICES = [(80, 163 << 10), (86, 99 << 10), (90, 227 << 10), (100, 227 << 10)]
-KINDS = {0: (32, 16), 1: (32, 8), 2: (16, 8)}  # plain, options, full: elements of a thread and warps of a block at most
+# Exact, plain, options, full: elements of a thread and warps of a block at most.
+KINDS = {0: (32, 16), 1: (32, 16), 2: (32, 8), 3: (16, 8)}
+EXACT = 0
 WIDTHS = [*range(8, 4096, 8), *range(4096, 70_000, 136), 5120, 8192, 11008, 14336, 16384, 32768, 65536]
 
 
@@ -176,9 +178,21 @@ def test_backward(rules: ctypes.CDLL, dtype: int, capability: int, shared: int, 
     elements, warps = KINDS[kind]
     for d in WIDTHS:
         layout, taken = _layout(rules.backward, d, dtype, capability, shared, kind, arrays)
+        if kind == EXACT and arrays != 4:
+            continue  # it always has dy, dz, z and x
+        if kind == EXACT:
+            plain, _ = _layout(rules.backward, d, dtype, capability, shared, EXACT + 1, arrays)
+            if layout is None:  # then that of kPlain leaves lanes idle, or has many columns in a cluster
+                idle = plain is not None and plain.n * plain.warps * 32 * size * plain.cluster > d
+                many = plain is not None and plain.cluster > 1 and plain.n * size > 16
+                assert plain is None or idle or many, (d, plain)
+                continue
+            assert layout.n * layout.warps * 32 * size * layout.cluster == d
+            assert layout.cluster == 1 or layout.n * size <= 16
+            assert plain is not None
         if layout is None:
             full = (
-                4096 if kind == 2 or dtype == 0 else 8192
+                4096 if kind == 3 or dtype == 0 else 8192
             )  # columns of a block, where shared memory holds four arrays
             assert d > full * min(4, shared // (41 << 10)) // max(arrays, 4)
             continue
@@ -196,10 +210,15 @@ def test_backward(rules: ctypes.CDLL, dtype: int, capability: int, shared: int, 
 def test_every_backward_that_is_compiled_is_used(rules: ctypes.CDLL) -> None:
     for dtype, size in VECTOR.items():
         for kind, (elements, _) in KINDS.items():
-            cases = ((d, c, s, a) for d in WIDTHS for c, s in DEVICES for a in (2, 3, 4, 5))
+            cases = (
+                (d, c, s, a) for d in WIDTHS for c, s in DEVICES for a in ((4,) if kind == EXACT else (2, 3, 4, 5))
+            )
             found = {_layout(rules.backward, d, dtype, c, s, kind, a)[0] for d, c, s, a in cases}
             seen = {layout.n for layout in found if layout is not None}
-            assert seen == {n for n in (1, 2, 3, 4, 6, 8) if n * size <= elements}, (dtype, kind)
+            assert seen == {n for n in (1, 2, 3, 4, 6, 8)[: 5 if kind == EXACT else 6] if n * size <= elements}, (
+                dtype,
+                kind,
+            )
 
 
 @pytest.mark.parametrize("elements", [1 << 24, 1 << 26])
@@ -207,12 +226,34 @@ def test_every_backward_that_is_compiled_is_used(rules: ctypes.CDLL) -> None:
 def test_multiprocessors_share_the_rows(rules: ctypes.CDLL, d: int, elements: int) -> None:
     """No block of a backward has more of the rows than the others by more than one; with 132 multiprocessors each has
     98% of the most at least, but where the rows left over have too few others beside them."""
-    layout, _ = _layout(rules.backward, d, 1, 90, 227 << 10, 0, 4)
-    assert layout is not None
+    layout, _ = _layout(rules.backward, d, 1, 90, 227 << 10, EXACT, 4)
+    assert layout is not None, "no width that models have leaves lanes idle"
     rows, blocks = elements // d, 132 // layout.cluster
     most = rules.most_rows(ctypes.c_long(rows), layout.groups, blocks)
     assert most == -(-rows // blocks)
     assert rows / blocks / most >= (0.98 if rows >= 50 * blocks else 0.96)
+
+
+# Of the backward that most calls get, on a multiprocessor of an H200 in bf16: vectors of a thread, warps of a row, rows at
+# once, blocks of a row, and KiB on their way while a row is computed; as in the table of docs/decisions.md.
+USUAL = {
+    768: (3, 1, 16, 1, 96),
+    1024: (4, 1, 12, 1, 96),
+    2048: (2, 4, 4, 1, 128),
+    4096: (2, 8, 2, 1, 128),
+    5120: (4, 5, 2, 1, 80),
+    8192: (2, 16, 1, 1, 128),
+    16384: (2, 16, 1, 2, 128),
+}
+
+
+@pytest.mark.parametrize("d", USUAL)
+def test_usual_widths(rules: ctypes.CDLL, d: int) -> None:
+    layout, _ = _layout(rules.backward, d, 1, 90, 227 << 10, EXACT, 4)
+    assert layout is not None
+    row = layout.n * layout.warps * 32 * 16 * 4
+    on_the_way = (layout.stages - 1) * layout.groups * row >> 10
+    assert (layout.n, layout.warps, layout.groups, layout.cluster, on_the_way) == USUAL[d]
 
 
 @pytest.mark.parametrize("rows", [1, 17, 132, 1000])
