@@ -123,6 +123,16 @@ RED_DEVICE void part_sum(float (&v)[K], int lanes) {
     for (int k = 0; k < K; ++k) v[k] += __shfl_xor_sync(0xffffffffu, v[k], offset);
 }
 
+// For kernels in a row on a stream: from the first on, the next may be started, where it allows that (Launch::early), when all
+// blocks have said so or ended. It waits with the second until all of the kernels before it is done, and can be seen.
+#if defined(__CUDA_ARCH__) && RED_CLUSTERS
+RED_DEVICE void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+RED_DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#else
+RED_DEVICE void let_next_start() {}
+RED_DEVICE void wait_for_previous() {}
+#endif
+
 // Counts the bytes that the blocks of a cluster send to this one, phase by phase.
 using Arrivals = uint64_t;
 

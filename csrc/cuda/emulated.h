@@ -109,6 +109,8 @@ template <int K>
 void wait_copies() {
   emulated::wait_copies(K);
 }
+inline void let_next_start() {}
+inline void wait_for_previous() {}
 inline void block_barrier() { emulated::barrier(0, static_cast<int>(blockDim.x * blockDim.y)); }
 template <int GROUPS>
 void group_barrier(int group, int threads) {

@@ -179,6 +179,7 @@ RED_KERNEL(32 * mix_backward_warps(ROTATION, PLAIN), 1) mix_row_backward(RED_ARG
     stage = stage + 1 == a.stages ? 0 : stage + 1;
   }
 
+  let_next_start();
   if (sorted) {
     RED_UNROLL for (int s = 0; s < kSums; ++s)
       if (a.lines[s] != nullptr) sums.store(a.lines[s], current.last_line(), d, column, s);

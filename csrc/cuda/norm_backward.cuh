@@ -188,6 +188,7 @@ RED_KERNEL(32 * most_warps(KIND, N), 1) norm_backward(RED_ARGUMENT NormBackward 
     stage = stage + 1 == a.stages ? 0 : stage + 1;
   }
 
+  let_next_start();
   if (sorted) {
     RED_UNROLL for (int s = 0; s < 2; ++s)
       if (a.lines[s] != nullptr) sums.store(a.lines[s], current.last_line(), d, column, s);

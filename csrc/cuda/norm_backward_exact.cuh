@@ -112,6 +112,7 @@ RED_KERNEL(32 * most_warps(kExact, N), 1) norm_backward_exact(RED_ARGUMENT NormB
     rstd = next_rstd, mean = next_mean;
     stage = stage == ahead ? 0 : stage + 1;
   }
+  let_next_start();
   RED_UNROLL for (int s = 0; s < kSums; ++s)
     store_sums<T, N, kSums>(sums, a.lines[s], block, d, column, s, group, groups);
 }

@@ -44,7 +44,8 @@ void slab_backward(const Call& call, SlabBackward a, ColumnSums& sums) {
   a.aligned = call.aligned;
   a.lanes = slab_lanes(a.d, call.shape.type);
   const int64_t slots = kSlabThreads / a.lanes, slabs = divide_up(a.d, a.lanes * vector_size(call.shape.type));
-  const int64_t blocks = programs(call, slots, std::max<int64_t>(1, 4 * call.on.device->multiprocessors / slabs), sums.sorted());
+  const int64_t most = blocks_of_slab(slab_blocks(norm) * int64_t{call.on.device->multiprocessors}, slabs);
+  const int64_t blocks = programs(call, slots, most, sums.sorted());
   sums.prepare(blocks, blocks * slots, a.deal, a.lines);
   Launch l = call.launch(norm ? "slab_backward with a norm" : "slab_backward", {blocks, slabs}, kSlabThreads);
   l.shared = kSlabThreads * vector_size(call.shape.type) * static_cast<int64_t>(sizeof(float));

@@ -18,6 +18,7 @@ struct Device {
   int multiprocessors = 1;
   int64_t shared = 48 << 10;  // bytes of shared memory that a block may have
   bool clusters = false;      // the kernels loaded on it can share rows between the blocks of a cluster
+  bool early = false;         // they can be started before the kernel before them has ended
 };
 
 // A row over `cluster` blocks, in each over `warps` warps with n vectors for each thread; `groups` rows in a block.
@@ -211,6 +212,19 @@ inline RowLayout mix_backward_layout(int64_t d, Type type, const Device& device,
     if (layout.stages >= 2 || (layout.groups == 1 && layout.stages == 1)) return layout;
   }
   return {};
+}
+
+// Blocks of slab_backward on a multiprocessor, with a norm or without: as many as have registers.
+constexpr int slab_blocks(bool norm) { return norm ? 1 : 2; }
+
+// Blocks for each slab where `room` of them run at once: so many that they fill it in one turn, or in as few as leave little of
+// it idle. More would leave as many more lines to add up.
+inline int64_t blocks_of_slab(int64_t room, int64_t slabs) {
+  for (int64_t turns = 1; turns <= 4; ++turns) {
+    const int64_t blocks = turns * room / slabs;
+    if (blocks * slabs * 10 >= turns * room * 9) return blocks;
+  }
+  return std::max<int64_t>(1, 4 * room / slabs);
 }
 
 // Threads for each row of a slab of columns, a power of 2.

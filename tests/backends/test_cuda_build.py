@@ -34,7 +34,7 @@ HOT: dict[str, dict[str, int]] = {
     "slab_backward": {"read": 2, "store": 1},  # dy and h, dx
     "norm_forward": {"read": 2, "store": 2},  # x and residual, z and y
     "norm_backward": {"read": 3, "store": 2},  # dy, z and h, dx and dresidual
-    "norm_forward_exact": {"read": 7, "store": 2},  # and scale, bias and the weight, of halves
+    "norm_forward_exact": {"read": 5, "store": 2},  # and scale, bias and the weight
     "norm_backward_exact": {"read": 4, "store": 2},  # dy, dz, z and x
     "wide_forward": {"read": 3, "store": 2},
     "row_averages": {"read": 3},
@@ -194,6 +194,37 @@ def test_what_a_row_costs(reports: list[Resources], codes: list[Code]) -> None:
         assert used <= most, (key, used)
         warps = -(-threads * blocks // 128)  # of each of four parts of a multiprocessor, each with its own registers
         assert -(-used // 8) * 8 * 32 * warps <= 16384, (key, used)
+
+
+@built_only
+def test_as_many_blocks_of_slabs_as_there_are_registers_for(reports: list[Resources]) -> None:
+    """The host starts so many for each multiprocessor: slab_blocks in csrc/cuda/rules.h."""
+    seen = set()
+    for kernel in reports:
+        if cuda_code.kernel_name(kernel.name) == "slab_backward":
+            norm, _ = cuda_code.template_numbers(kernel.name)
+            blocks = 65536 // (-(-kernel.registers // 8) * 8 * 256)
+            assert blocks == (1 if norm else 2), kernel
+            seen.add(norm)
+    assert seen == {0, 1}
+
+
+@built_only
+def test_the_last_step_of_sums_may_start_early(codes: list[Code]) -> None:
+    """From sm_90 on it waits, before it reads anything, for the kernels that say when it may start."""
+    waiting: Counter[str] = Counter()
+    for code in codes:
+        texts = list(code.instructions.values())
+        waits = [place for place, text in enumerate(texts) if text.startswith("ACQBULK")]
+        says = any("PREEXIT" in text for text in texts)
+        name = cuda_code.kernel_name(code.name)
+        last, many = name in ("add_lines", "add_edits"), name.startswith(("norm_backward", "slab_", "mix_row_backward"))
+        assert (len(waits), says) == ((int(last), many) if code.arch >= 90 else (0, False)), code
+        if waits:
+            reads = [place for place, text in enumerate(texts) if cuda_code.access(text) is not None]
+            assert min(reads) > waits[0], code
+            waiting[name] += 1
+    assert code.arch < 90 or waiting.keys() == {"add_lines", "add_edits"}
 
 
 @built_only

@@ -57,6 +57,7 @@ long most_rows(long rows, int groups, int blocks) {
     }
   return *std::max_element(of.begin(), of.end());
 }
+long slab_programs(long room, long slabs) { return blocks_of_slab(room, slabs); }
 int lanes(long d, int type) { return slab_lanes(d, static_cast<Type>(type)); }
 int threads(long d, int type) { return wide_threads(d, static_cast<Type>(type)); }
 }
@@ -86,6 +87,7 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     assert done.returncode == 0, done.stderr
     dll = ctypes.CDLL(str(folder / "rules.so"))
     dll.backward.restype = dll.mix_backward.restype = dll.most_rows.restype = ctypes.c_long
+    dll.slab_programs.restype = ctypes.c_long
     return dll
 
 
@@ -234,8 +236,8 @@ def test_multiprocessors_share_the_rows(rules: ctypes.CDLL, d: int, elements: in
     assert rows / blocks / most >= (0.98 if rows >= 50 * blocks else 0.96)
 
 
-# Of the backward that most calls get, on a multiprocessor of an H200 in bf16: vectors of a thread, warps of a row, rows at
-# once, blocks of a row, and KiB on their way while a row is computed; as in the table of docs/decisions.md.
+# Of the backward that most calls get, on a multiprocessor of an H200 in bf16: vectors of a thread, warps of a row, rows
+# at once, blocks of a row, and KiB on their way while a row is computed; as in the table of docs/decisions.md.
 USUAL = {
     768: (3, 1, 16, 1, 96),
     1024: (4, 1, 12, 1, 96),
@@ -262,6 +264,20 @@ def test_every_worker_has_a_number(rules: ctypes.CDLL, rows: int, groups: int) -
     """Its own, so that each row has one worker: all rows are dealt when one block alone is asked."""
     assert rules.most_rows(ctypes.c_long(rows), groups, 1) == rows
     assert rules.most_rows(ctypes.c_long(rows), groups, 132) == -(-rows // 132)
+
+
+@pytest.mark.parametrize("room", [1, 108, 132, 264])
+def test_blocks_of_slabs(rules: ctypes.CDLL, room: int) -> None:
+    """They fill a device in the fewest turns that leave a tenth of it idle at most, where four turns can."""
+    for slabs in range(1, 300):
+        blocks = rules.slab_programs(ctypes.c_long(room), ctypes.c_long(slabs))
+        assert 1 <= blocks <= max(1, 4 * room // slabs)
+        filled = {turns: turns * room // slabs * slabs / (turns * room) for turns in range(1, 5)}
+        turns = next((turns for turns in filled if filled[turns] >= 0.9), 4)
+        assert blocks == max(1, turns * room // slabs)
+        if slabs <= room // 2:
+            assert blocks * slabs >= 0.8 * turns * room
+    assert rules.slab_programs(ctypes.c_long(132), ctypes.c_long(3)) == 44  # d = 768: all at once
 
 
 @pytest.mark.parametrize("dtype", VECTOR)
