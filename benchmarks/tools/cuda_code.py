@@ -53,7 +53,29 @@ class Code:
 
     def looping(self) -> set[int]:
         """The addresses that can be reached from themselves."""
-        return _in_cycles(self._after())
+        return set().union(*_cycles(self._after()))
+
+    def row_loop(self) -> int:
+        """How many instructions the longest loop has, without those for a warp whose threads have come apart."""
+        return max(map(len, _cycles(self._together())), default=0)
+
+    def length(self) -> int:
+        """How many instructions can be reached from the first one, without those for a warp that has come apart."""
+        after = self._together()
+        found: set[int] = set()
+        left = list(after)[:1]
+        while left:
+            address = left.pop()
+            if address not in found:
+                found.add(address)
+                left += after[address]
+        return len(found)
+
+    def _together(self) -> dict[int, list[int]]:
+        """Where each instruction may go on while all threads of a warp are at the same one."""
+        following = dict(itertools.pairwise(self.instructions))
+        apart = [address for address, text in self.instructions.items() if _operation(text)[:2] == ["BRA", "DIV"]]
+        return self._after() | {address: [following[address]] for address in apart}
 
     def _after(self) -> dict[int, list[int]]:
         """Where each instruction may go on. A call goes on behind it; what is called has addresses of its own."""
@@ -221,13 +243,14 @@ def _complete(name: str, arch: int, instructions: dict[int, str]) -> Code:
     return Code(name, arch, instructions)
 
 
-def _in_cycles(after: dict[int, list[int]]) -> set[int]:
-    """The nodes of a graph that lie on a cycle (Tarjan's strongly connected components, without recursion)."""
+def _cycles(after: dict[int, list[int]]) -> list[set[int]]:
+    """The nodes of a graph that lie on cycles, those together that lie on the same (Tarjan's strongly connected
+    components, without recursion)."""
     order: dict[int, int] = {}
     low: dict[int, int] = {}
     stack: list[int] = []
     on_stack: set[int] = set()
-    found: set[int] = set()
+    found: list[set[int]] = []
     for start in after:
         if start in order:
             continue
@@ -256,7 +279,7 @@ def _in_cycles(after: dict[int, list[int]]) -> set[int]:
                     component.append(stack.pop())
                 on_stack.difference_update(component)
                 if len(component) > 1 or node in after[node]:
-                    found.update(component)
+                    found.append(set(component))
     return found
 
 

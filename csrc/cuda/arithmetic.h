@@ -100,13 +100,13 @@ RED_BOTH float multiply_add(float a, float b, float c) {
 #endif
 }
 
-// normed * weight + norm_bias
-RED_BOTH float affine(float normed, float weight, float norm_bias) { return normed * weight + norm_bias; }
+// normed * weight + norm_bias, rounded once; -0 for a norm_bias adds nothing.
+RED_BOTH float affine(float normed, float weight, float norm_bias) { return multiply_add(normed, weight, norm_bias); }
 
 // The gradient of what was normed: `weighted` is that of the result times the weight; c1 and c2 are the averages over the
 // row of weighted * normed and of weighted (0 for RMSNorm).
 RED_BOTH float norm_gradient(float normed, float weighted, float rstd, float c1, float c2) {
-  return rstd * (weighted - normed * c1 - c2);
+  return product(rstd, multiply_add(-normed, c1, weighted) - c2);
 }
 
 }  // namespace cuda

@@ -88,6 +88,7 @@ std::array<Tensor, ColumnSums::kSums> ColumnSums::finish() {
   const auto start = [&](const char* name, Grid grid) {
     Launch l = call_.launch(name, grid, kSumColumns, kSumLines);
     l.shared = kSumColumns * kSumLines * sizeof(float);
+    l.early = true;
     return l;
   };
   if (plains > 0) run_add_lines(start("add_lines", {pieces, plains, 1}), plain);

@@ -182,6 +182,7 @@ class ColumnSums {
   ColumnSums(const Call& call, const Ids& ids, int64_t edits, std::array<bool, kSums> wanted, int of_edits = 2);
 
   bool sorted() const { return order_.has_value(); }
+  bool edit_wanted() const { return wanted_[0] && wanted_[1]; }
   bool norm_wanted() const { return wanted_[2] || wanted_[3]; }
   // Given the blocks and the workers that there will be: fills `deal` and the lines.
   void prepare(int64_t blocks, int64_t workers, Deal& deal, float* (&lines)[kSums]);

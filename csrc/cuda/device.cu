@@ -39,6 +39,8 @@ Device read(int index) {
                              " (compute capability " + std::to_string(device.capability / 10) + "." +
                              std::to_string(device.capability % 10) + "): " + cudaGetErrorString(status));
   device.clusters = device.capability >= 90 && loaded.ptxVersion >= 90;
+  int driver = 0;  // older ones cannot capture such launches into a graph
+  device.early = device.clusters && cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030;
   return device;
 }
 

@@ -51,6 +51,19 @@ RED_DEVICE Raw load16(const void* p) {
 }
 RED_DEVICE void store16(void* p, const Raw& v) { *static_cast<uint4*>(p) = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]); }
 
+// The same pointer, of which the compiler does not know what it was made from: what is a constant beyond it is added to it,
+// and not kept in registers as an address of its own.
+template <class T>
+RED_DEVICE T* as_base(T* p) {
+  asm("" : "+l"(p));
+  return p;
+}
+
+// Of what no thread of the kernel reads: loads may go before it, and it stays one store where registers are few.
+RED_DEVICE void put16(void* p, const Raw& v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]));
+}
+
 RED_DEVICE unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char memory[];
   return memory;
@@ -109,6 +122,16 @@ RED_DEVICE void part_sum(float (&v)[K], int lanes) {
 #pragma unroll
     for (int k = 0; k < K; ++k) v[k] += __shfl_xor_sync(0xffffffffu, v[k], offset);
 }
+
+// For kernels in a row on a stream: from the first on, the next may be started, where it allows that (Launch::early), when all
+// blocks have said so or ended. It waits with the second until all of the kernels before it is done, and can be seen.
+#if defined(__CUDA_ARCH__) && RED_CLUSTERS
+RED_DEVICE void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+RED_DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#else
+RED_DEVICE void let_next_start() {}
+RED_DEVICE void wait_for_previous() {}
+#endif
 
 // Counts the bytes that the blocks of a cluster send to this one, phase by phase.
 using Arrivals = uint64_t;

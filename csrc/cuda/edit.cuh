@@ -78,12 +78,12 @@ struct SlabSums {
 
 // NORM: with the norm's part, from the averages over each row. kRows rows of a thread are on their way at once.
 template <class T, bool NORM, int kRows>
-RED_KERNEL(kSlabThreads, NORM ? 1 : 2) slab_backward(RED_ARGUMENT SlabBackward a) {
+RED_KERNEL(kSlabThreads, slab_blocks(NORM)) slab_backward(RED_ARGUMENT SlabBackward a) {
   constexpr int kSums = NORM ? 4 : 2;
   constexpr int kSize = kVector<T>;
   const Slab<T> s(a.d, a.aligned, a.lanes);
   const int64_t seed = dropout_seed(a.edit);
-  const int64_t worker = static_cast<int64_t>(blockIdx.x) * s.slots + s.slot;
+  const int64_t worker = worker_number(s.slot, blockIdx.x, gridDim.x);
   const int64_t workers = static_cast<int64_t>(gridDim.x) * s.slots;
   const bool sorted = a.deal.order != nullptr;
   SlabSums<T, kSums> sums;
@@ -177,6 +177,7 @@ RED_KERNEL(kSlabThreads, NORM ? 1 : 2) slab_backward(RED_ARGUMENT SlabBackward a
       }
     }
   }
+  let_next_start();
   if (sorted) {
     RED_UNROLL for (int k = 0; k < 2; ++k)
       if (a.lines[k] != nullptr && s.count > 0) sums.store(a.lines[k], current.last_line(), a.d, s, k);

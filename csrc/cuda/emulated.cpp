@@ -11,6 +11,7 @@
 #include <pthread.h>
 #include <numeric>
 #include <random>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -211,6 +212,7 @@ namespace {
 
 Device device{0, 90, 132, 227 << 10, true};
 bool skipping = false;
+std::string launched;  // the names of the kernels since it was last asked
 
 }  // namespace
 }  // namespace emulated
@@ -222,6 +224,7 @@ void emulate(const Launch& l, void (*run)(const void*), const void* arguments) {
   if (skipping) return;
   const std::lock_guard<std::mutex> lock(mutex);
   const int threads = l.threads_x * l.threads_y;
+  launched = (launched.size() < 4096 ? launched : "") + l.name + "\n";
   kernel = run;
   kernel_arguments = arguments;
   failure = nullptr;
@@ -258,6 +261,13 @@ void emulate(const Launch& l, void (*run)(const void*), const void* arguments) {
 
 // With 1 nothing is run, so that the way to a launch can be timed.
 RED_EXPORT void red_kernels_cuda_skip_launches(int on) { red::cuda::emulated::skipping = on != 0; }
+
+// The names of the kernels that were launched since this was last called, a line for each; the last ones, where there are many.
+RED_EXPORT void red_kernels_cuda_launched(char* to, size_t size) {
+  const std::lock_guard<std::mutex> lock(red::cuda::emulated::mutex);
+  std::snprintf(to, size, "%s", red::cuda::emulated::launched.c_str());
+  red::cuda::emulated::launched.clear();
+}
 
 // The device that is emulated: 10 * major + minor of its compute capability, its multiprocessors, and the bytes of shared
 // memory that a block may have.

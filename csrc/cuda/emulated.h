@@ -91,6 +91,11 @@ inline void store16(void* p, const Raw& v) {
   if (reinterpret_cast<uintptr_t>(p) % 16) throw "misaligned store of 16 bytes";
   std::memcpy(p, &v, 16);
 }
+template <class T>
+T* as_base(T* p) {
+  return p;
+}
+inline void put16(void* p, const Raw& v) { store16(p, v); }
 
 using SharedAddress = unsigned char*;
 inline SharedAddress shared_address(void* shared) { return static_cast<unsigned char*>(shared); }
@@ -104,6 +109,8 @@ template <int K>
 void wait_copies() {
   emulated::wait_copies(K);
 }
+inline void let_next_start() {}
+inline void wait_for_previous() {}
 inline void block_barrier() { emulated::barrier(0, static_cast<int>(blockDim.x * blockDim.y)); }
 template <int GROUPS>
 void group_barrier(int group, int threads) {

@@ -9,11 +9,11 @@ namespace cuda {
 
 // blockDim is (threads of a group, groups). With a cluster each block has one group, and its blocks share a row. GROUPS is how
 // many groups of several warps a block has at most: barriers that are counted when a kernel is compiled, as a
-// multiprocessor has only so many, and a kernel that might use any takes 16.
-template <int GROUPS>
+// multiprocessor has only so many, and a kernel that might use any takes 16. Without CLUSTER there is none, whatever is said.
+template <int GROUPS, bool CLUSTER = true>
 struct Group {
-  RED_DEVICE Group(int cluster, float* sums)
-      : thread(threadIdx.x), threads(blockDim.x), index(threadIdx.y), warps(blockDim.x / kWarp), cluster(cluster),
+  RED_DEVICE Group(int blocks, float* sums)
+      : thread(threadIdx.x), threads(blockDim.x), index(threadIdx.y), warps(blockDim.x / kWarp), cluster(CLUSTER ? blocks : 1),
         rank(cluster > 1 ? cluster_rank() : 0), sums_(sums) {
     if (cluster == 1) return;
     if (thread == 0) {
@@ -52,9 +52,28 @@ struct Group {
     turn_ ^= 1;
     RED_UNROLL for (int k = 0; k < K; ++k) {
       v[k] = 0.0f;
-      for (int i = lane; i < parts; i += kWarp) v[k] += sums[k * kGroupParts + i];
+      if constexpr (CLUSTER) {
+        for (int i = lane; i < parts; i += kWarp) v[k] += sums[k * kGroupParts + i];
+      } else {
+        if (lane < parts) v[k] += sums[k * kGroupParts + lane];  // a block has no more than 32 warps
+      }
     }
     warp_sum(v);
+  }
+
+  // Both sums over the row divided by its width; without CENTERED the second is 0.
+  template <bool CENTERED>
+  RED_DEVICE void averages(float (&c)[2], float width) {
+    if constexpr (CENTERED) {
+      sum(c);
+      c[1] /= width;
+    } else {
+      float only[1] = {c[0]};
+      sum(only);
+      c[0] = only[0];
+      c[1] = 0.0f;
+    }
+    c[0] /= width;
   }
 
   // Whether the thread is the first of its row, which has the first columns.
@@ -69,16 +88,18 @@ struct Group {
   int turn_ = 0, phases_ = 0;
 };
 
-// The vectors of a row that a thread has: the k-th begins at column(k).
-template <class T>
+// The vectors of a row that a thread has: the k-th of N begins at column(k). A warp has neighbouring columns, so that the
+// distance from one vector to the next is known when a kernel is compiled.
+template <class T, int N>
 struct Columns {
-  template <int GROUPS>
-  RED_DEVICE Columns(const Group<GROUPS>& group, int n)
-      : first((group.rank * n * group.threads + group.thread) * kVector<T>), step(group.threads * kVector<T>) {}
+  template <class G>
+  RED_DEVICE explicit Columns(const G& group)
+      : first(((group.rank * group.warps + group.thread / kWarp) * kWarp * N + group.thread % kWarp) * kVector<T>) {}
   RED_DEVICE int operator()(int k) const { return first + k * step; }
   RED_DEVICE bool has(int k, int d) const { return (*this)(k) < d; }
 
-  int first, step;
+  static constexpr int step = kWarp * kVector<T>;
+  int first;
 };
 
 }  // namespace cuda

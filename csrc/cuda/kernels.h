@@ -13,7 +13,7 @@ void run_edit_forward(const Launch& l, bool plain, const EditForward& a);
 template <class T>
 void run_slab_backward(const Launch& l, bool norm, const SlabBackward& a);
 template <class T>
-void run_norm_forward(const Launch& l, int n, bool centered, bool plain, const NormForward& a);
+void run_norm_forward(const Launch& l, int n, bool centered, ForwardKind kind, const NormForward& a);
 template <class T>
 void run_norm_backward(const Launch& l, int n, bool centered, BackwardKind kind, const NormBackward& a);
 template <class T>

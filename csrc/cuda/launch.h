@@ -32,6 +32,7 @@ struct Launch {
   int threads_x, threads_y = 1;
   int cluster = 1;
   int64_t shared = 0;
+  bool early = false;  // may start before the kernel before it has ended: it calls wait_for_previous
   int* clusters = nullptr;  // where set, nothing is launched: it gets how many clusters the device can run at once
 };
 
@@ -83,12 +84,19 @@ void start(const Launch& l, const A& arguments) {
   config.blockDim = dim3(l.threads_x, l.threads_y, 1);
   config.dynamicSmemBytes = static_cast<size_t>(l.shared);
   config.stream = static_cast<cudaStream_t>(l.stream);
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = l.cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = l.cluster > 1 ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (l.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = l.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
+  if (l.early && l.device->early) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   if (l.clusters != nullptr) {
     // Asked once, while nothing of it changes: the answer takes as long as a launch.
     static thread_local std::array<int64_t, 5> asked_for = {};

@@ -16,7 +16,8 @@ namespace cuda {
 
 // Starts the copies of a row's vectors, and counts the arrays in the order dy, dz, z, x.
 template <class T, int N, class C>
-RED_DEVICE void fetch_mix(const MixBackward& a, const C& column, int d, const Stages& stages, int stage, int64_t row) {
+RED_DEVICE void fetch_mix(const MixBackward& a, const C& column, int d, const Stages<N>& stages, int stage,
+                          int64_t row) {
   int array = 0;
   const Rows* inputs[4] = {&a.dy, &a.dz, &a.z, &a.x};
   RED_UNROLL for (int i = 0; i < 4; ++i) {
@@ -35,10 +36,11 @@ RED_KERNEL(32 * mix_backward_warps(ROTATION, PLAIN), 1) mix_row_backward(RED_ARG
   const int d = static_cast<int>(a.d);
   MixGroup<16> group(a.lanes, reinterpret_cast<float*>(shared_memory()));
   const MixColumns<T, N, ROTATION, PLAIN> column(group, d, static_cast<int>(a.blocks));
-  const Stages stages(a.arrays, N);
+  const Stages<N> stages(a.stages, a.arrays);
   const bool norm = a.rstd != nullptr, through = a.dx != nullptr || a.x;
   const int at_dz = 1, at_z = at_dz + bool(a.dz), at_x = at_z + bool(a.z);
-  const int64_t groups = blockDim.y, worker = blockIdx.x * groups + group.index, workers = gridDim.x * groups;
+  const int64_t groups = blockDim.y, workers = gridDim.x * groups;
+  const int64_t worker = worker_number(group.index, blockIdx.x, gridDim.x);
   const bool sorted = !PLAIN && a.deal.order != nullptr;
   const int64_t seed = PLAIN ? 0 : dropout_seed(a.edit);
 
@@ -177,6 +179,7 @@ RED_KERNEL(32 * mix_backward_warps(ROTATION, PLAIN), 1) mix_row_backward(RED_ARG
     stage = stage + 1 == a.stages ? 0 : stage + 1;
   }
 
+  let_next_start();
   if (sorted) {
     RED_UNROLL for (int s = 0; s < kSums; ++s)
       if (a.lines[s] != nullptr) sums.store(a.lines[s], current.last_line(), d, column, s);
@@ -185,7 +188,7 @@ RED_KERNEL(32 * mix_backward_warps(ROTATION, PLAIN), 1) mix_row_backward(RED_ARG
   }
   RED_UNROLL for (int s = 0; s < kSums; ++s)
     if (a.lines[s] != nullptr)
-      store_sums<T, N, kSums>(sums, a.lines[s], blockIdx.x, d, column, s, stages, group, groups);
+      store_sums<T, N, kSums>(sums, a.lines[s], blockIdx.x, d, column, s, group, groups);
 }
 
 template <class T, bool PLAIN>

@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mix_norm_forward(
   MixForward a = {};
   a.x = xs.rows, a.residual = residuals.rows;
   a.weight = weights.vectors, a.norm_bias = norm_biases.vectors;
-  a.weight_offset = static_cast<float>(weight_offset), a.eps = static_cast<float>(eps);
+  a.weight_offset = offset_of(weight_offset), a.eps = static_cast<float>(eps);
   a.y = data_of(y), a.z = data_of(z);
   a.mean = static_cast<float*>(data_of(mean, centered)), a.rstd = static_cast<float*>(data_of(rstd));
   forward(call, a, given, blocks);
@@ -146,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mix_norm_back
   if (call.shape.rows > 0) {
     MixBackward a = {};
     a.dy = dys.rows, a.dz = dzs.rows, a.z = zs.rows, a.x = xs.rows;
-    a.weight = weights.vectors, a.weight_offset = static_cast<float>(weight_offset);
+    a.weight = weights.vectors, a.weight_offset = offset_of(weight_offset);
     a.mean = statistic(call, mean, "mean"), a.rstd = statistic(call, rstd, "rstd");
     a.dx = data_of(dx, need_dx), a.dresidual = data_of(dresidual, need_dresidual);
     if (needs & 31) backward(call, a, given, blocks, sums);

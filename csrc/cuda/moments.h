@@ -6,6 +6,12 @@
 namespace red {
 namespace cuda {
 
+// A term of the sum that row_moments begins with.
+template <bool CENTERED>
+RED_DEVICE float first_sum(float v, float sum) {
+  return CENTERED ? sum + v : multiply_add(v, v, sum);
+}
+
 // `s` is the sum over the row of its values, without CENTERED of their squares: `variance` is then their mean.
 template <class T, int N, bool CENTERED, class G, class C>
 RED_DEVICE void row_moments(G& group, const C& column, int d, const float (&v)[N][kVector<T>], float (&s)[1],
@@ -22,7 +28,7 @@ RED_DEVICE void row_moments(G& group, const C& column, int d, const float (&v)[N
         RED_UNROLL for (int i = 0; i < kSize; ++i) {
           const float away = v[k][i] - first;
           spread[0] += away;
-          spread[1] += away * away;
+          spread[1] = multiply_add(away, away, spread[1]);
         }
       }
       group.sum(spread);

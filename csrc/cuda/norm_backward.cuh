@@ -9,6 +9,7 @@
 
 #include "group.h"
 #include "kernels.h"
+#include "norm_backward_exact.cuh"
 #include "rows.h"
 #include "sorted.h"
 
@@ -17,12 +18,13 @@ namespace cuda {
 
 // Starts the copies of a row's vectors, and counts the arrays in the order dy, dz, z, x, residual.
 template <class T, int N, bool OPTIONS>
-RED_DEVICE void fetch(const NormBackward& a, const Columns<T>& column, int d, const Stages& stages, int stage, int64_t row) {
+RED_DEVICE void fetch(const NormBackward& a, const Columns<T, N>& column, int d, const Stages<N>& stages, int stage,
+                      int64_t row) {
   int array = 0;
   const Rows* inputs[5] = {&a.dy, &a.dz, &a.z, &a.x, &a.residual};
   RED_UNROLL for (int i = 0; i < (OPTIONS ? 5 : 4); ++i) {
     if (!*inputs[i]) continue;
-    const T* from = row_of<T>(*inputs[i], row) + column.first;
+    const T* from = as_base(row_of<T>(*inputs[i], row) + column.first);
     RED_UNROLL for (int k = 0; k < N; ++k)
       if (column(k) < d) copy_async(stages.address(stage, array, k), from + k * column.step);
     ++array;
@@ -30,20 +32,24 @@ RED_DEVICE void fetch(const NormBackward& a, const Columns<T>& column, int d, co
 }
 
 template <class T, int N, bool CENTERED, BackwardKind KIND>
-RED_KERNEL(32 * most_warps(KIND), 1) norm_backward(RED_ARGUMENT NormBackward a) {
+RED_KERNEL(32 * most_warps(KIND, N), 1) norm_backward(RED_ARGUMENT NormBackward a) {
   constexpr int kSize = kVector<T>;
   constexpr bool OPTIONS = KIND != kPlain, FULL = KIND == kFull;
   constexpr int kSums = FULL ? 4 : 2;
   Group<16> group(a.cluster, reinterpret_cast<float*>(shared_memory()));
-  const Columns<T> column(group, N);
-  const Stages stages(a.arrays, N);
+  const Columns<T, N> column(group);
+  const Stages<N> stages(a.stages, a.arrays);
   const int d = static_cast<int>(a.d);
   const bool again = OPTIONS && !a.z;  // z is made from x and residual
   const int at_dz = 1, at_z = at_dz + bool(a.dz), at_x = at_z + !again, at_r = at_x + bool(a.x);
-  const int64_t groups = a.cluster > 1 ? 1 : blockDim.y, block = blockIdx.x / a.cluster;
-  const int64_t worker = block * groups + group.index, workers = gridDim.x / a.cluster * groups;
+  const int64_t groups = a.cluster > 1 ? 1 : blockDim.y, block = blockIdx.x / a.cluster, blocks = gridDim.x / a.cluster;
+  const int64_t worker = worker_number(group.index, block, blocks), workers = blocks * groups;
   const bool sorted = OPTIONS && a.deal.order != nullptr;
   const int64_t seed = OPTIONS ? dropout_seed(a.edit) : 0;
+
+  // The vectors of a plain one, from the thread's first column on.
+  const Vectors weight{static_cast<const T*>(a.weight.data) + column.first, false};
+  const Vectors scale{static_cast<const float*>(a.edit.scale.data) + column.first, true};
 
   RowSums<T, N, kSums> sums;
   sums.clear(kSums);
@@ -99,7 +105,10 @@ RED_KERNEL(32 * most_warps(KIND), 1) norm_backward(RED_ARGUMENT NormBackward a) 
       }
       if (FULL && a.edit_last) apply_scale<T>(a.edit, own, column(k), kSize, true, g);
       float w[kSize];
-      load_weight<T, KIND == kPlain ? kNarrow : kAny>(a.weight, a.weight_offset, column(k), kSize, true, w);
+      if constexpr (KIND == kPlain)
+        load_weight<T, kNarrow>(weight, a.weight_offset, k * column.step, kSize, true, w);
+      else
+        load_weight<T>(a.weight, a.weight_offset, column(k), kSize, true, w);
       RED_UNROLL for (int i = 0; i < kSize; ++i) {
         normed[i] = (normed[i] - mean) * rstd;
         weighted[i] = product(g[i], w[i]);
@@ -112,7 +121,7 @@ RED_KERNEL(32 * most_warps(KIND), 1) norm_backward(RED_ARGUMENT NormBackward a) 
       float normed[kSize], g[kSize], weighted[kSize];
       terms(k, normed, g, weighted);
       RED_UNROLL for (int i = 0; i < kSize; ++i) {
-        c[0] += normed[i] * weighted[i];
+        c[0] = multiply_add(normed[i], weighted[i], c[0]);
         c[1] += weighted[i];
       }
     }
@@ -146,7 +155,7 @@ RED_KERNEL(32 * most_warps(KIND), 1) norm_backward(RED_ARGUMENT NormBackward a) 
           unpack<T>(*stages.at(stage, 0, k), g);
         }
       }
-      const int64_t at = row * d + column(k);
+      const int64_t at = row * d + column.first + k * column.step;
       if (!(FULL && a.edit_last)) {
         if (a.dz) {
           unpack<T>(*stages.at(stage, at_dz, k), g);
@@ -164,14 +173,14 @@ RED_KERNEL(32 * most_warps(KIND), 1) norm_backward(RED_ARGUMENT NormBackward a) 
             apply_scale<T>(a.edit, own, column(k), kSize, true, total);
           } else {
             float u[kSize];
-            load_vector<T, kWide>(a.edit.scale, column(k), kSize, true, u);
-            RED_UNROLL for (int i = 0; i < kSize; ++i) total[i] *= u[i];
+            load_vector<T, kWide>(scale, k * column.step, kSize, true, u);
+            RED_UNROLL for (int i = 0; i < kSize; ++i) total[i] = product(total[i], u[i]);
           }
         }
       }
       if (a.dx != nullptr) store16(static_cast<T*>(a.dx) + at, pack<T>(total));
       RED_UNROLL for (int i = 0; i < kSize; ++i) {
-        sums.v[0][k][i] += g[i] * h[i];
+        sums.v[0][k][i] = multiply_add(g[i], h[i], sums.v[0][k][i]);
         sums.v[1][k][i] += g[i];
       }
     }
@@ -179,6 +188,7 @@ RED_KERNEL(32 * most_warps(KIND), 1) norm_backward(RED_ARGUMENT NormBackward a) 
     stage = stage + 1 == a.stages ? 0 : stage + 1;
   }
 
+  let_next_start();
   if (sorted) {
     RED_UNROLL for (int s = 0; s < 2; ++s)
       if (a.lines[s] != nullptr) sums.store(a.lines[s], current.last_line(), d, column, s);
@@ -186,16 +196,21 @@ RED_KERNEL(32 * most_warps(KIND), 1) norm_backward(RED_ARGUMENT NormBackward a) 
   }
   RED_UNROLL for (int s = 0; s < kSums; ++s) {
     if (a.lines[s] == nullptr || (sorted && s < 2)) continue;
-    store_sums<T, N, kSums>(sums, a.lines[s], block, d, column, s, stages, group, groups);
+    store_sums<T, N, kSums>(sums, a.lines[s], block, d, column, s, group, groups);
   }
 }
 
 template <class T, int N, bool CENTERED, BackwardKind KIND>
 void start_norm_backward(const Launch& l, const NormBackward& a) {
-  if constexpr (N * kVector<T> <= most_elements(KIND))
-    start<NormBackward, norm_backward<T, N, CENTERED, KIND>>(l, a);
-  else
-    throw std::logic_error(described(l, "it is not compiled for " + std::to_string(N) + " vectors"));
+  if constexpr (!has_backward(KIND, N, kVector<T>)) {
+  } else if constexpr (KIND == kExact) {
+    if (l.cluster == 1) return start<NormBackward, norm_backward_exact<T, N, CENTERED, false>>(l, a);
+    if constexpr (few_columns(N * kVector<T>))
+      return start<NormBackward, norm_backward_exact<T, N, CENTERED, true>>(l, a);
+  } else {
+    return start<NormBackward, norm_backward<T, N, CENTERED, KIND>>(l, a);
+  }
+  throw std::logic_error(described(l, "it is not compiled for " + std::to_string(N) + " vectors"));
 }
 
 template <class T, bool CENTERED, BackwardKind KIND>
@@ -224,7 +239,9 @@ void run_norm_backward_kind(const Launch& l, int n, bool centered, const NormBac
 
 template <class T>
 void run_norm_backward(const Launch& l, int n, bool centered, BackwardKind kind, const NormBackward& a) {
-  if (kind == kPlain)
+  if (kind == kExact)
+    run_norm_backward_kind<T, kExact>(l, n, centered, a);
+  else if (kind == kPlain)
     run_norm_backward_kind<T, kPlain>(l, n, centered, a);
   else if (kind == kOptions)
     run_norm_backward_kind<T, kOptions>(l, n, centered, a);

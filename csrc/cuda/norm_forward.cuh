@@ -9,18 +9,16 @@
 
 #include "kernels.h"
 #include "moments.h"
+#include "norm_forward_exact.cuh"
 
 namespace red {
 namespace cuda {
-
-constexpr int kForwardThreads = 256;
-constexpr int kForwardGroups = 2;  // of more than one warp: see norm_forward_layout
 
 template <class T, int N, bool CENTERED, bool PLAIN>
 RED_KERNEL(kForwardThreads, 1) norm_forward(RED_ARGUMENT NormForward a) {
   constexpr int kSize = kVector<T>;
   Group<kForwardGroups> group(a.cluster, reinterpret_cast<float*>(shared_memory()));
-  const Columns<T> column(group, N);
+  const Columns<T, N> column(group);
   const int d = static_cast<int>(a.d);
   const int64_t row = a.cluster > 1 ? blockIdx.x / a.cluster : static_cast<int64_t>(blockIdx.x) * blockDim.y + group.index;
   if (row >= a.rows) return;  // the whole group
@@ -57,7 +55,7 @@ RED_KERNEL(kForwardThreads, 1) norm_forward(RED_ARGUMENT NormForward a) {
     }
     if (a.z != nullptr) store16(static_cast<T*>(a.z) + row * d + column(k), z);
     unpack<T>(z, v[k]);
-    RED_UNROLL for (int i = 0; i < kSize; ++i) s[0] += CENTERED ? v[k][i] : v[k][i] * v[k][i];
+    RED_UNROLL for (int i = 0; i < kSize; ++i) s[0] = first_sum<CENTERED>(v[k][i], s[0]);
   }
   group.sum(s);
 
@@ -80,31 +78,46 @@ RED_KERNEL(kForwardThreads, 1) norm_forward(RED_ARGUMENT NormForward a) {
   }
 }
 
-template <class T, bool CENTERED, bool PLAIN>
+template <class T, int N, bool CENTERED, ForwardKind KIND>
+void start_norm_forward(const Launch& l, const NormForward& a) {
+  if constexpr (KIND == kExactForward)
+    start<NormForward, norm_forward_exact<T, N, CENTERED>>(l, a);
+  else
+    start<NormForward, norm_forward<T, N, CENTERED, KIND == kPlainForward>>(l, a);
+}
+
+template <class T, bool CENTERED, ForwardKind KIND>
 void run_norm_forward_of(const Launch& l, int n, const NormForward& a) {
   switch (n) {
     case 1:
-      return start<NormForward, norm_forward<T, 1, CENTERED, PLAIN>>(l, a);
+      return start_norm_forward<T, 1, CENTERED, KIND>(l, a);
     case 2:
-      return start<NormForward, norm_forward<T, 2, CENTERED, PLAIN>>(l, a);
+      return start_norm_forward<T, 2, CENTERED, KIND>(l, a);
     case 3:
-      return start<NormForward, norm_forward<T, 3, CENTERED, PLAIN>>(l, a);
+      return start_norm_forward<T, 3, CENTERED, KIND>(l, a);
     case 4:
-      return start<NormForward, norm_forward<T, 4, CENTERED, PLAIN>>(l, a);
+      return start_norm_forward<T, 4, CENTERED, KIND>(l, a);
     case 6:
-      return start<NormForward, norm_forward<T, 6, CENTERED, PLAIN>>(l, a);
+      return start_norm_forward<T, 6, CENTERED, KIND>(l, a);
     case 8:
-      return start<NormForward, norm_forward<T, 8, CENTERED, PLAIN>>(l, a);
+      return start_norm_forward<T, 8, CENTERED, KIND>(l, a);
   }
   throw std::logic_error(described(l, "it is not compiled for " + std::to_string(n) + " vectors"));
 }
 
+template <class T, ForwardKind KIND>
+void run_norm_forward_kind(const Launch& l, int n, bool centered, const NormForward& a) {
+  centered ? run_norm_forward_of<T, true, KIND>(l, n, a) : run_norm_forward_of<T, false, KIND>(l, n, a);
+}
+
 template <class T>
-void run_norm_forward(const Launch& l, int n, bool centered, bool plain, const NormForward& a) {
-  if (plain)
-    centered ? run_norm_forward_of<T, true, true>(l, n, a) : run_norm_forward_of<T, false, true>(l, n, a);
+void run_norm_forward(const Launch& l, int n, bool centered, ForwardKind kind, const NormForward& a) {
+  if (kind == kExactForward)
+    run_norm_forward_kind<T, kExactForward>(l, n, centered, a);
+  else if (kind == kPlainForward)
+    run_norm_forward_kind<T, kPlainForward>(l, n, centered, a);
   else
-    centered ? run_norm_forward_of<T, true, false>(l, n, a) : run_norm_forward_of<T, false, false>(l, n, a);
+    run_norm_forward_kind<T, kAnyForward>(l, n, centered, a);
 }
 
 }  // namespace cuda

@@ -3,7 +3,7 @@
 namespace red {
 namespace cuda {
 
-template void run_norm_forward<float>(const Launch&, int, bool, bool, const NormForward&);
+template void run_norm_forward<float>(const Launch&, int, bool, ForwardKind, const NormForward&);
 
 }  // namespace cuda
 }  // namespace red

@@ -19,11 +19,16 @@ void norm_forward(const Call& call, NormForward a) {
     a.cluster = layout.cluster;
     const bool plain = !a.edit_last && a.residual && usual_edit(a.edit) && a.edit.bias.data != nullptr && a.edit.bias.wide &&
                        usual_weight(call, a.weight);
-    Launch l = call.launch("norm_forward", {layout.cluster > 1 ? a.rows * layout.cluster : divide_up(a.rows, layout.groups)},
-                           32 * layout.warps, layout.groups);
+    const bool there = a.z != nullptr && a.x.stride == a.d && a.residual.stride == a.d && a.weight_offset == 0.0f &&
+                       (a.norm_bias.data != nullptr) == (a.mean != nullptr);
+    const bool easy = plain && there && layout.cluster == 1 && exact(layout, a.d, call.shape.type);
+    const ForwardKind kind = easy ? kExactForward : plain ? kPlainForward : kAnyForward;
+    const int64_t blocks = layout.cluster > 1 ? a.rows * layout.cluster : divide_up(a.rows, layout.groups);
+    Launch l = call.launch(kind == kExactForward ? "norm_forward_exact" : "norm_forward", {blocks}, 32 * layout.warps,
+                           layout.groups);
     l.cluster = layout.cluster;
     l.shared = kGroupBytes;
-    call.dispatch([&](auto type) { run_norm_forward<decltype(type)>(l, layout.n, a.mean != nullptr, plain, a); });
+    call.dispatch([&](auto type) { run_norm_forward<decltype(type)>(l, layout.n, a.mean != nullptr, kind, a); });
   } else {
     Launch l = call.launch("wide_forward", {a.rows}, wide_threads(a.d, call.shape.type));
     l.shared = kGroupBytes;
@@ -39,7 +44,8 @@ void slab_backward(const Call& call, SlabBackward a, ColumnSums& sums) {
   a.aligned = call.aligned;
   a.lanes = slab_lanes(a.d, call.shape.type);
   const int64_t slots = kSlabThreads / a.lanes, slabs = divide_up(a.d, a.lanes * vector_size(call.shape.type));
-  const int64_t blocks = programs(call, slots, std::max<int64_t>(1, 4 * call.on.device->multiprocessors / slabs), sums.sorted());
+  const int64_t most = blocks_of_slab(slab_blocks(norm) * int64_t{call.on.device->multiprocessors}, slabs);
+  const int64_t blocks = programs(call, slots, most, sums.sorted());
   sums.prepare(blocks, blocks * slots, a.deal, a.lines);
   Launch l = call.launch(norm ? "slab_backward with a norm" : "slab_backward", {blocks, slabs}, kSlabThreads);
   l.shared = kSlabThreads * vector_size(call.shape.type) * static_cast<int64_t>(sizeof(float));
@@ -47,6 +53,13 @@ void slab_backward(const Call& call, SlabBackward a, ColumnSums& sums) {
 }
 
 }  // namespace
+
+// What kExact asks of the tensors: none is missing, and their rows lie one behind the other.
+static bool all_there(const NormBackward& a) {
+  for (const Rows* rows : {&a.dy, &a.dz, &a.z, &a.x})
+    if (!*rows || rows->stride != a.d) return false;
+  return a.dx != nullptr && a.dresidual != nullptr && a.weight_offset == 0.0f && a.rows < 1 << 30;
+}
 
 void norm_backward(const Call& call, NormBackward a, ColumnSums& sums) {
   a.rows = call.shape.rows;
@@ -57,9 +70,16 @@ void norm_backward(const Call& call, NormBackward a, ColumnSums& sums) {
   a.arrays = 0;
   for (const Rows* rows : {&a.dy, &a.dz, &a.z, &a.x, &a.residual}) a.arrays += bool(*rows);
   const bool plain = a.z && usual_edit(a.edit) && usual_weight(call, a.weight);
-  const BackwardKind kind = a.edit_last || sums.norm_wanted() ? kFull : plain ? kPlain : kOptions;
-  RowLayout layout = call.aligned ? norm_backward_layout(a.d, type, device, kind, a.arrays) : RowLayout{};
-  Launch l = call.launch("norm_backward", {layout.cluster}, 32 * layout.warps, layout.groups);
+  BackwardKind kind = a.edit_last || sums.norm_wanted() ? kFull : plain ? kPlain : kOptions;
+  RowLayout layout;
+  if (call.aligned && kind == kPlain && a.arrays == 4) {
+    // For both kernels, so that results have the same bits wherever the rows lie.
+    layout = norm_backward_layout(a.d, type, device, kExact, a.arrays);
+    if (layout && all_there(a) && sums.edit_wanted()) kind = kExact;
+  }
+  if (call.aligned && !layout) layout = norm_backward_layout(a.d, type, device, kind, a.arrays);
+  Launch l = call.launch(kind == kExact ? "norm_backward_exact" : "norm_backward", {layout.cluster}, 32 * layout.warps,
+                         layout.groups);
   const auto run = [&] {
     call.dispatch([&](auto t) { run_norm_backward<decltype(t)>(l, layout.n, a.mean != nullptr, kind, a); });
   };
@@ -168,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edit_norm_forward(
   a.x = xs.rows, a.residual = residuals.rows;
   a.edit = edit_of(call, scales, biases, ids, edits, dropout_of(call, seed, dropout_p));
   a.weight = weights.vectors, a.norm_bias = norm_biases.vectors;
-  a.weight_offset = static_cast<float>(weight_offset), a.eps = static_cast<float>(eps);
+  a.weight_offset = offset_of(weight_offset), a.eps = static_cast<float>(eps);
   a.y = data_of(y), a.z = data_of(z, keep_z);
   a.mean = static_cast<float*>(data_of(mean, centered)), a.rstd = static_cast<float*>(data_of(rstd));
   norm_forward(call, a);
@@ -202,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edit_norm_backward(
     NormBackward a = {};
     a.dy = dys.rows, a.dz = dzs.rows, a.z = zs.rows, a.x = xs.rows, a.residual = residuals.rows;
     a.edit = edit_of(call, scales, biases, ids, n_edits, dropout_of(call, seed, dropout_p));
-    a.weight = weights.vectors, a.weight_offset = static_cast<float>(weight_offset);
+    a.weight = weights.vectors, a.weight_offset = offset_of(weight_offset);
     a.mean = statistic(call, mean, "mean"), a.rstd = statistic(call, rstd, "rstd");
     a.dx = data_of(dx, need_dx), a.dresidual = data_of(dresidual, need_dresidual);
     norm_backward(call, a, sums);
@@ -228,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_edit_forward(Tensor x, OptionalTensor we
   a.x = xs.rows;
   a.edit = edit_of(call, scales, biases, ids, edits, {});
   a.weight = weights.vectors, a.norm_bias = norm_biases.vectors;
-  a.weight_offset = static_cast<float>(weight_offset), a.eps = static_cast<float>(eps);
+  a.weight_offset = offset_of(weight_offset), a.eps = static_cast<float>(eps);
   a.y = data_of(y);
   a.mean = static_cast<float*>(data_of(mean, centered)), a.rstd = static_cast<float*>(data_of(rstd));
   norm_forward(call, a);
@@ -251,7 +271,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_edit_backward(
     a.edit_last = true;
     a.dy = dys.rows, a.z = xs.rows;
     a.edit = edit_of(call, scales, none, ids, n_edits, {});
-    a.weight = weights.vectors, a.norm_bias = norm_biases.vectors, a.weight_offset = static_cast<float>(weight_offset);
+    a.weight = weights.vectors, a.norm_bias = norm_biases.vectors, a.weight_offset = offset_of(weight_offset);
     a.mean = statistic(call, mean, "mean"), a.rstd = statistic(call, rstd, "rstd");
     a.dx = data_of(dx, need_dx);
     norm_backward(call, a, sums);

@@ -19,6 +19,11 @@ inline bool usual_weight(const Call& call, const Vectors& weight) {
   return weight.data != nullptr && weight.wide == (call.shape.type == kFloat32);
 }
 
+// What is added to a weight; nothing is -0, which changes no number that it is added to.
+inline float offset_of(double weight_offset) {
+  return weight_offset == 0.0 ? -0.0f : static_cast<float>(weight_offset);
+}
+
 // How many blocks a backward has: enough for its rows, and `blocks` at most.
 inline int64_t programs(const Call& call, int64_t rows_of_block, int64_t blocks, bool sorted) {
   const int64_t rows = call.shape.rows, least = sorted ? ColumnSums::kLeastLength : 1;

@@ -6,24 +6,24 @@
 namespace red {
 namespace cuda {
 
-// Where the vectors of a thread lie in shared memory: [stage][array][k][thread of the block].
+// Where the N vectors of a thread lie in shared memory: [warp of the block][stage][array][k][thread of the warp].
+template <int N>
 struct Stages {
-  RED_DEVICE Stages(int arrays, int n)
-      : step_(blockDim.x * blockDim.y), array_step_(n * step_), stage_step_(arrays * array_step_),
-        own_(reinterpret_cast<Raw*>(shared_memory() + kGroupBytes) + threadIdx.y * blockDim.x +
-             threadIdx.x),
-        address_(shared_address(own_)) {}
-  RED_DEVICE Raw* at(int stage, int array, int k) const { return own_ + offset(stage, array, k); }
+  RED_DEVICE Stages(int stages, int arrays) : stage_step_(arrays * kArray) {
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    own_ = reinterpret_cast<Raw*>(shared_memory() + kGroupBytes) + thread / kWarp * stages * stage_step_ + thread % kWarp;
+    address_ = shared_address(own_);
+  }
+  RED_DEVICE const Raw* at(int stage, int array, int k) const { return own_ + offset(stage, array, k); }
   RED_DEVICE SharedAddress address(int stage, int array, int k) const {
     return address_ + offset(stage, array, k) * static_cast<int>(sizeof(Raw));
   }
 
  private:
-  RED_DEVICE int offset(int stage, int array, int k) const {
-    return stage * stage_step_ + array * array_step_ + k * step_;
-  }
+  static constexpr int kArray = N * kWarp;
+  RED_DEVICE int offset(int stage, int array, int k) const { return stage * stage_step_ + array * kArray + k * kWarp; }
 
-  int step_, array_step_, stage_step_;
+  int stage_step_;
   Raw* own_;
   SharedAddress address_;
 };
@@ -64,10 +64,10 @@ struct RowSums {
 // The sums of a block's groups, in order: line `block` of `lines`. The stages are not needed any more, they make room.
 template <class T, int N, int kSums, class C, class G>
 RED_DEVICE void store_sums(const RowSums<T, N, kSums>& sums, float* lines, int64_t block, int d, const C& column, int s,
-                           const Stages& stages, const G& group, int64_t groups) {
+                           const G& group, int64_t groups) {
   constexpr int kSize = kVector<T>, kQuads = N * kSize / 4;
   if (groups == 1) return sums.store(lines, block, d, column, s);
-  Raw* shared = stages.at(0, 0, 0) - (group.index * group.threads + group.thread);
+  Raw* shared = reinterpret_cast<Raw*>(shared_memory() + kGroupBytes);
   const int threads = group.threads * blockDim.y, own = group.index * group.threads + group.thread;
   block_barrier();  // all copies have been read
   RED_UNROLL for (int q = 0; q < kQuads; ++q) {

@@ -18,6 +18,7 @@ struct Device {
   int multiprocessors = 1;
   int64_t shared = 48 << 10;  // bytes of shared memory that a block may have
   bool clusters = false;      // the kernels loaded on it can share rows between the blocks of a cluster
+  bool early = false;         // they can be started before the kernel before them has ended
 };
 
 // A row over `cluster` blocks, in each over `warps` warps with n vectors for each thread; `groups` rows in a block.
@@ -27,15 +28,33 @@ struct RowLayout {
   explicit operator bool() const { return n > 0; }
 };
 
+// The kinds of norm_forward, from the fewest instructions to the most.
+enum ForwardKind {
+  kExactForward,  // see norm_forward_exact.cuh
+  kPlainForward,  // the usual arguments: see PLAIN in norm_forward.cuh
+  kAnyForward
+};
+
 // The kinds of norm_backward. Each costs more registers than the one before.
 enum BackwardKind {
+  kExact,    // kPlain, with everything there, and where it is easiest to reach: see norm_backward_exact.cuh
   kPlain,    // an edit before the norm, the same for all rows, and its gradients; the usual vectors (usual_edit)
   kOptions,  // also any vectors, dropout, edit_ids, and z made again
   kFull      // also the gradients of the norm's own vectors, and an edit behind the norm
 };
 constexpr int most_elements(BackwardKind kind) { return kind == kFull ? 16 : 32; }  // of a thread
-constexpr int most_warps(BackwardKind kind) { return kind == kPlain ? 16 : 8; }     // of a block
-
+// Whether there is a kernel with n vectors of `size` elements for each thread.
+constexpr bool has_backward(BackwardKind kind, int n, int size) {
+  return n * size <= most_elements(kind) && !(kind == kExact && n > 6);
+}
+// So few that a thread of norm_backward_exact has room for more than their sums.
+constexpr bool few_columns(int columns) { return columns <= 16; }
+// Warps of a block, with n vectors for each thread. Of kExact no more than the largest shared memory has two rows for; and no
+// 13 to 15, which would leave each thread as few registers as 16 do, as each quarter of a multiprocessor has its own.
+constexpr int most_warps(BackwardKind kind, int n) {
+  const int room = (227 << 10) / (2 * 4 * 32 * 16 * n);
+  return kind == kExact ? (room >= 16 ? 16 : room < 12 ? room : 12) : kind == kPlain ? (n < 8 ? 16 : 12) : 8;
+}
 // The numbers of vectors that kernels are compiled for.
 constexpr int kForwardVectors[] = {1, 2, 3, 4, 6, 8};
 constexpr int kBackwardVectors[] = {1, 2, 3, 4, 6, 8};
@@ -46,6 +65,8 @@ constexpr int64_t kOnTheWay = 48 << 10;  // bytes ahead of a backward's arithmet
 constexpr int kGroupParts = 128;                             // warps of a cluster at most
 constexpr int kGroupFloats = 2 * 2 * kGroupParts + 4;        // of shared memory, for the sums over a row: see group.h
 constexpr int kGroupBytes = kGroupFloats * static_cast<int>(sizeof(float));
+constexpr int kForwardThreads = 256;                         // of a block of norm_forward at most
+constexpr int kForwardGroups = 2;                            // of more than one warp, of such a block: see norm_forward_layout
 constexpr int kSlabThreads = 256, kEditRows = 4;             // of a block; rows of a thread of edit_forward
 constexpr int kWideThreads = 256;                            // of a block at most
 constexpr int kPair = 32;                                    // columns from one of a rotation's pair to the other
@@ -59,10 +80,14 @@ constexpr int kSumColumns = 32, kSumLines = 16;              // the block of add
 constexpr int vector_size(Type type) { return type == kFloat32 ? 4 : 8; }
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The number of a worker of column sums: of a group of rows' threads in a block (or in a cluster of them) that has others
+// beside it. Neighbours in number are in different blocks, so that rows left over go to as many multiprocessors.
+constexpr int64_t worker_number(int64_t group, int64_t block, int64_t blocks) { return group * blocks + block; }
+
 // Forward: the layout that leaves the fewest lanes idle; of those within 6 % the one with the fewest warps for each row, so
 // that few wait for each other. Blocks of 128 threads or more.
 inline RowLayout norm_forward_layout(int64_t d, Type type, const Device& device) {
-  constexpr int kMostWarps = 8;
+  constexpr int kMostWarps = kForwardThreads / 32;
   const int64_t vectors = d / vector_size(type);
   for (int cluster = 1; cluster <= (device.clusters ? kMostCluster : 1); cluster *= 2) {
     RowLayout best;
@@ -80,18 +105,25 @@ inline RowLayout norm_forward_layout(int64_t d, Type type, const Device& device)
   return {};
 }
 
+// Whether every thread of a layout has all of its vectors.
+inline bool exact(const RowLayout& layout, int64_t d, Type type) {
+  return int64_t{32} * layout.warps * layout.n * layout.cluster * vector_size(type) == d;
+}
+
 // Backward: as many rows ahead as hide memory's latency, where shared memory holds them, but one at least. Of the layouts that leave about as few lanes idle,
 // one with a warp for each row, as its warps never wait for each other; but many warps in any case, and in many groups, so
 // that some compute while others wait.
 inline RowLayout norm_backward_layout(int64_t d, Type type, const Device& device, BackwardKind kind, int arrays) {
   const int64_t vectors = d / vector_size(type);
-  const int most = most_warps(kind);
+  const int most = most_warps(kind, 1);
   for (int cluster = 1; cluster <= (device.clusters ? kMostCluster : 1); cluster *= 2) {
     const int64_t part = divide_up(vectors, cluster);  // vectors of a block
     int64_t least = INT64_MAX;
     const auto warps_of = [&](int n) {
       const int64_t warps = divide_up(part, 32 * n);
-      return n * vector_size(type) <= most_elements(kind) && warps <= most ? static_cast<int>(warps) : 0;
+      const bool idle = warps * 32 * n * cluster != vectors;
+      if (kind == kExact && (idle || (cluster > 1 && !few_columns(n * vector_size(type))))) return 0;
+      return has_backward(kind, n, vector_size(type)) && warps <= most_warps(kind, n) ? static_cast<int>(warps) : 0;
     };
     for (const int n : kBackwardVectors)
       if (warps_of(n)) least = std::min<int64_t>(least, n * warps_of(n));
@@ -107,7 +139,7 @@ inline RowLayout norm_backward_layout(int64_t d, Type type, const Device& device
       layout.n = n;
       layout.cluster = cluster;
       const int64_t bytes = static_cast<int64_t>(n) * layout.warps * 32 * 16 * arrays;  // of one row ahead
-      for (layout.groups = cluster > 1 ? 1 : most / layout.warps; layout.groups > 0; --layout.groups) {
+      for (layout.groups = cluster > 1 ? 1 : most_warps(kind, n) / layout.warps; layout.groups > 0; --layout.groups) {
         const int64_t rows = bytes * layout.groups;
         const int wanted = 2 * rows < kOnTheWay ? 4 : 3;
         layout.stages = static_cast<int>(std::min<int64_t>(wanted, (device.shared - 4096) / rows));
@@ -180,6 +212,19 @@ inline RowLayout mix_backward_layout(int64_t d, Type type, const Device& device,
     if (layout.stages >= 2 || (layout.groups == 1 && layout.stages == 1)) return layout;
   }
   return {};
+}
+
+// Blocks of slab_backward on a multiprocessor, with a norm or without: as many as have registers.
+constexpr int slab_blocks(bool norm) { return norm ? 1 : 2; }
+
+// Blocks for each slab where `room` of them run at once: so many that they fill it in one turn, or in as few as leave little of
+// it idle. More would leave as many more lines to add up.
+inline int64_t blocks_of_slab(int64_t room, int64_t slabs) {
+  for (int64_t turns = 1; turns <= 4; ++turns) {
+    const int64_t blocks = turns * room / slabs;
+    if (blocks * slabs * 10 >= turns * room * 9) return blocks;
+  }
+  return std::max<int64_t>(1, 4 * room / slabs);
 }
 
 // Threads for each row of a slab of columns, a power of 2.

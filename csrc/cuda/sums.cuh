@@ -20,6 +20,7 @@ RED_DEVICE float add_up(float part) {
 
 // Grid: (pieces of the columns, sums).
 RED_KERNEL(kSumColumns * kSumLines, 1) add_lines(RED_ARGUMENT AddLines a) {
+  wait_for_previous();
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kSumColumns + threadIdx.x;
   const float* lines = a.lines[blockIdx.y];
   constexpr int kParts = 4;  // on their way at once
@@ -51,6 +52,7 @@ RED_DEVICE void find_rows(const int64_t* sorted, int64_t rows, int64_t id, int64
 
 // Grid: (edits, pieces of the columns, sums). An edit has its own line, or those that its workers share; see Deal.
 RED_KERNEL(kSumColumns * kSumLines, 1) add_edits(RED_ARGUMENT AddLines a) {
+  wait_for_previous();
   const int64_t id = blockIdx.x, column = static_cast<int64_t>(blockIdx.y) * kSumColumns + threadIdx.x;
   const float* lines = a.lines[blockIdx.z];
   int64_t places[2];

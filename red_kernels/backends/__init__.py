@@ -25,6 +25,7 @@ __all__ = [
     "backend",
     "by_name",
     "choose",
+    "choose_backward",
     "forced_backend",
     "records",
     "register_backend",
@@ -153,8 +154,8 @@ def backend(name: str) -> Iterator[None]:
 
     The choice is that of the calling thread, compiled code included: the block opened last in it, of those still open,
     decides, in whatever order they are closed and whatever blocks other threads open and close. A backward uses the
-    backend of its forward. Raises ValueError for an unknown name and RuntimeError for a backend that is missing, with
-    the reason and the remedy.
+    backend that was asked for at its forward. Raises ValueError for an unknown name and RuntimeError for a backend that
+    is missing, with the reason and the remedy.
     """
     _require(name, "rk.backend")
     blocks = getattr(_thread, "blocks", None)
@@ -201,6 +202,19 @@ def choose(x: Tensor, operation: str) -> Backend:
     if reason is not None:
         raise ValueError(f"the backend {name!r} was asked for, but {reason}; remedy: rk.backend('reference')")
     return record
+
+
+def choose_backward(x: Tensor, operation: str, forward: Backend) -> Backend:
+    """The backend for the backward of an operation whose forward on ``x`` was by ``forward``: the same.
+
+    But after Triton's kernels it is the one that the table in ``choice.py`` has for "... backward", if no backend was
+    asked for: both backends of an NVIDIA GPU save the same.
+    """
+    if forward.name != "triton" or not x.is_cuda or "cuda" not in _known.orders["cuda"] or forced_backend() is not None:
+        return forward
+    row = choice.preferred(f"{operation} backward", x.numel(), x.shape[-1], cuda.capability(x.get_device()))
+    other = _known.by_name[row.backend]
+    return other if other.unsupported(x) is None else forward
 
 
 def _order(x: Tensor, operation: str) -> tuple[Backend, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _KERNELS = ("edit", "edit_norm", "norm_edit")
+_BACKWARD = "edit_norm backward"
 _NO_LIMIT = 1 << 63
 
 
@@ -43,7 +44,7 @@ class Row:
         return ", ".join(words)
 
 
-# The first row that fits is taken. An operation's backward runs on the backend of its forward.
+# The first row that fits is taken. A backward runs on the backend of its forward, but where it has rows of its own.
 TABLE = (
     Row(
         "cuda",
@@ -66,6 +67,19 @@ TABLE = (
         "activation in a backward), and Triton's launch rules can be tuned on the spot: red-kernels bench --tune",
     ),
     Row(
+        "cuda",
+        "reasoned: at 5,120 and 8,192 columns it copies rows while it computes others, where a multiprocessor holds "
+        "one program of Triton's, which waits for its loads; and a usual call takes 26 instructions an element",
+        operations=(_BACKWARD,),
+        widths=(4097, _NO_LIMIT),
+    ),
+    Row(
+        "triton",
+        "reasoned: several of its programs are on a multiprocessor, so that loads and arithmetic overlap as in CUDA's "
+        "kernels, and its launch rules can be tuned on the spot",
+        operations=(_BACKWARD,),
+    ),
+    Row(
         "triton",
         "reasoned: it alone has a matrix product with the edit behind it; where that does not win, the edit is chosen "
         "for by itself",
@@ -77,7 +91,8 @@ TABLE = (
 def preferred(operation: str, elements: int, width: int, capability: tuple[int, int]) -> Row:
     """The first row of the table that fits an operation on an activation of so many elements in rows of ``width``.
 
-    Raises ValueError for an operation that the table does not know.
+    "edit_norm backward" is the backward behind a forward by Triton's kernels. Raises ValueError for an operation that
+    the table does not know.
     """
     for row in TABLE:
         if (
@@ -87,4 +102,6 @@ def preferred(operation: str, elements: int, width: int, capability: tuple[int, 
             and row.capabilities[0] <= capability < row.capabilities[1]
         ):
             return row
-    raise ValueError(f"operation is {operation!r}, expected one of 'edit', 'edit_norm', 'norm_edit', 'linear_edit'")
+    raise ValueError(
+        f"operation is {operation!r}, expected one of 'edit', 'edit_norm', 'norm_edit', 'linear_edit', {_BACKWARD!r}"
+    )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backends import by_name, choose
+from ..backends import by_name, choose, choose_backward
 from ..backends.arguments import Edit, Norm, affine_edit, flat_edit, mix_of_edit
 from .autograd import direct
 from .inputs import of_one_dtype
@@ -136,7 +136,7 @@ class SumFunction(Function):
         if norm is None:
             return edit_forward(ctx, x, residual, edit, needs)
         backend = choose(x, "edit_norm")
-        scale, _, ids, seed = remember(ctx, backend, edit)
+        scale, _, ids, seed = remember(ctx, choose_backward(x, "edit_norm", backend), edit)
         ctx.needs = needs
         ctx.save_for_backward(x if needs[1] else None, scale if needs[0] else None, ids, seed)
         y, z, *statistics = backend.operations.edit_norm_forward(x, residual, edit, norm, True)
@@ -209,7 +209,7 @@ class NormOfSumFunction(Function):
         ctx: Any, z: Tensor, weight: Tensor | None, norm_bias: Tensor | None, norm: Norm, handover: Handover
     ) -> Tensor:
         backend = choose(z, "edit_norm")
-        remember(ctx, backend, _BARE)
+        remember(ctx, choose_backward(z, "edit_norm", backend), _BARE)
         if handover.normed is None:
             # Of the sum itself: what it was made of may have been changed in place since.
             y, _, mean, rstd = backend.operations.edit_norm_forward(z, None, _BARE, norm, False)

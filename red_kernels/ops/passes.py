@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from ..backends import REFERENCE, Backend, by_name, choose
+from ..backends import REFERENCE, Backend, by_name, choose, choose_backward
 from ..backends.arguments import Edit, Norm, Statistics, edit_of, flat_edit
 from ..backends.reference import statistics
 
@@ -41,7 +41,7 @@ def forward_mode(*tensors: Tensor | None) -> bool:
 
 
 def remember(ctx: Any, backend: Backend, edit: Edit) -> FlatEdit:
-    """What every backward needs beside its tensors. The backend by name: autograd's threads do not share the choice.
+    """What every backward needs beside its tensors. Its backend by name: autograd's threads do not share the choice.
 
     Returns the edit's tensors one by one.
     """
@@ -91,7 +91,7 @@ def edit_norm_forward(
     ctx: Any, x: Tensor, residual: Tensor | None, edit: Edit, norm: Norm, need_z: bool, needs: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor | None]:
     backend = choose(x, "edit_norm")
-    scale, bias, edit_ids, seed = remember(ctx, backend, edit)
+    scale, bias, edit_ids, seed = remember(ctx, choose_backward(x, "edit_norm", backend), edit)
     y, z, mean, rstd = backend.operations.edit_norm_forward(x, residual, edit, norm, need_z)
     remember_norm(ctx, norm, needs)
     if any(needs):

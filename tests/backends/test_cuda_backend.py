@@ -131,7 +131,7 @@ def test_every_row_of_the_table_is_taken() -> None:
     """And says why: what was measured, or what it was reasoned from."""
     cases = [
         (operation, elements, width, capability)
-        for operation in ("edit", "edit_norm", "norm_edit", "linear_edit")
+        for operation in ("edit", "edit_norm", "norm_edit", "linear_edit", "edit_norm backward")
         for elements in (0, (1 << 22) - 1, 1 << 22, 1 << 31)
         for width in (1, 768, 8192, 8193, 65536)
         for capability in (A100, (8, 9), H200, B200)
@@ -159,6 +159,9 @@ def test_every_row_of_the_table_is_taken() -> None:
         ("edit_norm", (8192, 16384), B200, "cuda"),
         ("edit_norm", (8192, 16384), A100, "triton"),
         ("linear_edit", (8, 768), H200, "triton"),
+        ("edit_norm backward", (8192, 4096), H200, "triton"),
+        ("edit_norm backward", (8192, 5120), H200, "cuda"),
+        ("edit_norm backward", (8192, 16384), A100, "cuda"),
     ],
 )
 def test_the_table(operation: str, shape: tuple[int, int], capability: tuple[int, int], expected: str) -> None:
@@ -251,6 +254,26 @@ def test_choice_where_one_is_missing(
     if of_cuda is None:
         with pytest.raises(RuntimeError, match="the backend 'cuda' is missing: it is not there"):
             rk.backend("cuda").__enter__()
+
+
+WIDE: Any = _OnGPU(8192, 5120)
+
+
+def test_a_backward_has_rows_of_its_own(there: Any) -> None:
+    """Behind a forward by Triton's kernels, unless a backend was asked for; elsewhere it is that of the forward."""
+    there(True, True)
+    of = backends.by_name
+    assert backends.choose(WIDE, "edit_norm").name == "triton"
+    assert backends.choose_backward(WIDE, "edit_norm", of("triton")).name == "cuda"
+    assert backends.choose_backward(LARGE, "edit_norm", of("triton")).name == "triton"
+    for name in ("cuda", "reference"):
+        assert backends.choose_backward(WIDE, "edit_norm", of(name)).name == name
+    with rk.backend("triton"):
+        assert backends.choose_backward(WIDE, "edit_norm", of("triton")).name == "triton"
+    there(False, True)  # there, but not for this tensor
+    assert backends.choose_backward(WIDE, "edit_norm", backends.by_name("triton")).name == "triton"
+    there(None, True)
+    assert backends.choose_backward(WIDE, "edit_norm", backends.by_name("triton")).name == "triton"
 
 
 def test_choice_in_compiled_code(there: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,19 +34,36 @@ HOT: dict[str, dict[str, int]] = {
     "slab_backward": {"read": 2, "store": 1},  # dy and h, dx
     "norm_forward": {"read": 2, "store": 2},  # x and residual, z and y
     "norm_backward": {"read": 3, "store": 2},  # dy, z and h, dx and dresidual
+    "norm_forward_exact": {"read": 5, "store": 2},  # and scale, bias and the weight
+    "norm_backward_exact": {"read": 4, "store": 2},  # dy, dz, z and x
     "wide_forward": {"read": 3, "store": 2},
     "row_averages": {"read": 3},
     "mix_row_forward": {"read": 8, "store": 8},  # x and residual, z and y; four vectors of each, of fp32 eight
     "mix_row_backward": {"read": 8, "store": 4},  # dy, dz, z and h, dx and dresidual, two vectors of each
 }
-FOR_EACH = {"slab_backward": 1, "norm_forward": 0, "norm_backward": 0}  # that number of its template: rows, vectors
+FOR_EACH = {
+    "slab_backward": 1,
+    "norm_forward": 0,
+    "norm_backward": 0,
+    "norm_forward_exact": 0,
+    "norm_backward_exact": 0,
+}  # that number of its template: rows, vectors
 ALIGNED = (
     "norm_forward",
     "norm_backward",
+    "norm_forward_exact",
+    "norm_backward_exact",
     "mix_row_forward",
     "mix_row_backward",
 )  # these have no code for rows that are not aligned
-LOOPS = ("slab_backward", "norm_backward", "wide_forward", "row_averages", "mix_row_backward")  # over rows or columns
+LOOPS = (  # over rows or columns
+    "slab_backward",
+    "norm_backward",
+    "norm_backward_exact",
+    "wide_forward",
+    "row_averages",
+    "mix_row_backward",
+)
 
 
 pytestmark = pytest.mark.xdist_group("the code of the CUDA library")  # one worker reads it, for more than a minute
@@ -132,6 +149,82 @@ def narrow(code: Code) -> list[str]:
     if name in ALIGNED:  # an element by itself would have 16 bits in two of three dtypes
         wrong += [f"{n} {a.kind}s of {a.bits} bits" for a, n in found.items() if a.bits < 32]
     return wrong
+
+
+# Of the kernels that most calls get, in bf16: how many instructions a row takes for each element of a thread at most,
+# forward in all of the kernel and backward in its loop; registers; how many blocks of the most threads of a layout a
+# multiprocessor has registers for. At d = 4096 it was 29 forward and 44 backward before there were these kernels.
+FIGURES = {  # (kernel, vectors, with a mean): (instructions, registers, threads, blocks)
+    ("norm_forward_exact", 1, 0): (29, 64, 256, 4),
+    ("norm_forward_exact", 2, 0): (22, 64, 256, 4),
+    ("norm_forward_exact", 3, 0): (19, 64, 256, 4),
+    ("norm_forward_exact", 4, 0): (18, 72, 256, 3),
+    ("norm_forward_exact", 6, 0): (16, 96, 256, 2),
+    ("norm_forward_exact", 8, 0): (15, 104, 256, 2),  # d = 4096
+    ("norm_forward_exact", 8, 1): (26, 128, 256, 2),  # with the turn that few rows take
+    ("norm_backward_exact", 1, 0): (34, 128, 512, 1),
+    ("norm_backward_exact", 2, 0): (26, 128, 512, 1),  # d = 4096
+    ("norm_backward_exact", 3, 0): (28, 128, 512, 1),
+    ("norm_backward_exact", 4, 0): (27, 168, 384, 1),
+    ("norm_backward_exact", 2, 1): (33, 128, 512, 1),
+    ("norm_backward_exact", 4, 1): (33, 168, 384, 1),
+}
+
+
+@built_only
+def test_what_a_row_costs(reports: list[Resources], codes: list[Code]) -> None:
+    """On sm_90, for the layouts in docs/decisions.md."""
+    registers = {kernel.name: kernel.registers for kernel in reports if kernel.arch == 90}
+    found = {}
+    for code in codes:
+        name, numbers = cuda_code.kernel_name(code.name), cuda_code.template_numbers(code.name)
+        key = (name, *numbers[:2])
+        if code.arch != 90 or "BFloat16" not in code.name or key not in FIGURES:
+            continue
+        if name == "norm_backward_exact" and numbers[2]:
+            continue  # for clusters
+        count = code.row_loop() if name == "norm_backward_exact" else code.length()
+        found[key] = (count / (8 * numbers[0]), registers[code.name])
+    if not found:
+        pytest.skip("built without code for sm_90 (RED_KERNELS_ARCHS)")
+    assert found.keys() == FIGURES.keys()
+    for key, (instructions, most, threads, blocks) in FIGURES.items():
+        count, used = found[key]
+        assert count <= instructions, (key, count)
+        assert used <= most, (key, used)
+        warps = -(-threads * blocks // 128)  # of each of four parts of a multiprocessor, each with its own registers
+        assert -(-used // 8) * 8 * 32 * warps <= 16384, (key, used)
+
+
+@built_only
+def test_as_many_blocks_of_slabs_as_there_are_registers_for(reports: list[Resources]) -> None:
+    """The host starts so many for each multiprocessor: slab_blocks in csrc/cuda/rules.h."""
+    seen = set()
+    for kernel in reports:
+        if cuda_code.kernel_name(kernel.name) == "slab_backward":
+            norm, _ = cuda_code.template_numbers(kernel.name)
+            blocks = 65536 // (-(-kernel.registers // 8) * 8 * 256)
+            assert blocks == (1 if norm else 2), kernel
+            seen.add(norm)
+    assert seen == {0, 1}
+
+
+@built_only
+def test_the_last_step_of_sums_may_start_early(codes: list[Code]) -> None:
+    """From sm_90 on it waits, before it reads anything, for the kernels that say when it may start."""
+    waiting: Counter[str] = Counter()
+    for code in codes:
+        texts = list(code.instructions.values())
+        waits = [place for place, text in enumerate(texts) if text.startswith("ACQBULK")]
+        says = any("PREEXIT" in text for text in texts)
+        name = cuda_code.kernel_name(code.name)
+        last, many = name in ("add_lines", "add_edits"), name.startswith(("norm_backward", "slab_", "mix_row_backward"))
+        assert (len(waits), says) == ((int(last), many) if code.arch >= 90 else (0, False)), code
+        if waits:
+            reads = [place for place, text in enumerate(texts) if cuda_code.access(text) is not None]
+            assert min(reads) > waits[0], code
+            waiting[name] += 1
+    assert code.arch < 90 or waiting.keys() == {"add_lines", "add_edits"}
 
 
 @built_only
@@ -276,6 +369,15 @@ def test_accesses_are_counted_by_width_and_loop() -> None:
     assert again.looping() == set(range(0x20, 0xA0, 0x10))
     together = sass(branch=("@P0 BRA 0x60", "BSSY B0, 0x60"), end=("STS.128 [R2], R4", "BSYNC B0"))
     assert 0x60 in together.looping()  # threads that wait there go on at 0x60
+
+
+def test_instructions_of_a_row_are_counted() -> None:
+    """The longest loop; and neither what nothing leads to nor what a warp does whose threads have come apart."""
+    assert (sass().row_loop(), sass().length()) == (3, 10)
+    longer = sass(last=("BRA 0xa0", "BRA 0x10"), end=("EXIT ;", "BRA 0xa0 ;"), more=("STS.128 [R2], R4", "EXIT"))
+    assert (longer.row_loop(), longer.length()) == (3, 9)
+    apart = sass(branch=("@P0 BRA 0x60", "BRA.DIV UR4, 0x90"), end=("@!P1 BRA 0x30", "NOP"))
+    assert (apart.row_loop(), apart.length()) == (1, 10)
 
 
 def test_narrow_accesses_are_found() -> None:

@@ -18,6 +18,7 @@ if COMPILER is None:
 
 SOURCE = """
 #include "csrc/cuda/rules.h"
+#include <vector>
 using namespace red;
 using namespace red::cuda;
 static Device device(int capability, int shared) { return {0, capability, 108, shared, capability >= 90}; }
@@ -45,13 +46,27 @@ long mix_backward(long d, int type, int capability, int shared, long blocks, int
   to[5] = l.lanes, to[6] = mix_exact(d, static_cast<Type>(type), blocks, kMixBackwardColumns);
   return l ? norm_backward_shared(l, static_cast<Type>(type), arrays) : 0;
 }
+// The most rows that one block, or cluster, gets of `rows`.
+long most_rows(long rows, int groups, int blocks) {
+  std::vector<long> of(blocks, 0);
+  const long workers = static_cast<long>(blocks) * groups;
+  for (int block = 0; block < blocks; ++block)
+    for (int group = 0; group < groups; ++group) {
+      const long worker = worker_number(group, block, blocks);
+      of[block] += worker < rows ? (rows - worker + workers - 1) / workers : 0;
+    }
+  return *std::max_element(of.begin(), of.end());
+}
+long slab_programs(long room, long slabs) { return blocks_of_slab(room, slabs); }
 int lanes(long d, int type) { return slab_lanes(d, static_cast<Type>(type)); }
 int threads(long d, int type) { return wide_threads(d, static_cast<Type>(type)); }
 }
 """
 VECTOR = {0: 4, 1: 8}  # elements of 16 bytes in fp32, and in bf16 and fp16
 DEVICES = [(80, 163 << 10), (86, 99 << 10), (90, 227 << 10), (100, 227 << 10)]
-KINDS = {0: (32, 16), 1: (32, 8), 2: (16, 8)}  # plain, options, full: elements of a thread and warps of a block at most
+# Exact, plain, options, full: elements of a thread and warps of a block at most.
+KINDS = {0: (32, 16), 1: (32, 16), 2: (32, 8), 3: (16, 8)}
+EXACT = 0
 WIDTHS = [*range(8, 4096, 8), *range(4096, 70_000, 136), 5120, 8192, 11008, 14336, 16384, 32768, 65536]
 
 
@@ -71,7 +86,8 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     dll = ctypes.CDLL(str(folder / "rules.so"))
-    dll.backward.restype = dll.mix_backward.restype = ctypes.c_long
+    dll.backward.restype = dll.mix_backward.restype = dll.most_rows.restype = ctypes.c_long
+    dll.slab_programs.restype = ctypes.c_long
     return dll
 
 
@@ -164,9 +180,21 @@ def test_backward(rules: ctypes.CDLL, dtype: int, capability: int, shared: int, 
     elements, warps = KINDS[kind]
     for d in WIDTHS:
         layout, taken = _layout(rules.backward, d, dtype, capability, shared, kind, arrays)
+        if kind == EXACT and arrays != 4:
+            continue  # it always has dy, dz, z and x
+        if kind == EXACT:
+            plain, _ = _layout(rules.backward, d, dtype, capability, shared, EXACT + 1, arrays)
+            if layout is None:  # then that of kPlain leaves lanes idle, or has many columns in a cluster
+                idle = plain is not None and plain.n * plain.warps * 32 * size * plain.cluster > d
+                many = plain is not None and plain.cluster > 1 and plain.n * size > 16
+                assert plain is None or idle or many, (d, plain)
+                continue
+            assert layout.n * layout.warps * 32 * size * layout.cluster == d
+            assert layout.cluster == 1 or layout.n * size <= 16
+            assert plain is not None
         if layout is None:
             full = (
-                4096 if kind == 2 or dtype == 0 else 8192
+                4096 if kind == 3 or dtype == 0 else 8192
             )  # columns of a block, where shared memory holds four arrays
             assert d > full * min(4, shared // (41 << 10)) // max(arrays, 4)
             continue
@@ -184,10 +212,72 @@ def test_backward(rules: ctypes.CDLL, dtype: int, capability: int, shared: int, 
 def test_every_backward_that_is_compiled_is_used(rules: ctypes.CDLL) -> None:
     for dtype, size in VECTOR.items():
         for kind, (elements, _) in KINDS.items():
-            cases = ((d, c, s, a) for d in WIDTHS for c, s in DEVICES for a in (2, 3, 4, 5))
+            cases = (
+                (d, c, s, a) for d in WIDTHS for c, s in DEVICES for a in ((4,) if kind == EXACT else (2, 3, 4, 5))
+            )
             found = {_layout(rules.backward, d, dtype, c, s, kind, a)[0] for d, c, s, a in cases}
             seen = {layout.n for layout in found if layout is not None}
-            assert seen == {n for n in (1, 2, 3, 4, 6, 8) if n * size <= elements}, (dtype, kind)
+            assert seen == {n for n in (1, 2, 3, 4, 6, 8)[: 5 if kind == EXACT else 6] if n * size <= elements}, (
+                dtype,
+                kind,
+            )
+
+
+@pytest.mark.parametrize("elements", [1 << 24, 1 << 26])
+@pytest.mark.parametrize("d", [768, 1024, 2048, 4096, 5120, 8192, 16384])
+def test_multiprocessors_share_the_rows(rules: ctypes.CDLL, d: int, elements: int) -> None:
+    """No block of a backward has more of the rows than the others by more than one; with 132 multiprocessors each has
+    98% of the most at least, but where the rows left over have too few others beside them."""
+    layout, _ = _layout(rules.backward, d, 1, 90, 227 << 10, EXACT, 4)
+    assert layout is not None, "no width that models have leaves lanes idle"
+    rows, blocks = elements // d, 132 // layout.cluster
+    most = rules.most_rows(ctypes.c_long(rows), layout.groups, blocks)
+    assert most == -(-rows // blocks)
+    assert rows / blocks / most >= (0.98 if rows >= 50 * blocks else 0.96)
+
+
+# Of the backward that most calls get, on a multiprocessor of an H200 in bf16: vectors of a thread, warps of a row, rows
+# at once, blocks of a row, and KiB on their way while a row is computed; as in the table of docs/decisions.md.
+USUAL = {
+    768: (3, 1, 16, 1, 96),
+    1024: (4, 1, 12, 1, 96),
+    2048: (2, 4, 4, 1, 128),
+    4096: (2, 8, 2, 1, 128),
+    5120: (4, 5, 2, 1, 80),
+    8192: (2, 16, 1, 1, 128),
+    16384: (2, 16, 1, 2, 128),
+}
+
+
+@pytest.mark.parametrize("d", USUAL)
+def test_usual_widths(rules: ctypes.CDLL, d: int) -> None:
+    layout, _ = _layout(rules.backward, d, 1, 90, 227 << 10, EXACT, 4)
+    assert layout is not None
+    row = layout.n * layout.warps * 32 * 16 * 4
+    on_the_way = (layout.stages - 1) * layout.groups * row >> 10
+    assert (layout.n, layout.warps, layout.groups, layout.cluster, on_the_way) == USUAL[d]
+
+
+@pytest.mark.parametrize("rows", [1, 17, 132, 1000])
+@pytest.mark.parametrize("groups", [1, 2, 3, 16])
+def test_every_worker_has_a_number(rules: ctypes.CDLL, rows: int, groups: int) -> None:
+    """Its own, so that each row has one worker: all rows are dealt when one block alone is asked."""
+    assert rules.most_rows(ctypes.c_long(rows), groups, 1) == rows
+    assert rules.most_rows(ctypes.c_long(rows), groups, 132) == -(-rows // 132)
+
+
+@pytest.mark.parametrize("room", [1, 108, 132, 264])
+def test_blocks_of_slabs(rules: ctypes.CDLL, room: int) -> None:
+    """They fill a device in the fewest turns that leave a tenth of it idle at most, where four turns can."""
+    for slabs in range(1, 300):
+        blocks = rules.slab_programs(ctypes.c_long(room), ctypes.c_long(slabs))
+        assert 1 <= blocks <= max(1, 4 * room // slabs)
+        filled = {turns: turns * room // slabs * slabs / (turns * room) for turns in range(1, 5)}
+        turns = next((turns for turns in filled if filled[turns] >= 0.9), 4)
+        assert blocks == max(1, turns * room // slabs)
+        if slabs <= room // 2:
+            assert blocks * slabs >= 0.8 * turns * room
+    assert rules.slab_programs(ctypes.c_long(132), ctypes.c_long(3)) == 44  # d = 768: all at once
 
 
 @pytest.mark.parametrize("dtype", VECTOR)

@@ -17,6 +17,18 @@ RUNTIME = ["rows", "edits", "length", "threshold", "lines"]  # arguments that no
 
 
 @triton.jit
+def over_width(total, D: tl.constexpr):
+    """``total / D``, rounded to nearest, as a plain division of a GPU is not."""
+    return tl.div_rn(total, D * 1.0)
+
+
+@triton.jit
+def reciprocal_root(v):
+    """``1 / sqrt(v)``, its root and its division rounded to nearest."""
+    return tl.div_rn(1.0, tl.sqrt_rn(v))
+
+
+@triton.jit
 def load(p, row, live, first, D: tl.constexpr, CHUNK: tl.constexpr):
     """A piece of the rows as stored; 0 beyond them."""
     cols = first + tl.arange(0, CHUNK)

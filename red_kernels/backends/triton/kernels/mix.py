@@ -10,7 +10,7 @@ with which every column is by itself. Whatever is absent is None, and is compile
 import triton
 import triton.language as tl
 
-from .device import RUNTIME, first_edit, line_of, load_ids, places, store_edits, tiles
+from .device import RUNTIME, first_edit, line_of, load_ids, places, reciprocal_root, store_edits, tiles
 from .mix_math import (
     average,
     columns,
@@ -98,7 +98,7 @@ def mix_forward(
                 middle = tl.where(sound, middle, other)
                 found = tl.where(sound, found, variance)
             tl.store(mean + row, middle, mask=live)
-        scaled = tl.rsqrt(found + eps)
+        scaled = reciprocal_root(found + eps)
         tl.store(rstd + row, scaled, mask=live)
         ys = ()
         for c in tl.static_range(CHUNKS):

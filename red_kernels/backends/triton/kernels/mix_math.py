@@ -9,7 +9,7 @@ columns of each block from ``offset`` on. In a rotation (``BLOCKS == 0``) two pi
 import triton
 import triton.language as tl
 
-from .device import NO_ROW
+from .device import NO_ROW, over_width
 
 PAIR = tl.constexpr(32)  # columns from one of a pair to the other
 
@@ -139,7 +139,7 @@ def load_dots(p, plane: tl.constexpr, rows, row, live, block, BLOCKS: tl.constex
 @triton.jit
 def average(value, D: tl.constexpr):
     """Of whole rows: ``(ROWS,)``."""
-    return tl.sum(tl.sum(value, axis=2), axis=1) / D
+    return over_width(tl.sum(tl.sum(value, axis=2), axis=1), D)
 
 
 @triton.jit

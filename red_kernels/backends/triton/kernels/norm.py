@@ -19,7 +19,9 @@ from .device import (
     load,
     load_ids,
     load_row,
+    over_width,
     places,
+    reciprocal_root,
     store_edits,
     store_row,
     tiles,
@@ -54,7 +56,7 @@ def norm_forward(
         total += v if mean is not None else v * v
     if z is not None:
         store_row(z, zs, row, live, D, CHUNK, CHUNKS)
-    average = tl.sum(total, axis=1) / D
+    average = over_width(tl.sum(total, axis=1), D)
     if mean is not None:
         middle, average, sound = moments(zs, average, D, ROWS, CHUNK, CHUNKS)
         if tl.min(sound.to(tl.int32), axis=0) == 0:  # seldom
@@ -62,7 +64,7 @@ def norm_forward(
             middle = tl.where(sound, middle, other)
             average = tl.where(sound, average, variance)
         tl.store(mean + row, middle, mask=live)
-    scaled = tl.rsqrt(average + eps)
+    scaled = reciprocal_root(average + eps)
     tl.store(rstd + row, scaled, mask=live)
     ys = ()
     for c in tl.static_range(CHUNKS):
@@ -145,8 +147,8 @@ def norm_backward(
                                              c * CHUNK, D, ROWS, CHUNK, EDIT_LAST)  # fmt: skip
             products += normed * weighted
             plain += weighted
-        c1 = tl.sum(products, axis=1) / D
-        c2 = tl.sum(plain, axis=1) / D if mean is not None else None
+        c1 = over_width(tl.sum(products, axis=1), D)
+        c2 = over_width(tl.sum(plain, axis=1), D) if mean is not None else None
 
         new_scale, new_bias, new_weight, new_norm_bias = (), (), (), ()
         dxs, dresiduals = (), ()

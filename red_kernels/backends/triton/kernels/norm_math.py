@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .device import edited, load_edit, load_vector
+from .device import edited, load_edit, load_vector, over_width
 
 
 @triton.jit
@@ -19,8 +19,8 @@ def moments(zs, first, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
             v = tl.where((c * CHUNK + tl.arange(0, CHUNK) < D)[None, :], v, 0.0)
         shift += v
         total += v * v
-    lost = tl.sum(shift, axis=1) / D
-    spread = tl.sum(total, axis=1) / D
+    lost = over_width(tl.sum(shift, axis=1), D)
+    spread = over_width(tl.sum(total, axis=1), D)
     square = lost * lost
     finite = square <= 3.4028234663852886e38
     mean = tl.where(finite, first + lost, first)

@@ -18,7 +18,9 @@ from .device import (
     line_of,
     load,
     load_ids,
+    over_width,
     places,
+    reciprocal_root,
     store,
     store_edits,
     tiles,
@@ -78,7 +80,7 @@ def wide_forward(
         tl.store(mean + row, middle)
     else:
         spread = tl.sum(squares, axis=1)
-    scaled = tl.rsqrt(spread / D + eps)
+    scaled = reciprocal_root(over_width(spread, D) + eps)
     tl.store(rstd + row, scaled)
     tl.debug_barrier()  # what other threads wrote of z is read below
     for first in range(0, D, CHUNK):
@@ -121,8 +123,8 @@ def wide_averages(
                                          D, 1, CHUNK, EDIT_LAST)  # fmt: skip
         products += normed * weighted
         plain += weighted
-    tl.store(averages + row, tl.sum(products, axis=1) / D)
-    tl.store(averages + rows + row, tl.sum(plain, axis=1) / D)
+    tl.store(averages + row, over_width(tl.sum(products, axis=1), D))
+    tl.store(averages + rows + row, over_width(tl.sum(plain, axis=1), D))
 
 
 @triton.jit(do_not_specialize=RUNTIME)
