@@ -8,6 +8,7 @@ have the same budget.
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def quality_block(results: Path) -> str:
     parts = [part for task in sorted(tasks, reverse=True) for part in _task(task, tasks[task])]
     machines = dict.fromkeys(
         f"{device.environment.get('processor')}, {device.environment.get('instruction_set')}, "
-        f"{device.environment.get('threads')} threads, torch {device.environment.get('torch')}"
+        f"threads: {device.environment.get('threads')}, torch {device.environment.get('torch')}"
         for device in _devices(results)
     )
     if machines:
@@ -88,7 +89,7 @@ def _task(task: str, cases: Mapping[str, Case]) -> list[str]:
         *("validation loss at 60, 80, 100% of the steps", "seconds of a training", "memory of a step"),
     )
     rows = [_row(cases[name], cases.get(PEER)) for name in methods]
-    return [f"### {task[0].upper()}{task[1:]}", budget, table(header, rows)]
+    return [f"### {task[0].upper()}{task[1:]}", textwrap.fill(budget, 110), table(header, rows)]
 
 
 def _row(case: Case, peer: Case | None) -> list[str]:
