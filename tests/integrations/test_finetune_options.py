@@ -186,6 +186,8 @@ def test_scores_of_a_classifier(folders: dict[str, Path], tmp_path: Path) -> Non
 
 # ---- where settings come from
 
+YES_OR_NO = ("packing", "checkpointing", "fsdp", "overwrite", "no-compare", "no-header")
+
 
 def test_a_run_from_its_own_config(folders: dict[str, Path], tmp_path: Path) -> None:
     """`config.yaml` is complete: another folder gets the same run from it alone."""
@@ -220,15 +222,30 @@ def test_settings_come_back_from_their_options() -> None:
     ("steps: 3\nepochs: 1", "steps and epochs: got 3 and 1, expected one"),
     ("warmup: -1", "warmup: got -1, expected a number, 0 or more"),
     ("schedule: sudden", "schedule: got 'sudden', expected one of"),
+    *((f"{name}: 'no'", f"{name.replace('-', '_')}: got 'no', expected true or false") for name in YES_OR_NO),
+    *((f"{name}: 3", f"{name}: got 3, expected a text") for name in ("model", "template", "device", "output")),
+    ("sample: 3", "sample: got 3, expected texts"),
+    ("text-column: [a]", "text_column: got .'a'., expected a text"),
+    ("validation: [a.txt, 5]", "validation: got .'a.txt', 5., expected texts"),
+    ("seed: abc", "seed: got 'abc', expected a whole number"),
+    ("seed: -1", "seed: got -1, expected a whole number"),
 ])  # fmt: skip
 def test_a_config_that_is_wrong(
     content: str, message: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run.yaml").write_text(content)
-    arguments = ["finetune", "--config", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "out")]
-    assert cli.main([*arguments, "--data", str(folders["text"])]) == cli.EXIT_ERROR
+    arguments = ["finetune", "--config", str(tmp_path / "run.yaml"), "--data", str(folders["text"])]
+    output = [] if content.startswith("output") else ["--output", str(tmp_path / "out")]
+    assert cli.main([*arguments, *output]) == cli.EXIT_ERROR
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def test_no_data_is_not_the_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("data: []\n")
+    arguments = ["finetune", "--config", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--steps", "1"]) == cli.EXIT_ERROR
+    assert "data: got (), expected one or several files" in capsys.readouterr().err
 
 
 def test_resume_alone(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
