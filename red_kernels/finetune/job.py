@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -94,6 +95,7 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     labels = label_numbers([*loaded.train, *loaded.held_out]) if settings.task == "classification" else None
     _check_same_data(names, run, loaded.digest)
+    _check_same_template(settings, run)
 
     set_seed(settings.seed)  # a new head is drawn while loading
     console.print(f"Loading the model: {settings.model}", markup=False, highlight=False, soft_wrap=True)
@@ -342,6 +344,19 @@ def _check_same_data(names: str, run: RunFolder, found: str) -> None:
         raise ValueError(
             f"--resume: the data {names!r} is not what the run in {str(run.path)!r} began with: it holds other "
             f"texts now (SHA-256 {found[:12]}..., was {str(before)[:12]}...); restore it, or start anew by --overwrite"
+        )
+
+
+def _check_same_template(settings: Settings, run: RunFolder) -> None:
+    """Raises ValueError where the file of a resumed run's chat template is not what it began with."""
+    text = chat_template(settings.template)
+    if text is None:
+        return
+    found = hashlib.sha256(text.encode()).hexdigest()
+    if run.results.setdefault("template_digest", found) != found:
+        raise ValueError(
+            f"--resume: the template {settings.template!r} is not what the run in {str(run.path)!r} began with; "
+            "restore it, or start anew by --overwrite"
         )
 
 
