@@ -135,7 +135,8 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
         return None
     if reached < steps:
         console.print(
-            f"Stopped after step {reached} of {steps}: {settings.patience} evaluations brought no lower loss."
+            f"Stopped after step {reached} of {steps}: {report.plural(settings.patience or 0, 'evaluation')} brought "
+            "no lower loss."
         )
 
     after = data.held_out_loss(base.model, console, processes)

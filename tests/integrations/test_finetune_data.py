@@ -163,3 +163,14 @@ def test_what_does_not_fit(
     assert cli.main(causal({**folders, "text": data}, tmp_path / "out", *more)) == cli.EXIT_ERROR
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_labelled_text_without_a_token(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizer puts nothing around a text, so that nothing is left of an empty one."""
+    table = tmp_path / "reviews.csv"
+    table.write_text("text,label\n" + "".join(f"word {n},{n % 2}\n" for n in range(20)) + '"",1\n')
+    arguments = classify({**folders, "table": table}, tmp_path / "out", "--steps", "1")
+    assert cli.main(arguments) == cli.EXIT_ERROR
+    assert "data: reviews.csv, line 22: the text '' has no token" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from ...support.parse import shown
 from .examples import Document
 
 
@@ -46,7 +47,8 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
 class LabelledTexts(Dataset[dict[str, Any]]):
     """Tokenised texts with the number of their label, cut to `length` tokens; `truncated` counts those that were.
 
-    Without `label_ids` the labels are the documents' scores, for a regression.
+    Without `label_ids` the labels are the documents' scores, for a regression. Raises ValueError for a text without a
+    token, which has nothing to tell its label by.
     """
 
     def __init__(
@@ -55,6 +57,10 @@ class LabelledTexts(Dataset[dict[str, Any]]):
         texts = [document.text for document in documents]
         full = tokenizer(texts, verbose=False)["input_ids"] if texts else []
         cut = tokenizer(texts, truncation=True, max_length=length)["input_ids"] if texts else []
+        for ids, document in zip(cut, documents, strict=True):
+            if not ids:
+                where = document.where or document.name
+                raise ValueError(f"data: {where}: the text {shown(document.text)} has no token; remove the row")
         self.truncated = sum(len(long) > len(short) for long, short in zip(full, cut, strict=True))
         self._items = [
             {
