@@ -102,6 +102,7 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     base = _load(settings, labels, processes)
     data = tokenised(settings, base, loaded, labels, console)
     steps = _total_steps(settings, run, len(data.train))
+    _say_what_fills_no_batch(settings, steps, len(data.train), console)
     patched = _edited(settings, base, config, processes)
     console.print(str(replace(patched, frozen_head=())), highlight=False)  # the head is not to stay frozen
     _say_what_merges(base.model, config.kind, console)
@@ -368,6 +369,19 @@ def _total_steps(settings: Settings, run: RunFolder, items: int) -> int:
     if done >= steps:
         raise ValueError(f"--resume: the run in {str(run.path)!r} has done {done} steps, and {steps} are asked for")
     return steps
+
+
+def _say_what_fills_no_batch(settings: Settings, steps: int, items: int, console: Console) -> None:
+    """Say how much of the data each pass over it leaves out, where there is a whole pass."""
+    batches, left = divmod(items, settings.batch_size)
+    if left and settings.drops_last(items) and steps * settings.accumulate >= batches:
+        what = "item, another one" if left == 1 else f"{left:,} items, others"
+        console.print(
+            f"Each pass over the data leaves out {'an ' if left == 1 else ''}{what} each time: batches are of "
+            f"{settings.batch_size:,}, and there are {items:,} items.",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _say_how_long(

@@ -185,6 +185,10 @@ def test_a_prompt_that_both_texts_begin_with(chosen: str, rejected: str, prompt:
         ({"chosen": [BETTER], "rejected": [WORSE]}, "do not begin with the same prompt"),
         ({"chosen": [QUESTION, BETTER], "rejected": [QUESTION, QUESTION]}, "'rejected' does not end with an answer"),
         ({"prompt": "How?", "chosen": [QUESTION, BETTER], "rejected": [QUESTION, WORSE]}, "begin with another one"),
+        (
+            {"prompt": None, "completion": "a"},
+            "its columns are 'prompt', 'completion' \\(without a value: 'prompt'\\);",
+        ),
         ({"story": "a"}, "no column 'text'; its columns are 'story'; .*'messages' or 'conversations' \\(chat\\)"),
     ],
 )

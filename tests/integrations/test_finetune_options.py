@@ -45,11 +45,14 @@ def test_epochs_are_so_many_steps(items: int, batch: int, accumulate: int, epoch
     assert settings.total_steps(items) == steps
 
 
-def test_epochs(folders: dict[str, Path], tmp_path: Path) -> None:
-    """The steps that were foretold are those of the passes that Trainer counts."""
+def test_epochs(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The steps that were foretold are those of the passes that Trainer counts; what they leave out is said."""
     run(classify(folders, tmp_path / "out", "--epochs", "2", "--batch-size", "8", "--accumulate", "2"))
     assert results(tmp_path / "out")["steps"] == 14  # 108 texts, 13 full batches, 7 steps of two, the last one of one
     assert history(tmp_path / "out")[-1]["epoch"] == pytest.approx(2)
+    assert (
+        "Each pass over the data leaves out 4 items, others each time: batches are of 8, and" in capsys.readouterr().out
+    )
 
 
 def test_accumulated_batches_are_one_large_one(folders: dict[str, Path], tmp_path: Path) -> None:

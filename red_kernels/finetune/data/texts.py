@@ -16,7 +16,8 @@ from .examples import Document
 class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
     """Texts joined by the end-of-text token and cut into blocks of `length` tokens; the rest is left off.
 
-    Each item is `{"input_ids": (length,), "labels": (length,)}`, int64. `tokens` counts what the blocks hold.
+    Each item is `{"input_ids": (length,), "labels": (length,)}`, int64. `tokens` counts what the blocks hold, `said`
+    has a sentence about the rest, if there is one.
     """
 
     def __init__(self, texts: Iterable[str], tokenizer: Any, length: int) -> None:
@@ -30,6 +31,9 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
         count = len(stream) // length
         if count == 0:
             raise ValueError(f"data: {len(stream)} tokens are less than one block of length {length}")
+        rest = len(stream) - count * length
+        tokens = "token" if rest == 1 else "tokens"
+        self.said = [f"{rest:,} {tokens} at the end left out: less than a block of {length:,}."] if rest else []
         self._blocks = torch.tensor(stream[: count * length], dtype=torch.int64).view(count, length)
 
     @property
