@@ -105,7 +105,8 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     _say_what_fills_no_batch(settings, steps, len(data.train), console)
     patched = _edited(settings, base, config, processes)
     console.print(str(replace(patched, frozen_head=())), highlight=False)  # the head is not to stay frozen
-    _say_what_merges(base.model, config.kind, console)
+    if not processes.in_parts:  # else it would be of the parts, which are not what is merged
+        _say_what_merges(base.model, config.kind, console)
     run.begin()
     if processes.first:
         write_config(settings, run.config)
