@@ -364,10 +364,11 @@ def _check_same_template(settings: Settings, run: RunFolder) -> None:
 
 
 def _total_steps(settings: Settings, run: RunFolder, items: int) -> int:
-    """How many optimizer steps the run has in all. Raises ValueError where a resumed one has done as many."""
+    """How many optimizer steps the run has in all. Raises ValueError where a resumed one has done more, or all."""
     steps = settings.total_steps(items)
-    done = run.results.get("steps", 0) if run.state == "finished" else 0
-    if done >= steps:
+    finished = run.state == "finished"
+    done = run.results.get("steps", 0) if finished else run.step
+    if done > steps or (finished and done == steps):
         raise ValueError(f"--resume: the run in {str(run.path)!r} has done {done} steps, and {steps} are asked for")
     return steps
 

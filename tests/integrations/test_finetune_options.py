@@ -261,6 +261,23 @@ def test_resume_alone(folders: dict[str, Path], tmp_path: Path, monkeypatch: pyt
     assert record(output)["settings"]["learning_rate"] == 2e-2
 
 
+def test_patience_that_is_new_in_a_resumed_run(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It begins to count there; and a run that was broken off cannot end before the steps that it has done."""
+    output = tmp_path / "out"
+    run(causal(folders, output, "--steps", "3", "--save-every", "3", "--lr", "1e-9"))
+    more = ["--steps", "7", "--eval-every", "1", "--save-every", "1", "--patience", "2"]
+    assert cli.main(["finetune", "--output", str(output), "--resume", *more]) == 0
+    assert results(output)["steps"] < 7
+
+    broken_off = {**record(output), "state": "interrupted"}
+    (output / "run.json").write_text(json.dumps(broken_off))
+    assert cli.main(["finetune", "--output", str(output), "--resume", "--steps", "2"]) == cli.EXIT_ERROR
+    assert "steps, and 2 are asked for" in capsys.readouterr().err
+    assert record(output) == broken_off
+
+
 def test_a_run_of_an_older_version_goes_on(folders: dict[str, Path], tmp_path: Path) -> None:
     """Its record knows one source of data, and none of the options that came since."""
     output = tmp_path / "out"
