@@ -165,9 +165,10 @@ class RedTrainer(Trainer):
         run = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         self._staging = run / f"{_PARTIAL}{self.state.global_step}"
+        states: Any = self.state.stateful_callbacks  # by name, once a run has begun
         for own in self.callback_handler.callbacks:
             if isinstance(own, ExportableState):  # one that is new in a resumed run: Trainer would look for its state
-                self.state.stateful_callbacks.setdefault(type(own).__name__, {})
+                states.setdefault(type(own).__name__, {})
         try:
             if self.args.should_save:
                 for left in run.glob(f"{_PARTIAL}*"):  # by a run that was killed, perhaps behind its last checkpoint
