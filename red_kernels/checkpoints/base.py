@@ -18,6 +18,7 @@ from ..support.base_models import (
     explaining,
     forget_quantization,
     gguf_options,
+    in_dtype,
     load_tokenizer,
     model_class,
     named_class,
@@ -117,7 +118,7 @@ def load_source(source: Source, dtype: Any, head: Head | None) -> Any:
         )
         if gguf:
             forget_quantization(model)
-            model = model.to(wanted)
+            model = in_dtype(model, wanted)
     model.config._name_or_path = source.name
     revision = source.options.get("revision")
     if isinstance(revision, str) and revision == only_commit(source.name, revision):

@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--text-column", help="of a table")
     add("--label-column", help="of a table")
     add("--no-header", action="store_true", help="the first row of the csv or tsv file is data")
-    add("--template", metavar="FILE", help="a chat template in place of the model's own")
+    add("--template", metavar="FILE", help="a chat template in place of the run's, or of the model's own")
     add("--loss-on", choices=("answers", "all"), help="of conversations and completions")
     add("--length", type=int, help="tokens in a block, and at most in a text")
     add("--batch-size", type=int, help="blocks or texts in a forward pass")

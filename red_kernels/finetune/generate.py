@@ -37,7 +37,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="put the prompt into the model's chat template (default: where there is one)",
     )
-    parser.add_argument("--template", metavar="FILE", help="a chat template in place of the model's own")
+    parser.add_argument(
+        "--template", metavar="FILE", help="a chat template in place of the run's, or of the model's own"
+    )
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
 
 
@@ -53,7 +55,6 @@ def run(options: argparse.Namespace) -> int:
     from ..checkpoints.checkpoint import load_edits
     from ..checkpoints.whole import from_pretrained, load_tokenizer
     from ..edits.named import active_edit, disable_edits, use_edits
-    from .settings import chat_template
     from .watching import continued
 
     if options.new_tokens < 1:
@@ -71,9 +72,9 @@ def run(options: argparse.Namespace) -> int:
     if not model.can_generate():
         raise ValueError(f"source: {folder!r} is of a {type(model).__name__}, which generates nothing")
     tokenizer = load_tokenizer(folder, base=options.model)
-    if options.template is not None:
-        tokenizer.chat_template = chat_template(options.template)
-    if options.chat and not tokenizer.chat_template:
+    templates = {name: _template(source, options) or tokenizer.chat_template for name, source in sources.items()}
+    templates[BASE] = templates[first]
+    if options.chat and not all(templates.values()):
         raise ValueError("chat: the model's tokenizer has no chat template; give one by template")
     for name, other in others:
         load_edits(model, other, name)
@@ -86,10 +87,23 @@ def run(options: argparse.Namespace) -> int:
             print(f"> {prompt}")
         for name, block in blocks.items():
             torch.manual_seed(options.seed or 0)
+            tokenizer.chat_template = templates[name]
             with block:
                 text = continued(model, tokenizer, prompt, options.new_tokens, options.chat, options.temperature)
             print(f"{name}: {text}" if len(blocks) > 1 else text, flush=True)
     return 0
+
+
+def _template(source: str, options: argparse.Namespace) -> str | None:
+    """The chat template that is given, or that the edits of a run were trained with; None for the model's own."""
+    from .run_folder import EDITS_NAME, RUN_NAME, former_run
+    from .settings import chat_template
+
+    path = options.template
+    folder = Path(source).parent if Path(source).name == EDITS_NAME else Path(source)
+    if path is None and options.chat is not False and (folder / RUN_NAME).is_file():
+        path = former_run(folder, "source")["settings"].get("template")
+    return chat_template(path)
 
 
 def _named(sources: list[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -94,15 +95,18 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     labels = label_numbers([*loaded.train, *loaded.held_out]) if settings.task == "classification" else None
     _check_same_data(names, run, loaded.digest)
+    _check_same_template(settings, run)
 
     set_seed(settings.seed)  # a new head is drawn while loading
     console.print(f"Loading the model: {settings.model}", markup=False, highlight=False, soft_wrap=True)
     base = _load(settings, labels, processes)
     data = tokenised(settings, base, loaded, labels, console)
     steps = _total_steps(settings, run, len(data.train))
+    _say_what_fills_no_batch(settings, steps, len(data.train), console)
     patched = _edited(settings, base, config, processes)
     console.print(str(replace(patched, frozen_head=())), highlight=False)  # the head is not to stay frozen
-    _say_what_merges(base.model, config.kind, console)
+    if not processes.in_parts:  # else it would be of the parts, which are not what is merged
+        _say_what_merges(base.model, config.kind, console)
     run.begin()
     if processes.first:
         write_config(settings, run.config)
@@ -133,7 +137,8 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
         return None
     if reached < steps:
         console.print(
-            f"Stopped after step {reached} of {steps}: {settings.patience} evaluations brought no lower loss."
+            f"Stopped after step {reached} of {steps}: {report.plural(settings.patience or 0, 'evaluation')} brought "
+            "no lower loss."
         )
 
     after = data.held_out_loss(base.model, console, processes)
@@ -345,13 +350,40 @@ def _check_same_data(names: str, run: RunFolder, found: str) -> None:
         )
 
 
+def _check_same_template(settings: Settings, run: RunFolder) -> None:
+    """Raises ValueError where the file of a resumed run's chat template is not what it began with."""
+    text = chat_template(settings.template)
+    if text is None:
+        return
+    found = hashlib.sha256(text.encode()).hexdigest()
+    if run.results.setdefault("template_digest", found) != found:
+        raise ValueError(
+            f"--resume: the template {settings.template!r} is not what the run in {str(run.path)!r} began with; "
+            "restore it, or start anew by --overwrite"
+        )
+
+
 def _total_steps(settings: Settings, run: RunFolder, items: int) -> int:
-    """How many optimizer steps the run has in all. Raises ValueError where a resumed one has done as many."""
+    """How many optimizer steps the run has in all. Raises ValueError where a resumed one has done more, or all."""
     steps = settings.total_steps(items)
-    done = run.results.get("steps", 0) if run.state == "finished" else 0
-    if done >= steps:
+    finished = run.state == "finished"
+    done = run.results.get("steps", 0) if finished else run.step
+    if done > steps or (finished and done == steps):
         raise ValueError(f"--resume: the run in {str(run.path)!r} has done {done} steps, and {steps} are asked for")
     return steps
+
+
+def _say_what_fills_no_batch(settings: Settings, steps: int, items: int, console: Console) -> None:
+    """Say how much of the data each pass over it leaves out, where there is a whole pass."""
+    batches, left = divmod(items, settings.batch_size)
+    if left and settings.drops_last(items) and steps * settings.accumulate >= batches:
+        what = "item, another one" if left == 1 else f"{left:,} items, others"
+        console.print(
+            f"Each pass over the data leaves out {'an ' if left == 1 else ''}{what} each time: batches are of "
+            f"{settings.batch_size:,}, and there are {items:,} items.",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _say_how_long(

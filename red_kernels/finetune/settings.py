@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -36,6 +37,7 @@ _FREE = {
 }
 _OF_COLUMNS = {"text_column": "text", "label_column": "label"}
 _NEGATED = {"no_header": "header", "no_compare": "compare"}  # as the command line has them
+_OPTIONS = {field: option for option, field in {**_OF_COLUMNS, **_NEGATED}.items()}
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class Settings:
             ValueError: a value out of range, two that exclude each other, one that another leaves without effect, or
                 data missing for a task without default data.
         """
+        _check_types(self)
         if self.task not in TASKS:
             raise ValueError(f"task: got {self.task!r}, expected one of {', '.join(map(repr, TASKS))}")
         whole = {"batch_size": 1, "accumulate": 1, "length": 2, "steps": 1, "save_every": 1, "eval_every": 1, "tp": 1}
@@ -155,7 +158,7 @@ class Settings:
             raise ValueError(f"patience: got {self.patience}, and eval_every says after how many steps to evaluate")
         if self.held_out is not None:
             check_held_out(self.held_out)
-        data = self.data or (PYTHON_TOPICS if self.task == "causal-lm" else None)
+        data = self.data if self.data is not None else PYTHON_TOPICS if self.task == "causal-lm" else None
         if data is None:
             raise ValueError(f"data: {self.task} needs a table of texts and labels (--data FILE)")
         if self.loss_on not in (ANSWERS, ALL):
@@ -212,6 +215,31 @@ class Settings:
         return {name: value for name, value in asdict(self).items() if name not in {"output", "resume", "overwrite"}}
 
 
+def _check_types(settings: Settings) -> None:
+    """Raises ValueError for what only a file or Python can give: a text for yes or no, a number for a text.
+
+    Numbers are checked where their ranges are.
+    """
+    for own in (settings, settings.columns):
+        for name, hint in get_type_hints(type(own)).items():
+            value = getattr(own, name)
+            kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+            texts = isinstance(value, tuple) and all(isinstance(one, str) for one in value)
+            fitting = {
+                bool: ("true or false", isinstance(value, bool)),
+                str: ("a text", isinstance(value, str)),
+                tuple[str, ...]: ("texts", texts),
+                type(None): ("", value is None),
+            }
+            known = [fitting[kind] for kind in kinds if kind in fitting]
+            if len(known) == len(kinds) and not any(right for _, right in known):
+                said = _OPTIONS[name] if own is settings.columns else name
+                expected = " or ".join(expected for expected, _ in known if expected)
+                raise ValueError(f"{said}: got {shown(value)}, expected {expected}")
+    if type(settings.seed) is not int or not 0 <= settings.seed < 2**32:
+        raise ValueError(f"seed: got {shown(settings.seed)}, expected a whole number from 0 on, below 2**32")
+
+
 def _check_reporting(names: tuple[str, ...]) -> None:
     """Raises ValueError for a name that Trainer does not know, ModuleNotFoundError where its package is missing."""
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -259,6 +287,8 @@ def from_options(given: Mapping[str, Any], former: Mapping[str, Any] | None = No
         if name in _OF_COLUMNS:
             columns[_OF_COLUMNS[name]] = str(value) if type(value) is int else value
         elif name in _NEGATED:
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}: got {shown(value)}, expected true or false")
             {"no_header": columns, "no_compare": values}[name][_NEGATED[name]] = not value
         elif name in _FIELDS - {"columns", "compare"}:
             values[name] = _as_meant(name, value)

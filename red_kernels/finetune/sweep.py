@@ -94,6 +94,7 @@ def sweep(settings: Settings, rates: list[float], console: Any) -> float:
     if settings.schedule != "constant" or settings.epochs is not None:
         what = "schedule" if settings.epochs is None else "epochs"
         raise ValueError(f"{what}: a run that goes on for more steps needs a constant schedule and --steps")
+    replace(settings, sample=()).filled()  # what is wrong with them is said now
     folder = Path(settings.output)
     record = _former(folder, settings)
     settings = replace(settings, compare=False, sample=(), resume=False)

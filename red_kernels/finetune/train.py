@@ -20,15 +20,8 @@ from .processes import FirstFailed, Processes
 from .progress import ShowProgress
 from .run_folder import RunFolder
 from .settings import Settings
-from .trl_trainers import dpo_trainer
+from .trl_trainers import CHECKPOINTING, dpo_trainer
 from .watching import Diverged, JobTrainer, Sampler
-
-# transformers 5.24 warns of the former name, 5.17 knows no other.
-_CHECKPOINTING = (
-    "activation_checkpointing"
-    if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
-    else "gradient_checkpointing"
-)
 
 __all__ = ["best_step", "end_diverged", "losses", "save", "train", "watched"]
 
@@ -53,7 +46,7 @@ def train(
         "max_steps": steps,
         "per_device_train_batch_size": settings.batch_size // processes.shares,
         "gradient_accumulation_steps": settings.accumulate,
-        **({_CHECKPOINTING: True} if settings.checkpointing else {}),
+        **({CHECKPOINTING: True} if settings.checkpointing else {}),
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
         "warmup_steps": settings.warmup,
@@ -114,6 +107,10 @@ def train(
     try:
         with stop.installed(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*pin_memory.*")
+            # TRL uses former names of transformers.
+            warnings.filterwarnings(
+                "ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning
+            )
             # A finished run that goes on was asked to: what it waited for in vain does not count.
             trainer.train_on(run.checkpoint, None if run.state == "finished" else patience)
     finally:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from transformers import TrainingArguments
 
 from ..edits.named import disable_edits
 from ..integrations.trainer import RedTrainer
@@ -16,11 +17,16 @@ from ..support.bars import bars_on_terminals_only
 from ..support.require import require
 from .data.packing import LENGTHS, PackedCollator, check_packing
 
-__all__ = ["BaseWithoutEdits", "dpo_class", "dpo_trainer", "sft_class", "sft_trainer"]
+__all__ = ["CHECKPOINTING", "BaseWithoutEdits", "dpo_class", "dpo_trainer", "sft_class", "sft_trainer"]
 
 _PACKAGES = "red-kernels[train]"
+# transformers 5.24 warns of the former name, 5.17 knows no other.
+_FORMER = "gradient_checkpointing"
+CHECKPOINTING = (
+    "activation_checkpointing" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else _FORMER
+)
 # As of transformers' own arguments; TRL has others. Autocast and checkpointing are the caller's choice.
-_DEFAULTS = {"bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+_DEFAULTS = {"bf16": False, CHECKPOINTING: False, "report_to": "none"}
 # The examples are cut, packed and masked already.
 _SFT = {
     "max_length": None,
@@ -167,7 +173,8 @@ def _arguments(function: str, given: Mapping[str, Any], fixed: Mapping[str, Any]
             raise ValueError(
                 f"arguments: {name} is {given[name]!r}, expected {value!r}: {function} takes tokenised data"
             )
-    return {**_DEFAULTS, **given, **fixed}
+    defaults = {name: value for name, value in _DEFAULTS.items() if name != CHECKPOINTING or _FORMER not in given}
+    return {**defaults, **given, **fixed}
 
 
 def _made(

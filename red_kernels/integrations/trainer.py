@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from ..checkpoints.checkpoint import check_patched as check_vectors
 from ..checkpoints.checkpoint import load_found, read, save_with_head
@@ -164,6 +165,10 @@ class RedTrainer(Trainer):
         run = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         self._staging = run / f"{_PARTIAL}{self.state.global_step}"
+        states: Any = self.state.stateful_callbacks  # by name, once a run has begun
+        for own in self.callback_handler.callbacks:
+            if isinstance(own, ExportableState):  # one that is new in a resumed run: Trainer would look for its state
+                states.setdefault(type(own).__name__, {})
         try:
             if self.args.should_save:
                 for left in run.glob(f"{_PARTIAL}*"):  # by a run that was killed, perhaps behind its last checkpoint

@@ -153,7 +153,7 @@ def load_base(
         )
     if gguf:
         forget_quantization(model)
-    model = model.to(device=device, dtype=dtype).eval()
+    model = in_dtype(model.to(device), dtype).eval()
     model.config._name_or_path = packaged.name if packaged else name
     _give_padding(model, tokenizer)
     return BaseModel(model, tokenizer, model.config._name_or_path, frozenset(missing))
@@ -310,6 +310,24 @@ def forget_quantization(model: Any) -> None:
     for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(attribute, None)
     model.config.__dict__.pop("quantization_config", None)
+
+
+def in_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """The model with its weights in a dtype; what is computed from its configuration stays as it is.
+
+    The frequencies of rotary embeddings are no weights. transformers keeps them in fp32 where it loads a model in half
+    precision: rounded, they turn by other angles.
+    """
+    computed = [
+        (module, name, module.get_buffer(name))
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set
+        if module._buffers.get(name) is not None
+    ]
+    model = model.to(dtype)
+    for module, name, kept in computed:
+        setattr(module, name, kept)
+    return model
 
 
 def _give_padding(model: Any, tokenizer: Any) -> None:

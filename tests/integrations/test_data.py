@@ -169,6 +169,8 @@ def test_blocks_hold_every_token_but_the_rest(llama: Path) -> None:
     blocks = data.TokenBlocks(["abc", "de"], tokenizer, 3)
     assert len(blocks) == 2
     assert blocks.tokens == 6
+    assert blocks.said == ["1 token at the end left out: less than a block of 3."]
+    assert data.TokenBlocks(["ab"], tokenizer, 3).said == []
     ids = torch.stack([blocks[0]["input_ids"], blocks[1]["input_ids"]]).flatten().tolist()
     assert ids == [*tokenizer("abc")["input_ids"], 1, *tokenizer("de")["input_ids"]]
     with pytest.raises(ValueError, match="7 tokens are less than one block of length 8"):

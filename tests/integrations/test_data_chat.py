@@ -126,6 +126,15 @@ def test_a_prompt_of_messages_has_no_loss(tokenizer: PreTrainedTokenizerFast) ->
         assert [text.strip() for text in answers(tokenizer, example, template=template)] == ["Aye!<|end|>"]
 
 
+def test_an_answer_of_no_weight_is_not_learnt(tokenizer: PreTrainedTokenizerFast) -> None:
+    example = talk(*TALK)
+    for weights, wanted in (((0, 1), ["Aye!<|end|>"]), ((1, 0), ["It helps é.<|end|>"])):
+        for message, weight in zip((example.messages[2], example.messages[4]), weights, strict=True):
+            message["weight"] = weight
+        for template in (None, MARKED):
+            assert [text.strip() for text in answers(tokenizer, example, template=template)] == wanted
+
+
 def test_tools_reach_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
     template = "{{ tools[0]['name'] + ':' if tools }}" + PLAIN
     example = data.Conversation(talk(*TALK[1:3]).messages, "a", "a", tools=({"name": "add"},))

@@ -165,6 +165,7 @@ def test_a_prompt_that_both_texts_begin_with(chosen: str, rejected: str, prompt:
         ({"messages": [{"content": "Why?"}]}, "message 1: has no role; its entries are 'content'"),
         ({"messages": [{"role": "user"}]}, "message 1: has no content, expected a text under 'content'"),
         ({"messages": [{"role": "user", "content": 3}]}, "message 1: 'content' is int, expected a text"),
+        ({"messages": [QUESTION, {**ANSWER, "weight": 0.5}]}, "message 2: its weight is 0.5, expected 0"),
         ({"messages": [{"role": "king", "content": "We"}]}, "'role' is 'king', expected one of 'user', 'human'"),
         ({"conversations": [{"from": "king", "value": "We"}]}, "'from' is 'king'"),
         (
@@ -185,6 +186,10 @@ def test_a_prompt_that_both_texts_begin_with(chosen: str, rejected: str, prompt:
         ({"chosen": [BETTER], "rejected": [WORSE]}, "do not begin with the same prompt"),
         ({"chosen": [QUESTION, BETTER], "rejected": [QUESTION, QUESTION]}, "'rejected' does not end with an answer"),
         ({"prompt": "How?", "chosen": [QUESTION, BETTER], "rejected": [QUESTION, WORSE]}, "begin with another one"),
+        (
+            {"prompt": None, "completion": "a"},
+            "its columns are 'prompt', 'completion' \\(without a value: 'prompt'\\);",
+        ),
         ({"story": "a"}, "no column 'text'; its columns are 'story'; .*'messages' or 'conversations' \\(chat\\)"),
     ],
 )

@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from finetune_helpers import causal, classify, make_folders, results
 
+import red_kernels as rk
 from red_kernels import cli
 from red_kernels.finetune.sweep import rungs
+from red_kernels.support.base_models import in_dtype
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +51,29 @@ def test_a_run_is_evaluated_on_what_it_held_out(name: str, runs: dict[str, Path]
     else:
         assert found["with edits"]["f1"] == pytest.approx(wanted["after"]["f1"])
         assert "base model" not in found
+
+
+def test_half_precision_is_that_of_transformers(folders: dict[str, Path], tmp_path: Path) -> None:
+    """What a model computes from its configuration, as frequencies, stays fp32: a run and those who load it agree."""
+    base, _ = rk.load_base_model(str(folders["llama"]), dtype=torch.bfloat16)
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.bfloat16)
+    buffers = dict(wanted.named_buffers())
+    assert any(own.dtype == torch.float32 for own in buffers.values())
+    for name, own in base.named_buffers():
+        assert own.dtype == buffers[name].dtype
+        assert torch.equal(own, buffers[name])
+    assert {own.dtype for own in base.parameters()} == {torch.bfloat16}
+    # As from a GGUF file, whose weights are unpacked in fp32.
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.float32)
+    ids = torch.arange(3, 60)[None]
+    assert torch.equal(in_dtype(whole, torch.bfloat16)(ids).logits, wanted(ids).logits)
+
+    run, figures = tmp_path / "run", tmp_path / "figures.json"
+    assert cli.main([*causal(folders, run, "--steps", "2", "--dtype", "bf16"), "--no-compare"]) == 0
+    assert cli.main(["evaluate", str(run), "--device", "cpu", "--json", str(figures)]) == 0
+    found = json.loads(figures.read_text())
+    assert found["base model"]["loss"] == pytest.approx(results(run)["before"]["loss"], rel=1e-6)
+    assert found["with edits"]["loss"] == pytest.approx(results(run)["after"]["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize(

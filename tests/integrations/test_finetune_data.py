@@ -63,19 +63,32 @@ def test_conversations(folders: dict[str, Path], tmp_path: Path, capsys: pytest.
 
 
 def test_a_template_of_ones_own(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is used for the data and for samples, and a resumed run and `evaluate` know it."""
+    """It is used for the data and for samples, and a resumed run, `evaluate` and `generate` know it."""
     data = rows(tmp_path / "chat.jsonl", list(map(chat, range(12))))
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}[/]{% endfor %}")
-    arguments = causal({**folders, "text": data}, tmp_path / "out", "--steps", "2")
+    arguments = causal({**folders, "text": data}, tmp_path / "out", "--steps", "2", "--sample", "q1")
     run(arguments, "--template", str(template))
     own = results(tmp_path / "out")
     run(causal({**folders, "text": data}, tmp_path / "other", "--steps", "2"))
     assert own["after"]["targets"] != results(tmp_path / "other")["after"]["targets"]
     assert cli.main(["evaluate", str(tmp_path / "out"), "--device", "cpu", "--json", str(tmp_path / "f.json")]) == 0
     assert json.loads((tmp_path / "f.json").read_text())["with edits"]["targets"] == own["after"]["targets"]
+    capsys.readouterr()
+    asked = ["--prompt", "q1", "--new-tokens", "48", "--device", "cpu"]
+    for source in (tmp_path / "out", tmp_path / "out" / "edits"):
+        assert cli.main(["generate", str(source), *asked]) == 0
+        assert capsys.readouterr().out == own["samples"][-1]["text"] + "\n"
+    assert cli.main(["generate", str(tmp_path / "out"), f"other={tmp_path / 'other'}", *asked]) == 0
+    both = capsys.readouterr().out
+    assert cli.main(["generate", str(tmp_path / "other"), *asked]) == 0
+    assert both == f"out: {own['samples'][-1]['text']}\nother: {capsys.readouterr().out}"
+
     assert cli.main([*arguments, "--template", "nowhere", "--overwrite"]) == cli.EXIT_ERROR
     assert "template: 'nowhere' cannot be read" in capsys.readouterr().err
+    template.write_text(template.read_text().replace("[/]", "[//]"))
+    assert cli.main(["finetune", "--output", str(tmp_path / "out"), "--resume", "--steps", "3"]) == cli.EXIT_ERROR
+    assert "template.jinja' is not what the run in" in capsys.readouterr().err
 
 
 def test_packed_conversations_are_the_same(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -150,3 +163,14 @@ def test_what_does_not_fit(
     assert cli.main(causal({**folders, "text": data}, tmp_path / "out", *more)) == cli.EXIT_ERROR
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_labelled_text_without_a_token(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizer puts nothing around a text, so that nothing is left of an empty one."""
+    table = tmp_path / "reviews.csv"
+    table.write_text("text,label\n" + "".join(f"word {n},{n % 2}\n" for n in range(20)) + '"",1\n')
+    arguments = classify({**folders, "table": table}, tmp_path / "out", "--steps", "1")
+    assert cli.main(arguments) == cli.EXIT_ERROR
+    assert "data: reviews.csv, line 22: the text '' has no token" in capsys.readouterr().err

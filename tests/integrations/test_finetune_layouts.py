@@ -68,6 +68,7 @@ def test_a_layout_is_one_run(layout: str, folders: dict[str, Path], alone: Path,
     arguments = classify(folders, output, *LABELLED, "--dtype", "fp32", *options)
     done = launched(arguments, count, [str(HERE / "layout_worker.py"), str(tmp_path)])
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "merge will refuse" not in done.stdout  # it takes the files, which are whole
     assert_near(alone / "labelled 4", output / "edits", NEAR)
     found, expected = results(output), record(alone / "labelled")["results"]
     assert found["reloaded"]["targets"] == expected["before"]["targets"]
@@ -97,6 +98,7 @@ def test_another_layout_goes_on(folders: dict[str, Path], alone: Path, tmp_path:
     assert_near(alone / "text" / "edits", output / "edits", NEAR)
     assert [own["step"] for own in results(output)["samples"]] == [0, 4, 6]
     assert "tokens/s" in done.stdout
+    assert "merge will refuse" not in done.stdout
     assert record(output)["settings"]["tp"] == 2  # as a run that goes on without the option takes it
 
 

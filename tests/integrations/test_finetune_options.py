@@ -45,11 +45,14 @@ def test_epochs_are_so_many_steps(items: int, batch: int, accumulate: int, epoch
     assert settings.total_steps(items) == steps
 
 
-def test_epochs(folders: dict[str, Path], tmp_path: Path) -> None:
-    """The steps that were foretold are those of the passes that Trainer counts."""
+def test_epochs(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The steps that were foretold are those of the passes that Trainer counts; what they leave out is said."""
     run(classify(folders, tmp_path / "out", "--epochs", "2", "--batch-size", "8", "--accumulate", "2"))
     assert results(tmp_path / "out")["steps"] == 14  # 108 texts, 13 full batches, 7 steps of two, the last one of one
     assert history(tmp_path / "out")[-1]["epoch"] == pytest.approx(2)
+    assert (
+        "Each pass over the data leaves out 4 items, others each time: batches are of 8, and" in capsys.readouterr().out
+    )
 
 
 def test_accumulated_batches_are_one_large_one(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -186,6 +189,8 @@ def test_scores_of_a_classifier(folders: dict[str, Path], tmp_path: Path) -> Non
 
 # ---- where settings come from
 
+YES_OR_NO = ("packing", "checkpointing", "fsdp", "overwrite", "no-compare", "no-header")
+
 
 def test_a_run_from_its_own_config(folders: dict[str, Path], tmp_path: Path) -> None:
     """`config.yaml` is complete: another folder gets the same run from it alone."""
@@ -220,15 +225,30 @@ def test_settings_come_back_from_their_options() -> None:
     ("steps: 3\nepochs: 1", "steps and epochs: got 3 and 1, expected one"),
     ("warmup: -1", "warmup: got -1, expected a number, 0 or more"),
     ("schedule: sudden", "schedule: got 'sudden', expected one of"),
+    *((f"{name}: 'no'", f"{name.replace('-', '_')}: got 'no', expected true or false") for name in YES_OR_NO),
+    *((f"{name}: 3", f"{name}: got 3, expected a text") for name in ("model", "template", "device", "output")),
+    ("sample: 3", "sample: got 3, expected texts"),
+    ("text-column: [a]", "text_column: got .'a'., expected a text"),
+    ("validation: [a.txt, 5]", "validation: got .'a.txt', 5., expected texts"),
+    ("seed: abc", "seed: got 'abc', expected a whole number"),
+    ("seed: -1", "seed: got -1, expected a whole number"),
 ])  # fmt: skip
 def test_a_config_that_is_wrong(
     content: str, message: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run.yaml").write_text(content)
-    arguments = ["finetune", "--config", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "out")]
-    assert cli.main([*arguments, "--data", str(folders["text"])]) == cli.EXIT_ERROR
+    arguments = ["finetune", "--config", str(tmp_path / "run.yaml"), "--data", str(folders["text"])]
+    output = [] if content.startswith("output") else ["--output", str(tmp_path / "out")]
+    assert cli.main([*arguments, *output]) == cli.EXIT_ERROR
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def test_no_data_is_not_the_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("data: []\n")
+    arguments = ["finetune", "--config", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--steps", "1"]) == cli.EXIT_ERROR
+    assert "data: got (), expected one or several files" in capsys.readouterr().err
 
 
 def test_resume_alone(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +259,23 @@ def test_resume_alone(folders: dict[str, Path], tmp_path: Path, monkeypatch: pyt
     run(causal(folders, tmp_path / "whole", "--steps", "6", "--save-every", "3", "--lr", "2e-2"))
     assert_equal_runs(output, tmp_path / "whole")
     assert record(output)["settings"]["learning_rate"] == 2e-2
+
+
+def test_patience_that_is_new_in_a_resumed_run(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It begins to count there; and a run that was broken off cannot end before the steps that it has done."""
+    output = tmp_path / "out"
+    run(causal(folders, output, "--steps", "3", "--save-every", "3", "--lr", "1e-9"))
+    more = ["--steps", "7", "--eval-every", "1", "--save-every", "1", "--patience", "2"]
+    assert cli.main(["finetune", "--output", str(output), "--resume", *more]) == 0
+    assert results(output)["steps"] < 7
+
+    broken_off = {**record(output), "state": "interrupted"}
+    (output / "run.json").write_text(json.dumps(broken_off))
+    assert cli.main(["finetune", "--output", str(output), "--resume", "--steps", "2"]) == cli.EXIT_ERROR
+    assert "steps, and 2 are asked for" in capsys.readouterr().err
+    assert record(output) == broken_off
 
 
 def test_a_run_of_an_older_version_goes_on(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -169,9 +170,21 @@ def test_dpo_begins_at_log_2(checkpointing: bool, tmp_path: Path) -> None:
         optimizers=optimizer(model),
     )
     assert type(trainer).__name__ == "RedDPOTrainer"
+    assert trainer.args.gradient_checkpointing is checkpointing
     trainer.train()
     assert watch.losses[0] == pytest.approx(math.log(2), abs=1e-4)  # TRL rounds what it logs
     assert watch.losses[2] < watch.losses[0] - 1e-3
+
+
+def test_checkpointing_by_the_name_of_transformers(tmp_path: Path) -> None:
+    """The newer name as the former one, off by default; and no option that was not given is warned of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*gradient_checkpointing. is deprecated", category=FutureWarning)
+        off = trl_trainers.dpo_trainer(patched(), tokenizer(), preferences(), arguments(tmp_path))
+        named = arguments(tmp_path, **{trl_trainers.CHECKPOINTING: True})
+        on = trl_trainers.dpo_trainer(patched(), tokenizer(), preferences(), named)
+    assert not off.args.gradient_checkpointing
+    assert on.args.gradient_checkpointing
 
 
 def test_the_reference_is_the_base_model(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def _tokens(
             "assistant; --loss-on all also learns from conversations without a last answer"
         )
     chosen = template if template is not None else tokenizer.get_chat_template(tools=example.tools or None)
-    if example.asked == 0 and _MARKED.search(chosen):
+    if example.asked == 0 and _MARKED.search(chosen) and not any(map(_weightless, example.messages)):
         return ids, _marked(example, tokenizer, template, ids), False
     spans = _answers(example, text, tokenizer, template)
     # A token that begins in an answer and goes on behind it is an answer's, but not for a blank in front alone.
@@ -184,11 +184,16 @@ def _tokens(
     return ids, answer, any(begin < first < stop for first, _ in spans for begin, _, stop in places)
 
 
+def _weightless(message: Message) -> bool:
+    """Whether a message has a weight, as OpenAI's form has, of 0: it is read, and not learnt."""
+    return message.get("weight") == 0
+
+
 def _answers(example: Conversation, text: str, tokenizer: Any, template: str | None) -> list[Span]:
     """Where in a rendered conversation its answers are: each begins where the conversation before it ends."""
     spans = []
     for place, message in enumerate(example.messages):
-        if message["role"] != ASSISTANT or place < example.asked:
+        if message["role"] != ASSISTANT or place < example.asked or _weightless(message):
             continue
         if place == 0:
             raise ValueError(

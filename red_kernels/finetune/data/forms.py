@@ -75,12 +75,18 @@ def examples_of(
         if found != form:
             expected = f"{form!r}, as {first} is" if first else repr(form)
             raise ValueError(
-                f"data: {row.where}: is of the form {found!r} by its columns {listed(row.values)}, expected "
+                f"data: {row.where}: is of the form {found!r} by its columns {_columns(row)}, expected "
                 f"{expected}; all data has to be of one form"
             )
         unused.update(dict.fromkeys(name for name in row.values if name not in used))
         examples.append(_MAKERS[form](row, f"{source} #{number}", used, columns))
     return form, examples, list(unused)
+
+
+def _columns(row: Row) -> str:
+    """The columns of a row for a message: those without a value tell no form."""
+    empty = [name for name, value in row.values.items() if value is None]
+    return listed(row.values) + (f" (without a value: {listed(empty)})" if empty else "")
 
 
 def missing_column(row: Row, name: str, labelled: bool) -> ValueError:
@@ -89,7 +95,7 @@ def missing_column(row: Row, name: str, labelled: bool) -> ValueError:
     forms = "" if labelled else f"; a form of data is told from its columns: {KNOWN}"
     first_row = ", or say --no-header if the first row is data" if row.separated else ""
     return ValueError(
-        f"data: {row.where}: has no column {name!r}; its columns are {listed(row.values)}{forms}; name the right ones "
+        f"data: {row.where}: has no column {name!r}; its columns are {_columns(row)}{forms}; name the right ones "
         f"by {options}{first_row}"
     )
 

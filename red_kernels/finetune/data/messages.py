@@ -75,6 +75,8 @@ def _message(value: Any, where: str) -> Message:
     content = given.pop(content_name, None)
     if content is None and not given.get("tool_calls"):
         raise ValueError(f"data: {where}: has no content, expected a text under {content_name!r}")
+    if given.get("weight", 1) not in (0, 1):
+        raise ValueError(f"data: {where}: its weight is {shown(given['weight'])}, expected 0 (not learnt) or 1")
     text = check_text(_joined("" if content is None else content, where), where, content_name)
     return {"role": ROLES[role.strip().lower()], "content": text, **given}
 

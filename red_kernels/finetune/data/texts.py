@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from ...support.parse import shown
 from .examples import Document
 
 
 class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
     """Texts joined by the end-of-text token and cut into blocks of `length` tokens; the rest is left off.
 
-    Each item is `{"input_ids": (length,), "labels": (length,)}`, int64. `tokens` counts what the blocks hold.
+    Each item is `{"input_ids": (length,), "labels": (length,)}`, int64. `tokens` counts what the blocks hold, `said`
+    has a sentence about the rest, if there is one.
     """
 
     def __init__(self, texts: Iterable[str], tokenizer: Any, length: int) -> None:
@@ -29,6 +31,9 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
         count = len(stream) // length
         if count == 0:
             raise ValueError(f"data: {len(stream)} tokens are less than one block of length {length}")
+        rest = len(stream) - count * length
+        tokens = "token" if rest == 1 else "tokens"
+        self.said = [f"{rest:,} {tokens} at the end left out: less than a block of {length:,}."] if rest else []
         self._blocks = torch.tensor(stream[: count * length], dtype=torch.int64).view(count, length)
 
     @property
@@ -46,7 +51,8 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
 class LabelledTexts(Dataset[dict[str, Any]]):
     """Tokenised texts with the number of their label, cut to `length` tokens; `truncated` counts those that were.
 
-    Without `label_ids` the labels are the documents' scores, for a regression.
+    Without `label_ids` the labels are the documents' scores, for a regression. Raises ValueError for a text without a
+    token, which has nothing to tell its label by.
     """
 
     def __init__(
@@ -55,6 +61,10 @@ class LabelledTexts(Dataset[dict[str, Any]]):
         texts = [document.text for document in documents]
         full = tokenizer(texts, verbose=False)["input_ids"] if texts else []
         cut = tokenizer(texts, truncation=True, max_length=length)["input_ids"] if texts else []
+        for ids, document in zip(cut, documents, strict=True):
+            if not ids:
+                where = document.where or document.name
+                raise ValueError(f"data: {where}: the text {shown(document.text)} has no token; remove the row")
         self.truncated = sum(len(long) > len(short) for long, short in zip(full, cut, strict=True))
         self._items = [
             {
