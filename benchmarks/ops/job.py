@@ -34,7 +34,6 @@ from .timing import FLOOR, PASSES, Candidate, Times, device_times, gradients, ho
 
 JOB = "ops"
 INPUTS = ("fresh", "warm")
-KNOWN = tuple(dict.fromkeys(one.name for kind in ("cpu", "cuda") for one in implementations(torch.device(kind))))
 # Widths are those of RoBERTa-base, GPT-2 and T5-base (768), RoBERTa-large and GPT-2 medium (1,024), and Llama of 1B, 7B
 # and 70B (2,048, 4,096, 8,192); on a GPU others between and above.
 Sizes = tuple[tuple[int, ...], tuple[int, ...]]  # widths and rows
@@ -46,6 +45,12 @@ MOST_ON_GPU = 135_000_000
 WARM_OPERATIONS = (("edit_add_rms_norm", ""), ("edit_add_layer_norm", ""))
 HOST_SHAPE = {"cpu": (4, 64), "cuda": (512, 768)}
 GPU_ROUNDS = 15
+
+
+@functools.cache
+def implementation_names() -> tuple[str, ...]:
+    """The names of all implementations, on any device. It imports the packages of those for GPUs, which takes long."""
+    return tuple(dict.fromkeys(one.name for kind in ("cpu", "cuda") for one in implementations(torch.device(kind))))
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,8 @@ class Settings:
         if self.rows is not None and self.elements is not None:
             raise ValueError("rows and elements: got both, expected one of them at most")
         for value in self.implementations or ():
-            if value not in KNOWN:
-                raise ValueError(f"implementations: got {value!r}, expected some of {', '.join(KNOWN)}")
+            if value not in implementation_names():
+                raise ValueError(f"implementations: got {value!r}, expected some of {', '.join(implementation_names())}")
         for field in ("widths", "rows", "elements"):
             for value in getattr(self, field) or ():
                 if value < 1:

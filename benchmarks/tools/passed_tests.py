@@ -23,6 +23,11 @@ def _file() -> Path:
     return Path(name)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # the process that gives xdist's workers their tests hears of them too
+        config.pluginmanager.register(_Writer())
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     path = _file()
@@ -32,16 +37,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item.nodeid not in passed]
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_logreport(report: pytest.TestReport) -> Iterator[None]:
-    yield
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        return  # the process that gave the worker its test hears of it too, and writes alone
-    state = _outcomes.setdefault(report.nodeid, [])
-    state.append(report.outcome)
-    if report.when == "teardown" and "failed" not in _outcomes.pop(report.nodeid):
-        with _file().open("a", encoding="utf-8") as file:
-            file.write(report.nodeid + "\n")
+class _Writer:
+    def __init__(self) -> None:
+        self._outcomes: dict[str, list[str]] = {}
 
-
-_outcomes: dict[str, list[str]] = {}
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> Iterator[None]:
+        yield
+        self._outcomes.setdefault(report.nodeid, []).append(report.outcome)
+        if report.when == "teardown" and "failed" not in self._outcomes.pop(report.nodeid):
+            with _file().open("a", encoding="utf-8") as file:
+                file.write(report.nodeid + "\n")

@@ -70,6 +70,7 @@ def watch(model: nn.Module, sites: Iterable[tuple[Site, nn.Module | None, str]])
     found = Watch()
     for site, layer, name in sites:
         site.own.watched = True
+        take_reached(site.own)  # others that lay at this address may have run without being asked
         if layer is None:
             found.alone.append(site)
             continue

@@ -14,6 +14,9 @@ from patch_helpers import layers_of
 from torch import nn
 
 import red_kernels as rk
+from red_kernels.fusion import scopes
+from red_kernels.fusion.site import take_reached
+from red_kernels.patching.watch import stop_watching, watch
 
 SITES = {
     "llama": ("model.layers.1", "mlp", "down_proj"),
@@ -148,6 +151,23 @@ def test_a_forward_that_passes_the_site_by(where, when, monkeypatch):
     message = rf"layers\.{at}\.mlp\.down_proj was not applied: the forward of its LlamaDecoderLayer did not call"
     with pytest.raises(RuntimeError, match=message):
         run(model, "llama")
+
+
+def test_what_ran_before_it_was_watched_does_not_count():
+    """Edits are known by their addresses, and a new one may lie where another one ran and was freed."""
+    model = zoo.tiny("llama")
+    rk.patch(model)
+    layers = list(model.model.layers)
+    sites = [
+        (site, layer, f"model.layers.{at}") for at, layer in enumerate(layers) for site in layer.__dict__[scopes.SITES]
+    ]
+    for layer in layers:
+        layer.mlp(torch.randn(1, 2, zoo.HIDDEN))  # outside of its layer, which asks
+    for module in (model, *layers):
+        stop_watching(module)
+    watch(model, sites)
+    assert [take_reached(site.own) for site, _, _ in sites] == [False] * len(sites)
+    run(model, "llama")
 
 
 def test_lora_first_and_taken_off_after():
