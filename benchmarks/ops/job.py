@@ -90,7 +90,9 @@ class Settings:
             raise ValueError("rows and elements: got both, expected one of them at most")
         for value in self.implementations or ():
             if value not in implementation_names():
-                raise ValueError(f"implementations: got {value!r}, expected some of {', '.join(implementation_names())}")
+                raise ValueError(
+                    f"implementations: got {value!r}, expected some of {', '.join(implementation_names())}"
+                )
         for field in ("widths", "rows", "elements"):
             for value in getattr(self, field) or ():
                 if value < 1:
