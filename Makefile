@@ -40,7 +40,7 @@ help:
 	@echo "make demo      fine-tune a language model on fused kernels and show what came of it (into $(DEMO)/)"
 	@echo "make demo-chat fine-tune it on 110 short conversations and show answers before and after (into $(DEMO)-chat/)"
 	@echo "make test      format, lint and type checks, the build (of the CUDA kernels too where there is nvcc), all tests"
-	@echo "make bench     the whole benchmark suite, into $(BENCH)/ (six hours, of which quality takes five; goes on where it ended)"
+	@echo "make bench     the whole benchmark suite, into $(BENCH)/ (hours; goes on where it ended)"
 	@echo "make report    the README's figures and docs/performance.md, written from benchmarks/results/"
 	@echo "make lint      the checks alone;  make format  mends what can be mended"
 	@echo "make test-nightly  all cases, the main part in a random order; SEED=... repeats one (hours)"
