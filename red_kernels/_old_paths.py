@@ -39,7 +39,7 @@ _MODULES = {
     "integrations.measure": "finetune.measure",
     "integrations.merged_folder": "merging.folder",
     "integrations.output_folder": "support.output_folder",
-    "integrations.peft_folder": "checkpoints.peft_folder",
+    "integrations.peft_folder": "checkpoints.peft_folder checkpoints.peft_names",
     "integrations.progress": "finetune.progress",
     "integrations.report": "finetune.report",
     "integrations.resume": "finetune.resume",

@@ -16,6 +16,7 @@ from ..support.files import write_files
 from ..support.text import listed
 from .found import Found
 from .hub import ID, is_hub_id
+from .peft_names import is_peft_folder
 from .reading import located_folder, read_described
 
 __all__ = ["CARD_NAME", "is_own_card", "renamed_card", "write_model_card"]
@@ -163,6 +164,10 @@ def _card(
         "`pip install red-kernels` installs what this needs. The first line loads the base model, patches it, and "
         "loads the edits" + (" and the trained head." if found.trained is not None else "."),
     ]
+    if is_peft_folder(found.source.parent):
+        parts.append(
+            "`peft.PeftModel.from_pretrained` takes them too, once `red_kernels.integrations.peft` is imported."
+        )
     return "\n\n".join(parts) + "\n"
 
 

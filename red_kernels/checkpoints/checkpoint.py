@@ -1,10 +1,11 @@
 """Saving the edits of a patched model, and loading them back, the RED authors' files included.
 
-A saved folder holds one small file, `red_edits.safetensors`. It has one tensor `(width,)` per vector, named as in the
-`state_dict` of a model with one edit: `<site>.red_edit.scale`, `<site>.red_edit.bias`, and for kind `ln` also
-`norm_weight` and `norm_bias`. Its metadata describes the edits, so that `saved_config` can tell how another copy of the
-base model has to be patched. A trained head is beside it, in `red_head.safetensors`; `folder.py` says how both
-are kept together. Folders of earlier versions have the description in a `red_config.json`.
+A saved folder holds the edits in one small file, `red_edits.safetensors`. It has one tensor `(width,)` per vector,
+named as in the `state_dict` of a model with one edit: `<site>.red_edit.scale`, `<site>.red_edit.bias`, and for kind
+`ln` also `norm_weight` and `norm_bias`. Its metadata describes the edits, so that `saved_config` can tell how another
+copy of the base model has to be patched. A trained head is beside it, in `red_head.safetensors`; `folder.py` says how
+both are kept together. Folders of earlier versions have the description in a `red_config.json`. Beside these files lies
+the same in PEFT's form, which this package never reads while its own form is there.
 
 The authors' form is read and written by `authors.py`.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,8 @@ from .model_facts import (
     set_labels,
     weights_print,
 )
+from .peft_names import beside_files, has_room
+from .peft_write import beside_own
 from .reading import located
 from .reading import read as read
 from .reading import saved_config as saved_config
@@ -91,8 +94,14 @@ class LoadReport:
         return "\n".join([text, *(f"warning: {warning}" for warning in self.warnings)])
 
 
-def save_edits(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
+def save_edits(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, *, peft: bool = True) -> Path:
     """Save an edit of a patched model: one safetensors file of a few hundred kilobytes, its description included.
+
+    Beside it the same is written in PEFT's form (`adapter_config.json`, `adapter_model.safetensors`), so that
+    `PeftModel.from_pretrained(model, folder)` takes the folder once `red_kernels.integrations.peft` is imported. Three
+    cases have no such form: the position `res` or `res_with_attn`, whose sites may be whole layers, which PEFT does not
+    wrap; a folder with the `config.json` of a model, which transformers would take for an adapter; a folder with an
+    adapter that something else has written, which stays.
 
     The file is written to a temporary name, synced and renamed: a crash leaves the former file or the new one, and a
     reader meets one of both. Saves into the same folder wait for each other. Vectors that are computed from others (a
@@ -105,6 +114,7 @@ def save_edits(model: nn.Module, folder: str | os.PathLike[str], name: str | Non
         folder: where to save; made if missing. Files of an earlier save are replaced, a trained head of one is removed,
             others are left alone.
         name: which of the model's edits; None for the active one. The file does not depend on it.
+        peft: whether to write PEFT's form too.
 
     Returns:
         The folder.
@@ -114,14 +124,19 @@ def save_edits(model: nn.Module, folder: str | os.PathLike[str], name: str | Non
             values.
         OSError: the folder cannot be written to (read-only, full, a file of that name); nothing is left behind.
     """
-    return save_with_head(model, folder, name, {})
+    return save_with_head(model, folder, name, {}, peft=peft)
 
 
 def save_with_head(
-    model: nn.Module, folder: str | os.PathLike[str], name: str | None, head: Mapping[str, nn.Parameter]
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str | None,
+    head: Mapping[str, nn.Parameter],
+    *,
+    peft: bool = True,
 ) -> Path:
     """As `save_edits`, with parameters that were trained beside the edits, by their names in the model."""
-    return _save(model, folder, edit_config(model), name, head)
+    return _save(model, folder, edit_config(model), name, head, peft)
 
 
 @beside_pretrained
@@ -131,6 +146,7 @@ def _save(
     config: RedConfig,
     name: str | None = None,
     head: Mapping[str, nn.Parameter] | None = None,
+    peft: bool = False,
 ) -> Path:
     """As `save_with_head`, of a patched model or of a part of one."""
     head = {} if head is None else head
@@ -147,23 +163,45 @@ def _save(
     prefix = inner_prefix(inner_model(model)[1], vectors)
     base = Base(base_model_name(model), base_revision(model), weights_print(model), architecture(model))
     saved = make_saved(config, vectors, base, prefix, trained)
+    beside = beside_own(config, vectors, base, trained) if peft else {}
     target = Path(folder)
     every = [*(own for parts in tensors.values() for own in parts.values()), *head.values()]
-    write_from_one(every, lambda: write_saved(target, saved))
+    write_from_one(every, lambda: write_saved(target, saved, beside))
     return target
 
 
-def write_saved(folder: Path, saved: Saved) -> None:
-    """Put a saved state in place of the former one in a folder, in one step; made if missing. Raises OSError."""
+def write_saved(folder: Path, saved: Saved, beside: Mapping[str, bytes] | None = None) -> tuple[Path, ...]:
+    """Put a saved state in place of the former one in a folder, in one step; made if missing.
+
+    Args:
+        folder: where to.
+        saved: the state in our own form.
+        beside: the same in PEFT's form, of `beside_own`; written where there is room for it.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        OSError: the folder cannot be written to; the former state stays.
+    """
     with made_folder(folder), locked(folder):
-        write_files(folder, saved.contents(folder))
+        former = beside_files(folder)
+        beside = beside if beside and has_room(folder) else {}
+        # PEFT's form first: our own, the last one, decides. A config of other edits must not meet the new vectors.
+        write_files(folder, {**beside, **saved.contents(folder)}, _unlike(former[:1], beside))
         # The new state is there. What follows is tidying, which a reader can do without.
         with contextlib.suppress(OSError):
             if saved.mark is not None:
                 os.replace(marked_head(folder, saved.mark), folder / HEAD_NAME)
-            for path in stale_files(folder, saved.mark):
+            for path in (*stale_files(folder, saved.mark), *(() if beside else former)):
                 path.unlink(missing_ok=True)
             sync_folder(folder)
+    return tuple(folder / name for name in (*saved.names, *beside))
+
+
+def _unlike(paths: Iterable[Path], contents: Mapping[str, bytes]) -> list[Path]:
+    """Those of some files that have another content than is given for their names, or for which none is given."""
+    return [path for path in paths if path.exists() and path.read_bytes() != contents.get(path.name)]
 
 
 def load_edits(

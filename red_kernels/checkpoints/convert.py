@@ -17,8 +17,8 @@ from .checkpoint import write_saved
 from .folder import CONFIG_NAME, HEAD_NAME, TENSORS_NAME, Base, Head, Saved, config_of, make_saved
 from .found import Found
 from .infer import config_from_model, config_from_names, kind_of
-from .peft_folder import TENSORS_NAMES as PEFT_TENSORS
-from .peft_write import PEFT_NAMES, write_peft
+from .peft_names import TENSORS_NAMES as PEFT_TENSORS
+from .peft_write import PEFT_NAMES, beside_own, whole_layers, write_peft
 from .reading import located, read
 from .vectors import SiteTensors
 
@@ -148,19 +148,20 @@ def _to_own(content: _Content, target: Path, overwrite: bool) -> Conversion:
     saved = content.saved()
     replaced = (*saved.names, CONFIG_NAME)  # that of an earlier version goes
     _refuse(target, (TENSORS_NAME, CONFIG_NAME, HEAD_NAME), replaced, overwrite)
-    write_saved(target, saved)
-    return _conversion(target, list(saved.names), content.vectors, content.what, content.notes)
+    beside = beside_own(content.config, content.vectors, content.base, content.head)
+    return _conversion(write_saved(target, saved, beside), content.vectors, content.what, content.notes)
 
 
 def _to_peft(content: _Content, target: Path, overwrite: bool) -> Conversion:
-    _refuse(target, (*PEFT_NAMES, *PEFT_TENSORS), PEFT_NAMES, overwrite)
+    _refuse(target, (TENSORS_NAME, *dict.fromkeys((*PEFT_NAMES, *PEFT_TENSORS))), PEFT_NAMES, overwrite)
     write_peft(target, content.config, content.vectors, content.base, content.head)
     notes = [*content.notes, "PEFT loads it once red_kernels.integrations.peft is imported"]
     if content.config.edit_kind.shared:
         notes.append("PEFT will warn of missing keys: those of the other sites, which have the same vectors")
-    if content.config.sites is None and content.config.position in ("res", "res_with_attn"):
+    if whole_layers(content.config):
         notes.append("PEFT cannot wrap a whole layer, and refuses the adapter where such a layer is a site")
-    return _conversion(target, list(PEFT_NAMES), content.vectors, f"{content.what}, in PEFT's form", notes)
+    files = tuple(target / name for name in PEFT_NAMES)
+    return _conversion(files, content.vectors, f"{content.what}, in PEFT's form", notes)
 
 
 def _left_out(beside: Path, source: Path) -> list[str]:
@@ -247,7 +248,7 @@ def _to_authors(found: Found, source: Path, target: Path, model: str | None, ove
     _refuse(target, (VECTORS_NAME, CLASSIFIER_NAME), names, overwrite)
     write_authors(target, found.vectors, prefix, head)
     what = f"kind {kind!r}, in the authors' form" + (f" ({prefix!r} taken off the site names)" if prefix else "")
-    return _conversion(target, names, found.vectors, what, notes)
+    return _conversion(tuple(target / name for name in names), found.vectors, what, notes)
 
 
 def _authors_head(found: Found, head: Head) -> dict[str, torch.Tensor]:
@@ -273,6 +274,6 @@ def _refuse(target: Path, possible: tuple[str, ...], new: Iterable[str], overwri
         )
 
 
-def _conversion(target: Path, names: list[str], vectors: SiteTensors, what: str, notes: list[str]) -> Conversion:
+def _conversion(files: tuple[Path, ...], vectors: SiteTensors, what: str, notes: list[str]) -> Conversion:
     parameters = sum(own.numel() for parts in vectors.values() for own in parts.values())
-    return Conversion(tuple(target / name for name in names), len(vectors), parameters, what, tuple(notes))
+    return Conversion(files, len(vectors), parameters, what, tuple(notes))

@@ -25,6 +25,7 @@ from ..edits.config import RedConfig
 from ..edits.kinds import kind_named
 from ..support.files import locked
 from ..support.text import listed
+from .peft_names import beside_files
 from .vectors import SiteTensors, checked_tensor, collect, split_key
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "read_folder",
     "remove_saved",
     "stale_files",
+    "tensors_file",
 ]
 
 FORMAT = "red_kernels edits"
@@ -193,7 +195,8 @@ def remove_saved(folder: Path) -> None:
     """Remove the files of a save, and the folder if nothing else is in it. Raises OSError where that cannot be done."""
     if not folder.is_dir():
         return
-    for path in (folder / TENSORS_NAME, *stale_files(folder, None)):  # the edits first: without them there is no state
+    # The edits first: without them, and without the adapter beside them, there is no state.
+    for path in (*beside_files(folder), folder / TENSORS_NAME, *stale_files(folder, None)):
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
@@ -375,13 +378,17 @@ def _parse(path: Path, content: bytes) -> tuple[dict[str, torch.Tensor], dict[st
 
 
 def _file(tensors: Mapping[str, torch.Tensor], said: Mapping[str, Any]) -> bytes:
-    """A safetensors file with a description in its metadata; the same bytes for the same content.
+    return tensors_file(tensors, {_DESCRIPTION: json.dumps(said)})
+
+
+def tensors_file(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with entries in its metadata; the same bytes for the same content.
 
     The library writes the entries of the metadata in an order of chance.
     """
     plain = safetensors.torch.save(dict(tensors))
     start = 8 + int.from_bytes(plain[:8], "little")
-    metadata = {"format": "pt", _DESCRIPTION: json.dumps(said)}
+    metadata = {"format": "pt", **metadata}
     header = json.dumps({"__metadata__": metadata, **json.loads(plain[8:start])}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + plain[start:]

@@ -18,19 +18,12 @@ from ..support.text import listed
 from .folder import Base, Head, Saved, make_saved
 from .found import Found
 from .infer import config_from_names, kind_of, layers_by_stack
+from .peft_names import CONFIG_NAME, PREFIX, TENSORS_NAMES
 from .vectors import SiteTensors, checked_tensor, collect, load_pickled, split_key
 
-__all__ = ["PeftFolder", "is_peft_folder", "read_peft", "read_peft_folder"]
+__all__ = ["PeftFolder", "read_peft", "read_peft_folder"]
 
-CONFIG_NAME = "adapter_config.json"
-TENSORS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
-PREFIX = "base_model.model."
 _KEPT = {"model", "transformer", "encoder", "decoder", "layers", "layer", "h", "blocks"}  # in the authors' names
-
-
-def is_peft_folder(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds an adapter of PEFT, of any method."""
-    return (Path(folder) / CONFIG_NAME).is_file()
 
 
 @dataclass(frozen=True)

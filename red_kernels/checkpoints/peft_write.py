@@ -1,26 +1,27 @@
-"""Writing saved edits as the folder of a RED adapter, which PEFT loads. PEFT itself is not needed for that."""
+"""Saved edits in PEFT's form: the files of a RED adapter, which PEFT loads. PEFT itself is not needed for that."""
 
 from __future__ import annotations
 
 import fnmatch
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from ..edits.config import RedConfig
 from ..support.files import locked, made_folder, write_files
-from .folder import Base, Head
-from .peft_folder import CONFIG_NAME, PREFIX, TENSORS_NAMES
+from .folder import TENSORS_NAME, Base, Head, tensors_file
+from .peft_names import BESIDE, CONFIG_NAME, PREFIX, TENSORS_NAMES
 from .vectors import SiteTensors
 
-__all__ = ["PEFT_NAMES", "write_peft"]
+__all__ = ["PEFT_NAMES", "beside_own", "whole_layers", "write_peft"]
 
 PEFT_NAMES = (TENSORS_NAMES[0], CONFIG_NAME)
 _BY_POSITION = ("ia3",)  # edits inputs and outputs, which only the model's own table tells apart
+_WHOLE_LAYERS = ("res", "res_with_attn")
 _LANGUAGE_MODEL = "ForCausalLM"
 
 
@@ -37,14 +38,30 @@ def write_peft(folder: Path, config: RedConfig, vectors: SiteTensors, base: Base
     Raises:
         OSError: the folder cannot be written to; what was there stays.
     """
+    with made_folder(folder), locked(folder):
+        write_files(folder, _files(config, vectors, base, head, {}))
+
+
+def beside_own(config: RedConfig, vectors: SiteTensors, base: Base, head: Head | None) -> dict[str, bytes]:
+    """The same files for a folder of `rk.save_edits`, marked as such; {} where PEFT has no place for the edits."""
+    return {} if whole_layers(config) else _files(config, vectors, base, head, {BESIDE: TENSORS_NAME})
+
+
+def whole_layers(config: RedConfig) -> bool:
+    """Whether the sites may be whole layers, which PEFT cannot wrap."""
+    return config.sites is None and config.position in _WHOLE_LAYERS
+
+
+def _files(
+    config: RedConfig, vectors: SiteTensors, base: Base, head: Head | None, metadata: Mapping[str, str]
+) -> dict[str, bytes]:
     tensors = {f"{site}.red_edit.{part}": own for site, parts in vectors.items() for part, own in parts.items()}
     tensors |= {} if head is None else head.values
     # A copy each: safetensors refuses tensors that share memory, as the vectors of shared kinds do.
     content = {f"{PREFIX}{name}": own.clone(memory_format=torch.contiguous_format) for name, own in tensors.items()}
     said = json.dumps(_said(config, vectors, base, head), indent=2) + "\n"
-    files = {PEFT_NAMES[0]: safetensors.torch.save(content, {"format": "pt"}), CONFIG_NAME: said.encode()}
-    with made_folder(folder), locked(folder):
-        write_files(folder, files)
+    # The config last: without it there is no adapter.
+    return {PEFT_NAMES[0]: tensors_file(content, metadata), CONFIG_NAME: said.encode()}
 
 
 def _said(config: RedConfig, vectors: SiteTensors, base: Base, head: Head | None) -> dict[str, Any]:

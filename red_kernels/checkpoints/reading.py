@@ -10,7 +10,8 @@ from .authors import VECTORS_NAME, read_authors, read_vectors
 from .folder import TENSORS_NAME, config_of, is_own_folder, read_description, read_file, read_folder
 from .found import Found
 from .hub import fetched
-from .peft_folder import is_peft_folder, read_peft, read_peft_folder
+from .peft_folder import read_peft, read_peft_folder
+from .peft_names import is_peft_folder
 
 __all__ = ["RUN_EDITS", "located", "located_folder", "read", "read_described", "saved_config"]
 

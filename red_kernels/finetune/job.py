@@ -103,6 +103,9 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     data = tokenised(settings, base, loaded, labels, console)
     steps = _total_steps(settings, run, len(data.train))
     _say_what_fills_no_batch(settings, steps, len(data.train), console)
+    if settings.warmup >= steps:
+        said = f"it rises for {settings.warmup:g} steps, and there are {steps}."
+        console.print(f"Note: the rate never reaches {settings.learning_rate:g}: {said}", highlight=False)
     patched = _edited(settings, base, config, processes)
     console.print(str(replace(patched, frozen_head=())), highlight=False)  # the head is not to stay frozen
     if not processes.in_parts:  # else it would be of the parts, which are not what is merged

@@ -47,17 +47,17 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: own for name, own in model.named_parameters() if own.requires_grad and id(own) not in edits}
 
 
-def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+def save_trained(model: nn.Module, folder: str | os.PathLike[str], *, peft: bool = True) -> Path:
     """Save all that was trained: the edits as `rk.save_edits` does, and a trainable head beside them (`HEAD_NAME`).
 
     Both become valid in one step: a crash leaves the former state or the new one. The names of the labels are saved
-    with the head.
+    with the head. ``peft``: write PEFT's form too, as `rk.save_edits` does.
 
     Raises:
         ValueError: the model is not patched.
         OSError: the folder cannot be written to; no partial file is left.
     """
-    return save_with_head(model, folder, None, head_parameters(model))
+    return save_with_head(model, folder, None, head_parameters(model), peft=peft)
 
 
 def load_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -141,7 +141,7 @@ class RedTrainer(Trainer):
         """Save what was trained into a folder, by `save_trained`. All processes have to call this."""
         model = self._inner_model()
         if any(map(is_sharded, model.parameters())):
-            save_trained(model, str(output_dir or self.args.output_dir))  # which gathers it from all processes
+            self._save_trained(model, output_dir)  # which gathers it from all processes
             if self.args.push_to_hub and not _internal_call:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         else:
@@ -149,7 +149,11 @@ class RedTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
-            save_trained(self._inner_model(), str(output_dir or self.args.output_dir))
+            self._save_trained(self._inner_model(), output_dir)
+
+    def _save_trained(self, model: nn.Module, output_dir: str | None) -> None:
+        # A checkpoint is for resuming, which has no use for PEFT's form.
+        save_trained(model, str(output_dir or self.args.output_dir), peft=self._staging is None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self._inner_model(), resume_from_checkpoint)

@@ -59,7 +59,7 @@ class SaveEdits(TrainerCallback):
         model = _model(kwargs)
         sharded = any(is_sharded(own) for parts in edit_parameters(model).values() for own in parts.values())
         if sharded or state.is_world_process_zero:
-            save_edits(model, Path(args.output_dir or ".") / f"checkpoint-{state.global_step}")
+            save_edits(model, Path(args.output_dir or ".") / f"checkpoint-{state.global_step}", peft=False)
 
 
 def _model(arguments: dict[str, Any]) -> nn.Module:

@@ -36,6 +36,7 @@ from torch import nn
 from red_kernels.checkpoints import checkpoint
 from red_kernels.checkpoints.authors import VECTORS_NAME
 from red_kernels.checkpoints.checkpoint import CONFIG_NAME, TENSORS_NAME, load_edits, save_edits, saved_config
+from red_kernels.checkpoints.peft_write import PEFT_NAMES
 from red_kernels.edits.config import RedConfig
 from red_kernels.edits.find import edit_parameters
 from red_kernels.patching.patch import patch
@@ -75,7 +76,7 @@ def test_files_are_small_and_say_what_they_are(tmp_path: Path) -> None:
     model: Any = trained(layers=range(1, 3))
     model.config._name_or_path = "some/base-model"
     save_edits(model, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [TENSORS_NAME]
+    assert _leftovers(tmp_path) == sorted([TENSORS_NAME, *PEFT_NAMES])
     said = description(tmp_path)
     assert said["format_version"] == 1
     assert said["base_model_name"] == "some/base-model"
@@ -335,7 +336,7 @@ def test_full_disk_leaves_the_former_files(tmp_path: Path, monkeypatch: pytest.M
         save_edits(first, tmp_path / "new")
     monkeypatch.undo()
     assert not (tmp_path / "new").exists()
-    assert _leftovers(tmp_path) == [TENSORS_NAME]
+    assert _leftovers(tmp_path) == sorted([TENSORS_NAME, *PEFT_NAMES])
     target = patched()
     load_edits(target, tmp_path)
     assert same(values(first), values(target))

@@ -27,6 +27,7 @@ from red_kernels.checkpoints.checkpoint import (
     saved_config,
 )
 from red_kernels.checkpoints.convert import convert
+from red_kernels.checkpoints.peft_write import PEFT_NAMES
 from red_kernels.edits.config import POSITIONS, RedConfig
 from red_kernels.edits.find import edit_parameters
 from red_kernels.patching.patch import patch
@@ -284,7 +285,7 @@ def test_the_head_goes_along_both_ways(tmp_path: Path) -> None:
     head = authors_forms.classifier()
     folder = source(tmp_path, "roberta", head=head)
     done = convert(folder, tmp_path / "own", str(config_of(tmp_path, "roberta")))
-    assert [path.name for path in done.files] == [TENSORS_NAME, HEAD_NAME]
+    assert [path.name for path in done.files] == [TENSORS_NAME, HEAD_NAME, *PEFT_NAMES]
     model: Any = zoo.tiny("roberta")
     patch(model, saved_config(tmp_path / "own"))
     model.classifier.requires_grad_(True)

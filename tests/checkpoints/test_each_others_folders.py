@@ -137,11 +137,13 @@ def test_convert(form: str, to: str, llama: Path, tmp_path: Path) -> None:
 def test_edits_of_all_sorts_as_an_adapter_of_peft(options: dict[str, Any], llama: Path, tmp_path: Path) -> None:
     folder, wanted = saved("own", llama, tmp_path / "saved", **options)
     convert(folder, tmp_path / "adapter", to="peft")
-    loaded: Any = PeftModel.from_pretrained(base(llama), tmp_path / "adapter").eval()
-    assert torch.equal(logits(loaded), wanted)
-    assert sum(own.numel() for own in every_vector(loaded)) == sum(own.numel() for own in every_vector(_own(folder)))
-    with_base: Any = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-    assert torch.equal(logits(with_base), wanted)
+    for adapter in (folder, tmp_path / "adapter"):
+        loaded: Any = PeftModel.from_pretrained(base(llama), adapter).eval()
+        assert torch.equal(logits(loaded), wanted)
+        count = sum(own.numel() for own in every_vector(loaded))
+        assert count == sum(own.numel() for own in every_vector(_own(folder)))
+        with_base: Any = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
+        assert torch.equal(logits(with_base), wanted)
 
 
 def _own(folder: Path) -> Any:
@@ -155,9 +157,10 @@ def test_a_trained_head_as_modules_to_save_and_back(tmp_path: Path) -> None:
     randomised(model)
     save_trained(model, tmp_path / "edits")
     convert(tmp_path / "edits", tmp_path / "adapter", to="peft")
-    fresh = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
-    loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
-    assert torch.equal(logits(loaded), logits(model))
+    for adapter in ("edits", "adapter"):
+        fresh = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
+        loaded = PeftModel.from_pretrained(fresh, tmp_path / adapter).eval()
+        assert torch.equal(logits(loaded), logits(model))
     convert(tmp_path / "adapter", tmp_path / "own")
     assert torch.equal(logits(rk.from_pretrained(tmp_path / "own")), logits(model))
     assert torch.equal(logits(rk.from_pretrained(tmp_path / "adapter")), logits(model))
@@ -180,7 +183,9 @@ def test_a_head_stays_in_full_precision_in_a_base_model_of_half(tmp_path: Path) 
 
 
 def test_peft_is_told_the_command_where_it_cannot_read_a_folder(llama: Path, tmp_path: Path) -> None:
-    folder, _ = saved("own", llama, tmp_path / "saved")
+    model = base(llama)
+    rk.patch(model)
+    folder = rk.save_edits(model, tmp_path / "saved", peft=False)
     with pytest.raises(ValueError, match=r"red-kernels convert .* --to peft"):
         RedPeftConfig.from_pretrained(str(folder))
     with pytest.raises(ValueError, match="adapter_config"):
@@ -242,6 +247,9 @@ def test_convert_says_what_is_wrong_with_the_form(llama: Path, tmp_path: Path) -
     with pytest.raises(FileExistsError, match="--overwrite"):
         convert(folder, tmp_path / "out", to="peft")
     convert(folder, tmp_path / "out", to="peft", overwrite=True)
+    rk.save_edits(rk.from_pretrained(folder), tmp_path / "other")
+    with pytest.raises(ValueError, match="would not belong to the new files"):  # which nobody would read
+        convert(folder, tmp_path / "other", to="peft", overwrite=True)
 
 
 def test_the_runs_folder_is_the_one_that_finetune_writes() -> None:

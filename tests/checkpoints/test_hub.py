@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import red_kernels as rk
 from red_kernels.checkpoints.folder import HEAD_NAME, TENSORS_NAME
+from red_kernels.checkpoints.peft_write import PEFT_NAMES
 from red_kernels.cli import main
 from red_kernels.integrations.trainer import save_trained
 
@@ -175,7 +176,7 @@ def test_a_run_is_pushed_by_its_folder_and_nothing_but_the_edits(hub: Hub, llama
     (tmp_path / "run" / "run.json").write_text("{}")
     (tmp_path / "run" / "edits" / "notes.txt").write_text("mine")
     done = rk.push_edits(tmp_path / "run", "user/name")
-    assert done.files == ("README.md", TENSORS_NAME)
+    assert done.files == ("README.md", *sorted([TENSORS_NAME, *PEFT_NAMES]))
     assert done.left_out == ("notes.txt",)
     assert not (tmp_path / "run" / "edits" / "README.md").exists()
     assert torch.equal(logits(rk.from_pretrained("user/name")), logits(model))

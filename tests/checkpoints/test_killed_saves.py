@@ -23,6 +23,7 @@ import red_kernels as rk
 from red_kernels.checkpoints import checkpoint
 from red_kernels.checkpoints.authors import CLASSIFIER_NAME, VECTORS_NAME
 from red_kernels.checkpoints.checkpoint import CONFIG_NAME, HEAD_NAME, TENSORS_NAME, save_with_head
+from red_kernels.checkpoints.peft_write import PEFT_NAMES
 from red_kernels.support import files as _files
 
 
@@ -68,7 +69,7 @@ def names(folder: Path) -> list[str]:
 
 
 def files_of(kind: str) -> list[str]:
-    return sorted([TENSORS_NAME, *([HEAD_NAME] if "head" in kind else [])])
+    return sorted([TENSORS_NAME, *PEFT_NAMES, *([HEAD_NAME] if "head" in kind else [])])
 
 
 def fresh(folder: Path, kind: str | None) -> None:
@@ -289,7 +290,7 @@ def test_another_thread_is_not_taken_for_left_over(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(_files, "_write_synced", meanwhile)
     save("head", tmp_path)
-    assert seen == [True, True]
+    assert seen == [True] * len(files_of("head"))
 
 
 def test_names_say_host_and_process(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from rich.console import Console
 
 from red_kernels import cli
 from red_kernels.checkpoints.checkpoint import TENSORS_NAME
+from red_kernels.checkpoints.peft_write import PEFT_NAMES
 from red_kernels.finetune import data, progress
 from red_kernels.finetune.head import train_head
 from red_kernels.finetune.job import Settings, finetune
@@ -77,7 +78,7 @@ def test_language_model(
         *("checkpoint-10", "checkpoint-20", "config.yaml", "edits", "loss.png", "run.json"),
     ]
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in (output / "edits").iterdir()) == ["README.md", TENSORS_NAME]
+    assert {path.name for path in (output / "edits").iterdir()} == {"README.md", TENSORS_NAME, *PEFT_NAMES}
     card = (output / "edits" / "README.md").read_text()
     assert "held-out loss" in card
     assert str(folders["text"]) in card

@@ -45,6 +45,15 @@ def test_epochs_are_so_many_steps(items: int, batch: int, accumulate: int, epoch
     assert settings.total_steps(items) == steps
 
 
+@pytest.mark.parametrize(("warmup", "said"), [("2", False), ("3", True), ("0.5", False)])
+def test_a_warm_up_that_never_ends_is_said(
+    warmup: str, said: bool, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(causal(folders, tmp_path / "out", "--steps", "3", "--warmup", warmup, "--learning-rate", "0.02"))
+    text = "Note: the rate never reaches 0.02: it rises for 3 steps, and there are 3."
+    assert (text in capsys.readouterr().out) == said
+
+
 def test_epochs(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The steps that were foretold are those of the passes that Trainer counts; what they leave out is said."""
     run(classify(folders, tmp_path / "out", "--epochs", "2", "--batch-size", "8", "--accumulate", "2"))

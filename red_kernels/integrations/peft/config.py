@@ -13,7 +13,7 @@ from peft import PeftConfig
 
 from ...checkpoints.authors import VECTORS_NAME
 from ...checkpoints.folder import TENSORS_NAME
-from ...checkpoints.peft_folder import is_peft_folder
+from ...checkpoints.peft_names import is_peft_folder
 from ...checkpoints.reading import RUN_EDITS
 from ...edits.config import DTYPES, RedConfig
 from ...edits.kinds import KINDS
