@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,7 @@ from .model_facts import (
     set_labels,
     weights_print,
 )
+from .peft_names import CONFIG_NAME as CONFIG
 from .peft_names import beside_files, has_room
 from .peft_write import beside_own
 from .reading import located
@@ -122,7 +123,7 @@ def save_edits(model: nn.Module, folder: str | os.PathLike[str], name: str | Non
     Raises:
         ValueError: the model is not patched or has no edit of this name; its vectors are on the meta device and have no
             values.
-        OSError: the folder cannot be written to (read-only, full, a file of that name); nothing is left behind.
+        OSError: the folder cannot be written to (read-only, full, a file of that name); no partial file is left behind.
     """
     return save_with_head(model, folder, name, {}, peft=peft)
 
@@ -182,26 +183,24 @@ def write_saved(folder: Path, saved: Saved, beside: Mapping[str, bytes] | None =
         The files that were written.
 
     Raises:
-        OSError: the folder cannot be written to; the former state stays.
+        OSError: the folder cannot be written to; the former state stays, or the new one is there without `beside`.
     """
     with made_folder(folder), locked(folder):
-        former = beside_files(folder)
-        beside = beside if beside and has_room(folder) else {}
-        # PEFT's form first: our own, the last one, decides. A config of other edits must not meet the new vectors.
-        write_files(folder, {**beside, **saved.contents(folder)}, _unlike(former[:1], beside))
+        write_files(folder, saved.contents(folder))
         # The new state is there. What follows is tidying, which a reader can do without.
         with contextlib.suppress(OSError):
             if saved.mark is not None:
                 os.replace(marked_head(folder, saved.mark), folder / HEAD_NAME)
-            for path in (*stale_files(folder, saved.mark), *(() if beside else former)):
+            for path in stale_files(folder, saved.mark):
                 path.unlink(missing_ok=True)
             sync_folder(folder)
+        beside = beside if beside and has_room(folder) else {}
+        for path in beside_files(folder):  # the config first: it must not meet the vectors of other edits
+            if path.name not in beside or (path.name == CONFIG and path.read_bytes() != beside[CONFIG]):
+                path.unlink()
+        if beside:
+            write_files(folder, beside)
     return tuple(folder / name for name in (*saved.names, *beside))
-
-
-def _unlike(paths: Iterable[Path], contents: Mapping[str, bytes]) -> list[Path]:
-    """Those of some files that have another content than is given for their names, or for which none is given."""
-    return [path for path in paths if path.exists() and path.read_bytes() != contents.get(path.name)]
 
 
 def load_edits(

@@ -30,7 +30,7 @@ def beside_files(folder: Path) -> list[Path]:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(size, _LONGEST)))
         if BESIDE in header.get("__metadata__", {}):
-            return [folder / CONFIG_NAME, path]
+            return [own for own in (folder / CONFIG_NAME, path) if own.exists()]
     return []
 
 

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ _LONGEST = 100  # bytes of a name that go into a temporary name as they are
 _active: set[Path] = set()  # the temporary names that this process is using now
 
 
-def write_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes], outdated: Iterable[Path] = ()) -> None:
+def write_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) -> None:
     """Write several small files into `folder`.
 
     Every file is written and synced under a temporary name first; only when all of them are on the disk are they
@@ -54,7 +54,6 @@ def write_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes], o
     Args:
         folder: where the files go.
         contents: file name to file content.
-        outdated: files that none of the new ones may meet; removed before the first is renamed, if they are there.
 
     Raises:
         OSError: the folder cannot be made or written to (read-only, full, a file in its place); of the subclass that
@@ -73,8 +72,6 @@ def write_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes], o
             for (path, _), content in zip(written, contents.values(), strict=True):
                 _write_synced(path, content)
             complete = True
-            for path in outdated:
-                path.unlink(missing_ok=True)
             for path, final in written:
                 there = os.path.lexists(final)
                 os.replace(path, final)

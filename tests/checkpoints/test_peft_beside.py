@@ -141,17 +141,10 @@ def test_a_kill_leaves_each_form_whole(kind: str, llama: Path, tmp_path: Path) -
     for _ in each_kill(lambda: rk.save_edits(models[1], folder), lambda: rk.save_edits(models[0], folder)):
         own = found(rk.from_pretrained(folder))
         peft = found(PeftModel.from_pretrained(base(llama), folder)) if (folder / PEFT_NAMES[1]).exists() else None
-        assert peft is None or peft >= own
+        assert peft is None or peft <= own
         seen.add((own, peft))
-    assert {(0, 0), (0, 1), (1, 1)} <= seen
-    assert ((0, None) in seen) == (kind == "bias")  # a config of another kind goes first
-
-
-def test_a_kill_leaves_no_form_of_former_edits(llama: Path, tmp_path: Path) -> None:
-    models = [edited(llama, 0.5), edited(llama, 2.0, position="res")]
-    folder = tmp_path / "edits"
-    for _ in each_kill(lambda: rk.save_edits(models[1], folder), lambda: rk.save_edits(models[0], folder)):
-        assert rk.saved_config(folder).position == "ffn" or not (folder / PEFT_NAMES[1]).exists()
+    assert {(0, 0), (1, 0), (1, 1)} <= seen
+    assert ((1, None) in seen) == (kind == "bias")  # a config of another kind goes first
 
 
 def test_a_run_that_begins_anew_leaves_neither(llama: Path, tmp_path: Path) -> None:
