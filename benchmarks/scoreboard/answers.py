@@ -23,10 +23,10 @@ def same_answer(one: str | None, other: str | None) -> bool:
     """Whether two final answers are the same number, or the same text; a missing one is like no other."""
     if one is None or other is None:
         return False
-    numbers = _number(one), _number(other)
-    if None not in numbers:
-        return float(numbers[0] or 0) == float(numbers[1] or 0)
-    return numbers == (None, None) and one == other
+    first, second = _number(one), _number(other)
+    if first is not None and second is not None:
+        return float(first) == float(second)  # 20/35 is 0.5714285714285714
+    return first is second and one == other
 
 
 def accuracy(generated: Sequence[str], answers: Sequence[str]) -> float:
