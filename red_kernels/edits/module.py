@@ -22,9 +22,10 @@ from .recompute import recalled, runs_plainly
 from .selection import DEFAULT, OFF, Rows
 from .stream import STREAM, initial_of
 
-__all__ = ["CONTEXTS", "EDITED", "NAME", "NORM_EPS", "SITE", "Edited", "RedEdit", "check_name", "plain_only"]
+__all__ = ["CONTEXTS", "EDITED", "NAME", "NORM_EPS", "RECORDS", "SITE", "Edited", "RedEdit", "check_name", "plain_only"]
 
 NAME = "red_edit"  # the child's name in the site: state_dict keys are `<site>.red_edit.scale`
+RECORDS = "_red_kernels_records"  # of a module in a patched model: what `fusion` knows of it from earlier calls
 SITE = "_red_kernels_site"  # of a RedEdit: the name that its site had in the patched model
 EDITED = "_red_kernels_edited"  # of a RedEdit: the `Edited` of the module whose output it edits
 

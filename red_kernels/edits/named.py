@@ -17,7 +17,7 @@ from .bank import EditBank
 from .blocks import Block, lock, state_of
 from .find import edit_modules, outer_modules, wrapper_of
 from .kinds import PARTS
-from .module import RedEdit, check_name
+from .module import RECORDS, RedEdit, check_name
 from .selection import DEFAULT, OFF, Rows, Selection
 from .vectors import EditVectors, Gate
 
@@ -169,6 +169,10 @@ def delete_edit(model: nn.Module, name: str) -> None:
             raise ValueError(f"name: {name!r} is the edit that rk.patch made; rk.unpatch takes it away")
         for own in modules.values():
             own.remove(name)
+    for _, module in outer_modules(model):  # what holds for former calls holds the edits of that time
+        records = module.__dict__.get(RECORDS)
+        if records is not None:
+            records.forget_edits()
 
 
 def disable_edits(model: nn.Module) -> Block:

@@ -66,6 +66,11 @@ class Records:
     def __reduce__(self) -> tuple[type[Records], tuple[()]]:
         return Records, ()
 
+    def forget_edits(self) -> None:
+        """Let go of the plans, which hold all edits that there were when they were made."""
+        self.plans.clear()
+        self.alone.clear()
+
 
 def planned(own: RedEdit, h: Tensor, edit: Edit, record: Record, now: int) -> SitePlan | None:
     """A plan for later calls, of what was just found; None where that holds for one call only."""

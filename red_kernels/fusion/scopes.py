@@ -68,8 +68,10 @@ class Verdict:
         # A hook that was there may be gone since: torch counts those only that come.
         latest = self.hooks == RemovableHandle.next_id and self.clean
         if not latest or id(own) not in self.sites or self._has_changed():
-            inside = self.inside = [module for module in block.modules() if module is not block]
-            self.tree = [(one._modules, tuple(one._modules.values())) for one in (block, *inside)]
+            inside = self.inside = _inside(block)
+            self.tree = [
+                (one._modules, tuple(one._modules.values())) for one in (block, *inside) if not isinstance(one, RedEdit)
+            ]
             self.sites = frozenset(id(module) for module in inside if isinstance(module, RedEdit))
             self.clean = not (globally_hooked() or any(map(observed, inside)))
             self.hooks = RemovableHandle.next_id
@@ -84,6 +86,23 @@ class Verdict:
     def compiled(self) -> bool:
         """Whether a module inside is compiled by itself: a value that waits is not for the compiler."""
         return any(module._compiled_call_impl is not None for module in self.inside)
+
+
+def _inside(block: nn.Module) -> list[nn.Module]:
+    """The modules in a block, each once, but for the holders of vectors in its sites.
+
+    Those are never called, so nothing can observe them. There may be a thousand, which each call would look at, and the
+    vectors of a deleted edit would live on in the list.
+    """
+    found: dict[int, nn.Module] = {}
+    waiting = [block]
+    while waiting:
+        for module in waiting.pop()._modules.values():
+            if module is not None and module is not block and id(module) not in found:
+                found[id(module)] = module
+                if not isinstance(module, RedEdit):
+                    waiting.append(module)
+    return list(found.values())
 
 
 class Leaving(Protocol):

@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 
 from ..backends import nodes
 from ..backends.arguments import Edit
-from ..edits.module import NAME, SITE, RedEdit, plain_only
+from ..edits.module import NAME, RECORDS, SITE, RedEdit, plain_only
 from ..edits.selection import saved_tensor_hooks
 from ..ops import fused
 from ..ops.ambient import ambient
@@ -46,7 +46,6 @@ __all__ = [
 
 BEHIND = "_red_kernels_behind"  # of a norm: the `RedEdit` of the site whose output is the norm's, and the site
 CARRIER = "_red_kernels_carrier"  # of an unedited projection whose output waits: a `RedEdit` of its layer
-RECORDS = "_red_kernels_records"
 
 
 class _Told(threading.local):
