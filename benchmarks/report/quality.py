@@ -2,7 +2,7 @@
 
 `benchmarks/results/quality/<name>/quality.json` are files of `red-kernels bench quality`. One file may hold some
 methods and another the rest: what a method learns does not depend on the machine, but for rounding. Every file must
-have the same budget.
+have the same budget. Products of matrices may have been rounded otherwise; the table says of each method how.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .text import NONE, mebibytes, table
 FOLDER = "quality"
 PEER = "lora-all"  # what a score is held to
 NOTHING = "Nothing has been measured in this form yet."
-_BUDGET = ("steps", "search_steps", "batch", "length", "train_items", "validation_items", "test_items", "products")
+_BUDGET = ("steps", "search_steps", "batch", "length", "train_items", "validation_items", "test_items")
 
 Case = dict[str, Any]
 Tasks = dict[str, dict[str, Case]]
@@ -82,10 +82,10 @@ def _task(task: str, cases: Mapping[str, Case]) -> list[str]:
     budget = (
         f"{any_case['steps']} steps of {any_case['batch']} x {any_case['length']} tokens at most, rates searched in "
         f"{any_case['search_steps']} steps, {any_case['train_items']:,} items to train on, {any_case['test_items']:,} "
-        f"to test on; products of fp32 matrices in {any_case['products']}."
+        "to test on."
     )
     header = (
-        *("method", "trained", f"test {metric}", f"over `{PEER}`", "learning rate"),
+        *("method", "products", "trained", f"test {metric}", f"over `{PEER}`", "learning rate"),
         *("validation loss at 60, 80, 100% of the steps", "seconds of a training", "memory of a step"),
     )
     rows = [_row(cases[name], cases.get(PEER)) for name in methods]
@@ -96,6 +96,7 @@ def _row(case: Case, peer: Case | None) -> list[str]:
     rate = case.get("chosen")
     return [
         f"`{case['method']}`",
+        NONE if case["method"] == "base" else case["products"],
         f"{case['trainable']:,}",
         score(case),
         _over(case, peer),

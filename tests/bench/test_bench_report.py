@@ -309,6 +309,11 @@ def test_the_page_of_quality(root, capsys):
     assert " 78.20 ± 0.40 | (-0.70) | 0.01 | 0.320, 0.220, 0.220 | 40 | 55.0 MiB |" in sentiment[1]
     assert "| +1.20 |" in sentiment[-1]  # beyond both deviations
     assert "| +0.25 |" in "|".join(rows["full"])  # a perplexity: less is better
+    assert {row.split("|")[2].strip() for row in sentiment[1:]} == {"fp32"}
+    second["cases"][-1]["products"] = "bf16"  # of another processor: it is said, and no other budget
+    made.write(folders[1], {"quality": second})
+    assert report.main(["--root", str(root)]) == 0
+    assert page.read_text().count("| bf16 |") == 1
     second["cases"].append(first["cases"][1])
     made.write(folders[1], {"quality": second})
     capsys.readouterr()
