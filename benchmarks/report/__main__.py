@@ -12,10 +12,11 @@ from pathlib import Path
 
 from red_kernels.support.files import write_files
 
-from .documents import BEGIN, END, performance, put_block, readme_block
+from .documents import BEGIN, END, performance, put_block
 from .kinds import kinds_block
-from .quality import quality_block
+from .quality import merged, quality_block
 from .results import load
+from .summary import summary
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -33,7 +34,7 @@ def documents(results: Path, root: Path) -> dict[Path, tuple[str, str]]:
     text = readme.read_text(encoding="utf-8")
     found = {page: (page.read_text(encoding="utf-8") if page.is_file() else "", performance(devices, page.parent))}
     if devices or BEGIN in text or END in text:
-        found[readme] = (text, put_block(text, readme_block(devices), readme.name))
+        found[readme] = (text, put_block(text, summary(devices, merged(results)), readme.name))
     for name, block in {"kinds.md": kinds_block, "quality.md": quality_block}.items():
         path = root / "docs" / name
         text = path.read_text(encoding="utf-8") if path.is_file() else ""

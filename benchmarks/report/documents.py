@@ -1,8 +1,7 @@
-"""The two texts that are made from results: the figures in README.md, and docs/performance.md."""
+"""docs/performance.md, which is made from results, and where a page holds figures."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,27 +11,23 @@ from .figures import (
     FLOOR,
     METHODS,
     OPERATIONS,
-    OURS,
     PEERS,
     QUALITY_METHODS,
-    best_peer,
     in_order,
     method_figures,
     peers_in,
     rank,
-    size_class,
-    size_classes,
     spread,
 )
 from .losses import comparisons, goals, incomplete, missed_goals, score
 from .results import Device
+from .summary import NOTHING, filled, machine, over_ours
 from .tables import PROTOCOL, name_of, section
 from .text import NONE, ratios, table
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 SHOWN = ("frozen", "red", "red-compile", "naive", "naive-compile", "lora-qv", "lora-all", "full")
 SHOWN_MEMORY = ("red", "naive", "lora-all", "full")
-NOTHING = "Nothing has been measured in this form yet."
 HEAD = f"""\
 # Performance
 
@@ -52,14 +47,12 @@ the tests do."""
 
 def performance(devices: Sequence[Device], docs: Path) -> str:
     """docs/performance.md, whole; ``docs`` is its folder."""
-    parts = [section(device, docs) for device in devices] or [NOTHING]
+    parts = [*overview(devices), *(section(device, docs) for device in devices)] if devices else [NOTHING]
     return "\n\n".join([HEAD, *parts, AGAIN]) + "\n"
 
 
-def readme_block(devices: Sequence[Device]) -> str:
-    """What stands between the README's marks: one table with a column for each device."""
-    if not devices:
-        return NOTHING
+def overview(devices: Sequence[Device]) -> list[str]:
+    """All devices side by side: what the figures are, and one table with a column for each device."""
     rows = [
         row
         for make in (_operation_rows, _step_rows, _quality_rows, _loss_rows)
@@ -67,23 +60,15 @@ def readme_block(devices: Sequence[Device]) -> str:
         if any(cell != NONE for cell in row[1:])
     ]
     notes = [f"{device.name}: {' '.join(found)}" for device in devices if (found := incomplete(device))]
-    where = "; ".join(f"*{device.name}*: {_machine(device)}" for device in devices)
-    return "\n\n".join(
-        [
-            _filled(
-                "Geometric means, least and greatest in brackets; in rows *over ours*, above 1 is in our favour. "
-                f"{where}."
-            ),
-            table(("", *(device.name for device in devices)), rows),
-            *map(_filled, notes),
-            "Every table, picture, loss and missing peer: [docs/performance.md](docs/performance.md); how it was "
-            "measured and how to measure again: [docs/benchmarks.md](docs/benchmarks.md).",
-        ]
-    )
-
-
-def _filled(paragraph: str) -> str:
-    return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
+    where = "; ".join(f"*{device.name}*: {machine(device)}" for device in devices)
+    return [
+        "## All devices",
+        filled(
+            f"Geometric means, least and greatest in brackets; in rows *over ours*, above 1 is in our favour. {where}."
+        ),
+        table(("", *(device.name for device in devices)), rows),
+        *map(filled, notes),
+    ]
 
 
 def put_block(text: str, block: str, name: str = "README.md") -> str:
@@ -102,41 +87,8 @@ def put_block(text: str, block: str, name: str = "README.md") -> str:
     return "\n".join([*lines[: begin + 1], *block.split("\n"), *lines[end:]])
 
 
-def _machine(device: Device) -> str:
-    found = device.environment
-    gpu = found.get("gpu")
-    named = gpu.get("name") if isinstance(gpu, dict) else gpu
-    threads = "" if named else f", {found.get('threads')} threads"
-    return f"{named or found.get('device')}{threads}, torch {found.get('torch')}"
-
-
 def _row(title: str, devices: Iterable[Device], cell: Callable[[Device], str]) -> tuple[str, ...]:
     return (title, *map(cell, devices))
-
-
-def _over_ours(
-    device: Device, *, peer: str | None, operation: tuple[str, str] | None = None, largest: bool = False
-) -> str:
-    """Over cases of forward and backward with fresh inputs: the time of a peer (None: the best) over ours."""
-    cells = []
-    last = size_classes(device.gpu)[-1][1]
-    cases = [case for case in device.files.get("ops", {}).get("cases", []) if case["inputs"] == "fresh"]
-    for ours in OURS:
-        values = []
-        for case in cases:
-            seconds = case["seconds"].get("both", {})
-            other = best_peer(seconds) if peer is None else peer
-            if ours not in seconds or other not in seconds:
-                continue
-            if operation is not None and operation != (case["operation"], case["variant"]):
-                continue
-            if largest and size_class(case["rows"] * case["width"], device.gpu) != last:
-                continue
-            over = seconds[other]["median"] / seconds[ours]["median"]
-            values.append(1 / over if peer == COPY else over)
-        if values:
-            cells.append((ours, ratios(spread(values))))
-    return "; ".join(f"{ours} {text}" for ours, text in cells) if len(cells) > 1 else cells[0][1] if cells else NONE
 
 
 def _operation_rows(devices: Sequence[Device]) -> list[tuple[str, ...]]:
@@ -147,14 +99,14 @@ def _operation_rows(devices: Sequence[Device]) -> list[tuple[str, ...]]:
     peers = in_order({peer for case in cases for peer in peers_in(case["seconds"].get("both", {}))}, PEERS)
     return [
         *(
-            _row(f"{name_of(*key)}: best peer over ours", devices, partial(_over_ours, peer=None, operation=key))
+            _row(f"{name_of(*key)}: best peer over ours", devices, partial(over_ours, peer=None, operation=key))
             for key in operations
         ),
-        *(_row(f"all operations: `{peer}` over ours", devices, partial(_over_ours, peer=peer)) for peer in peers),
+        *(_row(f"all operations: `{peer}` over ours", devices, partial(over_ours, peer=peer)) for peer in peers),
         _row(
             "ours over copies of the least bytes, largest sizes",
             devices,
-            partial(_over_ours, peer=COPY, largest=True),
+            partial(over_ours, peer=COPY, largest=True),
         ),
     ]
 

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.report import __main__ as report
 from benchmarks.report import kinds, quality, tables
 from benchmarks.report import losses as against
-from benchmarks.report.documents import BEGIN, END, NOTHING, performance, put_block, readme_block
+from benchmarks.report.documents import BEGIN, END, NOTHING, performance, put_block
 from benchmarks.report.figures import (
     Spread,
     growth_series,
@@ -25,6 +25,7 @@ from benchmarks.report.figures import (
 )
 from benchmarks.report.plots import LOOKS, write_plots
 from benchmarks.report.results import load, load_folder
+from benchmarks.report.summary import MOST_ROWS, ROWS, summary
 from benchmarks.report.text import number, ratio, ratios, table, time
 
 README = f"# Some\n\ntext\n{BEGIN}\nold\n{END}\nmore\n"
@@ -217,7 +218,7 @@ def test_what_is_missing_failed_or_incomplete_is_said(tmp_path):
     assert "| step.json | ia3 of SmolLM2-135M | has no such layer |" in text
     assert "| `ia3` | left out: has no such layer |" in text
     assert "| ops.json | apex of edit (14 cases) | has no RMSNorm |" in text
-    assert "2 of 9" in readme_block([found])
+    assert "2 of 9" in summary([found], {})
 
 
 def test_environments_that_differ_are_told_apart(tmp_path):
@@ -238,12 +239,13 @@ def test_writes_and_checks(root, capsys):
     readme, page = (root / "README.md").read_text(), (root / "docs/performance.md").read_text()
     assert readme.startswith(f"# Some\n\ntext\n{BEGIN}\n")
     assert readme.endswith(f"{END}\nmore\n")
-    assert len(readme.splitlines()) < 45
-    assert "|  | a-cpu | b-gpu |" in readme
-    assert page.index("## a-cpu") < page.index("## b-gpu")
+    assert len(readme.splitlines()) < 50
+    assert "|  | a-cpu | b-gpu |" in page
+    assert page.index("## All devices") < page.index("## a-cpu") < page.index("## b-gpu")
     for changed in ("README.md", "docs/performance.md"):
         text = (root / changed).read_text()
-        (root / changed).write_text(text.replace("| sentiment", "| feeling").replace("78.20", "99.90"))
+        assert "1.42" in text
+        (root / changed).write_text(text.replace("1.42", "99.90"))
         assert report.main(["--root", str(root), "--check"]) == 1
         assert "99.90" in capsys.readouterr().out
         (root / changed).write_text(text)
@@ -251,6 +253,45 @@ def test_writes_and_checks(root, capsys):
     path = root / "benchmarks/results/a-cpu/step.json"
     path.write_text(path.read_text().replace("1.6,", "1.7,"))
     assert report.main(["--root", str(root), "--check"]) == 1
+
+
+def rows_of(text):
+    """By what the README calls a method: the other cells of its row, of each table in order."""
+    found = {}
+    for line in text.splitlines():
+        if line.startswith("|") and not line.startswith(("| ---", "| training step")):
+            title, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            found.setdefault(title, []).append(cells)
+    return found
+
+
+def test_the_readme_has_a_table_of_eight_rows_for_each_training_step(root):
+    devices = load(root / "benchmarks/results")
+    scores = {case["method"]: case for case in made.quality()["cases"] if case["task"] == "sentiment"}
+    rows = rows_of(summary(devices, {"sentiment": scores}))
+    assert len(rows) == len(ROWS) == MOST_ROWS
+    assert {len(tables) for tables in rows.values()} == {2}  # one of the CPU's model, one of the GPU's
+    trained, seconds, over, memory, accuracy = rows["**RED, fused**"][0]
+    assert (trained, seconds, memory, accuracy) == ("34,560", "1.61 s", "2,895 MiB", "78.20 ± 0.40")
+    assert over.startswith("1.006 (")
+    assert rows["RED, fused, `torch.compile`"][0][-1] == "–"  # no score of its own
+    assert rows["frozen model"][0][-1] == "74.00 ± 0.40"  # of its head alone
+    unknown = summary(devices, {})
+    assert "Accuracy: " not in unknown
+    assert rows_of(unknown)["full fine-tuning"][0][-1] == "–"
+    assert max(len(line) for line in unknown.splitlines() if not line.startswith("|")) <= 120
+
+
+def test_devices_that_measured_one_step_share_a_table(tmp_path):
+    first, second = made.steps(), made.steps()
+    for case in second["cases"]:
+        del case["peak_bytes"], case["seconds"]["ia3"]
+    made.write(tmp_path / "a", {"step": first})
+    made.write(tmp_path / "b", {"step": second})
+    text = summary(load(tmp_path), {})
+    assert "time, a | over frozen | memory | time, b | over frozen | accuracy" in text
+    (ia3,) = rows_of(text)["IA3 (PEFT)"]
+    assert ia3[-3:] == ["–", "–", "–"]
 
 
 def test_the_page_of_kinds(root, capsys):
