@@ -30,12 +30,12 @@ MOST_ROWS = 8
 TASK = "sentiment"
 NOTHING = "Nothing has been measured in this form yet."
 LINKS = (
-    "All tables, pictures, losses and missing peers: [docs/performance.md](docs/performance.md). How it was measured: "
-    "[docs/benchmarks.md](docs/benchmarks.md). Scores: [docs/quality.md](docs/quality.md)."
+    "All figures and losses: [docs/performance.md](docs/performance.md), [docs/quality.md](docs/quality.md). "
+    "Protocol: [docs/benchmarks.md](docs/benchmarks.md)."
 )
-KERNELS = """\
-The kernels alone, forward and backward: a peer's time over ours (geometric mean over dtypes and sizes), and in how many
-comparisons a peer is faster by more than the spread:"""
+KERNELS = (
+    "Kernels alone, forward and backward: a peer's time over ours, and how often a peer is faster beyond the spread."
+)
 
 Case = dict[str, Any]
 
@@ -50,7 +50,8 @@ def summary(devices: Sequence[Device], quality: Mapping[str, Mapping[str, Any]])
     if not devices:
         return NOTHING
     parts = [part for case, found in _steps(devices) for part in _step_part(case, found, quality.get(TASK, {}))]
-    return "\n\n".join([*parts, *_kernel_part(devices), filled(LINKS)])
+    notes = [f"{device.name}: {' '.join(found)}" for device in devices if (found := _incomplete_steps(device))]
+    return "\n\n".join([*parts, *_kernel_part(devices), filled(" ".join([LINKS, *notes]))])
 
 
 def machine(device: Device) -> str:
@@ -132,8 +133,11 @@ def _step_part(case: Case, group: Sequence[tuple[Device, Case]], scores: Mapping
         "with the same fused norms, in the same round; median and quartiles. Memory is a step's peak beyond the "
         f"base weights. {_budget(scores)}A dash: not measured yet. {machines}."
     )
-    notes = [f"{device.name}: {' '.join(found)}" for device, _ in group if (found := incomplete(device))]
-    return [filled(head), table(header, zip(*columns, strict=True)), *map(filled, notes)]
+    return [filled(head), table(header, zip(*columns, strict=True))]
+
+
+def _incomplete_steps(device: Device) -> list[str]:
+    return [said for said in incomplete(device) if "`step.json`" in said]
 
 
 def _budget(scores: Mapping[str, Any]) -> str:
@@ -174,6 +178,8 @@ def _kernels(device: Device) -> str:
     return f"*{device.name}*: {said}" + (f"; slower in {lost:,} of {of:,}." if of else ".")
 
 
-def _kernel_part(devices: Iterable[Device]) -> list[str]:
-    found = [filled(f"- {sentence}", "  ") for sentence in map(_kernels, devices) if sentence]
+def _kernel_part(devices: Sequence[Device]) -> list[str]:
+    """Of the devices in the table, where there are any."""
+    stepped = [device for device in devices if "step" in device.files] or devices
+    found = [filled(f"- {sentence}", "  ") for sentence in map(_kernels, stepped) if sentence]
     return [f"{KERNELS}\n\n" + "\n".join(found)] if found else []
