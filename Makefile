@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO ?= demo
 BENCH ?= bench-results
+SITE ?= build/site
 BIN := .venv/bin
 # One core for each test is quickest; those of several threads ask for them. Triton's interpreter runs its kernels on the CPU.
 INTERPRETED := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 RED_KERNELS_TEST_ON=triton
@@ -34,7 +35,7 @@ BY_TWO := -n 2 --dist loadgroup
 RANDOM_ORDER := --random-order-bucket=global $(if $(SEED),--random-order-seed=$(SEED))
 TESTED := --constraint constraints.txt
 
-.PHONY: help demo demo-chat test test-deepspeed test-extra test-oldest test-nightly test-torch test-gpu memcheck racecheck bench report gpu-kit lint format clean say-cuda say-aarch64
+.PHONY: help demo demo-chat test test-deepspeed test-extra test-oldest test-nightly test-torch test-gpu memcheck racecheck bench report docs gpu-kit lint format clean say-cuda say-aarch64
 
 help:
 	@echo "make demo      fine-tune a language model on fused kernels and show what came of it (into $(DEMO)/)"
@@ -42,6 +43,7 @@ help:
 	@echo "make test      format, lint and type checks, the build (of the CUDA kernels too where there is nvcc), all tests"
 	@echo "make bench     the whole benchmark suite, into $(BENCH)/ (hours; goes on where it ended)"
 	@echo "make report    the README's figures and docs/performance.md, written from benchmarks/results/"
+	@echo "make docs      the pages of docs/ as a site, into $(SITE)/; warnings are errors"
 	@echo "make lint      the checks alone;  make format  mends what can be mended"
 	@echo "make test-nightly  all cases, the main part in a random order; SEED=... repeats one (hours)"
 	@echo "make test-torch TORCH=2.14.1 [TRANSFORMERS=5.17.0]  the main part of the tests with another torch"
@@ -173,6 +175,17 @@ bench: .venv/test
 report: .venv/test
 	$(BIN)/python -m benchmarks.report $(if $(CHECK),--check)
 
+# In an environment of its own: the docstrings are read and not imported, so it needs no torch.
+.venv-docs/done: docs/site/requirements.txt
+	test -d .venv-docs || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --upgrade pip
+	.venv-docs/bin/python -m pip install --quiet --requirement docs/site/requirements.txt
+	@touch $@
+
+docs: .venv-docs/done
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --site-dir $(SITE)
+	@echo "the site: $(SITE)/index.html"
+
 # Built where there is no GPU; VARIANTS are revisions to measure side by side ("tma=BRANCH"), MINUTES those of compiling Triton's
 # programs, PYTHON312 a Python of the version that the other machine has.
 gpu-kit: .venv/test
@@ -196,4 +209,4 @@ memcheck racecheck: .venv/test
 		compute-sanitizer --tool $@ --target-processes all --error-exitcode 99 $(BIN)/python -m pytest tests/backends/test_sanitized.py
 
 clean:
-	rm -rf .venv .venv-torch-* build dist gpu-kit *.egg-info red_kernels/lib/*.so red_kernels/lib/*.missing .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-torch-* build dist gpu-kit *.egg-info red_kernels/lib/*.so red_kernels/lib/*.missing .pytest_cache .mypy_cache .ruff_cache .hypothesis

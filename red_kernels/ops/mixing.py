@@ -67,11 +67,16 @@ def mix_add(
     """``residual + dropout(mix(x) + bias)``.
 
     Args:
-        x, residual: ``(..., d)``.
-        first, second, bias: ``(d,)``, or ``(n, d)`` with ``edit_ids``.
+        x: ``(..., d)``.
+        residual: of the same shape, or None.
+        first: ``(d,)``, or ``(n, d)`` with ``edit_ids``.
+        second: the same, or None.
+        bias: the same, or None.
         blocks: 0 for a rotation, ``first * x + second * x'`` with ``x'[j] = x[j ^ 32]``; else the number of blocks of
             columns that are reflected, ``x - first * (first . x) + second * (second . x)`` in each.
-        dropout_p, training, edit_ids: as for :func:`red_kernels.edit_add`.
+        dropout_p: as for :func:`red_kernels.edit_add`.
+        training: the same.
+        edit_ids: the same.
 
     Errors: see :mod:`red_kernels.ops.functional`; ValueError for a width that does not fit ``blocks``.
     """
