@@ -67,9 +67,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("csrc", "red_kernels", "tests", "benchmarks", "docs"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=unwanted)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "Makefile"):
-        if (ROOT / name).is_file():
-            shutil.copy2(ROOT / name, folder / name)
+    for path in ROOT.glob("[!.]*"):
+        if path.is_file() and path.suffix != ".log":
+            shutil.copy2(path, folder / path.name)
     return folder
 
 
@@ -152,11 +152,17 @@ def test_installed_wheel_runs(wheel: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_sdist_holds_what_a_build_needs(source: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
     code = "from setuptools.build_meta import build_sdist; import sys; print(build_sdist(sys.argv[1]))"
-    _run("-c", code, str(tmp_path), folder=source)
-    (archive,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(archive) as opened:
+    _run("-c", code, str(folder), folder=source)
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
+
+
+def test_sdist_holds_what_a_build_needs(source: Path, sdist: Path) -> None:
+    with tarfile.open(sdist) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
     kinds = {".cpp", ".h", ".cu", ".cuh", ".py"}
     sources = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*") if path.suffix in kinds}
@@ -168,19 +174,25 @@ def test_sdist_holds_what_a_build_needs(source: Path, tmp_path: Path) -> None:
         "pyproject.toml",
         "red_kernels/backends/reference.py",
         "tests/backends/test_build.py",
+        "CITATION.cff",
+        "CONTRIBUTING.md",
+        "mkdocs.yml",
+        "docs/site/requirements.txt",
+        "docs/pictures/edit-dark.svg",
     } <= names
     assert not [name for name in names if name.endswith((".so", ".missing", ".o"))]
 
 
-def test_installation_without_a_compiler(source: Path, tmp_path: Path) -> None:
-    """It works on the reference backend, and says why."""
+def test_the_sdist_installs_without_a_compiler(sdist: Path, tmp_path: Path) -> None:
+    """It works on the reference backend, and says why: the build does, and the package as well."""
     empty = tmp_path / "bin"
     empty.mkdir()
     target = tmp_path / "target"
-    _run(
-        "-m", "pip", "install", ".", "--no-deps", "--no-build-isolation", "--quiet", "--target", str(target),
-        folder=source, PATH=str(empty),
+    built = _run(
+        "-m", "pip", "install", str(sdist), "--no-deps", "--no-build-isolation", "-v", "--target", str(target),
+        folder=tmp_path, PATH=str(empty),
     )  # fmt: skip
+    assert "red-kernels: the CPU kernels are left out: no C++ compiler was found" in built
     assert not (target / LIBRARY).exists()
     code = (
         "import torch, red_kernels as rk; x = torch.randn(3, 5); assert torch.equal(rk.edit(x, x[0]), x * x[0]);"
@@ -188,6 +200,47 @@ def test_installation_without_a_compiler(source: Path, tmp_path: Path) -> None:
     )
     said = _run("-c", code, folder=tmp_path, PYTHONPATH=str(target))
     assert "no C++ compiler was found; remedy: install g++ or clang++, then red-kernels again" in said
+
+
+CONSUMER = """
+import red_kernels as rk
+from torch import nn
+
+def edited(model: nn.Module) -> int:
+    report = rk.patch(model, rk.RedConfig(position="ffn", layers=range(2)))
+    reveal_type(report)
+    reveal_type(report.trainable)
+    rk.RedConfig(position=3)
+    rk.patch(model, positions="ffn")
+    return report
+"""
+
+
+def test_a_user_of_the_wheel_has_its_types(wheel: Path, tmp_path: Path) -> None:
+    """mypy reads the annotations of an installed package only if `py.typed` is in it."""
+    pytest.importorskip("mypy")
+    _run("-m", "venv", "--without-pip", "user", folder=tmp_path)
+    (packages,) = tmp_path.glob("user/lib/python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(packages)
+    (tmp_path / "consumer.py").write_text(CONSUMER)
+    (tmp_path / "mypy.ini").write_text("[mypy]\nignore_missing_imports = True\n")
+
+    def said() -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "mypy", "--python-executable", "user/bin/python", "consumer.py"],
+            cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=HANGS,
+        )  # fmt: skip
+        return done.stdout + done.stderr
+
+    found = said()
+    assert '"red_kernels.patching.report.PatchReport"' in found
+    assert 'Revealed type is "int"' in found.replace("builtins.int", "int")
+    assert 'Argument "position" to "RedConfig" has incompatible type "int"; expected "str"' in found
+    assert 'Unexpected keyword argument "positions" for "patch"' in found
+    assert 'Incompatible return value type (got "PatchReport", expected "int")' in found
+    assert "Found 3 errors in 1 file" in found
+    (packages / "red_kernels/py.typed").unlink()
+    assert "PatchReport" not in said()
 
 
 def test_a_build_that_must_have_the_library(source: Path, tmp_path: Path) -> None:
