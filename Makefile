@@ -10,7 +10,7 @@ INTERPRETED := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 RED_KERNELS_TEST_ON=triton
 # One new value is reason enough for a case: test-nightly has all cases.
 FEW := RED_KERNELS_TEST_COMBINED=1
 OLDEST := $(CURDIR)/.venv/triton-3.6
-OF_OLDEST := tests/backends/test_triton_kernels.py tests/backends/test_interpreter.py
+OF_OLDEST := tests/backends/test_triton_kernels.py tests/backends/test_triton_arithmetic.py tests/backends/test_interpreter.py
 DEEPSPEED := $(CURDIR)/.venv/deepspeed
 EXTRA := $(CURDIR)/.venv/extra
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f -not -path '*/__pycache__/*')

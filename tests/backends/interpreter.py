@@ -5,6 +5,7 @@
 - bfloat16. The interpreter turns fp32 into bfloat16 by cutting bits off, and a NaN whose bits are all in the low half
   into infinity. A GPU rounds to the nearest number, ties to even (``cvt.rn.bf16.f32``). A kernel held to a rounding
   step would be judged by an error of the interpreter's own.
+- Multiply-adds, which Triton 3.6 rounds twice there, and a GPU once.
 - Sums. numpy adds the rows of an array one after another, which loses more digits than a GPU's tree of additions.
 - Bounds. Every address that a kernel reads or writes must lie within one of the tensors that it was given. The
   interpreter would read and write wherever it is told.
@@ -37,6 +38,7 @@ def mend() -> None:
     _mended = True
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     _wrap(builder, "cast_impl", _cast)
+    _wrap(builder, "create_fma", _fused)
     _wrap(interpreter.ReduceOps, "sum", _summed)
     _wrap(builder, "create_masked_load", _watched)
     _wrap(builder, "create_masked_store", _watched)
@@ -99,6 +101,14 @@ def _cast(method: Callable[..., Any], builder: Any, source: Any, target: Any) ->
     if kinds == (tl.bfloat16, tl.float32):
         return interpreter.TensorHandle(from_bfloat16(source.data), tl.float32)
     return method(builder, source, target)
+
+
+def _fused(method: Callable[..., Any], builder: Any, x: Any, y: Any, z: Any) -> Any:
+    if z.data.dtype != np.float32:
+        return method(builder, x, y, z)
+    # The product is exact; rounded twice are only sums within 2^-29 steps of a tie.
+    total = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+    return interpreter.TensorHandle(total.astype(np.float32), z.dtype.scalar)
 
 
 def _summed(method: Callable[..., Any], reduction: Any, value: Any) -> Any:

@@ -179,6 +179,16 @@ def kernel_of(case: Case, target: str, name: str) -> Program:
     return found
 
 
+@pytest.mark.parametrize("operation", ["edit_add_rms_norm", "edit_add_layer_norm", "layer_norm_edit"])
+def test_programs_at_the_width_of_small_models(pool: Executor, operation: str) -> None:
+    """No code of a division, whose calls take registers: 8 programs of the forward and 4 of the backward at once."""
+    wanted = ahead_of_time.programs_of([Case(operation, 768)], ["sm_90"])
+    reports = {report.program.kernel: report for report in pool.map(ahead_of_time.build, wanted)}
+    assert not [str(r.program) for r in reports.values() if faults(r)]
+    assert reports["norm_forward"].resident >= 8 or operation == "layer_norm_edit"
+    assert reports["norm_backward"].resident >= 4
+
+
 @pytest.mark.parametrize(
     ("target", "limit"), [("sm_80", {"maxnreg": 32}), ("sm_100", {"maxnreg": 32}), ("gfx942", {"waves_per_eu": 8})]
 )

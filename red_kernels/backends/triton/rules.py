@@ -114,8 +114,12 @@ def norm_backward(width: int, itemsize: int, architecture: Architecture, sums: i
     if found is None or sums > most:
         return None
     rows, chunk, chunks, warps = found
+    halves = itemsize == 2 and architecture.warp == 32
+    whole = halves and rows == chunks == 2 and chunk * chunks > width
+    if whole:  # d = 768: two pieces of as many lanes take more registers, so that fewer programs fit
+        chunk, chunks = chunk * chunks, 1
     # as many programs as fit with the registers of what is usually asked for
-    together = 8 if most == 3 else 16 if rows == 1 and itemsize == 2 and architecture.warp == 32 else 12
+    together = 8 if most == 3 else 16 if halves and (rows == 1 or whole) else 12
     return RowTile(rows, chunk, chunks, warps, programs=max(1, together // warps))
 
 
