@@ -17,12 +17,12 @@ namespace red {
 namespace cuda {
 
 // Starts the copies of a row's vectors, and counts the arrays in the order dy, dz, z, x, residual.
-template <class T, int N, bool OPTIONS>
+template <class T, int N, BackwardKind KIND>
 RED_DEVICE void fetch(const NormBackward& a, const Columns<T, N>& column, int d, const Stages<N>& stages, int stage,
                       int64_t row) {
   int array = 0;
   const Rows* inputs[5] = {&a.dy, &a.dz, &a.z, &a.x, &a.residual};
-  RED_UNROLL for (int i = 0; i < (OPTIONS ? 5 : 4); ++i) {
+  RED_UNROLL for (int i = 0; i < (KIND == kPlain ? 4 : 5); ++i) {
     if (!*inputs[i]) continue;
     const T* from = as_base(row_of<T>(*inputs[i], row) + column.first);
     RED_UNROLL for (int k = 0; k < N; ++k)
@@ -34,22 +34,23 @@ RED_DEVICE void fetch(const NormBackward& a, const Columns<T, N>& column, int d,
 template <class T, int N, bool CENTERED, BackwardKind KIND>
 RED_KERNEL(32 * most_warps(KIND, N), 1) norm_backward(RED_ARGUMENT NormBackward a) {
   constexpr int kSize = kVector<T>;
-  constexpr bool OPTIONS = KIND != kPlain, FULL = KIND == kFull;
+  constexpr bool OPTIONS = KIND == kOptions || KIND == kFull, FULL = KIND == kFull, MORE = KIND == kMore;
   constexpr int kSums = FULL ? 4 : 2;
   Group<16> group(a.cluster, reinterpret_cast<float*>(shared_memory()));
   const Columns<T, N> column(group);
   const Stages<N> stages(a.stages, a.arrays);
   const int d = static_cast<int>(a.d);
-  const bool again = OPTIONS && !a.z;  // z is made from x and residual
+  const bool again = KIND != kPlain && !a.z;  // z is made from x and residual
   const int at_dz = 1, at_z = at_dz + bool(a.dz), at_x = at_z + !again, at_r = at_x + bool(a.x);
   const int64_t groups = a.cluster > 1 ? 1 : blockDim.y, block = blockIdx.x / a.cluster, blocks = gridDim.x / a.cluster;
   const int64_t worker = worker_number(group.index, block, blocks), workers = blocks * groups;
   const bool sorted = OPTIONS && a.deal.order != nullptr;
-  const int64_t seed = OPTIONS ? dropout_seed(a.edit) : 0;
+  const int64_t seed = KIND == kPlain ? 0 : dropout_seed(a.edit);
 
-  // The vectors of a plain one, from the thread's first column on.
+  // Where they are the usual ones, from the thread's first column on.
   const Vectors weight{static_cast<const T*>(a.weight.data) + column.first, false};
   const Vectors scale{static_cast<const float*>(a.edit.scale.data) + column.first, true};
+  const Vectors bias{static_cast<const float*>(a.edit.bias.data) + column.first, true};
 
   RowSums<T, N, kSums> sums;
   sums.clear(kSums);
@@ -57,7 +58,7 @@ RED_KERNEL(32 * most_warps(KIND, N), 1) norm_backward(RED_ARGUMENT NormBackward 
   Places<OPTIONS> here(a.deal, a.rows, worker, workers);
   Current current(a.deal, sorted, all, worker, a.edit.edits);
   for (int stage = 0; stage < a.stages - 1; ++stage) {
-    if (here.more(stage)) fetch<T, N, OPTIONS>(a, column, d, stages, stage, here.row(stage));
+    if (here.more(stage)) fetch<T, N, KIND>(a, column, d, stages, stage, here.row(stage));
     commit_copies();
   }
   int stage = 0;
@@ -72,7 +73,7 @@ RED_KERNEL(32 * most_warps(KIND, N), 1) norm_backward(RED_ARGUMENT NormBackward 
   while (here.more()) {
     const int64_t row = OPTIONS ? own_row : here.place;
     const int free_stage = stage == 0 ? a.stages - 1 : stage - 1;
-    if (here.more(a.stages - 1)) fetch<T, N, OPTIONS>(a, column, d, stages, free_stage, here.row(a.stages - 1));
+    if (here.more(a.stages - 1)) fetch<T, N, KIND>(a, column, d, stages, free_stage, here.row(a.stages - 1));
     commit_copies();
     // What the next row needs besides, so that it need not be waited for then.
     here.advance();
@@ -97,7 +98,16 @@ RED_KERNEL(32 * most_warps(KIND, N), 1) norm_backward(RED_ARGUMENT NormBackward 
     // What was normed, and the gradient of its result, times the weight.
     const auto terms = [&](int k, float (&normed)[kSize], float (&g)[kSize], float (&weighted)[kSize]) {
       unpack<T>(*stages.at(stage, 0, k), g);
-      if (again) {
+      if (MORE && again) {  // as edited() does it, of vectors that are known
+        float v[kSize], u[kSize], b[kSize];
+        unpack<T>(*stages.at(stage, at_x, k), v);
+        load_vector<T, kWide>(scale, k * column.step, kSize, true, u);
+        load_vector<T, kWide>(bias, k * column.step, kSize, true, b);
+        RED_UNROLL for (int i = 0; i < kSize; ++i) v[i] = multiply_add(v[i], u[i], b[i]);
+        if (a.edit.dropout.seed != nullptr) drop<T>(a.edit.dropout, seed, row, column(k), v);
+        add_raw<T>(*stages.at(stage, at_r, k), v);
+        unpack<T>(pack<T>(v), normed);
+      } else if (again) {
         const Raw x = *stages.at(stage, at_x, k), r = a.residual ? *stages.at(stage, at_r, k) : Raw{};
         unpack<T>(edited<T>(a.edit, own, seed, row, column(k), kSize, true, x, r, bool(a.residual)), normed);
       } else {
@@ -105,7 +115,7 @@ RED_KERNEL(32 * most_warps(KIND, N), 1) norm_backward(RED_ARGUMENT NormBackward 
       }
       if (FULL && a.edit_last) apply_scale<T>(a.edit, own, column(k), kSize, true, g);
       float w[kSize];
-      if constexpr (KIND == kPlain)
+      if constexpr (!OPTIONS)
         load_weight<T, kNarrow>(weight, a.weight_offset, k * column.step, kSize, true, w);
       else
         load_weight<T>(a.weight, a.weight_offset, column(k), kSize, true, w);
@@ -162,7 +172,7 @@ RED_KERNEL(32 * most_warps(KIND, N), 1) norm_backward(RED_ARGUMENT NormBackward 
           RED_UNROLL for (int i = 0; i < kSize; ++i) total[i] += g[i];
         }
         if (a.dresidual != nullptr) store16(static_cast<T*>(a.dresidual) + at, pack<T>(total));
-        if (OPTIONS && a.edit.dropout.seed != nullptr) drop<T>(a.edit.dropout, seed, row, column(k), total);
+        if (KIND != kPlain && a.edit.dropout.seed != nullptr) drop<T>(a.edit.dropout, seed, row, column(k), total);
         RED_UNROLL for (int i = 0; i < kSize; ++i) g[i] = total[i];
         if (a.x)
           unpack<T>(*stages.at(stage, at_x, k), h);
@@ -243,6 +253,8 @@ void run_norm_backward(const Launch& l, int n, bool centered, BackwardKind kind,
     run_norm_backward_kind<T, kExact>(l, n, centered, a);
   else if (kind == kPlain)
     run_norm_backward_kind<T, kPlain>(l, n, centered, a);
+  else if (kind == kMore)
+    run_norm_backward_kind<T, kMore>(l, n, centered, a);
   else if (kind == kOptions)
     run_norm_backward_kind<T, kOptions>(l, n, centered, a);
   else

@@ -17,7 +17,7 @@ void norm_forward(const Call& call, NormForward a) {
   const RowLayout layout = call.aligned ? norm_forward_layout(a.d, call.shape.type, *call.on.device) : RowLayout{};
   if (layout) {
     a.cluster = layout.cluster;
-    const bool plain = !a.edit_last && a.residual && usual_edit(a.edit) && a.edit.bias.data != nullptr && a.edit.bias.wide &&
+    const bool plain = !a.edit_last && a.residual && usual_edit(a.edit) && usual_bias(a.edit) &&
                        usual_weight(call, a.weight);
     const bool there = a.z != nullptr && a.x.stride == a.d && a.residual.stride == a.d && a.weight_offset == 0.0f &&
                        (a.norm_bias.data != nullptr) == (a.mean != nullptr);
@@ -69,8 +69,9 @@ void norm_backward(const Call& call, NormBackward a, ColumnSums& sums) {
   const Device& device = *call.on.device;
   a.arrays = 0;
   for (const Rows* rows : {&a.dy, &a.dz, &a.z, &a.x, &a.residual}) a.arrays += bool(*rows);
-  const bool plain = a.z && usual_edit(a.edit) && usual_weight(call, a.weight);
-  BackwardKind kind = a.edit_last || sums.norm_wanted() ? kFull : plain ? kPlain : kOptions;
+  const bool more = usual_scale(a.edit) && usual_weight(call, a.weight) && (a.z || (a.residual && usual_bias(a.edit)));
+  const bool plain = more && a.z && usual_edit(a.edit);
+  BackwardKind kind = a.edit_last || sums.norm_wanted() ? kFull : plain ? kPlain : more ? kMore : kOptions;
   RowLayout layout;
   if (call.aligned && kind == kPlain && a.arrays == 4) {
     // For both kernels, so that results have the same bits wherever the rows lie.
@@ -78,8 +79,8 @@ void norm_backward(const Call& call, NormBackward a, ColumnSums& sums) {
     if (layout && all_there(a) && sums.edit_wanted()) kind = kExact;
   }
   if (call.aligned && !layout) layout = norm_backward_layout(a.d, type, device, kind, a.arrays);
-  Launch l = call.launch(kind == kExact ? "norm_backward_exact" : "norm_backward", {layout.cluster}, 32 * layout.warps,
-                         layout.groups);
+  const char* name = kind == kExact ? "norm_backward_exact" : kind == kMore ? "norm_backward_more" : "norm_backward";
+  Launch l = call.launch(name, {layout.cluster}, 32 * layout.warps, layout.groups);
   const auto run = [&] {
     call.dispatch([&](auto t) { run_norm_backward<decltype(t)>(l, layout.n, a.mean != nullptr, kind, a); });
   };
@@ -144,7 +145,7 @@ Tensor edit_forward(Tensor x, OptionalTensor residual, OptionalTensor scale, Opt
                                {divide_up(a.rows, kSlabThreads / a.lanes * kEditRows),
                                 divide_up(a.d, a.lanes * vector_size(call.shape.type))},
                                kSlabThreads);
-  const bool plain = usual_edit(a.edit) && a.edit.bias.data != nullptr && a.edit.bias.wide;
+  const bool plain = usual_edit(a.edit) && usual_bias(a.edit);
   call.dispatch([&](auto type) { run_edit_forward<decltype(type)>(l, plain, a); });
   return z;
 }

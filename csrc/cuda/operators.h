@@ -12,9 +12,9 @@ inline Edit edit_of(const Call& call, const Parameter& scale, const Parameter& b
 }
 
 // The vectors that a model has: an edit in fp32, a norm in the type of the activations.
-inline bool usual_edit(const Edit& edit) {
-  return edit.scale.data != nullptr && edit.scale.wide && edit.ids == nullptr && edit.dropout.seed == nullptr;
-}
+inline bool usual_scale(const Edit& edit) { return edit.scale.data != nullptr && edit.scale.wide && edit.ids == nullptr; }
+inline bool usual_bias(const Edit& edit) { return edit.bias.data != nullptr && edit.bias.wide; }
+inline bool usual_edit(const Edit& edit) { return usual_scale(edit) && edit.dropout.seed == nullptr; }
 inline bool usual_weight(const Call& call, const Vectors& weight) {
   return weight.data != nullptr && weight.wide == (call.shape.type == kFloat32);
 }

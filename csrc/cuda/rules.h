@@ -39,7 +39,8 @@ enum ForwardKind {
 enum BackwardKind {
   kExact,    // kPlain, with everything there, and where it is easiest to reach: see norm_backward_exact.cuh
   kPlain,    // an edit before the norm, the same for all rows, and its gradients; the usual vectors (usual_edit)
-  kOptions,  // also any vectors, dropout, edit_ids, and z made again
+  kMore,     // also dropout, and z made again: post-norm models, and any model with dropout
+  kOptions,  // also any vectors, and edit_ids
   kFull      // also the gradients of the norm's own vectors, and an edit behind the norm
 };
 constexpr int most_elements(BackwardKind kind) { return kind == kFull ? 16 : 32; }  // of a thread
@@ -53,7 +54,7 @@ constexpr bool few_columns(int columns) { return columns <= 16; }
 // 13 to 15, which would leave each thread as few registers as 16 do, as each quarter of a multiprocessor has its own.
 constexpr int most_warps(BackwardKind kind, int n) {
   const int room = (227 << 10) / (2 * 4 * 32 * 16 * n);
-  return kind == kExact ? (room >= 16 ? 16 : room < 12 ? room : 12) : kind == kPlain ? (n < 8 ? 16 : 12) : 8;
+  return kind == kExact ? (room >= 16 ? 16 : room < 12 ? room : 12) : kind == kPlain ? (n < 8 ? 16 : 12) : kind == kMore ? 16 : 8;
 }
 // The numbers of vectors that kernels are compiled for.
 constexpr int kForwardVectors[] = {1, 2, 3, 4, 6, 8};

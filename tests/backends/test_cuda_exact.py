@@ -47,6 +47,7 @@ DEVICE = H200._replace(multiprocessors=1)
 WIDTHS = (256, 512, 768, 1024, 1536, 2048, 2304, 4096, 5120, 8192)
 CLUSTERED = 16384
 EDIT_VECTORS = ("x", "residual", "scale", "bias")
+POST_NORM = (768, 1024)  # BERT's
 EXACT = ["norm_forward_exact", "norm_backward_exact"]
 GENERAL = ["norm_forward", "norm_backward"]
 
@@ -170,11 +171,36 @@ def test_other_arguments(operation: str, d: int) -> None:
         assert run(operation, tensors, grads, weight_offset=1.0)[1] == GENERAL
     else:
         assert run(operation, tensors | {"norm_bias": None}, grads)[1] == ["norm_forward", EXACT[1]]
-    assert run(operation, tensors, grads, dropout_p=0.5, training=True)[1] == GENERAL
+    assert run(operation, tensors, grads, dropout_p=0.5, training=True)[1] == ["norm_forward", "norm_backward_more"]
     banks = tensors | {name: tensors[name].expand(2, d).clone() for name in ("scale", "bias")}
     ids = torch.arange(shape[0]) % 2
     assert run(operation, banks, grads, edit_ids=ids)[1] == GENERAL
     assert run(operation, tensors, grads, ARGUMENTS[operation])[1] == [EXACT[0], "norm_backward"]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("need_z", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [*POST_NORM, 2312])
+@pytest.mark.parametrize("operation", WITH_NORM_BEHIND)
+def test_post_norm_and_dropout(operation: str, d: int, dtype: torch.dtype, need_z: bool, p: float) -> None:
+    """They have a backward of their own, to the same bits wherever the rows lie."""
+    if need_z and not p:
+        return  # neither
+    shape = (rows_of(d), d)
+    tensors, grads = arguments(operation, shape, dtype), upstream(shape, dtype, number=1 + need_z)
+    drawn = {"dropout_p": p, "training": True} if p else {}
+    options = drawn | ({} if need_z else {"need_z": False})
+    torch.manual_seed(7)
+    found, names = run(operation, tensors, grads, **options)
+    assert names[1:] == ["norm_backward_more"]
+    apart = tensors | {name: _strided(tensors[name]) for name in ("x", "residual")}
+    torch.manual_seed(7)
+    assert same_bits(run(operation, apart, tuple(_strided(g) for g in grads), **options)[0], found)
+    with emulating(DEVICE):
+        held(operation, tensors, grads, EDIT_VECTORS, p, need_z=need_z)
+    if not need_z:  # other vectors than the usual ones take the general kernel
+        assert run(operation, tensors | {"bias": tensors["bias"].bfloat16()}, grads, **options)[1][1:] == GENERAL[1:]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -64,9 +64,9 @@ int threads(long d, int type) { return wide_threads(d, static_cast<Type>(type));
 """
 VECTOR = {0: 4, 1: 8}  # elements of 16 bytes in fp32, and in bf16 and fp16
 DEVICES = [(80, 163 << 10), (86, 99 << 10), (90, 227 << 10), (100, 227 << 10)]
-# Exact, plain, options, full: elements of a thread and warps of a block at most.
-KINDS = {0: (32, 16), 1: (32, 16), 2: (32, 8), 3: (16, 8)}
-EXACT = 0
+# Exact, plain, more, options, full: elements of a thread and warps of a block at most.
+KINDS = {0: (32, 16), 1: (32, 16), 2: (32, 16), 3: (32, 8), 4: (16, 8)}
+EXACT, MORE, FULL = 0, 2, 4
 WIDTHS = [*range(8, 4096, 8), *range(4096, 70_000, 136), 5120, 8192, 11008, 14336, 16384, 32768, 65536]
 
 
@@ -194,7 +194,7 @@ def test_backward(rules: ctypes.CDLL, dtype: int, capability: int, shared: int, 
             assert plain is not None
         if layout is None:
             full = (
-                4096 if kind == 3 or dtype == 0 else 8192
+                4096 if kind == FULL or dtype == 0 else 8192
             )  # columns of a block, where shared memory holds four arrays
             assert d > full * min(4, shared // (41 << 10)) // max(arrays, 4)
             continue
@@ -256,6 +256,18 @@ def test_usual_widths(rules: ctypes.CDLL, d: int) -> None:
     row = layout.n * layout.warps * 32 * 16 * 4
     on_the_way = (layout.stages - 1) * layout.groups * row >> 10
     assert (layout.n, layout.warps, layout.groups, layout.cluster, on_the_way) == USUAL[d]
+
+
+@pytest.mark.parametrize("arrays", [3, 4])
+@pytest.mark.parametrize("d", [768, 1024])
+def test_post_norm_and_dropout(rules: ctypes.CDLL, d: int, arrays: int) -> None:
+    """Where z is made again (dy, x and residual) a multiprocessor has 16 warps, one for each row; with dropout (dy, dz,
+    z and x) as many as have two rows in shared memory."""
+    layout, _ = _layout(rules.backward, d, 1, 90, 227 << 10, MORE, arrays)
+    assert layout is not None
+    assert layout.warps == 1
+    assert layout.groups == (16 if arrays == 3 or d == 768 else 13)
+    assert layout.stages >= 2
 
 
 @pytest.mark.parametrize("rows", [1, 17, 132, 1000])

@@ -22,7 +22,7 @@ def over_width(total, D: tl.constexpr):
 
     By the reciprocal, and corrected once by what that left over. Of whole D < 2^21 the rest is exact, as it is less
     than 2 D units of the last place of the quotient; it leaves the quotient 2^-23 of such a unit from ``total / D``,
-    which is never a tie, and 2^-22 and more from one. Below the normal numbers a tie may go up or down, and -0 becomes 0.
+    which is never a tie, and 2^-22 and more from one. Below the normal numbers a tie may go up or down; -0 becomes 0.
     """
     about = total * (1.0 / D)
     if D & (D - 1) == 0:
