@@ -14,8 +14,9 @@ template <class T>
 void run_slab_backward(const Launch& l, bool norm, const SlabBackward& a);
 template <class T>
 void run_norm_forward(const Launch& l, int n, bool centered, ForwardKind kind, const NormForward& a);
+// The kernel with n vectors for each thread, for the cluster of the launch.
 template <class T>
-void run_norm_backward(const Launch& l, int n, bool centered, BackwardKind kind, const NormBackward& a);
+Kernel<NormBackward> norm_backward_kernel(const Launch& l, int n, bool centered, BackwardKind kind);
 template <class T>
 void run_wide_forward(const Launch& l, const NormForward& a);
 template <class T>

@@ -33,7 +33,6 @@ struct Launch {
   int cluster = 1;
   int64_t shared = 0;
   bool early = false;  // may start before the kernel before it has ended: it calls wait_for_previous
-  int* clusters = nullptr;  // where set, nothing is launched: it gets how many clusters the device can run at once
 };
 
 inline std::string described(const Launch& l, const std::string& error) {
@@ -58,24 +57,27 @@ void emulate(const Launch& l, void (*run)(const void*), const void* arguments);
 template <class A, void (*KERNEL)(const A)>
 void start(const Launch& l, const A& arguments) {
   check_grid(l);
-  if (l.clusters != nullptr) {
-    *l.clusters = l.device->multiprocessors / l.cluster + 1;  // one at least
-    return;
-  }
   emulate(l, [](const void* a) { KERNEL(*static_cast<const A*>(a)); }, &arguments);
+}
+
+template <class A, void (*KERNEL)(const A)>
+int max_clusters(const Launch& l) {
+  return l.device->multiprocessors / l.cluster + 1;  // one at least
 }
 
 #else
 
+using LaunchAttributes = std::array<cudaLaunchAttribute, 2>;
+
+// What CUDA is told of a launch of this kernel.
 template <class A, void (*KERNEL)(const A)>
-void start(const Launch& l, const A& arguments) {
+cudaLaunchConfig_t configured(const Launch& l, LaunchAttributes& attributes) {
   check_grid(l);
   constexpr int64_t kPlain = 48 << 10;  // more has to be asked for, once on each device
   static std::atomic<bool> asked[kDevices] = {};
-  cudaError_t status = cudaSuccess;
   if (l.shared > kPlain && !asked[l.device->index].load(std::memory_order_acquire)) {
-    status = cudaFuncSetAttribute(reinterpret_cast<const void*>(KERNEL), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(l.device->shared));
+    const cudaError_t status = cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(KERNEL), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.device->shared));
     if (status != cudaSuccess) throw std::runtime_error(described(l, cudaGetErrorString(status)));
     asked[l.device->index].store(true, std::memory_order_release);
   }
@@ -84,8 +86,8 @@ void start(const Launch& l, const A& arguments) {
   config.blockDim = dim3(l.threads_x, l.threads_y, 1);
   config.dynamicSmemBytes = static_cast<size_t>(l.shared);
   config.stream = static_cast<cudaStream_t>(l.stream);
-  cudaLaunchAttribute attributes[2] = {};
-  config.attrs = attributes;
+  attributes = {};
+  config.attrs = attributes.data();
   if (l.cluster > 1) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeClusterDimension;
@@ -97,25 +99,47 @@ void start(const Launch& l, const A& arguments) {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
   }
-  if (l.clusters != nullptr) {
-    // Asked once, while nothing of it changes: the answer takes as long as a launch.
-    static thread_local std::array<int64_t, 5> asked_for = {};
-    static thread_local int answer = 0;
-    const std::array<int64_t, 5> wanted = {l.device->index, l.threads_x, l.threads_y, l.cluster, l.shared};
-    if (asked_for != wanted) {
-      status = cudaOccupancyMaxActiveClusters(&answer, KERNEL, &config);
-      if (status != cudaSuccess) throw std::runtime_error(described(l, cudaGetErrorString(status)));
-      asked_for = wanted;
-    }
-    *l.clusters = answer;
-    return;
+  return config;
+}
+
+// How many clusters of the launch the device can run at once.
+template <class A, void (*KERNEL)(const A)>
+int max_clusters(const Launch& l) {
+  // Asked once, while nothing of it changes: the answer takes as long as a launch.
+  static thread_local std::array<int64_t, 5> asked_for = {};
+  static thread_local int answer = 0;
+  const std::array<int64_t, 5> wanted = {l.device->index, l.threads_x, l.threads_y, l.cluster, l.shared};
+  if (asked_for != wanted) {
+    LaunchAttributes attributes;
+    const cudaLaunchConfig_t config = configured<A, KERNEL>(l, attributes);
+    const cudaError_t status = cudaOccupancyMaxActiveClusters(&answer, KERNEL, &config);
+    if (status != cudaSuccess) throw std::runtime_error(described(l, cudaGetErrorString(status)));
+    asked_for = wanted;
   }
-  status = cudaLaunchKernelEx(&config, KERNEL, arguments);
+  return answer;
+}
+
+template <class A, void (*KERNEL)(const A)>
+void start(const Launch& l, const A& arguments) {
+  LaunchAttributes attributes;
+  const cudaLaunchConfig_t config = configured<A, KERNEL>(l, attributes);
+  const cudaError_t status = cudaLaunchKernelEx(&config, KERNEL, arguments);
   if (status != cudaSuccess)
     throw std::runtime_error(described(l, std::string(cudaGetErrorName(status)) + ": " + cudaGetErrorString(status)));
 }
 
 #endif
+
+// A compiled kernel, as those see it who choose among many: how it is started, and how many of its clusters run at once.
+template <class A>
+struct Kernel {
+  void (*start)(const Launch&, const A&) = nullptr;
+  int (*max_clusters)(const Launch&) = nullptr;
+};
+template <class A, void (*KERNEL)(const A)>
+constexpr Kernel<A> kernel_of() {
+  return {start<A, KERNEL>, max_clusters<A, KERNEL>};
+}
 
 }  // namespace cuda
 }  // namespace red

@@ -53,5 +53,22 @@ RED_DEVICE void row_moments(G& group, const C& column, int d, const float (&v)[N
   }
 }
 
+// What a norm needs of a row, and is written for its backward: `s` as in row_moments, `a` a NormForward.
+struct Statistics {
+  float mean, rstd;
+};
+template <class T, int N, bool CENTERED, class G, class C, class A>
+RED_DEVICE Statistics row_statistics(G& group, const C& column, const A& a, int64_t row, const float (&v)[N][kVector<T>],
+                                     float (&s)[1]) {
+  float mean = 0.0f, variance;
+  row_moments<T, N, CENTERED>(group, column, static_cast<int>(a.d), v, s, mean, variance);
+  const float rstd = reciprocal_root(variance + a.eps);
+  if (group.first()) {
+    if constexpr (CENTERED) a.mean[row] = mean;
+    a.rstd[row] = rstd;
+  }
+  return {mean, rstd};
+}
+
 }  // namespace cuda
 }  // namespace red

@@ -32,7 +32,7 @@ RED_DEVICE void fetch(const NormBackward& a, const Columns<T, N>& column, int d,
 }
 
 template <class T, int N, bool CENTERED, BackwardKind KIND>
-RED_KERNEL(32 * most_warps(KIND, N), 1) norm_backward(RED_ARGUMENT NormBackward a) {
+RED_KERNEL(32 * most_warps(KIND, N, kTypeOf<T>), 1) norm_backward(RED_ARGUMENT NormBackward a) {
   constexpr int kSize = kVector<T>;
   constexpr bool OPTIONS = KIND == kOptions || KIND == kFull, FULL = KIND == kFull, MORE = KIND == kMore;
   constexpr int kSums = FULL ? 4 : 2;
@@ -211,54 +211,55 @@ RED_KERNEL(32 * most_warps(KIND, N), 1) norm_backward(RED_ARGUMENT NormBackward 
 }
 
 template <class T, int N, bool CENTERED, BackwardKind KIND>
-void start_norm_backward(const Launch& l, const NormBackward& a) {
+Kernel<NormBackward> norm_backward_of(const Launch& l) {
   if constexpr (!has_backward(KIND, N, kVector<T>)) {
   } else if constexpr (KIND == kExact) {
-    if (l.cluster == 1) return start<NormBackward, norm_backward_exact<T, N, CENTERED, false>>(l, a);
-    if constexpr (few_columns(N * kVector<T>))
-      return start<NormBackward, norm_backward_exact<T, N, CENTERED, true>>(l, a);
+    if (l.cluster == 1) return kernel_of<NormBackward, norm_backward_exact<T, N, CENTERED, false>>();
+    if constexpr (few_columns(N * kVector<T>)) return kernel_of<NormBackward, norm_backward_exact<T, N, CENTERED, true>>();
   } else {
-    return start<NormBackward, norm_backward<T, N, CENTERED, KIND>>(l, a);
+    return kernel_of<NormBackward, norm_backward<T, N, CENTERED, KIND>>();
   }
   throw std::logic_error(described(l, "it is not compiled for " + std::to_string(N) + " vectors"));
 }
 
 template <class T, bool CENTERED, BackwardKind KIND>
-void run_norm_backward_of(const Launch& l, int n, const NormBackward& a) {
+Kernel<NormBackward> norm_backward_of(const Launch& l, int n) {
   switch (n) {
     case 1:
-      return start_norm_backward<T, 1, CENTERED, KIND>(l, a);
+      return norm_backward_of<T, 1, CENTERED, KIND>(l);
     case 2:
-      return start_norm_backward<T, 2, CENTERED, KIND>(l, a);
+      return norm_backward_of<T, 2, CENTERED, KIND>(l);
     case 3:
-      return start_norm_backward<T, 3, CENTERED, KIND>(l, a);
+      return norm_backward_of<T, 3, CENTERED, KIND>(l);
     case 4:
-      return start_norm_backward<T, 4, CENTERED, KIND>(l, a);
+      return norm_backward_of<T, 4, CENTERED, KIND>(l);
     case 6:
-      return start_norm_backward<T, 6, CENTERED, KIND>(l, a);
+      return norm_backward_of<T, 6, CENTERED, KIND>(l);
     case 8:
-      return start_norm_backward<T, 8, CENTERED, KIND>(l, a);
+      return norm_backward_of<T, 8, CENTERED, KIND>(l);
   }
   throw std::logic_error(described(l, "it is not compiled for " + std::to_string(n) + " vectors"));
 }
 
-template <class T, BackwardKind KIND>
-void run_norm_backward_kind(const Launch& l, int n, bool centered, const NormBackward& a) {
-  centered ? run_norm_backward_of<T, true, KIND>(l, n, a) : run_norm_backward_of<T, false, KIND>(l, n, a);
+template <class T, bool CENTERED>
+Kernel<NormBackward> norm_backward_of(const Launch& l, int n, BackwardKind kind) {
+  switch (kind) {
+    case kExact:
+      return norm_backward_of<T, CENTERED, kExact>(l, n);
+    case kPlain:
+      return norm_backward_of<T, CENTERED, kPlain>(l, n);
+    case kMore:
+      return norm_backward_of<T, CENTERED, kMore>(l, n);
+    case kOptions:
+      return norm_backward_of<T, CENTERED, kOptions>(l, n);
+    default:
+      return norm_backward_of<T, CENTERED, kFull>(l, n);
+  }
 }
 
 template <class T>
-void run_norm_backward(const Launch& l, int n, bool centered, BackwardKind kind, const NormBackward& a) {
-  if (kind == kExact)
-    run_norm_backward_kind<T, kExact>(l, n, centered, a);
-  else if (kind == kPlain)
-    run_norm_backward_kind<T, kPlain>(l, n, centered, a);
-  else if (kind == kMore)
-    run_norm_backward_kind<T, kMore>(l, n, centered, a);
-  else if (kind == kOptions)
-    run_norm_backward_kind<T, kOptions>(l, n, centered, a);
-  else
-    run_norm_backward_kind<T, kFull>(l, n, centered, a);
+Kernel<NormBackward> norm_backward_kernel(const Launch& l, int n, bool centered, BackwardKind kind) {
+  return centered ? norm_backward_of<T, true>(l, n, kind) : norm_backward_of<T, false>(l, n, kind);
 }
 
 }  // namespace cuda

@@ -14,7 +14,7 @@ namespace cuda {
 
 // CLUSTER: several blocks may share a row.
 template <class T, int N, bool CENTERED, bool CLUSTER>
-RED_KERNEL(32 * most_warps(kExact, N), 1) norm_backward_exact(RED_ARGUMENT NormBackward a) {
+RED_KERNEL(32 * most_warps(kExact, N, kTypeOf<T>), 1) norm_backward_exact(RED_ARGUMENT NormBackward a) {
   constexpr int kSize = kVector<T>, kSums = 2, kArrays = 4;  // dy, dz, z, x
   constexpr int kDz = 1, kZ = 2, kX = 3;
   // Where a thread has few columns, what the sums over a row need is not made twice, and its vectors stay in registers: the

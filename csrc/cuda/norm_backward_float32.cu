@@ -3,7 +3,7 @@
 namespace red {
 namespace cuda {
 
-template void run_norm_backward<float>(const Launch&, int, bool, BackwardKind, const NormBackward&);
+template Kernel<NormBackward> norm_backward_kernel<float>(const Launch&, int, bool, BackwardKind);
 
 }  // namespace cuda
 }  // namespace red

@@ -59,13 +59,7 @@ RED_KERNEL(kForwardThreads, 1) norm_forward(RED_ARGUMENT NormForward a) {
   }
   group.sum(s);
 
-  float mean = 0.0f, variance;
-  row_moments<T, N, CENTERED>(group, column, d, v, s, mean, variance);
-  const float rstd = reciprocal_root(variance + a.eps);
-  if (group.first()) {
-    if constexpr (CENTERED) a.mean[row] = mean;
-    a.rstd[row] = rstd;
-  }
+  const auto [mean, rstd] = row_statistics<T, N, CENTERED>(group, column, a, row, v, s);
 
   RED_UNROLL for (int k = 0; k < N; ++k) {
     if (column(k) >= d) continue;

@@ -51,13 +51,7 @@ RED_KERNEL(kForwardThreads, 2) norm_forward_exact(RED_ARGUMENT NormForward a) {
   }
   group.sum(s);
 
-  float mean = 0.0f, variance;
-  row_moments<T, N, CENTERED>(group, column, d, v, s, mean, variance);
-  const float rstd = reciprocal_root(variance + a.eps);
-  if (group.first()) {
-    if constexpr (CENTERED) a.mean[row] = mean;
-    a.rstd[row] = rstd;
-  }
+  const auto [mean, rstd] = row_statistics<T, N, CENTERED>(group, column, a, row, v, s);
 
   const T* weights = as_base(static_cast<const T*>(a.weight.data) + column.first);
   T* y = as_base(static_cast<T*>(a.y) + at);

@@ -81,9 +81,7 @@ void norm_backward(const Call& call, NormBackward a, ColumnSums& sums) {
   if (call.aligned && !layout) layout = norm_backward_layout(a.d, type, device, kind, a.arrays);
   const char* name = kind == kExact ? "norm_backward_exact" : kind == kMore ? "norm_backward_more" : "norm_backward";
   Launch l = call.launch(name, {layout.cluster}, 32 * layout.warps, layout.groups);
-  const auto run = [&] {
-    call.dispatch([&](auto t) { run_norm_backward<decltype(t)>(l, layout.n, a.mean != nullptr, kind, a); });
-  };
+  Kernel<NormBackward> kernel;
   int64_t most = device.multiprocessors;
   if (layout) {
     while (layout.groups > 1 && divide_up(a.rows, layout.groups) < device.multiprocessors) layout.groups /= 2;
@@ -91,12 +89,9 @@ void norm_backward(const Call& call, NormBackward a, ColumnSums& sums) {
     a.stages = layout.stages;
     l.threads_y = layout.groups;
     l.shared = kGroupBytes + norm_backward_shared(layout, type, a.arrays);
+    call.dispatch([&](auto t) { kernel = norm_backward_kernel<decltype(t)>(l, layout.n, a.mean != nullptr, kind); });
     if (layout.cluster > 1) {  // a cluster lies within one part of a GPU: fewer fit than there are multiprocessors for
-      int clusters = 0;
-      l.clusters = &clusters;
-      run();
-      l.clusters = nullptr;
-      most = std::min<int64_t>(std::max<int64_t>(1, most / layout.cluster), clusters);
+      most = std::min<int64_t>(std::max<int64_t>(1, most / layout.cluster), kernel.max_clusters(l));
       if (most == 0) layout = {};
     }
   }
@@ -104,7 +99,7 @@ void norm_backward(const Call& call, NormBackward a, ColumnSums& sums) {
     const int64_t blocks = programs(call, layout.groups, most, sums.sorted());
     sums.prepare(blocks, blocks * layout.groups, a.deal, a.lines);
     l.grid.x = blocks * layout.cluster;
-    run();
+    kernel.start(l, a);
     return;
   }
   const Tensor averages = call.make_floats({2, a.rows});

@@ -52,9 +52,15 @@ constexpr bool has_backward(BackwardKind kind, int n, int size) {
 constexpr bool few_columns(int columns) { return columns <= 16; }
 // Warps of a block, with n vectors for each thread. Of kExact no more than the largest shared memory has two rows for; and no
 // 13 to 15, which would leave each thread as few registers as 16 do, as each quarter of a multiprocessor has its own.
-constexpr int most_warps(BackwardKind kind, int n) {
-  const int room = (227 << 10) / (2 * 4 * 32 * 16 * n);
-  return kind == kExact ? (room >= 16 ? 16 : room < 12 ? room : 12) : kind == kPlain ? (n < 8 ? 16 : 12) : kind == kMore ? 16 : 8;
+// With the most columns of float16, whose conversions take registers, kMore would spill some.
+constexpr int most_warps(BackwardKind kind, int n, Type type) {
+  if (kind == kExact) {
+    const int room = (227 << 10) / (2 * 4 * 32 * 16 * n);
+    return room >= 16 ? 16 : room < 12 ? room : 12;
+  }
+  if (kind == kPlain) return n < 8 ? 16 : 12;
+  if (kind == kMore) return n == 8 || (n == 4 && type == kFloat16) ? 12 : 16;
+  return 8;
 }
 // The numbers of vectors that kernels are compiled for.
 constexpr int kForwardVectors[] = {1, 2, 3, 4, 6, 8};
@@ -77,6 +83,14 @@ constexpr int kMixSums = 4;                                  // over a row or it
 constexpr int kMixGroupBytes = 2 * kMixSums * kMixWarps * static_cast<int>(sizeof(float));
 constexpr int kMixStretch = 512;                             // blocks of columns whose sums are made together
 constexpr int kSumColumns = 32, kSumLines = 16;              // the block of add_lines and add_edits
+
+// The type of the activations that kernels of T are for.
+template <class T>
+constexpr Type kTypeOf = kFloat32;
+template <>
+constexpr Type kTypeOf<BFloat16> = kBFloat16;
+template <>
+constexpr Type kTypeOf<Float16> = kFloat16;
 
 constexpr int vector_size(Type type) { return type == kFloat32 ? 4 : 8; }
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -116,7 +130,7 @@ inline bool exact(const RowLayout& layout, int64_t d, Type type) {
 // that some compute while others wait.
 inline RowLayout norm_backward_layout(int64_t d, Type type, const Device& device, BackwardKind kind, int arrays) {
   const int64_t vectors = d / vector_size(type);
-  const int most = most_warps(kind, 1);
+  const int most = most_warps(kind, 1, type);
   for (int cluster = 1; cluster <= (device.clusters ? kMostCluster : 1); cluster *= 2) {
     const int64_t part = divide_up(vectors, cluster);  // vectors of a block
     int64_t least = INT64_MAX;
@@ -124,7 +138,7 @@ inline RowLayout norm_backward_layout(int64_t d, Type type, const Device& device
       const int64_t warps = divide_up(part, 32 * n);
       const bool idle = warps * 32 * n * cluster != vectors;
       if (kind == kExact && (idle || (cluster > 1 && !few_columns(n * vector_size(type))))) return 0;
-      return has_backward(kind, n, vector_size(type)) && warps <= most_warps(kind, n) ? static_cast<int>(warps) : 0;
+      return has_backward(kind, n, vector_size(type)) && warps <= most_warps(kind, n, type) ? static_cast<int>(warps) : 0;
     };
     for (const int n : kBackwardVectors)
       if (warps_of(n)) least = std::min<int64_t>(least, n * warps_of(n));
@@ -140,7 +154,7 @@ inline RowLayout norm_backward_layout(int64_t d, Type type, const Device& device
       layout.n = n;
       layout.cluster = cluster;
       const int64_t bytes = static_cast<int64_t>(n) * layout.warps * 32 * 16 * arrays;  // of one row ahead
-      for (layout.groups = cluster > 1 ? 1 : most_warps(kind, n) / layout.warps; layout.groups > 0; --layout.groups) {
+      for (layout.groups = cluster > 1 ? 1 : most_warps(kind, n, type) / layout.warps; layout.groups > 0; --layout.groups) {
         const int64_t rows = bytes * layout.groups;
         const int wanted = 2 * rows < kOnTheWay ? 4 : 3;
         layout.stages = static_cast<int>(std::min<int64_t>(wanted, (device.shared - 4096) / rows));

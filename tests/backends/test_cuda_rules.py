@@ -62,6 +62,7 @@ int lanes(long d, int type) { return slab_lanes(d, static_cast<Type>(type)); }
 int threads(long d, int type) { return wide_threads(d, static_cast<Type>(type)); }
 }
 """
+FLOAT16 = 2
 VECTOR = {0: 4, 1: 8}  # elements of 16 bytes in fp32, and in bf16 and fp16
 DEVICES = [(80, 163 << 10), (86, 99 << 10), (90, 227 << 10), (100, 227 << 10)]
 # Exact, plain, more, options, full: elements of a thread and warps of a block at most.
@@ -268,6 +269,9 @@ def test_post_norm_and_dropout(rules: ctypes.CDLL, d: int, arrays: int) -> None:
     assert layout.warps == 1
     assert layout.groups == (16 if arrays == 3 or d == 768 else 13)
     assert layout.stages >= 2
+    halves, _ = _layout(rules.backward, d, FLOAT16, 90, 227 << 10, MORE, arrays)  # which have room for 12 of 4 vectors
+    assert halves is not None
+    assert halves[:3] == (layout.n, 1, 16 if d == 768 else 12)
 
 
 @pytest.mark.parametrize("rows", [1, 17, 132, 1000])
