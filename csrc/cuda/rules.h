@@ -52,14 +52,14 @@ constexpr bool has_backward(BackwardKind kind, int n, int size) {
 constexpr bool few_columns(int columns) { return columns <= 16; }
 // Warps of a block, with n vectors for each thread. Of kExact no more than the largest shared memory has two rows for; and no
 // 13 to 15, which would leave each thread as few registers as 16 do, as each quarter of a multiprocessor has its own.
-// With the most columns of float16, whose conversions take registers, kMore would spill some.
+// With many vectors kMore would spill some, but of bfloat16, whose conversions take the fewest registers.
 constexpr int most_warps(BackwardKind kind, int n, Type type) {
   if (kind == kExact) {
     const int room = (227 << 10) / (2 * 4 * 32 * 16 * n);
     return room >= 16 ? 16 : room < 12 ? room : 12;
   }
   if (kind == kPlain) return n < 8 ? 16 : 12;
-  if (kind == kMore) return n == 8 || (n == 4 && type == kFloat16) ? 12 : 16;
+  if (kind == kMore) return n >= 4 && type != kBFloat16 ? 12 : 16;
   return 8;
 }
 // The numbers of vectors that kernels are compiled for.

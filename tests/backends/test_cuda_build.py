@@ -196,6 +196,34 @@ def test_what_a_row_costs(reports: list[Resources], codes: list[Code]) -> None:
         assert -(-used // 8) * 8 * 32 * warps <= 16384, (key, used)
 
 
+# Of the backward of post-norm models and of models with dropout (kMore), in bf16 on sm_90: vectors and whether there
+# is a mean, and instructions for each element of a thread at most, dropout and z made again counted in.
+MORE = {(3, 0): 89, (3, 1): 101, (4, 0): 89, (4, 1): 97}
+
+
+@built_only
+def test_post_norm_and_dropout_have_16_warps(reports: list[Resources], codes: list[Code]) -> None:
+    """On every GPU 128 registers for each thread of 512; or 168 of 384 with 4 vectors and more, but of bf16."""
+    kind = re.compile("norm_backwardI.*BackwardKindE2E")
+    kernels = [kernel for kernel in reports if kind.search(kernel.name)]
+    archs = {kernel.arch for kernel in kernels}
+    assert archs
+    assert len(kernels) == len(archs) * 2 * (
+        4 + 4 + 6
+    )  # with a mean or without; of 32 elements for each thread at most
+    for kernel in kernels:
+        vectors = cuda_code.template_numbers(kernel.name)[0]
+        fewer = vectors >= 4 and "BFloat16" not in kernel.name  # warps: 12
+        assert kernel.registers <= (168 if fewer else 128), kernel
+    found = {
+        cuda_code.template_numbers(code.name)[:2]: code.row_loop() / (8 * cuda_code.template_numbers(code.name)[0])
+        for code in codes
+        if code.arch == 90 and "BFloat16" in code.name and kind.search(code.name)
+    }
+    if found:
+        assert {key: count for key, count in found.items() if count > MORE.get(key, count)} == {}, found
+
+
 @built_only
 def test_as_many_blocks_of_slabs_as_there_are_registers_for(reports: list[Resources]) -> None:
     """The host starts so many for each multiprocessor: slab_blocks in csrc/cuda/rules.h."""
