@@ -164,7 +164,8 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     _show_change(before, after, console)
     if speeds:
         report.speed_table(console, speeds, FUSED)
-    saved = sum(path.stat().st_size for path in run.edits.iterdir()) if processes.first else 0
+    own = run.edits.glob("red_*.safetensors")  # PEFT's form beside them holds the same
+    saved = sum(path.stat().st_size for path in own) if processes.first else 0
     if processes.first:
         _write_card(settings, run, names, before, after)
     if peak is not None:
