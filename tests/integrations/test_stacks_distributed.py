@@ -13,6 +13,7 @@ from stack_helpers import STEPS, as_parameters, files, hold_vectors, trainer_of,
 from two_processes import run_pair
 
 import red_kernels as rk
+from red_kernels.checkpoints.peft_write import PEFT_NAMES
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 
@@ -22,8 +23,7 @@ def test_save_and_resume(tmp_path):
     run_pair("stacks_worker.py", "save and resume", str(tmp_path))
     for how in ("ddp", "fsdp-layers", "fsdp-whole"):
         assert {path.name for path in (tmp_path / how).iterdir()} == {
-            "red_edits.safetensors",
-            "optimizer",
+            *("red_edits.safetensors", *PEFT_NAMES, "optimizer"),
         }
 
 
