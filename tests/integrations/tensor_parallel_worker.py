@@ -296,7 +296,7 @@ def trainer(folder: Path) -> None:
     writes: list[Path] = []
     write = checkpoint.write_saved
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(checkpoint, "write_saved", lambda target, saved: (writes.append(target), write(target, saved)))
+        patched.setattr(checkpoint, "write_saved", lambda target, *own: (writes.append(target), write(target, *own)))
         made.save_model(str(folder / "checkpoint-7"))
         state = TrainerState(global_step=8, is_world_process_zero=dist.get_rank() == 0)
         SaveEdits().on_save(arguments, state, made.control, model=split)
