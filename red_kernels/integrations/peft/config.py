@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import enum
-import re
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from peft import PeftConfig
 
 from ...checkpoints.authors import VECTORS_NAME
 from ...checkpoints.folder import TENSORS_NAME
-from ...checkpoints.peft_names import is_peft_folder
+from ...checkpoints.peft_names import is_peft_folder, named_by
 from ...checkpoints.reading import RUN_EDITS
 from ...edits.config import DTYPES, RedConfig
 from ...edits.kinds import KINDS
@@ -29,13 +27,6 @@ class RedPeftType(str, enum.Enum):
     RED = "RED"
 
 
-def named_by(chosen: str | Collection[str], name: str) -> bool:
-    """Whether a module's name matches a regular expression, or is one of these or ends in one, as PEFT has it."""
-    if isinstance(chosen, str):
-        return re.fullmatch(chosen, name) is not None
-    return any(name == one or name.endswith(f".{one}") for one in chosen)
-
-
 @dataclass
 class RedPeftConfig(PeftConfig):
     """What a RED adapter edits, and how (RED, arXiv 2402.15179).
@@ -49,6 +40,7 @@ class RedPeftConfig(PeftConfig):
         position: as in `rk.RedConfig`; used where `target_modules` is None. PEFT wraps the modules that it edits, so
             the two of the residual stream are to be had only where that ends in a norm.
         kind: as in `rk.RedConfig`: `"all"`, `"scaling"`, `"bias"`, `"ln"`, `"rotation"`, ...
+        stacks: as in `rk.RedConfig`: which stacks of layers `position` edits, where a model has several.
         layers_to_transform: index of a layer, or a list of them; None for all.
         layers_pattern: name of the list of layers, or several, where PEFT cannot tell it; needs `target_modules`.
         modules_to_save: names of modules to train and save as a whole beside the edits, such as a new head.
@@ -71,6 +63,9 @@ class RedPeftConfig(PeftConfig):
     )
     position: str = field(default="ffn", metadata={"help": "Where the edits lie if `target_modules` is None."})
     kind: str = field(default="all", metadata={"help": f"The kind of edit: {', '.join(KINDS)}."})
+    stacks: list[str] | str | None = field(
+        default=None, metadata={"help": "The stacks of layers that `position` edits, where a model has several."}
+    )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers to edit; None for all."}
     )
@@ -128,4 +123,5 @@ class RedPeftConfig(PeftConfig):
     def as_red_config(self) -> RedConfig:
         """The same for the models of the known families. Raises what `rk.RedConfig` does."""
         layers = self.layers_to_transform
-        return RedConfig(self.position, self.kind, (layers,) if isinstance(layers, int) else (layers or None))
+        chosen = (layers,) if isinstance(layers, int) else (layers or None)
+        return RedConfig(self.position, self.kind, chosen, stacks=self.stacks or None)
