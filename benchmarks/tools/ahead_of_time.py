@@ -1,7 +1,7 @@
 """Every Triton kernel compiled for real GPUs, without one: registers, spills, shared memory and widths of accesses.
 
     python -m benchmarks.tools.ahead_of_time             the kernels of a patched model, on every target
-    python -m benchmarks.tools.ahead_of_time --markdown  the same as the table of docs/decisions.md
+    python -m benchmarks.tools.ahead_of_time --markdown  the table of red_kernels/backends/triton/README.md
     python -m benchmarks.tools.ahead_of_time --all       whatever the operations can ask for (an hour and more)
 
 What is compiled is what the operations launch on that GPU, with the tiles of :mod:`red_kernels.backends.triton.rules`:
@@ -419,7 +419,7 @@ def print_reports(reports: Sequence[Report], console: Console) -> None:
 
 
 def markdown(reports: Sequence[Report]) -> str:
-    """The table of docs/decisions.md: registers / spills / shared memory in KiB, of each target."""
+    """The table of red_kernels/backends/triton/README.md: registers / spills / shared memory in KiB, for each target."""
     rows: dict[tuple[Any, ...], dict[str, Report]] = {}
     for r in sorted(reports, key=_order):
         program = r.program
@@ -470,7 +470,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
     parser.add_argument("--targets", nargs="+", choices=_TARGETS, default=list(TARGETS))
     parser.add_argument("--all", action="store_true", help="all dtypes and options of the operations")
-    parser.add_argument("--markdown", action="store_true", help="print the table of docs/decisions.md")
+    parser.add_argument("--markdown", action="store_true", help="print the table of red_kernels/backends/triton/README.md")
     parser.add_argument("--processes", type=int, help="to compile in; as many as there are cores")
     options = parser.parse_args(arguments)
     cases = (

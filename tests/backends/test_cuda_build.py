@@ -173,7 +173,7 @@ FIGURES = {  # (kernel, vectors, with a mean): (instructions, registers, threads
 
 @built_only
 def test_what_a_row_costs(reports: list[Resources], codes: list[Code]) -> None:
-    """On sm_90, for the layouts in docs/decisions.md."""
+    """On sm_90, for the layouts in csrc/cuda/README.md."""
     registers = {kernel.name: kernel.registers for kernel in reports if kernel.arch == 90}
     found = {}
     for code in codes:
