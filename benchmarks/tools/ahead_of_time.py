@@ -419,7 +419,7 @@ def print_reports(reports: Sequence[Report], console: Console) -> None:
 
 
 def markdown(reports: Sequence[Report]) -> str:
-    """The table of red_kernels/backends/triton/README.md: registers / spills / shared memory in KiB, for each target."""
+    """The table of red_kernels/backends/triton/README.md: registers / spills / shared memory in KiB, by target."""
     rows: dict[tuple[Any, ...], dict[str, Report]] = {}
     for r in sorted(reports, key=_order):
         program = r.program
@@ -470,7 +470,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
     parser.add_argument("--targets", nargs="+", choices=_TARGETS, default=list(TARGETS))
     parser.add_argument("--all", action="store_true", help="all dtypes and options of the operations")
-    parser.add_argument("--markdown", action="store_true", help="print the table of red_kernels/backends/triton/README.md")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the table of red_kernels/backends/triton/README.md"
+    )
     parser.add_argument("--processes", type=int, help="to compile in; as many as there are cores")
     options = parser.parse_args(arguments)
     cases = (
