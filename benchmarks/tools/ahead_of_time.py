@@ -197,7 +197,7 @@ def least_bytes(program: Program, name: str, access: Access) -> int:
         return min(16, together * _BYTES[tensors[name]])
     if name in (*ACTIVATIONS, *SUMMED, *SUMS):
         return together * itemsize if name in ACTIVATIONS else 16
-    raise ValueError(f"{program.kernel} has a tensor {name!r}, and nothing says how it is to be read")
+    raise ValueError(f"{program.kernel} has a tensor {name!r}, but no rule for its accesses")
 
 
 def programs(case: Case, target: str) -> list[Program]:
@@ -473,7 +473,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--markdown", action="store_true", help="print the table of red_kernels/backends/triton/README.md"
     )
-    parser.add_argument("--processes", type=int, help="to compile in; as many as there are cores")
+    parser.add_argument("--processes", type=int, help="compiling processes (default: one for each core)")
     options = parser.parse_args(arguments)
     cases = (
         all_cases(options.widths)

@@ -125,7 +125,7 @@ def register_backend(record: Backend) -> None:
         raise TypeError(f"record: got the name {record.name!r}, expected a string")
     if not record.name or record.name in _known.by_name:
         taken = ", ".join(map(repr, _known.by_name))
-        raise ValueError(f"record: got the name {record.name!r}, expected one that no other has, none of {taken}")
+        raise ValueError(f"record: got the name {record.name!r}, expected a name that is not taken; taken: {taken}")
     for field in ("missing", "unsupported", "state", "variants", "use"):
         if not callable(getattr(record, field)):
             raise TypeError(f"record: {field} of {record.name!r} is {getattr(record, field)!r}, expected a function")
@@ -135,7 +135,7 @@ def register_backend(record: Backend) -> None:
     if record.automatic and record.device is None and record.operations is not None:
         raise ValueError(f"record: {record.name!r} is automatic for no device, expected a device such as 'cpu'")
     if record.operations is None and record.missing() is None:
-        raise ValueError(f"record: {record.name!r} has no operations, and `missing` does not say why")
+        raise ValueError(f"record: {record.name!r} has no operations, and `missing` gives no reason")
     lacking = [name for name in REQUIRED if not callable(getattr(record.operations, name, None))]
     if record.operations is not None and lacking:
         raise ValueError(f"record: the operations of {record.name!r} lack {', '.join(lacking)}")

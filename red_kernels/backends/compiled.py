@@ -26,7 +26,7 @@ def load(library: Path, note: Path | None, never_built: str) -> tuple[ctypes.CDL
     try:
         return ctypes.CDLL(str(library)), None
     except OSError as error:
-        return None, f"{library.name} does not load ({error}); remedy: install red-kernels again beside this torch"
+        return None, f"{library.name} does not load ({error}); remedy: install red-kernels again with this torch"
 
 
 def ask(function: Any, *arguments: Any) -> str:

@@ -112,7 +112,7 @@ def _check_setting(dll: ctypes.CDLL) -> str | None:
     try:
         compiled.ask(dll.red_kernels_cpu_in_use)
     except RuntimeError as error:
-        return f"{error}; remedy: set RED_KERNELS_CPU to one of these, or not at all"
+        return f"{error}; remedy: set RED_KERNELS_CPU to one of these, or unset it"
     return None
 
 

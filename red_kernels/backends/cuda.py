@@ -27,12 +27,12 @@ NAMESPACE = "red_kernels_emulated" if EMULATED else cpu.NAMESPACE
 _LIBRARY = Path(__file__).parent.parent / "lib" / "libred_kernels_cuda.so"
 _OLDEST = (8, 0)
 _NO_GPU = (
-    "torch finds no GPU of NVIDIA's here; remedy: such a GPU and a torch built for CUDA, or another backend: 'triton', "
-    "'cpu' or 'reference'"
+    "torch finds no GPU of NVIDIA's here; remedy: an NVIDIA GPU and a torch built for CUDA, or another backend: "
+    "'triton', 'cpu' or 'reference'"
 )
 _NEVER_BUILT = (
-    "it was never built; remedy: pip install red-kernels with nvcc and torch installed, and RED_KERNELS_CUDA=1 to be "
-    "told what a build lacks"
+    "it was never built; remedy: pip install red-kernels with nvcc and torch installed; RED_KERNELS_CUDA=1 makes a "
+    "failed build an error with its reason"
 )
 
 
@@ -53,7 +53,7 @@ def parse_architectures(text: str) -> tuple[Code, ...]:
     for word in text.split():
         parts = re.fullmatch(r"(sm|compute)_([0-9]{1,4})([0-9])", word)
         if parts is None:
-            raise ValueError(f"it says that it is for {text!r}, expected names such as sm_90 or compute_100")
+            raise ValueError(f"it names the targets {text!r}, expected names such as sm_90 or compute_100")
         found.append(Code((int(parts[2]), int(parts[3])), parts[1] == "compute"))
     return tuple(found)
 
@@ -91,7 +91,7 @@ def unusable(device: int) -> str | None:
         remedy = new if found >= _OLDEST else "rk.backend('triton')"
         reason = (
             f"its compute capability is {found[0]}.{found[1]}, expected {_OLDEST[0]}.{_OLDEST[1]} or later and one "
-            f"that the library was built for, {_architectures}; remedy: {remedy}"
+            f"that the library was built for: {_architectures}; remedy: {remedy}"
         )
     elif not torch.compiler.is_compiling():
         reason = _does_not_load(device)
@@ -153,7 +153,7 @@ def _ask_architectures(dll: ctypes.CDLL) -> tuple[str, tuple[Code, ...], str | N
         text = compiled.ask(dll.red_kernels_cuda_architectures)
         return text, () if EMULATED else parse_architectures(text), None
     except (AttributeError, RuntimeError, ValueError) as error:
-        return "", (), f"{dll._name} is no library of this version ({error}); remedy: install red-kernels again"
+        return "", (), f"{dll._name} is not a library of this version ({error}); remedy: install red-kernels again"
 
 
 _unusable: dict[int, str | None] = {}

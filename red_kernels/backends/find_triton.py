@@ -14,8 +14,8 @@ from .record import Backend
 
 _OLDEST = (3, 6)
 _NO_GPU = (
-    "torch finds no GPU here; remedy: a GPU and a torch built for it, or TRITON_INTERPRET=1 to run the kernels on the "
-    "CPU, slowly, to check them"
+    "torch finds no GPU here; remedy: a GPU and a torch built for it, or TRITON_INTERPRET=1, which runs the kernels "
+    "on the CPU, slowly, for checks"
 )
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

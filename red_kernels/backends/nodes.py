@@ -42,7 +42,7 @@ __all__ = [
 
 _LIBRARY = Path(__file__).parent.parent / "lib" / "libred_kernels_nodes.so"
 _SETTING = "RED_KERNELS_NODES"
-_REMEDY = "remedy: install red-kernels again, with this Python and this torch, and without build isolation"
+_REMEDY = "remedy: install red-kernels again with this Python and torch, without build isolation"
 
 
 def load_error() -> str | None:
@@ -73,7 +73,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     library.red_kernels_nodes_built_for.restype = ctypes.c_char_p
     built, here = library.red_kernels_nodes_built_for().decode(), _here()
     if built != here:
-        return None, f"it was built for {built}, and this is {here}; {_REMEDY}"
+        return None, f"it was built for {built}, but this is {here}; {_REMEDY}"
     name = f"{__package__}.nodes_library.nodes"  # the module is called by the last part
     loader = importlib.machinery.ExtensionFileLoader(name, str(_LIBRARY))
     spec = importlib.util.spec_from_file_location(name, _LIBRARY, loader=loader)

@@ -85,7 +85,7 @@ def export_authors(model: nn.Module, folder: str | os.PathLike[str], name: str |
     every = [own for parts in tensors.values() for own in parts.values()]
     write_from_one([*every, *head.values()], lambda: write_authors(target, vectors, prefix, values))
     if other:
-        warnings.warn(f"not saved, as the authors' form has no place for it: {listed(other)}", stacklevel=2)
+        warnings.warn(f"not saved, because the authors' form has no place for it: {listed(other)}", stacklevel=2)
     return target
 
 
@@ -93,10 +93,10 @@ def write_authors(folder: Path, vectors: SiteTensors, prefix: str, head: Mapping
     """Write both files, `prefix` taken off the site names; see `export_authors`."""
     foreign = sorted({part for parts in vectors.values() for part in parts if PARTS[part].key is None})
     if foreign:
-        raise ValueError(f"model: the authors' form has no name for {listed(foreign)}; rk.save_edits has")
+        raise ValueError(f"model: the authors' form has no name for {listed(foreign)}; save them by rk.save_edits")
     if not head and (folder / CLASSIFIER_NAME).exists():
         raise ValueError(
-            f"folder: {str(folder)!r} has a {CLASSIFIER_NAME} of another model, and this one has no classifier head; "
+            f"folder: {str(folder)!r} has a {CLASSIFIER_NAME} of another model, but this model has no classifier head; "
             "choose another folder or remove the file"
         )
     state = {
@@ -172,7 +172,7 @@ def _read_both(folder: Path) -> tuple[SiteTensors, None, dict[str, torch.Tensor]
     if mark is None:
         return vectors, None, {}
     raise _Torn(
-        f"{folder / CLASSIFIER_NAME}: is missing, or of another save than {VECTORS_NAME} beside it; name "
+        f"{folder / CLASSIFIER_NAME}: is missing, or of another save than {VECTORS_NAME} in its folder; name "
         f"{VECTORS_NAME} itself to load the vectors alone"
     )
 

@@ -68,7 +68,7 @@ def source_of(name: str, revision: str | None = None) -> Source:
     packaged = next((model for model in PACKAGED if model.name == name), None)
     path = packaged.locate() if packaged else Path(name)
     if revision is not None and (packaged or path.exists() or path.suffix == ".gguf"):
-        raise ValueError(f"revision: got {revision!r}, but the base model {name!r} is no repository of the hub")
+        raise ValueError(f"revision: got {revision!r}, but the base model {name!r} is not a repository of the hub")
     if path.suffix == ".gguf":
         return Source(name, path, str(path.resolve().parent), gguf_options(path), gguf=True)
     if not path.exists():
@@ -131,7 +131,7 @@ def load_source(source: Source, dtype: Any, head: Head | None) -> Any:
         weights = f"{listed(lacking)} of a {type(model).__name__}"
         raise ValueError(
             f"model: the files of {source.name!r} lack the weights {weights}, which "
-            f"would be random{held}; expected the base model that the edits were trained on"
+            f"would be random{held}; expected the base model of the edits"
         )
     return model.eval()
 

@@ -27,7 +27,7 @@ __all__ = ["FORMS", "Conversion", "convert", "model_on_meta"]
 OWN, AUTHORS, PEFT = FORMS = ("own", "authors", "peft")
 _OWN_CODE = {"trust_remote_code": False}
 _NO_POSITION = {
-    OWN: "the authors' form does not hold one, and the folder says it itself",
+    OWN: "the authors' form does not hold one; the folder states its own",
     PEFT: "a PEFT folder names its sites itself",
 }
 
@@ -100,11 +100,11 @@ def convert(
         raise ValueError(f"to: got {to!r}, but {str(source)!r} is in that form already")
     target = Path(output)
     if target.exists() and target.resolve() == found.source.parent.resolve():
-        raise ValueError(f"output: {str(target)!r} is the folder of the source; the two forms need a folder each")
+        raise ValueError(f"output: {str(target)!r} is the folder of the source; each form needs its own folder")
     if position is not None and position not in tuple(POSITIONS):
         raise ValueError(f"position: got {position!r}, supported: {', '.join(map(repr, POSITIONS))}")
     if position is not None and form != AUTHORS:
-        raise ValueError(f"position: got {position!r}, but {_NO_POSITION[form]}; leave it out")
+        raise ValueError(f"position: got {position!r}, but {_NO_POSITION[form]}; omit the option")
     if to == AUTHORS and form != AUTHORS:
         return _to_authors(found, place, target, model, overwrite)
     content = _content(found, place, form, model, position)
@@ -132,7 +132,7 @@ def _content(found: Found, source: Path, form: str, model: str | None, position:
         return _authors_content(found, source, model, position)
     if found.description is None:
         raise ValueError(
-            f"{found.source}: holds no description of its edits; name the folder that it was saved to, with a "
+            f"{found.source}: has no description of its edits; name the folder that save_edits wrote, with a "
             f"{CONFIG_NAME} in it"
         )
     said = found.description
@@ -157,9 +157,9 @@ def _to_peft(content: _Content, target: Path, overwrite: bool) -> Conversion:
     write_peft(target, content.config, content.vectors, content.base, content.head)
     notes = [*content.notes, "PEFT loads it once red_kernels.integrations.peft is imported"]
     if content.config.edit_kind.shared:
-        notes.append("PEFT will warn of missing keys: those of the other sites, which have the same vectors")
+        notes.append("PEFT will warn of missing keys: those of other sites that share their vectors")
     if whole_layers(content.config):
-        notes.append("PEFT cannot wrap a whole layer, and refuses the adapter where such a layer is a site")
+        notes.append("PEFT cannot wrap a whole layer: it refuses the adapter if a site is one")
     files = tuple(target / name for name in PEFT_NAMES)
     return _conversion(files, content.vectors, f"{content.what}, in PEFT's form", notes)
 
@@ -167,7 +167,7 @@ def _to_peft(content: _Content, target: Path, overwrite: bool) -> Conversion:
 def _left_out(beside: Path, source: Path) -> list[str]:
     if not source.is_file() or not beside.exists():
         return []
-    return [f"{beside.name} beside the file was left out; name the folder to convert it too"]
+    return [f"{beside.name} next to the file was not converted; name the folder to convert both"]
 
 
 def model_on_meta(name: str) -> nn.Module:
@@ -202,7 +202,7 @@ def model_on_meta(name: str) -> nn.Module:
     except Exception as error:  # whatever a parser of damaged files may raise means the same here
         reason = str(error).partition("\n")[0]
         if path.exists():
-            raise ValueError(f"model: {name!r} has no configuration that can be used: {reason}") from error
+            raise ValueError(f"model: {name!r} has no usable configuration: {reason}") from error
         raise OSError(f"model: {name!r} is no file or folder, and could not be found on the hub: {reason}") from error
 
 
@@ -214,13 +214,13 @@ def _authors_content(found: Found, source: Path, model: str | None, position: st
     }
     if model is None:
         config = config_from_names(found.source, vectors, position)
-        told = "told from the names alone" if position is None else "as it was said"
+        told = "inferred from the names" if position is None else "as given"
         prefix = ""
     else:
         base = model_on_meta(model)
         config, mapping = config_from_model(found.source, vectors, base, position)
         vectors = {mapping[site]: parts for site, parts in vectors.items()}
-        told = f"told from {type(base).__name__}"
+        told = f"inferred from {type(base).__name__}"
         prefix = inner_prefix(base, vectors)
     head = Head({f"{HEAD}.{name}": own for name, own in found.head.items()}) if found.head else None
     notes = [] if head is not None else _left_out(source.with_name(CLASSIFIER_NAME), source)
@@ -237,8 +237,8 @@ def _to_authors(found: Found, source: Path, target: Path, model: str | None, ove
         said = (found.description or {}).get("inner_prefix")
         if said is None:
             raise ValueError(
-                f"{found.source}: nothing says which part of its site names, such as {next(iter(found.vectors))}, the "
-                f"authors' names leave out (the entry 'inner_prefix' of the description); pass --model with the base "
+                f"{found.source}: the description has no entry 'inner_prefix', so the part of site names that the "
+                f"authors' names omit is unknown, such as {next(iter(found.vectors))}; pass --model with the base "
                 "model's id, folder or config.json"
             )
         prefix = str(said)
@@ -247,7 +247,7 @@ def _to_authors(found: Found, source: Path, target: Path, model: str | None, ove
     names = [VECTORS_NAME, *([CLASSIFIER_NAME] if head else [])]
     _refuse(target, (VECTORS_NAME, CLASSIFIER_NAME), names, overwrite)
     write_authors(target, found.vectors, prefix, head)
-    what = f"kind {kind!r}, in the authors' form" + (f" ({prefix!r} taken off the site names)" if prefix else "")
+    what = f"kind {kind!r}, in the authors' form" + (f" ({prefix!r} removed from the site names)" if prefix else "")
     return _conversion(tuple(target / name for name in names), found.vectors, what, notes)
 
 

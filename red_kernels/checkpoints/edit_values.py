@@ -116,8 +116,8 @@ def weights_device(model: nn.Module, site: str) -> torch.device:
     if executed.type != "meta":
         return executed
     raise ValueError(
-        f"model: the weights of {site} are on the meta device; load the base model's weights first, for instance by "
-        "load_state_dict(..., assign=True); the vectors get their memory from rk.load_edits"
+        f"model: the weights of {site} are on the meta device; load the base model's weights first, for example by "
+        "load_state_dict(..., assign=True); rk.load_edits then allocates the vectors"
     )
 
 
@@ -147,7 +147,7 @@ def _in_force(label: str, holder: EditVectors, part: str, width: int) -> Tensor:
     if value is None:
         value = _computed(holder, part)
     if not isinstance(value, Tensor):
-        raise ValueError(f"model: {label} is not there; another library has taken it away")
+        raise ValueError(f"model: {label} is missing; another library has removed it")
     if value.is_meta:
         raise ValueError(f"model: {label} is on the meta device and has no values to save")
     refuse_partitioned(label, value)
@@ -155,8 +155,8 @@ def _in_force(label: str, holder: EditVectors, part: str, width: int) -> Tensor:
     expected = next(own.shape(width) for own in holder.kind.parts if own.name == part)
     if tuple(value.shape) != expected:
         raise ValueError(
-            f"model: {label} has shape {tuple(value.shape)}, expected {expected}; where a wrapper keeps parts of it in "
-            "several processes, gather them first (FullyShardedDataParallel.summon_full_params)"
+            f"model: {label} has shape {tuple(value.shape)}, expected {expected}; if a wrapper shards it over several "
+            "processes, gather it first (FullyShardedDataParallel.summon_full_params)"
         )
     return value.detach()
 

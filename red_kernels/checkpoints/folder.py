@@ -246,7 +246,7 @@ def read_description(folder: Path) -> tuple[Path, dict[str, Any]]:
     if folder.is_file():
         description = read_file(folder).description
         if description is None:
-            raise ValueError(f"{folder}: holds no description of its edits; name the folder that it was saved to")
+            raise ValueError(f"{folder}: has no description of its edits; name the folder that save_edits wrote")
         return folder, description
     if not folder.is_dir():
         raise FileNotFoundError(f"folder: {str(folder)!r} does not exist")
@@ -275,7 +275,7 @@ def config_of(path: Path, description: Mapping[str, Any]) -> RedConfig:
             sites=None if patterns is None else tuple(patterns),
         )
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path}: describes edits that cannot be: {error}") from error
+        raise ValueError(f"{path}: describes impossible edits: {error}") from error
 
 
 def _read_once(folder: Path) -> OwnFound:
@@ -311,15 +311,15 @@ def _read_head(folder: Path, description: Mapping[str, Any]) -> Head | None:
     if "head" in description and mark is None:
         return None  # as above
     raise _OtherHead(
-        f"{plain}: is of another save than {TENSORS_NAME} beside it; save both again, or name {TENSORS_NAME} itself to "
-        "load the vectors alone"
+        f"{plain}: is of another save than {TENSORS_NAME} next to it; save both again, or name {TENSORS_NAME} itself "
+        "to load the vectors alone"
     )
 
 
 def _parse_head(path: Path, content: bytes) -> tuple[Head, str | None]:
     tensors, metadata = _parse(path, content)
     if not tensors:
-        raise ValueError(f"{path}: is not a trained head: it is empty")
+        raise ValueError(f"{path}: is empty, expected a trained head")
     values = {name: checked_tensor(path, name, value) for name, value in tensors.items()}
     said = _loads(path, metadata.get(_DESCRIPTION, "{}"))
     labels = said.get("labels")
@@ -335,10 +335,10 @@ def _labels(path: Path, labels: object) -> dict[int, str] | None:
     if labels is None:
         return None
     if not isinstance(labels, dict) or not all(isinstance(name, str) for name in labels.values()):
-        raise ValueError(f"{path}: is damaged: its labels must be text by number, got {str(labels)[:100]}")
+        raise ValueError(f"{path}: is damaged: its labels must map numbers to text, got {str(labels)[:100]}")
     numbers = [str(number) for number in range(len(labels))]
     if set(labels) != set(numbers):
-        raise ValueError(f"{path}: is damaged: its labels must have the numbers from 0 on, got {listed(list(labels))}")
+        raise ValueError(f"{path}: is damaged: its labels must be numbered from 0, got {listed(list(labels))}")
     return {int(number): labels[number] for number in numbers}
 
 
@@ -359,8 +359,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         content = path.read_bytes()
     except FileNotFoundError:
         raise _NoDescription(
-            f"{path} does not exist, and {TENSORS_NAME} has no description in itself: {str(folder)!r} is not a "
-            "complete folder of save_edits"
+            f"{path} does not exist, and {TENSORS_NAME} contains no description: {str(folder)!r} is not a complete "
+            "folder of save_edits"
         ) from None
     description = _loads(path, content)
     _check_entries(path, description)
@@ -409,8 +409,8 @@ def _check_entries(path: Path, description: dict[str, Any]) -> None:
         raise ValueError(f'{path}: is not a description of edits (no "format": {FORMAT!r})')
     if description.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{path}: has format version {description.get('format_version')!r}, this version of red_kernels reads "
-            f"{FORMAT_VERSION}"
+            f"{path}: has format version {description.get('format_version')!r}, expected {FORMAT_VERSION} for this "
+            "version of red_kernels"
         )
     expected: dict[str, tuple[type, ...]] = {
         "position": (str,),
@@ -431,7 +431,7 @@ def _check_entries(path: Path, description: dict[str, Any]) -> None:
     if mark is not None and not _MARK.fullmatch(mark):  # it becomes a part of a file's name
         raise ValueError(f"{path}: the entry 'head' is {mark[:100]!r}, expected 32 hexadecimal digits")
     if not isinstance(getattr(torch, description["dtype"], None), torch.dtype):
-        raise ValueError(f"{path}: {description['dtype']!r} is no dtype of torch")
+        raise ValueError(f"{path}: {description['dtype']!r} is not a dtype of torch")
 
 
 def _check_description(where: str, what: str, description: dict[str, Any], vectors: SiteTensors) -> None:
@@ -441,7 +441,7 @@ def _check_description(where: str, what: str, description: dict[str, Any], vecto
     found = {site: list(parts) for site, parts in vectors.items()}
     different = [site for site in {**described, **found} if described.get(site) != found.get(site)]
     if different:
-        raise ValueError(f"{where}: {what} do not belong together; they differ at {listed(different)}")
+        raise ValueError(f"{where}: {what} do not match; they differ at {listed(different)}")
 
 
 def _digest(content: bytes) -> str:

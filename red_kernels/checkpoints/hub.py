@@ -40,8 +40,7 @@ def fetched(source: str | os.PathLike[str], revision: str | None = None) -> Path
     if not is_hub_id(source):
         if revision is not None:
             raise ValueError(
-                f"revision: got {revision!r}, but {str(source)!r} is no id of the hub, expected one of the form "
-                "'user/name'"
+                f"revision: got {revision!r}, but {str(source)!r} is no id of the hub, expected the form 'user/name'"
             )
         return path
     import huggingface_hub
@@ -64,7 +63,7 @@ def explaining_hub(what: str, repository: str) -> Iterator[None]:
         yield
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{what}: there is no repository {repository!r}, or it is private and the token may not read it"
+            f"{what}: there is no repository {repository!r}, or it is private and the token has no read access"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{what}: {repository!r} has no such revision") from error
@@ -75,7 +74,7 @@ def explaining_hub(what: str, repository: str) -> Iterator[None]:
         if status in (401, 403):
             raise PermissionError(
                 f"{what}: the hub refuses (status {status}); log in by 'hf auth login', or set HF_TOKEN to a token "
-                "that may"
+                "with access"
             ) from error
         raise OSError(f"{what}: {one_line(error)}") from error
     except (OSError, ValueError):

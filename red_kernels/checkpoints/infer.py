@@ -45,8 +45,9 @@ def kind_of(source: Path, vectors: SiteTensors) -> str:
     for site, parts in vectors.items():
         if parts.keys() != vectors[first].keys():
             raise ValueError(
-                f"{source}: {first} has {listed(list(vectors[first]))} and {site} has {listed(list(parts))}; all sites "
-                "have to be of one kind"
+                f"{source}: {first} has {listed(list(vectors[first]))} and {site} has {listed(list(parts))}; expected "
+                "one kind at all "
+                "sites"
             )
     kind = kind_with(vectors[first])
     with contextlib.suppress(ValueError):  # below, with the site's name
@@ -79,7 +80,7 @@ def config_from_names(source: Path, vectors: SiteTensors, position: str | None =
         found = _layer_site(site)
         if found is None:
             raise ValueError(
-                f"{source}: the site {shown(site)} names no layer, so that its position cannot be told; {_ADVICE}"
+                f"{source}: the site {shown(site)} names no layer, so its position cannot be inferred; {_ADVICE}"
             )
         stacks.setdefault(found.stack, {}).setdefault(found.number, set()).add(found.path)
     if position is None:
@@ -209,7 +210,7 @@ def _chosen_layers(source: Path, stacks: dict[str, dict[int, set[str]]]) -> Iter
     if any(other.keys() != first.keys() for other in others):
         raise ValueError(
             f"{source}: not all layers are edited, and in {listed([name.rstrip('.') for name in stacks])} not the same "
-            "ones; which of them the model has cannot be told from names, so pass --model"
+            "ones; names alone do not show which layers the model has, so pass --model"
         )
     return sorted(first)
 
@@ -224,4 +225,4 @@ def _kinds() -> str:
     return ", ".join(f"{kind.name!r} ({' and '.join(kind.names)})" for kind in KINDS.values())
 
 
-_ADVICE = "pass --model with the base model's id, folder or config.json, or say it by --position"
+_ADVICE = "pass --model with the base model's id, folder or config.json, or state it by --position"

@@ -46,7 +46,7 @@ def match_sites(checkpoint_sites: Iterable[str], model_sites: Iterable[str]) -> 
         choices = ", ".join(f"{remove or '(nothing)'!s} -> {add or '(nothing)'!s}" for remove, add in best_rules)
         raise ValueError(
             f"the checkpoint's site names fit the model in more than one way, changing the prefix {choices}; "
-            "load into the inner model that is meant, so that the names agree"
+            "load into the intended inner model, so that the names match"
         )
     return best
 

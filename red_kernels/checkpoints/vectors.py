@@ -61,7 +61,7 @@ def load_pickled(path: Path, content: bytes) -> Mapping[str, Any]:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: is damaged or no checkpoint that torch.load reads safely: {reason}") from error
+        raise ValueError(f"{path}: is damaged, or torch.load cannot read it safely: {reason}") from error
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise ValueError(f"{path}: expected a dict from names to tensors, got {type(state).__name__}")
     return state

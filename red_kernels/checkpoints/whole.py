@@ -150,7 +150,7 @@ def _read(source: str | os.PathLike[str], revision: str | None) -> tuple[Path, F
     except FileNotFoundError as error:
         if place.is_dir() and (place / "config.json").is_file():
             raise ValueError(
-                f"source: {str(source)!r} holds a model and no edits; transformers' from_pretrained loads it"
+                f"source: {str(source)!r} holds a model and no edits; load it by transformers' from_pretrained"
             ) from error
         raise
 
@@ -175,7 +175,7 @@ def _base(source: str | os.PathLike[str], place: Path, found: Found, base: str |
     if not here and not is_packaged(name) and not is_hub_id(name):
         raise FileNotFoundError(
             f"base: the edits in {str(source)!r} belong to the base model {name!r}, which is not here; pass base= with "
-            "the name or folder of that model"
+            "its name or folder"
         )
     if revision is None and not here and is_hub_id(name):
         revision = said.get("base_model_revision")

@@ -89,11 +89,11 @@ def lora_around(model: nn.Module, site: str) -> str:
             continue
         kind = type(layer).__name__
         if part != "base_layer" or not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):
-            return f"it is inside of a {kind}, which is not known to leave its output alone; take that off to merge"
+            return f"it is inside a {kind}, which may change its output; remove that wrapper to merge"
         if getattr(layer, "merged", False):
-            return "LoRA is merged into the weight already, and the edit would apply to its part; unmerge LoRA first"
+            return "LoRA is merged into the weight already, so the edit would scale LoRA's part too; unmerge LoRA first"
         if getattr(layer, "lora_variant", None) or any((getattr(layer, "use_dora", None) or {}).values()):
-            return f"it is inside of a {kind} of a variant (such as DoRA) that reads the weight; take that off to merge"
+            return f"it is inside a {kind} of a variant (such as DoRA) that reads the weight; remove it to merge"
     return ""
 
 

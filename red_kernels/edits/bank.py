@@ -141,9 +141,9 @@ class EditBank(EditVectors):
             rows.thaw()
         if rows.thawed and nn.parallel.DistributedDataParallel._active_ddp_module is not None:
             raise RuntimeError(
-                "use_edits: DistributedDataParallel does not know the vectors of edits that were not active when it "
-                "was made, and would not sum up their gradients; set requires_grad on the vectors of "
-                "rk.edit_parameters(model, name) for all edits to train before wrapping the model"
+                "use_edits: DistributedDataParallel does not synchronise the vectors of edits that were inactive "
+                "when it wrapped the model; before wrapping, set requires_grad on the vectors of "
+                "rk.edit_parameters(model, name) for all edits to train"
             )
 
     def _stacked(self, rows: Rows, again: bool) -> Edit:
@@ -153,7 +153,7 @@ class EditBank(EditVectors):
         kind = next((one.kind for one in there if not one.kind.neutral), there[0].kind)
         lacking = len(there) < len(found) and not kind.neutral
         if lacking or any(one.kind.formula is not kind.formula for one in there):
-            raise ValueError(f"ids: rows with edits of kind {kind.name!r} and rows without cannot be in one batch")
+            raise ValueError(f"ids: rows with edits of kind {kind.name!r} and rows without cannot share a batch")
         every = [{} if one is None else one.vectors for one in found]
         parts = dict.fromkeys(part for one in there for part, vector in one.vectors.items() if vector is not None)
         return Edit(kind, {part: _below(part, [vectors.get(part) for vectors in every]) for part in parts})

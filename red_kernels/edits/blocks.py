@@ -128,7 +128,7 @@ class Block(contextlib.ContextDecorator):
         frame, home = _generator(sys._getframe(1)), _home()
         with lock:
             if self._entry is not None:
-                raise RuntimeError("this block is entered already; make another one by use_edits or disable_edits")
+                raise RuntimeError("this block is entered already; create another one by use_edits or disable_edits")
             self._check()
             self._entry = _Entry(self)
             self._frame = frame
@@ -209,8 +209,8 @@ def _compiled_state(selection: Selection) -> State:
     applied: State = getattr(selection.here, "applied", None)
     if applied is None and selection.open:
         raise RuntimeError(
-            "use_edits: a compiled model was called outside of the block that another thread is in; enter a block "
-            "in this thread too"
+            "use_edits: a compiled model was called outside of the block that another thread has entered; enter a "
+            "block in this thread too"
         )
     return selection.chosen if applied is None else applied
 

@@ -78,11 +78,11 @@ class RedConfig:
         if not isinstance(self.train_head, bool):
             raise TypeError(f"train_head: got {shown(self.train_head)}, expected True or False")
         if self.layers is not None and self.sites is not None:
-            raise ValueError("layers and sites: got both, expected one; sites= names the modules by itself")
+            raise ValueError("layers and sites: got both, expected one; sites= alone names the modules")
         if self.layers is not None:
             object.__setattr__(self, "layers", _indices(self.layers))
         if self.stacks is not None and self.sites is not None:
-            raise ValueError("stacks and sites: got both, expected one; sites= names the modules by itself")
+            raise ValueError("stacks and sites: got both, expected one; sites= alone names the modules")
         if self.stacks is not None:
             object.__setattr__(self, "stacks", _stacks(self.stacks))
         if self.sites is not None:
@@ -116,11 +116,11 @@ def _indices(layers: Iterable[int]) -> tuple[int, ...]:
         except TypeError:
             raise TypeError(f"layers: got {shown(layer)}, expected integers") from None
     if not found:
-        raise ValueError("layers: got no layer at all, expected at least one; None stands for all layers")
+        raise ValueError("layers: got no layer, expected at least one; None selects all layers")
     if min(found) < 0:
         raise ValueError(f"layers: got {shown(min(found))}, expected indices from 0")
     if len(set(found)) != len(found):
-        raise ValueError(f"layers: got {shown(found)}, in which a layer comes twice")
+        raise ValueError(f"layers: got {shown(found)}, expected each layer once")
     return tuple(sorted(found))
 
 

@@ -128,7 +128,7 @@ def patches_of(model: nn.Module) -> dict[str, tuple[nn.Module, PatchState]]:
         kind = type(model).__name__
         if edited:
             raise ValueError(
-                f"model: this {kind} was patched through another model that holds {edited}; call this with that model"
+                f"model: this {kind} was patched through another model that holds {edited}; pass that model"
             )
         raise ValueError(f"model: this {kind} is not patched; call rk.patch(model, rk.RedConfig()) first")
     return found

@@ -105,7 +105,7 @@ class RedEdit(EditBank):
             if gone:
                 raise RuntimeError(
                     f"under activation checkpointing a forward runs again with the edit {gone[0]!r}, which was "
-                    "deleted since; delete it behind the backward pass"
+                    "deleted in between; delete it after the backward pass"
                 )
         found = self.of_rows(state, hidden, again) if isinstance(state, Rows) else self.by_state(state, again)
         return found if found is None or not found.kind.context else self._in_context(found, hidden)
@@ -152,7 +152,7 @@ def check_name(name: object) -> None:
     if not isinstance(name, str):
         raise TypeError(f"name: got {name!r}, expected a string")
     if not name or "." in name or hasattr(RedEdit, name) or name in PARTS or name in _TAKEN:
-        raise ValueError(f"name: got {name!r}, which cannot be the name of an edit; take letters and digits")
+        raise ValueError(f"name: got {name!r}, expected a name of letters, digits and underscores")
 
 
 _TAKEN = (
@@ -204,7 +204,7 @@ def refuse_site(kind: Kind, module: nn.Module, width: int, where: str, on_input:
             raise ValueError(f"{where}: an edit of kind {kind.name!r} is of a module's output, and not of its input")
         if CONTEXTS[name](module, width) is None:
             what = name.replace("_", " ")
-            raise ValueError(f"{where} has no {what}, of which an edit of kind {kind.name!r} is made")
+            raise ValueError(f"{where} has no {what}, of which an edit of kind {kind.name!r} is computed")
 
 
 def _affine(hidden: Tensor, applied: Edit) -> Tensor:

@@ -88,7 +88,7 @@ def new_edit(model: nn.Module, name: str) -> NewEdit:
     modules = _own_modules(model)
     wrapper = next(filter(None, (wrapper_of(module) for _, module in outer_modules(model))), None)
     if wrapper is not None:
-        raise ValueError(f"model: has a {wrapper}, which would not know the new vectors; add edits before wrapping")
+        raise ValueError(f"model: has a {wrapper}, which would not see the new vectors; add edits before wrapping")
     check_name(name)
     if any(own.has(name) for own in modules.values()):
         raise ValueError(f"name: the model has an edit {name!r} already")
@@ -166,7 +166,7 @@ def delete_edit(model: nn.Module, name: str) -> None:
         if used:
             raise ValueError(f"name: cannot delete {name!r}: {used}")
         if name == DEFAULT:
-            raise ValueError(f"name: {name!r} is the edit that rk.patch made; rk.unpatch takes it away")
+            raise ValueError(f"name: {name!r} is the edit that rk.patch made; rk.unpatch removes it")
         for own in modules.values():
             own.remove(name)
     for _, module in outer_modules(model):  # what holds for former calls holds the edits of that time
@@ -205,7 +205,7 @@ def combine_edits(model: nn.Module, weights: Mapping[str, float], name: str) -> 
     """
     modules = _own_modules(model)
     if not isinstance(weights, Mapping) or not weights:
-        raise TypeError(f"weights: got {weights!r}, expected a dict from names of edits to numbers")
+        raise TypeError(f"weights: got {weights!r}, expected a dict of edit names to numbers")
     for edit, weight in weights.items():
         _check_there(modules, edit, "weights")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not _is_finite(weight):
@@ -250,9 +250,9 @@ def use_edits(model: nn.Module, ids: Sequence[str | None]) -> Block:
             that is not the identity at the start (`"ln"`); later, for a batch with another number of rows.
     """
     if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
-        raise TypeError(f"ids: got {type(ids).__name__}, expected a list with the name of an edit for each row")
+        raise TypeError(f"ids: got {type(ids).__name__}, expected a list with an edit's name for each row")
     if not ids:
-        raise ValueError("ids: got no name at all, expected one for each row of the batch")
+        raise ValueError("ids: got no name, expected one for each row of the batch")
     modules = edit_modules(model)
     for name in ids:
         if name is not None:
@@ -262,7 +262,7 @@ def use_edits(model: nn.Module, ids: Sequence[str | None]) -> Block:
         return Block(_selections(modules), None)
     kinds = [own.kind for own in modules.values() if own.own and own.kind is not None and not own.kind.neutral]
     if kinds and None in rows.names and len(rows.names) > 1:
-        raise ValueError(f"ids: rows with edits of kind {kinds[0].name!r} and rows without cannot be in one batch")
+        raise ValueError(f"ids: rows with edits of kind {kinds[0].name!r} and rows without cannot share a batch")
     trained = _Trained(list(modules.values()), rows)
     rows.thaw = trained.thaw
     return Block(_selections(modules), rows, lambda: _check_all_there(modules, rows), trained.enter, trained.leave)
@@ -311,7 +311,7 @@ def _own_modules(model: nn.Module) -> dict[str, RedEdit]:
     """As `edit_modules`, of a model that `rk.patch` has patched. Raises ValueError for edits of another tuner."""
     modules = edit_modules(model)
     if not all(own.own for own in modules.values()):
-        raise ValueError("model: its edits are adapters of a tuner such as PEFT's; add and switch them by that")
+        raise ValueError("model: its edits are adapters of a tuner such as PEFT's; add and switch them by that tuner")
     return modules
 
 

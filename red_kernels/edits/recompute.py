@@ -75,15 +75,15 @@ def recalled(own: EditBank, live: Any, block: Block | None) -> tuple[Any, bool]:
     again = state is not _MISSING
     if state is _SEVERAL:
         raise RuntimeError(
-            "under activation checkpointing a layer ran several times in one checkpoint, with different edits: which "
-            "of them a second run has to apply cannot be told; give each its own checkpoint"
+            "under activation checkpointing a layer ran several times in one checkpoint, with different edits: its "
+            "second run cannot tell which edit to apply; give each run its own checkpoint"
         )
     if not again:
         state = live
     elif any(vector._version != version for vector, version in versions):
         raise RuntimeError(
-            "under activation checkpointing a forward runs again, and the vectors of its edit were changed in place "
-            "since (by an optimizer's step, or by loading): run the backward pass before that"
+            "under activation checkpointing a forward runs again, but the vectors of its edit were changed in place "
+            "since (by an optimizer step, or by loading): run the backward pass before that"
         )
     if not torch.is_grad_enabled():
         contexts, without = _contexts()
@@ -125,7 +125,7 @@ def kept(key: object) -> tuple[Tensor | None, bool]:
         if found is _SEVERAL:
             raise RuntimeError(
                 "under activation checkpointing a stack of layers ran several times in one checkpoint, with different "
-                "inputs: which of them a second run has to read cannot be told; give each its own checkpoint"
+                "inputs: its second run cannot tell which input to read; give each run its own checkpoint"
             )
         if found is not None:
             return found, owner is node
@@ -142,8 +142,8 @@ def _check_clear(selection: Selection, live: Any) -> None:
     others = selection.unclear | ({selection.first} if selection.unnoted and selection.varied else set())
     if others - {live}:
         raise RuntimeError(
-            "under activation checkpointing a forward runs again that has left no note of its edit, and others were in "
-            "use: which of them it has to apply cannot be told; run the backward pass before another edit is used"
+            "under activation checkpointing a forward runs again without a note of its edit, and several edits were in "
+            "use: its edit is unknown; run the backward pass before another edit is used"
         )
 
 

@@ -50,7 +50,7 @@ class Rows:
         """How many rows of `hidden` each entry serves."""
         batch, rows = self.index.shape[0], hidden.shape[0] if hidden.dim() > 1 else 0
         if hidden.dim() < 2 or rows % batch:
-            raise ValueError(f"ids: got {batch} of them for a batch of {rows} rows; use_edits takes one for each row")
+            raise ValueError(f"ids: got {batch} of them for a batch of {rows} rows, expected one for each row")
         return rows // batch
 
     def ids_for(self, hidden: Tensor) -> Tensor:

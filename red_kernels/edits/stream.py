@@ -168,8 +168,8 @@ def _initial(stream: Stream | None, hidden: Tensor, site: str) -> Tensor:
         found = entry.given
         if _version(found[0]) != found[1]:
             raise RuntimeError(
-                f"model: the first layer of {entry.stream.name} has changed what it was given in place, and the edit "
-                f"at {site} reads that; an edit of kind 'initial' cannot be used here"
+                f"model: the first layer of {entry.stream.name} has changed its input in place, but the edit at "
+                f"{site} reads that input; an edit of kind 'initial' cannot be used here"
             )
         first = found[0]
     else:
@@ -177,8 +177,8 @@ def _initial(stream: Stream | None, hidden: Tensor, site: str) -> Tensor:
         if noted is None:
             where = "it is in no stack of layers" if stream is None else f"no forward of {stream.name} is running"
             raise RuntimeError(
-                f"model: the edit at {site} reads what the first layer of its stack was given, and {where}; call the "
-                "model, or disable the edits (rk.disable_edits) to call a part of it"
+                f"model: the edit at {site} reads the input of its stack's first layer, but {where}; call the model, "
+                "or disable the edits (rk.disable_edits) to call a part of it"
             )
         first = _again(noted) if by_node and torch.is_grad_enabled() and noted.requires_grad else noted
     keep(stream, first)
@@ -188,8 +188,8 @@ def _initial(stream: Stream | None, hidden: Tensor, site: str) -> Tensor:
     if hidden.dim() == 2 and (rows, first.shape[-1]) == tuple(hidden.shape):  # tokens laid out in rows
         return first.reshape(hidden.shape)
     raise RuntimeError(
-        f"model: the edit at {site} is of an output of shape {tuple(hidden.shape)}, and the first layer of its stack "
-        f"was given {tuple(first.shape)}; an edit of kind 'initial' adds them"
+        f"model: the edit at {site} is of an output of shape {tuple(hidden.shape)}, but the input of its stack's first "
+        f"layer has shape {tuple(first.shape)}; an edit of kind 'initial' adds them"
     )
 
 

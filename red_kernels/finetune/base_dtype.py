@@ -76,34 +76,34 @@ def _told_of_gpu(device: torch.device) -> tuple[bool | None, str]:
 
     native = _asked(ask)
     if native is None:
-        return None, f"torch does not tell whether {name} multiplies bf16 natively"
+        return None, f"torch does not report whether {name} multiplies bf16 natively"
     return native, f"{name} {'multiplies' if native else 'does not multiply'} bf16 natively"
 
 
 def _told_of_processor() -> tuple[bool | None, str]:
     mkldnn: Any = torch.backends.mkldnn
     if not mkldnn.is_available() or not getattr(mkldnn, "enabled", True):
-        return None, "this torch multiplies without oneDNN and does not tell what is native"
+        return None, "this torch has no oneDNN and does not report native dtypes"
     takes = _asked(lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if takes is None:
-        return None, "this torch does not tell whether oneDNN multiplies bf16"
+        return None, "this torch does not report whether oneDNN multiplies bf16"
     limit = next((f"{name}={os.environ[name]}" for name in _LIMITS if os.environ.get(name)), None)
     if not takes:  # this answer heeds the limit; those below are of the processor alone
         where = f"within {limit}" if limit else f"on this processor ({torch.backends.cpu.get_cpu_capability()})"
         return False, f"torch's oneDNN does not multiply bf16 {where}"
     if limit is not None:
-        return None, f"torch does not tell what is native within {limit}"
+        return None, f"torch does not report native dtypes within {limit}"
     machine = platform.machine().lower()
     if machine in ("aarch64", "arm64"):  # oneDNN takes bf16 there only where the processor has instructions for it
         return True, "this processor multiplies bf16 natively"
     if machine not in ("x86_64", "amd64"):
-        return None, f"torch does not tell whether {machine or 'this processor'} multiplies bf16 natively"
+        return None, f"torch does not report whether {machine or 'this processor'} multiplies bf16 natively"
     cpu: Any = torch.cpu
     native = _asked(lambda: cpu._is_avx512_bf16_supported())
     if native is None:
         native = _asked(lambda: cpu.get_capabilities()["avx512_bf16"])
     if native is None:
-        return None, "this torch does not tell whether the processor has AVX512_BF16"
+        return None, "this torch does not report whether the processor has AVX512_BF16"
     if native:
         return True, "this processor multiplies bf16 natively (AVX512_BF16)"
     return False, "this processor has no AVX512_BF16, so oneDNN emulates bf16"
@@ -151,13 +151,13 @@ def resolve_dtype(asked: str, device: torch.device, kept: str | None = None) -> 
         return choose_dtype(device)
     if asked == AUTO:
         here = choose_dtype(device)
-        name, reason = str(kept), "kept by --resume, as the run began with it"
-        remedy = "start anew by --overwrite, or resume where it began"
+        name, reason = str(kept), "kept by --resume: the run started with it"
+        remedy = "start over by --overwrite, or resume on the machine of the first start"
         if here.name != kept:
             reason += f"; a new run would take {here.name} here: {here.reason}"
     else:
         name, reason = asked, "asked for"
-        remedy = "--dtype fp32, or --dtype auto, which takes what is native"
+        remedy = "--dtype fp32, or --dtype auto, which selects a native dtype"
     if name not in _HALVES:  # fp32 is what the others are compared with
         return BaseDtype(name, asked, reason)
     slower = slowdown(name, device)
@@ -165,7 +165,7 @@ def resolve_dtype(asked: str, device: torch.device, kept: str | None = None) -> 
     if not slower < CRAWLS:
         rows, inputs, outputs = _size(device)
         warning = (
-            f"{name} will crawl here: a matrix product of {rows} x {inputs} x {outputs}, forward and backward, takes "
+            f"{name} is slow here: a matrix product of {rows} x {inputs} x {outputs}, forward and backward, takes "
             f"{slower:.2g} times as long as in fp32; remedy: {remedy}"
         )
     return BaseDtype(name, asked, reason, slower, warning)

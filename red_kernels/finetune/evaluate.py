@@ -23,20 +23,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--data",
         nargs="+",
         metavar="SOURCE",
-        help="judged: files whole, of data sets the split validation or test (default: what the run held out)",
+        help="whole files, or the split validation or test of a dataset (default: the run's held-out data)",
     )
     add("--task", choices=("causal-lm", "classification", "regression"), help="(default: the run's, or causal-lm)")
-    add("--model", help="the base model, where it is not the one that the edits name")
+    add("--model", help="the base model (default: the one that the edits name)")
     add("--subset", help="the configuration of a hub dataset")
     add("--text-column", help="of a table")
     add("--label-column", help="of a table")
     add("--no-header", action="store_true", help="the first row of the csv or tsv file is data")
-    add("--template", metavar="FILE", help="a chat template in place of the run's, or of the model's own")
-    add("--loss-on", choices=("answers", "all"), help="of conversations and completions")
-    add("--length", type=int, help="tokens in a block, and at most in a text")
-    add("--batch-size", type=int, help="blocks or texts in a forward pass")
-    add("--device", help="cpu or cuda (default: a GPU if there is one)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    add("--template", metavar="FILE", help="a chat template (default: the run's, or the model's own)")
+    add("--loss-on", choices=("answers", "all"), help="the tokens with a loss in conversations and completions")
+    add("--length", type=int, help="tokens of a block, and the most of a text")
+    add("--batch-size", type=int, help="blocks or texts of a forward pass")
+    add("--device", help="cpu or cuda (default: a GPU if available)")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -88,7 +88,7 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
     if own_run is not None:  # where it ran, and what logged it, is of no account here
         former = {name: value for name, value in own_run["settings"].items() if name not in ("device", "report_to")}
     if former is None and "data" not in given:
-        raise ValueError(f"data: {source!r} is no run's folder, which would name it; give --data")
+        raise ValueError(f"data: {source!r} is not a run's folder, which would name its data; pass --data")
     base = given.pop("model", None)
     if former is not None and "data" in given:
         former["validation"] = None
@@ -110,8 +110,8 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
         assert own_run is not None
         if own_run["results"].get("data_digest", loaded.digest) != loaded.digest:
             raise ValueError(
-                f"data: {', '.join(names)!r} is not what the run in {source!r} had, so what it held out is not known; "
-                "give what is to be judged by --data"
+                f"data: {', '.join(names)!r} differs from the data of the run in {source!r}, so its held-out part is "
+                "unknown; pass the data to evaluate by --data"
             )
     if "template" in given:
         check_template(settings.template, loaded.held_out)
@@ -128,7 +128,9 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
         labels = {str(name): int(number) for name, number in model.config.label2id.items()}
         strange = sorted({str(own.label) for own in loaded.held_out} - labels.keys())
         if strange:
-            raise ValueError(f"data: has the label {strange[0]!r}, and the model knows {', '.join(sorted(labels))}")
+            raise ValueError(
+                f"data: has the label {strange[0]!r}, expected a label of the model: {', '.join(sorted(labels))}"
+            )
     console.print(f"Data: {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
     data = judged(settings, BaseModel(model, tokenizer, source, frozenset()), loaded, labels, console)
     blocks: dict[str, AbstractContextManager[Any]] = {"with edits": nullcontext()}
@@ -150,5 +152,5 @@ def _check_task(task: str, model: Any, source: str) -> None:
         own = "regression" if model.config.num_labels == 1 else "classification"
     if task != own:
         raise ValueError(
-            f"task: got {task!r}, and {source!r} is of a {type(model).__name__} for {own!r}; give --task {own}"
+            f"task: got {task!r}, but {source!r} is of a {type(model).__name__} for {own!r}; pass --task {own}"
         )

@@ -19,28 +19,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "sources",
         nargs="+",
         metavar="[NAME=]SOURCE",
-        help="edits of one base model: runs' folders, folders of saved edits or hub ids, each by the name before the "
-        "=, or else by the folder's own",
+        help="edits of one base model: runs' folders, folders of saved edits or hub ids; NAME= names them, and the "
+        "default is the folder's name",
     )
     parser.add_argument(
-        "--prompt", action="append", help="more than one by --prompt again (default: lines of the input)"
+        "--prompt", action="append", help="repeat it for several prompts (default: lines of standard input)"
     )
-    parser.add_argument("--model", help="the base model, where it is not the one that the edits name")
-    parser.add_argument("--base", action="store_true", help="show what the base model says, too")
-    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="at most (default: 64)")
+    parser.add_argument("--model", help="the base model (default: the one that the edits name)")
+    parser.add_argument("--base", action="store_true", help="also show the base model's continuation")
+    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="most new tokens (default: 64)")
     parser.add_argument(
-        "--temperature", type=float, metavar="T", help="draw tokens at this temperature (default: take the likeliest)"
+        "--temperature", type=float, metavar="T", help="sample at this temperature (default: take the likeliest token)"
     )
-    parser.add_argument("--seed", type=int, help="of what is drawn at a --temperature (default: 0)")
+    parser.add_argument("--seed", type=int, help="the seed of sampling at a --temperature (default: 0)")
     parser.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
-        help="put the prompt into the model's chat template (default: where there is one)",
+        help="put the prompt into the model's chat template (default: if it has one)",
     )
-    parser.add_argument(
-        "--template", metavar="FILE", help="a chat template in place of the run's, or of the model's own"
-    )
-    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    parser.add_argument("--template", metavar="FILE", help="a chat template (default: the run's, or the model's own)")
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU if available)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -62,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     if options.temperature is not None and not 0 < options.temperature < float("inf"):
         raise ValueError(f"temperature: got {options.temperature}, expected a number above 0")
     if options.seed is not None and options.temperature is None:
-        raise ValueError(f"seed: got {options.seed}, which has no effect: without temperature nothing is drawn")
+        raise ValueError(f"seed: got {options.seed}, which has no effect: without temperature nothing is sampled")
     if options.template is not None and options.chat is False:
         raise ValueError(f"template: got {options.template!r}, which has no effect with no_chat")
     sources = _named(options.sources)
@@ -70,12 +68,12 @@ def run(options: argparse.Namespace) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = from_pretrained(folder, base=options.model, device=device)
     if not model.can_generate():
-        raise ValueError(f"source: {folder!r} is of a {type(model).__name__}, which generates nothing")
+        raise ValueError(f"source: {folder!r} is of a {type(model).__name__}, which generates no text")
     tokenizer = load_tokenizer(folder, base=options.model)
     templates = {name: _template(source, options) or tokenizer.chat_template for name, source in sources.items()}
     templates[BASE] = templates[first]
     if options.chat and not all(templates.values()):
-        raise ValueError("chat: the model's tokenizer has no chat template; give one by template")
+        raise ValueError("chat: the model's tokenizer has no chat template; pass one by template")
     for name, other in others:
         load_edits(model, other, name)
     active = active_edit(model)
@@ -117,6 +115,6 @@ def _named(sources: list[str]) -> dict[str, str]:
         if not name or not source:
             raise ValueError(f"source: got {text!r}, expected SOURCE or NAME=SOURCE")
         if name in found or name == BASE:
-            raise ValueError(f"source: the name {name!r} is taken; give another one by NAME={source}")
+            raise ValueError(f"source: the name {name!r} is taken; pass another one by NAME={source}")
         found[name] = source
     return found

@@ -104,7 +104,7 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     steps = _total_steps(settings, run, len(data.train))
     _say_what_fills_no_batch(settings, steps, len(data.train), console)
     if settings.warmup >= steps:
-        said = f"it rises for {settings.warmup:g} steps, and there are {steps}."
+        said = f"its warm-up takes {settings.warmup:g} steps, the run {steps}."
         console.print(f"Note: the rate never reaches {settings.learning_rate:g}: {said}", highlight=False)
     patched = _edited(settings, base, config, processes)
     console.print(str(replace(patched, frozen_head=())), highlight=False)  # the head is not to stay frozen
@@ -133,8 +133,8 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     if stopped:
         run.write("interrupted", steps=reached, **watched(trainer, sampler))
         console.print(
-            f"Stopped after step {reached} of {steps}. The edits so far are in {run.edits}; "
-            f"red-kernels finetune --output {run.path} --resume goes on.",
+            f"Stopped after step {reached} of {steps}. The edits of this step are in {run.edits}; "
+            f"red-kernels finetune --output {run.path} --resume continues.",
             soft_wrap=True,
         )
         return None
@@ -151,7 +151,7 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
         points = {0: before.loss, **evaluated, best or reached: after.loss}
         report.draw_loss_curve(run.curve, *curve, dict(sorted(points.items())))
     if best is not None and best != reached:
-        console.print(f"The edits are those of step {best}, whose held-out loss is the least.")
+        console.print(f"The edits are those of step {best}, whose held-out loss is the lowest.")
     if not evaluated:
         sampler.show(reached, "after")
 
@@ -189,8 +189,8 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     # algorithm the second time, they are within a rounding step of the activations.
     if not _same_loss(reloaded.loss, after.loss, torch.finfo(DTYPES[settings.dtype]).eps):
         raise RuntimeError(
-            f"the edits in {run.edits} give a held-out loss of {reloaded.loss} in a fresh model, {after.loss} in the "
-            "trained one: they were not saved or loaded right"
+            f"the edits in {run.edits} have a held-out loss of {reloaded.loss} in a fresh model, but {after.loss} in "
+            "the trained one: saving or loading them failed"
         )
     return run.results
 
@@ -219,8 +219,8 @@ def _open(settings: Settings, device: torch.device, console: Console) -> tuple[S
 def _check_shares(settings: Settings, processes: Processes) -> None:
     if settings.batch_size % processes.shares:
         raise ValueError(
-            f"batch_size: got {settings.batch_size}, expected a multiple of {processes.shares}: so many "
-            f"{'processes' if processes.tp == 1 else 'groups of processes'} share it"
+            f"batch_size: got {settings.batch_size}, expected a multiple of {processes.shares}, the number of "
+            f"{'processes' if processes.tp == 1 else 'groups of processes'} that share a batch"
         )
 
 
@@ -229,7 +229,7 @@ def _said_of(processes: Processes, each: int) -> str:
     said = f"{processes.count} processes, each with {each} of a batch"
     if processes.tp > 1:
         said += f"; the model's weights are split over each {processes.tp}"
-    return said + ("; the model lies in parts on all of them" if processes.fsdp else "")
+    return said + ("; the model is sharded over all of them" if processes.fsdp else "")
 
 
 def _same_loss(one: float, other: float, rounding: float) -> bool:
@@ -270,9 +270,9 @@ def _say_what_merges(model: nn.Module, kind: str, console: Console) -> None:
     reason = reason_against(model)
     if not reason:
         return
-    advice = "they can be used as they are, unmerged"
+    advice = "use them unmerged"
     if kind != "scaling" and "'scaling'" in reason:
-        advice += "; edits of --kind scaling can be merged"
+        advice += ", or train --kind scaling, which can be merged"
     console.print(f"Note: red-kernels merge will refuse these edits: {reason}; {advice}.", highlight=False)
 
 
@@ -312,12 +312,14 @@ def _load_data(settings: Settings) -> Loaded:
     if loaded.form == "preference":
         require("trl", "training on preferences", "red-kernels[train]")
         if settings.loss_on != ANSWERS:
-            raise ValueError(f"loss_on: got {settings.loss_on!r}, and preferences have their loss on the answers")
+            raise ValueError(
+                f"loss_on: got {settings.loss_on!r}, expected the default: preferences have their loss on the answers"
+            )
         for name in ("fsdp", "tp"):
             if getattr(settings, name) != getattr(Settings, name):
-                raise ValueError(f"{name}: preferences are trained with a whole model in each process")
+                raise ValueError(f"{name}: preferences need a whole model in each process")
     if settings.packing and loaded.form not in ("chat", "completion"):
-        raise ValueError(f"packing: is of conversations and completions, and the data's form is {loaded.form!r}")
+        raise ValueError(f"packing: needs conversations or completions, but the data's form is {loaded.form!r}")
     return loaded
 
 
@@ -349,8 +351,8 @@ def _check_same_data(names: str, run: RunFolder, found: str) -> None:
     before = run.results.setdefault("data_digest", found)
     if before != found:
         raise ValueError(
-            f"--resume: the data {names!r} is not what the run in {str(run.path)!r} began with: it holds other "
-            f"texts now (SHA-256 {found[:12]}..., was {str(before)[:12]}...); restore it, or start anew by --overwrite"
+            f"--resume: the data {names!r} differs from the start of the run in {str(run.path)!r}: its texts have "
+            f"changed (SHA-256 {found[:12]}..., was {str(before)[:12]}...); restore it, or start over by --overwrite"
         )
 
 
@@ -362,8 +364,8 @@ def _check_same_template(settings: Settings, run: RunFolder) -> None:
     found = hashlib.sha256(text.encode()).hexdigest()
     if run.results.setdefault("template_digest", found) != found:
         raise ValueError(
-            f"--resume: the template {settings.template!r} is not what the run in {str(run.path)!r} began with; "
-            "restore it, or start anew by --overwrite"
+            f"--resume: the template {settings.template!r} differs from the start of the run in {str(run.path)!r}; "
+            "restore it, or start over by --overwrite"
         )
 
 
@@ -373,7 +375,9 @@ def _total_steps(settings: Settings, run: RunFolder, items: int) -> int:
     finished = run.state == "finished"
     done = run.results.get("steps", 0) if finished else run.step
     if done > steps or (finished and done == steps):
-        raise ValueError(f"--resume: the run in {str(run.path)!r} has done {done} steps, and {steps} are asked for")
+        raise ValueError(
+            f"--resume: the run in {str(run.path)!r} has done {done} steps already, and {steps} were requested"
+        )
     return steps
 
 
@@ -426,7 +430,7 @@ def _reload_and_compare(
     """Load the base model once more: first it is the peer whose edits are eager, then it takes the saved edits."""
     # The frozen peer of a model in parts is not made; and a step of DPO is another than of the rest.
     compare = settings.compare and not processes.in_parts and data.pairs is None
-    console.print("Loading the model once more" + (", to compare training speeds" if compare else ""))
+    console.print("Loading a fresh model" + (", to compare training speeds" if compare else ""))
     fresh = _load(settings, labels, processes, base.tokenizer)
     speeds: dict[str, Speed] = {}
     if compare:
@@ -471,9 +475,7 @@ def _compare(
 
 def _show_change(before: HeldOut, after: HeldOut, console: Console) -> None:
     if not math.isfinite(before.loss):
-        console.print(
-            "The base model's own held-out loss is not finite: its weights, or the dtype, are not fit for it."
-        )
+        console.print("The base model's own held-out loss is not finite: check its weights and its dtype.")
     elif not math.isfinite(after.loss):
         console.print("The training diverged: the held-out loss is not finite. Try a smaller --learning-rate.")
     elif before.pearson is not None:

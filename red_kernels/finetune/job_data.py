@@ -123,7 +123,7 @@ def _sizes(loaded: Loaded, train: Any, held_out: Any, labels: dict[str, int] | N
         said = [f"{report.plural(len(train), 'text')} to train on, {len(held_out):,} held out{kinds}"]
         if labels is not None:
             _, most = Counter(document.label for document in loaded.held_out).most_common(1)[0]
-            said.append(f"The most frequent label is that of {most / len(held_out):.1%} of the held-out texts")
+            said.append(f"The most frequent label belongs to {most / len(held_out):.1%} of the held-out texts")
         return said
     if loaded.form == "preference":
         return [f"{report.plural(len(train), 'pair')} of answers to train on, {len(held_out):,} held out"]

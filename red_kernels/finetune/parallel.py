@@ -61,7 +61,7 @@ def split_weights(model: Any, processes: Processes) -> None:
         }
         has = ", ".join(f"{name} {count}" for name, count in heads.items() if count is not None)
         raise ValueError(
-            f"{wrong} does not run when it is split over so many ({type(error).__name__}: {one_line(error)}); "
+            f"{wrong} does not run when split over that many ({type(error).__name__}: {one_line(error)}); "
             f"expected a divisor of {has}"
         ) from error
 

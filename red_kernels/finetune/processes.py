@@ -154,9 +154,9 @@ _CONFIGURED = (
         "ACCELERATE_MIXED_PRECISION",
         "no",
         "mixed precision",
-        "--dtype; say accelerate launch --mixed_precision no",
+        "--dtype; pass accelerate launch --mixed_precision no",
     ),
-    ("ACCELERATE_DYNAMO_BACKEND", "no", "torch.compile", "no option; say accelerate launch --dynamo_backend no"),
+    ("ACCELERATE_DYNAMO_BACKEND", "no", "torch.compile", "no option; pass accelerate launch --dynamo_backend no"),
     ("ACCELERATE_USE_FSDP", "false", "FSDP", "--fsdp; start it by torchrun"),
     ("ACCELERATE_USE_PARALLELISM_CONFIG", "false", "a parallelism_config", "--fsdp and --tp; start it by torchrun"),
     ("ACCELERATE_USE_DEEPSPEED", "false", "DeepSpeed", "--fsdp; start it by torchrun"),
@@ -169,7 +169,7 @@ def _check_configuration() -> None:
     for name, nothing, what, here in _CONFIGURED:
         value = os.environ.get(name) or nothing
         if value.lower() != nothing:
-            raise ValueError(f"accelerate's configuration asks for {what} ({name}={value}); here that is for {here}")
+            raise ValueError(f"accelerate's configuration requests {what} ({name}={value}); use {here}")
 
 
 def check_layout(count: int, *, tp: int, fsdp: bool) -> None:
@@ -179,6 +179,6 @@ def check_layout(count: int, *, tp: int, fsdp: bool) -> None:
         have = f"there is one process; {starts}" if count == 1 else f"there are {count} processes, no multiple of it"
         raise ValueError(f"tp: got {tp}, and {have}; --tp 1 splits nothing")
     if fsdp and count == 1:
-        raise ValueError(f"fsdp: there is one process; {starts}; --no-fsdp lays nothing in parts")
+        raise ValueError(f"fsdp: there is one process; {starts}; --no-fsdp shards nothing")
     if fsdp and count == tp:
-        raise ValueError(f"fsdp: all {count} processes split the model's weights (tp); expected more processes")
+        raise ValueError(f"fsdp: all {count} processes share the model's weights (tp); expected more processes")

@@ -84,7 +84,7 @@ def loss_picture(draw: Callable[[Any], None], across: str, log: bool = False) ->
     Raises:
         ModuleNotFoundError: matplotlib is missing.
     """
-    require("matplotlib", "a picture of losses")
+    require("matplotlib", "a plot of losses")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

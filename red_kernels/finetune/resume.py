@@ -158,7 +158,7 @@ def _check_optimizer(found: dict[str, Any], own: list[list[torch.Tensor]]) -> No
 
 
 def _remedy(checkpoint: Path) -> str:
-    return f"remove {str(checkpoint)!r} to resume from the checkpoint before it, or start anew by --overwrite"
+    return f"remove {str(checkpoint)!r} to resume from the checkpoint before it, or start over by --overwrite"
 
 
 @contextlib.contextmanager

@@ -115,7 +115,7 @@ def open_run(path: Path, settings: Settings) -> RunFolder:
     exists = (path / RUN_NAME).exists()
     if exists and not settings.overwrite:
         raise ValueError(
-            f"--output: {str(path)!r} already holds a run; go on with it by --resume, or start anew by --overwrite"
+            f"--output: {str(path)!r} already holds a run; continue it by --resume, or start over by --overwrite"
         )
     if not exists and (checkpoints(path) or any((path / name).exists() for name in (EDITS_NAME, CURVE_NAME))):
         raise ValueError(
@@ -128,7 +128,7 @@ def open_run(path: Path, settings: Settings) -> RunFolder:
             foreign = [entry.name for entry in sorted(folder.iterdir()) if not _of_a_run(entry)]
             if foreign or folder.is_symlink():
                 what = f"has {listed(foreign)}, which no run wrote" if foreign else "is a link"
-                raise ValueError(f"--overwrite: {str(folder)!r} {what}; move away what is to be kept")
+                raise ValueError(f"--overwrite: {str(folder)!r} {what}; move away the files to keep")
     return RunFolder(path, recorded, {})
 
 
@@ -141,8 +141,8 @@ def _check_resumable(path: Path, former: dict[str, Any], settings: dict[str, Any
         before["held_out"] = None
     if former["state"] == "finished" and all(before[name] == settings[name] for name in ("steps", "epochs")):
         raise ValueError(
-            f"--resume: the run in {str(path)!r} is finished; --steps N or --epochs N with a larger N goes on with it, "
-            "--overwrite starts it anew"
+            f"--resume: the run in {str(path)!r} is finished; --steps N or --epochs N with a larger N continues it, "
+            "--overwrite starts it over"
         )
     changed = [name for name in settings if name in deciding and before[name] != settings[name]]
     if changed:
@@ -179,7 +179,7 @@ def _read(path: Path, option: str) -> dict[str, Any]:
         if not all(isinstance(content.get(key), dict) for key in ("settings", "results")):
             raise ValueError("settings or results are missing")
         if not content["settings"].keys() >= _SETTINGS or content.get("state") not in STATES:
-            raise ValueError(f"it has no settings of a run, or none of the states {listed(list(STATES))}")
+            raise ValueError(f"it has no settings, or none of the states {listed(list(STATES))}")
         if "before" in content["results"]:
             HeldOut.of(content["results"]["before"])
         return {"state": content["state"], "settings": content["settings"], "results": content["results"]}

@@ -138,7 +138,7 @@ class Settings:
             value = getattr(self, name)
             may_lack = getattr(Settings, name) is None
             if not (value is None and may_lack) and not (type(value) is int and value >= least):
-                raise ValueError(f"{name}: got {shown(value)}, expected a whole number from {least} on")
+                raise ValueError(f"{name}: got {shown(value)}, expected an integer of at least {least}")
         for name, expected in (
             ("learning_rate", "above 0"),
             ("epochs", "above 0"),
@@ -155,7 +155,7 @@ class Settings:
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"steps and epochs: got {self.steps} and {self.epochs}, expected one of them at most")
         if self.patience is not None and self.eval_every is None:
-            raise ValueError(f"patience: got {self.patience}, and eval_every says after how many steps to evaluate")
+            raise ValueError(f"patience: got {self.patience} without eval_every, the steps between evaluations")
         if self.held_out is not None:
             check_held_out(self.held_out)
         data = self.data if self.data is not None else PYTHON_TOPICS if self.task == "causal-lm" else None
@@ -172,8 +172,8 @@ class Settings:
             raise ValueError(f"dtype: got {self.dtype!r}, expected one of {', '.join(map(repr, ASKED))}")
         if self.eval_every is not None and self.save_every not in (None, self.eval_every):
             raise ValueError(
-                f"save_every: got {self.save_every}, expected {self.eval_every}, that of eval_every: a checkpoint is "
-                "written at each evaluation, so that the edits with the least loss are kept"
+                f"save_every: got {self.save_every}, expected {self.eval_every}, the value of eval_every: each "
+                "evaluation writes a checkpoint, to keep the edits with the lowest loss"
             )
         check_used(self)
         return dataclasses.replace(
@@ -237,7 +237,7 @@ def _check_types(settings: Settings) -> None:
                 expected = " or ".join(expected for expected, _ in known if expected)
                 raise ValueError(f"{said}: got {shown(value)}, expected {expected}")
     if type(settings.seed) is not int or not 0 <= settings.seed < 2**32:
-        raise ValueError(f"seed: got {shown(settings.seed)}, expected a whole number from 0 on, below 2**32")
+        raise ValueError(f"seed: got {shown(settings.seed)}, expected an integer from 0 to 2**32 - 1")
 
 
 def _check_reporting(names: tuple[str, ...]) -> None:
@@ -294,7 +294,7 @@ def from_options(given: Mapping[str, Any], former: Mapping[str, Any] | None = No
             values[name] = _as_meant(name, value)
         else:
             known = sorted({*_FIELDS, *_OF_COLUMNS, *_NEGATED} - {"columns", "compare"})
-            raise ValueError(f"{name}: is no setting of finetune; these are: {', '.join(known)}")
+            raise ValueError(f"{name}: is no setting of finetune, expected one of {', '.join(known)}")
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if one in names and other not in names:  # which takes its place
             values[other] = None

@@ -45,14 +45,14 @@ def run(options: argparse.Namespace) -> int:
     from .options import settings_of
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("sweep: runs in one process, which starts no others; got several, by a launcher")
+        raise ValueError("sweep: got several processes, expected one: start it without a launcher")
     resume = getattr(options, "resume", False)
     options.resume = False  # it is the sweep that is gone on with
     options.output = getattr(options, "output", "red-sweep")
     settings, console = settings_of(options), Console()
     idle = [name for name in ("learning_rate", "sample") if getattr(settings, name) != getattr(type(settings), name)]
     if idle:  # only a file can have them
-        console.print(f"Not used by a sweep, of {options.config}: {', '.join(idle)}", markup=False, highlight=False)
+        console.print(f"Ignored by a sweep, from {options.config}: {', '.join(idle)}", markup=False, highlight=False)
     sweep(replace(settings, resume=resume), options.rates, console)
     return 0
 
@@ -93,7 +93,7 @@ def sweep(settings: Settings, rates: list[float], console: Any) -> float:
         raise ValueError(f"rates: got {rates}, expected two or more different numbers above 0")
     if settings.schedule != "constant" or settings.epochs is not None:
         what = "schedule" if settings.epochs is None else "epochs"
-        raise ValueError(f"{what}: a run that goes on for more steps needs a constant schedule and --steps")
+        raise ValueError(f"{what}: a run that continues for more steps needs a constant schedule and --steps")
     replace(settings, sample=()).filled()  # what is wrong with them is said now
     folder = Path(settings.output)
     record = _former(folder, settings)
@@ -144,7 +144,9 @@ def _former(folder: Path, settings: Settings) -> dict[str, dict[str, float | Non
     if settings.overwrite or not path.exists():
         return {}
     if not settings.resume:
-        raise ValueError(f"--output: {str(folder)!r} holds a sweep; go on with it by --resume, or by --overwrite anew")
+        raise ValueError(
+            f"--output: {str(folder)!r} holds a sweep; continue it by --resume, or start over by --overwrite"
+        )
     content = read_json(path)
     same = json.loads(json.dumps(replace(settings, compare=False, sample=()).deciding(), default=str))
     if content.get("settings") != same or not isinstance(content.get("losses"), dict):

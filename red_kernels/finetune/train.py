@@ -74,7 +74,7 @@ def train(
     }
     progress = ShowProgress(console)
     stop = StopOnSignal(
-        lambda: console.print("Stopping after this step; once more stops at once, without saving."), processes.any
+        lambda: console.print("Stopping after this step; a second Ctrl-C stops at once, without saving."), processes.any
     )
     patience = None if settings.patience is None else EarlyStoppingCallback(settings.patience)
     measured = {int(step): HeldOut.of(said) for step, said in run.results.get("evaluated", {}).items()}
@@ -103,7 +103,7 @@ def train(
     trainer.measured = {step: found for step, found in measured.items() if step <= run.step}
     trainer.add_callback(_Record(run, trainer, sampler))
     if run.checkpoint is not None:
-        console.print(f"Going on from {run.checkpoint}")
+        console.print(f"Resuming from {run.checkpoint}")
     try:
         with stop.installed(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -166,8 +166,8 @@ def end_diverged(trainer: JobTrainer, run: RunFolder, processes: Processes) -> N
     if not run.writes:
         raise FirstFailed(f"the training diverged at step {step}")
     raise Diverged(
-        f"the training diverged: at step {step} the loss, or what is trained, is no finite number; {left}. Try "
-        "a smaller --learning-rate, some --warmup or a smaller --clip",
+        f"the training diverged: at step {step} the loss, or a trained value, is not finite; {left}. Try a smaller "
+        "--learning-rate, some --warmup or a smaller --clip",
         step,
     )
 

@@ -122,7 +122,7 @@ def sft_trainer(
     parts = [part for part in (train, held_out) if part is not None]
     packs = {LENGTHS in part[0] for part in parts}
     if len(packs) > 1:
-        raise ValueError("held_out: is packed and train is not, or the reverse; expected both packed, or none")
+        raise ValueError("held_out: and train: one is packed; expected both packed, or none")
     if packs == {True}:
         check_packing(model)
         options["data_collator"] = PackedCollator()

@@ -46,13 +46,13 @@ _RULES: tuple[_Rule, ...] = (
         "held_out",
         lambda own: own.held_out,
         lambda own: own.validation is not None,
-        "what is held out has a source of its own, validation",
+        "the held-out data has its own source, validation",
     ),
     (
         "subset",
         lambda own: own.subset,
         lambda own: "hub" not in _types(own),
-        "no source is a dataset of the hub, which alone has configurations",
+        "no source is a hub dataset; other sources have no configurations",
     ),
     (
         "label_column",
@@ -65,22 +65,22 @@ _RULES: tuple[_Rule, ...] = (
         "no_header",
         lambda own: not own.columns.header or None,
         lambda own: not _types(own) & {".csv", ".tsv"},
-        "no source is a csv or tsv file, which alone may lack a header",
+        "no source is a csv or tsv file; other files have no header",
     ),
     (
         "loss_on",
         lambda own: own.loss_on if own.loss_on != type(own).loss_on else None,
         _labelled,
-        "a label has a loss, and no text",
+        "the loss is on labels, not on texts",
     ),
     ("template", lambda own: own.template, _labelled, "labelled texts are no conversations"),
     ("packing", lambda own: own.packing or None, _labelled, "labelled texts are not packed"),
-    ("sample", lambda own: own.sample or None, _labelled, "a model for labels continues no prompt"),
+    ("sample", lambda own: own.sample or None, _labelled, "a model of labels generates no text"),
     (
         "position",
         lambda own: own.position if own.position != type(own).position else None,
         lambda own: own.sites is not None,
-        "sites names the modules by itself",
+        "sites alone names the modules",
     ),
 )
 

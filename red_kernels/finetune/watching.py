@@ -169,7 +169,7 @@ def continued(
     device = next(model.parameters()).device
     given = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
     if given["input_ids"].shape[1] == 0:
-        raise ValueError(f"prompt: got {prompt!r}, of which the tokenizer makes no token")
+        raise ValueError(f"prompt: got {prompt!r}, for which the tokenizer gives no token")
     was_training = model.training
     model.eval()
     try:

@@ -28,7 +28,7 @@ def refuse_inside(layer: Any) -> None:
     """Raise RuntimeError for a layer whose forward no longer applies the edit that it had to."""
     site = ".".join(layer.__dict__[INSIDE])
     raise RuntimeError(
-        f"model: an earlier release patched this {type(layer).__name__}, and its forward does not apply the edit of "
-        f"the stream behind {site} any more; call rk.save_edits(model, folder), rk.unpatch(model), rk.patch(model, "
-        "config) with the same config, and rk.load_edits(model, folder)"
+        f"model: an earlier release patched this {type(layer).__name__}; this release cannot apply its edit of the "
+        f"stream behind {site}; call rk.save_edits(model, folder), rk.unpatch(model), rk.patch(model, config) with the "
+        "same config, and rk.load_edits(model, folder)"
     )

@@ -335,9 +335,9 @@ def _is_edited(own: RedEdit, output: Any) -> bool:
         for record in own.__dict__[RECORDS].modes.values():
             record.returned_by = None
         raise RuntimeError(
-            f"model: {own.__dict__.get(SITE, 'an edited site')} used to return the output of its norm as it is, and "
-            "does not do so now, after the edit was applied by the norm; run the forward again: the edit is then "
-            "applied to what it returns"
+            f"model: {own.__dict__.get(SITE, 'an edited site')} returned its norm's output unchanged before, but not "
+            "in this call, after the norm applied the edit; run the forward again: the edit is then applied to the "
+            "returned tensor"
         )
     return True
 

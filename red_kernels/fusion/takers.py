@@ -398,8 +398,8 @@ def _given(args: Arguments, kwargs: Keywords, names: tuple[str, ...], defaults: 
 
 def _data_ptr(func: Any, args: Arguments, kwargs: Keywords) -> Any:
     raise RuntimeError(
-        "data_ptr: the output of an edited site has no memory until it is added to the residual stream; use it in an "
-        "operation of torch first"
+        "data_ptr: the output of an edited site has no memory until it is added to the residual stream; pass it to a "
+        "torch operation first"
     )
 
 

@@ -260,8 +260,8 @@ _node = direct(WaitingFunction)
 
 def _lost(gradient: Tensor) -> None:
     raise RuntimeError(
-        "the value of an edited site was given to an autograd.Function, or to code in C++, in place of the addition "
-        "that took it before, and its gradient would be lost; run the forward again: the edit is then applied at once"
+        "the value of an edited site went to an autograd.Function or to C++ code, where the addition took it before; "
+        "its gradient would be lost; run the forward again: the edit is then applied at once"
     )
 
 

@@ -70,7 +70,7 @@ def load_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     check_vectors(model)
     path = Path(folder) / HEAD_NAME
     head = head_parameters(model)
-    missing = f"{path} does not exist, and the model trains {', '.join(sorted(head))}"
+    missing = f"{path} does not exist, but the model trains {', '.join(sorted(head))}"
     try:
         found = read(Path(folder))
     except MissingHead:
@@ -79,7 +79,7 @@ def load_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if head and not values:
         raise FileNotFoundError(missing)
     if values and not head:
-        raise ValueError(f"{path}: holds a trained head, and the model trains none; patch it with train_head=True")
+        raise ValueError(f"{path}: holds a trained head, but the model trains none; patch it with train_head=True")
     shapes = {bare_name(model, name): tuple(value.shape) for name, value in values.items()}
     expected = {bare_name(model, name): tuple(own.shape) for name, own in head.items()}
     if shapes != expected:
@@ -241,8 +241,8 @@ class RedTrainer(Trainer):
         vectors = [pair for parts in edit_parameters(self._inner_model()).values() for pair in parts.items()]
         if any(not own.is_meta and bool((own != float("bias" not in part)).any()) for part, own in vectors):
             warnings.warn(
-                "ref_model: is the base model without edits, and the model begins with trained ones, so the first loss "
-                "is not that of equal models; for a reference with these edits take copy.deepcopy(model)",
+                "ref_model: is the base model without edits, but the model starts with trained edits, so the first "
+                "loss is not that of equal models; for a reference with these edits pass copy.deepcopy(model)",
                 stacklevel=3,
             )
 

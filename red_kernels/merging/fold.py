@@ -16,9 +16,9 @@ _COLUMNS = 1024  # of an edit's matrix at a time
 def why_not(kind: Kind, norm: NormSpec | None) -> str | None:
     """Why no weights can stand in for an edit of a kind, behind a norm or a linear layer; None if they can."""
     if kind.fold is None:
-        return f"it is of kind {kind.name!r}, which no layer's weights can stand in for"
+        return f"it is of kind {kind.name!r}, which no layer's weights can express"
     if norm is not None and kind.kernel != "affine":
-        return f"it is of kind {kind.name!r}, and a norm's weights stand in only for what changes each column by itself"
+        return f"it is of kind {kind.name!r}, but a norm's weights express only edits of single columns"
     return None
 
 

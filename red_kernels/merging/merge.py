@@ -49,7 +49,7 @@ __all__ = [
 _MERGED = "_red_kernels_merged"  # the attribute of a merged model that holds its _Merged
 _PYTHON = {  # what to do about a refusal, in Python; the command has words of its own
     "rounding": "merge in float32 (model.float()), or pass force=True",
-    "place": "for this process alone merge with loadable=False",
+    "place": "to merge in this process only, pass loadable=False",
 }
 LOST = 0.5  # an edit of which more than this fraction is lost in rounding is swallowed
 
@@ -257,8 +257,7 @@ def _inside_of_lora(model: nn.Module, site: str, own: RedEdit, goes_to: dict[str
     against = lora_around(model, site)
     if found is None or against:
         raise ValueError(
-            f"model: {site} had another name when it was patched: "
-            f"{against or 'take off what was put around it since to merge'}"
+            f"model: {site} had another name when it was patched: {against or 'remove the wrapper around it to merge'}"
         )
     return found
 
@@ -273,8 +272,8 @@ def _places(model: nn.Module, targets: list[_Target]) -> tuple[dict[str, Any], d
 
 def _no_place(model: nn.Module, unplaced: str) -> str:
     return (
-        f"model: {type(model).__name__} has no place for the biases that the edits need ({unplaced}), and plain "
-        f"transformers would drop them when it loads the saved model; edits of kind {biasless_kinds()} need none"
+        f"model: {type(model).__name__} has no place for the biases that the edits need ({unplaced}): plain "
+        f"transformers would drop them on loading; edits of kind {biasless_kinds()} need none"
     )
 
 
@@ -325,13 +324,13 @@ def _target(site: str, path: str, model: nn.Module, own: RedEdit, flag: str, use
     of_stream = own.place in ("res", "attn_res")
     if own.inside or (of_stream and path == site and norm_spec(module) is None):
         raise ValueError(
-            f"model: the edit at {site} is of the residual stream, which no layer's weights give; it cannot be merged"
+            f"model: the edit at {site} is of the residual stream, which is no layer's output; it cannot be merged"
         )
     weight = module._parameters.get("weight")
     spec = norm_spec(module)
     if weight is None or ((spec is None or own.on_input) and weight.dim() != 2):
         raise ValueError(
-            f"model: {path} is a {kind} without a weight matrix of its own (a block of experts, or a wrapper such as "
+            f"model: {path} is a {kind} without its own weight matrix (a block of experts, or a wrapper such as "
             "LoRA's: merge that first); its edit cannot be merged"
         )
     for part, value in module._parameters.items():
@@ -358,13 +357,12 @@ def _target(site: str, path: str, model: nn.Module, own: RedEdit, flag: str, use
     columns = linear_columns(type(module)) if spec is None else False
     if columns is None or ("forward" in module.__dict__ and not hasattr(module, "_hf_hook")):  # accelerate's may stay
         raise ValueError(
-            f"model: the forward of {path}, a {kind}, is not one that is known to give W x + b and nothing else; its "
-            "edit cannot be merged"
+            f"model: the forward of {path}, a {kind}, may compute more than W x + b; its edit cannot be merged"
         )
     if _changed_before(owner, module, own):
         between = "behind the edit of its input" if own.on_input else "before the edit"
         raise ValueError(
-            f"model: {path} has a forward hook that runs {between}, and may change what is edited; remove it to merge"
+            f"model: {path} has a forward hook that runs {between} and may change the edited tensor; remove it to merge"
         )
     target = _Target(site, path, module, own, spec, columns, flag)
     reason = None if own.kind is None else why_not(own.kind, spec)

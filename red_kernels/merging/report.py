@@ -68,7 +68,7 @@ class MergeReport:
             )
         if self.config_changes:
             changes = ", ".join(f"{key}={value}" for key, value in self.config_changes.items())
-            lines.append(f"config: {changes}; {len(self.zero_biases)} more biases that this brings are zeros")
+            lines.append(f"config: {changes}; {len(self.zero_biases)} more new biases are zeros")
         if self.unplaced:
             lines.append(f"warning: plain transformers will not load {self.unplaced}")
         return "\n".join(lines)

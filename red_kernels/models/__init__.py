@@ -54,7 +54,7 @@ def register_family(family: Family) -> None:
     names = [name for _, name in classes]
     known = [name for name in names if name in _BY_LAYER or names.count(name) > 1]
     if known:
-        raise ValueError(f"family: the layers {', '.join(known)} are known already, or come twice")
+        raise ValueError(f"family: the layers {', '.join(known)} are known already, or occur twice")
     wrong = [place for place in (*family.sites, *family.inside) if place not in PLACES]
     if wrong or not family.sites or not all(family.sites.values()):
         raise ValueError(f"family: got sites for {list(family.sites)}, expected paths for some of {list(PLACES)}")

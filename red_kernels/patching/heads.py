@@ -69,8 +69,8 @@ def find_head(model: nn.Module, sites: Iterable[str], config: RedConfig) -> Head
         return Head(frozen_modules=_outermost(model, task))
     if not outside:
         raise ValueError(
-            f"train_head: {type(model).__name__} has no parameters outside of its base model that could be called a "
-            "head; patch without it, and set requires_grad of what is to be trained"
+            f"train_head: {type(model).__name__} has no parameters outside its base model, so it has no head; "
+            "patch without it, and set requires_grad of the parameters to train"
         )
     packed = [name for name, own in outside.items() if not own.is_floating_point()]
     if packed:

@@ -125,9 +125,7 @@ def naive_edit(
     if not names:
         raise ValueError("sites: got none, expected at least one module name")
     if "initial" in own.context:
-        raise ValueError(
-            f"kind: {kind!r} reads what the first layer of a stack is given, which a plain hook is not told"
-        )
+        raise ValueError(f"kind: {kind!r} reads the input of a stack's first layer, which a plain hook does not get")
     inputs = names if own.on_input else inputs
     modules = dict(model.named_modules())
     parameters: dict[str, dict[str, nn.Parameter]] = {}
@@ -139,7 +137,7 @@ def naive_edit(
         width = (widths or {}).get(site, told)
         if width is None:
             what = f"{site!r} is a {type(modules[site]).__name__}"
-            raise ValueError(f"sites: {what}, whose width cannot be told; give it in widths")
+            raise ValueError(f"sites: {what}, whose width is unknown; pass it in widths")
         parameter = next(chain(modules[site].parameters(), model.parameters()), None)
         device = "cpu" if parameter is None else parameter.device
         refuse_site(own, modules[site], width, f"sites: {site!r}", site in inputs)

@@ -159,7 +159,7 @@ def _foreseen(site: SiteReport, found: Mapping[str, tuple[str | None, str]]) -> 
     if site.of_input:
         return replace(site, reason="; ".join(filter(None, (site.reason or IN_FRONT, site.remark))))
     if site.site not in found:
-        unknown = site.reason or "what it is fused with is known after the first forward"
+        unknown = site.reason or "its fusion is known after the first forward"
         return replace(site, reason="; ".join(filter(None, (unknown, site.remark))))
     fused, reason = found[site.site]
     return replace(site, fused=fused, reason="; ".join(filter(None, (reason or site.reason, site.remark))))
@@ -200,15 +200,15 @@ def edit_config(model: nn.Module) -> RedConfig:
         wrong, left_out = missing(holder)
         if wrong:
             raise ValueError(
-                f"model: edits that rk.patch made are gone: {listed(wrong)}; call rk.unpatch and patch it anew"
+                f"model: edits that rk.patch made are gone: {listed(wrong)}; call rk.unpatch and patch it again"
             )
         if left_out:
-            warnings.warn(f"the layers of the edits at {listed(left_out)} are not in the model any more", stacklevel=3)
+            warnings.warn(f"the layers of the edits at {listed(left_out)} are no longer in the model", stacklevel=3)
     configs = [state.config for _, state in patches.values()]
     if any(config != configs[0] for config in configs):
         raise ValueError(
             f"model: the parts of this {type(model).__name__} were patched by different configs: "
-            f"{listed(list(patches))}; take each by itself"
+            f"{listed(list(patches))}; pass each part by itself"
         )
     return configs[0]
 
@@ -259,8 +259,8 @@ def fuse(plan: Plan) -> None:
 def _check_free(site: PlannedSite) -> None:
     if NAME in site.module._modules or hasattr(site.module, NAME):
         raise ValueError(
-            f"model: {site.report.site}, a {type(site.module).__name__}, has an attribute {NAME!r} of its own, where "
-            "the edit would be; rename that, or choose other layers by layers="
+            f"model: {site.report.site}, a {type(site.module).__name__}, has an attribute {NAME!r} of its own, the "
+            "name of the edit; rename the attribute, or choose other layers by layers="
         )
 
 

@@ -71,7 +71,7 @@ def make_plan(model: nn.Module, config: RedConfig) -> Plan:
         wrapper = wrapper_of(module)
         if wrapper is not None:
             where = f"in {name!r}" if name else "around it"
-            raise ValueError(f"model: has a {wrapper} {where}, which would not know the vectors; patch before wrapping")
+            raise ValueError(f"model: has a {wrapper} {where}, which would not see the vectors; patch before wrapping")
     plan = _plan_known(model, config) if config.sites is None else _plan_named(model, config)
     check_names((site.module, site.report.site) for site in plan.sites)
     if "initial" in config.edit_kind.context:
@@ -112,7 +112,7 @@ def _planned(model: nn.Module, block: Block, site: ChosenSite, config: RedConfig
     if not width:
         side = "input" if site.on_input else "output"
         advice = f"; edits of kind {config.kind!r} are of the input of linear layers" if site.on_input else ""
-        raise ValueError(f"model: the width of the {side} of {name}, a {type(module).__name__}, cannot be told{advice}")
+        raise ValueError(f"model: the width of the {side} of {name}, a {type(module).__name__}, is unknown{advice}")
     reason = "" if config.edit_kind.kernel else _unfused(config)
     return PlannedSite(
         module,
@@ -155,20 +155,20 @@ def _plan_named(model: nn.Module, config: RedConfig) -> Plan:
         parent, _, _ = name.rpartition(".")
         if isinstance(modules[parent], nn.MultiheadAttention):
             raise ValueError(
-                f"sites: {name!r} is inside of an nn.MultiheadAttention, which reads its weights without calling it: "
-                "an edit there would never be applied"
+                f"sites: {name!r} is inside an nn.MultiheadAttention, which reads its weights without calling it: an "
+                "edit there would never be applied"
             )
         on_input = config.edit_kind.on_input
         width = input_width(module) if on_input else output_width(module)
         if width is None and on_input:
             raise ValueError(
-                f"sites: {name!r} is a {type(module).__name__}, and edits of kind {config.kind!r} are of the input of "
-                "linear layers; name those"
+                f"sites: {name!r} is a {type(module).__name__}, but edits of kind {config.kind!r} are of the input of "
+                "linear layers; name linear layers"
             )
         if width is None:
             raise ValueError(
-                f"sites: {name!r} is a {type(module).__name__}, whose output is not known to be one tensor of a fixed "
-                f"width; name linear layers or norms{experts_remark(module, name)}"
+                f"sites: {name!r} is a {type(module).__name__}, whose output may not be one tensor of a fixed width; "
+                f"name linear layers or norms{experts_remark(module, name)}"
             )
         # What is in a list may be called or not.
         caller = None if isinstance(modules[parent], (nn.ModuleList, nn.ModuleDict)) else modules[parent]
@@ -180,7 +180,9 @@ def _plan_named(model: nn.Module, config: RedConfig) -> Plan:
         )
     experts = [name for name in experts_in(model) if not any(name.startswith(f"{site}.") for site in found)]
     if experts:
-        plan.warnings.append(f"not edited, as their weights are one 3-D Parameter for all experts: {listed(experts)}")
+        plan.warnings.append(
+            f"not edited, because their weights are one 3-D Parameter for all experts: {listed(experts)}"
+        )
     _plan_sites(plan, model, blocks_in(model))
     return plan
 
@@ -192,7 +194,7 @@ def _plan_sites(plan: Plan, model: nn.Module, blocks: list[Block]) -> None:
         names = [site.report.site for site in plan.sites]
         raise ValueError(
             f"model: {listed([name for name in widths if names.count(name) > 1])} would have an edit of the input and "
-            "one of the output; a module can have one edit"
+            "one of the output; expected one edit for each module"
         )
     _plan_around(plan, model, blocks, widths, {site.report.site for site in plan.sites if site.on_input})
 

@@ -62,6 +62,7 @@ def _is_post_norm(block: Block) -> bool:
     if family_of(type(layer)) is not None:
         return False
     raise ValueError(
-        f"model: {listed([block.name])} may have its norms before its sublayers or behind them. Its structure does not "
-        "tell, nor what the residual stream behind its attention is; choose another position, or name modules by sites="
+        f"model: {listed([block.name])} may have its norms in front of its sublayers or behind them: its structure "
+        "does not show which, so the residual stream behind its attention is unknown; choose another position, or name "
+        "modules by sites="
     )

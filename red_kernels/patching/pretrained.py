@@ -80,7 +80,7 @@ class _Saving:
         module = self._module()
         if module is None:
             raise ReferenceError(
-                "the model of this save_pretrained is gone; take the method from a model that is alive"
+                "the model of this save_pretrained is gone; call the method of a model that still exists"
             )
         save = self.former or getattr(type(module), _METHOD).__get__(module)
         if _inside.get():  # of a model around this one, which speaks for all of it
@@ -100,9 +100,9 @@ class _Saving:
 def _beside(module: nn.Module, folder: str | os.PathLike[str], config: RedConfig, pushed: bool) -> str:
     """Write the edits into the folder; returns what there is to say."""
     edits = [own for own in module.modules() if isinstance(own, RedEdit)]
-    text = f"what from_pretrained loads from {str(folder)!r} has no edits; "
+    text = f"the model that from_pretrained loads from {str(folder)!r} has no edits; "
     if any(is_sharded(vector) for own in edits for vector in own.parameters()):
-        reason = "each process holds a part of the vectors; call rk.save_edits(model, folder) in all of them"
+        reason = "each process holds a shard of the vectors; call rk.save_edits(model, folder) in all of them"
     else:
         try:
             _writers[0](module, folder, config)
@@ -112,12 +112,13 @@ def _beside(module: nn.Module, folder: str | os.PathLike[str], config: RedConfig
     if reason:
         return f"{text}they were not written: {reason}"
     text += (
-        "they are beside it, as rk.save_edits writes them. To load them: "
+        "they are next to it, as rk.save_edits writes them. To load them: "
         f"rk.patch(model, rk.saved_config({str(folder)!r})); rk.load_edits(model, {str(folder)!r})"
     )
     names = list(dict.fromkeys(name for own in edits for name in own.names))
     if len(names) > 1:
         text += (
-            f". These are of the active edit alone, of {listed(names)}; rk.save_edits(model, folder, name) saves others"
+            f". They are those of the active edit, one of {listed(names)}; rk.save_edits(model, folder, name) saves "
+            "others"
         )
     return text + (". They were not uploaded" if pushed else "")

@@ -133,7 +133,7 @@ class PatchReport:
             lines.append(f"the head is trained too: {listed(self.trained_head)}")
         if self.frozen_head:
             lines.append(
-                f"the head is frozen: {listed(self.frozen_head)}; if it is newly made, train it beside the edits: "
+                f"the head is frozen: {listed(self.frozen_head)}; train a new head with the edits by "
                 "rk.RedConfig(train_head=True)"
             )
         return "\n".join(lines + [f"warning: {text}" for text in self.warnings])

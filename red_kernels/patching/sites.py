@@ -81,7 +81,7 @@ def check_names(named: Iterable[tuple[nn.Module, str]]) -> None:
     for module, name in named:
         first = names.setdefault(id(module), name)
         if first != name:
-            raise ValueError(f"model: {first} and {name} are the same module; one edit cannot be in both")
+            raise ValueError(f"model: {first} and {name} are the same module; one edit cannot be at both")
 
 
 def stacks_of(blocks: list[Block], config: RedConfig) -> tuple[list[Block], list[str]]:
@@ -127,12 +127,10 @@ def chosen(model: nn.Module, config: RedConfig, warnings: list[str]) -> list[tup
         found = [(block, sites) for block, sites in found if block.index in wanted]
         lost = [block.name for block, sites in found if not sites]
         if lost:
-            raise ValueError(
-                f"layers: {listed(lost)} have nothing that position {config.position!r} edits; choose others"
-            )
+            raise ValueError(f"layers: {listed(lost)} have no site of position {config.position!r}; choose others")
     bare = [block.name for block, sites in found if not sites]
     if bare:
-        warnings.append(f"not edited, as they have nothing that position {config.position!r} edits: {listed(bare)}")
+        warnings.append(f"not edited, because they have no site of position {config.position!r}: {listed(bare)}")
     partly = _partly(found, config) + _joined(found, config)
     if partly:
         warnings.append(f"edited in part: {listed(partly)}")
@@ -281,9 +279,9 @@ _CALLED = {
     "qkv": "query, key or value projection that is called",
     "res": "module that gives the residual stream behind the FFN",
     "attn_res": "residual stream behind an attention that ends before the FFN begins",
-    "key": "projection that gives keys alone",
-    "value": "projection that gives values alone",
-    "ffn_in": "FFN with a last projection whose input is at hand",
+    "key": "projection that gives only keys",
+    "value": "projection that gives only values",
+    "ffn_in": "FFN with a last projection whose input is accessible",
 }
 
 
@@ -293,15 +291,15 @@ def _no_sites(model: nn.Module, config: RedConfig, blocks: list[Block], missing:
         names = dict.fromkeys(type(block.module).__name__ for block in blocks)
         looked = f"the {len(blocks)} layers that were found ({', '.join(names)}) have"
     else:
-        looked = "no repeated layers were found in lists of modules, and so there is"
+        looked = "no repeated layers were found in lists of modules, so the model has"
     what = " and no ".join(_CALLED[place] for place in missing)
     experts = experts_in(model)
     remark = f" Its experts are in {listed(experts)}." if experts and (not blocks or "ffn_in" in missing) else ""
     joint = [f"{block.name}.{site.path}" for block in blocks for site in block.sites if site.place == "qkv"]
     if joint and {"key", "value"} & set(missing):
-        remark += f" Queries, keys and values come of one projection, or share some: {listed(joint)}."
+        remark += f" One projection gives queries, keys and values, or some of them: {listed(joint)}."
     return (
-        f"model: this {kind} lacks what position {config.position!r} edits: {looked} no {what}.{remark} For another "
-        f"layout name the modules whose output is to be edited, as in RedConfig(sites='*.down_proj'); its linear "
-        f"layers are {linear_patterns(model)}"
+        f"model: this {kind} lacks sites of position {config.position!r}: {looked} no {what}.{remark} For another "
+        f"layout name the modules to edit, for example RedConfig(sites='*.down_proj'); its linear layers are "
+        f"{linear_patterns(model)}"
     )

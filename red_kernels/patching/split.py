@@ -83,8 +83,8 @@ def _split(site: PlannedSite, kind: Kind, mesh: Any, plan: dict[str, str]) -> Sp
     style = plan.get(re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", name))
     if style == _PARTLY and not site.on_input:
         raise ValueError(
-            f"model: each process has the whole gradient of some columns of {name} and a part of that of the others "
-            f"(style {style!r}), so its vectors' gradients cannot be right; choose other sites or layers"
+            f"model: each process has the whole gradient of some columns of {name} and a part of the gradient of the "
+            f"others (style {style!r}), so the gradients of its vectors would be wrong; choose other sites or layers"
         )
     weight = None if site.hooked is not None else _split_weight(site.module)
     columns, rows = (False, style == _PARTIAL) if weight is None else _probed(site, weight, count)
@@ -151,7 +151,7 @@ def _probed(site: PlannedSite, weight: Any, count: int) -> tuple[bool, bool]:
             f"all or the {local.shape[0]} of this process's part of the weight"
         )
     raise ValueError(
-        f"model: it cannot be told how tensor parallelism splits {name}: its layer cannot be run on zeros "
+        f"model: it is unknown how tensor parallelism splits {name}: its layer does not run on zeros "
         f"({type(failure).__name__}: {str(failure)[:200]})"
     )
 

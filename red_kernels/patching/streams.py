@@ -39,12 +39,12 @@ def plan_streams(model: nn.Module, sites: list[tuple[str, str, int]], config: Re
     found: dict[tuple[str, str], set[str]] = {}
     for name, place, width in sites:
         block = next((one for one in inner if name == one.name or name.startswith(f"{one.name}.")), None)
-        why = f"and an edit of kind {config.kind!r} reads what the first layer of its stack is given"
+        why = f"but an edit of kind {config.kind!r} reads the input of its stack's first layer"
         if block is None:
             raise ValueError(f"model: {name} is in no stack of layers, {why}")
         stream = _width(block)
         if stream != width:
-            raise ValueError(f"model: {name} is {width} wide, {why}, which is {stream or 'not known to be as'} wide")
+            raise ValueError(f"model: {name} is {width} wide, {why}, which is {stream or 'perhaps not as'} wide")
         if place in ("qkv", "key", "value") and CONDITIONAL.search(name.removeprefix(block.name)):
             raise ValueError(f"model: {name} may be of another sequence, {why}; choose another position")
         found.setdefault((block.stack, block.list_key), set()).add(name)

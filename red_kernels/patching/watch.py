@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _WATCH = "_red_kernels_watch"  # the attribute of a patched model with its `Watch`
-_REMEDY = "put it back, or call rk.unpatch(model) and patch what is there now"
+_REMEDY = "restore it, or call rk.unpatch(model) and patch the present model"
 
 
 @dataclass
@@ -144,8 +144,8 @@ def before_model(model: nn.Module, args: Any) -> None:
     if new:
         found.left_out.update(new)
         warnings.warn(
-            f"the layers of the edits at {listed(new)} are not in the model that runs; if that is for good, call "
-            "rk.unpatch(model) and patch what is there now",
+            f"the layers of the edits at {listed(new)} are not in the running model; if they are removed for good, "
+            "call rk.unpatch(model) and patch the present model",
             stacklevel=2,
         )
 
@@ -162,8 +162,8 @@ def after_model(model: nn.Module, args: Any, output: Any) -> None:
         site.own.seen = True
     if never:
         warnings.warn(
-            f"the edits at {listed(never)} were not applied: nothing has called these modules in this forward. Is "
-            "their output computed elsewhere?",
+            f"the edits at {listed(never)} were not applied: this forward did not call these modules; does another "
+            "module compute their output?",
             stacklevel=2,
         )
 

@@ -97,8 +97,8 @@ def layers(text: str) -> tuple[int, ...]:
         if start is None or end is None:
             raise argparse.ArgumentTypeError(f"got {shown(text)}, expected layer indices such as 0-5,8")
         if end < start:
-            raise argparse.ArgumentTypeError(f"got {part.strip()!r}, whose end is below its start")
+            raise argparse.ArgumentTypeError(f"got {part.strip()!r}, expected an end not below the start")
         if len(found) + end - start >= MOST_LAYERS:
-            raise argparse.ArgumentTypeError(f"got {shown(text)}, expected {MOST_LAYERS:,} layers at most")
+            raise argparse.ArgumentTypeError(f"got {shown(text)}, expected at most {MOST_LAYERS:,} layers")
         found.extend(range(start, end + 1))
     return tuple(found)

@@ -115,7 +115,7 @@ def load_base(
     packaged = next((model for model in PACKAGED if model.name == name), None)
     path = packaged.locate() if packaged else Path(name)
     if revision is not None and (packaged or path.exists() or path.suffix == ".gguf"):
-        raise ValueError(f"revision: got {revision!r}, but the base model {name!r} is no repository of the hub")
+        raise ValueError(f"revision: got {revision!r}, but the base model {name!r} is not a repository of the hub")
     at: dict[str, Any] = {} if revision is None else {"revision": revision}
     auto: Any = transformers.AutoModelForCausalLM
     options: dict[str, Any] = {}
@@ -179,8 +179,8 @@ def model_class(config: Any, name: str) -> Any:
     if kind is None:
         raise ValueError(
             f"model: the configuration of {name!r} names the class {shown(getattr(config, 'architectures', None))} "
-            "(the entry 'architectures' of its config.json), expected a list with one that transformers has, or a "
-            "package that is imported"
+            "(the entry 'architectures' of its config.json), expected a list with a class of transformers or of an "
+            "imported package"
         )
     return kind
 
@@ -228,8 +228,8 @@ def load_tokenizer(name: str, **options: Any) -> tuple[Any, str]:
                 or f"one of {listed(there)}: {type(error).__name__}: {one_line(error)}"
             )
             raise ValueError(
-                f"model: the tokenizer of {name!r} could not be loaded: {damaged}; get its files anew, or remove them "
-                "all to go on without a tokenizer"
+                f"model: the tokenizer of {name!r} could not be loaded: {damaged}; get its files again, or remove all "
+                "of them to continue without a tokenizer"
             ) from error
         if isinstance(error, (OSError, ValueError, KeyError, ImportError)):
             return None, str(error).partition("\n")[0]
@@ -267,7 +267,7 @@ def _damaged(folder: Path, names: list[str] | None = None) -> str:
                 torch.load(path, map_location="meta", weights_only=True)
         except Exception as error:  # as above
             reason = one_line(error).removeprefix(f"{path}: ")
-            return f"{path.name} is damaged or no file of a model: {reason}; get it anew"
+            return f"{path.name} is damaged or no model file: {reason}; get it again"
     return ""
 
 
@@ -289,7 +289,7 @@ def quietly() -> Iterator[None]:
 
 def gguf_options(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"model: there is no file {str(path)!r}")
+        raise FileNotFoundError(f"model: the file {str(path)!r} does not exist")
     require("gguf", "loading a GGUF file")
     options: dict[str, Any] = {"gguf_file": path.name}
     config = getattr(transformers, "GgufConfig", None)  # newer versions can keep the weights packed: not for training

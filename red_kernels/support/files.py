@@ -158,7 +158,7 @@ def _lock(descriptor: int, folder: Path) -> bool:
             return True
         except BlockingIOError:
             if time.monotonic() > end:
-                text = f"another process has kept the lock of the folder {str(folder)!r} for {_PATIENCE:.0f} seconds"
+                text = f"another process has held the lock of the folder {str(folder)!r} for {_PATIENCE:.0f} seconds"
                 raise TimeoutError(errno.ETIMEDOUT, text) from None
             time.sleep(0.005)
         except OSError:  # the file system has no locks

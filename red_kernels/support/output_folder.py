@@ -35,7 +35,7 @@ def check_output(output: str | os.PathLike[str], name: str = "--output") -> None
         while not _is_there(place):
             place = place.parent
         if not place.is_dir():
-            what = "is a file" if place.exists() else "is a link that leads nowhere"
+            what = "is a file" if place.exists() else "is a broken link"
             where = (
                 f"{str(target)!r} {what}" if place == target else f"{str(place)!r} {what}, and {str(target)!r} in it"
             )

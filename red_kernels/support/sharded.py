@@ -101,4 +101,4 @@ def write_from_one(tensors: Iterable[Tensor], write: Callable[[], object]) -> No
     if failure is not None:
         raise failure
     if failed:
-        raise RuntimeError(f"process {first} could not write the edits; its own error says why")
+        raise RuntimeError(f"process {first} could not write the edits; see that process's error")

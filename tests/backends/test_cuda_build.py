@@ -423,7 +423,7 @@ def test_narrow_accesses_are_found() -> None:
     ("old", "new", "reason"),
     [
         ("@P0 BRA 0x60", "@P0 BRA 0x6000", "leaves it"),
-        ("@P0 BRA 0x60", "@P0 BRX R2 -0x60", "not to be found"),
+        ("@P0 BRA 0x60", "@P0 BRX R2 -0x60", "branches to an unknown"),
         ("@P0 BRA 0x60", "@P0 BRA R2", "not understood"),
         ("STS.128 [R2], R4", "UBLKCP.S.G [UR4], [UR6], UR8", "bulk copy"),
         ("EXIT", "NOP", "has no end"),

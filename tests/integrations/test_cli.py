@@ -139,7 +139,7 @@ def test_wrong_layers(text: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["--sites", "*.no_such_module"], "no_such_module"),
         (["--device", "tpu"], "device: got 'tpu'"),
         (["--model", "no/such-folder/model.gguf"], "no file 'no/such-folder/model.gguf'"),
-        (["--data", "absent.txt"], "there is no file 'absent.txt'"),
+        (["--data", "absent.txt"], "the file 'absent.txt' does not exist"),
         (["--data", "not a file!"], "neither a file nor the id of a dataset"),
         (["--task", "classification"], "--data FILE"),
         (["--resume"], "holds no run"),

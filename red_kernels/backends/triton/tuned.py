@@ -71,7 +71,7 @@ def whole_rows(*, persistent: bool = False, one_row: bool = False) -> Check:
     def check(tile: Any, key: Mapping[str, Any], warp: int) -> str | None:
         width = key["width"]
         if tile.chunk * tile.chunks < width:
-            return f"{tile.chunks} pieces of {tile.chunk} columns cannot hold the width {width}"
+            return f"{tile.chunks} pieces of {tile.chunk} columns are fewer than the width {width}"
         if tile.chunk * (tile.chunks - 1) >= width:
             return f"the last of {tile.chunks} pieces of {tile.chunk} columns lies beyond the width {width}"
         if one_row and tile.rows != 1:
@@ -97,7 +97,7 @@ def blocks(tile: Any, key: Mapping[str, Any], warp: int) -> str | None:
             return f"{name} is {getattr(tile, name)}, expected a power of two"
     for name in ("block_m", "block_n", "block_k"):
         if getattr(tile, name) < 16:
-            return f"{name} is {getattr(tile, name)}, and a matrix product takes 16 and more"
+            return f"{name} is {getattr(tile, name)}, expected at least 16 in a matrix product"
     if tile.splits < 0 or tile.block_n >> tile.splits < 16:
         return f"splits is {tile.splits}, and {tile.block_n} columns are split into pieces of 16 and more"
     if tile.stages < 1:
@@ -156,7 +156,7 @@ def table_for(architecture: str, warp: int) -> Table | None:
     own = os.environ.get(VARIABLE)
     path = Path(own) if own else FOLDER / f"{architecture}.json"
     if own and not path.is_file():
-        raise FileNotFoundError(f"{VARIABLE}: there is no file {own!r}")
+        raise FileNotFoundError(f"{VARIABLE}: the file {own!r} does not exist")
     if not path.is_file():
         return None
     source = f"{VARIABLE}: {own}" if own else str(path)
@@ -225,7 +225,7 @@ def parse(text: str | bytes, source: str, path: Path) -> Table:
 def tile_error(rule: Rule, tile: Any, key: Mapping[str, Any], warp: int) -> str | None:
     """What is wrong with a tile for a rule's arguments ``key`` on a device with ``warp`` threads in a warp, or None."""
     if tile is None:
-        return None if rule.optional else "tile is null, and this rule needs one"
+        return None if rule.optional else "tile is null, expected an object"
     return rule.check(tile, key, warp)
 
 
@@ -238,7 +238,7 @@ def _common(tile: Any, width: int, warp: int, persistent: bool) -> str | None:
     if persistent and tile.programs < 1:
         return f"programs is {tile.programs}, expected 1 or more in a persistent grid"
     if not persistent and tile.programs:
-        return f"programs is {tile.programs}, expected 0: there is a program for each tile"
+        return f"programs is {tile.programs}, expected 0: each tile has a program"
     return _size(tile.warps, tile.rows, tile.chunk, warp)
 
 
@@ -260,7 +260,7 @@ def _entry(entry: Any, where: str, warp: int) -> tuple[Key, Any]:
     if rule is None:
         if isinstance(entry, dict) and name is not None:
             raise ValueError(f"{where}: rule is {name!r}, expected one of {', '.join(RULES)}")
-        raise ValueError(f"{where}: no rule is named, expected an object with one of {', '.join(RULES)}")
+        raise ValueError(f"{where}: the field 'rule' is missing, expected one of {', '.join(RULES)}")
     where = f"{where} ({name})"
     found = _fields(entry, where, {"rule": str, **rule.parameters, **_MEASURED})
     key = {parameter: found[parameter] for parameter in rule.parameters}
@@ -286,7 +286,7 @@ def _win(entry: Any, where: str) -> tuple[str, int, int, int]:
         if value < 1:
             raise ValueError(f"{where}: {name} is {value}, expected a positive number")
     if m != bucket(m):
-        raise ValueError(f"{where}: m is {m}, expected a power of two, which stands for the numbers above its half")
+        raise ValueError(f"{where}: m is {m}, expected a power of two, which covers the numbers above its half")
     _times(found, where, _CASE)
     return dtype, m, n, k
 
@@ -331,7 +331,7 @@ def _shown(value: Any) -> str:
     try:
         return json.dumps(value)[:60]
     except RecursionError:
-        return f"a {type(value).__name__} nested too deeply to show"
+        return f"a {type(value).__name__}, nested too deeply to show"
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ SSF = replace(
         replace(SCALE, draw=partial(nn.init.normal_, mean=1.0, std=0.02)),
         replace(SHIFT, draw=partial(nn.init.normal_, std=0.02)),
     ),
-    help="scale * h + bias, drawn around 1 and 0 at the start (SSF)",
+    help="scale * h + bias, initialised around 1 and 0 (SSF)",
     identity=False,
 )
 

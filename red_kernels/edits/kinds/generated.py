@@ -20,8 +20,8 @@ def made(vectors: Vectors) -> Vectors:
     assert up is not None
     if bias is None:
         raise ValueError(
-            "model: an edit of kind 'generated' is made of the bias of its site's linear layer, and there is one "
-            "without; choose sites with biases, or kind 'bias'"
+            "model: an edit of kind 'generated' is computed from the bias of its site's linear layer, but one site "
+            "has no bias; choose sites with biases, or kind 'bias'"
         )
     return {"bias": (torch.relu(bias.to(down.dtype) @ down).unsqueeze(-2) @ up).squeeze(-2)}
 

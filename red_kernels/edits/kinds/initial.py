@@ -55,7 +55,7 @@ def kind(width: int) -> Kind:
         "initial" if width == WIDTH else f"initial:{width}",
         (Part("down", shape=shape, draw=_draw), Part("up", shape=shape)),
         partial(formula),
-        "h + U tanh(D (0.9 h + 0.1 h0)), h0 what the stack's first layer is given (SIBO)",
+        "h + U tanh(D (0.9 h + 0.1 h0)), h0 the input of the stack's first layer (SIBO)",
         identity=True,
         combines=False,
         context=("initial",),

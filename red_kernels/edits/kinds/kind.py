@@ -199,7 +199,7 @@ class Kind:
             ValueError: an edit of this kind cannot be split so; the message is the reason.
         """
         if self.part_of is None:
-            raise ValueError("takes all columns of a row together")
+            raise ValueError("needs all columns of a row together")
         return self.part_of(self, width, count)
 
     @property

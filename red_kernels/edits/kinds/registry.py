@@ -49,14 +49,14 @@ def register_kind(kind: Kind) -> None:
         raise ValueError(f"kind: {kind.name!r} has the parts {list(kind.names)}, expected at least one, none twice")
     for part in kind.parts:
         if not re.fullmatch(r"[A-Za-z]\w*", part.name) or part.name in RESERVED:
-            raise ValueError(f"kind: got a part named {part.name!r}, expected a name that an attribute can have")
+            raise ValueError(f"kind: got a part named {part.name!r}, expected a valid attribute name")
         if not _PARTS.get(part.name, part).is_as(part):
             raise ValueError(f"kind: another kind has a part {part.name!r} with another start, shape, key or row")
     same = kind_with(kind.names)
     if same is not None and same.formula is not kind.formula and _KINDS.get(kind.name) != kind:
         raise ValueError(
-            f"kind: {kind.name!r} has the parts of {same.name!r} and another formula; give its parts names of their "
-            "own, as files of PEFT and of RED's authors tell a kind by them"
+            f"kind: {kind.name!r} has the parts of {same.name!r} and another formula; give its parts other names: "
+            "files of PEFT and of RED's authors identify a kind by its parts"
         )
     if kind.kernel is not None:
         if kind.kernel not in KERNELS:
@@ -126,7 +126,7 @@ def _check_operands(kind: Kind, kernel: str) -> None:
     if not given or not set(given) <= set(known):
         raise ValueError(
             f"kind: {kind.name!r} gives the kernel {kernel!r} the vectors {sorted(given)}, expected some of "
-            f"{', '.join(known)}; `operands` makes these of other parts"
+            f"{', '.join(known)}; `operands` computes these from other parts"
         )
 
 

@@ -15,7 +15,7 @@ ANSWERS, ALL = "answers", "all"
 IGNORED = -100  # a label that has no loss
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_ADVICE = "with --loss-on all the template need not tell where answers are"
+_ADVICE = "with --loss-on all the template need not mark answers"
 
 Span = tuple[int, int]  # characters of a text, the second one behind the last
 Place = tuple[int, int, int]  # of a token: where it begins, where its first character that is no blank is, its end
@@ -139,8 +139,8 @@ def render(
     """
     if template is None and not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            "model: its tokenizer has no chat template, which conversations need; give one by --template FILE, or take "
-            "data of 'prompt' and 'completion' that are texts, or of 'text'"
+            "model: its tokenizer has no chat template, which conversations need; pass one by --template FILE, or use "
+            "data of 'prompt' and 'completion' as texts, or of 'text'"
         )
     options = {"tokenize": False, "add_generation_prompt": ask, "tools": list(tools) if tools else None}
     try:
@@ -173,7 +173,7 @@ def _tokens(
     if example.messages[-1]["role"] != ASSISTANT:
         raise ValueError(
             f"data: {example.where}: its last message is by {example.messages[-1]['role']!r}, expected one by the "
-            "assistant; --loss-on all also learns from conversations without a last answer"
+            "assistant; --loss-on all also trains on conversations without a last answer"
         )
     chosen = template if template is not None else tokenizer.get_chat_template(tools=example.tools or None)
     if example.asked == 0 and _MARKED.search(chosen) and not any(map(_weightless, example.messages)):
@@ -197,15 +197,15 @@ def _answers(example: Conversation, text: str, tokenizer: Any, template: str | N
             continue
         if place == 0:
             raise ValueError(
-                f"data: {example.where}: its first message is by the assistant, and answers nothing; {_ADVICE}"
+                f"data: {example.where}: its first message is by the assistant, expected a prompt before it; {_ADVICE}"
             )
         ends = []
         for count, ask in ((place, True), (place + 1, False)):
             part = render(example.messages[:count], tokenizer, template, example.where, ask, example.tools)
             if not text.startswith(part):
                 raise ValueError(
-                    f"data: {example.where}: the chat template writes the first {count} messages otherwise where more "
-                    f"follow, so that the answers cannot be told apart; {_ADVICE}"
+                    f"data: {example.where}: the chat template renders the first {count} messages differently when "
+                    f"more follow, so the answers cannot be located; {_ADVICE}"
                 )
             ends.append(len(part))
         spans.append((ends[0], ends[1]))
@@ -240,8 +240,8 @@ def _answered(
     text = render((*example.prompt, *answer), tokenizer, template, example.where)
     if not text.startswith(prompt):
         raise ValueError(
-            f"data: {example.where}: the chat template writes the prompt otherwise where an answer follows, "
-            "so that the answers cannot be told apart"
+            f"data: {example.where}: the chat template renders the prompt differently when an answer follows, "
+            "so the answers cannot be located"
         )
     ids, places = _encoded(text, tokenizer)
     return ids, sum(stop <= len(prompt) for _, _, stop in places)
@@ -250,7 +250,7 @@ def _answered(
 def _encoded(text: str, tokenizer: Any) -> tuple[list[int], list[Place]]:
     """The tokens of a text, and which characters each of them covers: all of the text is covered."""
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"model: its tokenizer {type(tokenizer).__name__} tells no offsets, expected a fast tokenizer")
+        raise ValueError(f"model: its tokenizer {type(tokenizer).__name__} gives no offsets, expected a fast tokenizer")
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     places: list[Place] = []
     end = 0

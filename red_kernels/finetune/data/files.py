@@ -134,7 +134,7 @@ def _json_rows(path: Path) -> Iterable[Row]:
         if len(lists) != 1:
             raise ValueError(
                 f"data: {path.name}: is an object with {len(lists)} lists among {', '.join(map(repr, found))}, "
-                "expected a list of objects, or an object whose one list holds them"
+                "expected a list of objects, or an object with exactly one list of them"
             )
         found = found[lists[0]]
     rows = found if isinstance(found, list) else [found]

@@ -93,7 +93,7 @@ def missing_column(row: Row, name: str, labelled: bool) -> ValueError:
     """The error for a column that a row lacks: which there are, and how to name the right one."""
     options = "--text-column and --label-column" if labelled else "--text-column"
     forms = "" if labelled else f"; a form of data is told from its columns: {KNOWN}"
-    first_row = ", or say --no-header if the first row is data" if row.separated else ""
+    first_row = ", or pass --no-header if the first row is data" if row.separated else ""
     return ValueError(
         f"data: {row.where}: has no column {name!r}; its columns are {_columns(row)}{forms}; name the right ones "
         f"by {options}{first_row}"
@@ -136,7 +136,7 @@ def _chat(row: Row, name: str, used: tuple[str, ...], columns: Columns) -> Conve
     system = row.values.get("system") if "system" in used else None
     if system:
         if messages[0]["role"] == "system":
-            raise ValueError(f"data: {row.where}: has a column 'system' and a message of the system, expected one")
+            raise ValueError(f"data: {row.where}: has a column 'system' and a system message, expected one of them")
         messages = ({"role": "system", "content": check_text(system, row.where, "system")}, *messages)
     return Conversation(messages, name, row.where, tools=tools_of(row.values.get("tools"), row.where))
 
@@ -178,7 +178,7 @@ def _preference(row: Row, name: str, used: tuple[str, ...], columns: Columns) ->
             return Preference(*_beginning_apart(chosen, rejected, row.where), name, row.where)
         if not isinstance(prompt, str):
             raise ValueError(
-                f"data: {row.where}: 'prompt' is {shown(prompt)}, expected a text, as 'chosen' and 'rejected' are"
+                f"data: {row.where}: 'prompt' is {shown(prompt)}, expected a text, like 'chosen' and 'rejected'"
             )
         return Preference(check_text(prompt, row.where, "prompt"), chosen, rejected, name, row.where)
     if not (is_messages(chosen) and is_messages(rejected)):
@@ -191,7 +191,7 @@ def _preference(row: Row, name: str, used: tuple[str, ...], columns: Columns) ->
     for column, answer in (("chosen", better), ("rejected", worse)):
         if not answer or answer[-1]["role"] != ASSISTANT:
             raise ValueError(
-                f"data: {row.where}: {column!r} does not end with an answer of the assistant behind the prompt"
+                f"data: {row.where}: {column!r} does not end with an answer of the assistant after the prompt"
             )
     return Preference(before, better, worse, name, row.where)
 
@@ -244,8 +244,8 @@ def _prompt_apart(prompt: Any, chosen: _Messages, rejected: _Messages, where: st
             if isinstance(prompt, str) and chosen[:2] == rejected[:2] and chosen[1:2] == given:
                 return chosen[:2], chosen[2:], rejected[2:]
             raise ValueError(
-                f"data: {where}: 'prompt' is {shown(prompt)}, and the messages of 'chosen' and 'rejected' begin with "
-                "another one"
+                f"data: {where}: 'prompt' is {shown(prompt)}, but the messages of 'chosen' and 'rejected' begin with "
+                "a different prompt"
             )
     return (given, *answers)
 

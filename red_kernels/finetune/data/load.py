@@ -86,7 +86,7 @@ def load_data(
         split = split_documents(reader.whole, held_out) if reader.whole else None
         for part in (*reader.first, *reader.last):
             if not part.text.strip():
-                raise ValueError(f"data: {part.name} is empty: the text is too short to hold a part of it out")
+                raise ValueError(f"data: {part.name} is empty: the text is too short to hold out a part")
         train = [*reader.first, *(split.train if split else ())]
         kept = [*reader.last, *(split.held_out if split else ())]
     else:
@@ -224,8 +224,8 @@ def _repetitions(train: Sequence[Example], held_out: Sequence[Example], apart: b
     both = shared(held_out, groups) if apart else 0
     if both:
         yield (
-            f"Contamination: {both:,} of the {len(held_out):,} validation examples are training examples too; "
-            "what is measured on them says nothing about new ones."
+            f"Contamination: {both:,} of the {len(held_out):,} validation examples are also training examples; results "
+            "on them say nothing about new examples."
         )
     # Topics of one group are parts of each other, not equal; equal examples have equal texts as well.
     again = len(train) - len({(example.group, example.text) for example in train})
@@ -233,7 +233,7 @@ def _repetitions(train: Sequence[Example], held_out: Sequence[Example], apart: b
         yield f"{again:,} of the {len(train):,} training examples repeat others."
     same = sum(getattr(one, "chosen", 0) == getattr(one, "rejected", 1) for one in train)
     if same:
-        yield f"{same:,} of the {len(train):,} pairs have two equal answers, and teach nothing."
+        yield f"{same:,} of the {len(train):,} pairs have two equal answers, so nothing is learnt from them."
 
 
 def _check_labels(train: Sequence[Example], held_out: Sequence[Example]) -> None:
@@ -243,7 +243,7 @@ def _check_labels(train: Sequence[Example], held_out: Sequence[Example]) -> None
         if example.label not in known:
             where = getattr(example, "where", "") or example.name
             raise ValueError(
-                f"validation: {where}: the label {example.label!r} is none of the training data's, which are "
+                f"validation: {where}: the label {example.label!r} is none of the training data's labels: "
                 f"{listed(sorted(str(label) for label in known))}"
             )
 

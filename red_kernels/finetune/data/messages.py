@@ -58,7 +58,7 @@ def check_text(text: Any, where: str, column: str) -> str:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"data: {where}: {column!r} is no text that UTF-8 can hold: {error}") from error
+            raise ValueError(f"data: {where}: {column!r} is no text that UTF-8 can encode: {error}") from error
     return text
 
 
@@ -76,7 +76,7 @@ def _message(value: Any, where: str) -> Message:
     if content is None and not given.get("tool_calls"):
         raise ValueError(f"data: {where}: has no content, expected a text under {content_name!r}")
     if given.get("weight", 1) not in (0, 1):
-        raise ValueError(f"data: {where}: its weight is {shown(given['weight'])}, expected 0 (not learnt) or 1")
+        raise ValueError(f"data: {where}: its weight is {shown(given['weight'])}, expected 0 (no loss) or 1")
     text = check_text(_joined("" if content is None else content, where), where, content_name)
     return {"role": ROLES[role.strip().lower()], "content": text, **given}
 
@@ -87,5 +87,5 @@ def _joined(content: Any, where: str) -> Any:
         return content
     if not all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
         kinds = sorted({str(part.get("type")) for part in content})
-        raise ValueError(f"data: {where}: its content has parts of the types {listed(kinds)}, expected texts alone")
+        raise ValueError(f"data: {where}: its content has parts of the types {listed(kinds)}, expected only texts")
     return "".join(part["text"] for part in content)

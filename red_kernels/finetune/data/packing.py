@@ -141,7 +141,7 @@ def check_packing(model: nn.Module) -> None:
             reading = [logits(torch.cat([before, second], 1), on) for before in (first, other)]
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"packing: {type(model).__name__} does not take the positions of packed documents: {one_line(error)}; "
+            f"packing: {type(model).__name__} does not accept the positions of packed documents: {one_line(error)}; "
             "train it without packing"
         ) from error
     finally:
@@ -152,5 +152,5 @@ def check_packing(model: nn.Module) -> None:
     near = max(_NEAR * (reading[0] - reading[1]).norm(), rounding)
     leak, away = (behind[0] - behind[1]).norm(), (behind[0] - alone).norm()
     if not max(leak, away) <= near:  # NaN is not, either
-        how = "reads one packed document in the next" if not leak <= near else "counts positions in its own way"
+        how = "reads one packed document in the next" if not leak <= near else "computes positions in its own way"
         raise ValueError(f"packing: {type(model).__name__} {how}; train it without packing")

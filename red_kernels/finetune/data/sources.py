@@ -62,10 +62,10 @@ def existing_file(data: str) -> Path | None:
         return None
     if not suffix:
         raise ValueError(
-            f"data: {data!r} is none of {', '.join(FILE_TYPES)}, nor one of these with {', '.join(COMPRESSIONS)} behind"
+            f"data: {data!r} is none of {', '.join(FILE_TYPES)}, nor one of these followed by {', '.join(COMPRESSIONS)}"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"data: there is no file {data!r}")
+        raise FileNotFoundError(f"data: the file {data!r} does not exist")
     return path
 
 
@@ -102,9 +102,7 @@ def saved_rows(folder: str, splits: Sequence[str]) -> tuple[Iterable[Row], str]:
     """
     path = Path(folder)
     if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        raise ValueError(
-            f"data: {folder!r} is a folder, but none that the save_to_disk of datasets wrote; name the files in it"
-        )
+        raise ValueError(f"data: {folder!r} is a folder, but not of datasets' save_to_disk; name the files in it")
     datasets: Any = require("datasets", f"the folder {folder!r}")
     try:
         with bars_on_terminals_only():
@@ -142,9 +140,7 @@ def hub_rows(name: str, subset: str | None, splits: Sequence[str]) -> Iterable[R
                 return _numbered(datasets.load_dataset(name, subset, split=split), name)
         except Exception as error:  # the hub, the network and the dataset's own script fail in many ways
             errors.append(error)
-    raise ValueError(
-        f"data: {name!r} is no file, and could not be loaded as a dataset of the hub: {errors[0]}"
-    ) from errors[0]
+    raise ValueError(f"data: {name!r} is no file, and could not be loaded as a hub dataset: {errors[0]}") from errors[0]
 
 
 def _numbered(table: Iterable[Any], name: str) -> Iterable[Row]:

@@ -30,7 +30,7 @@ def split_documents(documents: Sequence[Any], held_out: float) -> Split:
                 groups[document.group] = groups.get(document.group, 0) + len(document.text) + 1
         if len(groups) < 2:
             what = "the data holds" if label is None else f"the label {label!r} has"
-            raise ValueError(f"data: {what} {len(groups)} different document, at least 2 are needed to hold one out")
+            raise ValueError(f"data: {what} {len(groups)} different document, expected at least 2, to hold one out")
         target = held_out * sum(groups.values())
         order = list(groups)
         random.Random(_SPLIT_SEED).shuffle(order)
@@ -44,7 +44,7 @@ def split_documents(documents: Sequence[Any], held_out: float) -> Split:
                 chosen.add(group)
                 taken += groups[group]
         if not taken:
-            raise ValueError("data: nothing could be held out")
+            raise ValueError("data: no document could be held out")
     return Split(
         [document for document in documents if document.group not in chosen],
         [document for document in documents if document.group in chosen],

@@ -90,7 +90,7 @@ def label_numbers(documents: Iterable[Document]) -> dict[str, int]:
     """
     labels = {str(document.label) for document in documents}
     if len(labels) < 2:
-        raise ValueError(f"data: found the labels {sorted(labels)}, at least two different ones are needed")
+        raise ValueError(f"data: found the labels {sorted(labels)}, expected at least two different ones")
     numeric = all(re.fullmatch("[+-]?[0-9]{1,18}", label) for label in labels)
     ordered = sorted(labels, key=lambda label: (int(label), label)) if numeric else sorted(labels)
     return {label: number for number, label in enumerate(ordered)}

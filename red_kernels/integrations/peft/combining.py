@@ -36,13 +36,13 @@ def check(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], n
         if isinstance(weight, bool) or not isinstance(weight, Real) or not -math.inf < weight < math.inf:
             raise TypeError(f"weights: got {weight!r}, expected finite numbers")
     if combination != "linear":
-        raise ValueError(f"combination_type: got {combination!r}, and RED has 'linear' alone")
+        raise ValueError(f"combination_type: got {combination!r}, expected 'linear', RED's only one")
     if name in model.peft_config:
         raise ValueError(f"adapter_name: the model has an adapter {name!r} already")
     layer = next(own for own in model.modules() if isinstance(own, RedLayer))
     taken = isinstance(name, str) and (name in (NAME, *PARTS) or hasattr(layer.red_edit, name))
     if not isinstance(name, str) or not name or "." in name or taken:
-        raise ValueError(f"adapter_name: got {name!r}, which cannot be the name of an adapter; take another one")
+        raise ValueError(f"adapter_name: got {name!r}, which cannot be the name of an adapter; choose another one")
     kinds = {adapter: kind_named(_config(model, adapter).kind) for adapter in adapters}
     for adapter, kind in kinds.items():
         if not kind.combinable or kind.formula is not kinds[adapters[0]].formula:

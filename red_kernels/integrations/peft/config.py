@@ -61,7 +61,8 @@ class RedPeftConfig(PeftConfig):
     """
 
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of the modules to edit, or a regular expression; None for `position`."}
+        default=None,
+        metadata={"help": "Names of the modules to edit, or a regular expression; None selects `position`."},
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of modules not to edit, or a regular expression."}
@@ -69,7 +70,7 @@ class RedPeftConfig(PeftConfig):
     feedforward_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of those of `target_modules` whose input is edited."}
     )
-    position: str = field(default="ffn", metadata={"help": "Where the edits lie if `target_modules` is None."})
+    position: str = field(default="ffn", metadata={"help": "The position of the edits if `target_modules` is None."})
     kind: str = field(default="all", metadata={"help": f"The kind of edit: {', '.join(KINDS)}."})
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers to edit; None for all."}
@@ -78,7 +79,7 @@ class RedPeftConfig(PeftConfig):
         default=None, metadata={"help": "Name of the list of layers that `layers_to_transform` counts."}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Names of modules to train and save as a whole beside the edits."}
+        default=None, metadata={"help": "Names of modules to train and save whole, in addition to the edits."}
     )
     init_weights: bool = field(default=True, metadata={"help": "Whether an adapter begins as the identity."})
     vector_dtype: str = field(default="float32", metadata={"help": "The dtype of the vectors."})
@@ -92,20 +93,20 @@ class RedPeftConfig(PeftConfig):
         if self.vector_dtype not in _DTYPES:
             raise ValueError(f"vector_dtype: got {self.vector_dtype!r}, supported: {', '.join(map(repr, _DTYPES))}")
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern: got it without layers_to_transform, whose layers it names")
+            raise ValueError("layers_pattern: needs layers_to_transform, whose list of layers it names")
         expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
         if self.layers_to_transform is not None and expression:
             raise ValueError(
-                "layers_to_transform: PEFT does not use it where target_modules is a regular expression; name the "
-                "layers in that"
+                "layers_to_transform: PEFT ignores it if target_modules is a regular expression; put the layers into "
+                "the expression"
             )
         config = self.as_red_config()
         if self.feedforward_modules and self.target_modules is None:
-            raise ValueError("feedforward_modules: got it without target_modules, which it names some of")
+            raise ValueError("feedforward_modules: got it without target_modules, of which it names some")
         if "initial" in config.edit_kind.context and self.target_modules == "all-linear":
             raise ValueError(
-                f"target_modules: edits of kind {self.kind!r} add what the first layer of their stack is given to the "
-                "output of a module, so all of these need that width; name such modules, or leave it to `position`"
+                f"target_modules: edits of kind {self.kind!r} add the input of their stack's first layer to the "
+                "output of a module, so all modules need that width; name such modules, or use `position`"
             )
 
     @classmethod
@@ -116,7 +117,7 @@ class RedPeftConfig(PeftConfig):
         others = (TENSORS_NAME, VECTORS_NAME)
         if not is_peft_folder(folder) and any((one / name).exists() for one in (folder, inner) for name in others):
             raise ValueError(
-                f"{str(folder)!r} is no folder of PEFT; red-kernels convert {folder} OUTPUT --to peft makes one of "
+                f"{str(folder)!r} is not a folder of PEFT; red-kernels convert {folder} OUTPUT --to peft makes one of "
                 "its edits"
             )
         return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)

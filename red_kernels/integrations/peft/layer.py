@@ -49,7 +49,7 @@ class RedAdapters(RedEdit, nn.ModuleDict):
         """
         taken = name in PARTS or (hasattr(self, name) and name not in self._modules)
         if not name or "." in name or name == NAME or taken:
-            raise ValueError(f"adapter_name: got {name!r}, which cannot be the name of an adapter; take another one")
+            raise ValueError(f"adapter_name: got {name!r}, which cannot be the name of an adapter; choose another one")
         refuse_site(kind_named(kind), self.__dict__[EDITED](), self.width, "base_layer", self.on_input)
         added = EditVectors(self.width, kind_named(kind), dtype, device) if shared is None else shared
         added.train(self.training)
@@ -76,7 +76,7 @@ class RedAdapters(RedEdit, nn.ModuleDict):
         if gone:
             raise RuntimeError(
                 f"under activation checkpointing a forward runs again with the adapter {gone[0]!r}, which was deleted "
-                "since; delete it behind the backward pass"
+                "in between; delete it after the backward pass"
             )
         found = [self.holder(name).vectors(again) for name in state]
         return found[0] if len(found) == 1 else _composed(found)
@@ -120,7 +120,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
         width = width_of(base_layer, on_input)
         if width is None:
             side = "input" if on_input else "output"
-            raise ValueError(f"base_layer: got a {type(base_layer).__name__}, whose {side}'s width cannot be told")
+            raise ValueError(f"base_layer: got a {type(base_layer).__name__}, whose {side} has an unknown width")
         self.base_layer = base_layer
         self.in_features: int | None = _first(base_layer, "in_features", "nx", "num_embeddings") or width
         self.out_features = width_of(base_layer) or width
@@ -282,7 +282,7 @@ def _composed(found: list[Edit]) -> Edit | None:
     chain = first.kind.chain
     alone = next((one.kind.name for one in found if one.kind.chain is None or one.kind.chain is not chain), None)
     if chain is None or alone is not None:
-        raise ValueError(f"adapter: got several at a time with one of kind {alone!r}, which can only be applied alone")
+        raise ValueError(f"adapter: got several at a time, but kind {alone!r} can only be applied alone")
     vectors = first.vectors
     for one in others:
         vectors = chain(vectors, one.vectors)

@@ -31,7 +31,7 @@ def mergeable(module: nn.Module, what: str) -> nn.Module:
     known = linear_columns(kind) is not None or norm_spec(module) is not None or kind.forward is nn.Embedding.forward
     replaced = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")  # accelerate's may stay
     if weight is None or not known or replaced:
-        raise ValueError(f"{what}: a {kind.__name__} is of no known make, so that the edit cannot be merged into it")
+        raise ValueError(f"{what}: a {kind.__name__} is not a known layer type, so the edit cannot be merged into it")
     return module
 
 
@@ -54,7 +54,7 @@ def merged_tensors(
     if reason is not None:
         raise ValueError(f"adapter: the edit cannot be merged: {reason}")
     if spec is not None and not spec.centered and adds_bias(edit):
-        raise ValueError(f"base_layer: a {type(base).__name__} has no bias that the edit's could be merged into")
+        raise ValueError(f"base_layer: a {type(base).__name__} has no bias, which the merge of this edit needs")
     weight = original["weight"]
     if weight is None:
         return {}

@@ -62,7 +62,7 @@ class RedModel(BaseTuner):
             wrapper = wrapper_of(module)
             if wrapper is not None:
                 where = f"in {name!r}" if name else "around it"
-                raise ValueError(f"model: has a {wrapper} {where}, which would not know the vectors; add them before")
+                raise ValueError(f"model: has a {wrapper} {where}, which would not see the vectors; add them before")
             if name.startswith(tuple(inside)):
                 continue
             if isinstance(module, RedEdit):
@@ -328,24 +328,24 @@ def _check_target(target: nn.Module, name: str, parent: nn.Module, on_input: boo
         if target.red_edit.on_input != on_input:
             sides = ("input", "output") if on_input else ("output", "input")
             raise ValueError(
-                f"target_modules: this adapter edits the {sides[0]} of {name!r}, and another one its {sides[1]}; an "
-                "edited module has one of them"
+                f"target_modules: this adapter edits the {sides[0]} of {name!r}, and another one its {sides[1]}; a "
+                "module has one edited side"
             )
         return
     if on_input and width_of(target, True) is None:
         raise ValueError(
-            f"feedforward_modules: {name!r} is a {type(target).__name__}, and the edited input is that of a linear "
-            "layer; name those"
+            f"feedforward_modules: {name!r} is a {type(target).__name__}, but only linear layers have an edited input; "
+            "name linear layers"
         )
     if width_of(target) is None:
         raise ValueError(
-            f"target_modules: {name!r} is a {type(target).__name__}, whose output is not known to be one tensor of a "
-            "fixed width; name linear layers, norms or embeddings"
+            f"target_modules: {name!r} is a {type(target).__name__}, whose output may not be one tensor of a fixed "
+            "width; name linear layers, norms or embeddings"
         )
     if isinstance(parent, nn.MultiheadAttention):
         raise ValueError(
-            f"target_modules: {name!r} is inside of a {type(parent).__name__}, which takes its weights without calling "
-            "it, so that the edit would never be applied"
+            f"target_modules: {name!r} is inside a {type(parent).__name__}, which reads its weights without calling "
+            "it, so the edit would never be applied"
         )
 
 

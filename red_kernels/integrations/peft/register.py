@@ -42,14 +42,14 @@ def register() -> None:
     lacking += [f"BaseTunerLayer.{name}" for name in _LAYER if not hasattr(BaseTunerLayer, name)]
     if lacking:
         raise ImportError(
-            f"peft {peft.__version__} has no {', '.join(lacking)}, which RED as a method of PEFT is built on; take "
+            f"peft {peft.__version__} has no {', '.join(lacking)}, which RED as a method of PEFT needs; install peft "
             "0.21 or later"
         )
     for name, value in _DICTIONARIES.items():
         held = found[name].get(RedPeftType.RED, value)
         if held is not value and held != value:
             raise ImportError(
-                f"peft {peft.__version__} has a method 'RED' of its own, {held!r}; they cannot both be there"
+                f"peft {peft.__version__} has a method 'RED' of its own, {held!r}; both cannot be registered"
             )
     for name, value in _DICTIONARIES.items():
         found[name][RedPeftType.RED] = value

@@ -131,8 +131,9 @@ class _Table:
             },
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "measuring": (
-                f"{bench.how}; inputs rotated through {bench.cache_bytes / 1e6:.0f} MB or {MOST_SETS} "
-                f"sets; quartiles of {bench.passes} x {bench.confirming_rounds} rounds in turn with the default, after "
+                f"{bench.how}; inputs rotate through {bench.cache_bytes / 1e6:.0f} MB or {MOST_SETS} "
+                f"sets; quartiles of {bench.passes} x {bench.confirming_rounds} rounds that alternate with the "
+                "default, after "
                 f"{bench.rounds} rounds that chose the best tiles"
             ),
             "entries": [],
@@ -220,9 +221,11 @@ def _compare(target: Target, tile: Any, bench: Bench, table: _Table, console: Co
 def _show(outcome: Outcome, console: Console) -> None:
     if outcome.won:
         spread = ", ".join(f"{case.ratio:.2f}x at {case.workload.rows} rows" for case in outcome.cases)
-        console.print(f"{outcome.target}: [green]{_short(outcome.tile)}[/] for {_short(outcome.default)}: {spread}")
+        console.print(
+            f"{outcome.target}: [green]{_short(outcome.tile)}[/] replaces {_short(outcome.default)}: {spread}"
+        )
     else:
-        console.print(f"{outcome.target}: {_short(outcome.default)} stays, of {outcome.tried + 1}")
+        console.print(f"{outcome.target}: {_short(outcome.default)} stays, of {outcome.tried + 1} tiles")
     kinds = Counter(reason.partition(" (")[0] for reason in outcome.left_out.values())
     for tile, reason in outcome.left_out.items():
         kind = reason.partition(" (")[0]
@@ -234,8 +237,8 @@ def _show(outcome: Outcome, console: Console) -> None:
 
 def _summarise(table: _Table, console: Console) -> None:
     if not table.content["entries"]:
-        console.print("No rule was beaten by more than the noise.")
-    shown = Table(title="Rules that were beaten by more than the noise")
+        console.print("No tile beat its default by more than the noise.")
+    shown = Table(title="Tiles that beat their default by more than the noise")
     for heading in ("rule", "arguments", "tile", "ratio"):
         shown.add_column(heading, justify="right" if heading == "ratio" else "left")
     for entry in table.content["entries"]:

@@ -36,7 +36,7 @@ class Bench:
     confirming_rounds: int = 10
     passes: int = 3
     reach: int = REACH
-    how: str = "a clock of the caller's"
+    how: str = "the caller's clock"
 
     @property
     def architecture(self) -> Architecture:
