@@ -432,7 +432,7 @@ def _case(model: str, batch: str, length: str) -> tuple[str, int, int]:
 
 
 def _benchmarks(part: str) -> Any:
-    """A module of the benchmark suite: `red_kernels.benchmarks` if installed; in a checkout the folder next to the package."""
+    """A module of the benchmark suite: `red_kernels.benchmarks`, or in a checkout the folder next to the package."""
     name = f"{__package__}.benchmarks"
     folder = Path(__file__).parents[1] / "benchmarks"
     if name not in sys.modules and importlib.util.find_spec(name) is None:

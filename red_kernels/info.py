@@ -25,7 +25,7 @@ _PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "gg
 
 
 def show_info(console: Console) -> None:
-    """Print the backends with their state or the reason why they are missing, the choice per device, settings, versions.
+    """Print the backends with their state or the reason for their absence, the choice per device, settings, versions.
 
     An invalid setting is shown with the reason, not raised.
     """

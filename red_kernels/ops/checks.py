@@ -154,7 +154,7 @@ def _edit_ids(edit_ids: Tensor, x: Tensor, vectors: Tensor | None) -> None:
     if edit_ids.device != x.device:
         raise ValueError(f"edit_ids is on {edit_ids.device}, expected the device of x, {x.device}")
     assert vectors is not None
-    # On an accelerator the values are not looked at: that would make the host wait for the device.
+    # On an accelerator the values are not checked: the host would wait for the device.
     if edit_ids.device.type == "cpu" and not torch.compiler.is_compiling() and edit_ids.numel():
         while torch._C._functorch.is_functorch_wrapped_tensor(edit_ids):  # a tensor under vmap has no values of its own
             edit_ids = torch._C._functorch.get_unwrapped(edit_ids)
@@ -164,7 +164,7 @@ def _edit_ids(edit_ids: Tensor, x: Tensor, vectors: Tensor | None) -> None:
 
 
 def fits(vector: Tensor, d: int, device: torch.device, dimensions: int = 1) -> bool:
-    """Whether a vector, or several in two dimensions, is all right, in few steps: what is wrong is found after."""
+    """Whether a vector, or several in two dimensions, is valid, in few steps; slower checks name the fault."""
     if (
         not isinstance(vector, Tensor)
         or vector.layout is not _STRIDED

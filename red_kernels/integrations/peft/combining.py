@@ -23,7 +23,7 @@ _TARGETS = ("target_modules", "feedforward_modules", "exclude_modules", "layers_
 
 
 def check(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], name: str, combination: str) -> None:
-    """Raises TypeError or ValueError for arguments that `add_weighted_adapter` does not take."""
+    """Raises TypeError or ValueError for arguments that `add_weighted_adapter` refuses."""
     if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
         raise TypeError(f"adapters: got {adapters!r}, expected a list of names")
     for adapter in adapters:
@@ -57,7 +57,7 @@ def check(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], n
 
 
 def config_of(model: BaseTuner, adapters: Sequence[str]) -> Any:
-    """The new adapter's config: all sites and all vectors that one of the adapters has."""
+    """The new adapter's config: all sites and all vectors of the adapters."""
     configs = [_config(model, adapter) for adapter in adapters]
     made = copy.deepcopy(configs[0])
     made.inference_mode = False
@@ -83,7 +83,7 @@ def config_of(model: BaseTuner, adapters: Sequence[str]) -> Any:
 
 
 def fill(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], name: str) -> None:
-    """Give the new adapter its values, and its copy of what one of the adapters has trained as a whole."""
+    """Give the new adapter its values, and its copy of the modules that one of the adapters has trained whole."""
     with torch.no_grad():
         for layer in model.modules():
             if not isinstance(layer, RedLayer) or name not in layer.red_edit:
@@ -108,11 +108,11 @@ def fill(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], na
 
 
 def _kind_of_all(kinds: set[str]) -> str:
-    """The kind that has the parts of all of these, which have one formula."""
+    """The kind with the parts of all of these, which share one formula."""
     parts = {part for kind in kinds for part in kind_named(kind).names}
     first = kind_named(next(iter(kinds)))
     formula = first.formula
-    if first.name not in KINDS:  # with an option: all are the same
+    if first.name not in KINDS:  # with an option: all are equal
         return first.name
     fitting = (name for name, kind in KINDS.items() if kind.formula is formula and parts <= set(kind.names))
     return min(fitting, key=lambda name: len(KINDS[name].parts))

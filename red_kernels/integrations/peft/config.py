@@ -24,13 +24,13 @@ _DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
 
 class RedPeftType(str, enum.Enum):
-    """The type of the method, beside PEFT's own `PeftType`, to which nothing can be added. It equals `"RED"`."""
+    """The type of the method, next to PEFT's own `PeftType`, which cannot be extended. It equals `"RED"`."""
 
     RED = "RED"
 
 
 def named_by(chosen: str | Collection[str], name: str) -> bool:
-    """Whether a module's name matches a regular expression, or is one of these or ends in one, as PEFT has it."""
+    """Whether a module's name matches a regular expression, or equals or ends in one of these names, as in PEFT."""
     if isinstance(chosen, str):
         return re.fullmatch(chosen, name) is not None
     return any(name == one or name.endswith(f".{one}") for one in chosen)
@@ -38,26 +38,26 @@ def named_by(chosen: str | Collection[str], name: str) -> bool:
 
 @dataclass
 class RedPeftConfig(PeftConfig):
-    """What a RED adapter edits, and how (RED, arXiv 2402.15179).
+    """The sites of a RED adapter, and its edits (RED, arXiv 2402.15179).
 
     Attributes:
         target_modules: names of the modules whose output is edited, as in PEFT: a list of names or of their ends, a
-            regular expression, or `"all-linear"`. None for those that `position` stands for.
-        exclude_modules: names of modules to leave alone, by the same rules.
-        feedforward_modules: those of `target_modules` whose input is edited and not their output, by the same rules, as
-            in PEFT's `IA3Config`: linear layers. Kinds that edit inputs (`"gift"`) do so at all targets.
-        position: as in `rk.RedConfig`; used where `target_modules` is None. PEFT wraps the modules that it edits, so
-            the two of the residual stream are to be had only where that ends in a norm.
+            regular expression, or `"all-linear"`. None selects the modules of `position`.
+        exclude_modules: names of modules to exclude, by the same rules.
+        feedforward_modules: the `target_modules` whose input is edited instead of their output, by the same rules, as
+            in PEFT's `IA3Config`: linear layers. Kinds that edit inputs (`"gift"`) edit the input of all targets.
+        position: as in `rk.RedConfig`; used if `target_modules` is None. PEFT wraps the edited modules, so the two
+            positions of the residual stream exist only where the stream ends in a norm.
         kind: as in `rk.RedConfig`: `"all"`, `"scaling"`, `"bias"`, `"ln"`, `"rotation"`, ...
         layers_to_transform: index of a layer, or a list of them; None for all.
-        layers_pattern: name of the list of layers, or several, where PEFT cannot tell it; needs `target_modules`.
-        modules_to_save: names of modules to train and save as a whole beside the edits, such as a new head.
-        init_weights: whether an adapter begins as the identity. With False its vectors are random, for tests.
+        layers_pattern: name of the list of layers, or several, if PEFT cannot infer it; needs `target_modules`.
+        modules_to_save: names of modules to train and save whole, in addition to the edits: a new head, for example.
+        init_weights: whether an adapter starts as the identity. With False its vectors are random, for tests.
         vector_dtype: of the vectors, `"float32"` by default. In half precision an update smaller than half a rounding
-            step at 1.0 is lost. With `autocast_adapter_dtype=False` PEFT asks for the dtype of the edited layer.
+            step at 1.0 is lost. With `autocast_adapter_dtype=False` PEFT requests the dtype of the edited layer.
 
     Raises:
-        TypeError, ValueError: a value out of those named here.
+        TypeError, ValueError: an invalid value of one of these.
     """
 
     target_modules: list[str] | str | None = field(
@@ -111,7 +111,7 @@ class RedPeftConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """As PEFT's. Raises ValueError, with what to do, for a folder of `rk.save_edits` or of RED's authors."""
+        """As PEFT's. Raises ValueError, with a remedy, for a folder of `rk.save_edits` or of RED's authors."""
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         inner = folder / RUN_EDITS
         others = (TENSORS_NAME, VECTORS_NAME)
@@ -123,10 +123,10 @@ class RedPeftConfig(PeftConfig):
         return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 
     def edits_input(self, name: str) -> bool:
-        """Whether it is the input of a targeted module that is edited."""
+        """Whether the input of a targeted module is edited."""
         return named_by(self.feedforward_modules or (), name) or self.as_red_config().edit_kind.on_input
 
     def as_red_config(self) -> RedConfig:
-        """The same for the models of the known families. Raises what `rk.RedConfig` does."""
+        """The same for models of the known families. Raises the errors of `rk.RedConfig`."""
         layers = self.layers_to_transform
         return RedConfig(self.position, self.kind, (layers,) if isinstance(layers, int) else (layers or None))
