@@ -1,4 +1,4 @@
-"""`red-kernels convert`: saved edits from one form into another: our own, the authors', and PEFT's."""
+"""`red-kernels convert`: saved edits from one form to another: our own, the authors', and PEFT's."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _NO_POSITION = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did; `print` shows it in a few lines.
+    """The result of `convert`; `print` shows it in a few lines.
 
     Attributes:
-        files: what was written.
-        sites: how many sites the edits have.
+        files: the written files.
+        sites: the number of sites.
         parameters: the number of values in the vectors.
-        what: the position and kind, where the files say them; and what the position was told from.
-        notes: what else there is to know.
+        what: the position and kind, if the files state them; and the source of an inferred position.
+        notes: further remarks.
     """
 
     files: tuple[Path, ...]
@@ -65,30 +65,33 @@ def convert(
     to: str | None = None,
     revision: str | None = None,
 ) -> Conversion:
-    """Convert edits from one form into another: a folder of `rk.save_edits`, the authors' files, a folder of PEFT.
+    """Convert edits from one form to another: a folder of `rk.save_edits`, the authors' files, a folder of PEFT.
 
-    Which form `source` has is told by what it holds. All files of the output are written together or not at all. No
-    weights are read: a model is built from its configuration alone, on the meta device.
+    The files of `source` determine its form. All files of the output are written together or not at all. No weights are
+    read: a model is built from its configuration alone, on the meta device.
 
     Args:
-        source: a folder, or a file `delta_vector.pth` or `red_edits.safetensors`. A trained head beside them is
-            converted too where the folder is named. Or the folder of a RED adapter saved by PEFT, with what its
-            `modules_to_save` has trained; or of a run of `red-kernels finetune`; or, as text, a hub id of one of these.
-        output: another folder; made if missing.
+        source: a folder, or a file `delta_vector.pth` or `red_edits.safetensors`. If the folder is named, a trained
+            head next to the edits is converted too. It may also be the folder of a RED adapter saved by PEFT, with its
+            trained `modules_to_save`; the folder of a run of `red-kernels finetune`; or, as text, a hub id of one of
+            these.
+        output: another folder; created if missing.
         model: the base model: the name of a packaged one, a folder, a `config.json`, a `.gguf` file or a hub id. From
-            the authors' form it tells position, layers and site names, and widths are checked; without it, names alone
-            have to. To the authors' form it is needed for files that do not say what the authors' names leave out.
-        position: from the authors' form, the position where it is not to be told.
+            the authors' form it gives position, layers and site names, and widths are checked; without it, only the
+            names do. To the authors' form it is needed if the files do not state the prefix that the authors' names
+            omit.
+        position: from the authors' form, the position, if it cannot be inferred.
         overwrite: replace files of an earlier conversion.
         to: the form of the output: `"own"`, `"authors"` or `"peft"`; None for `"authors"` from a folder of
             `rk.save_edits`, and for `"own"` from the others.
         revision: branch, tag or commit of the repository, where `source` is a hub id.
 
     Raises:
-        ValueError: a damaged or foreign file; an unknown form, or that of the source; a position that cannot be told,
-            with the reason; a model that does not fit; trained parameters for which the authors' form has no place.
+        ValueError: a damaged or foreign file; an unknown form, or that of the source; a position that cannot be
+            inferred, with the reason; a model that does not fit; trained parameters for which the authors' form has no
+            place.
         FileExistsError: the output has such files already, and `overwrite` is False.
-        OSError: there is no such source or model, or the output cannot be written.
+        OSError: the source or the model does not exist, or the output cannot be written.
     """
     if to is not None and to not in FORMS:
         raise ValueError(f"to: got {to!r}, expected one of {', '.join(map(repr, FORMS))}")
@@ -113,7 +116,7 @@ def convert(
 
 @dataclass(frozen=True)
 class _Content:
-    """What is converted, with the names that the model's own form has."""
+    """The content to convert, with the names of the model's own form."""
 
     config: RedConfig
     vectors: SiteTensors
@@ -146,7 +149,7 @@ def _content(found: Found, source: Path, form: str, model: str | None, position:
 
 def _to_own(content: _Content, target: Path, overwrite: bool) -> Conversion:
     saved = content.saved()
-    replaced = (*saved.names, CONFIG_NAME)  # that of an earlier version goes
+    replaced = (*saved.names, CONFIG_NAME)  # the file of an earlier version is removed
     _refuse(target, (TENSORS_NAME, CONFIG_NAME, HEAD_NAME), replaced, overwrite)
     beside = beside_own(content.config, content.vectors, content.base, content.head)
     return _conversion(write_saved(target, saved, beside), content.vectors, content.what, content.notes)
@@ -178,8 +181,8 @@ def model_on_meta(name: str) -> nn.Module:
 
     Raises:
         ModuleNotFoundError: transformers is missing.
-        OSError: there is no such model, or it cannot be reached.
-        ValueError: its configuration is not one of a model.
+        OSError: the model does not exist, or cannot be reached.
+        ValueError: its configuration is not that of a model.
     """
     transformers = require("transformers", "reading a model's configuration")
     path = Path(name)
@@ -194,7 +197,7 @@ def model_on_meta(name: str) -> nn.Module:
         with torch.device("meta"):
             if kind is not None:
                 return kind(config)
-            # A GGUF file names no class, and holds a language model.
+            # A GGUF file names no class; it contains a language model.
             auto = transformers.AutoModelForCausalLM if known else transformers.AutoModel
             return auto.from_config(config, **_OWN_CODE)
     except (ModuleNotFoundError, FileNotFoundError):
@@ -208,7 +211,7 @@ def model_on_meta(name: str) -> nn.Module:
 
 def _authors_content(found: Found, source: Path, model: str | None, position: str | None) -> _Content:
     vectors = {
-        # fp32 at least, as patched models have them
+        # fp32 at least, as in patched models
         site: {part: own.to(torch.promote_types(own.dtype, torch.float32), copy=True) for part, own in parts.items()}
         for site, parts in found.vectors.items()
     }
@@ -262,7 +265,7 @@ def _authors_head(found: Found, head: Head) -> dict[str, torch.Tensor]:
 
 
 def _refuse(target: Path, possible: tuple[str, ...], new: Iterable[str], overwrite: bool) -> None:
-    """Refuse files that are there; one that would stay beside the new ones would not belong to them."""
+    """Refuse existing files: a file left next to the new ones would not match them."""
     there = [name for name in possible if (target / name).exists()]
     if there and not overwrite:
         raise FileExistsError(f"output: {str(target)!r} has {listed(there)}; pass --overwrite to replace them")
