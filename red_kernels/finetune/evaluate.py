@@ -1,4 +1,4 @@
-"""`red-kernels evaluate`: how well saved edits do on data, beside their base model."""
+"""`red-kernels evaluate`: the scores of saved edits on data, next to those of their base model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["add_options", "evaluate", "run"]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of the command. What is left out is that of the run, if the source is one."""
+    """The options of the command. An omitted one is that of the run, if the source is a run."""
 
     def add(*names: str, **options: Any) -> None:
         parser.add_argument(*names, default=argparse.SUPPRESS, **options)
@@ -58,19 +58,19 @@ def run(options: argparse.Namespace) -> int:
 
 
 def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]:
-    """Measure saved edits on data.
+    """Evaluate saved edits on data.
 
     Args:
         source: a run's folder, a folder of saved edits, or a hub id.
-        given: settings as `red_kernels.finetune.settings.from_options` takes them; the rest is the run's.
-        console: where everything is shown.
+        given: settings as in `red_kernels.finetune.settings.from_options`; the others are the run's.
+        console: for the output.
 
     Returns:
         `"with edits"`, and for language models `"base model"`, to a `HeldOut`.
 
     Raises:
-        ValueError: no data where the source is no run, a model of another task, a label that the model does not know,
-            or what `load_data` and `rk.from_pretrained` raise.
+        ValueError: no data although the source is no run, a model of another task, a label unknown to the model, or an
+            error of `load_data` and `rk.from_pretrained`.
     """
     from ..checkpoints.whole import from_pretrained, load_tokenizer
     from ..edits.named import disable_edits
@@ -85,7 +85,7 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
     folder = Path(source)
     own_run = former_run(folder, "source") if (folder / RUN_NAME).is_file() else None
     former = None
-    if own_run is not None:  # where it ran, and what logged it, is of no account here
+    if own_run is not None:  # its device and its loggers do not matter here
         former = {name: value for name, value in own_run["settings"].items() if name not in ("device", "report_to")}
     if former is None and "data" not in given:
         raise ValueError(f"data: {source!r} is not a run's folder, which would name its data; pass --data")
@@ -115,7 +115,7 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
             )
     if "template" in given:
         check_template(settings.template, loaded.held_out)
-    dtype = DTYPES.get(str((former or {}).get("dtype")), "auto")  # that of the run
+    dtype = DTYPES.get(str((former or {}).get("dtype")), "auto")  # the run's dtype
     model = from_pretrained(source, base=base, dtype=dtype, device=settings.place)
     _check_task(settings.task, model, source)
     tokenizer = load_tokenizer(source, base=base)
@@ -134,7 +134,7 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
     console.print(f"Data: {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
     data = judged(settings, BaseModel(model, tokenizer, source, frozenset()), loaded, labels, console)
     blocks: dict[str, AbstractContextManager[Any]] = {"with edits": nullcontext()}
-    if not data.labelled:  # a head without the edits that it was trained with says nothing
+    if not data.labelled:  # a head without the edits of its training is meaningless
         blocks = {"base model": disable_edits(model), **blocks}
     found = {}
     for name, block in blocks.items():
@@ -144,7 +144,7 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
 
 
 def _check_task(task: str, model: Any, source: str) -> None:
-    """Raises ValueError where a model with its head is of another task than its data is to be read for."""
+    """Raises ValueError if the model's head is for another task than the data's."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as LABELLING
 
     own = "causal-lm"

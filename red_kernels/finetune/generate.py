@@ -1,4 +1,4 @@
-"""`red-kernels generate`: continuations of prompts, with edits by name, beside those of the base model."""
+"""`red-kernels generate`: continuations of prompts, with edits by name, next to those of the base model."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def run(options: argparse.Namespace) -> int:
     """The command.
 
     Raises:
-        ValueError: two edits of one name, a name that cannot be one, a number out of range, an option that another
-            leaves without effect, a chat without a template, edits that do not fit the first one's base model.
+        ValueError: two edits of one name, an invalid name, a number out of range, an option without effect, a chat
+            without a template, edits that do not fit the first one's base model.
     """
     import torch
 
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _template(source: str, options: argparse.Namespace) -> str | None:
-    """The chat template that is given, or that the edits of a run were trained with; None for the model's own."""
+    """The given chat template, or that of an edit's run; None for the model's own."""
     from .run_folder import EDITS_NAME, RUN_NAME, former_run
     from .settings import chat_template
 

@@ -1,4 +1,4 @@
-"""The main job: train edits on a base model, show what they bring, save them and prove that they load back."""
+"""The main job: train edits on a base model, evaluate them, save them, and verify that they load."""
 
 from __future__ import annotations
 
@@ -64,16 +64,16 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
 
     Args:
         settings: see `Settings`.
-        console: where everything is shown.
+        console: for the output.
 
     Returns:
         The results as in `run.json`, or None if the run was interrupted (its edits and a checkpoint are saved).
 
     Raises:
-        ValueError: a setting, the data or the model does not fit; said before anything is trained.
-        RuntimeError: RED_KERNELS_BACKEND asks for a backend that is missing.
+        ValueError: a setting, the data or the model does not fit; raised before any training.
+        RuntimeError: RED_KERNELS_BACKEND names a missing backend.
         OSError: a file cannot be read or written.
-        ModuleNotFoundError: a package is missing; the message holds the pip command.
+        ModuleNotFoundError: a package is missing; the message contains the pip command.
     """
     settings = settings.filled()
     config = RedConfig(position=settings.position, kind=settings.kind, layers=settings.layers, sites=settings.sites)
@@ -82,8 +82,8 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     if not processes.first:
         console = Console(quiet=True)
     _check_shares(settings, processes)
-    choose(torch.empty(1, device=device), "edit")  # a backend that is missing is said now
-    # Data and model take minutes to load: what can go wrong with the output is said before.
+    choose(torch.empty(1, device=device), "edit")  # a missing backend is an error now
+    # Data and model take minutes to load, so faults of the output are reported first.
     settings, run = processes.first_decides(lambda: _open(settings, device, console))
     run.writes = processes.first
     if processes.count > 1:
@@ -97,7 +97,7 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     _check_same_data(names, run, loaded.digest)
     _check_same_template(settings, run)
 
-    set_seed(settings.seed)  # a new head is drawn while loading
+    set_seed(settings.seed)  # a new head is drawn during loading
     console.print(f"Loading the model: {settings.model}", markup=False, highlight=False, soft_wrap=True)
     base = _load(settings, labels, processes)
     data = tokenised(settings, base, loaded, labels, console)
@@ -107,8 +107,8 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
         said = f"its warm-up takes {settings.warmup:g} steps, the run {steps}."
         console.print(f"Note: the rate never reaches {settings.learning_rate:g}: {said}", highlight=False)
     patched = _edited(settings, base, config, processes)
-    console.print(str(replace(patched, frozen_head=())), highlight=False)  # the head is not to stay frozen
-    if not processes.in_parts:  # else it would be of the parts, which are not what is merged
+    console.print(str(replace(patched, frozen_head=())), highlight=False)  # the head will not stay frozen
+    if not processes.in_parts:  # otherwise it would count the parts, which are not merged
         _say_what_merges(base.model, config.kind, console)
     run.begin()
     if processes.first:
@@ -164,7 +164,7 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     _show_change(before, after, console)
     if speeds:
         report.speed_table(console, speeds, FUSED)
-    own = run.edits.glob("red_*.safetensors")  # PEFT's form beside them holds the same
+    own = run.edits.glob("red_*.safetensors")  # PEFT's form next to them has the same content
     saved = sum(path.stat().st_size for path in own) if processes.first else 0
     if processes.first:
         _write_card(settings, run, names, before, after)
@@ -185,8 +185,8 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
         peak_memory_bytes=peak,
         saved_bytes=saved,
     )
-    # The same numbers go through the same code, so the losses are equal; where a library is free to choose another
-    # algorithm the second time, they are within a rounding step of the activations.
+    # Equal numbers go through equal code, so the losses are equal. If a library chooses another algorithm the second
+    # time, they are within a rounding step of the activations.
     if not _same_loss(reloaded.loss, after.loss, torch.finfo(DTYPES[settings.dtype]).eps):
         raise RuntimeError(
             f"the edits in {run.edits} have a held-out loss of {reloaded.loss} in a fresh model, but {after.loss} in "
@@ -196,7 +196,7 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
 
 
 def _open(settings: Settings, device: torch.device, console: Console) -> tuple[Settings, RunFolder]:
-    """The settings with the dtype of the base model in place of `auto`, which is printed, and the output folder."""
+    """The settings with the base model's dtype instead of `auto`, which is printed, and the output folder."""
     path = Path(settings.output)
     check_output(settings.output, "--output")
     kept = None
@@ -207,7 +207,7 @@ def _open(settings: Settings, device: torch.device, console: Console) -> tuple[S
     dtype = resolve_dtype(settings.dtype, device, kept)
     settings = replace(settings, dtype=dtype.name)
     run = open_run(path, settings)
-    run.results.setdefault("base_dtype", dtype.json())  # that of the run's beginning
+    run.results.setdefault("base_dtype", dtype.json())  # the dtype at the run's start
     console.print(f"Base model's dtype: {dtype.name} ({dtype.reason})", markup=False, highlight=False, soft_wrap=True)
     if dtype.warning is not None:
         console.print(f"Warning: {dtype.warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
@@ -233,15 +233,15 @@ def _said_of(processes: Processes, each: int) -> str:
 
 
 def _same_loss(one: float, other: float, rounding: float) -> bool:
-    """Whether two losses are equal to a rounding; after a training that diverged both have to be the same NaN."""
+    """Whether two losses are equal up to rounding; after a diverged training both must be the same NaN."""
     if not math.isfinite(other):
         return one == other or (math.isnan(one) and math.isnan(other))
-    return abs(one - other) <= rounding * abs(other)  # which NaN is not
+    return abs(one - other) <= rounding * abs(other)  # false for NaN
 
 
 def _load(settings: Settings, labels: dict[str, int] | None, processes: Processes, tokenizer: Any = None) -> BaseModel:
     names = list(labels) if labels is not None else None
-    # A model that is to be split may be too large for one device.
+    # A model that will be split may be too large for one device.
     place = torch.device("cpu") if processes.tp > 1 else processes.device
     base = load_base(str(settings.model), settings.task, DTYPES[settings.dtype], place, names, tokenizer)
     longest = getattr(base.model.config, "max_position_embeddings", None)
@@ -249,14 +249,14 @@ def _load(settings: Settings, labels: dict[str, int] | None, processes: Processe
         raise ValueError(f"length: got {settings.length}, the model takes at most {longest} tokens")
     if settings.template is not None:
         base.tokenizer.chat_template = chat_template(settings.template)
-    base.model.config.use_cache = False  # a cache is of no use in training, and Trainer would warn
+    base.model.config.use_cache = False  # training has no use for a cache, and Trainer would warn
     if processes.tp > 1:
         split_weights(base.model, processes)
     return base
 
 
 def _edited(settings: Settings, base: BaseModel, config: RedConfig, processes: Processes) -> PatchReport:
-    """Patch a model, have its head trained where it has one, and lay it in parts where it is to be."""
+    """Patch a model, make its head trainable if it has one, and shard it if requested."""
     report = patch(base.model, config)
     if settings.task != "causal-lm":
         train_head(base.model, base.new_parameters)
@@ -266,7 +266,7 @@ def _edited(settings: Settings, base: BaseModel, config: RedConfig, processes: P
 
 
 def _say_what_merges(model: nn.Module, kind: str, console: Console) -> None:
-    """Say before the training where its edits will not merge: who wants them merged trains another kind."""
+    """Report before the training if its edits will not merge, so that users can choose another kind."""
     reason = reason_against(model)
     if not reason:
         return
@@ -286,7 +286,7 @@ def _show_parameters(model: nn.Module, console: Console) -> int:
     if head:
         groups["head"] = (len(head), sum(own.numel() for own in head.values()))
     edits = sum(count for name, (_, count) in groups.items() if name != "head")
-    total = sum(own.numel() for own in model.parameters()) - edits  # the base model's size, as it is known
+    total = sum(own.numel() for own in model.parameters()) - edits  # the base model's nominal size
     report.parameter_table(console, groups, total)
     return sum(count for _, count in groups.values())
 
@@ -347,7 +347,7 @@ def _write_card(settings: Settings, run: RunFolder, names: str, before: HeldOut,
 
 
 def _check_same_data(names: str, run: RunFolder, found: str) -> None:
-    """Raises ValueError where a resumed run's data is not what it began with; keeps what a new run begins with."""
+    """Raises ValueError if a resumed run's data has changed; records the data of a new run."""
     before = run.results.setdefault("data_digest", found)
     if before != found:
         raise ValueError(
@@ -357,7 +357,7 @@ def _check_same_data(names: str, run: RunFolder, found: str) -> None:
 
 
 def _check_same_template(settings: Settings, run: RunFolder) -> None:
-    """Raises ValueError where the file of a resumed run's chat template is not what it began with."""
+    """Raises ValueError if the chat template file of a resumed run has changed."""
     text = chat_template(settings.template)
     if text is None:
         return
@@ -370,7 +370,7 @@ def _check_same_template(settings: Settings, run: RunFolder) -> None:
 
 
 def _total_steps(settings: Settings, run: RunFolder, items: int) -> int:
-    """How many optimizer steps the run has in all. Raises ValueError where a resumed one has done more, or all."""
+    """The optimizer steps of the whole run. Raises ValueError if a resumed run has done more, or all of them."""
     steps = settings.total_steps(items)
     finished = run.state == "finished"
     done = run.results.get("steps", 0) if finished else run.step
@@ -382,7 +382,7 @@ def _total_steps(settings: Settings, run: RunFolder, items: int) -> int:
 
 
 def _say_what_fills_no_batch(settings: Settings, steps: int, items: int, console: Console) -> None:
-    """Say how much of the data each pass over it leaves out, where there is a whole pass."""
+    """Report how much of the data each pass skips, if there is a whole pass."""
     batches, left = divmod(items, settings.batch_size)
     if left and settings.drops_last(items) and steps * settings.accumulate >= batches:
         what = "item, another one" if left == 1 else f"{left:,} items, others"
@@ -403,9 +403,9 @@ def _say_how_long(
     processes: Processes,
     console: Console,
 ) -> None:
-    """Say about how long the training will take, from a look at a few tokens, where a step takes seconds."""
+    """Estimate the time of the training from a trial of a few tokens, if a step takes seconds."""
     if data.pairs is not None:
-        return  # a step of DPO is other work than what is looked at
+        return  # a step of DPO does other work than the trial
     tokens = settings.accumulate * real_tokens(data.first_batch(torch.device("cpu"))) // processes.shares
     step = first_look(model, data.collate([data.train[0]]), tokens)
     left = steps - run.step
@@ -427,8 +427,8 @@ def _reload_and_compare(
     processes: Processes,
     console: Console,
 ) -> tuple[HeldOut, dict[str, Speed]]:
-    """Load the base model once more: first it is the peer whose edits are eager, then it takes the saved edits."""
-    # The frozen peer of a model in parts is not made; and a step of DPO is another than of the rest.
+    """Load a fresh base model: first as the peer with eager edits, then for the saved edits."""
+    # A sharded model has no frozen peer; and a step of DPO differs from the rest.
     compare = settings.compare and not processes.in_parts and data.pairs is None
     console.print("Loading a fresh model" + (", to compare training speeds" if compare else ""))
     fresh = _load(settings, labels, processes, base.tokenizer)
@@ -447,8 +447,8 @@ def _compare(
     sites = list(edit_modules(fused))
     head = list(head_parameters(fused).values())
     vectors = [vector for parts in edit_parameters(fused).values() for vector in parts.values()]
-    # An edit inside of a layer's forward is no module's output, and one may read another layer's input: no hook can be
-    # its peer, and the floor alone stands.
+    # An edit inside a layer's forward is not of a module's output, and one may read another layer's input. No hook can
+    # be its peer, so only the floor is measured.
     kind = edit_config(fused).edit_kind
     inside = any(own.inside for own in edit_modules(fused).values()) or "initial" in kind.context
     widths = {site: own.width for site, own in edit_modules(fused).items()}

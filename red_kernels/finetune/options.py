@@ -1,4 +1,4 @@
-"""The options of `red-kernels finetune`, and the settings that they make with a file's and a former run's."""
+"""The options of `red-kernels finetune`, and their settings, merged with a file's and a former run's."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def kind_help(kind: Kind) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
-    """Add all options but those that are named.
+    """Add all options except the named ones.
 
-    What is left out of a command line is not in the namespace: a file of settings or a former run may have it.
+    An omitted option is not in the namespace: a file of settings or a former run may set it.
     """
 
     def add(group: Any, *names: str, **options: Any) -> None:
@@ -185,7 +185,7 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
 
 
 def settings_of(options: argparse.Namespace) -> Any:
-    """The `Settings` of parsed options: of the command line, else of `--config`, else of the run to resume.
+    """The `Settings` of parsed options: of the command line, else of `--config`, else of the resumed run.
 
     Raises:
         ValueError: a file of settings that cannot be read, or an unknown name in it; no run to resume.

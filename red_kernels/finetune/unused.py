@@ -1,4 +1,4 @@
-"""Settings that others leave without effect: each is an error that names it and says why."""
+"""Settings without effect because of others: each is an error that names it and the reason."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _is_plain(settings: Any) -> bool:
     return _types(settings) == {".txt"}
 
 
-# The setting, its value where it is asked for something, when that has no effect, and why.
+# The setting, its requested value, the condition under which it has no effect, and the reason.
 _Rule = tuple[str, Callable[[Any], Any], Callable[[Any], bool], str]
 _RULES: tuple[_Rule, ...] = (
     (
@@ -86,7 +86,7 @@ _RULES: tuple[_Rule, ...] = (
 
 
 def unused(settings: Any) -> dict[str, str]:
-    """The settings (a `Settings`) that have no effect, by the names of the options, with sentences that say why."""
+    """The settings (a `Settings`) without effect, by the names of the options, with sentences on the reasons."""
     found = {}
     for name, value, idle, why in _RULES:
         asked = value(settings)
@@ -102,7 +102,7 @@ def check_used(settings: Any) -> None:
 
 
 def without_unused(settings: Any, given: Iterable[str]) -> Any:
-    """The settings without those that have no effect. Raises ValueError for one of them that is among `given`."""
+    """The settings without those that have no effect. Raises ValueError if one of them is among `given`."""
     asked = set(given)
     for name, message in unused(settings).items():
         if name in asked:
@@ -118,7 +118,7 @@ def without_unused(settings: Any, given: Iterable[str]) -> Any:
 
 
 def check_template(template: str | None, examples: Iterable[Any], sample: Iterable[str] = ()) -> None:
-    """Raises ValueError for a chat template where there are neither conversations nor prompts to put into it."""
+    """Raises ValueError for a chat template without conversations or prompts for it."""
     if template is None or list(sample):
         return
     for own in examples:
