@@ -1,7 +1,7 @@
-"""Which of the two backends of an NVIDIA GPU runs an operation: one table, where it matters, and why.
+"""The choice between the two backends of an NVIDIA GPU for an operation: one table, with reasons.
 
-Nothing of it was measured on a GPU yet: every cause says what it was reasoned from. ``rk.backend`` and the variable
-RED_KERNELS_BACKEND choose for themselves.
+No row was measured on a GPU yet: every cause states its reasoning. ``rk.backend`` and the variable
+RED_KERNELS_BACKEND override the table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NO_LIMIT = 1 << 63
 class Row:
     """A choice: ``backend`` for some operations, numbers of elements of an activation, widths and architectures.
 
-    Ranges hold their first number and not their second. ``capabilities`` are compute capabilities.
+    Ranges are half-open. ``capabilities`` are compute capabilities.
     """
 
     backend: str
@@ -44,7 +44,7 @@ class Row:
         return ", ".join(words)
 
 
-# The first row that fits is taken. A backward runs on the backend of its forward, but where it has rows of its own.
+# The first match is taken. A backward runs on the backend of its forward, unless it has its own row.
 TABLE = (
     Row(
         "cuda",
@@ -89,7 +89,7 @@ TABLE = (
 
 
 def preferred(operation: str, elements: int, width: int, capability: tuple[int, int]) -> Row:
-    """The first row of the table that fits an operation on an activation of so many elements in rows of ``width``.
+    """The first row of the table for an operation on an activation of this many elements in rows of ``width``.
 
     "edit_norm backward" is the backward behind a forward by Triton's kernels. Raises ValueError for an operation that
     the table does not know.
