@@ -293,7 +293,7 @@ def test_an_explicit_choice_is_warned_of_where_it_crawls(measured: Any, factor: 
     if factor == 31.0:
         assert chosen.warning == (
             "bf16 is slow here: a matrix product of 128 x 256 x 256, forward and backward, takes 31 times as long "
-            "as in fp32; remedy: --dtype fp32, or --dtype auto, which takes what is native"
+            "as in fp32; remedy: --dtype fp32, or --dtype auto, which selects a native dtype"
         )
         assert chosen.json()["slower"] == pytest.approx(31.0)
     json.dumps(chosen.json())

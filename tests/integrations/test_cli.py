@@ -138,7 +138,7 @@ def test_wrong_layers(text: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["--layers", "7"], "7"),
         (["--sites", "*.no_such_module"], "no_such_module"),
         (["--device", "tpu"], "device: got 'tpu'"),
-        (["--model", "no/such-folder/model.gguf"], "no file 'no/such-folder/model.gguf'"),
+        (["--model", "no/such-folder/model.gguf"], "the file 'no/such-folder/model.gguf' does not exist"),
         (["--data", "absent.txt"], "the file 'absent.txt' does not exist"),
         (["--data", "not a file!"], "neither a file nor the id of a dataset"),
         (["--task", "classification"], "--data FILE"),

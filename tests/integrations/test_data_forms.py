@@ -170,7 +170,7 @@ def test_a_prompt_that_both_texts_begin_with(chosen: str, rejected: str, prompt:
         ({"conversations": [{"from": "king", "value": "We"}]}, "'from' is 'king'"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-            "parts of the types 'image', expected texts",
+            "parts of the types 'image', expected only texts",
         ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "no text that UTF-8 can encode"),
         ({"messages": [QUESTION], "conversations": [QUESTION]}, "both 'messages' and 'conversations'"),

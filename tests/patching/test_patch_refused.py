@@ -27,7 +27,7 @@ from red_kernels.patching.patch import edit_config, patch, unpatch
         ({"layers": []}, ValueError, "got no layer"),
         ({"layers": range(0)}, ValueError, "got no layer"),
         ({"layers": [-1]}, ValueError, "indices from 0"),
-        ({"layers": [1, 1]}, ValueError, "twice"),
+        ({"layers": [1, 1]}, ValueError, "each layer once"),
         ({"layers": 3}, TypeError, "a range or a list"),
         ({"layers": "1"}, TypeError, "a range or a list"),
         ({"layers": [1.0]}, TypeError, "integers"),
