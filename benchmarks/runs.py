@@ -232,7 +232,7 @@ def run_cases(
     if failure is not None and not measured and not file.cases:
         raise failure
     if behind > 0:
-        run.console.print(f"[yellow]{title}: the time is up; {behind} of {len(cases)} cases are left for --resume[/]")
+        run.console.print(f"[yellow]{title}: the time is up; {behind} of {len(cases)} cases are left to --resume[/]")
 
 
 def name_of(case: Case) -> str:

@@ -94,6 +94,6 @@ def run_sets(
         with tempfile.TemporaryDirectory() as compiled:
             code = run(command, env=held_to(name, compiled), check=False).returncode
         if code < 0:
-            print(f"Instruction set {name}: ended by {signal.Signals(-code).name}; --resume goes on", file=sys.stderr)
+            print(f"Instruction set {name}: ended by {signal.Signals(-code).name}; --resume continues", file=sys.stderr)
         failed |= code != 0
     return int(failed)

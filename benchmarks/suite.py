@@ -76,17 +76,19 @@ class Request:
         if self.dtype not in ASKED:
             raise ValueError(f"--dtype: got {self.dtype!r}, expected one of {', '.join(ASKED)}")
         if self.dtype != AUTO and self.job == ops.JOB:
-            raise ValueError("--dtype: this is of base models, got the job ops; --dtypes are those of activations")
+            raise ValueError(
+                "--dtype: needs a job with base models, got the job ops; --dtypes sets the dtypes of activations"
+            )
         if self.methods and self.job not in (step.JOB, quality.JOB):
-            raise ValueError(f"--methods: this is for the jobs step and quality, got the job {self.job}")
+            raise ValueError(f"--methods: needs the job step or quality, got the job {self.job}")
         if self.cases and self.job != step.JOB:
-            raise ValueError(f"--case: this is for the job step, got the job {self.job}")
+            raise ValueError(f"--case: needs the job step, got the job {self.job}")
         if self.tasks and self.job != quality.JOB:
-            raise ValueError(f"--tasks: this is for the job quality, got the job {self.job}")
+            raise ValueError(f"--tasks: needs the job quality, got the job {self.job}")
         timed = {"seconds"} if self.job in (step.JOB, GROWTH) else set()
         if set(self.options) - timed and self.job in ("step", GROWTH, "quality"):
             given = ", ".join(f"--{name}" for name in self.options if name not in timed)
-            raise ValueError(f"{given}: this is for the job ops, got the job {self.job}")
+            raise ValueError(f"{given}: needs the job ops, got the job {self.job}")
 
     def settings(self) -> ops.Settings:
         """Those of the operations. Raises ValueError for what is no such setting."""
@@ -140,8 +142,8 @@ def run_suite(request: Request, console: Console) -> dict[str, ResultFile]:
     there = [name for name in jobs if (request.output / f"{name}.json").exists()]
     if there and not (request.resume or request.overwrite):
         raise FileExistsError(
-            f"--output: {request.output} has results of {', '.join(there)}; --resume goes on with them, --overwrite "
-            "measures anew"
+            f"--output: {request.output} has results of {', '.join(there)}; --resume continues them, --overwrite "
+            "measures again"
         )
     if request.output.exists() and not request.output.is_dir():
         raise NotADirectoryError(f"--output: {request.output} is a file, expected a folder")

@@ -20,7 +20,7 @@ inline Tensor make_empty(Sizes sizes, ScalarType dtype, TensorDevice device) {
 
 inline Tensor as_contiguous(const Tensor& t) { return t.contiguous(); }
 
-// A contiguous tensor of memory that `release` takes back.
+// A contiguous tensor of memory that `release` frees.
 inline Tensor tensor_of(void* block, Sizes sizes, ScalarType dtype, TensorDevice device, void (*release)(void*)) {
   return at::from_blob(block, sizes, release, at::TensorOptions(device).dtype(dtype));
 }

@@ -18,7 +18,7 @@ STABLE_TORCH_LIBRARY_IMPL(red_kernels, CPU, library) {
 
 #define RED_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Each writes a message or a list into `text` (of `size` bytes) and returns 0 where it is an error message.
+// Each writes a message or a list into `text` (of `size` bytes) and returns 0 if it is an error message.
 RED_EXPORT int red_kernels_cpu_in_use(char* text, size_t size) {
   try {
     std::snprintf(text, size, "%s", red::kernels().name);

@@ -1,5 +1,5 @@
-// Registration of the CUDA kernels, and the C functions that red_kernels/backends/cuda.py calls through ctypes. In the emulator
-// the operators are in a namespace of their own, for tensors on the CPU.
+// Registration of the CUDA kernels, and the C functions that red_kernels/backends/cuda.py calls through ctypes. In the
+// emulator the operators are in a separate namespace, for tensors on the CPU.
 #define RED_TARGET cuda
 #include <cstdio>
 #include <exception>
@@ -26,9 +26,9 @@ STABLE_TORCH_LIBRARY_IMPL(red_kernels, CUDA, library) {
 }
 #endif
 
-// Each writes into `text` (of `size` bytes) and returns 0 where that is an error message.
+// Each writes into `text` (of `size` bytes) and returns 0 if that is an error message.
 
-// What the kernels are compiled for: "sm_80 sm_90 sm_100 compute_100".
+// The targets of this compilation: "sm_80 sm_90 sm_100 compute_100".
 RED_EXPORT int red_kernels_cuda_architectures(char* text, size_t size) {
   std::snprintf(text, size, "%s", RED_ARCHITECTURES);
   return 1;

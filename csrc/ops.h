@@ -1,9 +1,9 @@
-// The operators, as every library that implements them declares them. Shapes, dtypes and what is computed: see the
-// functions of the same names in red_kernels/backends/reference.py. Results not asked for are undefined tensors (None in
+// The operators, as declared in every library that implements them. Shapes, dtypes and results: see the functions of
+// the same names in red_kernels/backends/reference.py. Results that were not requested are undefined tensors (None in
 // Python).
 #pragma once
 
-// The library of autograd's nodes compiles them for its own tensors, and calls them without torch's dispatcher.
+// The library of autograd's nodes compiles them for its own tensors, and bypasses torch's dispatcher.
 #if defined(RED_ATEN)
 #include "aten.h"
 #else
@@ -13,7 +13,7 @@
 #include <optional>
 #include <tuple>
 
-// The namespace of whoever implements them: that of the device.
+// The namespace of the implementation: that of the device.
 #if !defined(RED_TARGET)
 #define RED_TARGET cpu
 #endif
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_edit_backward(
     Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor norm_bias, OptionalTensor scale,
     OptionalTensor edit_ids, OptionalTensor mean, Tensor rstd, double weight_offset, int64_t n_edits, int64_t needs);
 
-// Mixes: rotations of pairs of columns (blocks = 0), or reflections of so many blocks of columns.
+// Mixes: rotations of pairs of columns (blocks = 0), or reflections of this number of blocks of columns.
 Tensor mix_forward(Tensor x, OptionalTensor residual, Tensor first, OptionalTensor second, OptionalTensor bias,
                    OptionalTensor edit_ids, OptionalTensor seed, double dropout_p, int64_t blocks);
 

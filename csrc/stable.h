@@ -25,24 +25,24 @@ inline std::vector<int64_t> contiguous_strides(Sizes sizes) {
   return strides;
 }
 
-// An uninitialised contiguous tensor. torch::stable::empty asks the dispatcher for aten::empty by its name, which costs
+// An uninitialised contiguous tensor. torch::stable::empty looks up aten::empty in the dispatcher by name, which costs
 // as much as a small kernel, for every output of every call.
 inline Tensor make_empty(Sizes sizes, ScalarType dtype, TensorDevice device) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   const std::vector<int64_t> strides = contiguous_strides(sizes);
   AtenTensorHandle made = nullptr;
-  // The check that the oldest torch has too.
+  // A check that exists in the oldest torch too.
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                                   to<int32_t>(from(dtype)), to<int32_t>(from(device.type())),
                                                   device.index(), &made));
   return Tensor(made);
 }
 
-// torch::stable::contiguous asks the dispatcher by its name, too.
+// torch::stable::contiguous looks up the dispatcher by name, too.
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-// A contiguous tensor of memory that `release` takes back.
+// A contiguous tensor of memory that `release` frees.
 inline Tensor tensor_of(void* block, Sizes sizes, ScalarType dtype, TensorDevice device, void (*release)(void*)) {
   return torch::stable::from_blob(block, sizes, contiguous_strides(sizes), device, dtype, release);
 }

@@ -1,5 +1,5 @@
-// From tensors to what kernels take, on any device: shapes, strides, checks. The public operations have checked their arguments
-// already; these checks keep a direct call of an operator from reading past a tensor.
+// From tensors to the arguments of kernels, on any device: shapes, strides, checks. The public operations have checked
+// their arguments already; these checks keep a direct call of an operator from reading past a tensor.
 #pragma once
 
 #include <algorithm>
@@ -38,7 +38,7 @@ struct Shape {
   int64_t rows, d;
 };
 
-// The rows of an activation. Keeps a contiguous copy where the strides are not those of rows.
+// The rows of an activation. Keeps a contiguous copy if the strides are not those of rows.
 class Activation {
  public:
   Activation(const Shape& shape, const OptionalTensor& tensor, const char* name) {
@@ -82,14 +82,14 @@ class Activation {
   std::optional<Tensor> copy_;
 };
 
-// How many edits the vectors of a forward hold.
+// The number of edits in the vectors of a forward.
 inline int64_t count_edits(const OptionalTensor& scale, const OptionalTensor& bias) {
   for (const OptionalTensor* vector : {&scale, &bias})
     if (vector->has_value() && (*vector)->dim() == 2) return (*vector)->size(0);
   return 1;
 }
 
-// The least word that is kept, and the factor of what is kept.
+// The least kept word, and the factor of kept elements.
 inline uint32_t dropout_threshold(double p) {
   STD_TORCH_CHECK(p >= 0 && p <= 1, "red_kernels: dropout_p must be a probability");
   return static_cast<uint32_t>(std::min<long long>(std::llrint(p * 0x1p32), 0xffffffffLL));

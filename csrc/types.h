@@ -1,4 +1,4 @@
-// What the kernels of all devices agree on: the types of activations. No torch here.
+// Common definitions of the kernels of all devices: the types of activations. No torch here.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// An activation's rows; the stride between them is in elements, the columns are adjacent. Null where absent.
+// An activation's rows; the stride between them is in elements, the columns are adjacent. Null if absent.
 struct Rows {
   const void* data = nullptr;
   int64_t stride = 0;

@@ -1,6 +1,6 @@
-"""Modules by the names that they had, for the imports of other code and for pickles.
+"""Modules under their old names, for imports of other code and for pickles.
 
-Modules whose names began with `_` are not kept, nor those of the search for launch rules.
+Modules whose names began with `_` have no old name here, nor those of the search for launch rules.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# What a module is now; several, where its names are in several now.
+# The present module; several if its names are spread over several.
 _MODULES = {
     "authors": "checkpoints.authors",
     "autograd": "ops.autograd ops.passes",
@@ -63,12 +63,12 @@ _MODULES = {
     "selection": "edits.selection",
     "watch": "patching.watch",
 }
-_FUNCTIONS = ("patch", "merge")  # of the package: an import of such a module must not put it in their place
+_FUNCTIONS = ("patch", "merge")  # of the package: importing such a module must not shadow it
 _PACKAGE = __name__.rpartition(".")[0]
 
 
 class _Several(ModuleType):
-    """Stands for a module whose names are in several modules now."""
+    """Stands for a module whose names are now in several modules."""
 
     def __init__(self, name: str, parts: Sequence[str]) -> None:
         super().__init__(name, f"Names of {', '.join(parts)}.")
@@ -90,7 +90,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    _own: ModuleSpec | None = None  # also where a module is loaded again
+    _own: ModuleSpec | None = None  # a reload needs it
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = _module(spec.name)
@@ -98,7 +98,7 @@ class _Loader(Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """It has run under its own name, whose spec it gets back."""
+        """The module has run under its own name and gets that spec back."""
         if self._own is not None:
             module.__spec__ = self._own
 
@@ -109,7 +109,7 @@ def _module(name: str) -> ModuleType:
 
 
 def keep() -> None:
-    """Have the old names stand for the modules of now."""
+    """Make the old names resolve to the present modules."""
     for old in _FUNCTIONS:
         sys.modules[f"{_PACKAGE}.{old}"] = _module(f"{_PACKAGE}.{old}")
     sys.meta_path.append(_Finder())
@@ -118,7 +118,7 @@ def keep() -> None:
 
 
 def _attribute(package: str, name: str) -> ModuleType:
-    """A module by its old name, where only the package was imported."""
+    """A module by its old name, if only the package was imported."""
     if f"{package}.{name}".removeprefix(f"{_PACKAGE}.") in _MODULES:
         return import_module(f"{package}.{name}")
     raise AttributeError(f"module {package!r} has no attribute {name!r}")

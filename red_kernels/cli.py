@@ -1,4 +1,4 @@
-"""The command `red-kernels`: reads the arguments, starts the job, turns errors into one clear line."""
+"""The command `red-kernels`: it reads the arguments, starts the job, and turns errors into one clear line."""
 
 from __future__ import annotations
 
@@ -29,16 +29,15 @@ _MERGE_ADVICE = {
 _COMMANDS = ("info", "finetune", "sweep", "evaluate", "generate", "merge", "convert", "push", "bench")
 EXIT_UNEXPECTED = 1
 EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+EXIT_INTERRUPTED = 130  # the status that a shell reports after Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit status: 0; 2 for an error that a setting, a file or the system has caused, which one line explains; 1
-        for any other, of which the line says that it was not expected; 130 after Ctrl-C. With `--traceback` an error
-        is raised instead.
+        The exit status: 0; 2 for an error caused by a setting, a file or the system, explained by one line; 1 for any
+        other error, which the line calls unexpected; 130 after Ctrl-C. With `--traceback` an error is raised instead.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("Interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of the output went away; what is still buffered has nowhere to go.
+        # The reader of the output has closed it; the buffered rest is dropped.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
     except Exception as error:
@@ -67,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return EXIT_ERROR
         what = f"{type(error).__name__}: {one_line(error)}"
         print(
-            f"error{where}: unexpected {what}; this is a fault of red-kernels, or of a file in a way that it does not "
-            "know: the same command with --traceback shows where",
+            f"error{where}: unexpected {what}; this is a fault of red-kernels, or of an unknown kind of file: "
+            "the same command with --traceback shows where",
             file=sys.stderr,
         )
         return EXIT_UNEXPECTED
@@ -78,28 +77,28 @@ def _parser() -> Parser:
     parser = Parser(prog="red-kernels", description="Fused kernels for RED, representation editing.")
     parser.add_argument("--version", action="version", version=f"red-kernels {__version__}")
     commands = parser.add_subparsers(required=True, metavar=" | ".join(_COMMANDS))
-    info = commands.add_parser("info", help="show the backends, the machine and the versions of what is installed")
+    info = commands.add_parser("info", help="show the backends, the machine and the installed versions")
     info.set_defaults(run=_info)
     info.add_argument(
         "--model",
-        help="show instead what would be edited in this model and what each edit would be fused with: a folder, a "
+        help="show instead the sites that would be edited in this model, and the fusion of each edit: a folder, a "
         ".gguf file, a hub id or the name of a packaged model; no weights are loaded",
     )
-    info.add_argument("--position", default="ffn", help="of the edits, with --model")
-    info.add_argument("--kind", default="all", help="of the edits, with --model")
+    info.add_argument("--position", default="ffn", help="position of the edits, with --model")
+    info.add_argument("--kind", default="all", help="kind of the edits, with --model")
     finetune = commands.add_parser(
         "finetune",
-        help="train edits on a model and show what they bring",
+        help="train edits on a model and evaluate them",
     )
     finetune.set_defaults(run=_finetune)
     add_options(finetune)
-    sweeping = commands.add_parser("sweep", help="find the learning rate, by runs of finetune of which half go on")
+    sweeping = commands.add_parser("sweep", help="find the learning rate: train with several, continue the better half")
     sweeping.set_defaults(run=_with_transformers("sweep", sweep.run))
     sweep.add_options(sweeping)
-    evaluating = commands.add_parser("evaluate", help="measure saved edits on data, beside their base model")
+    evaluating = commands.add_parser("evaluate", help="evaluate saved edits on data, against their base model")
     evaluating.set_defaults(run=_with_transformers("evaluate", evaluate.run))
     evaluate.add_options(evaluating)
-    generating = commands.add_parser("generate", help="continue prompts with saved edits, by their names")
+    generating = commands.add_parser("generate", help="continue prompts with saved edits, chosen by name")
     generating.set_defaults(run=_with_transformers("generate", generate.run))
     generate.add_options(generating)
     merge = commands.add_parser(
@@ -111,27 +110,27 @@ def _parser() -> Parser:
     _add_merge_options(merge)
     convert = commands.add_parser(
         "convert",
-        help="turn saved edits into another form: a folder of save_edits, the RED authors' files, a folder of PEFT",
-        description="Turn edits in the form of RED's authors (delta_vector.pth, and classifier.pth beside it), or a "
-        "RED adapter that PEFT has saved, into a folder of rk.save_edits; or such a folder into the authors' form, or "
-        "with --to peft into an adapter that PEFT loads. The form of SOURCE is told by what it holds.",
+        help="convert saved edits into another form: a folder of save_edits, the RED authors' files, a folder of PEFT",
+        description="Convert edits in the form of RED's authors (delta_vector.pth, and classifier.pth next to it), or "
+        "a RED adapter that PEFT has saved, into a folder of rk.save_edits; or convert such a folder into the authors' "
+        "form, or with --to peft into an adapter that PEFT loads. The files in SOURCE determine its form.",
     )
     convert.set_defaults(run=_convert)
     _add_convert_options(convert)
-    pushing = commands.add_parser("push", help="put saved edits on the hub, with a model card")
+    pushing = commands.add_parser("push", help="upload saved edits to the hub, with a model card")
     pushing.set_defaults(run=push.run)
     push.add_options(pushing)
     bench = commands.add_parser(
         "bench",
-        help="measure operations, training steps and quality; or search the launch rules of the GPU at hand (--tune)",
-        description="Measure this package beside its peers, into a folder of JSON files and pictures. Or, with --tune, "
-        "search the launch rules of the Triton kernels on the GPU at hand, and store those that beat the rules of this "
-        "version by more than the noise.",
+        help="measure operations, training steps and quality; or search launch rules for this GPU (--tune)",
+        description="Measure this package against its peers. The results are JSON files and pictures in a folder. "
+        "With --tune, search the launch rules of the Triton kernels on this GPU, and store those that beat this "
+        "version's rules by more than the noise.",
     )
     bench.set_defaults(run=_bench)
     _add_bench_options(bench)
     for name, command in commands.choices.items():
-        command.add_argument("--traceback", action="store_true", help="show where an error came from")
+        command.add_argument("--traceback", action="store_true", help="show the traceback of an error")
         command.set_defaults(command=name, alone=command is not finetune)
     return parser
 
@@ -151,42 +150,42 @@ def _add_merge_options(parser: argparse.ArgumentParser) -> None:
         "--edits",
         required=True,
         metavar="FOLDER",
-        help="a folder with saved edits, of a run of finetune, or with a RED adapter that PEFT has saved; or a hub id",
+        help="a folder of saved edits, of a finetune run, or of a RED adapter that PEFT saved; or a hub id",
     )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the merged model goes")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder for the merged model")
     parser.add_argument(
         "--dtype",
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="of the weights (auto: the base model's)",
+        help="dtype of the weights (auto: the base model's)",
     )
-    parser.add_argument("--force", action="store_true", help="merge even what rounding would swallow")
+    parser.add_argument("--force", action="store_true", help="merge edits that rounding would swallow, too")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
 
 
 def _add_convert_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="a folder, a hub id, or one file of edits alone")
+    parser.add_argument("source", metavar="SOURCE", help="a folder, a hub id, or a single file of edits")
     parser.add_argument("output", metavar="OUTPUT", help="the folder for the files of the other form")
     parser.add_argument(
         "--model",
         metavar="MODEL",
         help="the base model: a folder, a config.json, a .gguf file, a hub id or the name of a packaged model "
-        "(default: told from names alone)",
+        "(default: inferred from the site names)",
     )
-    parser.add_argument("--position", help="where the edits lie, if it is not to be told")
+    parser.add_argument("--position", help="position of the edits, if it cannot be inferred")
     parser.add_argument("--to", choices=("own", "authors", "peft"), help="the form of OUTPUT (default: own or authors)")
     parser.add_argument("--overwrite", action="store_true", help="replace files of an earlier conversion")
 
 
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
-    unset = argparse.SUPPRESS  # what is left out takes the default that the job's Settings name
+    unset = argparse.SUPPRESS  # an omitted option takes the default of the job's Settings
     parser.add_argument(
         "job",
         nargs="?",
         choices=("ops", "step", "growth", "quality", "all"),
-        help="operations; training steps and their growth, or that alone; quality; or all of them (default: ops)",
+        help="operations; training steps and their growth; growth only; quality; or all of them (default: ops)",
     )
-    parser.add_argument("--tune", action="store_true", help="search launch rules, and write a table of them")
+    parser.add_argument("--tune", action="store_true", help="search launch rules, and write them to a table")
     parser.add_argument(
         "--output",
         type=Path,
@@ -195,33 +194,33 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         help="for results (default: bench-results); with --tune the file of the table (default: ARCHITECTURE.json)",
     )
     again = parser.add_mutually_exclusive_group()
-    again.add_argument("--overwrite", action="store_true", help="replace what is there")
-    again.add_argument("--resume", action="store_true", help="go on with the results in the folder")
+    again.add_argument("--overwrite", action="store_true", help="replace earlier results")
+    again.add_argument("--resume", action="store_true", help="continue the results in the folder")
     run = parser.add_argument_group("measuring")
-    run.add_argument("--quick", action="store_true", help="few and small cases; nothing may be concluded from them")
-    run.add_argument("--minutes", type=float, help="begin no case after so many; --resume measures the rest")
-    run.add_argument("--device", choices=("cpu", "cuda"), help="where (default: a GPU if there is one)")
+    run.add_argument("--quick", action="store_true", help="few and small cases, which allow no conclusions")
+    run.add_argument("--minutes", type=float, help="start no case after this time; --resume measures the rest")
+    run.add_argument("--device", choices=("cpu", "cuda"), help="device to measure (default: a GPU if available)")
     run.add_argument(
         "--dtype",
         choices=("auto", "fp32", "bf16"),
         default=unset,
-        help="of the base models of step, growth and quality; auto: bf16 where the processor or GPU multiplies it "
-        "natively, else fp32; the sentence model of a CPU is fp32 always (default: auto)",
+        help="dtype of the base models of step, growth and quality; auto: bf16 if the processor or GPU multiplies it "
+        "natively, else fp32; the sentence model is always fp32 on a CPU (default: auto)",
     )
     run.add_argument(
         "--instruction-sets",
         nargs="+",
         default=unset,
         metavar="SET",
-        help="of the processor: a run for each, into FOLDER/SET, with torch held to the same set; all: each that this "
-        "processor has (default: one run with the newest)",
+        help="instruction sets of the processor: a run for each, into FOLDER/SET, with torch limited to the same "
+        "set; all: every set of this processor (default: one run with the newest)",
     )
     run.add_argument(
         "--methods",
         nargs="+",
         default=unset,
         metavar="NAME",
-        help="of step or quality, such as red lora-all vera (default: those of the job)",
+        help="methods of step or quality, for example red lora-all vera (default: the job's)",
     )
     run.add_argument(
         "--case",
@@ -229,14 +228,14 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=unset,
         metavar=("MODEL", "BATCH", "LENGTH"),
-        help="of step, in place of its own cases; more than one by --case again",
+        help="a case of step, instead of its default cases; repeat it for several",
     )
     run.add_argument(
         "--tasks",
         nargs="+",
         default=unset,
         metavar="NAME",
-        help="of quality: sentiment, next-sentence, language-modelling",
+        help="tasks of quality: sentiment, next-sentence, language-modelling",
     )
     ops = parser.add_argument_group("operations, and --tune")
     ops.add_argument(
@@ -244,20 +243,21 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=unset,
         metavar="NAME",
-        help="which (default: all; with --tune edit_add edit_add_rms_norm edit_add_layer_norm linear_edit)",
+        help="operations (default: all; with --tune edit_add edit_add_rms_norm edit_add_layer_norm linear_edit)",
     )
     ops.add_argument(
         "--inputs",
         nargs="+",
         default=unset,
         metavar="KIND",
-        help="fresh (beyond the cache) and warm, not with --tune (default: both)",
+        help="fresh (beyond the cache) or warm, not with --tune (default: both)",
     )
     ops.add_argument(
         "--seconds",
         type=float,
         default=unset,
-        help="for each case: of ops on a CPU (default: 1); of step and growth (default: 50 and 12); not with --tune",
+        help="seconds for each case: of ops on a CPU (default: 1); of step and growth (default: 50 and 12); not with "
+        "--tune",
     )
     ops.add_argument(
         "--widths",
@@ -272,7 +272,7 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=unset,
         metavar="NAME",
-        help="of the activations: fp32, bf16, fp16 (default: bf16 fp32)",
+        help="dtypes of the activations: fp32, bf16, fp16 (default: bf16 fp32)",
     )
     ops.add_argument(
         "--rows",
@@ -288,21 +288,21 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=unset,
         metavar="N",
-        help="in place of --rows, not with --tune: as many whole rows of each width as are in so many",
+        help="instead of --rows, not with --tune: elements of an activation, rounded down to whole rows",
     )
     ops.add_argument(
         "--implementations",
         nargs="+",
         default=unset,
         metavar="NAME",
-        help="not with --tune: which are timed, such as cuda triton compile liger (default: all that are here)",
+        help="not with --tune: implementations to time, for example cuda triton compile liger (default: all available)",
     )
-    ops.add_argument("--no-memory", action="store_true", default=unset, help="not with --tune: no peak of memory")
+    ops.add_argument("--no-memory", action="store_true", default=unset, help="not with --tune: skip the peak memory")
     ops.add_argument(
         "--kernels",
         action="store_true",
         default=unset,
-        help="not with --tune: note the names of the kernels that each implementation starts on a GPU",
+        help="not with --tune: record the names of the kernels that each implementation launches on a GPU",
     )
     ops.add_argument(
         "--sums",
@@ -310,15 +310,16 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=unset,
         metavar="N",
-        help="with --tune: how many vectors have gradients, out of scale, bias and a norm's two (default: 2)",
+        help="with --tune: number of vectors with gradients, out of scale, bias and a norm's two (default: 2)",
     )
 
 
 @contextlib.contextmanager
 def _quiet_imports() -> Iterator[None]:
-    """Import without the warnings that other packages log meanwhile (torchao and bitsandbytes of libraries they lack).
+    """Import without the warnings that other packages log in the meantime (torchao and bitsandbytes, of missing
+    libraries).
 
-    They are about packages that the command does not use. Errors are still shown, and nothing is silenced for good.
+    The command does not use the packages of these warnings. Errors are still shown. The silence ends with the import.
     """
     former = logging.root.manager.disable
     logging.disable(max(former, logging.WARNING))
@@ -334,7 +335,7 @@ def _info(options: argparse.Namespace) -> int:
 
     from .info import show_info, show_model
 
-    with _quiet_imports():  # it looks for all that there may be
+    with _quiet_imports():  # it searches for all peers
         if options.model is None:
             show_info(Console())
         else:
@@ -357,7 +358,7 @@ def _merge(options: argparse.Namespace) -> int:
             overwrite=options.overwrite,
             say=lambda stage: print(stage, flush=True),
         )
-    except MergeRefused as error:  # its own advice is for Python
+    except MergeRefused as error:  # its remedy is for Python
         raise ValueError(f"{error.reason}; {_MERGE_ADVICE[error.cause]}") from error
     print(report)
     for note in notes:
@@ -384,13 +385,13 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _tune(given: dict[str, Any]) -> int:
     if given["job"] is not None:
-        raise ValueError(f"--tune is a job of its own, got the job {given['job']} beside it")
+        raise ValueError(f"--tune is a separate job, got the job {given['job']} too")
     for name in (
         *("resume", "quick", "minutes", "device", "dtype", "instruction_sets", "inputs", "seconds", "methods"),
         *("elements", "implementations", "no_memory", "kernels"),
     ):
         if given.get(name):
-            raise ValueError(f"--{name.replace('_', '-')}: the search for launch rules has no such option")
+            raise ValueError(f"--{name.replace('_', '-')}: not an option of the search for launch rules")
     from rich.console import Console
 
     from .backends.find_triton import require_gpu
@@ -412,7 +413,7 @@ def _measure(given: dict[str, Any]) -> int:
         suite = _benchmarks("suite")
     if "instruction_sets" in given:
         if given.get("device") == "cuda":
-            raise ValueError("--instruction-sets: these are a processor's, got --device cuda")
+            raise ValueError("--instruction-sets: needs --device cpu, got --device cuda")
         result: int = _benchmarks("sets").run_sets(
             given["instruction_sets"], {**given, "device": "cpu"}, given.get("output", Path("bench-results"))
         )
@@ -441,7 +442,7 @@ def _case(model: str, batch: str, length: str) -> tuple[str, int, int]:
 
 
 def _benchmarks(part: str) -> Any:
-    """Of the benchmark suite: installed as `red_kernels.benchmarks`; in a checkout the folder beside this package."""
+    """A module of the benchmark suite: `red_kernels.benchmarks`, or in a checkout the folder next to the package."""
     name = f"{__package__}.benchmarks"
     folder = Path(__file__).parents[1] / "benchmarks"
     if name not in sys.modules and importlib.util.find_spec(name) is None:
@@ -450,7 +451,7 @@ def _benchmarks(part: str) -> Any:
         )
         if spec is None or spec.loader is None or not (folder / "suite.py").is_file():
             raise ModuleNotFoundError(
-                f"the benchmark suite is not installed, and there is no {folder}: install red-kernels anew, or take a "
+                f"the benchmark suite is not installed, and {folder} does not exist: reinstall red-kernels, or use a "
                 "checkout of its sources"
             )
         module = importlib.util.module_from_spec(spec)
@@ -460,7 +461,7 @@ def _benchmarks(part: str) -> Any:
 
 
 def _with_transformers(name: str, run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """The command, once the packages that it needs are there and imported."""
+    """The command, once its packages are installed and imported."""
 
     def checked(options: argparse.Namespace) -> int:
         with _quiet_imports():

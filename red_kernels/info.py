@@ -1,4 +1,4 @@
-"""`red-kernels info`: what this installation can do on this machine."""
+"""`red-kernels info`: the capabilities of this installation on this machine."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "gg
 
 
 def show_info(console: Console) -> None:
-    """Print the backends with their state or why they are missing, the choice per device, settings and versions.
+    """Print the backends with their state or the reason for their absence, the choice per device, settings, versions.
 
-    A setting that cannot be followed is shown with the reason, not raised.
+    An invalid setting is shown with the reason, not raised.
     """
     backends = Table(title="Backends")
     for heading in ("backend", "state"):
@@ -48,7 +48,7 @@ def show_info(console: Console) -> None:
     console.print(chosen)
 
     dtypes = Table(title="Base models (--dtype auto)")
-    for heading in ("device", "dtype", "why", "products in bf16, fp16 take"):
+    for heading in ("device", "dtype", "reason", "products in bf16, fp16 take"):
         dtypes.add_column(heading, overflow="fold")
     for _, label in _devices():
         dtypes.add_row(label, *_base_dtype(torch.device(label.partition(" ")[0])))
@@ -73,16 +73,16 @@ def show_info(console: Console) -> None:
 
 
 def show_model(console: Console, name: str, position: str = "ffn", kind: str = "all") -> None:
-    """Print what `rk.patch` would edit in a model, and what each edit would be fused with; no weights are loaded.
+    """Print the sites that `rk.patch` would edit in a model, and the fusion of each edit; no weights are loaded.
 
     Args:
         console: to print on.
         name: a folder, a `.gguf` file, a hub id or the name of a packaged model.
-        position, kind: as of `RedConfig`.
+        position, kind: as in `RedConfig`.
 
     Raises:
         OSError: the model cannot be found or read.
-        ValueError: its configuration is of no known model, or there is nothing to edit.
+        ValueError: its configuration is of no known model, or it has no site to edit.
     """
     config = RedConfig(position=position, kind=kind)
     described = described_base(name)
@@ -99,16 +99,16 @@ def _chosen(device: str) -> str:
             name = choose(torch.empty(1, dtype=dtype, device=device), "edit").name
             dtypes.setdefault(name, []).append(str(dtype).removeprefix("torch."))
         asked = forced_backend() is not None
-    except (ValueError, RuntimeError) as error:  # what was asked for, and why it cannot be followed
+    except (ValueError, RuntimeError) as error:  # the setting, and the reason why it is invalid
         return f"none: {error}"
     there = [other for other in ("cuda", "triton") if available_backends()[other] is None]
     if device == "cpu" or asked or len(there) < 2 or not set(dtypes) <= {"cuda", "triton"}:
         return "\n".join(name if len(dtypes) == 1 else f"{name}: {', '.join(dtypes[name])}" for name in dtypes)
-    return "\n".join(f"{row.backend}: {row.where}" for row in choice.TABLE) + "\n(the first that fits)"
+    return "\n".join(f"{row.backend}: {row.where}" for row in choice.TABLE) + "\n(the first match)"
 
 
 def _base_dtype(device: torch.device) -> tuple[str, str, str]:
-    """What `auto` is, why, and how long the halves take; it is shown where a product fails."""
+    """The dtype of `auto`, the reason, and the time of half-precision products; a failed product is shown."""
     try:
         chosen = choose_dtype(device)
         slower = ", ".join(f"{slowdown(name, device):.2g}" for name in ("bf16", "fp16"))

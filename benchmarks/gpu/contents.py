@@ -48,7 +48,7 @@ def repository_size(root: Path = ROOT, without: Path | None = None) -> int:
     except OSError as error:
         raise KitError(f"git does not run ({error}); remedy: install git") from error
     if done.returncode:
-        raise KitError(f"{root} is no checkout that git knows; remedy: make the kit in a checkout")
+        raise KitError(f"{root} is no git checkout; remedy: make the kit in a checkout")
     paths = {root / name for name in done.stdout.split("\0") if name}
     return sum(p.stat().st_size for p in paths if p.is_file() and (without is None or without not in p.parents))
 

@@ -53,7 +53,7 @@ def right(backend: str, device: str) -> bool:
         return False
     worst = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, expected, strict=True))
     said = "right" if worst < TOLERANCE else "WRONG"
-    print(f"{backend}: {said}, {worst:.1e} from the reference, {time.perf_counter() - begun:.1f} s with its loading")
+    print(f"{backend}: {said}, {worst:.1e} from the reference, {time.perf_counter() - begun:.1f} s including loading")
     return worst < TOLERANCE
 
 

@@ -62,7 +62,7 @@ def make(wanted: Wanted, say: Callable[[str], None] = print) -> dict[str, Any]:
     """
     folder = wanted.folder.resolve()
     if folder.exists() and not (folder / contents.MANIFEST).is_file():
-        raise KitError(f"FOLDER is {folder}, which is there and no kit; remedy: another folder, or remove it")
+        raise KitError(f"FOLDER is {folder}, which exists and is no kit; remedy: another folder, or remove it")
     nvcc = _nvcc()
     if shutil.which("strip") is None:
         raise KitError("strip was not found; remedy: install binutils")
@@ -162,8 +162,8 @@ def add_cache(python: str, made: Path, wanted: Wanted, say: Callable[[str], None
         error = " ".join(said["errors"][0].split())[:300]
         if not said["programs"]:
             raise KitError(f"none of Triton's {said['failed']} programs compiles: {error}")
-        say(f"{said['failed']} programs do not compile, and will not there: {error}")
-    say(f"{said['programs']} programs" + (f"; {said['left']} are left for the other machine" if said["left"] else ""))
+        say(f"{said['failed']} programs do not compile, here or there: {error}")
+    say(f"{said['programs']} programs" + (f"; {said['left']} are left to the other machine" if said["left"] else ""))
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place) / "cache"
         shutil.copytree(cache, copy)
@@ -213,9 +213,9 @@ def find_python(given: str | None) -> str:
             continue
         if done.returncode == 0 and done.stdout.startswith(PYTHON + "."):
             return candidate
-    what = f"PYTHON312 is {given!r}, which is no Python {PYTHON}" if given else f"no Python {PYTHON} was found"
+    what = f"PYTHON312 is {given!r}, which is not Python {PYTHON}" if given else f"no Python {PYTHON} was found"
     raise KitError(
-        f"{what}, and Triton's cache is for the Python that fills it; remedy: install python{PYTHON}, or "
+        f"{what}, but Triton's cache is valid only for the Python that fills it; remedy: install python{PYTHON}, or "
         f"make gpu-kit PYTHON312=PATH"
     )
 
@@ -267,7 +267,7 @@ def _put(made: Path, folder: Path) -> None:
 def _variant(text: str) -> tuple[str, str]:
     name, _, revision = text.partition("=")
     if not (re.fullmatch(r"[A-Za-z0-9_-]{1,30}", name) and revision):
-        raise KitError(f"VARIANTS: got {text!r}, expected NAME=REVISION, the name of letters, digits, - and _")
+        raise KitError(f"VARIANTS: got {text!r}, expected NAME=REVISION, with a NAME of letters, digits, - and _")
     return name, revision
 
 
@@ -275,9 +275,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.kit", description=str(__doc__).split("\n")[0])
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "gpu-kit")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME=REVISION", help="measured beside this")
-    parser.add_argument("--python312", help=f"a Python {PYTHON} (default: the first that is found)")
-    parser.add_argument("--minutes", type=float, default=30.0, help="no Triton program is compiled after so many")
-    parser.add_argument("--no-tests", action="store_true", help="only the programs that are timed")
+    parser.add_argument("--python312", help=f"a Python {PYTHON} (default: the first one found)")
+    parser.add_argument("--minutes", type=float, default=30.0, help="compile no Triton program after this time")
+    parser.add_argument("--no-tests", action="store_true", help="compile only the timed programs")
     given = parser.parse_args(arguments)
     try:
         variants = tuple(_variant(text) for text in given.variant)

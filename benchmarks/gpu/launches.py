@@ -21,7 +21,7 @@ VARIABLE = "LAUNCHES"
 
 def pytest_configure(config: pytest.Config) -> None:
     if not os.environ.get(VARIABLE):
-        raise pytest.UsageError(f"{VARIABLE} is not set, expected the file that programs go into")
+        raise pytest.UsageError(f"{VARIABLE} is not set, expected the file for programs")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -51,8 +51,8 @@ def place(kit: Path, work: Path, python: str, root: Path = ROOT, rehearsal: bool
     cache.mkdir(parents=True, exist_ok=True)
     variables = {"TRITON_CACHE_DIR": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
     if not kit.exists():
-        why = f"{kit} is not there: the libraries are built here; remedy: make gpu-kit first"
-        return Placed(not rehearsal, variables, [f"{kit} is not there" if rehearsal else why])
+        why = f"{kit} does not exist: the libraries are built here; remedy: make gpu-kit first"
+        return Placed(not rehearsal, variables, [f"{kit} does not exist" if rehearsal else why])
     said = contents.read_manifest(kit)
     placed = Placed(False, variables)
     if said["sources"] == contents.sources(root):
@@ -72,8 +72,8 @@ def place(kit: Path, work: Path, python: str, root: Path = ROOT, rehearsal: bool
         )
     else:
         placed.said.append(
-            f"the kit's Triton programs are for Python {_minor(made['python'])} and Triton {made['triton']}, here are "
-            f"Python {here['python']} and Triton {here['triton']}: they are compiled as they come"
+            f"the kit's Triton programs are for Python {_minor(made['python'])} and Triton {made['triton']}, but this "
+            f"is Python {here['python']} and Triton {here['triton']}: programs are compiled when they are needed"
         )
     wheels = sorted((kit / WHEELS).glob("*.whl"))
     if wheels:

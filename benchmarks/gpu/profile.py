@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         content = json.loads(given.results.read_text())
     except (OSError, ValueError) as error:
-        print(f"no results of the bandwidth to choose by: {error}")
+        print(f"no results of the bandwidth to choose from: {error}")
         return 1
     status = 0
     for number, one in enumerate(worst(content)[given.skip : given.skip + NUMBER], start=given.skip + 1):
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         report = given.output / f"worst-{number}.ncu-rep"
         status = subprocess.run(command(one, report, given.ncu, given.device)).returncode or status
         if report.is_file() and report.stat().st_size > LARGEST:
-            print(f"{report.name} has {report.stat().st_size} bytes and does not come back; its text is above")
+            print(f"{report.name} has {report.stat().st_size} bytes and is not returned; its text is above")
             report.unlink()
     return status
 

@@ -95,13 +95,13 @@ class Runner:
         for group in together(pending):
             self._group(group)
             if group[0].name == LOAD and self.known.of(LOAD).status == FAILED:
-                self.say("gpu_suite: nothing more is begun: the log above says why")
+                self.say("gpu_suite: no further stage starts: see the log above")
                 return 2
         self._pack()
         self.say((self.output / SUMMARY).read_text())
         waiting = [stage.name for stage in self.stages if self._unfinished(stage)]
         if waiting:
-            self.say(f"left for another call: {', '.join(waiting)}")
+            self.say(f"left to another call: {', '.join(waiting)}")
         return int(any(self.known.of(stage.name).status == FAILED for stage in self.stages))
 
     def _unfinished(self, stage: Stage) -> bool:
@@ -242,7 +242,7 @@ def fetch(machine: Machine, previous: Path, stages: Sequence[Stage] = STAGES) ->
     """Have what an earlier call left where this one goes on with it. Raises ValueError where that is damaged."""
     known = state.read(previous)
     if known.calls and known.rehearsal != machine.rehearsal:
-        raise ValueError(f"PREVIOUS is {previous}, of a {'rehearsal' if known.rehearsal else 'GPU'}, and this is none")
+        raise ValueError(f"PREVIOUS is {previous}, of a {'rehearsal' if known.rehearsal else 'GPU'}, but this is not")
     if known.calls:
         contents.unpack(previous / LOGS, machine.kept)
         for stage in stages:
@@ -292,13 +292,13 @@ def main(arguments: Sequence[str] | None = None, begun: float | None = None) -> 
     # A shell has those in the background ignore interrupts, and so would the stages.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(prog="benchmarks/gpu_suite.sh", description=str(__doc__).split("\n")[0])
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="a folder for at most 8 files")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder for at most 8 files")
     parser.add_argument("previous", type=Path, nargs="?", metavar="PREVIOUS", help="the OUTPUT of an earlier call")
-    parser.add_argument("--kit", type=Path, default=contents.ROOT / "gpu-kit", help="made by make gpu-kit")
-    parser.add_argument("--seconds", type=float, default=float(CALL), help=f"of this call (default: {CALL})")
-    parser.add_argument("--scale", type=float, default=1.0, help="of all shares, for a rehearsal on a slow machine")
+    parser.add_argument("--kit", type=Path, default=contents.ROOT / "gpu-kit", help="the kit, from make gpu-kit")
+    parser.add_argument("--seconds", type=float, default=float(CALL), help=f"time of this call (default: {CALL})")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of all shares, to rehearse on a slow machine")
     parser.add_argument("--python", default=sys.executable, help="which has torch")
-    parser.add_argument("--dry", action="store_true", help="print the stages and their shares, and run nothing")
+    parser.add_argument("--dry", action="store_true", help="print the stages and their shares, but run none")
     parser.add_argument("--rehearse", action="store_true", help="run all of it on the CPU, with tiny sizes")
     given = parser.parse_args(arguments)
     try:

@@ -39,7 +39,7 @@ def results(folder: Path) -> dict[str, Any]:
 def text(known: State, found: Results) -> str:
     """The whole summary."""
     parts = [
-        ("" if not known.rehearsal else "REHEARSAL on a CPU, with tiny sizes: nothing may be concluded from it.", []),
+        ("" if not known.rehearsal else "REHEARSAL on a CPU, with tiny sizes: it allows no conclusions.", []),
         ("Right or wrong", list(_right(known))),
         ("Percent of a copy's bandwidth, by width (forward/backward)", list(_bandwidth(found.get("bandwidth")))),
         (
@@ -73,17 +73,17 @@ def _right(known: State) -> Iterator[str]:
         ran = [(name, known.stages[name]) for name in stages if name in known.stages and known.stages[name].call]
         if not ran:
             why = next((known.stages[name].note for name in stages if name in known.stages), "")
-            yield f"  {what:14} not looked at{': ' + why if why else ''}"
+            yield f"  {what:14} not checked{': ' + why if why else ''}"
             continue
         # A test that failed first and passed when its stage was gone on with is right.
         again = [name.partition("-")[2] for name, _ in ran if name.startswith("again-")]
         valid = [entry for name, entry in ran if name not in [f"tests-{one}" for one in again]]
         passed = any(re.search(r"\b[1-9]\d* (?:tests )?passed", entry.note) for _, entry in ran)
-        said = "right" if passed else "not looked at: no test passed"
+        said = "right" if passed else "not checked: no test passed"
         if any(entry.status == FAILED or re.search(r"\b\d+ (?:failed|error)", entry.note) for entry in valid):
             said = "WRONG"
         elif passed and any(entry.status == CUT for entry in valid):
-            said = "right so far, not all was run"
+            said = "right so far, not all ran"
         yield f"  {what:14} {said}"
         for name, entry in ran:
             yield from (f"      {name}: {part}" for part in entry.note.split("; ") if part)

@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("programs", type=Path)
     parser.add_argument("cache", type=Path)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="no program is begun after so many")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no program after this time")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     given = parser.parse_args(arguments)
     import triton

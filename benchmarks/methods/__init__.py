@@ -73,7 +73,7 @@ def prepare(name: str, model: nn.Module, *, head: Iterable[str] = (), batches: B
     elif method.looks:
         seen = list(batches)
         if not seen:
-            raise ValueError(f"batches: got none, and {name} chooses what it trains by the gradients on some")
+            raise ValueError(f"batches: got none, but {name} chooses its parameters by the gradients on some")
         prepared = method.apply(model, seen)
     else:
         prepared = method.apply(model)

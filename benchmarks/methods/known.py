@@ -24,7 +24,7 @@ def _lora(every: bool, rank: int = RANK) -> Callable[[nn.Module], Prepared]:
         linears = block_linears(model)
         names = list(linears) if every else named(linears, QUERIES, VALUES)
         if not names:
-            raise ValueError("model: has no linear layers with a layer's number in their name")
+            raise ValueError("model: has no linear layers with a layer number in their name")
         config = peft.LoraConfig(
             r=rank,
             lora_alpha=rank * ALPHA // RANK,
@@ -65,7 +65,9 @@ def _beft(model: nn.Module) -> Prepared:
     linears = block_linears(model)
     names = named(linears, VALUES)
     if any(name.rpartition(".")[2] in JOINED for name in names):
-        raise ValueError("model: its values come out of one layer with queries and keys, and beft trains theirs alone")
+        raise ValueError(
+            "model: one layer gives its values with queries and keys, but beft trains only the values' bias"
+        )
     values = [linears[name] for name in names]
     found = [own for layer in values if isinstance(own := getattr(layer, "bias", None), nn.Parameter)]
     return _trained_alone(model, found or _zero_biases(values))
@@ -80,7 +82,7 @@ def _zero_biases(linears: Iterable[nn.Module]) -> list[nn.Parameter]:
             module.bias = nn.Parameter(torch.zeros(module.out_features, dtype=weight.dtype, device=weight.device))
             found.append(module.bias)
     if not found:
-        raise ValueError("model: has neither biases nor linear layers in its blocks that could get one")
+        raise ValueError("model: has neither biases nor linear layers in its blocks")
     return found
 
 
@@ -113,7 +115,7 @@ def _linear_probe(model: nn.Module) -> Prepared:
     own: Any = model
     output = own.get_output_embeddings() if hasattr(own, "get_output_embeddings") else None
     if output is None:
-        raise ValueError("head: linear-probe trains nothing but the head, and this model needs it named")
+        raise ValueError("head: linear-probe trains only the head, so this model needs its name")
     model.requires_grad_(False)
     dtype = torch.promote_types(output.weight.dtype, torch.float32)
     output.weight = nn.Parameter(output.weight.detach().to(dtype, copy=True))

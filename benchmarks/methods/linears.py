@@ -37,7 +37,7 @@ def named(linears: Mapping[str, nn.Module], *groups: tuple[str, ...]) -> list[st
         return [name for name, own in last.items() if any(own in group for group in groups)]
     found = [name for name, own in last.items() if own in JOINED]
     if not found:
-        raise ValueError(f"model: none of its linear layers is called as queries, keys or values are: {list(last)[:8]}")
+        raise ValueError(f"model: none of its linear layers is named like queries, keys or values: {list(last)[:8]}")
     return found
 
 

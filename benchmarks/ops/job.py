@@ -117,7 +117,7 @@ def cases(settings: Settings, run: Run) -> list[Case]:
     widths, rows = settings.widths or sizes[0], settings.rows or sizes[1]
     for count, width in itertools.product(settings.elements or (), widths):
         if count < width:
-            raise ValueError(f"elements: got {count:,}, which are no row of the width {width:,}")
+            raise ValueError(f"elements: got {count:,}, less than one row of the width {width:,}")
     most = MOST_ON_GPU if gpu else MOST_ON_CPU
     keys = ("operation", "variant", "dtype", "width", "rows", "inputs")
     found = [
@@ -132,9 +132,7 @@ def cases(settings: Settings, run: Run) -> list[Case]:
         and (inputs == "fresh" or operation.key in WARM_OPERATIONS)
     ]
     if not found:
-        raise ValueError(
-            f"widths, and rows or elements: every pair has more than the {most:,} elements that fit this device"
-        )
+        raise ValueError(f"widths, and rows or elements: every pair exceeds the {most:,} elements that fit this device")
     return found
 
 
@@ -303,7 +301,7 @@ def print_results(content: Mapping[str, Any], console: Console) -> None:
         title = f"{label}: forward + backward on {content['environment']['device']}, medians in ms"
         console.print(_table(title, found))
     if operations:
-        console.print("spread: of ours, between quartiles; x best: the best peer over ours")
+        console.print("spread: ours, between quartiles; x best: the best peer over ours")
     for name, reason in content["missing"].items():
         console.print(f"not measured: {name}: {escape(reason)}")
 

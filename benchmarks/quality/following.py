@@ -58,7 +58,7 @@ def texts(archive: bytes, name: str, source: str) -> list[Text]:
     for own, _, sentence in sentiment.read_lines(archive, name, source):
         text, separator, number = own.partition("_")
         if not (separator and text and number.isdecimal()):
-            raise ValueError(f"{source}: expected ids of a text and a sentence as in 12_3, got {own!r}")
+            raise ValueError(f"{source}: expected ids of a text and a sentence, for example 12_3, got {own!r}")
         found.setdefault(text, []).append(sentence)
     return [Text(source, tuple(sentences)) for sentences in found.values()]
 

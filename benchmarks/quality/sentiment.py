@@ -115,7 +115,7 @@ def read_lines(archive: bytes, name: str, file: str) -> list[tuple[str, float, s
                 return _lines(content, file)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f"{name}: is damaged or no source distribution of {PROJECT}: {error}") from error
-    raise ValueError(f"{name}: no archive in its additional_resources holds {file}")
+    raise ValueError(f"{name}: no archive in its additional_resources contains {file}")
 
 
 def _members(archive: bytes, wanted: Callable[[PurePosixPath], bool]) -> list[bytes]:
@@ -184,10 +184,10 @@ def _download(folder: Path, kept: Path) -> None:
     errors = [line for line in done.stderr.splitlines() if "WARNING" not in line]  # those are its attempts
     said = " ".join(" ".join(errors).split())[-600:] or "nothing"
     if "do not match the hashes" in said.lower():
-        raise ValueError(f"{ARCHIVE}: is another one than it should be, with SHA-256 {SHA256}; pip says: {said}")
+        raise ValueError(f"{ARCHIVE}: expected the SHA-256 {SHA256}; pip says: {said}")
     raise OSError(
-        f"pip cannot fetch the source distribution of {PROJECT} {VERSION}, which the sentiment task needs; a copy can "
-        f"be put at {kept}. pip says: {said}"
+        f"pip cannot fetch the source distribution of {PROJECT} {VERSION}, which the sentiment task needs; put a copy "
+        f"at {kept}. pip says: {said}"
     )
 
 

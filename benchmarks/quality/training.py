@@ -165,7 +165,7 @@ def search_rate(grid: Sequence[float], judge: Callable[[float], Any], extend: in
     def best() -> float:
         finite = [rate for rate, found in tried.items() if math.isfinite(found.loss)]
         if not finite:
-            raise RuntimeError(f"the training diverged with every learning rate that was tried: {sorted(tried)}")
+            raise RuntimeError(f"the training diverged with every learning rate: {sorted(tried)}")
         return min(finite, key=lambda rate: tried[rate].loss)
 
     while best() in (min(tried), max(tried)) and len(added) < extend:

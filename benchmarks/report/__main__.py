@@ -46,8 +46,8 @@ def documents(results: Path, root: Path) -> dict[Path, tuple[str, str]]:
 def main(arguments: list[str] | None = None) -> int:
     """Write, or compare; returns 1 where something disagrees or is wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=str(__doc__).split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; show what disagrees, and fail if it does")
-    parser.add_argument("--results", type=Path, help="the folder with a folder for each device (benchmarks/results)")
+    parser.add_argument("--check", action="store_true", help="write no file; show and fail on differences")
+    parser.add_argument("--results", type=Path, help="the folder of results, one folder for each device")
     parser.add_argument(
         "--root", type=Path, default=ROOT, help="the folder of README.md and docs/ (default: the sources')"
     )

@@ -31,18 +31,17 @@ SHOWN_MEMORY = ("red", "naive", "lora-all", "full")
 HEAD = f"""\
 # Performance
 
-Written from `benchmarks/results/` by `make report`; what is changed by hand here is lost. Losses are in it as
-wins are: each device has a list of every one.
+Written from `benchmarks/results/` by `make report`; changes by hand are lost. Losses are listed like wins:
+each device has a complete list.
 
 {PROTOCOL}"""
 AGAIN = """\
-## To make it again
+## To repeat the measurements
 
-On the machine to be measured, with nothing else running, `red-kernels bench all --output
-benchmarks/results/NAME` measures and draws (`ops`, `step` or `quality` in place of `all` for a part); on one
-with a GPU and little time `benchmarks/gpu_suite.sh FOLDER` tests and measures in parts. `make report` then
-writes this page and the README's table, `make report CHECK=1` only says whether they agree with the files, as
-the tests do."""
+Keep the machine otherwise idle. `red-kernels bench all --output benchmarks/results/NAME` measures and draws;
+`ops`, `step` or `quality` instead of `all` measures a part. On a machine with a GPU and little time,
+`benchmarks/gpu_suite.sh FOLDER` tests and measures in parts. `make report` then writes this page and the README's
+table. `make report CHECK=1`, like the tests, only compares them with the files."""
 
 
 def performance(devices: Sequence[Device], docs: Path) -> str:
@@ -64,7 +63,8 @@ def overview(devices: Sequence[Device]) -> list[str]:
     return [
         "## All devices",
         filled(
-            f"Geometric means, least and greatest in brackets; in rows *over ours*, above 1 is in our favour. {where}."
+            "Geometric means, with the least and the greatest in brackets. In rows *over ours*, above 1 is in our "
+            f"favour. {where}."
         ),
         table(("", *(device.name for device in devices)), rows),
         *map(filled, notes),

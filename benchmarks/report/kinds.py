@@ -19,7 +19,7 @@ from .text import NONE, mebibytes, ratio, table
 
 FOLDER = "kinds"
 MIXES = "mixes*.json"
-NOTHING = "Nothing has been measured in this form yet."
+NOTHING = "No results of this form yet."
 
 
 def kinds_block(results: Path) -> str:

@@ -20,7 +20,7 @@ from .text import NONE, mebibytes, table
 
 FOLDER = "quality"
 PEER = "lora-all"  # what a score is held to
-NOTHING = "Nothing has been measured in this form yet."
+NOTHING = "No results of this form yet."
 _BUDGET = ("steps", "search_steps", "batch", "length", "train_items", "validation_items", "test_items")
 
 Case = dict[str, Any]

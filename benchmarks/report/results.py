@@ -53,9 +53,7 @@ def load_folder(folder: Path, *, quick: bool = False) -> Device | None:
         if content.get("job") != job:
             raise ValueError(f"{path} is of job {content.get('job')!r}, expected {job!r}")
         if content.get("quick") and not quick:
-            raise ValueError(
-                f"{path} is a quick look (quick: true), which no report is made from; measure without --quick"
-            )
+            raise ValueError(f"{path} is a quick run (quick: true), which no report uses; measure without --quick")
         files[job] = content
     return Device(folder.name, folder, files) if files else None
 

@@ -28,7 +28,7 @@ ROWS = {
 }
 MOST_ROWS = 8
 TASK = "sentiment"
-NOTHING = "Nothing has been measured in this form yet."
+NOTHING = "No results of this form yet."
 LINKS = (
     "All figures and losses: [docs/performance.md](docs/performance.md), [docs/quality.md](docs/quality.md). "
     "Protocol: [docs/benchmarks.md](docs/benchmarks.md)."

@@ -37,12 +37,12 @@ PICTURES = {
     "quality.png": "Scores by method",
 }
 PROTOCOL = """\
-All implementations of a case run in one process, one after the other, round after round, so that whatever else
-the machine does meets all of them alike; times are medians with quartiles. Before a case is timed, values and
-gradients of all of them are compared. Inputs of `fresh` cases rotate through more memory than the last cache
-holds. Where it says *over copies*, copies of the least bytes that the operation has to move ran in the same
-rounds. A training step is compared with the same model, frozen, with the same fused norms and without edits: the
-floor. The whole protocol, and how a file is read: [benchmarks.md](benchmarks.md)."""
+All implementations of a case run in one process, one after the other, in many rounds. So a disturbance of the
+machine affects all of them alike. Times are medians with quartiles. Before a case is timed, the values and gradients
+of all implementations are compared. Inputs of `fresh` cases rotate through more memory than the last-level cache.
+*Over copies*: copies of the least bytes that the operation moves ran in the same rounds. A training step is compared
+with the floor: the same model, frozen, with the same fused norms and without edits. The protocol and the file
+format: [benchmarks.md](benchmarks.md)."""
 
 
 def name_of(operation: str, variant: str) -> str:
@@ -69,13 +69,13 @@ def section(device: Device, docs: Path) -> str:
 
 
 READING = """\
-Cells are a peer's time over ours, so above 1 ours is faster: the geometric mean over the sizes, least and
-greatest in brackets. *Best peer* takes whichever peer is fastest in each case. *Over copies* is our time over
-that of the copies, so 1 is the floor. GB/s are the least bytes over our time."""
+Cells are a peer's time over ours; above 1, ours is faster. They are geometric means over the sizes, with the least
+and the greatest in brackets. *Best peer* is the fastest peer of each case. *Over copies* is our time over the
+copies' time; 1 is the floor. GB/s are the least bytes over our time."""
 STEPS = f"""\
 *Over the floor* is a method's time over that of `{FLOOR}` in the same round, the median over the rounds. The floor
-is the frozen model with the same fused norms and no edit, whose gradients pass through it as a trained edit's do.
-Memory is the peak of a step beyond the base weights: activations, gradients, and what the method adds."""
+is the frozen model with the same fused norms and no edit. Its gradients flow through the model as those of a trained
+edit do. Memory is the peak of a step beyond the base weights: activations, gradients, and the method's own tensors."""
 
 
 def _pictures(device: Device, docs: Path, kind: str) -> list[str]:
@@ -266,8 +266,8 @@ def loss_tables(device: Device) -> list[str]:
     """How many comparisons were lost, each of them, and each goal missed."""
     counts = [(name, str(lost), str(of)) for name, (lost, of) in comparisons(device).items()]
     parts = [
-        "A loss is a peer that is better by more than the spread: its upper quartile below our lower one; less peak "
-        "memory at all; a mean score ahead by more than both standard deviations together. Every one is listed.",
+        "A loss is a peer that is better by more than the spread: its upper quartile is below our lower one; its peak "
+        "memory is less; or its mean score is ahead by more than both standard deviations together. All are listed.",
         table(("compared", "losses", "of"), counts) if counts else "Nothing was compared.",
     ]
     found = losses(device)
@@ -286,7 +286,7 @@ def loss_tables(device: Device) -> list[str]:
         parts.append(table(("where", "what", "ours", "peer", "ours against the peer", "ours over the peer"), rows))
     missed = missed_goals(device)
     of = len(goals(device))
-    parts.append(f"Goals missed: {len(missed)} of {of}." if of else "There is no figure for any goal.")
+    parts.append(f"Goals missed: {len(missed)} of {of}." if of else "No goal has a figure.")
     if missed:
         parts.append(table(("where", "goal", "found"), [(m.where, m.goal, m.found) for m in missed]))
     return parts
@@ -296,5 +296,5 @@ def missing_table(device: Device) -> str:
     """What there is no figure of, and why."""
     rows = not_measured(device)
     if not rows:
-        return "Nothing was left out."
+        return "No case was left out."
     return table(("file", "what", "why"), [(f"{job}.json", name, reason) for job, name, reason in rows])

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = options.name or _name(config, settings)
         path = file_of(options.output, name)
         if path.exists() and not options.overwrite:
-            raise FileExistsError(f"output: {str(path)!r} is there; pass --overwrite to replace it")
+            raise FileExistsError(f"output: {str(path)!r} exists; pass --overwrite to replace it")
         data = load({part: getattr(options, part) for part in PARTS if getattr(options, part) is not None})
         return _run(name, path, settings, config, data, torch.device(options.device))
     except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -152,29 +152,29 @@ def _settings(options: argparse.Namespace) -> Settings:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scoreboard", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--output", type=Path, required=True, metavar="FOLDER", help="where the file of results goes")
+    add("--output", type=Path, required=True, metavar="FOLDER", help="folder for the file of results")
     add("--model", default=MODEL, metavar="ID", help=f"a hub id or a folder (default: {MODEL})")
-    add("--position", default="more", help="of RED's edits (default: more, RED++)")
-    add("--kind", default="all", help="of RED's edits (default: all)")
-    add("--adapter", type=Path, metavar="FILE", help="an adapter_config.json of PEFT, of any method, in place of RED")
-    add("--name", metavar="METHOD/VARIANT", help="of the experiment (default: told from the rest)")
+    add("--position", default="more", help="position of RED's edits (default: more, RED++)")
+    add("--kind", default="all", help="kind of RED's edits (default: all)")
+    add("--adapter", type=Path, metavar="FILE", help="an adapter_config.json of PEFT, of any method, instead of RED")
+    add("--name", metavar="METHOD/VARIANT", help="name of the experiment (default: from the other options)")
     add("--overwrite", action="store_true", help="replace the file of an earlier run")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU, if there is one)")
-    add("--dtype", choices=DTYPES, help="of the base model (default: bfloat16)")
-    add("--learning-rate", type=float, metavar="R", help="the highest one (default: 0.01)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU if available)")
+    add("--dtype", choices=DTYPES, help="dtype of the base model (default: bfloat16)")
+    add("--learning-rate", type=float, metavar="R", help="the highest learning rate (default: 0.01)")
     add("--weight-decay", type=float, metavar="W", help="(default: 0; the scoreboard's other methods have 0.1)")
     for name, text in (
         ("--max-steps", "optimizer steps (default: 5000)"),
-        ("--eval-steps", "steps from one evaluation to the next (default: 250)"),
-        ("--batch-size", "of training (default: 4)"),
-        ("--batch-size-eval", "of answering (default: 50)"),
+        ("--eval-steps", "steps between evaluations (default: 250)"),
+        ("--batch-size", "batch size of training (default: 4)"),
+        ("--batch-size-eval", "batch size of answering (default: 50)"),
         ("--max-seq-length", "tokens of a question with its answer (default: 768)"),
         ("--max-new-tokens", "tokens of a generated answer (default: 300)"),
         ("--seed", "(default: 0)"),
     ):
         add(name, type=int, metavar="N", help=text)
     for part in PARTS:
-        add(f"--{part}", type=Path, metavar="JSONL", help=f"a file in the place of the hub's data: {part}")
+        add(f"--{part}", type=Path, metavar="JSONL", help=f"a file instead of the hub's data: {part}")
     return parser
 
 

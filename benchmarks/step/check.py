@@ -186,7 +186,7 @@ def _hold(
     allowed = 2 * abs(float(plain.loss) - loss) + step + math.sqrt(2 / targets) * bound
     error = abs(float(found.loss) - loss)
     if not error <= allowed:
-        raise ArithmeticError(f"{what}: the loss is off by {error:.3e}, allowed are {allowed:.3e}")
+        raise ArithmeticError(f"{what}: the loss is off by {error:.3e}, allowed is {allowed:.3e}")
 
 
 def _allowed(plain: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
@@ -196,7 +196,7 @@ def _allowed(plain: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
 def _bound(what: str, found: Tensor, truth: Tensor, allowed: float) -> None:
     error = float((found.to(truth.dtype) - truth).norm())
     if not error <= allowed:
-        raise ArithmeticError(f"{what} are off by {error:.3e}, allowed are {allowed:.3e}")
+        raise ArithmeticError(f"{what} are off by {error:.3e}, allowed is {allowed:.3e}")
 
 
 def _has_dropout(model: nn.Module) -> bool:

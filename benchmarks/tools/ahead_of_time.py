@@ -1,7 +1,7 @@
 """Every Triton kernel compiled for real GPUs, without one: registers, spills, shared memory and widths of accesses.
 
     python -m benchmarks.tools.ahead_of_time             the kernels of a patched model, on every target
-    python -m benchmarks.tools.ahead_of_time --markdown  the same as the table of docs/decisions.md
+    python -m benchmarks.tools.ahead_of_time --markdown  the table of red_kernels/backends/triton/README.md
     python -m benchmarks.tools.ahead_of_time --all       whatever the operations can ask for (an hour and more)
 
 What is compiled is what the operations launch on that GPU, with the tiles of :mod:`red_kernels.backends.triton.rules`:
@@ -197,7 +197,7 @@ def least_bytes(program: Program, name: str, access: Access) -> int:
         return min(16, together * _BYTES[tensors[name]])
     if name in (*ACTIVATIONS, *SUMMED, *SUMS):
         return together * itemsize if name in ACTIVATIONS else 16
-    raise ValueError(f"{program.kernel} has a tensor {name!r}, and nothing says how it is to be read")
+    raise ValueError(f"{program.kernel} has a tensor {name!r}, but no rule for its accesses")
 
 
 def programs(case: Case, target: str) -> list[Program]:
@@ -419,7 +419,7 @@ def print_reports(reports: Sequence[Report], console: Console) -> None:
 
 
 def markdown(reports: Sequence[Report]) -> str:
-    """The table of docs/decisions.md: registers / spills / shared memory in KiB, of each target."""
+    """The table of red_kernels/backends/triton/README.md: registers / spills / shared memory in KiB, by target."""
     rows: dict[tuple[Any, ...], dict[str, Report]] = {}
     for r in sorted(reports, key=_order):
         program = r.program
@@ -470,8 +470,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
     parser.add_argument("--targets", nargs="+", choices=_TARGETS, default=list(TARGETS))
     parser.add_argument("--all", action="store_true", help="all dtypes and options of the operations")
-    parser.add_argument("--markdown", action="store_true", help="print the table of docs/decisions.md")
-    parser.add_argument("--processes", type=int, help="to compile in; as many as there are cores")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the table of red_kernels/backends/triton/README.md"
+    )
+    parser.add_argument("--processes", type=int, help="compiling processes (default: one for each core)")
     options = parser.parse_args(arguments)
     cases = (
         all_cases(options.widths)

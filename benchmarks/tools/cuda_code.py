@@ -117,7 +117,7 @@ class Code:
             called = {int(a, 16) for text in self.instructions.values() for a in re.findall(r"CALL\S* (0x\w+)", text)}
             cases = set(addresses[1:]).difference(called, *found.values())
             if not cases:
-                raise ValueError(f"{self.name} branches to an address that is not to be found")
+                raise ValueError(f"{self.name} branches to an unknown address")
             for address in tables:
                 found[address] = sorted({*found[address], *cases})
         return found
@@ -140,22 +140,22 @@ def resources(report: str) -> list[Resources]:
     for line in report.splitlines():
         if match := re.search(r"Compiling entry function '([^']+)' for 'sm_(\d+)\w?'", line):
             if entry is not None:
-                raise ValueError(f"ptxas says nothing of the registers of {entry[0]}")
+                raise ValueError(f"ptxas reports no registers of {entry[0]}")
             entry, memory = (match[1], int(match[2])), []
         elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
             if entry is None:
-                raise ValueError(f"ptxas speaks of no kernel: {line}")
+                raise ValueError(f"ptxas reports no kernel: {line}")
             memory.append(tuple(map(int, match.groups())))
         elif match := re.search(r"Used (\d+) registers", line):
             if entry is None or not memory:
-                raise ValueError(f"ptxas speaks of no kernel, or not of its memory: {line}")
+                raise ValueError(f"ptxas reports no kernel, or no memory of it: {line}")
             stack, stores, loads = (sum(numbers) for numbers in zip(*memory, strict=True))
             found.append(Resources(*entry, int(match[1]), stack, stores, loads))
             entry, memory = None, []
         elif re.search(r"\bspill|\bstack frame", line):
             raise ValueError(f"a line of ptxas that is not understood: {line}")
     if entry is not None or memory:
-        raise ValueError("what ptxas said ends in the middle of a kernel")
+        raise ValueError("the output of ptxas ends in the middle of a kernel")
     return found
 
 
@@ -205,7 +205,7 @@ def access(instruction: str) -> tuple[str, int] | None:
     """Kind and bits of an access to global memory, None for other instructions; see :class:`Access`."""
     operation, *modifiers = _operation(instruction)
     if operation.startswith(("UBLK", "UTMA")):
-        raise ValueError(f"a bulk copy, the width of which the instruction does not say: {instruction}")
+        raise ValueError(f"a bulk copy whose instruction has no width: {instruction}")
     kind = _GLOBAL.get(operation)
     if kind is None:
         return None

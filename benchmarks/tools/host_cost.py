@@ -37,9 +37,9 @@ from .host_steps import steps
 CALLS = 200  # in a row, for one measurement
 TINY = (4, 64)
 LEFT_OUT = (
-    "Not in the figures of the CUDA operators without a GPU: cudaLaunchKernelEx itself, the guard of the device, the "
-    "question for the current stream, and what CUDA's caching allocator takes beyond malloc. And torch composes its "
-    "rms_norm of several kernels on the CPU: on a GPU, where it is one, it costs less."
+    "The figures of the CUDA operators without a GPU leave out cudaLaunchKernelEx, the device guard, the query of "
+    "the current stream, and the time of CUDA's caching allocator beyond malloc. torch's rms_norm is several kernels "
+    "on the CPU; on a GPU it is one kernel and costs less."
 )
 
 

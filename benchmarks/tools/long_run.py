@@ -241,8 +241,8 @@ def _groups(names: list[str], size: int) -> Iterator[list[str]]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the parts, print what they found, and write it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tools.long_run", description=__doc__)
-    parser.add_argument("--steps", type=int, default=10_000, metavar="N", help="of a run (default: 10000)")
-    parser.add_argument("--edits", type=int, default=1000, metavar="N", help="in one model (default: 1000)")
+    parser.add_argument("--steps", type=int, default=10_000, metavar="N", help="steps of a run (default: 10000)")
+    parser.add_argument("--edits", type=int, default=1000, metavar="N", help="edits in one model (default: 1000)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="a file of results")
     options = parser.parse_args(arguments)
     if options.steps < LOOKS or options.edits < 1:

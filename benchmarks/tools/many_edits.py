@@ -265,7 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batches", nargs="+", type=_batch, default=[(16, 128), (1000, 2)], help="ROWSxLENGTH")
     parser.add_argument("--edits", nargs="+", type=int, default=[1, 16, 1000])
-    parser.add_argument("--dtype", choices=ASKED, default=AUTO, help="auto: bf16 if it is native here, else fp32")
+    parser.add_argument("--dtype", choices=ASKED, default=AUTO, help="auto: bf16 if native here, else fp32")
     parser.add_argument("--lora", type=int, default=16, help="the most LoRA adapters to compare with; 0 for none")
     parser.add_argument("--seconds", type=_seconds, default=20.0, help="for each table")
     parser.add_argument("--output", type=Path, help="a JSON file for the result")

@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tools.mixes", description=str(__doc__).split("\n")[0])
     parser.add_argument("--widths", nargs="+", type=int, default=[768, 4096])
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["fp32", "bf16"])
-    parser.add_argument("--elements", type=int, default=1 << 23, help="of an activation (default: 8 million)")
+    parser.add_argument("--elements", type=int, default=1 << 23, help="elements of an activation (default: 8 million)")
     parser.add_argument("--blocks", type=int, default=4, help="of a reflection")
     parser.add_argument("--seconds", type=float, default=8.0, help="for each table")
     parser.add_argument("--output", type=Path, help="a JSON file for the result")

@@ -19,7 +19,7 @@ VARIABLE = "PASSED_TESTS"
 def _file() -> Path:
     name = os.environ.get(VARIABLE)
     if not name:
-        raise pytest.UsageError(f"{VARIABLE} is not set, expected the file that names of passed tests go into")
+        raise pytest.UsageError(f"{VARIABLE} is not set, expected the file for names of passed tests")
     return Path(name)
 
 

@@ -308,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tools.pictures", description=str(__doc__).split("\n")[0]
     )
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where a picture differs")
+    parser.add_argument("--check", action="store_true", help="write no file; fail if a picture differs")
     chosen = parser.parse_args(arguments)
     differing = []
     for name, text in draw().items():

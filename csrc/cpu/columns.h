@@ -1,5 +1,6 @@
-// Column sums over all rows, for the gradients of vectors: each chunk adds up its own, and the chunks are added in order.
-// Sums of few rows, then sums of those, then fp64: a plain fp32 sum down 64 rows loses more digits than eager PyTorch does.
+// Column sums over all rows, for the gradients of vectors: each chunk adds up its own, and the chunks are added in
+// order. Sums of few rows, then sums of those, then fp64: a plain fp32 sum of 64 rows loses more digits than eager
+// PyTorch does.
 #pragma once
 
 #include "tensors.h"
@@ -9,14 +10,14 @@ namespace cpu {
 
 class ColumnSums {
  public:
-  // `asked[k]` and `of_edits[k]`: whether the k-th sum is wanted, and whether it is kept apart for each edit.
+  // `asked[k]` and `of_edits[k]`: whether the k-th sum is requested, and whether it is separate for each edit.
   static constexpr int kSums = 5;
-  static constexpr int64_t kRows = 16;  // rows that are added up one after the other
+  static constexpr int64_t kRows = 16;  // rows added up in one chain
 
   ColumnSums(const Shape& shape, const EditIds& ids) : shape_(shape), edits_(ids.edits()), sorted_(ids.data != nullptr),
                                                        plan_(plan_chunks(shape.rows, ids.data, ids.edits())) {}
 
-  // Asks for the k-th sum; `of_edits` keeps it apart for each edit.
+  // Requests the k-th sum; with `of_edits` it is separate for each edit.
   void ask(int k, bool wanted, bool of_edits) {
     if (wanted) place_[k] = count_++;
     of_edits_[k] = of_edits && sorted_;
@@ -47,7 +48,7 @@ class ColumnSums {
     });
   }
 
-  // The k-th sum over all rows: (d,), or (n, d) for edits chosen by ids; undefined if not asked for.
+  // The k-th sum over all rows: (d,), or (n, d) for edits chosen by ids; undefined if not requested.
   Tensor total(int k) {
     if (place_[k] < 0) return Tensor();
     const int64_t d = shape_.d, n = of_edits_[k] ? edits_ : 1;

@@ -14,7 +14,7 @@
 
 namespace red {
 
-// build.py says which sets it compiles: those of x86-64, those of AArch64, or the one for any other processor.
+// build.py defines the compiled sets: those of x86-64, those of AArch64, or the one for any other processor.
 #if defined(RED_AARCH64)
 namespace neon {
 extern const Kernels kernels;
@@ -42,7 +42,7 @@ extern const Kernels kernels;
 namespace {
 
 #if defined(RED_AARCH64)
-// Whether the processor converts fp32 to bf16 by itself (FEAT_BF16). Where the system does not tell, it does not.
+// Whether the processor converts fp32 to bf16 (FEAT_BF16). If the system does not report it, it does not.
 bool converts_to_bfloat16() {
 #if defined(__linux__)
   constexpr unsigned long kBFloat16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack

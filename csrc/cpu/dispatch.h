@@ -8,12 +8,12 @@
 
 namespace red {
 
-// The kernels in use: the best this processor has, or those of RED_KERNELS_CPU. Throws std::runtime_error if that names
-// none that this processor can run.
+// The kernels in use: the best set of this processor, or that of RED_KERNELS_CPU. Throws std::runtime_error if that
+// names no set that this processor can run.
 const Kernels& kernels();
-// Uses the instruction set of that name (null: the automatic choice). Throws as above, and then changes nothing.
+// Uses the instruction set of that name (null: the automatic choice). Throws as above, without changes.
 void use_kernels(const char* name);
-// The names of the instruction sets compiled in that this processor can run, best last.
+// The names of the compiled instruction sets that this processor can run, best last.
 std::vector<const char*> runnable();
 
 // Rows in runs for the column sums: at most 256 runs of at least 64 rows. With ids (int64, one for each row, checked to

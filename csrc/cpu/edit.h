@@ -1,6 +1,6 @@
 // The edit with its dropout and residual add, forward and backward (edit_forward, edit_backward in reference.py).
-// With dropout, whose random words cost more than all else, loops look at their flags in each column; without, they are
-// compiled for each case.
+// With dropout, whose random words dominate, loops check their flags in each column; without, they are compiled for
+// each case.
 #pragma once
 
 #include "philox.h"
@@ -9,7 +9,7 @@
 namespace red {
 namespace RED_ISA {
 
-// What is added behind a formula; absent residuals and factors are null.
+// The terms behind a formula; absent residuals and factors are null.
 template <class T>
 struct Added {
   const T* residual;
@@ -28,7 +28,7 @@ struct Added {
     return h;
   }
 
-  // pass(has_residual, flag) for the case at hand; without dropout both are known when pass is compiled.
+  // pass(has_residual, flag) for the present case; without dropout both are compile-time constants.
   template <class Pass>
   RED_INLINE void each_case(const Pass& pass, bool flag) const {
     if (factor)
@@ -38,12 +38,12 @@ struct Added {
   }
 };
 
-// The edit of a row. A norm wants formulas of this form: after `start`, z of all columns by `sweep_values`, and before
-// that of the first columns by `start_value`.
+// The edit of a row. A norm needs formulas of this form: `start`, then z of all columns by `sweep_values`; that of the
+// first columns by `start_value` comes before.
 template <class T>
 struct Edited : Added<T> {
   using Element = T;
-  static constexpr bool kKeepsZ = false;  // whether z always is
+  static constexpr bool kKeepsZ = false;  // whether z always is kept
   static constexpr bool kWhole = false;   // whether rows consist of whole units
   const T* x;
   const float *scale, *bias;
@@ -92,7 +92,7 @@ void edit_forward(const EditForward& p, int64_t begin, int64_t end, float* scrat
   (p.stream ? edit_forward_rows<T, true> : edit_forward_rows<T, false>)(p, begin, end, scratch);
 }
 
-// The part of every backward behind the gradient g of z: the dropout, dx, and the two column sums.
+// The common part of every backward, from the gradient g of z: the dropout, dx, and the two column sums.
 template <class T, bool Stream>
 struct EditGradient {
   using Element = T;
@@ -100,7 +100,7 @@ struct EditGradient {
   const T* x;
   const float *scale, *factor;
   T* dx;
-  float *dscale, *dbias, *held;  // the last is null where the gradient is asked for and nothing is written with it
+  float *dscale, *dbias, *held;  // the last is null if the gradient is requested and no output is written with it
 
   template <class P>
   RED_INLINE EditGradient(const P& p, int64_t i, const T* x, const float* factor, const Columns& sums,
@@ -113,7 +113,7 @@ struct EditGradient {
     decide(pass, flags...);
   }
 
-  // With `all`, dx and both sums are asked for and nothing is dropped.
+  // With `all`, dx and both sums are requested and there is no dropout.
   template <class At, class Flag>
   RED_INLINE void put(At at, int64_t j, V g, Flag all) const {
     if constexpr (std::is_same_v<Flag, std::true_type>) {
@@ -128,15 +128,15 @@ struct EditGradient {
     }
   }
   bool all() const { return dx && dscale && dbias && !factor; }
-  // gradient(at, j) is g at columns j, and is called once for each.
+  // gradient(at, j) is g at columns j, and is called once for each unit.
   template <class Gradient, class Flag>
   RED_INLINE void behind(int64_t d, const Gradient& gradient, Flag all) const {
     if (!Stream || !held) {
       sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) { put(at, j, gradient(at, j), all); });
       return;
     }
-    // Stores past the cache fill line by line, and of two outputs by turns some lines leave half full. So each is
-    // written by itself, for as many columns as the nearest cache has room for.
+    // Stores past the cache fill line by line; alternating between two outputs leaves some lines half full. So each
+    // output is written separately, for as many columns as fit into the first-level cache.
     constexpr int64_t columns = 512;
     for (int64_t from = 0; from < d; from += columns) {
       const int64_t width = d - from < columns ? d - from : columns;

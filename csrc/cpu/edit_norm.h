@@ -25,7 +25,7 @@ RED_INLINE void norm_forward_of_rows(Flag stream, const P& p, int64_t begin, int
       formula.template sweep_values<sums.kParts>(
           d, [&](auto at, int64_t j, int k, const auto& value) __attribute__((always_inline)) {
             prepare(stream, y + j);
-            // The norm sees z as rounded, whether it is kept or not.
+            // The norm reads z as rounded, kept or not.
             const V h = Formula::kKeepsZ || keeps_z ? at.store_rounded(stream, z + j, value(has_residual))
                                                     : rounded(T{}, value(has_residual));
             at.template store<false>(held + j, h);
@@ -40,7 +40,7 @@ RED_INLINE void norm_forward_of_rows(Flag stream, const P& p, int64_t begin, int
     const int64_t next = i + 1 < end ? i + 1 : i;
     const T *next_x = row<T>(p.x, next), *next_residual = row<T>(p.residual, next, next_x);
     sweep<Formula::kWhole>(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
-      // This pass reads nothing from memory, so the next row can come in meanwhile.
+      // This pass reads nothing from memory, so the next row can be prefetched.
       prefetch(next_x + j);
       prefetch(next_residual + j);
       const V normed = normalised<Centered>(at.load(held + j), s);
@@ -75,7 +75,7 @@ RED_INLINE void norm_backward_of_rows(Flag stream, const P& p, const Chunk& chun
     const Statistics s{Centered ? p.mean[i] : 0.0f, p.rstd[i]};
     const Gradient edit(p, i, x, factor, sums, held);
     T* dresidual = output<T>(p.dresidual, d, i);
-    // In place of what is not asked for the row that is read anyway.
+    // Unrequested outputs are replaced by the row, which is read anyway.
     const T *first_out = dresidual ? dresidual : dy, *second_out = edit.dx ? edit.dx : dy;
     Projection projection;
     const auto first = [&](auto has_residual, auto norm_sums) __attribute__((always_inline)) {

@@ -1,4 +1,4 @@
-// Half precision to fp32 and back, for the instruction set this file is compiled for.
+// Half precision to fp32 and back, for the instruction set of this compilation.
 #pragma once
 
 #include "vec.h"
@@ -47,20 +47,20 @@ struct Halves {
 // ---- bf16 is the upper half of fp32
 
 #if RED_LANES == 4 && defined(__x86_64__)
-// The unpacking puts zeros below.
+// Unpacking puts zeros below.
 RED_INLINE V load(const BFloat16* p) {
   const __m128i h = get<__m128i>(p);
   const __m128i zero = _mm_setzero_si128();
   return {bits<N>(_mm_unpacklo_epi16(zero, h)), bits<N>(_mm_unpackhi_epi16(zero, h))};
 }
 #elif RED_LANES == 8
-RED_INLINE V load(const BFloat16* p) {  // unpacking takes each 16 bytes by themselves
+RED_INLINE V load(const BFloat16* p) {  // unpacking works on each 16 bytes separately
   const __m256i h = _mm256_permute4x64_epi64(get<__m256i>(p), 0xd8);
   const __m256i zero = _mm256_setzero_si256();
   return {bits<N>(_mm256_unpacklo_epi16(zero, h)), bits<N>(_mm256_unpackhi_epi16(zero, h))};
 }
 #else
-RED_INLINE U words_of(H h) {  // the compiler would split these conversions into halves
+RED_INLINE U words_of(H h) {  // the compiler would split these conversions into half vectors
 #if RED_LANES == 16
   return bits<U>(_mm512_cvtepu16_epi32(bits<__m256i>(h)));
 #else
@@ -74,11 +74,11 @@ RED_INLINE V load(const BFloat16* p) {
 
 RED_INLINE N without_lower(U u) { return bits<N>(u & 0xffff0000u); }
 
-// fp32 words whose upper halves are the bf16 nearest to v, ties to even. A NaN is cut and not rounded, which could make it
-// infinite or a zero; it is quiet, as arithmetic leaves none that is not, so its upper half is a NaN too.
+// fp32 words whose upper halves are the bf16 nearest to v, ties to even. A NaN is truncated: rounding could make it
+// infinite or zero. Arithmetic gives only quiet NaNs, so the upper half is a NaN too.
 RED_INLINE U nearest_bfloat16(N v) {
   const U u = bits<U>(v);
-  const I odd = bits<I>(u << 15) >> 31;  // -1 where the last place that stays is odd
+  const I odd = bits<I>(u << 15) >> 31;  // -1 if the last kept bit is odd
   return u + bits<U>((0x7fff - odd) & (v == v));
 }
 
@@ -92,7 +92,7 @@ RED_INLINE H narrow(BFloat16, N v) {
 #endif
 }
 #else
-// The upper halves of two registers, in order. The packing saturates, which an arithmetic shift leaves nothing to do.
+// The upper halves of two registers, in order. Packing saturates, which has no effect after an arithmetic shift.
 RED_INLINE HH upper_halves(U a, U b) {
 #if RED_LANES == 8
   const __m256i packed = _mm256_packs_epi32(_mm256_srai_epi32(bits<__m256i>(a), 16), _mm256_srai_epi32(bits<__m256i>(b), 16));
@@ -119,7 +119,7 @@ RED_INLINE V store_rounded(BFloat16* p, V v) {
   return {bits<N>(words_of(a) << 16), bits<N>(words_of(b) << 16)};
 }
 RED_INLINE V rounded(BFloat16, V v) {
-#if defined(__AVX512BF16__)  // to the same number as what is stored, subnormal ones included
+#if defined(__AVX512BF16__)  // to the same number as the stored one, subnormals included
   const H a = narrow(BFloat16{}, v.a), b = narrow(BFloat16{}, v.b);
   return {bits<N>(words_of(a) << 16), bits<N>(words_of(b) << 16)};
 #else
@@ -127,14 +127,14 @@ RED_INLINE V rounded(BFloat16, V v) {
 #endif
 }
 #elif RED_LANES == 8
-// The bf16 nearest to 16 columns, ties to even: word i has column i in its lower half and column i + 8 in its upper one. Both
-// registers are rounded together, in lanes of 16 bits. No NaN becomes infinite or a zero: `subs` stops at the largest
-// positive one, and a negative one that wrapped is less than it was.
+// The bf16 nearest to 16 columns, ties to even: word i has column i in its lower half and column i + 8 in its upper
+// one. Both registers are rounded together, in lanes of 16 bits. No NaN becomes infinite or zero: `subs` saturates at
+// the largest positive value, and a negative value that wrapped is less than before.
 RED_INLINE __m256i nearest_bfloat16(V v) {
   const __m256i a = bits<__m256i>(v.a), b = bits<__m256i>(v.b), one = _mm256_set1_epi16(1);
   const __m256i upper = _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xaa);
   const __m256i lower = _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa);
-  // Above one half, or one half exactly behind an odd last place.
+  // Above one half, or exactly one half after an odd last bit.
   const __m256i beyond = _mm256_subs_epu16(_mm256_or_si256(lower, _mm256_and_si256(upper, one)), one);
   return _mm256_max_epu16(_mm256_subs_epi16(upper, _mm256_srai_epi16(beyond, 15)), upper);
 }
@@ -204,8 +204,8 @@ RED_INLINE V rounded(Float16, V v) {
   return {widen(Float16{}, narrow(Float16{}, v.a)), widen(Float16{}, narrow(Float16{}, v.b))};
 }
 #else
-// Of words with an fp16 in their upper halves and zeros below. Multiplying by a power of two moves the exponent, subnormals
-// included; infinities and NaNs get the exponent that says so.
+// Words with an fp16 in their upper halves and zeros below. A multiplication by a power of two moves the exponent, also
+// of subnormals; infinities and NaNs get their exponent.
 RED_INLINE N widen_upper(U u) {
   const I rest = bits<I>((u & 0x7fff0000u) >> 3);
   const I special = (rest > 0x0f7fffff) & 0x7f800000;

@@ -1,4 +1,4 @@
-// The kernels of mixes for one instruction set, compiled as isa.cpp is and beside it.
+// The kernels of mixes for one instruction set, compiled like isa.cpp.
 #include "mix_norm.h"
 
 namespace red {

@@ -1,5 +1,5 @@
-// What the dispatcher and the kernels of each instruction set agree on. Plain structs and pointers: no torch, no templates,
-// so that nothing compiled for a wide instruction set can be linked into code that runs everywhere.
+// The interface of the dispatcher and the kernels of each instruction set. Plain structs and pointers: no torch, no
+// templates, so that no code compiled for a wide instruction set is linked into code that runs everywhere.
 #pragma once
 
 #include "../types.h"
@@ -26,7 +26,7 @@ struct EditForward {
   Rows x, residual;
   Vectors scale, bias;
   Dropout dropout;
-  bool stream;  // store past the cache: the output is larger than what would still be cached when it is read
+  bool stream;  // store past the cache: the output exceeds the cache before it is read
   void* z;
 };
 
@@ -36,7 +36,7 @@ struct EditBackward {
   Vectors scale;
   Dropout dropout;
   bool stream;
-  void* dx;  // null if not asked for
+  void* dx;  // null if not requested
 };
 
 struct EditNormForward {
@@ -47,13 +47,13 @@ struct EditNormForward {
   Dropout dropout;
   float eps;
   bool stream;
-  void *y, *z;  // z null: not kept; the norm sees it as rounded all the same
+  void *y, *z;  // z null: not kept; the norm reads it as rounded all the same
   float *mean, *rstd;
 };
 
 struct EditNormBackward {
   int64_t d;
-  Rows dy, dz, z, x, residual;  // z absent: made again from x and residual
+  Rows dy, dz, z, x, residual;  // z absent: recomputed from x and residual
   Vectors scale, bias;
   const float* weight;
   Dropout dropout;
@@ -83,8 +83,8 @@ struct NormEditBackward {
   void* dx;
 };
 
-// A mix is an edit with its first vector in the place of the scale. `blocks` of columns are reflected, or pairs of
-// columns rotate (0); `second` has no data where there is none. z is always kept.
+// A mix is an edit with its first vector in place of the scale. `blocks` of columns are reflected, or pairs of columns
+// rotate (0); `second` has no data if absent. z is always kept.
 struct MixForward : EditForward {
   Vectors second;
   int64_t blocks;
@@ -102,22 +102,20 @@ struct MixNormBackward : EditNormBackward {
   int64_t blocks;
 };
 
-// A run of rows whose column sums are added up in order. Its extent depends on the shape and the ids only, never on the
-// number of threads, so neither do the sums. With `order`, the k-th row is order[k].
+// A run of rows whose column sums are added in order. Its extent depends only on the shape and the ids, never on the
+// number of threads, so the sums do not either. With `order`, the k-th row is order[k].
 struct Chunk {
   int64_t begin, end, edit;
   const int64_t* order;
   int64_t row(int64_t k) const { return order ? order[k] : k; }
 };
 
-// Where a chunk adds up its column sums, each of d floats; null if not asked for. A mix's first is in the place of the
-// scale.
+// A chunk's column sums, each of d floats; null if not requested. A mix's first vector is in place of the scale.
 struct Columns {
   float *dscale = nullptr, *dbias = nullptr, *dweight = nullptr, *dnorm_bias = nullptr, *dsecond = nullptr;
 };
 
-// Floats of scratch that a kernel needs for a row of d: a row in fp32, and one of dropout factors or two of folded vectors,
-// each padded.
+// Floats of scratch for a row of d: a row in fp32, and one of dropout factors or two of folded vectors, each padded.
 constexpr int64_t padded(int64_t d) { return (d + 127) / 64 * 64; }
 constexpr int64_t scratch_floats(int64_t d) { return 3 * padded(d); }
 

@@ -1,4 +1,4 @@
-// What the library of these kernels lends to that of autograd's nodes, which calls them without torch's dispatcher.
+// The kernels and structs that this library lends to that of autograd's nodes, which bypasses torch's dispatcher.
 #pragma once
 
 #include "dispatch.h"
@@ -7,14 +7,14 @@
 namespace red {
 
 struct Lent {
-  int64_t layout;  // of the structs that both were compiled with
+  int64_t layout;  // size of the structs of both compilations
   const Kernels& (*kernels)();
   void* (*acquire)(size_t bytes);
   void (*release)(void* block);
   bool (*pool_in_use)();
 };
 
-// Changes with the structs that pass between the two.
+// Changes with the shared structs.
 constexpr int64_t kLentLayout =
     static_cast<int64_t>(sizeof(Kernels) ^ sizeof(EditForward) << 10 ^ sizeof(EditBackward) << 20 ^
                          sizeof(EditNormForward) << 30 ^ sizeof(EditNormBackward) << 40 ^ sizeof(NormEditBackward) << 50 ^

@@ -21,11 +21,11 @@
 namespace red {
 namespace {
 
-// Where pages are 4 KiB. With pages of 16 or 64 KiB a huge one has 32 or 512 MiB, and most blocks get none.
+// For pages of 4 KiB. With pages of 16 or 64 KiB a huge one has 32 or 512 MiB, and most blocks get none.
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kAlignment = 64;
 
-// Memory that this process may use: the machine's, or what its control group allows.
+// The memory available to this process: the machine's, or its control group's limit.
 size_t memory() {
   const long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
   size_t bytes = pages > 0 && size > 0 ? static_cast<size_t>(pages) * static_cast<size_t>(size) : size_t{8} << 30;
@@ -43,7 +43,7 @@ size_t limit() {
   return std::strtoull(text, nullptr, 10) << 20;
 }
 
-// Sizes that differ by less than an eighth share blocks.
+// Sizes within an eighth share blocks.
 size_t size_class(size_t bytes) {
   size_t step = kPooledBytes / 8;
   while (step * 16 <= bytes) step *= 2;
@@ -116,7 +116,7 @@ class Pool {
     size_t bytes;
   };
 
-  // Gives back what was released longest ago until no more than `bytes` are kept.
+  // Frees the blocks released longest ago until at most `bytes` are kept.
   void drop_to(size_t bytes) {
     size_t dropped = 0;
     for (; kept_ > bytes; ++dropped) {
@@ -131,15 +131,15 @@ class Pool {
   std::vector<Block> free_;  // in the order of release
   std::unordered_map<void*, size_t> sizes_;
   size_t live_ = 0, peak_ = 0, kept_ = 0;
-  std::optional<size_t> limit_;  // read at the first use: the load of a library is no place for an error
+  std::optional<size_t> limit_;  // read at the first use: loading a library must not fail
 };
 
 
-// Made when the library is loaded, since a fork in the middle of making it would leave it half made; never destroyed, since
-// tensors may outlive static destructors.
+// Created when the library is loaded, since a fork during its creation would leave it incomplete; never destroyed,
+// since tensors may outlive static destructors.
 Pool* const pool = new Pool;
 
-// A child has the thread that forked and no other: what another had locked at that moment would stay locked in it.
+// A child has only the forking thread: a lock of another thread would stay locked in it.
 [[maybe_unused]] const int at_fork =
     pthread_atfork([] { pool->lock(); }, [] { pool->unlock(); }, [] { pool->unlock(); });
 

@@ -1,5 +1,5 @@
 // Mixes with their dropout and residual add, forward and backward (mix_forward, mix_backward in reference.py). Formula
-// and gradient have the form of those of edits, for the loops of edit_norm.h. Flags are looked at in each unit: there are
+// and gradient have the form of those of edits, for the loops of edit_norm.h. Flags are checked in each unit: there are
 // three formulas, and code for each case of each would be a megabyte for every instruction set.
 #pragma once
 
@@ -8,19 +8,19 @@
 namespace red {
 namespace RED_ISA {
 
-constexpr int64_t kPair = 32;  // columns between the two of a pair
+constexpr int64_t kPair = 32;  // distance between the columns of a pair
 static_assert(kPair % L == 0, "a unit has no pair inside");
 constexpr int kGroup = 2 * kPair / L;  // units of a group of pairs
 
-// The unit behind j, in the lower half of each pair of kPair columns.
+// The unit after j, in the lower half of each pair of kPair columns.
 RED_INLINE int64_t next_in_pairs(int64_t j) { return (j + L + kPair) & ~kPair; }
 
-// Dots along a block. What is lost of one is lost of a whole block's gradient, and rows may be few: in fp32 only few
-// units are added up, and what they come to in fp64.
+// Dot products along a block. Their rounding error affects a whole block's gradient, and rows may be few: so in fp32
+// only few units are added up, and their sums in fp64.
 template <int Count>
 class Dots {
  public:
-  // body(at, j, add) calls add(n, v) with what the n-th dot gets at columns j.
+  // body(at, j, add) calls add(n, v) with the terms of the n-th dot product at columns j.
   template <class Body>
   RED_INLINE Dots(int64_t columns, const Body& body) {
     const int64_t width = unknown(columns), whole = width / L * L;
@@ -56,7 +56,7 @@ class Dots {
   D sums_[Count] = {};
 };
 
-// What a mix makes of a row: so many reflections of each block, or a rotation (0), whose one block is the row.
+// A mix of a row: a number of reflections of each block, or a rotation (0), whose one block is the row.
 template <class T, int Reflections>
 struct Mixed : Added<T> {
   using Element = T;
@@ -65,14 +65,14 @@ struct Mixed : Added<T> {
   const T* x;
   const float *first, *second, *bias;
   int64_t width;                                  // of a block
-  float along_first = 0.0f, along_second = 0.0f;  // the block at hand times the vectors
+  float along_first = 0.0f, along_second = 0.0f;  // the present block times the vectors
 
   template <class P>
   RED_INLINE Mixed(const P& p, int64_t i, const float* factor)
       : Added<T>(p, i, factor), x(row<T>(p.x, i)), first(p.scale.row(i)), second(p.second.row(i)),
         bias(p.bias.data ? p.bias.row(i) : nullptr), width(Reflections ? p.d / p.blocks : p.d) {}
 
-  // Before the values of a block. `Fetch` brings its residual meanwhile.
+  // Called before the values of a block. `Fetch` prefetches its residual.
   template <bool Fetch = false>
   RED_INLINE void start(int64_t from = 0) {
     if constexpr (Reflections > 0) {
@@ -106,7 +106,7 @@ struct Mixed : Added<T> {
       return turned(at, j, h, at.load(x + (j ^ kPair)), has_residual);
     }
   }
-  // Whether sweep_values takes the units of a row as one sweep would: a norm then adds up the same sums as one alone.
+  // Whether sweep_values visits the units of a row in order: a norm then adds up the same sums as a norm alone.
   RED_INLINE bool in_order() const { return Reflections == 0 || width % (2 * L) == 0; }
   template <class At, class Flag>
   RED_INLINE V start_value(At at, Flag has_residual) const {
@@ -128,7 +128,7 @@ struct Mixed : Added<T> {
   }
 
  private:
-  // A rotation's value, of h and what it is paired with.
+  // A rotation's value, from h and its partner.
   template <class At, class Flag>
   RED_INLINE V turned(At at, int64_t j, V h, V partner, Flag has_residual) const {
     V z = h * at.load(first + j);
@@ -136,7 +136,7 @@ struct Mixed : Added<T> {
     z += partner * at.load(second + j);
     return this->to(at, j, z, has_residual);
   }
-  // sweep_values of rows of halves, each converted once. Each part of a sum gets its units in their order.
+  // sweep_values of rows of halves, each converted once. Each part of a sum gets its units in order.
   template <int Parts, class Body>
   RED_INLINE void sweep_pairs(int64_t d, const Body& body) const {
     for (int64_t from = 0; from < d; from += 2 * kPair) {
@@ -193,13 +193,13 @@ void mix_forward(const MixForward& p, int64_t begin, int64_t end, float* scratch
   });
 }
 
-// The part of a backward behind the gradient of z, as EditGradient. With `Hold` that gradient, which then costs more
-// than a load and may be asked for once, is kept for the columns at hand.
+// The part of a backward from the gradient of z, like EditGradient. With `Hold`, a gradient that costs more than a load
+// and may be computed only once is kept for the present columns.
 template <class T, bool Hold, int Reflections>
 struct MixGradient {
   using Element = T;
   static constexpr bool kWhole = Reflections == 0;
-  const T *x, *next_x = nullptr;  // the latter is fetched meanwhile, without `Hold`
+  const T *x, *next_x = nullptr;  // the latter is prefetched without `Hold`
   const float *first, *second, *factor;
   T* dx;
   float *dfirst, *dsecond, *dbias, *held;
@@ -220,12 +220,12 @@ struct MixGradient {
 
   template <class Gradient>
   RED_INLINE void behind(int64_t d, const Gradient& gradient, bool) const {
-    const int64_t width = Reflections ? d / blocks : 512;  // a rotation's is what the nearest cache has room for
+    const int64_t width = Reflections ? d / blocks : 512;  // a rotation's is what fits into the first-level cache
     for (int64_t from = 0; from < d; from += width)
       behind_block(from, Reflections || d - from > width ? width : d - from, gradient);
   }
 
-  // Of one block, or of whole pairs.
+  // For one block, or for whole pairs.
   template <class Gradient>
   RED_INLINE void behind_block(int64_t from, int64_t width, const Gradient& gradient) const {
     const auto dropped = [&](auto at, int64_t j) __attribute__((always_inline)) {
@@ -280,7 +280,7 @@ struct MixGradient {
   template <class Gradient>
   RED_INLINE void turned(int64_t from, int64_t width, const Gradient& gradient) const {
     const Full at;
-    if (Hold)  // in order: what else is written with it fills line by line
+    if (Hold)  // in order: other outputs fill line by line
       for (int64_t j = 0; j < width; j += L) store<false>(held + j, gradient(at, from + j));
     const int64_t to = from + width;
     for (int64_t low = from; low < to; low = next_in_pairs(low)) {
@@ -311,8 +311,8 @@ struct MixGradient {
   }
 };
 
-// Where it reflects, some blocks of all rows and then others: their vectors and sums stay in the nearest cache.
-// A dropout's factors are there for one row at a time.
+// Reflections process some blocks of all rows and then others: their vectors and sums stay in the first-level cache.
+// Dropout factors exist for one row at a time.
 template <class T, int Reflections>
 void mix_backward_rows(const MixBackward& p, const Chunk& chunk, const Columns& sums, float* scratch) {
   const int64_t d = p.d, width = Reflections ? d / p.blocks : d;

@@ -5,7 +5,7 @@ namespace red {
 namespace cpu {
 namespace {
 
-// What a mix has beside an edit: its second vector, and its blocks.
+// The arguments of a mix beyond an edit's: its second vector, and its blocks.
 class Mixing {
  public:
   Mixing(const Shape& shape, const EditIds& ids, const OptionalTensor& second, int64_t blocks)
@@ -14,7 +14,7 @@ class Mixing {
                     ", and the width of x no multiple of ", blocks > 0 ? blocks : 64);
     STD_TORCH_CHECK(blocks > 0 || second.has_value(), "red_kernels: a rotation needs second");
     if (second.has_value()) this->second = ids.vectors(values_);
-    // Blocks are swept by themselves, and stores past the cache need the bounds of registers in all of them.
+    // Blocks are swept separately, and stores past the cache need register bounds in all of them.
     aligned_ = blocks == 0 || shape.d / blocks % 16 == 0;
   }
   bool streams(const Shape& shape, int outputs) const { return aligned_ && cpu::streams(shape, outputs); }

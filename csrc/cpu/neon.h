@@ -1,5 +1,5 @@
 // NEON's conversions between fp32 and the two half precisions: vectors of four, and eight halves with their two vectors.
-// Without vec.h, so that a test can call them by themselves.
+// Without vec.h, so that a test can call them directly.
 #pragma once
 
 #include <arm_neon.h>
@@ -31,10 +31,10 @@ RED_INLINE H8 narrow2(BFloat16, F4 low, F4 high) {
   return (H8)vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)low), (float32x4_t)high);
 }
 #else
-// What the narrowing addition, which adds half of the last place and cuts, must be given for ties to go to even: minus one
-// where the last place that stays is even.
+// The addend of the narrowing addition, which adds half of the last bit and truncates, so that ties go to even: minus
+// one if the last kept bit is even.
 RED_INLINE uint32x4_t less_if_even(F4 v) { return vceqzq_u32(vandq_u32((uint32x4_t)v, vdupq_n_u32(0x10000))); }
-// The sum of a NaN could round up to infinity or to zero: all bits set is a NaN too.
+// The sum of a NaN could round up to infinity or zero: all bits set is a NaN too.
 RED_INLINE H4 narrow(BFloat16, F4 v) {
   const uint16x4_t nearest = vraddhn_u32((uint32x4_t)v, less_if_even(v));
   return (H4)vorn_u16(nearest, vmovn_u32(vceqq_f32((float32x4_t)v, (float32x4_t)v)));

@@ -1,4 +1,4 @@
-// Row statistics that the norm kernels share. RMSNorm is the case without a mean.
+// Row statistics of the norm kernels. RMSNorm is the case without a mean.
 #pragma once
 
 #include "sweep.h"
@@ -10,8 +10,9 @@ struct Statistics {
   float mean, rstd;
 };
 
-// Of a row held in fp32 whose plain sum does not do: it overflowed, or what it lost exceeds what the row varies by, as
-// in a row of equal values. In fp64, and from the first value on, so that equal values differ by nothing from their mean.
+// For a row kept in fp32 whose plain sum is inaccurate: it overflowed, or its error exceeds the row's variation, as in
+// a row of equal values. In fp64, and relative to the first value, so that equal values have no distance from their
+// mean.
 __attribute__((noinline, cold)) inline Statistics careful_statistics(const float* z, int64_t d, float eps) {
   const double first = z[0];
   double sum = 0.0, squares = 0.0;
@@ -22,16 +23,16 @@ __attribute__((noinline, cold)) inline Statistics careful_statistics(const float
   return {static_cast<float>(mean), 1.0f / __builtin_sqrtf(variance + eps)};
 }
 
-// The sums of a row, made in the pass that writes it to `held`, and the statistics that follow. A variance needs the mean or
-// a value near it. Rows of halves take the mean of their first unit, which mostly does. Else, and for fp32, a second pass
-// takes the mean itself and also finds what the first pass lost of a large mean: it costs no digits.
+// The sums of a row, from the pass that writes it to `held`, and its statistics. A variance needs the mean or a value
+// near it. Rows of halves take the mean of their first unit, which usually suffices. Otherwise, and for fp32, a second
+// pass takes the mean itself and also corrects the first pass's error of a large mean: it costs no digits.
 template <class T, bool Centered>
 class RowSums {
  public:
   static constexpr bool kOnePass = Centered && sizeof(T) == 2;
   static constexpr int kParts = kOnePass && kRegisters == 16 ? 1 : 2;
 
-  // value(at, j) is what the row will hold.
+  // value(at, j) is the row's value.
   template <class Value>
   RED_INLINE RowSums(int64_t d, const Value& value) {
     if constexpr (kOnePass) {
@@ -72,7 +73,8 @@ class RowSums {
     float near, sum, squares, d;
     RED_INLINE float lost() const { return sum / d; }
     RED_INLINE float mean() const { return near + lost(); }
-    // Up to half of the squares the difference is right, and not negative. Written so that a NaN is no "yes".
+    // Up to half of the squares the difference is accurate, and not negative. The form makes the condition false for
+    // NaN.
     RED_INLINE bool holds() const {
       const float correction = lost() * lost();
       return correction <= 0.5f * (squares / d) && correction <= __FLT_MAX__;
@@ -86,7 +88,7 @@ class RowSums {
   Sum<kParts> sum_, squares_;
 };
 
-// The same of a row that is held already.
+// The same for a row that is kept already.
 template <class T, bool Centered>
 __attribute__((noinline)) RowSums<T, Centered> sums_of_row(const float* held, int64_t d) {
   RowSums<T, Centered> sums(d, [&](auto at, int64_t j) __attribute__((always_inline)) { return at.load(held + j); });
@@ -102,7 +104,7 @@ RED_INLINE V normalised(V z, Statistics s) {
 
 // dz = rstd * (g - normed * mean(g * normed) - mean(g)), the last term for LayerNorm only.
 struct Projection {
-  static constexpr int kParts = kRegisters == 32 ? 2 : 1;  // two sums, and much else to keep at hand
+  static constexpr int kParts = kRegisters == 32 ? 2 : 1;  // two sums, and many further values
   Sum<kParts> g_normed, g;
   float along = 0.0f, level = 0.0f;
 

@@ -6,10 +6,10 @@
 namespace red {
 namespace RED_ISA {
 
-// The norm's weight and bias with an edit behind them: scale * (weight * normed + norm_bias) + bias is one multiplication and
-// one addition for each element. What is folded is kept from an edit's second row in a row on: rows may take turns. Either
-// way the bits are the same. Infinity times zero is no number: an edit that does not fold into finite numbers is applied to
-// the norm's own result.
+// The norm's weight and bias with an edit behind them: scale * (weight * normed + norm_bias) + bias is one
+// multiplication and one addition for each element. The folded vectors are kept from an edit's second consecutive row
+// on: rows may alternate. The bits are the same either way. Infinity times zero is NaN: an edit that does not fold into
+// finite numbers is applied to the norm's own result.
 class FoldedEdit {
  public:
   FoldedEdit(const NormEditForward& p, float* scale, float* bias) : p_(p), kept_scale_(scale), kept_bias_(bias) {}
@@ -86,7 +86,7 @@ void norm_edit_forward_rows(const NormEditForward& p, int64_t begin, int64_t end
     const T* next_x = row<T>(p.x, i + 1 < end ? i + 1 : i);
     edit.apply(i, [&](const auto& value) __attribute__((always_inline)) {
       sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
-        // This pass reads nothing from memory, so the next row can come in meanwhile.
+        // This pass reads nothing from memory, so the next row can be prefetched.
         prefetch(next_x + j);
         at.template store<Stream>(y + j, value(at, j, normalised<Centered>(at.load(held + j), s)));
       });
@@ -113,13 +113,13 @@ void norm_edit_backward_rows(const NormEditBackward& p, const Chunk& chunk, cons
     at.template store<false>(folded + j, factor);
     nothing += factor * 0.0f;
   });
-  // As in the forward: what does not fold into finite numbers is multiplied one by one.
+  // As in the forward: vectors that do not fold into finite numbers are multiplied separately.
   const bool finite = Sum<1>{{nothing}}.total() == 0.0f;
   const auto through = [&](auto at, int64_t j, V gradient, auto folds) __attribute__((always_inline)) {
     return folds ? gradient * at.load(folded + j) : gradient * at.load(scale + j) * at.load(weight + j);
   };
-  // The norm's vectors are the same in all rows. So dscale, the sum of gradient * (weight * normed + norm_bias), is made of
-  // the sums of gradient * normed and of gradient, which is dbias.
+  // The norm's vectors are the same in all rows. So dscale, the sum of gradient * (weight * normed + norm_bias),
+  // follows from the sums of gradient * normed and of gradient, which is dbias.
   float* gradients = sums.dbias;
   if (sums.dscale && !gradients) {
     gradients = scratch + padded(d);
@@ -170,7 +170,7 @@ void norm_edit_backward_rows(const NormEditBackward& p, const Chunk& chunk, cons
   if (sums.dscale)
     sweep(d, [&](auto at, int64_t j) __attribute__((always_inline)) {
       const V added = at.load(norm_bias + j);
-      V of_bias = at.load(gradients + j) * added;  // nothing without a bias, also of an infinite gradient
+      V of_bias = at.load(gradients + j) * added;  // no term without a bias, also for an infinite gradient
       of_bias.a = bits<N>(bits<I>(of_bias.a) & (added.a != 0.0f));
       of_bias.b = bits<N>(bits<I>(of_bias.b) & (added.b != 0.0f));
       at.template store<false>(sums.dscale + j, at.load(sums.dscale + j) * at.load(weight + j) + of_bias);

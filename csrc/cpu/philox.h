@@ -1,5 +1,5 @@
 // The dropout mask: Philox4x32-10 (Salmon et al., SC 2011), keyed by the seed and counted by row and column, so that a
-// mask is made again wherever it is needed and never stored. See philox_words in red_kernels/backends/reference.py.
+// mask is regenerated when needed and never stored. See philox_words in red_kernels/backends/reference.py.
 #pragma once
 
 #include "vec.h"
@@ -27,8 +27,8 @@ RED_INLINE void multiply_words(U a, uint32_t b, U& high, U& low) {
 #endif
 }
 
-// Writes the factor of each column of a row: 1 / (1 - p) where it is kept, 0 where it is dropped. `out` is padded.
-// The rounds stay a loop: all ten keys at once would not fit the registers.
+// Writes the factor of each column of a row: 1 / (1 - p) if it is kept, 0 if it is dropped. `out` is padded.
+// The rounds stay a loop: all ten keys at once would not fit into the registers.
 __attribute__((noinline)) inline void dropout_row(const Dropout& dropout, int64_t row, int64_t d, float* out) {
   U lane;
   for (int i = 0; i < W; ++i) lane[i] = static_cast<uint32_t>(i);

@@ -7,7 +7,7 @@ namespace red {
 Plan plan_chunks(int64_t rows, const int64_t* ids, int64_t edits) {
   Plan plan;
   const int64_t length = std::max<int64_t>(64, (rows + 255) / 256);
-  std::vector<int64_t> ends(1, rows);  // where each edit's rows end
+  std::vector<int64_t> ends(1, rows);  // the end of each edit's rows
   if (ids != nullptr) {
     ends.assign(edits, 0);
     for (int64_t i = 0; i < rows; ++i) ++ends[ids[i]];

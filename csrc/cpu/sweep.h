@@ -15,22 +15,22 @@ RED_INLINE void fence() {
 #endif
 }
 
-// Brings the lines of a unit into the cache meanwhile.
+// Prefetches the lines of a unit.
 template <class T>
 RED_INLINE void prefetch(const T* p) {
   for (int i = 0; i < L; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
 }
-// The same for lines that will be written, as this core's own; past the cache nothing is to be brought.
+// The same for lines to be written, as this core's own; outputs past the cache need none.
 template <class Flag, class T>
 RED_INLINE void prepare(Flag stream, const T* p) {
   if (!stream)
     for (int i = 0; i < L; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 1);
 }
 
-// What a flag costs where it is looked at in each unit is little, and code for each case is long: kernels say which flags
-// are constants (std::bool_constant) and which are looked at (bool).
+// Checking a flag in each unit costs little, and code for each case is long: kernels decide which flags are constants
+// (std::bool_constant) and which are checked (bool).
 
-// How a body loads and stores its columns: a whole unit, or the first n of one (the rest read as zero and are not written).
+// How a body loads and stores its columns: a whole unit, or its first n (the rest reads as zero and is not written).
 struct Full {
   template <class T>
   RED_INLINE V load(const T* p) const {
@@ -92,7 +92,7 @@ struct Part {
   }
 };
 
-// Sums side by side hide the latency of an addition and lose fewer digits; `add` takes the index that sweep_sums hands out.
+// Parallel sums hide the latency of an addition and lose fewer digits; `add` takes the index given by sweep_sums.
 template <int Parts>
 struct Sum {
   V part[Parts] = {};
@@ -111,14 +111,15 @@ struct Sum {
   }
 };
 
-// The same number, of which the compiler knows nothing: from one sweep it concludes whether the next has whole units, and
-// makes code of its own for rows that have none.
+// The same number, opaque to the compiler: it would infer from one sweep whether the next has whole units, and generate
+// separate code for rows without any.
 RED_INLINE int64_t unknown(int64_t d) {
   asm("" : "+r"(d));
   return d;
 }
 
-// body(at, j) for the columns j of a row: `at` loads and stores a whole unit or the tail. With `Whole` there is no tail.
+// body(at, j) for the columns j of a row: `at` loads and stores a whole unit or the tail. With `Whole` there is no
+// tail.
 template <bool Whole = false, class Body>
 RED_INLINE void sweep(int64_t columns, const Body& body) {
   const int64_t d = unknown(columns);
@@ -127,7 +128,7 @@ RED_INLINE void sweep(int64_t columns, const Body& body) {
   if (!Whole && j < d) body(Part{static_cast<int>(d - j)}, j);
 }
 
-// The same for a body that adds up along the row: body(at, j, k), where k says which part of a Sum takes the unit.
+// The same for a body that adds up along the row: body(at, j, k), where k is the part of a Sum for the unit.
 template <int Parts, bool Whole = false, class Body>
 RED_INLINE void sweep_sums(int64_t columns, const Body& body) {
   const int64_t d = unknown(columns);
@@ -152,7 +153,7 @@ RED_INLINE void accumulate(At at, float* sums, V v) {
   at.template store<false>(sums, at.load(sums) + v);
 }
 
-// body(flags...) with each flag as std::true_type or std::false_type: what a flag decides is decided once for a row.
+// body(flags...) with each flag as std::true_type or std::false_type: a flag is decided once for a row.
 template <class Body>
 RED_INLINE void decide(const Body& body) {
   body();
@@ -170,7 +171,7 @@ RED_INLINE const T* row(const Rows& rows, int64_t i) {
   return static_cast<const T*>(rows.data) + i * rows.stride;
 }
 
-// The same, or `instead` where the activation is absent.
+// The same, or `instead` if the activation is absent.
 template <class T>
 RED_INLINE const T* row(const Rows& rows, int64_t i, const T* instead) {
   return rows ? row<T>(rows, i) : instead;

@@ -8,8 +8,8 @@
 namespace red {
 namespace cpu {
 
-// A vector, or one for each edit, as fp32: used in place where it is fp32 already, else converted; filled with `neutral`
-// where it is absent (-0 for an addition: +0 would lose the sign of a zero).
+// A vector, or one for each edit, as fp32: used directly if it is fp32, else converted; filled with `neutral` if it is
+// absent (-0 for an addition: +0 would lose the sign of a zero).
 class Vector {
  public:
   Vector(const Shape& shape, const OptionalTensor& tensor, int64_t count, float neutral, float offset,
@@ -62,7 +62,7 @@ class Vector {
   std::optional<Tensor> source_;
 };
 
-// Which edit each row uses.
+// The edit of each row.
 class EditIds {
  public:
   EditIds(const Shape& shape, const OptionalTensor& tensor, int64_t edits) : edits_(edits) {
@@ -100,7 +100,7 @@ inline Dropout dropout_of(const OptionalTensor& seed, double p) {
   return dropout;
 }
 
-// An uninitialised contiguous tensor, from the pool where it is large.
+// An uninitialised contiguous tensor, from the pool if it is large.
 inline Tensor make(Sizes sizes, ScalarType dtype, size_t element) {
   int64_t count = 1;
   for (const int64_t size : sizes) count *= size;
@@ -131,13 +131,13 @@ inline const float* statistic(const Shape& shape, const OptionalTensor& t, const
   return static_cast<const float*>(t->const_data_ptr());
 }
 
-// Scratch rows begin on a cache line; whoever allocates them adds 16 floats for that.
+// Scratch rows start on a cache line; the allocation has 16 floats more for that.
 inline float* align(float* p) { return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }
 
-// Outputs of this many bytes or more go past the cache: by the time they are read, they would have left it.
+// Outputs of at least this many bytes go past the cache: they would have left it before they are read.
 bool streams(const Shape& shape, int outputs);
 
-// Runs body(begin, end) over a range, on torch's threads where it is longer than one of them should have.
+// Runs body(begin, end) over a range, on torch's threads if it is too long for one.
 template <class Body>
 void in_parallel(int64_t end, int64_t grain, const Body& body) {
   if (end > grain)

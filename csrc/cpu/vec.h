@@ -1,5 +1,5 @@
-// fp32 vectors of the instruction set this file is compiled for.
-// RED_ISA names the set and RED_LANES its width. Everything lies in a namespace of that name: see kernels.h.
+// fp32 vectors of the instruction set of this compilation.
+// RED_ISA names the set and RED_LANES its width. All code is in a namespace of that name: see kernels.h.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ namespace red {
 namespace RED_ISA {
 
 constexpr int W = RED_LANES;
-typedef float N __attribute__((vector_size(W * 4)));  // what one register holds
+typedef float N __attribute__((vector_size(W * 4)));  // the content of one register
 typedef uint32_t U __attribute__((vector_size(W * 4)));
 typedef int32_t I __attribute__((vector_size(W * 4)));
 
@@ -30,8 +30,8 @@ RED_INLINE To bits(From from) {
   return to;
 }
 
-// The unit of all kernels: two registers of neighbouring columns. As halves they fill one register, so that sets without
-// instructions of their own convert and pack both together.
+// The unit of all kernels: two registers of adjacent columns. As halves they fill one register, so that sets without
+// conversion instructions convert and pack both together.
 struct V {
   N a, b;
 };
@@ -50,7 +50,7 @@ RED_INLINE V operator*(V x, float y) { return {x.a * y, x.b * y}; }
 RED_INLINE V& operator+=(V& x, V y) { return x = x + y; }
 RED_INLINE V& operator*=(V& x, V y) { return x = x * y; }
 
-// x * y + z, where this product is fused and not one that z may be: the bits are the same wherever it is compiled.
+// x * y + z, with this product fused and not one inside z: the bits are the same in every compilation.
 RED_INLINE N fused(N x, N y, N z) {
 #if RED_LANES == 16
   return _mm512_fmadd_ps(x, y, z);
@@ -64,8 +64,8 @@ RED_INLINE N fused(N x, N y, N z) {
 }
 RED_INLINE V fused(V x, V y, V z) { return {fused(x.a, y.a, z.a), fused(x.b, y.b, z.b)}; }
 
-// A register as it lies in memory, at any address. Copies of its bytes, or of a whole unit, might go through general
-// registers or the stack.
+// A register in memory, at any address. Copies of its bytes, or of a whole unit, might go through general registers or
+// the stack.
 template <class Register>
 struct __attribute__((packed, may_alias)) Loose {
   Register r;
@@ -99,13 +99,13 @@ RED_INLINE void store(float* p, V v) {
   put<Stream>(p + W, v.b);
 }
 
-// Stores and returns the value that the elements then hold.
+// Stores and returns the value of the stored elements.
 template <bool Stream>
 RED_INLINE V store_rounded(float* p, V v) {
   store<Stream>(p, v);
   return v;
 }
-// The same value, and nothing is stored: elements of the type of the first argument.
+// The same value without a store: elements of the type of the first argument.
 RED_INLINE V rounded(float, V v) { return v; }
 
 }  // namespace RED_ISA

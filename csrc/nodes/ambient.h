@@ -1,4 +1,4 @@
-// What holds in the running thread, as one number; red_kernels/ops/ambient.py names the bits.
+// The state of the running thread, as one number; red_kernels/ops/ambient.py names the bits.
 #pragma once
 
 #include <cstdint>

@@ -7,14 +7,14 @@
 
 namespace red {
 
-// Of an object of Python that has to be a tensor; `name` is for the message.
+// From a Python object that must be a tensor; `name` is for the message.
 const Tensor& tensor(PyObject* object, const char* name);
 Maybe maybe(PyObject* object, const char* name);
 bool is_tuple(PyObject* object, Py_ssize_t size);
-// Of the tuples of red_kernels/backends/arguments.py.
+// From the tuples of red_kernels/backends/arguments.py.
 Edit edit_of(PyObject* object);
 Norm norm_of(PyObject* object);
-// Raises TypeError unless so many arguments were given.
+// Raises TypeError unless this many arguments were given.
 void expect(Py_ssize_t given, Py_ssize_t expected, const char* name);
 PyObject* pair(const Tensor& first, const Tensor& second);
 

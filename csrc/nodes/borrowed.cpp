@@ -1,4 +1,4 @@
-// The kernels of the CPU and their memory, from the library that has them.
+// The kernels of the CPU and their memory, from their library.
 #include "../cpu/lent.h"
 
 namespace red {

@@ -27,7 +27,7 @@ void forget() {
 }  // namespace
 
 Ref nodes_for(const at::Tensor& x, PyObject* object, PyObject* operation) {
-  // On a CPU the size of a tensor has no part in it.
+  // On a CPU the size of a tensor does not matter.
   const int64_t elements = x.is_cpu() ? 0 : x.numel(), width = x.is_cpu() ? 0 : x.size(-1);
   const at::Device device = x.device();
   if (may_keep)

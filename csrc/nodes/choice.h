@@ -5,10 +5,10 @@
 
 namespace red {
 
-// The `nodes` of the backend that Python's `choose` gives for a tensor and an operation; None where it has none.
+// The `nodes` of the backend that Python's `choose` returns for a tensor and an operation; None if it has none.
 Ref nodes_for(const at::Tensor& x, PyObject* object, PyObject* operation);
 
-// forget_choices(fixed): whether what is chosen from now on may be kept; not where a thread asks for a backend itself.
+// forget_choices(fixed): whether later choices may be kept; not while a thread chooses a backend itself.
 PyObject* forget_choices(PyObject*, PyObject* fixed);
 
 }  // namespace red

@@ -15,7 +15,7 @@ SavedVariable saved(bool needed, const Maybe& tensor) { return needed ? saved(te
 
 bool asks(const Maybe& tensor) { return tensor && tensor->requires_grad(); }
 
-// What all of these begin with: below autograd, and without the GIL where others could use the time.
+// The common start: below autograd, and without the GIL if others could use the time.
 class Computing {
  public:
   explicit Computing(const Tensor& x) : thread_(x.numel() < kShort ? nullptr : PyEval_SaveThread()) {}
@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor> edit_norm(const Operators& run, const Tensor& x, cons
     node->facts = facts_of(&e, &n);
     set_history(y, node);
     set_history(z, node);
-    const bool again = !need_z;  // without z, the edit is done again from what it was made of
+    const bool again = !need_z;  // without z, the backward computes the edit again from its inputs
     if (need_z) node->z = SavedVariable(z, true);
     node->x = saved(asks(e.scale) || again, x);
     node->residual = saved(again, residual);
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor> sum_norm(const Operators& run, const Tensor& x, const
 }
 
 Tensor norm_of_sum(const Operators& run, const Tensor& z, const Norm& n) {
-  // Of the sum itself: what it was made of may have been changed in place since.
+  // Of the sum itself: its inputs may have been changed in place since.
   const auto [y, none, mean, rstd] = normed_sum(run, z, Maybe(), Edit(), n, false);
   node_of_norm(run, dynamic_cast<EditNode*>(z.grad_fn().get()), y, z, n, mean, rstd);
   return y;

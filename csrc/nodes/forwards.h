@@ -1,11 +1,11 @@
-// The operations with a node of autograd for each, as red_kernels/ops/autograd.py and handover.py have them in Python.
+// The operations with a node of autograd for each, as in red_kernels/ops/autograd.py and handover.py.
 #pragma once
 
 #include "nodes.h"
 
 namespace red {
 
-// Whether a kernel can read them side by side; where not, a sum is left to the caller.
+// Whether a kernel can read them together; otherwise a sum is left to the caller.
 bool fits(const Tensor& x, const Maybe& residual);
 
 // The public operations; see red_kernels/backends/nodes.py.

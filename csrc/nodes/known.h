@@ -1,4 +1,4 @@
-// The classes and objects of Python that the quick paths know: red_kernels/fusion/quick.py names them.
+// The Python classes and objects of the fast paths; red_kernels/fusion/quick.py names them.
 #pragma once
 
 #include <Python.h>
@@ -10,7 +10,7 @@
 
 namespace red {
 
-// A reference to an object of Python that is given back at the end; or nothing.
+// A reference to a Python object, released at the end; or nothing.
 class Ref {
  public:
   explicit Ref(PyObject* object = nullptr) : object_(object) {}
@@ -32,7 +32,7 @@ class Ref {
 // A slot of a Python class, read and written where it is in memory.
 class Slot {
  public:
-  PyObject* get(PyObject* of) const { return *at(of); }  // borrowed; null where it is not set
+  PyObject* get(PyObject* of) const { return *at(of); }  // borrowed; null if it is not set
   bool is_true(PyObject* of) const { return get(of) == Py_True; }
   bool is_none(PyObject* of) const { return get(of) == nullptr || get(of) == Py_None; }
   void set(PyObject* of, PyObject* value) const {
@@ -61,15 +61,15 @@ struct Known {
   bool ready = false;
   PyTypeObject *tensor, *waiting, *note_type, *scope_type, *edit, *dropout, *handover_type;
   PyObject *handles;          // torch's class that numbers all hooks
-  PyObject *here;             // whose `scopes` are those that run in this thread
-  PyObject *streams, *held;   // the `with` blocks that say which edit holds
+  PyObject *here;             // its `scopes` are those of this thread
+  PyObject *streams, *held;   // the `with` blocks that choose an edit
   PyObject *add, *radd;       // of torch's tensors
-  PyObject* device_context;         // torch's mode of a default device, which changes no addition
-  PyObject *compiler, *functional;  // what is in torch.compiler and torch.nn.functional
+  PyObject* device_context;         // torch's mode of a default device, which does not affect additions
+  PyObject *compiler, *functional;  // entries of torch.compiler and torch.nn.functional
   PyObject *dropout_function;       // torch's own
-  PyObject *check_layer;      // asks whether the edits of a layer have run
+  PyObject *check_layer;      // checks whether the edits of a layer have run
   PyObject *choose;           // the backend for a tensor and an operation
-  PyObject *collects;         // whether a stack hands out what lies between its blocks
+  PyObject *collects;         // whether a stack returns the values between its blocks
   struct { Slot modes, plans, alone; } records;
   struct { Slot edit, record, hooks, chosen, vectors, modules, dtype, device; } plan;
   struct { Slot link, alone, lazy, proven, at_once, astray, what, by; } record;
@@ -85,17 +85,17 @@ struct Known {
 extern Known known;
 extern Names names;
 
-// Whether nothing is compiled or exported now.
+// Whether no compilation or export is running.
 bool is_eager();
-// Whether the quick paths may run: where no mode looks at torch's functions either.
+// Whether the fast paths may run: no mode may intercept torch's functions either.
 bool is_ready();
 
-// Borrowed; null where there is none, or no dict.
+// Borrowed; null if there is none, or no dict.
 inline PyObject* item(PyObject* dict, PyObject* key) {
   return dict != nullptr && PyDict_Check(dict) ? PyDict_GetItemWithError(dict, key) : nullptr;
 }
 inline bool is_none(PyObject* object) { return object == nullptr || object == Py_None; }
-// Held, so that another thread may replace it where it was.
+// A strong reference, so that another thread may replace the object.
 inline Ref kept(PyObject* object) {
   Py_XINCREF(object);
   return Ref(object);
@@ -113,14 +113,14 @@ inline PyObject* last(PyObject* list) {
   const Py_ssize_t size = PyList_GET_SIZE(list);
   return size ? PyList_GET_ITEM(list, size - 1) : nullptr;
 }
-// Whether no hook was registered since a number was kept.
+// Whether no hook was registered since a number was stored.
 bool is_latest(PyObject* kept);
 PyObject* latest_hook();
-// Whether a module's call is nothing but its class's `forward`, and whether that is neither replaced nor compiled.
+// Whether a module's call is only its class's `forward`, neither replaced nor compiled.
 bool is_unhooked(PyObject* fields);
 bool is_own_forward(PyObject* fields);
 
-// know(objects): takes all of `Known` from a dict of Python.
+// know(objects): reads all of `Known` from a Python dict.
 PyObject* know(PyObject*, PyObject* objects);
 
 }  // namespace red

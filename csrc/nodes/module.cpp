@@ -1,4 +1,4 @@
-// The Python module: the operations on bundles, and what is quick only in C++. Compiled for one Python and one torch.
+// The Python module: the operations on bundles, and the fast paths. Compiled for one Python and one torch.
 #include <Python.h>
 
 #include <ATen/ATen.h>
@@ -26,7 +26,7 @@ PyObject* py_edit(Nodes* self, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// edit_norm(x, residual, edit, norm, need_z) -> (y, z); None where the residual is not like x
+// edit_norm(x, residual, edit, norm, need_z) -> (y, z); None if the residual is not like x
 PyObject* py_edit_norm(Nodes* self, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 5, "edit_norm");
@@ -39,7 +39,7 @@ PyObject* py_edit_norm(Nodes* self, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// norm_of(z, norm) -> y, of what `edit` or `sum_norm` has returned
+// norm_of(z, norm) -> y, for a result of `edit` or `sum_norm`
 PyObject* py_norm_of(Nodes* self, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 2, "norm_of");
@@ -47,7 +47,7 @@ PyObject* py_norm_of(Nodes* self, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// sum_norm(x, residual, edit, norm) -> (z, y): both of these in one pass; None where the residual is not like x
+// sum_norm(x, residual, edit, norm) -> (z, y): both in one pass; None if the residual is not like x
 PyObject* py_sum_norm(Nodes* self, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 4, "sum_norm");
@@ -100,7 +100,7 @@ PyObject* py_ambient(PyObject*, PyObject*) {
   END_HANDLE_TH_ERRORS
 }
 
-// seed(like) -> what torch.randint(0, 2**62, (1,)) draws on the device of a tensor
+// seed(like) -> the result of torch.randint(0, 2**62, (1,)) on the device of a tensor
 PyObject* py_seed(PyObject*, PyObject* like) {
   HANDLE_TH_ERRORS
   return THPVariable_Wrap(drawn_seed(tensor(like, "like")));
@@ -127,7 +127,7 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "nodes", nullptr, -1, functions
 PyTypeObject nodes_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
 
 Tensor drawn_seed(const Tensor& like) {
-  if (like.is_cpu() && is_plain(like.key_set())) {  // what randint comes to, without its way there
+  if (like.is_cpu() && is_plain(like.key_set())) {  // the computation of randint, without its dispatch
     auto* generator = at::check_generator<at::CPUGeneratorImpl>(at::detail::getDefaultCPUGenerator());
     Tensor seed = at::detail::empty_cpu({1}, at::kLong);
     const std::lock_guard<std::mutex> lock(generator->mutex_);
@@ -139,7 +139,7 @@ Tensor drawn_seed(const Tensor& like) {
 
 }  // namespace red
 
-// The Python and the torch that all of this was compiled for; asked for by ctypes before the module is made.
+// The Python and the torch of this compilation; ctypes reads it before the module is created.
 extern "C" __attribute__((visibility("default"))) const char* red_kernels_nodes_built_for() { return RED_BUILT_FOR; }
 
 PyMODINIT_FUNC PyInit_nodes() {

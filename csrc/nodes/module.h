@@ -1,4 +1,4 @@
-// What the parts of the Python module share.
+// Common declarations of the parts of the Python module.
 #pragma once
 
 #include <Python.h>
@@ -7,10 +7,10 @@
 
 namespace red {
 
-// The operations of a namespace, as Python has them.
+// The operations of a namespace, for Python.
 struct Nodes {
   PyObject_HEAD
-  const Operators* operators;  // never freed: a graph may outlive whoever made it
+  const Operators* operators;  // never freed: a graph may outlive its creator
 };
 extern PyTypeObject nodes_type;
 
@@ -19,7 +19,7 @@ PyCFunction as_method(Function function) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
 }
 
-// What torch.randint(0, 2**62, (1,)) draws on the device of a tensor.
+// The result of torch.randint(0, 2**62, (1,)) on the device of a tensor.
 Tensor drawn_seed(const Tensor& like);
 
 }  // namespace red

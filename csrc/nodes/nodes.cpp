@@ -25,19 +25,19 @@ int64_t bits(std::initializer_list<bool> needs) {
   return found;
 }
 
-// Which gradients are asked for: of x, the residual, the edit's vectors, and the norm's.
+// The requested gradients: of x, the residual, the edit's vectors, and the norm's.
 struct Needs {
   bool x = false, residual = false, scale = false, bias = false, weight = false, norm_bias = false;
 };
 
-// What a backward has of an edit.
+// A backward's data of an edit.
 struct Saved {
   Tensor x, scale, ids, seed;
 };
 
 std::array<Tensor, 3> edit_gradients(const Operators& run, const Facts& facts, const Tensor& dz, const Saved& edit,
                                      const Needs& needs) {
-  const bool unchanged = needs.x && !facts.dropped && !facts.scale;  // then dx is dz, and nothing need be written
+  const bool unchanged = needs.x && !facts.dropped && !facts.scale;  // then dx is dz, and needs no write
   const int64_t asked = bits({needs.x && !unchanged, needs.scale, needs.bias});
   Tensor dx, dscale, dbias;
   if (asked)
@@ -51,8 +51,8 @@ struct SavedNorm {
   double offset;
 };
 
-// The gradients of x, residual, scale, bias, weight, norm_bias. Without z the edit is done again, which takes the
-// residual and the edit's bias.
+// The gradients of x, residual, scale, bias, weight, norm_bias. Without z the edit is computed again, from the residual
+// and the edit's bias.
 variable_list edit_norm_gradients(const Operators& run, const Facts& facts, const Tensor& dy, const Tensor& dz,
                                   const Saved& edit, const Tensor& residual, const Tensor& bias, const SavedNorm& norm,
                                   const Needs& needs) {
@@ -141,7 +141,7 @@ variable_list EditNormNode::backward(const variable_list& grads) {
   const Tensor &dy = grads[0], &dz = grads[1];
   const Needs asked{needs(0), needs(1), needs(2), needs(3), needs(4), needs(5)};
   const Saved edit{x.unpack(), scale.unpack(), ids.unpack(), seed.unpack()};
-  if (!dy.defined()) {  // only z was used: the norm has no part in it
+  if (!dy.defined()) {  // only z was used: the norm takes no part
     if (!dz.defined()) return variable_list(6);
     auto found = edit_gradients(*operators, facts, dz, edit, asked);
     return {found[0], asked.residual ? dz : Tensor(), found[1], found[2], Tensor(), Tensor()};
@@ -192,8 +192,8 @@ variable_list NormOfSumNode::backward(const variable_list& grads) {
   return {found[0], found[4], found[5]};
 }
 
-// Whether nobody gets the gradient of the sum in the backward pass that is running: it is for all leaves, so that it
-// comes to the sum's node, and no hook hangs there.
+// Whether the running backward pass returns nobody the gradient of the sum: it is for all leaves, so it reaches the
+// sum's node, and no hook is there.
 bool NormOfSumNode::nobody_asks_for_the_sum() {
   const auto* only = torch::autograd::get_current_graph_task_exec_info();
   return sum && (!only || only->empty()) && sum->tensor_pre_hooks().empty() && sum->retains_grad_hooks().empty() &&

@@ -1,5 +1,5 @@
-// The nodes of autograd: what a forward saves, and its backward. The same as red_kernels/ops/passes.py and handover.py have
-// in Python, where the reasons are; there it costs the host several times as much.
+// The nodes of autograd: a forward's saved tensors, and its backward. The same as red_kernels/ops/passes.py and
+// handover.py in Python, which have the reasons; there it costs the host several times as much.
 #pragma once
 
 #include <torch/csrc/autograd/function.h>
@@ -17,7 +17,7 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// What a backward needs beside its tensors.
+// A backward's data beside its tensors.
 struct Facts {
   std::optional<at::ScalarType> scale, bias, weight, norm_bias;  // the dtypes of the vectors
   double p = 0.0, eps = 0.0, offset = 0.0;
@@ -27,7 +27,7 @@ struct Facts {
 
 Facts facts_of(const Edit* edit, const Norm* norm);
 
-// A node whose backward runs here, but where it is recorded or takes tangents: then in Python.
+// A node whose backward runs here, unless it is recorded or takes tangents: then in Python.
 struct FusedNode : Node {
   variable_list apply(variable_list&& grads) override;
   void release_variables() override;
@@ -37,7 +37,7 @@ struct FusedNode : Node {
 
  protected:
   virtual variable_list backward(const variable_list& grads) = 0;
-  virtual const char* kind() const = 0;  // by which Python knows it
+  virtual const char* kind() const = 0;  // its name in Python
   virtual std::vector<SavedVariable*> saved() = 0;
 
   bool needs(size_t input) { return task_should_compute_output(input); }
@@ -46,18 +46,18 @@ struct FusedNode : Node {
   variable_list backward_in_python(const variable_list& grads);
 };
 
-// What the backward of a norm leaves to that of the sum: it runs both in one pass.
+// The norm's gradients for the backward of the sum, which runs both in one pass.
 struct Handed {
   double offset = 0.0;
   Tensor dy, z, weight, mean, rstd;
 };
 
-// `residual + dropout(edit(x))`, which a node of its own may norm; inputs x, residual, scale, bias.
+// `residual + dropout(edit(x))`, which another node may norm; inputs x, residual, scale, bias.
 struct EditNode : FusedNode {
   SavedVariable x, scale, ids, seed;
   std::string name() const override { return "EditAddFunctionBackward"; }
   void release_variables() override;
-  // Takes over the backward of a norm in the pass that is running, unless another one is there already.
+  // Takes over the backward of a norm in the running pass, unless it has one already.
   bool take_over(const Handed& norm);
 
  protected:
@@ -87,7 +87,7 @@ struct EditNormNode : FusedNode {
 // The norm of a sum; inputs z, weight, norm_bias.
 struct NormOfSumNode : FusedNode {
   SavedVariable z, weight, mean, rstd;
-  EditNode* sum = nullptr;  // that of the first edge, which keeps it
+  EditNode* sum = nullptr;  // the node of the first edge, which keeps it
   std::string name() const override { return facts.centered ? "LayerNormOfSumBackward" : "RMSNormOfSumBackward"; }
 
  protected:
@@ -112,7 +112,7 @@ struct NormEditNode : FusedNode {
   std::vector<SavedVariable*> saved() override { return {&x, &weight, &norm_bias, &scale, &ids, &mean, &rstd}; }
 };
 
-// Counted by itself in later releases of torch, by a shared pointer in earlier ones.
+// Later releases of torch count references in the node, earlier ones by a shared pointer.
 template <class T>
 auto make_node() {
   if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, T>)
@@ -121,7 +121,7 @@ auto make_node() {
     return std::shared_ptr<T>(new T(), [](T* node) { deleteNode(node); });
 }
 
-// Called with the GIL, as `(kind, backend, saved, needs, facts, grads) -> gradients`, all of them tuples of Python's.
+// Called with the GIL, as `(kind, backend, saved, needs, facts, grads) -> gradients`, all of them Python tuples.
 void set_python_backward(PyObject* function);
 
 }  // namespace red

@@ -1,4 +1,4 @@
-// The operators of one namespace, called from C++. What each computes: red_kernels/backends/reference.py.
+// The operators of one namespace, called from C++. Their results: red_kernels/backends/reference.py.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -21,8 +21,8 @@ inline c10::DispatchKeySet keys_of(const Maybe& t) { return t ? t->key_set() : c
 template <class Number>
 c10::DispatchKeySet keys_of(Number) { return {}; }
 
-// Whether torch's dispatcher would do no more with tensors of these keys than call the kernels of the CPU: no mode of
-// Python, no torch.func, no tensor of another kind; and whether no profiler listens.
+// Whether torch's dispatcher would only call the CPU kernels for tensors of these keys: no Python mode, no torch.func,
+// no tensor of another type; and no profiler.
 inline bool is_plain(c10::DispatchKeySet keys) {
   const auto local = c10::impl::tls_local_dispatch_key_set();
   keys = (keys | local.included_) - local.excluded_ - c10::autograd_dispatch_keyset_with_ADInplaceOrView -
@@ -30,7 +30,7 @@ inline bool is_plain(c10::DispatchKeySet keys) {
   return keys.highestPriorityTypeId() == c10::DispatchKey::CPU && !at::hasCallbacks();
 }
 
-// One operator: as registered, or, on plain tensors, as compiled into this library.
+// One operator: as registered, or, for plain tensors, as compiled into this library.
 template <class Signature>
 class Operator;
 template <class Result, class... Given>
@@ -66,7 +66,7 @@ struct Operators {
   using NormEditBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(T, T, M, M, M, M, M, T, double, int64_t,
                                                                               int64_t);
 
-  // `backend` is the name by which Python knows the implementation; `direct`: whether the kernels of the CPU do it.
+  // `backend` is the name of the implementation in Python; `direct`: whether the CPU kernels run it.
   Operators(const std::string& space, std::string backend, bool direct)
       : backend(std::move(backend)),
         edit_forward(space, "edit_forward", direct ? cpu::edit_forward : nullptr),
@@ -103,7 +103,7 @@ struct Norm {
   bool centered = false;
 };
 
-// Takes what the library of the CPU's kernels lends; whether it was compiled with the same structs.
+// Takes the kernels lent by their library; whether it was compiled with the same structs.
 bool borrow(const void* lent);
 
 }  // namespace red

@@ -26,14 +26,14 @@ bool has_dtype(const Tensor& x, PyObject* dtype) {
 
 bool is_on(const Tensor& x, PyObject* device) { return x.device() == reinterpret_cast<THPDevice*>(device)->device; }
 
-// What Python's `add_as_before` and others say of a site: `fused` is what its edit shares a pass with.
+// The site's report for Python's `add_as_before` and others: `fused` is the operations that share a pass with its edit.
 void say_taken(PyObject* record, PyObject* fused) {
   known.record.proven.set(record, known.record.astray.is_true(record) ? Py_False : Py_True);
   known.record.what.set(record, fused);
   known.record.by.set(record, names.empty);
 }
 
-// Whether a block of `with` may hold here that says which edit does.
+// Whether a `with` block that chooses an edit may be in force here.
 bool in_block() {
   if (PyDict_GET_SIZE(known.streams) != 0) return true;
   PyObject* held = nullptr;
@@ -67,7 +67,7 @@ bool holds(PyObject* plan, PyObject* fields, int64_t now, const Tensor& h) {
   return true;
 }
 
-// A value that waits, which its scope knows.
+// A waiting value, registered in its scope.
 PyObject* wait_in(PyObject* scope, PyObject* h, PyObject* edit, PyObject* record, PyObject* residual) {
   Ref made(make_waiting(known.waiting, h, edit, record, residual));
   const Ref reference(PyWeakref_NewRef(made, nullptr));
@@ -75,13 +75,13 @@ PyObject* wait_in(PyObject* scope, PyObject* h, PyObject* edit, PyObject* record
   return made.release();
 }
 
-// Keeps a record as that of the last mode that a site ran in.
+// Stores a record as that of a site's last mode.
 void ran_last(PyObject* records, PyObject* record) {
   static PyObject* const latest = PyLong_FromLong(-1);
   if (PyDict_SetItem(known.records.modes.get(records), latest, record) < 0) throw python_error();
 }
 
-// The edit of a site in a pass of its own, as before; null where that has to be found anew.
+// The edit of a site in its own pass, as before; null if it must be found again.
 PyObject* alone_as_before(PyObject* records, PyObject* key, PyObject* own_fields, PyObject* h, int64_t now) {
   const Ref plan = kept(item(known.records.alone.get(records), key));
   if (!plan) return nullptr;
@@ -97,7 +97,7 @@ PyObject* alone_as_before(PyObject* records, PyObject* key, PyObject* own_fields
   return THPVariable_Wrap(edit(*reinterpret_cast<Nodes*>(nodes.get())->operators, x, Maybe(), edit_of(edit_given)));
 }
 
-// The output of a module, for which `own` says what is to be done; `holder` has what is known of the site.
+// The output of a module with the edit `own`; `holder` has the site's records.
 PyObject* as_before(PyObject* holder_fields, PyObject* own, PyObject* own_fields, PyObject* fields, PyObject* h) {
   PyObject* records = item(holder_fields, names.records);
   if (is_none(records)) return nullptr;
@@ -113,7 +113,7 @@ PyObject* as_before(PyObject* holder_fields, PyObject* own, PyObject* own_fields
   return wait_in(scope, h, known.plan.edit.get(plan), record, Py_None);
 }
 
-// edited(module, h) -> what the output of an edited module is
+// edited(module, h) -> the output of an edited module
 PyObject* edited(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 2, "edited");
@@ -129,7 +129,7 @@ PyObject* edited(PyObject*, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// carried(module, h) -> the same of an unedited projection
+// carried(module, h) -> the same for an unedited projection
 PyObject* carried(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 2, "carried");
@@ -143,14 +143,14 @@ PyObject* carried(PyObject*, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// What a waiting value has.
+// The fields of a waiting value.
 struct Value {
   explicit Value(PyObject* value) : fields(dict_of(value)) {
     h = item(fields, names.h), edit = item(fields, names.edit), record = item(fields, names.record);
     residual = item(fields, names.residual);
   }
 
-  // Whether it waits, and is no view and no part of another sum; as of `waits` of Python's class.
+  // Whether it waits, and is neither a view nor a term of another sum; as `waits` in Python.
   bool is_bare(int64_t now) const {
     if (!is_none(item(fields, names.done)) || !is_none(item(fields, names.base)) || !is_none(item(fields, names.after)))
       return false;
@@ -166,7 +166,7 @@ struct Value {
   PyObject *h, *edit, *record, *residual;
 };
 
-// The norm of a link; a new reference, null once it is gone.
+// The norm of a link; a new reference, null after its deletion.
 Ref norm_of_link(PyObject* link) {
   PyObject* reference = known.link.norm.get(link);
 #if PY_VERSION_HEX >= 0x030D0000
@@ -179,7 +179,7 @@ Ref norm_of_link(PyObject* link) {
 #endif
 }
 
-// The arguments of a link's norm if they are what they were; see `Link.keep`.
+// The arguments of a link's norm if they are unchanged; see `Link.keep`.
 PyObject* arguments(PyObject* link, PyObject* norm, const Tensor& x, int64_t now) {
   PyObject* kept = known.link.kept.get(link);
   if (is_none(kept)) return nullptr;
@@ -219,7 +219,7 @@ PyObject* open_stack(PyObject* scopes, int64_t now) {
   return stack;
 }
 
-// Whether nobody observes a sum on its way; see `Link.unseen`.
+// Whether no hook observes a sum on its path; see `Link.unseen`.
 bool is_unseen(PyObject* link) {
   const auto& l = known.link;
   const bool asks = l.across.is_true(link) && PyObject_IsTrue(l.passed.get(link));
@@ -229,7 +229,7 @@ bool is_unseen(PyObject* link) {
   return PyObject_IsTrue(found) == 1;
 }
 
-// A sum and its norm, `(z, y)`; nothing where the residual is not like x.
+// A sum and its norm, `(z, y)`; nothing if the residual is not like x.
 Ref both(PyObject* nodes, const Value& value, PyObject* residual, PyObject* found) {
   if (!Py_IS_TYPE(nodes, &nodes_type))
     return Ref(PyObject_CallMethodObjArgs(nodes, names.sum_norm, value.h, residual, value.edit, found, nullptr));
@@ -261,7 +261,7 @@ void leave_note(PyObject* z, PyObject* y, const Value& value, PyObject* scope, P
   if (PyDict_SetItem(dict_of(z), names.note, note) < 0 || PyList_Append(left, note) < 0) throw python_error();
 }
 
-// `residual + value`, with its norm in the same pass; null where that has to be found anew.
+// `residual + value`, with its norm in the same pass; null if it must be found again.
 PyObject* sum_as_before(PyObject* object, PyObject* residual) {
   if (!is_ready() || !Py_IS_TYPE(object, known.waiting) || !is_plain_tensor(residual)) return nullptr;
   const int64_t now = ambient();
@@ -290,7 +290,7 @@ PyObject* sum_as_before(PyObject* object, PyObject* residual) {
   const Ref nodes = nodes_for(x, value.h, names.edit_norm);
   if (nodes.get() == Py_None) return nullptr;
   Ref made;
-  if (now & kInference) {  // torch counts no changes in place of what is made in inference mode
+  if (now & kInference) {  // torch counts no in-place changes of tensors made in inference mode
     c10::InferenceMode counted(false);
     at::NoGradGuard no_grad;
     made = both(nodes, value, residual, found);
@@ -314,7 +314,7 @@ PyObject* added(PyObject*, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// What `+` calls of a value that waits: without asking torch which class takes it.
+// The `+` of a waiting value, without torch's dispatch by class.
 PyObject* value_add(PyObject* value, PyObject* other) {
   HANDLE_TH_ERRORS
   PyObject* found = sum_as_before(value, other);
@@ -326,12 +326,12 @@ PyObject* value_radd(PyObject* value, PyObject* other) {
   HANDLE_TH_ERRORS
   PyObject* found = sum_as_before(value, other);
   if (found != nullptr) return found;
-  if (is_plain_tensor(other)) Py_RETURN_NOTIMPLEMENTED;  // then its own `+` is asked
+  if (is_plain_tensor(other)) Py_RETURN_NOTIMPLEMENTED;  // then its own `+` is used
   return PyObject_CallFunctionObjArgs(known.radd, value, other, nullptr);
   END_HANDLE_TH_ERRORS
 }
 
-// What a torch.nn.Dropout with these attributes makes of a value that waits.
+// The result of a torch.nn.Dropout with these attributes for a waiting value.
 PyObject* dropped_as_before(PyObject* object, PyObject* fields) {
   PyObject *probability = item(fields, names.p), *training = item(fields, names.training);
   if (probability == nullptr || !PyFloat_CheckExact(probability) || item(fields, names.in_place) != Py_False)
@@ -354,18 +354,18 @@ PyObject* dropped_as_before(PyObject* object, PyObject* fields) {
   return wait_in(scope, value.h, edit, value.record, Py_None);
 }
 
-// dropped(dropout, value) -> what the module makes of a value that waits, or None
+// dropped(dropout, value) -> the module's result for a waiting value, or None
 PyObject* dropped(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 2, "dropped");
   if (!is_ready() || !Py_IS_TYPE(given[1], known.waiting)) Py_RETURN_NONE;
-  if (item(known.functional, names.dropout) != known.dropout_function) Py_RETURN_NONE;  // somebody has replaced it
+  if (item(known.functional, names.dropout) != known.dropout_function) Py_RETURN_NONE;  // it was replaced
   PyObject* found = dropped_as_before(given[1], dict_of(given[0]));
   return found == nullptr ? Py_NewRef(Py_None) : found;
   END_HANDLE_TH_ERRORS
 }
 
-// The value that a note on a sum holds for this norm; null where that has to be asked anew.
+// The value of a note on a sum for this norm; null if it must be found again.
 PyObject* noted(PyObject* norm, PyObject* z) {
   const Ref fields = dict_of(z);
   PyObject* note = item(fields, names.note);
@@ -402,7 +402,7 @@ PyObject* noted(PyObject* norm, PyObject* z) {
   return nullptr;
 }
 
-// The norm of a sum that waits, and that nothing else reads.
+// The norm of a waiting sum with no other reader.
 PyObject* norm_of_waiting(PyObject* norm, PyObject* object) {
   const Value value(object);
   const int64_t now = ambient();
@@ -416,8 +416,8 @@ PyObject* norm_of_waiting(PyObject* norm, PyObject* object) {
   if (!found) return nullptr;
   const Ref nodes = nodes_for(x, value.h, names.edit_norm);
   if (nodes.get() == Py_None) return nullptr;
-  // A sum that only its norm reads is kept for the backward in the place of both that it is made of; but the gradient
-  // of the scale needs the site's output in any case.
+  // A sum that only its norm reads is kept for the backward instead of both of its terms; but the gradient of the scale
+  // always needs the site's output.
   PyObject* scale = item(PyTuple_GET_ITEM(value.edit, 1), names.scale);
   const bool keeps = (now & kGrad) && (is_none(scale) || !THPVariable_Unpack(scale).requires_grad());
   PyObject* y = nullptr;
@@ -434,7 +434,7 @@ PyObject* norm_of_waiting(PyObject* norm, PyObject* object) {
   return y;
 }
 
-// normed(norm, x) -> the norm of a sum: of one that waits, or what a note on it holds
+// normed(norm, x) -> the norm of a sum: of a waiting one, or from its note
 PyObject* normed(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 2, "normed");

@@ -7,7 +7,7 @@ namespace red {
 
 void reach(PyObject* own);
 PyObject* py_reach(PyObject*, PyObject* own);
-// Whether one has, since this was asked before.
+// Whether one has run since the last check.
 PyObject* py_take_reached(PyObject*, PyObject* own);
 
 }  // namespace red

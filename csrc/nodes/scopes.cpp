@@ -1,4 +1,4 @@
-// A call of a block or a stack, as red_kernels/fusion/scopes.py has it.
+// A call of a block or a stack, as in red_kernels/fusion/scopes.py.
 #include <torch/csrc/Exceptions.h>
 
 #include <algorithm>
@@ -50,7 +50,7 @@ bool is_alive(PyObject* reference) {
 #endif
 }
 
-// Ends a scope whose values are all taken, and whose notes go on to a stack; whether it was one.
+// Ends a scope whose values are all taken, and whose notes move to a stack; whether it was one.
 bool leaves_nothing(PyObject* scope) {
   const auto& s = known.scope;
   PyObject *made = s.made.get(scope), *left = s.left.get(scope);
@@ -72,7 +72,7 @@ bool leaves_nothing(PyObject* scope) {
   return true;
 }
 
-// The end of a scope in any case: a sum that is handed on still holds it.
+// The end of a scope in any case: a sum that is handed on still refers to it.
 class Running {
  public:
   Running(PyObject* scopes, PyObject* scope) : scopes_(scopes), scope_(scope), depth_(PyList_GET_SIZE(scopes)) {
@@ -95,7 +95,7 @@ class Running {
   Py_ssize_t depth_;
 };
 
-// Whether all edits of a layer have run in this call; where one has not, or more is to be asked, Python does so.
+// Whether all edits of a layer have run in this call; if not, or if more must be checked, Python decides.
 void check_layer(PyObject* layer, PyObject* fields) {
   PyObject* sites = item(fields, names.sites);
   if (sites == nullptr || item(fields, names.forward) != nullptr) return;
@@ -114,7 +114,7 @@ void check_layer(PyObject* layer, PyObject* fields) {
 
 Ref run(PyObject* module, PyObject* forward, PyObject* args, PyObject* verdict, PyObject* kwargs) {
   const int64_t now = ambient();
-  if (now & (kPlain + kTangents)) return Ref(PyObject_Call(forward, args, kwargs));  // there nothing waits
+  if (now & (kPlain + kTangents)) return Ref(PyObject_Call(forward, args, kwargs));  // no value waits there
   const Ref scopes = running(), scope = new_scope(module, verdict, kwargs, now);
   const Running here(scopes, scope);
   Ref output(PyObject_Call(forward, args, kwargs));
@@ -122,7 +122,7 @@ Ref run(PyObject* module, PyObject* forward, PyObject* args, PyObject* verdict, 
   return Ref(PyObject_CallMethodOneArg(scope, names.close, output));
 }
 
-// Whether modules have come to a block, or went; see `Verdict` of Python.
+// Whether modules were added to a block or removed; see `Verdict` in Python.
 bool has_changed(PyObject* tree) {
   for (Py_ssize_t at = 0; at < PyList_GET_SIZE(tree); ++at) {
     PyObject *children = PyTuple_GET_ITEM(PyList_GET_ITEM(tree, at), 0), *key, *child;
@@ -166,7 +166,7 @@ PyObject* py_reach(PyObject*, PyObject* own) {
 
 PyObject* py_take_reached(PyObject*, PyObject* own) { return PyBool_FromLong(take_reached(own)); }
 
-// in_place(model, layers) -> whether each `(path, layer)` is so in the model, and asks by itself whether its edits run.
+// in_place(model, layers) -> whether each `(path, layer)` is in the model, and checks its edits itself.
 PyObject* in_place(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 2, "in_place");

@@ -13,7 +13,7 @@ using torch::autograd::variable_list;
 
 PyObject* lost_gradient = nullptr;
 
-// A gradient that comes to a value that waits would be lost: Python raises.
+// A gradient for a waiting value would be lost: Python raises.
 struct Lost : torch::autograd::FunctionPreHook {
   variable_list operator()(const variable_list& grads) override {
     pybind11::gil_scoped_acquire gil;
@@ -34,7 +34,7 @@ Tensor wrapper_like(const Tensor& h, bool needs_grad) {
   Tensor made = at::detail::make_tensor<at::TensorImpl>(
       std::move(storage), c10::DispatchKeySet(h.options().computeDispatchKey()), h.dtype());
   made.unsafeGetTensorImpl()->set_sizes_contiguous(h.sizes());
-  // Who does not ask __torch_function__ comes to __torch_dispatch__.
+  // Callers that do not dispatch to __torch_function__ reach __torch_dispatch__.
   made.unsafeGetTensorImpl()->set_python_dispatch(true);
   if (needs_grad) made.set_requires_grad(true);
   return made;

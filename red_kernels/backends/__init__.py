@@ -1,7 +1,7 @@
-"""Which implementation runs an operation: the one place where backends are listed and chosen.
+"""The list of backends, and the choice of one for an operation.
 
 To add one, write a file with its :class:`~red_kernels.backends.record.Backend` and a line of the table below; from
-outside of the package, :func:`register_backend`.
+outside the package, use :func:`register_backend`.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _ENVIRONMENT = "RED_KERNELS_BACKEND"
 
 
 class _Blocks:
-    """The open ``rk.backend`` blocks of one thread; ``name`` is what the last of them asks for, None if there is none.
+    """The open ``rk.backend`` blocks of one thread; ``name`` is the choice of the last one, None if there is none.
 
-    ``open`` holds a list ``[name]`` for each block, told apart by identity, in the order of opening.
+    ``open`` has a list ``[name]`` for each block, compared by identity, in the order of opening.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class _Blocks:
         self.name = self.open[-1][0] if self.open else None
 
 
-# A plain `local` and no subclass: then torch.compile reads and guards the calling thread's own value.
+# A plain `local`, not a subclass: then torch.compile reads and guards the calling thread's own value.
 _thread = threading.local()
 _FROM_ENVIRONMENT = os.environ.get(_ENVIRONMENT) or None
 _lock = threading.Lock()
@@ -64,12 +64,12 @@ _blocks_open = 0  # in all threads
 
 
 class _Known:
-    """The backends by name, and the orders in which they are tried for tensors of a type of device.
+    """The backends by name, and their order for tensors of a type of device.
 
     Attributes:
-        by_name: in the order in which they are listed.
-        orders: for a type of device, by the name of the backend that ``choice.py`` prefers; "" where it has no say.
-        on_cpu: the order of a CPU.
+        by_name: in the order of listing.
+        orders: for a type of device, keyed by the preferred backend of ``choice.py``; "" if it has no preference.
+        on_cpu: the order for CPU tensors.
     """
 
     def __init__(self, table: Iterable[Backend]) -> None:
@@ -104,19 +104,19 @@ _known = _Known(_TABLE)
 
 
 def records() -> tuple[Backend, ...]:
-    """All backends, those that are missing too."""
+    """All backends, missing ones included."""
     return tuple(_known.by_name.values())
 
 
 def register_backend(record: Backend) -> None:
-    """Make a further backend known: to ``rk.backend``, the choice, `red-kernels info` and the benchmarks.
+    """Register a further backend for ``rk.backend``, the choice, `red-kernels info` and the benchmarks.
 
     Args:
-        record: with a name that no other has. If it is ``automatic``, tensors on its device go to it before all others
-            that were there; one that is missing now is not asked again.
+        record: with a new name. If it is ``automatic``, it gets tensors on its device before all other backends. If it
+            is missing now, it is not checked again.
 
     Raises:
-        TypeError: it is no `Backend`, or a field of it is no function.
+        TypeError: it is not a `Backend`, or a field of it is not a function.
         ValueError: its name is taken; it is ``automatic`` for no device; it lacks a function.
     """
     if not isinstance(record, Backend):
@@ -125,7 +125,7 @@ def register_backend(record: Backend) -> None:
         raise TypeError(f"record: got the name {record.name!r}, expected a string")
     if not record.name or record.name in _known.by_name:
         taken = ", ".join(map(repr, _known.by_name))
-        raise ValueError(f"record: got the name {record.name!r}, expected one that no other has, none of {taken}")
+        raise ValueError(f"record: got the name {record.name!r}, expected a name that is not taken; taken: {taken}")
     for field in ("missing", "unsupported", "state", "variants", "use"):
         if not callable(getattr(record, field)):
             raise TypeError(f"record: {field} of {record.name!r} is {getattr(record, field)!r}, expected a function")
@@ -135,7 +135,7 @@ def register_backend(record: Backend) -> None:
     if record.automatic and record.device is None and record.operations is not None:
         raise ValueError(f"record: {record.name!r} is automatic for no device, expected a device such as 'cpu'")
     if record.operations is None and record.missing() is None:
-        raise ValueError(f"record: {record.name!r} has no operations, and `missing` does not say why")
+        raise ValueError(f"record: {record.name!r} has no operations, and `missing` gives no reason")
     lacking = [name for name in REQUIRED if not callable(getattr(record.operations, name, None))]
     if record.operations is not None and lacking:
         raise ValueError(f"record: the operations of {record.name!r} lack {', '.join(lacking)}")
@@ -144,7 +144,7 @@ def register_backend(record: Backend) -> None:
 
 
 def available_backends() -> dict[str, str | None]:
-    """Every backend's name, with None if it can be used here, else the reason it is missing and the remedy."""
+    """Every backend's name, with None if it is usable here, else the reason and the remedy."""
     return {record.name: record.missing() for record in records()}
 
 
@@ -152,10 +152,10 @@ def available_backends() -> dict[str, str | None]:
 def backend(name: str) -> Iterator[None]:
     """Use one backend for all operations in a ``with`` block (the variable RED_KERNELS_BACKEND does so for a process).
 
-    The choice is that of the calling thread, compiled code included: the block opened last in it, of those still open,
-    decides, in whatever order they are closed and whatever blocks other threads open and close. A backward uses the
-    backend that was asked for at its forward. Raises ValueError for an unknown name and RuntimeError for a backend that
-    is missing, with the reason and the remedy.
+    The choice applies to the calling thread, including compiled code. Of the open blocks, the one opened last in this
+    thread decides, in whatever order they close, and whatever blocks other threads open. A backward uses the backend
+    that was chosen at its forward. Raises ValueError for an unknown name and RuntimeError for a missing backend, with
+    the reason and the remedy.
     """
     _require(name, "rk.backend")
     blocks = getattr(_thread, "blocks", None)
@@ -172,7 +172,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def _count_blocks(change: int) -> None:
-    """Count the open blocks of all threads: while there are any, what one thread has chosen is not for others."""
+    """Count the open blocks of all threads: while there are any, a thread's choice is not shared."""
     global _blocks_open
     if nodes.forget_choices is None or torch.compiler.is_compiling():
         return
@@ -182,13 +182,13 @@ def _count_blocks(change: int) -> None:
 
 
 def choose(x: Tensor, operation: str) -> Backend:
-    """The backend for an operation on ``x``: the one asked for, else the first that takes ``x``.
+    """The backend for an operation on ``x``: the chosen one, else the first that takes ``x``.
 
-    Added ones come first, then those of the package, on a GPU in the order of ``choice.py``.
+    Registered ones come first, then those of the package, on a GPU in the order of ``choice.py``.
 
     ``operation`` is "edit", "edit_norm", "norm_edit" or "linear_edit", for the table in ``choice.py``.
 
-    Raises RuntimeError if the one asked for is missing, and ValueError if it cannot take ``x``, or if
+    Raises RuntimeError if the chosen one is missing, and ValueError if it cannot take ``x``, or if
     RED_KERNELS_BACKEND or RED_KERNELS_CPU has a value that is none of those expected.
     """
     name = forced_backend()
@@ -207,8 +207,8 @@ def choose(x: Tensor, operation: str) -> Backend:
 def choose_backward(x: Tensor, operation: str, forward: Backend) -> Backend:
     """The backend for the backward of an operation whose forward on ``x`` was by ``forward``: the same.
 
-    But after Triton's kernels it is the one that the table in ``choice.py`` has for "... backward", if no backend was
-    asked for: both backends of an NVIDIA GPU save the same.
+    After Triton's kernels it is the table's row for "... backward" in ``choice.py``, if no backend was chosen: both
+    backends of an NVIDIA GPU save the same tensors.
     """
     if forward.name != "triton" or not x.is_cuda or "cuda" not in _known.orders["cuda"] or forced_backend() is not None:
         return forward
@@ -219,7 +219,7 @@ def choose_backward(x: Tensor, operation: str, forward: Backend) -> Backend:
 
 def _order(x: Tensor, operation: str) -> tuple[Backend, ...]:
     """The backends to try for ``x``."""
-    if x.is_cpu:  # the type of the device takes long to ask for
+    if x.is_cpu:  # faster than a query of the device's type
         return _known.on_cpu
     device = "cuda" if x.is_cuda else x.device.type
     orders = _known.orders.get(device)
@@ -232,15 +232,15 @@ def _order(x: Tensor, operation: str) -> tuple[Backend, ...]:
 
 
 def by_name(name: str) -> Backend:
-    """The backend of that name. Raises KeyError for one that is not known."""
+    """The backend of that name. Raises KeyError for an unknown one."""
     return _known.by_name[name]
 
 
 def forced_backend() -> str | None:
-    """The backend asked for by ``rk.backend`` or RED_KERNELS_BACKEND, or None for the automatic choice.
+    """The backend chosen by ``rk.backend`` or RED_KERNELS_BACKEND, or None for the automatic choice.
 
-    The variable's value is checked here, at the first use, and not on import: `red-kernels info` has to run with a
-    wrong one to say what is wrong. Raises ValueError and RuntimeError as :func:`backend` does.
+    The variable is checked here, at the first use, not on import: `red-kernels info` must run with an invalid one to
+    report it. Raises ValueError and RuntimeError as :func:`backend` does.
     """
     blocks = getattr(_thread, "blocks", None)
     if blocks is not None and blocks.name is not None:

@@ -1,4 +1,4 @@
-"""What a call carries from the public operations to a backend, and the flat lists that registered operators take.
+"""The arguments from the public operations to a backend, and the flat lists of registered operators.
 
 The edit is an :class:`red_kernels.edits.kinds.Edit` whose vectors are the operands of its kernel, ``scale`` and
 ``bias``.
@@ -48,11 +48,11 @@ class Norm(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What a norm's forward leaves for its backward, in the activation's leading shape, fp32 (fp64 for fp64).
+    """The statistics from a norm's forward for its backward, in the activation's leading shape, fp32 (fp64 for fp64).
 
     Attributes:
         mean: of each row; None for RMSNorm.
-        rstd: one over the root of the mean square, of what is left of the mean if there is one.
+        rstd: one over the root of the mean square, after subtracting the mean if there is one.
     """
 
     mean: Tensor | None
@@ -63,13 +63,14 @@ class Mix(NamedTuple):
     """An edit whose columns depend on other columns of their row: pairs that rotate, or blocks that are reflected.
 
     With ``blocks = 0``, a rotation (RoAd, arXiv 2409.00119): ``first * x + second * x'``, where ``x'`` has the column
-    ``j ^ 32`` in the place of column ``j``. The sign of the sine is in ``second``. Else reflections (ETHER, arXiv
-    2405.20271) of so many blocks of columns, each by itself: ``x - first * (first . x) + second * (second . x)``.
+    ``j ^ 32`` in place of column ``j``. ``second`` includes the sign of the sine. Otherwise reflections (ETHER, arXiv
+    2405.20271) of this number of blocks of columns, each separately: ``x - first * (first . x) + second * (second .
+    x)``.
 
     Attributes:
         first, second: ``(d,)``, or ``(n, d)`` with ``ids``. Reflections may have no second.
-        bias: the same, added behind it; None for none.
-        blocks: of the columns, all equally wide; 0 for a rotation.
+        bias: the same, added to the result; None for none.
+        blocks: number of blocks, all of equal width; 0 for a rotation.
         ids, dropout: as in :class:`Edit`.
     """
 
@@ -82,7 +83,7 @@ class Mix(NamedTuple):
 
     @property
     def seed_and_p(self) -> tuple[Tensor | None, float]:
-        """Of its dropout, as operators take them."""
+        """The arguments of its dropout, for operators."""
         return (None, 0.0) if self.dropout is None else (self.dropout.seed, self.dropout.p)
 
 
@@ -95,12 +96,12 @@ def mix_of(
     dropout_p: float,
     blocks: int,
 ) -> Mix:
-    """The mix that the arguments of an operator stand for."""
+    """The mix of an operator's arguments."""
     return Mix(first, second, bias, blocks, ids, None if seed is None else Dropout(dropout_p, seed))
 
 
 def operands_of(edit: Edit) -> Edit:
-    """The same with the operands of its kernel as vectors, where its kind trains others."""
+    """The same with the operands of its kernel as vectors, if its kind trains other ones."""
     kind, vectors, ids, dropout = edit
     if kind.operands is None:
         return edit
@@ -113,7 +114,7 @@ def operands_of(edit: Edit) -> Edit:
 
 
 def mix_of_edit(edit: Edit) -> Mix:
-    """An edit of the kernel "mix" as the operations on mixes take it."""
+    """An edit of the kernel "mix", for the operations on mixes."""
     kind, vectors, ids, dropout = edit
     first = vectors["first"]
     assert first is not None
@@ -139,11 +140,11 @@ def edit_of(
 
 
 class FromFlat:
-    """The functions of :mod:`red_kernels.backends.reference`, made of those that take their arguments one by one.
+    """The functions of :mod:`red_kernels.backends.reference`, built from functions with separate arguments.
 
     Args:
         functions: by name, with arguments as in ``SCHEMAS``; those of mixes may be missing.
-        needs: turns the flags of what a backward is to compute into what these functions take.
+        needs: turns the flags of requested gradients into the argument of these functions.
     """
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]], needs: Callable[[tuple[bool, ...]], Any]) -> None:
@@ -251,9 +252,9 @@ class FromFlat:
 
 
 def flattened(functions: Any, flags: Callable[[int, int], tuple[bool, ...]]) -> dict[str, Callable[..., Any]]:
-    """The inverse of :class:`FromFlat`: implementations of the operators of ``SCHEMAS``, made of a backend's functions.
+    """The inverse of :class:`FromFlat`: implementations of the operators of ``SCHEMAS``, from a backend's functions.
 
-    ``flags`` makes the flags of so many gradients of an operator's ``needs``.
+    ``flags`` converts an operator's ``needs`` into one flag for each gradient.
     """
 
     def edit_forward(x: Any, residual: Any, *edit: Any) -> Any:

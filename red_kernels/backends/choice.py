@@ -1,7 +1,7 @@
-"""Which of the two backends of an NVIDIA GPU runs an operation: one table, where it matters, and why.
+"""The choice between the two backends of an NVIDIA GPU for an operation: one table, with reasons.
 
-Nothing of it was measured on a GPU yet: every cause says what it was reasoned from. ``rk.backend`` and the variable
-RED_KERNELS_BACKEND choose for themselves.
+No row was measured on a GPU yet: every cause states its reasoning. ``rk.backend`` and the variable
+RED_KERNELS_BACKEND override the table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NO_LIMIT = 1 << 63
 class Row:
     """A choice: ``backend`` for some operations, numbers of elements of an activation, widths and architectures.
 
-    Ranges hold their first number and not their second. ``capabilities`` are compute capabilities.
+    Ranges are half-open. ``capabilities`` are compute capabilities.
     """
 
     backend: str
@@ -44,52 +44,52 @@ class Row:
         return ", ".join(words)
 
 
-# The first row that fits is taken. A backward runs on the backend of its forward, but where it has rows of its own.
+# The first match is taken. A backward runs on the backend of its forward, unless it has its own row.
 TABLE = (
     Row(
         "cuda",
-        "reasoned: below 4 million elements a kernel runs for less than about 10 us on an H200, so that the host's "
-        "time shows; without launches an edit_add_rms_norm with its backward costs the host 52 us here and 68 with "
-        "Triton's kernels, of whose own launches each takes about 13 more where this package's cannot be used",
+        "reasoned: below 4 million elements a kernel takes less than about 10 us on an H200, so the host's time "
+        "shows. Without launches, edit_add_rms_norm with its backward costs the host 52 us here and 68 us in "
+        "Triton. Where this package's launch cannot be used, each launch of Triton's takes about 13 us more",
         elements=(0, 1 << 22),
     ),
     Row(
         "cuda",
-        "reasoned: there a cluster of blocks holds the row, and a backward moves 6 times an activation; Triton's reads "
-        "it again and moves 8",
+        "reasoned: a cluster of blocks holds the row, so a backward moves 6 activations. Triton reads the row again "
+        "and moves 8",
         operations=("edit_norm", "norm_edit"),
         widths=(8193, _NO_LIMIT),
         capabilities=((9, 0), (1 << 31, 0)),
     ),
     Row(
         "triton",
-        "reasoned: both move the same bytes, of rows wider than 8,192 too where there are no clusters (8 times an "
-        "activation in a backward), and Triton's launch rules can be tuned on the spot: red-kernels bench --tune",
+        "reasoned: both move the same bytes, also for rows wider than 8,192 without clusters (8 activations in a "
+        "backward). Triton's launch rules can be tuned on the device: red-kernels bench --tune",
     ),
     Row(
         "cuda",
-        "reasoned: at 5,120 and 8,192 columns it copies rows while it computes others, where a multiprocessor holds "
-        "one program of Triton's, which waits for its loads; and a usual call takes 26 instructions an element",
+        "reasoned: at 5,120 and 8,192 columns it copies rows while it computes others. A multiprocessor has room "
+        "for one Triton program, which waits for its loads. A usual call takes 26 instructions an element",
         operations=(_BACKWARD,),
         widths=(4097, _NO_LIMIT),
     ),
     Row(
         "triton",
-        "reasoned: several of its programs are on a multiprocessor, so that loads and arithmetic overlap as in CUDA's "
-        "kernels, and its launch rules can be tuned on the spot",
+        "reasoned: several programs share a multiprocessor, so loads and arithmetic overlap as in the CUDA kernels. "
+        "Its launch rules can be tuned on the device",
         operations=(_BACKWARD,),
     ),
     Row(
         "triton",
-        "reasoned: it alone has a matrix product with the edit behind it; where that does not win, the edit is chosen "
-        "for by itself",
+        "reasoned: only Triton has a matrix product with the edit behind it. Where the product does not win, the "
+        "edit's backend is chosen separately",
         operations=("linear_edit",),
     ),
 )
 
 
 def preferred(operation: str, elements: int, width: int, capability: tuple[int, int]) -> Row:
-    """The first row of the table that fits an operation on an activation of so many elements in rows of ``width``.
+    """The first row of the table for an operation on an activation of this many elements in rows of ``width``.
 
     "edit_norm backward" is the backward behind a forward by Triton's kernels. Raises ValueError for an operation that
     the table does not know.

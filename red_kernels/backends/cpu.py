@@ -1,6 +1,6 @@
 """The compiled CPU kernels of ``csrc/cpu``: loads the shared library, whose registered operators run them.
 
-The instruction set is chosen by the processor, or by the variable RED_KERNELS_CPU or :func:`use_instruction_set`.
+The processor determines the instruction set, unless the variable RED_KERNELS_CPU or :func:`use_instruction_set` does.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _LIBRARY = Path(__file__).parent.parent / "lib" / "libred_kernels_cpu.so"
 
 
 def load_error() -> str | None:
-    """Why the kernels cannot be used, with the remedy, or None."""
+    """Why the kernels are unusable, with the remedy, or None."""
     return _error
 
 
 def unsupported(x: Tensor) -> str | None:
-    """Why the kernels cannot take an activation, or None. Raises ValueError if RED_KERNELS_CPU cannot be followed."""
+    """Why the kernels cannot take an activation, or None. Raises ValueError if RED_KERNELS_CPU is invalid."""
     if _error is not None:
         if _error is _wrong_setting:
             raise ValueError(_error)
@@ -46,7 +46,7 @@ def instruction_set() -> str:
 
 
 def instruction_sets() -> list[str]:
-    """The instruction sets compiled in that this processor can run, best last."""
+    """The compiled instruction sets that this processor can run, best last."""
     return compiled.ask(_handle().red_kernels_cpu_runnable).split()
 
 
@@ -66,12 +66,12 @@ def use_instruction_set(name: str) -> Iterator[None]:
 
 
 def trim_memory() -> int:
-    """Give the memory kept for large outputs back to the system; returns how many bytes that was."""
+    """Return the memory kept for large outputs to the system; returns its size in bytes."""
     return _handle().red_kernels_cpu_trim()
 
 
 def kept_memory() -> int:
-    """Bytes of freed outputs that are kept for reuse (at most RED_KERNELS_CPU_POOL_MB, by default an eighth of all)."""
+    """Bytes of freed outputs kept for reuse (at most RED_KERNELS_CPU_POOL_MB, by default an eighth of the memory)."""
     return _handle().red_kernels_cpu_kept()
 
 
@@ -79,7 +79,7 @@ def kept_memory() -> int:
 def without_pool() -> Iterator[None]:
     """Take large outputs from torch's own allocator in a ``with`` block, in all threads.
 
-    That is slower, but torch's memory profiler counts what torch hands out, and does not see the pool.
+    That is slower, but torch's memory profiler counts only torch's own allocations, not the pool.
     """
     before = _handle().red_kernels_cpu_use_pool(0)
     try:
@@ -108,11 +108,11 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def _check_setting(dll: ctypes.CDLL) -> str | None:
-    """Why RED_KERNELS_CPU cannot be followed, or None."""
+    """Why RED_KERNELS_CPU is invalid, or None."""
     try:
         compiled.ask(dll.red_kernels_cpu_in_use)
     except RuntimeError as error:
-        return f"{error}; remedy: set RED_KERNELS_CPU to one of these, or not at all"
+        return f"{error}; remedy: set RED_KERNELS_CPU to one of these, or unset it"
     return None
 
 

@@ -1,7 +1,7 @@
 """The CUDA kernels of ``csrc/cuda``: loads the shared library, whose registered operators run them.
 
-For tests the variable RED_KERNELS_CUDA_EMULATED, the path of the same sources built for an emulator, has them run on
-CPU tensors: slowly, and where they are asked for only.
+For tests the variable RED_KERNELS_CUDA_EMULATED, the path of the same sources built for an emulator, runs them on CPU
+tensors: slowly, and only if this backend is chosen.
 """
 
 from __future__ import annotations
@@ -21,45 +21,45 @@ from .schemas import KERNEL_DTYPES, not_plain
 
 _EMULATED_PATH = os.environ.get("RED_KERNELS_CUDA_EMULATED") or None
 EMULATED = _EMULATED_PATH is not None
-# On a GPU the operators of the CPU backend, which is imported first: its library defines what this one implements.
+# On a GPU the operators are those of the CPU backend, imported first: its library defines the ones implemented here.
 NAMESPACE = "red_kernels_emulated" if EMULATED else cpu.NAMESPACE
 
 _LIBRARY = Path(__file__).parent.parent / "lib" / "libred_kernels_cuda.so"
 _OLDEST = (8, 0)
 _NO_GPU = (
-    "torch finds no GPU of NVIDIA's here; remedy: such a GPU and a torch built for CUDA, or another backend: 'triton', "
-    "'cpu' or 'reference'"
+    "torch finds no GPU of NVIDIA's here; remedy: an NVIDIA GPU and a torch built for CUDA, or another backend: "
+    "'triton', 'cpu' or 'reference'"
 )
 _NEVER_BUILT = (
-    "it was never built; remedy: pip install red-kernels with nvcc and torch installed, and RED_KERNELS_CUDA=1 to be "
-    "told what a build lacks"
+    "it was never built; remedy: pip install red-kernels with nvcc and torch installed; RED_KERNELS_CUDA=1 makes a "
+    "failed build an error with its reason"
 )
 
 
 class Code(NamedTuple):
-    """What a library holds for a compute capability: machine code, or PTX, which a driver compiles for later ones."""
+    """A library's code for a compute capability: machine code, or PTX, which a driver compiles for later ones."""
 
     capability: tuple[int, int]
     ptx: bool
 
     def runs_on(self, device: tuple[int, int]) -> bool:
-        """Whether a device of that compute capability runs it: machine code does on its own major number only."""
+        """Whether a device of that compute capability runs it: machine code runs only on its own major number."""
         return device >= self.capability and (self.ptx or device[0] == self.capability[0])
 
 
 def parse_architectures(text: str) -> tuple[Code, ...]:
-    """What ``"sm_80 sm_90 compute_100"`` names. Raises ValueError for anything else."""
+    """The parts of ``"sm_80 sm_90 compute_100"``. Raises ValueError for any other text."""
     found = []
     for word in text.split():
         parts = re.fullmatch(r"(sm|compute)_([0-9]{1,4})([0-9])", word)
         if parts is None:
-            raise ValueError(f"it says that it is for {text!r}, expected names such as sm_90 or compute_100")
+            raise ValueError(f"it names the targets {text!r}, expected names such as sm_90 or compute_100")
         found.append(Code((int(parts[2]), int(parts[3])), parts[1] == "compute"))
     return tuple(found)
 
 
 def load_error() -> str | None:
-    """Why the kernels cannot be used, with the remedy, or None."""
+    """Why the kernels are unusable, with the remedy, or None."""
     if _error is None and not EMULATED and not torch.cuda.is_available():
         return _NO_GPU
     return _error
@@ -82,7 +82,7 @@ def unsupported(x: Tensor) -> str | None:
 
 
 def unusable(device: int) -> str | None:
-    """Why the kernels cannot run on a GPU, or None. Looked at once for each, but while torch.compile traces."""
+    """Why the kernels cannot run on a GPU, or None. Checked once for each GPU, except while torch.compile traces."""
     if device in _unusable:
         return _unusable[device]
     reason, found = None, capability(device)
@@ -91,7 +91,7 @@ def unusable(device: int) -> str | None:
         remedy = new if found >= _OLDEST else "rk.backend('triton')"
         reason = (
             f"its compute capability is {found[0]}.{found[1]}, expected {_OLDEST[0]}.{_OLDEST[1]} or later and one "
-            f"that the library was built for, {_architectures}; remedy: {remedy}"
+            f"that the library was built for: {_architectures}; remedy: {remedy}"
         )
     elif not torch.compiler.is_compiling():
         reason = _does_not_load(device)
@@ -112,7 +112,7 @@ def _does_not_load(device: int) -> str | None:
 
 
 def capability(device: int) -> tuple[int, int]:
-    """The compute capability of a GPU. Looked at once for each, but while torch.compile traces."""
+    """The compute capability of a GPU. Read once for each GPU, except while torch.compile traces."""
     found = _capabilities.get(device)
     if found is None:
         found = torch.cuda.get_device_capability(device)
@@ -122,9 +122,9 @@ def capability(device: int) -> tuple[int, int]:
 
 
 def skip_launches(on: bool) -> None:
-    """Have every operator return where it would launch its kernels, its results whatever was in memory; or no longer.
+    """Make every operator return before its launches, with uninitialised results; or stop that.
 
-    For measuring what a call costs the host where there is no GPU: only the emulator's library can. Raises RuntimeError
+    For measuring the host's time of a call without a GPU: only the emulator's library supports it. Raises RuntimeError
     without it.
     """
     if _dll is None or not EMULATED:
@@ -135,8 +135,8 @@ def skip_launches(on: bool) -> None:
 
 
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, or why it is missing, with the remedy. It is loaded only where it could be used, without asking for
-    a GPU: see :func:`red_kernels.backends.find_triton`."""
+    """The library, or the reason for its absence, with the remedy. It is loaded only if it may be usable, without
+    querying a GPU: see :func:`red_kernels.backends.find_triton`."""
     if _EMULATED_PATH is not None:
         expected = "expected the path of libred_kernels_cuda_emulated.so; remedy: build it, or unset the variable"
         return compiled.load(
@@ -148,12 +148,12 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def _ask_architectures(dll: ctypes.CDLL) -> tuple[str, tuple[Code, ...], str | None]:
-    """What a library was built for, as it says and as it is read; and why it is none of this version, or None."""
+    """The targets of a library, as text and parsed; and why it is not of this version, or None."""
     try:
         text = compiled.ask(dll.red_kernels_cuda_architectures)
         return text, () if EMULATED else parse_architectures(text), None
     except (AttributeError, RuntimeError, ValueError) as error:
-        return "", (), f"{dll._name} is no library of this version ({error}); remedy: install red-kernels again"
+        return "", (), f"{dll._name} is not a library of this version ({error}); remedy: install red-kernels again"
 
 
 _unusable: dict[int, str | None] = {}

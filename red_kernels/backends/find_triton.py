@@ -1,4 +1,4 @@
-"""The record of the Triton backend: Triton is imported only where it could be used."""
+"""The record of the Triton backend: Triton is imported only if it may be usable."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .record import Backend
 
 _OLDEST = (3, 6)
 _NO_GPU = (
-    "torch finds no GPU here; remedy: a GPU and a torch built for it, or TRITON_INTERPRET=1 to run the kernels on the "
-    "CPU, slowly, to check them"
+    "torch finds no GPU here; remedy: a GPU and a torch built for it, or TRITON_INTERPRET=1, which runs the kernels "
+    "on the CPU, slowly, for checks"
 )
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def missing() -> str | None:
-    """Why the Triton kernels cannot be used here, with the remedy, or None."""
+    """Why the Triton kernels are unusable here, with the remedy, or None."""
     if _TRITON is not None and not _INTERPRETED and not torch.cuda.is_available():
         return _NO_GPU
     return _MISSING
 
 
 def require_gpu() -> None:
-    """Raise RuntimeError, naming what is missing, where the kernels cannot be measured on a GPU."""
+    """Raise RuntimeError, naming the missing part, if the kernels cannot be measured on a GPU."""
     purpose = "red-kernels bench --tune measures the Triton kernels on a GPU"
     if not torch.cuda.is_available():
         raise RuntimeError(f"{purpose}, and torch {torch.__version__} finds none here")
@@ -40,15 +40,14 @@ def require_gpu() -> None:
 
 
 def _load() -> tuple[Any, str | None]:
-    """The Triton backend, or why it is missing, with the remedy. Triton is imported only where it could be used.
+    """The Triton backend, or the reason for its absence, with the remedy. Triton is imported only if it may be usable.
 
-    Whether there is a GPU is not asked: that starts the driver, and a process that imports this could then not be
-    forked, nor choose among its GPUs.
+    It does not check for a GPU: that would start the driver, and a process that imports this could then neither fork
+    nor choose among its GPUs.
     """
     if not _INTERPRETED and not _driver():
         return None, _NO_GPU
-    # Whatever a Triton is like, one that is broken or from the future included, it must not keep the package from being
-    # imported: hence every Exception.
+    # A broken or future Triton must not prevent the import of the package: hence every Exception.
     try:
         import triton as package
 
@@ -66,7 +65,7 @@ def _load() -> tuple[Any, str | None]:
 
 
 def _driver() -> bool:
-    """Whether torch could use a GPU: it is built for some, and their driver is installed. Loading does not start it."""
+    """Whether torch could use a GPU: it is built for one, and a driver is installed. Loading does not start it."""
     if torch.version.hip is not None:
         return True
     if torch.version.cuda is None:

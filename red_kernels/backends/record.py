@@ -1,4 +1,4 @@
-"""A backend as one record: all that the package knows of it."""
+"""A backend as one record, the package's whole interface to it."""
 
 from __future__ import annotations
 
@@ -23,22 +23,21 @@ class Backend:
     """An implementation of the operations.
 
     Attributes:
-        name: as ``rk.backend`` takes it.
-        operations: what has the six functions of :mod:`red_kernels.backends.reference`, with the same arguments and
-            results; a module or any other object. The four on mixes may be missing, then the reference computes them.
-            It may have ``linear_edit_forward(x, weight, linear_bias, residual,
-            edit)`` too: all of :func:`red_kernels.linear_edit`, without gradients, or None where it is better
-            composed. None where the backend is missing.
-        missing: why it cannot be used here, with the remedy, or None.
-        unsupported: why it cannot take an activation, or None. Raises ValueError where it has a setting that cannot be
-            followed.
-        device: the type of the devices that it takes tensors of, such as "cpu"; None for all.
-        automatic: whether tensors on such a device go to it if nobody asks for a backend.
-        state: what `red-kernels info` says of it where it can be used.
-        variants: ways of running that it has here, each to be tested by itself.
+        name: for ``rk.backend``.
+        operations: an object with the six functions of :mod:`red_kernels.backends.reference`, with the same arguments
+            and results; a module or any other object. The four on mixes may be missing: the reference then computes
+            them. It may also have ``linear_edit_forward(x, weight, linear_bias, residual, edit)``: all of
+            :func:`red_kernels.linear_edit`, without gradients, or None if the composed form is better. None if the
+            backend is missing.
+        missing: why it is unusable here, with the remedy, or None.
+        unsupported: why it cannot take an activation, or None. Raises ValueError if it has an invalid setting.
+        device: the device type of its tensors, for example "cpu"; None for all.
+        automatic: whether it gets tensors on this device if no backend is chosen.
+        state: its text in `red-kernels info` when usable.
+        variants: its ways of running here, each to be tested separately.
         use: runs one of them in a ``with`` block.
-        nodes: its operations with gradients (see :func:`red_kernels.backends.nodes.nodes_of`); None where the Functions
-            of :mod:`red_kernels.ops.autograd` are to add these to ``operations``.
+        nodes: its operations with gradients (see :func:`red_kernels.backends.nodes.nodes_of`); None if the Functions of
+            :mod:`red_kernels.ops.autograd` add these to ``operations``.
     """
 
     name: str

@@ -1,9 +1,9 @@
-"""The operations in plain PyTorch: the specification that every kernel is held to.
+"""The operations in plain PyTorch: the specification of every kernel.
 
-Forward and backward formulas are written out, so the same file states what a kernel has to compute and what it may
-save. Arithmetic is in fp32 (fp64 for fp64 activations) and each result is rounded once, to the activation's dtype.
-Shapes: activations ``(..., d)``; vectors ``(d,)``, or ``(n, d)`` with ids of the activation's leading shape, and
-``n_edits`` is this n, or 1. A backward gets those of the forward's vectors only that it has a use for.
+Forward and backward formulas are explicit, so this file states what a kernel computes and may save. Arithmetic is in
+fp32 (fp64 for fp64 activations) and each result is rounded once, to the activation's dtype. Shapes: activations
+``(..., d)``; vectors ``(d,)``, or ``(n, d)`` with ids of the activation's leading shape, and ``n_edits`` is this n, or
+1. A backward gets only the forward's vectors that it uses.
 
 Source: RED, arXiv 2402.15179 (the edit ``scale * h + bias``); RoAd, arXiv 2409.00119 (rotations), ETHER, arXiv
 2405.20271 (reflections); RMSNorm, arXiv 1910.07467; LayerNorm, arXiv 1607.06450; Philox4x32-10, Salmon et al., SC 2011
@@ -25,7 +25,7 @@ _WORD = 0xFFFFFFFF
 
 
 class EditGrads(NamedTuple):
-    """Gradients of :func:`edit_forward`; None where not asked for."""
+    """Gradients of :func:`edit_forward`; None if not requested."""
 
     x: Tensor | None
     scale: Tensor | None
@@ -33,7 +33,7 @@ class EditGrads(NamedTuple):
 
 
 class EditNormGrads(NamedTuple):
-    """Gradients of :func:`edit_norm_forward`; None where not asked for."""
+    """Gradients of :func:`edit_norm_forward`; None if not requested."""
 
     x: Tensor | None
     residual: Tensor | None
@@ -44,7 +44,7 @@ class EditNormGrads(NamedTuple):
 
 
 class NormEditGrads(NamedTuple):
-    """Gradients of :func:`norm_edit_forward`; None where not asked for."""
+    """Gradients of :func:`norm_edit_forward`; None if not requested."""
 
     x: Tensor | None
     weight: Tensor | None
@@ -54,7 +54,7 @@ class NormEditGrads(NamedTuple):
 
 
 class MixGrads(NamedTuple):
-    """Gradients of :func:`mix_forward`; None where not asked for."""
+    """Gradients of :func:`mix_forward`; None if not requested."""
 
     x: Tensor | None
     first: Tensor | None
@@ -63,7 +63,7 @@ class MixGrads(NamedTuple):
 
 
 class MixNormGrads(NamedTuple):
-    """Gradients of :func:`mix_norm_forward`; None where not asked for."""
+    """Gradients of :func:`mix_norm_forward`; None if not requested."""
 
     x: Tensor | None
     residual: Tensor | None
@@ -106,13 +106,13 @@ def philox_rounds(counter: list[Tensor], seed: Tensor) -> list[Tensor]:
 
 
 def _multiply_words(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low words of a 32 x 32 bit product; int64 wraps, which leaves the 64 bits right."""
+    """High and low words of a 32 x 32 bit product; int64 wraps, which keeps the 64 bits right."""
     product = a * b
     return (product >> 32) & _WORD, product & _WORD
 
 
 def dropout_factor(seed: Tensor, dropout_p: float, like: Tensor) -> Tensor:
-    """``1 / (1 - p)`` where an element is kept, 0 where it is dropped, in the shape of ``like``."""
+    """``1 / (1 - p)`` for a kept element, 0 for a dropped one, in the shape of ``like``."""
     d = like.shape[-1]
     words = philox_words(seed, like.numel() // d, d).reshape(like.shape)
     keep = words >= round(dropout_p * 2**32)
@@ -127,7 +127,7 @@ def edit_forward(x: Tensor, residual: Tensor | None, edit: Edit) -> Tensor:
 
 
 def edit_backward(dz: Tensor, x: Tensor | None, edit: Edit, n_edits: int, needs: tuple[bool, bool, bool]) -> EditGrads:
-    """Gradients of :func:`edit_forward` for x, scale and bias, as ``needs`` says; that of the residual is ``dz``."""
+    """Gradients of :func:`edit_forward` for x, scale and bias, as in ``needs``; that of the residual is ``dz``."""
     return EditGrads(*_edit_grads(wide(dz), x, edit, n_edits, needs, dz.dtype))
 
 
@@ -136,8 +136,8 @@ def edit_norm_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """``z`` as in :func:`edit_forward` and ``y = norm(z)``: ``(y, z, mean, rstd)``.
 
-    The norm sees ``z`` as rounded to the dtype of ``x``, which is what whoever reads ``z`` sees, and without ``keep_z``
-    too, where ``z`` is None: nothing else depends on whether it is kept.
+    The norm reads ``z`` rounded to the dtype of ``x``, like every reader of ``z``. This holds without ``keep_z`` too,
+    when ``z`` is None: no other result depends on it.
     """
     z = _stream(x, residual, edit)
     normed, mean, rstd = normalise(wide(z), norm)
@@ -157,7 +157,7 @@ def edit_norm_backward(
     n_edits: int,
     needs: tuple[bool, bool, bool, bool, bool, bool],
 ) -> EditNormGrads:
-    """Gradients of :func:`edit_norm_forward`; ``z`` is recomputed from ``x`` and ``residual`` where it was not kept."""
+    """Gradients of :func:`edit_norm_forward`; a ``z`` that was not kept is recomputed from ``x`` and ``residual``."""
     if z is None:
         assert x is not None
         z = _stream(x, residual, edit)
@@ -171,9 +171,9 @@ def edit_norm_backward(
 
 
 def statistics(z: Tensor | None, x: Tensor | None, residual: Tensor | None, edit: Edit, norm: Norm) -> Statistics:
-    """Those of ``z``, or of what :func:`edit_norm_forward` makes of the others where it was not kept.
+    """The statistics of ``z``, or of its recomputation by :func:`edit_norm_forward` if it was not kept.
 
-    For a backward that is itself differentiated: there they are no constants.
+    For a backward that is itself differentiated: there they are not constants.
     """
     if z is None:
         assert x is not None
@@ -259,7 +259,7 @@ def mix_norm_backward(
 def _mix_grads(
     g: Tensor, x: Tensor | None, mix: Mix, n_edits: int, needs: tuple[bool, ...], dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, in ``dtype``, first, second and bias, where ``g`` is that of ``dropout(mix(x))``."""
+    """Gradients of x, in ``dtype``, first, second and bias, with ``g`` the gradient of ``dropout(mix(x))``."""
     if mix.dropout is not None:
         g = g * dropout_factor(mix.dropout.seed, mix.dropout.p, g)
     blocks = mix.blocks
@@ -287,7 +287,7 @@ def _mix_grads(
 
 
 def _reflected(u: Tensor, g: Tensor, h: Tensor, blocks: int) -> Tensor:
-    """What each row adds to the gradient of ``u`` in ``u * (u . h)``."""
+    """Each row's term in the gradient of ``u`` in ``u * (u . h)``."""
     return g * _dots(u, h, blocks) + h * _dots(u, g, blocks)
 
 
@@ -299,7 +299,7 @@ def _dots(u: Tensor, h: Tensor, blocks: int) -> Tensor:
 
 
 def _partners(h: Tensor) -> Tensor:
-    """The columns with those of each pair exchanged."""
+    """The columns with each pair exchanged."""
     return h.unflatten(-1, (-1, 2, PAIR)).flip(-2).flatten(-3)
 
 
@@ -316,7 +316,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    # A conversion that does nothing would have a second name in a trace, and torch 2.11 then loses the gradients.
+    # A no-op conversion would have a second name in a trace, and torch 2.11 then loses the gradients.
     return x if x.dtype == dtype else x.to(dtype)
 
 
@@ -350,7 +350,7 @@ def _stream(x: Tensor, residual: Tensor | None, edit: Edit) -> Tensor:
 def _edit_grads(
     g: Tensor, x: Tensor | None, edit: Edit, n_edits: int, needs: tuple[bool, bool, bool], dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, in ``dtype``, scale and bias, where ``g`` is that of ``dropout(scale * x + bias)``."""
+    """Gradients of x, in ``dtype``, scale and bias, with ``g`` the gradient of ``dropout(scale * x + bias)``."""
     if edit.dropout is not None:
         g = g * dropout_factor(edit.dropout.seed, edit.dropout.p, g)
     scale = edit.vectors.get("scale")
@@ -366,13 +366,13 @@ def _edit_grads(
 
 
 def normalise(z: Tensor, norm: Norm) -> tuple[Tensor, Tensor | None, Tensor]:
-    """``z``, wide, of which each row has mean 0 (if ``norm`` is centered) and mean square 1, and its statistics."""
+    """``z`` in the wide dtype, with mean 0 (if ``norm`` is centered) and mean square 1 in each row; and statistics."""
     mean = None
     if norm.centered:
-        # Distances from one of the values: equal ones have none, and their sum does not overflow.
+        # Distances from one of the values: equal values have none, and their sum does not overflow.
         origin = z[..., :1].detach()
         mean = origin[..., 0] + (z - origin).mean(-1)
-        mean = mean + (z - mean[..., None]).mean(-1)  # what the first sum lost
+        mean = mean + (z - mean[..., None]).mean(-1)  # the rounding error of the first sum
         z = z - mean[..., None]
     rstd = torch.rsqrt(z.square().mean(-1) + norm.eps)
     return z * rstd[..., None], mean, rstd

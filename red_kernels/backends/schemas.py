@@ -1,6 +1,7 @@
-"""What the registered operators of all compiled backends have in common: schemas, shapes of results, marks of needs.
+"""Common data of the registered operators of all compiled backends: schemas, shapes of results, flags of gradients.
 
-Results not asked for are undefined tensors, None in Python. ``needs`` is a bit for each gradient, the first the lowest.
+Results that were not requested are undefined tensors, None in Python. ``needs`` has a bit for each gradient, the first
+one lowest.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the activations that kernels take
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels' activations
 
-# Those of csrc/ops.cpp, which defines them in the namespace red_kernels and implements them for the CPU.
+# The schemas of csrc/ops.cpp, which defines them in the namespace red_kernels and implements them for the CPU.
 SCHEMAS = (
     "edit_forward(Tensor x, Tensor? residual, Tensor? scale, Tensor? bias, Tensor? edit_ids, Tensor? seed, "
     "float dropout_p) -> Tensor",
@@ -48,7 +49,7 @@ REQUIRED = tuple(name for name in NAMES if not name.startswith("mix_"))  # of a 
 
 
 def bits(needs: tuple[bool, ...]) -> int:
-    """The ``needs`` of an operator from a flag for each gradient."""
+    """The ``needs`` of an operator, from a flag for each gradient."""
     found, place = 0, 1
     for need in needs:
         if need:
@@ -63,14 +64,14 @@ def flags(needs: int, count: int) -> tuple[bool, ...]:
 
 
 def not_plain(x: Tensor) -> str | None:
-    """Why a kernel cannot take ``x`` for its class, or None."""
+    """Why a kernel cannot take ``x`` because of its class, or None."""
     if type(x) is not Tensor and not isinstance(x, _PLAIN_SUBCLASSES):
         return f"x is a {type(x).__name__}, and these kernels take plain tensors"
     return None
 
 
 def register_fakes(namespace: str) -> None:
-    """Shapes without arithmetic for all operators of a namespace, for torch.compile and tensors on the meta device."""
+    """Shape functions for all operators of a namespace, for torch.compile and tensors on the meta device."""
     for fake in (
         edit_forward,
         edit_backward,

@@ -1,1 +1,1 @@
-"""Files of edits: this package's own, the RED authors', PEFT's; and the vectors of a model put into them."""
+"""Files of edits: this package's own, the RED authors', PEFT's; and loading their vectors into a model."""

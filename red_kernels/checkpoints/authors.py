@@ -1,9 +1,9 @@
-"""Checkpoints in the form of RED's authors (arXiv 2402.15179): `delta_vector.pth`, and `classifier.pth` beside it.
+"""Checkpoints in the form of RED's authors (arXiv 2402.15179): `delta_vector.pth`, with an optional `classifier.pth`.
 
 `delta_vector.pth` is a `torch.save`d dict from `<site>.delta_vector.activation_scaling` and `.activation_bias` to
 tensors of shape `[1, width]`; kind `ln` adds `<site>.delta_vector.activation_ln.weight` and `.bias`. `classifier.pth`
-is the state dict of the classifier head. Where both are written, they share a mark in a record of their own that
-torch.load passes by, so that a crash between two renames cannot mix two saves: see `folder.py`.
+is the state dict of the classifier head. If both are written, they share a mark, in a record that torch.load ignores.
+So a crash between two renames cannot mix two saves: see `folder.py`.
 """
 
 from __future__ import annotations
@@ -34,41 +34,41 @@ __all__ = ["CLASSIFIER_NAME", "VECTORS_NAME", "export_authors"]
 
 VECTORS_NAME = "delta_vector.pth"
 CLASSIFIER_NAME = "classifier.pth"
-HEAD = "classifier"  # the module of a model whose state the second file holds
+HEAD = "classifier"  # the module whose state the second file contains
 
 _CHILD = ".delta_vector."
-# Inner models under these names are part of the authors' site names (`transformer.h.0`, `model.layers.0`). One under a
-# name of its own is not: `encoder.layer.0` where the model has `inner.encoder.layer.0`.
+# Inner models under these names are part of the authors' site names (`transformer.h.0`, `model.layers.0`). An inner
+# model under its own name is not: `encoder.layer.0` for the model's `inner.encoder.layer.0`.
 _COMMON_PREFIXES = ("model", "transformer")
-_RECORD = ".data/red_kernels_mark"  # in the archive that torch.save writes
+_RECORD = ".data/red_kernels_mark"  # in the archive of torch.save
 _MARKED_CLASSIFIER = re.compile(r"classifier\.[0-9a-f]{32}\.pth")
-_TRIES = 3  # to read both files while others write; then once more with the writers kept out
+_TRIES = 3  # to read both files while others write; then once more under the writers' lock
 
 
 def export_authors(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
     """Save an edit of a patched model in the form of RED's authors, `delta_vector.pth`.
 
-    Vectors are of shape `[1, width]` in their own dtype (the authors' are fp32 or bf16), named from the inner
-    model as the authors' are. A classifier head, the module `classifier` of the model, goes to `classifier.pth` beside
-    them. Both files are written to temporary names, synced and renamed, and `rk.load_edits` reads the folder back: a
-    crash leaves the former state or the new one. For models in several processes the same holds as for `rk.save_edits`.
+    Vectors have shape `[1, width]` and their own dtype (the authors' are fp32 or bf16). They are named from the inner
+    model, like the authors'. A classifier head, the module `classifier` of the model, goes to `classifier.pth` next to
+    them. Both files are written under temporary names, synced and renamed, and `rk.load_edits` reads the folder. A
+    crash leaves the former state or the new one. For models in several processes see `rk.save_edits`.
 
     Args:
         model: a model patched by `rk.patch`.
-        folder: where to save; made if missing. Files of an earlier save are replaced, others left alone.
-        name: which of the model's edits; None for the active one.
+        folder: where to save; created if missing. Files of an earlier save are replaced, others are kept.
+        name: the edit to save; None for the active one.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: the model is not patched or has no edit of this name; its vectors or its head are on the meta device
-            and have no values; the folder has a `classifier.pth` and the model no such head, so that the two files
-            would not belong together.
+            and have no values; the folder has a `classifier.pth` but the model has no classifier head, so the two files
+            would not match.
         OSError: the folder cannot be written to (read-only, full, a file of that name); nothing is left behind.
 
     Warns:
-        UserWarning: something else is trained beside the edits and the head, for which this form has no place.
+        UserWarning: other tensors than the edits and the head are trained, for which this form has no place.
     """
     tensors = edit_tensors(model, name)
     vectors = renamed_sites(model, values_of(tensors))
@@ -85,18 +85,18 @@ def export_authors(model: nn.Module, folder: str | os.PathLike[str], name: str |
     every = [own for parts in tensors.values() for own in parts.values()]
     write_from_one([*every, *head.values()], lambda: write_authors(target, vectors, prefix, values))
     if other:
-        warnings.warn(f"not saved, as the authors' form has no place for it: {listed(other)}", stacklevel=2)
+        warnings.warn(f"not saved, because the authors' form has no place for it: {listed(other)}", stacklevel=2)
     return target
 
 
 def write_authors(folder: Path, vectors: SiteTensors, prefix: str, head: Mapping[str, torch.Tensor]) -> None:
-    """Write both files, `prefix` taken off the site names; see `export_authors`."""
+    """Write both files, with `prefix` removed from the site names; see `export_authors`."""
     foreign = sorted({part for parts in vectors.values() for part in parts if PARTS[part].key is None})
     if foreign:
-        raise ValueError(f"model: the authors' form has no name for {listed(foreign)}; rk.save_edits has")
+        raise ValueError(f"model: the authors' form has no name for {listed(foreign)}; save them by rk.save_edits")
     if not head and (folder / CLASSIFIER_NAME).exists():
         raise ValueError(
-            f"folder: {str(folder)!r} has a {CLASSIFIER_NAME} of another model, and this one has no classifier head; "
+            f"folder: {str(folder)!r} has a {CLASSIFIER_NAME} of another model, but this model has no classifier head; "
             "choose another folder or remove the file"
         )
     state = {
@@ -110,7 +110,7 @@ def write_authors(folder: Path, vectors: SiteTensors, prefix: str, head: Mapping
         if mark is not None:
             contents = {_marked_name(mark): _saved(dict(head), mark), **contents}
         write_files(folder, contents)
-        with contextlib.suppress(OSError):  # the new state is there; a reader can do without what follows
+        with contextlib.suppress(OSError):  # the new state is complete; a reader does not need the rest
             if mark is not None:
                 os.replace(folder / _marked_name(mark), folder / CLASSIFIER_NAME)
             for path in folder.iterdir():
@@ -124,12 +124,12 @@ def _rows() -> tuple[str, ...]:
 
 
 def authors_site(site: str, prefix: str) -> str:
-    """The authors' name of a site: `prefix` taken off, where it is in front."""
+    """The authors' name of a site, without `prefix`."""
     return site.removeprefix(f"{prefix}.") if prefix else site
 
 
 def read_vectors(path: Path) -> SiteTensors:
-    """Read a `delta_vector.pth`. Raises ValueError for a file that is damaged or of another form."""
+    """Read a `delta_vector.pth`. Raises ValueError for a damaged file or one of another form."""
     return collect(path, load_pickled(path, path.read_bytes()), _split, _rows())
 
 
@@ -151,7 +151,7 @@ def read_authors(folder: Path) -> tuple[SiteTensors, None, dict[str, torch.Tenso
 
 
 class _Torn(Exception):
-    """Both files are not of one save, which may be so for a moment while another process writes."""
+    """The files are of two saves, possibly only for a moment while another process writes."""
 
 
 def _read_both(folder: Path) -> tuple[SiteTensors, None, dict[str, torch.Tensor]]:
@@ -164,7 +164,7 @@ def _read_both(folder: Path) -> tuple[SiteTensors, None, dict[str, torch.Tensor]
         except FileNotFoundError:
             continue
         state = load_pickled(path, content)
-        # Files without a mark are of the authors' program, of earlier versions, or were put there by hand.
+        # Files without a mark are from the authors' program or an earlier version, or were put there by hand.
         if mark is None or _mark_of(content) in (None, mark):
             if not state:
                 raise ValueError(f"{path}: is not the state of a classifier head: it is empty")
@@ -172,19 +172,19 @@ def _read_both(folder: Path) -> tuple[SiteTensors, None, dict[str, torch.Tensor]
     if mark is None:
         return vectors, None, {}
     raise _Torn(
-        f"{folder / CLASSIFIER_NAME}: is missing, or of another save than {VECTORS_NAME} beside it; name "
+        f"{folder / CLASSIFIER_NAME}: is missing, or of another save than {VECTORS_NAME} in its folder; name "
         f"{VECTORS_NAME} itself to load the vectors alone"
     )
 
 
 def inner_prefix(model: nn.Module, sites: Iterable[str]) -> str:
-    """What the site names of a model have in front of the authors' names; empty for nothing.
+    """The prefix of a model's site names that the authors' names lack; empty for none.
 
-    It is the name of a transformers model inside wrappers, and of the base model in that, as far as all sites are in
-    it, unless the base model is called `model` or `transformer`, which the authors keep.
+    It is the name of a transformers model inside wrappers, and of its base model, if that contains all sites. A base
+    model called `model` or `transformer` is the exception: the authors keep these names.
     """
     for name, module in model.named_modules():
-        base = getattr(type(module), "base_model_prefix", None)  # the class's: wrappers pass on their model's
+        base = getattr(type(module), "base_model_prefix", None)  # the class's: wrappers forward their model's
         if isinstance(base, str):
             if not base or base in _COMMON_PREFIXES or base not in module._modules:
                 base = ""
@@ -195,7 +195,7 @@ def inner_prefix(model: nn.Module, sites: Iterable[str]) -> str:
 
 
 def classifier_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a model's classifier head by their names in it; nothing where there is no head of that name."""
+    """The parameters of a model's classifier head by their names in it; empty without a head of that name."""
     for module in model.modules():
         if isinstance(getattr(type(module), "base_model_prefix", None), str):
             head = module._modules.get(HEAD)
@@ -213,7 +213,7 @@ def _values(name: str, parameter: torch.Tensor) -> torch.Tensor:
     if parameter.is_meta:
         raise ValueError(f"model: {name} is on the meta device and has no values to save")
     refuse_partitioned(name, parameter)
-    # A copy: torch.save writes the whole storage that a tensor is a view of.
+    # A copy: torch.save writes the whole storage of a view.
     return whole(parameter).to("cpu", copy=True).contiguous()
 
 
@@ -223,7 +223,7 @@ def _saved(state: dict[str, torch.Tensor], mark: str | None = None) -> bytes:
     if mark is not None:
         with zipfile.ZipFile(buffer, "a") as archive:
             top = archive.namelist()[0].partition("/")[0]
-            archive.writestr(zipfile.ZipInfo(f"{top}/{_RECORD}"), mark)  # without a date: the bytes are the same again
+            archive.writestr(zipfile.ZipInfo(f"{top}/{_RECORD}"), mark)  # without a date: equal content, equal bytes
     return buffer.getvalue()
 
 
@@ -232,7 +232,7 @@ def _mark_of(content: bytes) -> str | None:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             name = next((name for name in archive.namelist() if name.endswith(f"/{_RECORD}")), None)
             mark = None if name is None else archive.read(name).decode()
-    except Exception:  # torch.load has read it: of the older form, which is no archive
+    except Exception:  # torch.load has read it: the older form, not an archive
         return None
     return mark if mark is not None and re.fullmatch("[0-9a-f]{32}", mark) else None
 

@@ -1,4 +1,4 @@
-"""The base model that edits belong to: where it comes from, and loading it in the class that it was trained in."""
+"""The base model of edits: its source, and loading it in its class of the training."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16":
 
 @dataclass(frozen=True)
 class Source:
-    """Where a base model comes from.
+    """The source of a base model.
 
     Attributes:
         name: as it is called.
-        path: the folder or file, if it is one here.
-        place: what transformers' `from_pretrained` takes.
-        options: further arguments of it.
+        path: the local folder or file, if there is one.
+        place: the argument of transformers' `from_pretrained`.
+        options: its further arguments.
         gguf: whether it is a GGUF file.
     """
 
@@ -54,21 +54,21 @@ class Source:
 
 
 def source_of(name: str, revision: str | None = None) -> Source:
-    """Where a base model comes from.
+    """The source of a base model.
 
     Args:
         name: the name of a packaged model, a folder, a `.gguf` file or an id of the hub.
         revision: branch, tag or commit; for an id of the hub only.
 
     Raises:
-        FileNotFoundError: the folder has no `config.json`, or there is no such file.
-        ModuleNotFoundError: a package is missing; the message holds the pip command.
-        ValueError: a revision of what is no repository.
+        FileNotFoundError: the folder has no `config.json`, or the file does not exist.
+        ModuleNotFoundError: a package is missing; the message contains the pip command.
+        ValueError: a revision, but no repository.
     """
     packaged = next((model for model in PACKAGED if model.name == name), None)
     path = packaged.locate() if packaged else Path(name)
     if revision is not None and (packaged or path.exists() or path.suffix == ".gguf"):
-        raise ValueError(f"revision: got {revision!r}, but the base model {name!r} is no repository of the hub")
+        raise ValueError(f"revision: got {revision!r}, but the base model {name!r} is not a repository of the hub")
     if path.suffix == ".gguf":
         return Source(name, path, str(path.resolve().parent), gguf_options(path), gguf=True)
     if not path.exists():
@@ -81,15 +81,15 @@ def source_of(name: str, revision: str | None = None) -> Source:
 
 
 def load_source(source: Source, dtype: Any, head: Head | None) -> Any:
-    """The model in its own class, as its config names it, or in that of the head, in evaluation mode.
+    """The model in the class of its config, or in that of the head, in evaluation mode.
 
     Args:
-        source: where it comes from.
+        source: its source.
         dtype: of the weights; `"auto"` for that of its files, and fp32 for a GGUF file.
-        head: a trained head that will be loaded into the model. Its class and its number of labels are taken.
+        head: a trained head to load into the model. It determines the class and the number of labels.
 
     Raises:
-        ValueError: the model is quantised, damaged or lacks weights; the head fits no class of it.
+        ValueError: the model is quantised, damaged or lacks weights; no class of it fits the head.
         OSError: it cannot be found.
     """
     gguf = source.gguf
@@ -103,7 +103,7 @@ def load_source(source: Source, dtype: Any, head: Head | None) -> Any:
         raise ValueError(f"model: {source.name!r} is quantised; expected the base model in half or full precision")
     if head is not None:
         kind, config = _class_for(config, head, source.name)
-    elif gguf:  # the format knows language models only, and names no class
+    elif gguf:  # the format has only language models, and names no class
         kind = transformers.AutoModelForCausalLM
     else:
         kind = model_class(config, source.name)
@@ -113,7 +113,7 @@ def load_source(source: Source, dtype: Any, head: Head | None) -> Any:
             config=config,
             dtype=torch.float32 if gguf else wanted,
             output_loading_info=True,
-            ignore_mismatched_sizes=head is not None,  # of a head that is replaced; all others are refused below
+            ignore_mismatched_sizes=head is not None,  # of a head to be replaced; all others are refused below
             **source.options,
         )
         if gguf:
@@ -131,13 +131,13 @@ def load_source(source: Source, dtype: Any, head: Head | None) -> Any:
         weights = f"{listed(lacking)} of a {type(model).__name__}"
         raise ValueError(
             f"model: the files of {source.name!r} lack the weights {weights}, which "
-            f"would be random{held}; expected the base model that the edits were trained on"
+            f"would be random{held}; expected the base model of the edits"
         )
     return model.eval()
 
 
 def _class_for(config: Any, head: Head, name: str) -> tuple[Any, Any]:
-    """The class of model that has a place for each parameter of a head, and the config with as many labels."""
+    """The class of model with a place for each parameter of a head, and the config with its number of labels."""
     for kind in _classes(config, head):
         for labels in _possible_labels(config, head):
             changed = copy.deepcopy(config)
@@ -146,7 +146,7 @@ def _class_for(config: Any, head: Head, name: str) -> tuple[Any, Any]:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 try:
                     model = kind(changed) if kind is not None else _classifier(changed)
-                except ValueError:  # there is no such class for this config
+                except ValueError:  # this config has no such class
                     continue
             shapes = {name: tuple(own.shape) for name, own in model.named_parameters(remove_duplicate=False)}
             if all(shapes.get(name) == tuple(value.shape) for name, value in head.values.items()):
@@ -156,7 +156,7 @@ def _class_for(config: Any, head: Head, name: str) -> tuple[Any, Any]:
 
 
 def _classes(config: Any, head: Head) -> list[Any]:
-    """Classes to try, the likeliest first; None stands for the one that classifies sequences."""
+    """Classes to try, the likeliest first; None is the class for sequence classification."""
     found = [class_named(head.architecture), named_class(config)]
     fitting = [kind for kind in found if kind is not None and isinstance(config, kind.config_class or ())]
     return [*dict.fromkeys(fitting), None]
@@ -170,12 +170,12 @@ def _possible_labels(config: Any, head: Head) -> Iterator[dict[int, str]]:
     if head.labels is not None:
         yield head.labels
         return
-    # Files of other programs do not say how many there are.
+    # Files of other programs do not state the number.
     yield dict(config.id2label)
     for count in sorted({value.shape[0] for value in head.values.values() if value.ndim}):
         yield {number: f"LABEL_{number}" for number in range(count)}
 
 
 def source_tokenizer(source: Source) -> tuple[Any, str]:
-    """The model's tokenizer; None, and the reason, where it has none. Raises ValueError as `load_tokenizer`."""
+    """The model's tokenizer; None, and the reason, if it has none. Raises ValueError as `load_tokenizer`."""
     return load_tokenizer(source.place, **without_quantization(source.options))

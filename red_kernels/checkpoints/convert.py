@@ -1,4 +1,4 @@
-"""`red-kernels convert`: saved edits from one form into another: our own, the authors', and PEFT's."""
+"""`red-kernels convert`: saved edits from one form to another: our own, the authors', and PEFT's."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ __all__ = ["FORMS", "Conversion", "convert", "model_on_meta"]
 OWN, AUTHORS, PEFT = FORMS = ("own", "authors", "peft")
 _OWN_CODE = {"trust_remote_code": False}
 _NO_POSITION = {
-    OWN: "the authors' form does not hold one, and the folder says it itself",
+    OWN: "the authors' form does not hold one; the folder states its own",
     PEFT: "a PEFT folder names its sites itself",
 }
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did; `print` shows it in a few lines.
+    """The result of `convert`; `print` shows it in a few lines.
 
     Attributes:
-        files: what was written.
-        sites: how many sites the edits have.
+        files: the written files.
+        sites: the number of sites.
         parameters: the number of values in the vectors.
-        what: the position and kind, where the files say them; and what the position was told from.
-        notes: what else there is to know.
+        what: the position and kind, if the files state them; and the source of an inferred position.
+        notes: further remarks.
     """
 
     files: tuple[Path, ...]
@@ -65,30 +65,33 @@ def convert(
     to: str | None = None,
     revision: str | None = None,
 ) -> Conversion:
-    """Convert edits from one form into another: a folder of `rk.save_edits`, the authors' files, a folder of PEFT.
+    """Convert edits from one form to another: a folder of `rk.save_edits`, the authors' files, a folder of PEFT.
 
-    Which form `source` has is told by what it holds. All files of the output are written together or not at all. No
-    weights are read: a model is built from its configuration alone, on the meta device.
+    The files of `source` determine its form. All files of the output are written together or not at all. No weights are
+    read: a model is built from its configuration alone, on the meta device.
 
     Args:
-        source: a folder, or a file `delta_vector.pth` or `red_edits.safetensors`. A trained head beside them is
-            converted too where the folder is named. Or the folder of a RED adapter saved by PEFT, with what its
-            `modules_to_save` has trained; or of a run of `red-kernels finetune`; or, as text, a hub id of one of these.
-        output: another folder; made if missing.
+        source: a folder, or a file `delta_vector.pth` or `red_edits.safetensors`. If the folder is named, a trained
+            head next to the edits is converted too. It may also be the folder of a RED adapter saved by PEFT, with its
+            trained `modules_to_save`; the folder of a run of `red-kernels finetune`; or, as text, a hub id of one of
+            these.
+        output: another folder; created if missing.
         model: the base model: the name of a packaged one, a folder, a `config.json`, a `.gguf` file or a hub id. From
-            the authors' form it tells position, layers and site names, and widths are checked; without it, names alone
-            have to. To the authors' form it is needed for files that do not say what the authors' names leave out.
-        position: from the authors' form, the position where it is not to be told.
+            the authors' form it gives position, layers and site names, and widths are checked; without it, only the
+            names do. To the authors' form it is needed if the files do not state the prefix that the authors' names
+            omit.
+        position: from the authors' form, the position, if it cannot be inferred.
         overwrite: replace files of an earlier conversion.
         to: the form of the output: `"own"`, `"authors"` or `"peft"`; None for `"authors"` from a folder of
             `rk.save_edits`, and for `"own"` from the others.
         revision: branch, tag or commit of the repository, where `source` is a hub id.
 
     Raises:
-        ValueError: a damaged or foreign file; an unknown form, or that of the source; a position that cannot be told,
-            with the reason; a model that does not fit; trained parameters for which the authors' form has no place.
+        ValueError: a damaged or foreign file; an unknown form, or that of the source; a position that cannot be
+            inferred, with the reason; a model that does not fit; trained parameters for which the authors' form has no
+            place.
         FileExistsError: the output has such files already, and `overwrite` is False.
-        OSError: there is no such source or model, or the output cannot be written.
+        OSError: the source or the model does not exist, or the output cannot be written.
     """
     if to is not None and to not in FORMS:
         raise ValueError(f"to: got {to!r}, expected one of {', '.join(map(repr, FORMS))}")
@@ -100,11 +103,11 @@ def convert(
         raise ValueError(f"to: got {to!r}, but {str(source)!r} is in that form already")
     target = Path(output)
     if target.exists() and target.resolve() == found.source.parent.resolve():
-        raise ValueError(f"output: {str(target)!r} is the folder of the source; the two forms need a folder each")
+        raise ValueError(f"output: {str(target)!r} is the folder of the source; each form needs its own folder")
     if position is not None and position not in tuple(POSITIONS):
         raise ValueError(f"position: got {position!r}, supported: {', '.join(map(repr, POSITIONS))}")
     if position is not None and form != AUTHORS:
-        raise ValueError(f"position: got {position!r}, but {_NO_POSITION[form]}; leave it out")
+        raise ValueError(f"position: got {position!r}, but {_NO_POSITION[form]}; omit the option")
     if to == AUTHORS and form != AUTHORS:
         return _to_authors(found, place, target, model, overwrite)
     content = _content(found, place, form, model, position)
@@ -113,7 +116,7 @@ def convert(
 
 @dataclass(frozen=True)
 class _Content:
-    """What is converted, with the names that the model's own form has."""
+    """The content to convert, with the names of the model's own form."""
 
     config: RedConfig
     vectors: SiteTensors
@@ -132,7 +135,7 @@ def _content(found: Found, source: Path, form: str, model: str | None, position:
         return _authors_content(found, source, model, position)
     if found.description is None:
         raise ValueError(
-            f"{found.source}: holds no description of its edits; name the folder that it was saved to, with a "
+            f"{found.source}: has no description of its edits; name the folder that save_edits wrote, with a "
             f"{CONFIG_NAME} in it"
         )
     said = found.description
@@ -147,7 +150,7 @@ def _content(found: Found, source: Path, form: str, model: str | None, position:
 
 def _to_own(content: _Content, target: Path, overwrite: bool) -> Conversion:
     saved = content.saved()
-    replaced = (*saved.names, CONFIG_NAME)  # that of an earlier version goes
+    replaced = (*saved.names, CONFIG_NAME)  # the file of an earlier version is removed
     _refuse(target, (TENSORS_NAME, CONFIG_NAME, HEAD_NAME), replaced, overwrite)
     beside = beside_own(content.config, content.vectors, content.base, content.head)
     return _conversion(write_saved(target, saved, beside), content.vectors, content.what, content.notes)
@@ -158,9 +161,9 @@ def _to_peft(content: _Content, target: Path, overwrite: bool) -> Conversion:
     write_peft(target, content.config, content.vectors, content.base, content.head)
     notes = [*content.notes, "PEFT loads it once red_kernels.integrations.peft is imported"]
     if content.config.edit_kind.shared:
-        notes.append("PEFT will warn of missing keys: those of the other sites, which have the same vectors")
+        notes.append("PEFT will warn of missing keys: those of other sites that share their vectors")
     if whole_layers(content.config):
-        notes.append("PEFT cannot wrap a whole layer, and refuses the adapter where such a layer is a site")
+        notes.append("PEFT cannot wrap a whole layer: it refuses the adapter if a site is one")
     files = tuple(target / name for name in PEFT_NAMES)
     return _conversion(files, content.vectors, f"{content.what}, in PEFT's form", notes)
 
@@ -168,7 +171,7 @@ def _to_peft(content: _Content, target: Path, overwrite: bool) -> Conversion:
 def _left_out(beside: Path, source: Path) -> list[str]:
     if not source.is_file() or not beside.exists():
         return []
-    return [f"{beside.name} beside the file was left out; name the folder to convert it too"]
+    return [f"{beside.name} next to the file was not converted; name the folder to convert both"]
 
 
 def model_on_meta(name: str) -> nn.Module:
@@ -179,8 +182,8 @@ def model_on_meta(name: str) -> nn.Module:
 
     Raises:
         ModuleNotFoundError: transformers is missing.
-        OSError: there is no such model, or it cannot be reached.
-        ValueError: its configuration is not one of a model.
+        OSError: the model does not exist, or cannot be reached.
+        ValueError: its configuration is not that of a model.
     """
     transformers = require("transformers", "reading a model's configuration")
     path = Path(name)
@@ -195,7 +198,7 @@ def model_on_meta(name: str) -> nn.Module:
         with torch.device("meta"):
             if kind is not None:
                 return kind(config)
-            # A GGUF file names no class, and holds a language model.
+            # A GGUF file names no class; it contains a language model.
             auto = transformers.AutoModelForCausalLM if known else transformers.AutoModel
             return auto.from_config(config, **_OWN_CODE)
     except (ModuleNotFoundError, FileNotFoundError):
@@ -203,25 +206,25 @@ def model_on_meta(name: str) -> nn.Module:
     except Exception as error:  # whatever a parser of damaged files may raise means the same here
         reason = str(error).partition("\n")[0]
         if path.exists():
-            raise ValueError(f"model: {name!r} has no configuration that can be used: {reason}") from error
+            raise ValueError(f"model: {name!r} has no usable configuration: {reason}") from error
         raise OSError(f"model: {name!r} is no file or folder, and could not be found on the hub: {reason}") from error
 
 
 def _authors_content(found: Found, source: Path, model: str | None, position: str | None) -> _Content:
     vectors = {
-        # fp32 at least, as patched models have them
+        # fp32 at least, as in patched models
         site: {part: own.to(torch.promote_types(own.dtype, torch.float32), copy=True) for part, own in parts.items()}
         for site, parts in found.vectors.items()
     }
     if model is None:
         config = config_from_names(found.source, vectors, position)
-        told = "told from the names alone" if position is None else "as it was said"
+        told = "inferred from the names" if position is None else "as given"
         prefix = ""
     else:
         base = model_on_meta(model)
         config, mapping = config_from_model(found.source, vectors, base, position)
         vectors = {mapping[site]: parts for site, parts in vectors.items()}
-        told = f"told from {type(base).__name__}"
+        told = f"inferred from {type(base).__name__}"
         prefix = inner_prefix(base, vectors)
     head = Head({f"{HEAD}.{name}": own for name, own in found.head.items()}) if found.head else None
     notes = [] if head is not None else _left_out(source.with_name(CLASSIFIER_NAME), source)
@@ -238,8 +241,8 @@ def _to_authors(found: Found, source: Path, target: Path, model: str | None, ove
         said = (found.description or {}).get("inner_prefix")
         if said is None:
             raise ValueError(
-                f"{found.source}: nothing says which part of its site names, such as {next(iter(found.vectors))}, the "
-                f"authors' names leave out (the entry 'inner_prefix' of the description); pass --model with the base "
+                f"{found.source}: the description has no entry 'inner_prefix', so the part of site names that the "
+                f"authors' names omit is unknown, such as {next(iter(found.vectors))}; pass --model with the base "
                 "model's id, folder or config.json"
             )
         prefix = str(said)
@@ -249,7 +252,7 @@ def _to_authors(found: Found, source: Path, target: Path, model: str | None, ove
     names = [VECTORS_NAME, *([CLASSIFIER_NAME] if head else [])]
     _refuse(target, (VECTORS_NAME, CLASSIFIER_NAME), names, overwrite)
     write_authors(target, found.vectors, prefix, head)
-    what = f"kind {kind!r}, in the authors' form" + (f" ({prefix!r} taken off the site names)" if prefix else "")
+    what = f"kind {kind!r}, in the authors' form" + (f" ({prefix!r} removed from the site names)" if prefix else "")
     return _conversion(tuple(target / name for name in names), found.vectors, what, notes)
 
 
@@ -264,7 +267,7 @@ def _authors_head(found: Found, head: Head) -> dict[str, torch.Tensor]:
 
 
 def _refuse(target: Path, possible: tuple[str, ...], new: Iterable[str], overwrite: bool) -> None:
-    """Refuse files that are there; one that would stay beside the new ones would not belong to them."""
+    """Refuse existing files: a file left next to the new ones would not match them."""
     there = [name for name in possible if (target / name).exists()]
     if there and not overwrite:
         raise FileExistsError(f"output: {str(target)!r} has {listed(there)}; pass --overwrite to replace them")

@@ -1,4 +1,4 @@
-"""The vectors of a patched model for saving and loading: the values in force, and the Parameters that take new ones."""
+"""The vectors of a patched model for saving and loading: the effective values, and the Parameters for new ones."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = ["Slot", "edit_tensors", "shared_sites", "slots", "values_of", "weight
 
 
 def edit_tensors(model: nn.Module, name: str | None = None) -> dict[str, dict[str, Tensor]]:
-    """The vectors of an edit with the values that its forward uses: site to part to tensor of shape `(width,)`.
+    """The vectors of an edit with the values used by its forward: site to part to tensor of shape `(width,)`.
 
-    A vector under a parametrization, weight norm or pruning is no Parameter; it is computed here as they compute it.
+    A vector under a parametrization, weight norm or pruning is not a Parameter; it is computed here in the same way.
 
     Args:
         model: a patched model.
@@ -43,7 +43,7 @@ def edit_tensors(model: nn.Module, name: str | None = None) -> dict[str, dict[st
 
 
 def values_of(tensors: Mapping[str, Mapping[str, Tensor]]) -> SiteTensors:
-    """Detached copies on the CPU, of all of each vector. For sharded ones all processes of the mesh have to call it."""
+    """Detached copies on the CPU, whole vectors. For sharded ones all processes of the mesh must call it."""
     return {
         site: {part: whole(own).to("cpu", copy=True).contiguous() for part, own in parts.items()}
         for site, parts in tensors.items()
@@ -60,7 +60,7 @@ class Slot:
     width: int  # of the site's output
 
     def assign(self, value: Tensor) -> None:
-        """Copy a value into the Parameter; one on the meta device has no memory to copy to and is replaced."""
+        """Copy a value into the Parameter; one on the meta device has no memory and is replaced."""
         if self.own.is_meta:
             self.holder._parameters[self.part] = nn.Parameter(value.detach().clone(), self.own.requires_grad)
         else:
@@ -69,14 +69,14 @@ class Slot:
 
 
 def slots(model: nn.Module, name: str | None) -> dict[str, dict[str, Slot]]:
-    """Where the vectors of an edit are loaded to: site to part to place.
+    """The targets for loading the vectors of an edit: site to part to place.
 
     Args:
         model: a patched model.
         name: of the edit; None for the active one.
 
     Raises:
-        ValueError: the model is not patched or has no edit of that name; a vector is no Parameter of its own.
+        ValueError: the model is not patched or has no edit of that name; a vector is not a Parameter of its own.
     """
     found: dict[str, dict[str, Slot]] = {}
     bound: list[str] = []
@@ -92,8 +92,8 @@ def slots(model: nn.Module, name: str | None) -> dict[str, dict[str, Slot]]:
     if bound:
         raise ValueError(
             f"model: {listed(bound)} cannot be loaded into: computed from other Parameters (a parametrization, weight "
-            "norm, pruning) or held by a wrapper; take that off first (torch.nn.utils.parametrize."
-            "remove_parametrizations), load, and put it on again"
+            "norm, pruning) or held by a wrapper; remove that first (torch.nn.utils.parametrize."
+            "remove_parametrizations), load, and apply it again"
         )
     return found
 
@@ -105,7 +105,7 @@ def shared_sites(model: nn.Module) -> dict[str, str]:
 
 
 def weights_device(model: nn.Module, site: str) -> torch.device:
-    """The device of a site's weights, where its vectors belong. Raises ValueError if they are on the meta device."""
+    """The device of a site's weights, for its vectors. Raises ValueError if they are on the meta device."""
     edits = [module for module in model.modules() if isinstance(module, RedEdit)]
     vectors = {id(own) for module in edits for own in module.parameters()}
     module = model.get_submodule(site)
@@ -118,12 +118,12 @@ def weights_device(model: nn.Module, site: str) -> torch.device:
             break
     else:
         return torch.device("cpu")
-    executed = device_of(module, model)  # accelerate's hook may know where the weights are brought to
+    executed = device_of(module, model)  # accelerate's hook may know the weights' execution device
     if executed.type != "meta":
         return executed
     raise ValueError(
-        f"model: the weights of {site} are on the meta device; load the base model's weights first, for instance by "
-        "load_state_dict(..., assign=True); the vectors get their memory from rk.load_edits"
+        f"model: the weights of {site} are on the meta device; load the base model's weights first, for example by "
+        "load_state_dict(..., assign=True); rk.load_edits then allocates the vectors"
     )
 
 
@@ -132,7 +132,7 @@ def _having(model: nn.Module, name: str | None) -> dict[str, RedEdit]:
     found: dict[str, RedEdit] = {}
     seen: set[int] = set()
     for site, own in edit_modules(model).items():
-        if own.has(wanted) and id(own.root) not in seen:  # what sites share is in the file once
+        if own.has(wanted) and id(own.root) not in seen:  # vectors that sites share are in the file once
             seen.add(id(own.root))
             found[site] = own
     if not found:
@@ -144,7 +144,7 @@ def _having(model: nn.Module, name: str | None) -> dict[str, RedEdit]:
 def _wanted(model: nn.Module, name: str | None) -> str:
     if name is not None:
         return name
-    active = active_edit(model)  # raises where parts of the model differ; inside of disable_edits there is none
+    active = active_edit(model)  # raises if parts of the model differ; inside disable_edits there is none
     return active or next(iter(edit_modules(model).values())).selection.chosen or DEFAULT
 
 
@@ -153,7 +153,7 @@ def _in_force(label: str, holder: EditVectors, part: str, width: int) -> Tensor:
     if value is None:
         value = _computed(holder, part)
     if not isinstance(value, Tensor):
-        raise ValueError(f"model: {label} is not there; another library has taken it away")
+        raise ValueError(f"model: {label} is missing; another library has removed it")
     if value.is_meta:
         raise ValueError(f"model: {label} is on the meta device and has no values to save")
     refuse_partitioned(label, value)
@@ -161,17 +161,17 @@ def _in_force(label: str, holder: EditVectors, part: str, width: int) -> Tensor:
     expected = next(own.shape(width) for own in holder.kind.parts if own.name == part)
     if tuple(value.shape) != expected:
         raise ValueError(
-            f"model: {label} has shape {tuple(value.shape)}, expected {expected}; where a wrapper keeps parts of it in "
-            "several processes, gather them first (FullyShardedDataParallel.summon_full_params)"
+            f"model: {label} has shape {tuple(value.shape)}, expected {expected}; if a wrapper shards it over several "
+            "processes, gather it first (FullyShardedDataParallel.summon_full_params)"
         )
     return value.detach()
 
 
 def _computed(holder: nn.Module, part: str) -> object:
-    """A vector that is computed from other Parameters, as the next forward will compute it."""
+    """A vector computed from other Parameters, as in the next forward."""
     hooks: list[Any] = list(holder._forward_pre_hooks.values())
     for hook in hooks:
-        # Pruning, and weight norm and spectral norm of the older kind: what they left in the attribute may be stale.
+        # Pruning, and weight norm and spectral norm of the older kind: the attribute may have a stale value.
         if part in (getattr(hook, "_tensor_name", None), getattr(hook, "name", None)):
             with torch.no_grad():
                 if hasattr(hook, "apply_mask"):

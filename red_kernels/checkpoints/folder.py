@@ -1,9 +1,9 @@
-"""The files of `rk.save_edits`: their content, their checks, and how the edits and a trained head are kept together.
+"""The files of `rk.save_edits`: their content, their checks, and the pairing of edits with a trained head.
 
-`red_edits.safetensors` holds the vectors, and in its metadata the description. That one file is the saved state: it is
-whole or it is not there. A trained head has a file of its own, and both hold the same mark. The head is written first,
-under a name with the mark; renaming the edits into place makes both valid at once; then the head gets its plain name.
-A reader takes the head that has the mark of the edits, under either name.
+`red_edits.safetensors` contains the vectors, and in its metadata the description. This one file is the saved state: it
+is complete or absent. A trained head has its own file, and both have the same mark. The head is written first, under a
+name with the mark. Renaming the edits into place makes both valid at once. Then the head gets its plain name. A reader
+takes the head with the mark of the edits, under either name.
 """
 
 from __future__ import annotations
@@ -52,35 +52,35 @@ __all__ = [
 FORMAT = "red_kernels edits"
 FORMAT_VERSION = 1
 TENSORS_NAME = "red_edits.safetensors"
-HEAD_NAME = "red_head.safetensors"  # what else a run has trained, by the model's names
+HEAD_NAME = "red_head.safetensors"  # other trained parameters of a run, by the model's names
 CONFIG_NAME = "red_config.json"  # the description, in folders of earlier versions
 
-_BASE_ENTRIES = ("base_model_name", "base_model_revision", "base_weights", "base_architecture")  # as `Base` has them
-_DESCRIPTION = "red_kernels"  # the key of the description, and of what is said of a head, in the metadata
+_BASE_ENTRIES = ("base_model_name", "base_model_revision", "base_weights", "base_architecture")  # fields of Base
+_DESCRIPTION = "red_kernels"  # the metadata key of the description, and of a head's data
 _MARK = re.compile(r"[0-9a-f]{32}")
 _MARKED_HEAD = re.compile(r"red_head\.[0-9a-f]{32}\.safetensors")
-_TRIES = 3  # to read both files while others write; then once more with the writers kept out
+_TRIES = 3  # to read both files while others write; then once more under the writers' lock
 
 
 class MissingHead(FileNotFoundError):
-    """The folder's edits were saved with a head, and its file is not there."""
+    """The folder's edits were saved with a head, but its file is missing."""
 
 
 class _OtherHead(ValueError):
-    """The head is that of another save."""
+    """The head is of another save."""
 
 
 class _NoDescription(FileNotFoundError):
-    """The edits hold no description, and there is none beside them."""
+    """The edits contain no description, and there is none next to them."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What was trained beside the edits.
+    """The trained parameters beside the edits.
 
     Attributes:
         values: by the names of the model's parameters.
-        labels: the names of the labels by their numbers, where the model's config has them.
+        labels: the names of the labels by their numbers, if the model's config has them.
         architecture: the class of the model.
     """
 
@@ -91,12 +91,12 @@ class Head:
 
 @dataclass(frozen=True)
 class Base:
-    """The base model that edits belong to.
+    """The base model of edits.
 
     Attributes:
         name: as transformers loaded it.
         revision: the commit of its repository on the hub.
-        weights: a digest of some of its weights, by which a copy in another folder is recognised.
+        weights: a digest of some of its weights, which identifies a copy in another folder.
         architecture: the class of the model.
     """
 
@@ -107,13 +107,13 @@ class Base:
 
     @classmethod
     def of(cls, description: Mapping[str, Any]) -> Base:
-        """The one that a description names; files of earlier versions say less."""
+        """The base model of a description; files of earlier versions have fewer fields."""
         return cls(*map(description.get, _BASE_ENTRIES))
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What is to be written. `contents` gives the files in the order in which they are renamed."""
+    """The data to write. `contents` gives the files in the order of their renames."""
 
     tensors: dict[str, torch.Tensor]
     description: dict[str, Any]
@@ -121,21 +121,21 @@ class Saved:
 
     @property
     def mark(self) -> str | None:
-        """What the edits and the head share; None without a head."""
+        """The mark that edits and head share; None without a head."""
         mark = self.description["head"]
         assert mark is None or isinstance(mark, str)
         return mark
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The files that there are in the end."""
+        """The final files."""
         return (TENSORS_NAME,) if self.head is None else (TENSORS_NAME, HEAD_NAME)
 
     def contents(self, folder: Path) -> dict[str, bytes]:
         """File name to content.
 
-        The folder is looked at: a head without a mark in it is said not to belong to these, and an adapter that PEFT
-        has saved there to be older.
+        A head without a mark in the folder is recorded as not belonging to these edits, and an adapter that PEFT saved
+        there as older than them.
         """
         description = {**self.description, "other_adapter": foreign_adapter(folder)}
         if self.head is None:
@@ -151,11 +151,11 @@ def make_saved(config: RedConfig, vectors: SiteTensors, base: Base, prefix: str,
     """The content of a folder of `save_edits`.
 
     Args:
-        config: what the model is patched with.
+        config: the config of the patch.
         vectors: site to part to tensor, on the CPU.
-        base: the base model, as far as it is known.
-        prefix: what the site names have in front of the authors' names, for converting.
-        head: what was trained beside the edits, on the CPU.
+        base: the base model, as far as known.
+        prefix: the prefix of the site names that the authors' names lack, for converting.
+        head: the trained parameters beside the edits, on the CPU.
     """
     tensors = {
         f"{site}.red_edit.{part}": own.contiguous() for site, parts in vectors.items() for part, own in parts.items()
@@ -182,13 +182,13 @@ def make_saved(config: RedConfig, vectors: SiteTensors, base: Base, prefix: str,
         return Saved(tensors, description)
     values = {name: own.contiguous() for name, own in head.values.items()}
     said = {"labels": head.labels, "architecture": head.architecture}
-    # Of the content and not at random: saving the same once more gives the same files.
+    # From the content, not random: saving the same again gives the same files.
     mark = _digest(_file(tensors, description) + _file(values, said))[:32]
     return Saved(tensors, {**description, "head": mark}, _file(values, {**said, "mark": mark}))
 
 
 def stale_files(folder: Path, mark: str | None) -> list[Path]:
-    """The files in a folder that do not belong to the state which was just saved with this mark, or none."""
+    """The files in a folder that do not belong to the state just saved with this mark, or with none."""
     found = [path for path in folder.iterdir() if _MARKED_HEAD.fullmatch(path.name)]
     found = [path for path in found if mark is None or path.name != _marked_name(mark)]
     if mark is None:
@@ -197,10 +197,10 @@ def stale_files(folder: Path, mark: str | None) -> list[Path]:
 
 
 def remove_saved(folder: Path) -> None:
-    """Remove the files of a save, and the folder if nothing else is in it. Raises OSError where that cannot be done."""
+    """Remove the files of a save, and the folder if it is then empty. Raises OSError if that fails."""
     if not folder.is_dir():
         return
-    # The edits first: without them, and without the adapter beside them, there is no state.
+    # The edits first: without them and the adapter next to them, there is no state.
     for path in (*beside_files(folder), folder / TENSORS_NAME, *stale_files(folder, None)):
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
@@ -208,13 +208,13 @@ def remove_saved(folder: Path) -> None:
 
 
 def marked_head(folder: Path, mark: str) -> Path:
-    """Where a head is from its writing until it gets its plain name."""
+    """The name of a head from its writing until it gets its plain name."""
     return folder / _marked_name(mark)
 
 
 @dataclass(frozen=True)
 class OwnFound:
-    """What a folder or a file of `save_edits` holds; `description` is None for a single file without one."""
+    """The content of a folder or a file of `save_edits`; `description` is None for a single file without one."""
 
     vectors: SiteTensors
     description: dict[str, Any] | None = None
@@ -222,7 +222,7 @@ class OwnFound:
 
 
 def is_own_folder(folder: Path) -> bool:
-    """Whether a folder holds any file of `save_edits`."""
+    """Whether a folder contains a file of `save_edits`."""
     return (folder / TENSORS_NAME).exists() or (folder / CONFIG_NAME).exists()
 
 
@@ -233,7 +233,7 @@ def read_file(path: Path) -> OwnFound:
 
 
 def read_folder(folder: Path) -> OwnFound:
-    """Read a folder of `save_edits`, of one save whole, while others may write to it.
+    """Read a folder of `save_edits`, all files of one save, while others may write to it.
 
     Raises:
         ValueError: a file is damaged, foreign, of an unknown version or of another save.
@@ -247,11 +247,11 @@ def read_folder(folder: Path) -> OwnFound:
 
 
 def read_description(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The description in a folder or a single file, and the file it is in. Raises as `read_folder` does."""
+    """The description in a folder or a single file, and its file. Raises as `read_folder` does."""
     if folder.is_file():
         description = read_file(folder).description
         if description is None:
-            raise ValueError(f"{folder}: holds no description of its edits; name the folder that it was saved to")
+            raise ValueError(f"{folder}: has no description of its edits; name the folder that save_edits wrote")
         return folder, description
     if not folder.is_dir():
         raise FileNotFoundError(f"folder: {str(folder)!r} does not exist")
@@ -262,14 +262,14 @@ def read_description(folder: Path) -> tuple[Path, dict[str, Any]]:
                 return folder / TENSORS_NAME, description
             try:
                 return folder / CONFIG_NAME, _read_config(folder)
-            except _NoDescription:  # a writer may have put the new form in place of the former one
+            except _NoDescription:  # a writer may have replaced the former form by the new one
                 if attempt == _TRIES - 1:
                     raise
     return folder / CONFIG_NAME, _read_config(folder)
 
 
 def config_of(path: Path, description: Mapping[str, Any]) -> RedConfig:
-    """How a model has to be patched for edits of this description. Raises ValueError, with the file's name."""
+    """The config of the patch for edits of this description. Raises ValueError, with the file's name."""
     patterns, layers = description["site_patterns"], description["layers"]
     try:
         return RedConfig(
@@ -281,7 +281,7 @@ def config_of(path: Path, description: Mapping[str, Any]) -> RedConfig:
             stacks=description.get("stacks"),
         )
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path}: describes edits that cannot be: {error}") from error
+        raise ValueError(f"{path}: describes impossible edits: {error}") from error
 
 
 def _read_once(folder: Path) -> OwnFound:
@@ -301,7 +301,7 @@ def _read_head(folder: Path, description: Mapping[str, Any]) -> Head | None:
     if isinstance(mark, str) and not plain.exists() and not marked_head(folder, mark).exists():
         raise MissingHead(f"{plain} does not exist; the edits in {str(folder)!r} were saved with a trained head")
     if isinstance(mark, str) and marked_head(folder, mark).exists():
-        with contextlib.suppress(FileNotFoundError):  # it gets its plain name at this moment
+        with contextlib.suppress(FileNotFoundError):  # it may be getting its plain name now
             return _parse_head(marked_head(folder, mark), marked_head(folder, mark).read_bytes())[0]
     try:
         content = plain.read_bytes()
@@ -310,22 +310,22 @@ def _read_head(folder: Path, description: Mapping[str, Any]) -> Head | None:
             raise MissingHead(f"{plain} does not exist; the edits beside it were saved with a trained head") from None
         return None
     if "head" in description and mark is None and _digest(content) == description.get("stale_head"):
-        return None  # of a former save, which ended before it was removed
+        return None  # of a former save that ended before it was removed
     head, found = _parse_head(plain, content)
-    if found is None or found == mark:  # a file without a mark, of an earlier version or made by hand, is taken
+    if found is None or found == mark:  # a file without a mark, of an earlier version or made by hand, is accepted
         return head
     if "head" in description and mark is None:
         return None  # as above
     raise _OtherHead(
-        f"{plain}: is of another save than {TENSORS_NAME} beside it; save both again, or name {TENSORS_NAME} itself to "
-        "load the vectors alone"
+        f"{plain}: is of another save than {TENSORS_NAME} next to it; save both again, or name {TENSORS_NAME} itself "
+        "to load the vectors alone"
     )
 
 
 def _parse_head(path: Path, content: bytes) -> tuple[Head, str | None]:
     tensors, metadata = _parse(path, content)
     if not tensors:
-        raise ValueError(f"{path}: is not a trained head: it is empty")
+        raise ValueError(f"{path}: is empty, expected a trained head")
     values = {name: checked_tensor(path, name, value) for name, value in tensors.items()}
     said = _loads(path, metadata.get(_DESCRIPTION, "{}"))
     labels = said.get("labels")
@@ -341,10 +341,10 @@ def _labels(path: Path, labels: object) -> dict[int, str] | None:
     if labels is None:
         return None
     if not isinstance(labels, dict) or not all(isinstance(name, str) for name in labels.values()):
-        raise ValueError(f"{path}: is damaged: its labels must be text by number, got {str(labels)[:100]}")
+        raise ValueError(f"{path}: is damaged: its labels must map numbers to text, got {str(labels)[:100]}")
     numbers = [str(number) for number in range(len(labels))]
     if set(labels) != set(numbers):
-        raise ValueError(f"{path}: is damaged: its labels must have the numbers from 0 on, got {listed(list(labels))}")
+        raise ValueError(f"{path}: is damaged: its labels must be numbered from 0, got {listed(list(labels))}")
     return {int(number): labels[number] for number in numbers}
 
 
@@ -365,8 +365,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         content = path.read_bytes()
     except FileNotFoundError:
         raise _NoDescription(
-            f"{path} does not exist, and {TENSORS_NAME} has no description in itself: {str(folder)!r} is not a "
-            "complete folder of save_edits"
+            f"{path} does not exist, and {TENSORS_NAME} contains no description: {str(folder)!r} is not a complete "
+            "folder of save_edits"
         ) from None
     description = _loads(path, content)
     _check_entries(path, description)
@@ -388,9 +388,9 @@ def _file(tensors: Mapping[str, torch.Tensor], said: Mapping[str, Any]) -> bytes
 
 
 def tensors_file(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file with entries in its metadata; the same bytes for the same content.
+    """A safetensors file with entries in its metadata; equal content gives equal bytes.
 
-    The library writes the entries of the metadata in an order of chance.
+    The library itself writes the metadata in random order.
     """
     plain = safetensors.torch.save(dict(tensors))
     start = 8 + int.from_bytes(plain[:8], "little")
@@ -415,8 +415,8 @@ def _check_entries(path: Path, description: dict[str, Any]) -> None:
         raise ValueError(f'{path}: is not a description of edits (no "format": {FORMAT!r})')
     if description.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{path}: has format version {description.get('format_version')!r}, this version of red_kernels reads "
-            f"{FORMAT_VERSION}"
+            f"{path}: has format version {description.get('format_version')!r}, expected {FORMAT_VERSION} for this "
+            "version of red_kernels"
         )
     expected: dict[str, tuple[type, ...]] = {
         "position": (str,),
@@ -436,10 +436,10 @@ def _check_entries(path: Path, description: dict[str, Any]) -> None:
         if not isinstance(description.get(key), str | None):
             raise ValueError(f"{path}: the entry {key!r} is of the wrong type")
     mark = description.get("head")
-    if mark is not None and not _MARK.fullmatch(mark):  # it becomes a part of a file's name
+    if mark is not None and not _MARK.fullmatch(mark):  # it becomes part of a file's name
         raise ValueError(f"{path}: the entry 'head' is {mark[:100]!r}, expected 32 hexadecimal digits")
     if not isinstance(getattr(torch, description["dtype"], None), torch.dtype):
-        raise ValueError(f"{path}: {description['dtype']!r} is no dtype of torch")
+        raise ValueError(f"{path}: {description['dtype']!r} is not a dtype of torch")
 
 
 def _check_description(where: str, what: str, description: dict[str, Any], vectors: SiteTensors) -> None:
@@ -449,7 +449,7 @@ def _check_description(where: str, what: str, description: dict[str, Any], vecto
     found = {site: list(parts) for site, parts in vectors.items()}
     different = [site for site in {**described, **found} if described.get(site) != found.get(site)]
     if different:
-        raise ValueError(f"{where}: {what} do not belong together; they differ at {listed(different)}")
+        raise ValueError(f"{where}: {what} do not match; they differ at {listed(different)}")
 
 
 def _digest(content: bytes) -> str:

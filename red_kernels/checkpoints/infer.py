@@ -1,7 +1,7 @@
-"""The config that the vectors of a checkpoint belong to, where the checkpoint does not say it itself.
+"""The config of a checkpoint's vectors, if the checkpoint does not state it.
 
-A file of the authors holds names and vectors alone. Told from a model, the position is that whose sites are the
-checkpoint's. From names alone, it is that for which some known family has these modules in each layer.
+A file of the authors contains only names and vectors. With a model, the position is that with the checkpoint's sites.
+From names alone, it is the position for which a known family has these modules in each layer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["config_from_model", "config_from_names", "kind_of", "layers_by_stack
 
 
 class _LayerSite(NamedTuple):
-    """A site's name, cut at its layer's number."""
+    """A site's name, split at its layer's number."""
 
     stack: str
     number: int
@@ -36,20 +36,20 @@ class _LayerSite(NamedTuple):
 
 
 def kind_of(source: Path, vectors: SiteTensors) -> str:
-    """The kind of edit that has these vectors at each site.
+    """The kind of edit with these vectors at each site.
 
     Raises:
-        ValueError: sites of different kinds, or of none.
+        ValueError: sites of different kinds, or of no kind.
     """
     first = next(iter(vectors))
     for site, parts in vectors.items():
         if parts.keys() != vectors[first].keys():
             raise ValueError(
-                f"{source}: {first} has {listed(list(vectors[first]))} and {site} has {listed(list(parts))}; all sites "
-                "have to be of one kind"
+                f"{source}: {first} has {listed(list(vectors[first]))} and {site} has {listed(list(parts))}; expected "
+                "one kind at all sites"
             )
     kind = kind_with(vectors[first])
-    with contextlib.suppress(ValueError):  # below, with the site's name
+    with contextlib.suppress(ValueError):  # raised below, with the site's name
         kind = kind_fitting(vectors[first])
     if kind is None:
         raise ValueError(f"{source}: no kind of edit has {listed(list(vectors[first]))} alone; kinds: {_kinds()}")
@@ -62,16 +62,16 @@ def kind_of(source: Path, vectors: SiteTensors) -> str:
 
 
 def config_from_names(source: Path, vectors: SiteTensors, position: str | None = None) -> RedConfig:
-    """The config of the vectors, told from the names of their sites.
+    """The config of the vectors, inferred from the names of their sites.
 
     Args:
         source: the file, for messages.
         vectors: site to part to tensor.
-        position: what is known already; then names are only read for the layers.
+        position: the position, if known; then only the layers are inferred.
 
     Raises:
-        ValueError: the names do not say it: none or several positions have such sites, or the layers of two stacks
-            were chosen differently.
+        ValueError: it cannot be inferred: no position or several have these sites, or the layers of two stacks were
+            chosen differently.
     """
     kind = kind_of(source, vectors)
     stacks: dict[str, dict[int, set[str]]] = {}
@@ -79,7 +79,7 @@ def config_from_names(source: Path, vectors: SiteTensors, position: str | None =
         found = _layer_site(site)
         if found is None:
             raise ValueError(
-                f"{source}: the site {shown(site)} names no layer, so that its position cannot be told; {_ADVICE}"
+                f"{source}: the site {shown(site)} names no layer, so its position cannot be inferred; {_ADVICE}"
             )
         stacks.setdefault(found.stack, {}).setdefault(found.number, set()).add(found.path)
     if position is None:
@@ -104,13 +104,13 @@ def config_from_names(source: Path, vectors: SiteTensors, position: str | None =
 def config_from_model(
     source: Path, vectors: SiteTensors, model: nn.Module, position: str | None = None
 ) -> tuple[RedConfig, dict[str, str]]:
-    """The config of the vectors, told from the model they were trained on; and checkpoint site to model site.
+    """The config of the vectors, inferred from their model; and checkpoint site to model site.
 
     Args:
         source: the file, for messages.
         vectors: site to part to tensor.
         model: not patched; it may be on the meta device.
-        position: what is known already; only this one is tried then.
+        position: the position, if known; only this one is tried then.
 
     Raises:
         ValueError: no position of the model has these sites, or more than one; a width differs.
@@ -150,7 +150,7 @@ def config_from_model(
 
 
 def layers_by_stack(sites: Iterable[str]) -> dict[str, set[int]]:
-    """The numbers of the layers in each stack of layers, from the names of sites; those without a number are left."""
+    """The numbers of the layers in each stack, from the names of sites; names without a number are skipped."""
     found: dict[str, set[int]] = {}
     for site in sites:
         cut = _layer_site(site)
@@ -160,7 +160,7 @@ def layers_by_stack(sites: Iterable[str]) -> dict[str, set[int]]:
 
 
 def _layer_site(site: str) -> _LayerSite | None:
-    """Cut a name at its first number, which is the layer's (`encoder.block.3.layer.1.wo`); None where there is none."""
+    """Split a name at its first number, the layer's (`encoder.block.3.layer.1.wo`); None if there is none."""
     parts = site.split(".")
     for place, part in enumerate(parts):
         number = layer_number(part)
@@ -179,7 +179,7 @@ def _entries(sites: dict[str, tuple[str, ...]], position: str) -> tuple[str, ...
         entries = sites.get(place) or sites.get(NARROWER.get(place, ""), ())
         if place not in sites and place not in ON_INPUT:
             entries = tuple(entry for entry in entries if serves_alone(entry.removesuffix("?"), place))
-            entries = tuple(entry.removesuffix("?") for entry in entries[:1]) + entries[1:]  # one has to be there
+            entries = tuple(entry.removesuffix("?") for entry in entries[:1]) + entries[1:]  # one must be present
         if not entries:
             return ()
         found += entries
@@ -187,7 +187,7 @@ def _entries(sites: dict[str, tuple[str, ...]], position: str) -> tuple[str, ...
 
 
 def _fits(entries: Sequence[str], paths: frozenset[str]) -> bool:
-    """Whether `paths` are what a layer with these entries of `Family.sites` has: a partner for each."""
+    """Whether `paths` are those of a layer with these entries of `Family.sites`: a partner for each."""
     if not entries:
         return not paths
     first, *rest = entries
@@ -202,20 +202,20 @@ def _path_pattern(path: str) -> re.Pattern[str]:
 
 
 def _chosen_layers(source: Path, stacks: dict[str, dict[int, set[str]]]) -> Iterable[int] | None:
-    """None where each stack has its layers from 0 on; else the layers that all stacks have."""
+    """None if each stack has its layers from 0 on; else the layers of all stacks."""
     if all(sorted(layers) == list(range(len(layers))) for layers in stacks.values()):
         return None
     first, *others = stacks.values()
     if any(other.keys() != first.keys() for other in others):
         raise ValueError(
             f"{source}: not all layers are edited, and in {listed([name.rstrip('.') for name in stacks])} not the same "
-            "ones; which of them the model has cannot be told from names, so pass --model"
+            "ones; names alone do not show which layers the model has, so pass --model"
         )
     return sorted(first)
 
 
 def _dtype(vectors: SiteTensors) -> torch.dtype:
-    """Vectors are kept in fp32 at least: in half precision small updates are lost."""
+    """Vectors are fp32 at least: in half precision small updates are lost."""
     doubles = any(value.dtype == torch.float64 for parts in vectors.values() for value in parts.values())
     return torch.float64 if doubles else torch.float32
 
@@ -224,4 +224,4 @@ def _kinds() -> str:
     return ", ".join(f"{kind.name!r} ({' and '.join(kind.names)})" for kind in KINDS.values())
 
 
-_ADVICE = "pass --model with the base model's id, folder or config.json, or say it by --position"
+_ADVICE = "pass --model with the base model's id, folder or config.json, or state it by --position"

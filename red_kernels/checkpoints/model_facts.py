@@ -1,4 +1,4 @@
-"""What a model says of itself for saving and loading: its labels, its class, the name of its base model."""
+"""Facts about a model for saving and loading: its labels, its class, the name of its base model."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ __all__ = [
     "weights_print",
 ]
 
-_SAMPLED = 64  # values of a tensor: enough to tell two models apart
+_SAMPLED = 64  # values of a tensor: enough to distinguish two models
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def set_labels(model: nn.Module, labels: dict[int, str] | None) -> tuple[str, ...]:
-    """Give the model's config the names of the labels; returns them, or nothing where none were given."""
+    """Give the model's config the names of the labels; returns them, or nothing if none were given."""
     config = _labelled_config(model)
     if config is None or not labels or (config.id2label == labels and labels == _unnamed(len(labels))):
         return ()
@@ -42,7 +42,7 @@ def set_labels(model: nn.Module, labels: dict[int, str] | None) -> tuple[str, ..
 
 
 def labels_of(model: nn.Module) -> dict[int, str] | None:
-    """The names of the labels by their numbers, where the model's config has them."""
+    """The names of the labels by their numbers, if the model's config has them."""
     config = _labelled_config(model)
     if config is None or not isinstance(config.id2label, Mapping):
         return None
@@ -62,7 +62,7 @@ def _unnamed(count: int) -> dict[int, str]:
 
 
 def architecture(model: nn.Module) -> str | None:
-    """The class of the transformers model in a model."""
+    """The class of the transformers model inside a model."""
     for module in model.modules():
         if isinstance(getattr(type(module), "base_model_prefix", None), str):
             kind = getattr(type(module), BASE, type(module))
@@ -71,13 +71,13 @@ def architecture(model: nn.Module) -> str | None:
 
 
 def base_model_name(model: nn.Module) -> str | None:
-    """The name that transformers loaded a model by, if any."""
+    """The name under which transformers loaded a model, if any."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     return name if isinstance(name, str) and name else None
 
 
 def last_name(name: str) -> str:
-    """What is left of a base model's name wherever its folder lies."""
+    """The part of a base model's name that does not depend on its folder's place."""
     parts = [part for part in re.split(r"[/\\]+", name) if part not in ("", ".")]
     if len(parts) >= 3 and parts[-2] == "snapshots":  # in the cache of the hub: models--OWNER--NAME/snapshots/COMMIT
         parts = parts[-3].split("--")
@@ -85,7 +85,7 @@ def last_name(name: str) -> str:
 
 
 def base_revision(model: nn.Module) -> str | None:
-    """The commit of the repository on the hub that a model was loaded from; None where that cannot be told."""
+    """The commit of a model's repository on the hub; None if unknown."""
     said = getattr(getattr(model, "config", None), "_commit_hash", None)
     if isinstance(said, str) and _COMMIT.fullmatch(said):
         return said
@@ -101,8 +101,8 @@ def base_revision(model: nn.Module) -> str | None:
 def weights_print(model: nn.Module) -> str | None:
     """A digest of some frozen weights of the first and the last edited modules, rounded to bf16.
 
-    So it is the same whether the model was loaded in fp32 or bf16, and whatever its folder is called. None where there
-    are no such weights, or this process does not hold them as they are (sharded, offloaded, quantised).
+    So it is the same for a model loaded in fp32 or bf16, under any folder name. None if there are no such weights, or
+    this process does not have them whole (sharded, offloaded, quantised).
     """
     sites = list(edit_modules(model))
     digest = hashlib.sha256()
@@ -113,7 +113,7 @@ def weights_print(model: nn.Module) -> str | None:
         for own in module.parameters():
             if id(own) in edits:
                 continue
-            # Quantised weights are tensors of classes of their own, which do not have each operation.
+            # Quantised weights are tensors of their own classes, which lack some operations.
             plain = type(own) in (torch.nn.Parameter, torch.Tensor) and type(own.data) is torch.Tensor
             known = plain and own.is_floating_point() and own.element_size() > 1 and own.layout is torch.strided
             if not known or own.is_meta or is_sharded(own) or own.numel() == 0 or own.requires_grad:

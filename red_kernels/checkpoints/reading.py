@@ -17,11 +17,11 @@ from .peft_names import foreign_adapter, is_peft_folder
 
 __all__ = ["RUN_EDITS", "located", "located_folder", "read", "read_described", "saved_config"]
 
-RUN_EDITS = "edits"  # where a run of `red-kernels finetune` has its edits, in the run's folder
+RUN_EDITS = "edits"  # the folder of edits in the folder of a run of `red-kernels finetune`
 
 
 def located(source: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder or the file that a name stands for.
+    """The folder or the file of a name.
 
     Args:
         source: a file or a folder; the folder of a run, whose edits are in `edits/`; or, as text, the id of a
@@ -29,9 +29,9 @@ def located(source: str | os.PathLike[str], revision: str | None = None) -> Path
         revision: branch, tag or commit of the repository.
 
     Raises:
-        FileNotFoundError: there is no such file, folder or repository.
+        FileNotFoundError: the file, folder or repository does not exist.
         OSError: the hub cannot be reached.
-        ValueError: a revision of what is no repository.
+        ValueError: a revision, but no repository.
     """
     path = fetched(source, revision)
     inner = path / RUN_EDITS
@@ -39,7 +39,7 @@ def located(source: str | os.PathLike[str], revision: str | None = None) -> Path
 
 
 def located_folder(folder: str | os.PathLike[str]) -> Path:
-    """The folder on this machine that `folder` stands for. Raises FileNotFoundError where there is none."""
+    """The local folder of `folder`. Raises FileNotFoundError if there is none."""
     place = located(Path(folder))
     if not place.is_dir():
         raise FileNotFoundError(f"folder: {str(folder)!r} is no folder; expected one that rk.save_edits wrote")
@@ -47,7 +47,7 @@ def located_folder(folder: str | os.PathLike[str]) -> Path:
 
 
 def read(path: Path) -> Found:
-    """Read a folder or a file that `located` gave. Raises as `load_edits` does."""
+    """Read a folder or a file of `located`. Raises as `load_edits` does."""
     if path.is_dir():
         if is_own_folder(path):  # first: a folder of save_pretrained may have both
             own = read_folder(path)
@@ -71,7 +71,7 @@ def read(path: Path) -> Found:
 
 
 def read_described(path: Path, argument: str, source: str | os.PathLike[str]) -> Found:
-    """The same of edits that say how their model is patched. Raises ValueError for others, naming the argument."""
+    """The same for edits with a config. Raises ValueError for others, naming the argument."""
     found = read(path)
     if found.description is None:
         raise ValueError(
@@ -82,9 +82,9 @@ def read_described(path: Path, argument: str, source: str | os.PathLike[str]) ->
 
 
 def saved_config(folder: str | os.PathLike[str], revision: str | None = None) -> RedConfig:
-    """Read from saved edits how the model has to be patched before `load_edits`.
+    """Read the config of saved edits, with which to patch the model before `load_edits`.
 
-    `rk.patch(model, rk.saved_config(folder)); rk.load_edits(model, folder)` brings the edits to a fresh base model.
+    `rk.patch(model, rk.saved_config(folder)); rk.load_edits(model, folder)` loads the edits into a fresh base model.
 
     Args:
         folder: the folder of `save_edits`, or the `red_edits.safetensors` in it; the folder of a run of
@@ -95,7 +95,7 @@ def saved_config(folder: str | os.PathLike[str], revision: str | None = None) ->
     Raises:
         FileNotFoundError: the folder, the description in it, or the repository does not exist.
         OSError: the hub cannot be reached.
-        ValueError: the file is damaged, of another program, of a newer format, or describes edits that cannot be.
+        ValueError: the file is damaged, of another program, of a newer format, or describes impossible edits.
     """
     path = located(folder, revision)
     if path.is_dir() and is_peft_folder(path) and not is_own_folder(path):

@@ -1,8 +1,8 @@
 """Matching the site names of a checkpoint with those of a model.
 
 The same layer has several names: `encoder.layer.0.output.dense` from the inner model, `inner.encoder.layer.0...` with
-a head around it, `base_model.model.inner...` inside a wrapper. What differs is one prefix, the same for all sites, so
-one rule "take this prefix off, put that one on" has to fit the whole checkpoint. Nothing is matched site by site.
+a head around it, `base_model.model.inner...` inside a wrapper. They differ in one prefix, the same for all sites. So
+one rule "remove this prefix, add that one" must fit the whole checkpoint. Sites are never matched one by one.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ..support.parse import layer_number
 def match_sites(checkpoint_sites: Iterable[str], model_sites: Iterable[str]) -> dict[str, str]:
     """Map each checkpoint site to a model site, by one change of prefix for all of them.
 
-    Names that agree as they are win. Otherwise, of the changes of prefix that only add or only remove parts of the
-    name, the one that brings the most checkpoint sites onto model sites is taken.
+    Equal names win. Otherwise it takes the change of prefix that maps the most checkpoint sites to model sites, among
+    the changes that only add or only remove parts of the name.
 
     Args:
         checkpoint_sites: dotted module names in the checkpoint.
@@ -26,7 +26,7 @@ def match_sites(checkpoint_sites: Iterable[str], model_sites: Iterable[str]) -> 
         Checkpoint site to model site, one to one; a checkpoint site without a partner is absent.
 
     Raises:
-        ValueError: two changes of prefix fit equally well, for instance the same encoder twice in one model.
+        ValueError: two changes of prefix fit equally well, for example the same encoder twice in one model.
     """
     ours = list(dict.fromkeys(checkpoint_sites))
     theirs = list(dict.fromkeys(model_sites))
@@ -46,13 +46,13 @@ def match_sites(checkpoint_sites: Iterable[str], model_sites: Iterable[str]) -> 
         choices = ", ".join(f"{remove or '(nothing)'!s} -> {add or '(nothing)'!s}" for remove, add in best_rules)
         raise ValueError(
             f"the checkpoint's site names fit the model in more than one way, changing the prefix {choices}; "
-            "load into the inner model that is meant, so that the names agree"
+            "load into the intended inner model, so that the names match"
         )
     return best
 
 
 def renamed(name: str, mapping: Mapping[str, str]) -> str:
-    """Another name of the checkpoint, such as that of a head's parameter, by the change of prefix in `mapping`."""
+    """Another name of the checkpoint, for example of a head's parameter, under the change of prefix in `mapping`."""
     for site, to in mapping.items():
         parts, other = site.split("."), to.split(".")
         common = _common_tail(parts, other)
@@ -65,8 +65,8 @@ def renamed(name: str, mapping: Mapping[str, str]) -> str:
 
 
 def _candidate_rules(ours: list[str], theirs: list[str]) -> set[tuple[str, str]]:
-    # Sites of one layer kind share their last parts; a site that ends otherwise is left out at once, so that not
-    # every pair is compared.
+    # Sites of one layer kind share their last parts; a site with another ending is skipped at once, so that not every
+    # pair is compared.
     by_tail: dict[str, list[list[str]]] = {}
     for site in theirs:
         by_tail.setdefault(site.rpartition(".")[2], []).append(site.split("."))
@@ -91,7 +91,7 @@ def _common_tail(first: list[str], second: list[str]) -> int:
 
 
 def _is_prefix_change(remove: list[str], add: list[str]) -> bool:
-    """Whether one prefix is the other with parts added: `encoder` must never become `decoder`, nor layer 1 layer 2."""
+    """Whether one prefix is the other plus parts: `encoder` must never become `decoder`, nor layer 1 layer 2."""
     if any(layer_number(part) is not None for part in remove):
         return False
     if remove and any(layer_number(part) is not None for part in add):

@@ -1,4 +1,4 @@
-"""The vectors of a checkpoint, sorted by site and checked: what files of every form are read into and written from."""
+"""The vectors of a checkpoint, sorted by site and checked, for reading and writing files of every form."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _KEY = re.compile(r"(?P<site>.+)\.red_edit\.(?P<part>\w+)")
 def collect(
     path: Path, tensors: Mapping[str, Any], split: Callable[[str], tuple[str, str] | None], rows: tuple[str, ...] = ()
 ) -> SiteTensors:
-    """Sort the tensors of a file by site, as `(width,)` vectors; any name, type or shape out of form is an error.
+    """Sort the tensors of a file by site, as `(width,)` vectors; an unexpected name, type or shape is an error.
 
     Args:
         path: the file, for messages.
-        tensors: what it holds, by name.
-        split: a name as site and part; None for a name that is none of an edit's.
-        rows: the parts that are of shape `[1, width]` in the file; others there may be.
+        tensors: its content, by name.
+        split: a name as site and part; None for a name of no edit.
+        rows: the parts of shape `[1, width]` in the file; other parts may exist.
     """
     vectors: SiteTensors = {}
     names = {key: split(key) for key in tensors}
@@ -55,20 +55,20 @@ def collect(
 
 
 def load_pickled(path: Path, content: bytes) -> Mapping[str, Any]:
-    """What torch.save wrote, by name; a foreign pickle runs no code. Raises ValueError, with the file's name."""
+    """The content of a torch.save file, by name; a foreign pickle runs no code. ValueError names the file."""
     try:
-        # Their files were saved from cuda:0.
+        # The authors saved their files from cuda:0.
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a parser of damaged bytes may raise means the same here
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: is damaged or no checkpoint that torch.load reads safely: {reason}") from error
+        raise ValueError(f"{path}: is damaged, or torch.load cannot read it safely: {reason}") from error
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise ValueError(f"{path}: expected a dict from names to tensors, got {type(state).__name__}")
     return state
 
 
 def checked_tensor(path: Path, key: str, value: Any) -> torch.Tensor:
-    """`value`, detached, where it is a dense floating-point tensor; else an error that names it."""
+    """`value`, detached, if it is a dense floating-point tensor; else an error that names it."""
     if not isinstance(value, torch.Tensor) or value.dtype not in VECTOR_DTYPES:
         got = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(f"{path}: {key} is {got}, expected a floating-point tensor of 16, 32 or 64 bits")
@@ -78,13 +78,13 @@ def checked_tensor(path: Path, key: str, value: Any) -> torch.Tensor:
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """The site and the part of `<site>.red_edit.<part>`; None for a name that is none of an edit's."""
+    """The site and the part of `<site>.red_edit.<part>`; None for a name of no edit."""
     match = _KEY.fullmatch(key)
     return None if match is None or match["part"] not in PARTS else (match["site"], match["part"])
 
 
 def in_order(vectors: SiteTensors) -> SiteTensors:
-    """By layer, and the parts as their kind has them: files keep no useful order."""
+    """By layer, with the parts in their kind's order: files have no useful order."""
     found: SiteTensors = {}
     for site in sorted(vectors, key=by_layer):
         kind = kind_with(vectors[site])
@@ -93,6 +93,6 @@ def in_order(vectors: SiteTensors) -> SiteTensors:
 
 
 def by_layer(site: str) -> list[tuple[int, str]]:
-    """A key to sort site names by: layer 2 comes before layer 10."""
+    """A sort key for site names: layer 2 comes before layer 10."""
     numbers = ((layer_number(part), part) for part in site.split("."))
     return [(-1, part) if number is None else (number, "") for number, part in numbers]

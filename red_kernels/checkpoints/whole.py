@@ -35,31 +35,31 @@ def from_pretrained(
 ) -> Any:
     """Load a base model with its edits: the model, the patch, the vectors and a trained head.
 
-    The edits say which base model they belong to. Its class is that of the trained head where there is one, else the
-    one that the base model's configuration names. A folder with a base model and edits in it (of `save_pretrained` of
-    a patched model) is its own base model.
+    The edits name their base model. Its class is that of the trained head if there is one, else that of the base
+    model's configuration. A folder with a base model and edits (from `save_pretrained` of a patched model) is its own
+    base model.
 
     Args:
         source: a folder of `rk.save_edits`, of a run of `red-kernels finetune`, or of a RED adapter that PEFT has
             saved; or, as text, the id of a repository on the hub with one of these, such as `"user/name"`.
         revision: branch, tag or commit of that repository.
-        base: the base model, where it is not the one that the edits name: a packaged model's name, a folder, a `.gguf`
-            file or a hub id.
+        base: the base model, if not the one that the edits name: a packaged model's name, a folder, a `.gguf` file or a
+            hub id.
         base_revision: branch, tag or commit of the base model; None for the one that the edits name.
         dtype: of the base weights: a dtype, or `"auto"` for that of the files (fp32 for a `.gguf` file). The vectors
             keep theirs; a trained head is fp32 at least, as in training.
-        device: where the model goes; None for the CPU.
+        device: the model's device; None for the CPU.
 
     Returns:
         The patched model, in evaluation mode. `rk.load_tokenizer(source)` loads the tokenizer.
 
     Raises:
-        ValueError: the source holds no edits, does not say how its model is patched, or names no base model; a damaged
-            file; edits or a head that do not fit the base model; a revision of what is no repository.
-        FileNotFoundError, OSError: there is no such folder, repository or base model, or the hub cannot be reached.
+        ValueError: the source has no edits, or no config for them, or names no base model; a damaged file; edits or a
+            head that do not fit the base model; a revision, but no repository.
+        FileNotFoundError, OSError: the folder, repository or base model does not exist, or the hub cannot be reached.
 
     Warns:
-        UserWarning: `base` is another base model than the edits were trained on.
+        UserWarning: `base` is not the base model of the edits.
     """
     if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype: got {dtype!r}, expected a floating-point dtype of torch, or 'auto'")
@@ -89,11 +89,11 @@ def load_tokenizer(
     base: str | None = None,
     base_revision: str | None = None,
 ) -> Any:
-    """The tokenizer of the base model that saved edits belong to. Arguments as of `from_pretrained`.
+    """The tokenizer of the base model of saved edits. Arguments as in `from_pretrained`.
 
     Raises:
         ValueError: as `from_pretrained`, or the base model has no tokenizer.
-        FileNotFoundError, OSError: there is no such folder, repository or base model, or the hub cannot be reached.
+        FileNotFoundError, OSError: the folder, repository or base model does not exist, or the hub cannot be reached.
     """
     place, found = _read(source, revision)
     from .base import source_tokenizer
@@ -113,14 +113,14 @@ def load_base_model(
     labels: list[str] | None = None,
     revision: str | None = None,
 ) -> tuple[Any, Any]:
-    """Load a base model and its tokenizer by any name that `red-kernels finetune --model` takes.
+    """Load a base model and its tokenizer by any name that `red-kernels finetune --model` accepts.
 
     Args:
         name: the name of a packaged model (`"SmolLM2-135M-Instruct"`, `"all-MiniLM-L6-v2"`), a folder, a `.gguf` file,
             or an id of the hub.
         task: `"causal-lm"` or `"classification"`; the latter gets a fresh head for `labels`.
         dtype: of the weights. A GGUF file is unpacked to fp32 first and rounded once.
-        device: where the model goes.
+        device: the model's device.
         labels: for classification, the labels in the order of their numbers.
         revision: branch, tag or commit, for an id of the hub.
 
@@ -128,10 +128,10 @@ def load_base_model(
         The model, in evaluation mode and not patched, and its tokenizer, which has a padding token.
 
     Raises:
-        ModuleNotFoundError: a package is missing; the message holds the pip command.
+        ModuleNotFoundError: a package is missing; the message contains the pip command.
         OSError: the model cannot be found or read.
-        ValueError: an unknown task, no labels for classification, a damaged file, a revision of what is no repository,
-            or a tokenizer without what the task needs.
+        ValueError: an unknown task, no labels for classification, a damaged file, a revision without a repository, or a
+            tokenizer that lacks tokens of the task.
     """
     if task == "classification" and not labels:
         raise ValueError(f"labels: got {labels!r}, expected the names of the labels, for the task 'classification'")
@@ -150,13 +150,13 @@ def _read(source: str | os.PathLike[str], revision: str | None) -> tuple[Path, F
     except FileNotFoundError as error:
         if place.is_dir() and (place / "config.json").is_file():
             raise ValueError(
-                f"source: {str(source)!r} holds a model and no edits; transformers' from_pretrained loads it"
+                f"source: {str(source)!r} holds a model and no edits; load it by transformers' from_pretrained"
             ) from error
         raise
 
 
 def _base(source: str | os.PathLike[str], place: Path, found: Found, base: str | None, revision: str | None) -> Source:
-    """The base model of saved edits, or the one that is to take its place."""
+    """The base model of saved edits, or its replacement."""
     from .base import source_of
     from .hub import is_hub_id
 
@@ -175,7 +175,7 @@ def _base(source: str | os.PathLike[str], place: Path, found: Found, base: str |
     if not here and not is_packaged(name) and not is_hub_id(name):
         raise FileNotFoundError(
             f"base: the edits in {str(source)!r} belong to the base model {name!r}, which is not here; pass base= with "
-            "the name or folder of that model"
+            "its name or folder"
         )
     if revision is None and not here and is_hub_id(name):
         revision = said.get("base_model_revision")

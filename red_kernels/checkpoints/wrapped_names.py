@@ -1,7 +1,8 @@
-"""The names that sites had when the model was patched, whatever a library has put around them or the model since.
+"""The sites' names at the time of the patch, whatever wrappers are now around them or the model.
 
-PEFT's `get_peft_model` makes `base_model.model.model.layers.0.mlp.down_proj.base_layer` of
-`model.layers.0.mlp.down_proj`. Files of edits keep to the former name, so that they load with and without the wrapper.
+PEFT's `get_peft_model` turns `model.layers.0.mlp.down_proj` into
+`base_model.model.model.layers.0.mlp.down_proj.base_layer`. Files of edits keep the former name, so they load with and
+without the wrapper.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ __all__ = [
 
 _Value = TypeVar("_Value")
 
-# The parts that wrappers put into names: PEFT's layers, torch.compile, activation checkpointing, FSDP 1. For names
-# without a model, those of files of earlier versions; a model says itself what its sites were called.
+# Name parts of wrappers: PEFT's layers, torch.compile, activation checkpointing, FSDP 1. For names without a model,
+# in files of earlier versions; a model has the former names of its sites.
 _PARTS = frozenset({"base_layer", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 
@@ -39,9 +40,9 @@ def unwrapped(name: str) -> str:
 
 
 def inner_model(model: nn.Module) -> tuple[str, nn.Module]:
-    """The model that was patched, by its name in `model`: without what was put around it, PEFT's model included.
+    """The patched model, by its name in `model`: without its wrappers, PEFT's model included.
 
-    It is `model` itself where several parts were patched, or none by `rk.patch`.
+    It is `model` itself if several parts were patched, or none by `rk.patch`.
     """
     holders = patched_holders(model)
     if len(holders) != 1:
@@ -57,13 +58,13 @@ def inner_model(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def bare_name(model: nn.Module, name: str) -> str:
-    """The name of a parameter or a module of a model as it is without wrappers."""
+    """The name of a parameter or a module of a model without wrappers."""
     prefix, _ = inner_model(model)
     return unwrapped(name.removeprefix(f"{prefix}.") if prefix else name)
 
 
 def bare_sites(model: nn.Module) -> dict[str, str]:
-    """For each site its name without wrappers; as they are now where these would not be different for all sites."""
+    """For each site its name without wrappers; the present names if these would not be unique."""
     sites = edit_modules(model)
     prefix, _ = inner_model(model)
     holder = next(iter(patched_holders(model)), "")
@@ -76,10 +77,10 @@ def bare_sites(model: nn.Module) -> dict[str, str]:
 
 
 def lora_around(model: nn.Module, site: str) -> str:
-    """What speaks against merging an edit into the base layer inside of the wrappers that its site has got since.
+    """The reasons against merging an edit into the base layer inside the wrappers that its site has got since.
 
-    LoRA adds to what its base layer returns, so an edit of that goes into the base layer's weight, and LoRA's part
-    stays. What else reads or changes the weight (DoRA, other tuners) does not. Empty where nothing does.
+    LoRA adds to its base layer's output, so the edit of that output goes into the base layer's weight, and LoRA's part
+    stays. Other wrappers that read or change the weight (DoRA, other tuners) forbid it. Empty if there is no reason.
     """
     path = model
     for part in site.split("."):
@@ -89,29 +90,29 @@ def lora_around(model: nn.Module, site: str) -> str:
             continue
         kind = type(layer).__name__
         if part != "base_layer" or not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):
-            return f"it is inside of a {kind}, which is not known to leave its output alone; take that off to merge"
+            return f"it is inside a {kind}, which may change its output; remove that wrapper to merge"
         if getattr(layer, "merged", False):
-            return "LoRA is merged into the weight already, and the edit would apply to its part; unmerge LoRA first"
+            return "LoRA is merged into the weight already, so the edit would scale LoRA's part too; unmerge LoRA first"
         if getattr(layer, "lora_variant", None) or any((getattr(layer, "use_dora", None) or {}).values()):
-            return f"it is inside of a {kind} of a variant (such as DoRA) that reads the weight; take that off to merge"
+            return f"it is inside a {kind} of a variant (such as DoRA) that reads the weight; remove it to merge"
     return ""
 
 
 def former_name(own: RedEdit, name: str) -> str:
-    """What a site was called when it was patched, if its name has only got further parts since; else its name now."""
+    """A site's name at the time of the patch, if its name has only got further parts since; else its present name."""
     former = own.__dict__.get(SITE)
     rest = iter(name.split("."))
     return former if isinstance(former, str) and all(part in rest for part in former.split(".")) else name
 
 
 def renamed_sites(model: nn.Module, by_site: Mapping[str, _Value]) -> dict[str, _Value]:
-    """The same with the names that sites have without wrappers."""
+    """The same with the sites' names without wrappers."""
     names = bare_sites(model)
     return {names[site]: value for site, value in by_site.items()}
 
 
 def match_wrapped(model: nn.Module, checkpoint_sites: Iterable[str], model_sites: Collection[str]) -> dict[str, str]:
-    """As `match_sites`, by the names that the sites of the model have without wrappers, or those of the checkpoint.
+    """As `match_sites`, with the names of the model's sites, or of the checkpoint's, without wrappers.
 
     Raises:
         ValueError: as `match_sites`.

@@ -1,4 +1,4 @@
-"""Edits: the kinds there are (:mod:`red_kernels.edits.kinds`), and several named ones in a model (``named.py``)."""
+"""Edits: their kinds (:mod:`red_kernels.edits.kinds`), and several named edits of one model (``named.py``)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    # What `named.py` has, imported late, else in a circle: operations need the kinds, and named edits need operations.
+    # The names of `named.py`, imported late to avoid a circle: operations need the kinds, named edits need operations.
     if not name.startswith("_") and find_spec(f"{__name__}.{name}") is None:
         named = importlib.import_module(f"{__name__}.named")
         if name in named.__all__:

@@ -1,13 +1,13 @@
-"""The `with` blocks that say which edits hold: where each of them holds, and how threads inherit it.
+"""The `with` blocks that choose edits: their scope, and how threads inherit it.
 
-A block holds for the code that runs inside of it:
+A block is in force for the code that runs inside it:
 
 - Entered by a plain function or a coroutine, it is in a context variable: each asyncio task has its own, and a task
-  that is started inside inherits it.
-- Entered by a generator, it is bound to the generator's frame. A generator runs in the context of its caller, so a
-  context variable would stay set when it yields. Here the block holds while the generator is running, in any thread. A
-  generator that `contextlib` makes a context manager of only serves its caller: the caller enters the block.
-- A thread that is started inside, or a task given to a `ThreadPoolExecutor` or an event loop there, inherits it.
+  started inside inherits it.
+- Entered by a generator, it is bound to the generator's frame. A generator runs in its caller's context, so a context
+  variable would stay set when it yields. The block is in force while the generator runs, in any thread. A generator
+  that `contextlib` makes a context manager only serves its caller: the caller enters the block.
+- A thread started inside, or a task given to a `ThreadPoolExecutor` or an event loop there, inherits it.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ _MANAGERS = (
     contextlib._GeneratorContextManager.__enter__.__code__,
     contextlib._AsyncGeneratorContextManager.__aenter__.__code__,
 )
-# Of what blocks and edits there are. Collecting garbage, or a signal, may take it again in the same thread. A fork
-# waits for it: the child has no other thread that would give it back.
+# It protects blocks and edits. The garbage collector, or a signal, may take it again in the same thread. A fork waits
+# for it: the child has no other thread to release it.
 lock = threading.RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
-_open = 0  # how many blocks are running, in all models
-_watching = False  # whether threads and executors say what they inherit
+_open = 0  # number of running blocks, in all models
+_watching = False  # whether threads and executors pass on their blocks
 _streams: dict[FrameType, list[Block]] = {}  # the running blocks of generators, by the generator's frame
 
 
 class _Entry:
-    """One time that a block was entered: whether it is running, and whether another thread or task has left it."""
+    """One entry into a block: whether it runs, and whether another thread or task has left it."""
 
     def __init__(self, block: Block) -> None:
         self.block = block
@@ -57,20 +57,20 @@ class _Entry:
 
 class _Held(NamedTuple):
     entry: _Entry
-    home: tuple[int, int] | None  # thread and task that entered it; None where it was inherited
+    home: tuple[int, int] | None  # thread and task that entered it; None if inherited
 
 
 _held: ContextVar[tuple[_Held, ...]] = ContextVar("red_kernels_held", default=())
 
 
 class Block(contextlib.ContextDecorator):
-    """A `with` block in which the rows of a batch have edits of their own, or in which there are no edits.
+    """A `with` block with an edit for each row of a batch, or without edits.
 
     Args:
-        selections: of the models it is for.
-        rows: what holds inside; None for no edits.
-        check: called in front of all else when the block begins, and may refuse.
-        entered, left: called when the block begins and ends.
+        selections: of its models.
+        rows: the state inside; None for no edits.
+        check: called first when the block starts; it may refuse.
+        entered, left: called when the block starts and ends.
     """
 
     def __init__(
@@ -84,18 +84,18 @@ class Block(contextlib.ContextDecorator):
         self.selections = tuple(selections)
         self.applied: Rows | Off = OFF if rows is None else rows
         self.names: tuple[str | None, ...] = () if rows is None else tuple(rows.names)
-        self.task = -1  # of autograd, where it was entered in a backward pass
-        self._entry: _Entry | None = None  # while it is running
+        self.task = -1  # of autograd, if entered in a backward pass
+        self._entry: _Entry | None = None  # while the block runs
         self._frame: FrameType | None = None
         self._shifting = False
         self._check, self._entered, self._left = check, entered, left
 
-    def _recreate_cm(self) -> Block:  # each call of a decorated function has a block of its own
+    def _recreate_cm(self) -> Block:  # each call of a decorated function has its own block
         rows = self.applied if isinstance(self.applied, Rows) else None
         return Block(self.selections, rows, self._check, self._entered, self._left)
 
     def __call__(self, function: Any) -> Any:
-        """Each call of a function, and each run of a generator or coroutine that it makes, is inside of a block."""
+        """Each call of a function, and each run of a generator or coroutine that it creates, is inside a block."""
         if inspect.iscoroutinefunction(function):
 
             @functools.wraps(function)
@@ -128,7 +128,7 @@ class Block(contextlib.ContextDecorator):
         frame, home = _generator(sys._getframe(1)), _home()
         with lock:
             if self._entry is not None:
-                raise RuntimeError("this block is entered already; make another one by use_edits or disable_edits")
+                raise RuntimeError("this block is entered already; create another one by use_edits or disable_edits")
             self._check()
             self._entry = _Entry(self)
             self._frame = frame
@@ -173,7 +173,7 @@ class Block(contextlib.ContextDecorator):
 
 
 def state_of(selection: Selection) -> tuple[State, Block | None]:
-    """What holds here, and the block that says so; the active edit outside of all blocks."""
+    """The state in force here, and its block; the active edit outside all blocks."""
     if torch.compiler.is_compiling():
         return _compiled_state(selection), None
     block = innermost(selection)
@@ -181,12 +181,12 @@ def state_of(selection: Selection) -> tuple[State, Block | None]:
 
 
 def any_block() -> bool:
-    """Whether there may be a block, of any model, that holds here."""
+    """Whether a block of any model may be in force here."""
     return bool(_streams or _held.get())
 
 
 def innermost(selection: Selection) -> Block | None:
-    """The innermost block for a model that holds in the code that is running."""
+    """The innermost block of a model that is in force for the running code."""
     if _streams:
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
@@ -202,15 +202,15 @@ def innermost(selection: Selection) -> Block | None:
 
 def _compiled_state(selection: Selection) -> State:
     if selection.shifting:
-        from .uncompiled import uncompiled  # not before it is needed: it brings the compiler
+        from .uncompiled import uncompiled  # late: it imports the compiler
 
         state: State = uncompiled(state_of, selection)[0]
         return state
     applied: State = getattr(selection.here, "applied", None)
     if applied is None and selection.open:
         raise RuntimeError(
-            "use_edits: a compiled model was called outside of the block that another thread is in; enter a block "
-            "in this thread too"
+            "use_edits: a compiled model was called outside of the block that another thread has entered; enter a "
+            "block in this thread too"
         )
     return selection.chosen if applied is None else applied
 
@@ -222,10 +222,10 @@ def _tell_compiled(selections: Iterable[Selection]) -> None:
 
 
 def _holds(held: _Held) -> bool:
-    """Whether an entry of this context holds.
+    """Whether an entry of this context is in force.
 
-    A thread or task that has inherited it keeps it beyond the end of the block. Where the block was left by another one
-    than had entered it, an entry may only be what that one could not take away.
+    A thread or task that inherited it keeps it after the end of the block. If another thread or task left the block
+    than had entered it, an entry may be a rest that it could not remove.
     """
     entry, home = held
     return entry.running or home is None or (home != _home() and not entry.astray)
@@ -238,28 +238,28 @@ def _home() -> tuple[int, int]:
 
 
 def _generator(frame: FrameType | None) -> FrameType | None:
-    """The frame of the innermost generator that is running, but for those that are context managers."""
+    """The frame of the innermost running generator, except context managers."""
     while frame is not None:
         caller, code = frame.f_back, frame.f_code
         managed = caller is not None and caller.f_code in _MANAGERS
-        # An expression has no block of its own: what it enters is for whoever runs through it.
+        # A generator expression has no block: what it enters is for the code that iterates over it.
         if code.co_flags & _GENERATORS and code.co_name != "<genexpr>" and not managed:
             return frame
         frame = caller
     return None
 
 
-# ---- threads that are started inside
+# ---- threads started inside
 
 
 def _inherited() -> tuple[_Held, ...]:
-    """All blocks that hold here, for a thread that begins."""
+    """All blocks in force here, for a new thread."""
     found = [_Held(held.entry, None) for held in _held.get() if _holds(held)]
     return (*found, *_of_streams())
 
 
 def _of_streams() -> list[_Held]:
-    """The blocks of the generators that are running here."""
+    """The blocks of the generators that run here."""
     found: list[_Held] = []
     frame: FrameType | None = sys._getframe(1) if _streams else None
     while frame is not None:
@@ -293,7 +293,7 @@ def _start_inside(self: threading.Thread) -> None:
 
 def _submit_inside(self: ThreadPoolExecutor, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     held = _inherited()
-    # A worker that this starts serves others too: what holds is said with each task.
+    # A worker started by this call serves others too, so each task carries its own blocks.
     outer, _submitting.running = _submitting.running, True
     try:
         return _submit(self, _task(held, function) if held else function, *args, **kwargs)
@@ -302,7 +302,7 @@ def _submit_inside(self: ThreadPoolExecutor, function: Callable[..., Any], /, *a
 
 
 def _create_task_inside(self: asyncio.BaseEventLoop, coroutine: Any, **options: Any) -> Any:
-    if options.get("context") is not None or not _of_streams():  # the context of a task has all but streams already
+    if options.get("context") is not None or not _of_streams():  # a task's context has all blocks but those of streams
         return _create_task(self, coroutine, **options)
     context = contextvars.copy_context()
     context.run(_held.set, _inherited())
@@ -310,7 +310,7 @@ def _create_task_inside(self: asyncio.BaseEventLoop, coroutine: Any, **options: 
 
 
 def _task(held: tuple[_Held, ...], function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function as it runs in a thread, once, with what that inherits."""
+    """A function that runs in a thread, once, with the inherited blocks."""
     selections = tuple(selection for entry, _ in held for selection in entry.block.selections)
     context = getattr(getattr(function, "func", None), "__self__", None)
     if isinstance(context, contextvars.Context):  # asyncio.to_thread runs it in a copy of the context
@@ -320,7 +320,7 @@ def _task(held: tuple[_Held, ...], function: Callable[..., Any]) -> Callable[...
         former = _held.set(held)
         _tell_compiled(selections)
         try:
-            with lock:  # it may go on longer than the block, and start threads itself
+            with lock:  # it may outlast the block, and start threads itself
                 _count(1)
             return function(*args, **kwargs)
         finally:
@@ -333,7 +333,7 @@ def _task(held: tuple[_Held, ...], function: Callable[..., Any]) -> Callable[...
 
 
 def _count(change: int) -> None:
-    """Count the running blocks and heirs. While there are any, threads and executors say what they inherit."""
+    """Count the running blocks and heirs. While there are any, threads and executors pass on their blocks."""
     global _open, _start, _submit, _create_task, _watching
     _open += change
     if _open and not _watching:
@@ -348,7 +348,7 @@ def _count(change: int) -> None:
         and ThreadPoolExecutor.submit is _submit_inside
         and asyncio.BaseEventLoop.create_task is _create_task_inside
     ):
-        # Where another library has put its own around ours, these stay, and do nothing outside of blocks.
+        # If another library has wrapped our functions, these stay, and do nothing outside blocks.
         threading.Thread.start = _start  # type: ignore[method-assign]
         ThreadPoolExecutor.submit = _submit  # type: ignore[method-assign]
         asyncio.BaseEventLoop.create_task = _create_task  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""What to edit: the configuration of a patch."""
+"""The configuration of a patch: its sites and its kind of edit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .kinds import KINDS, Kind, is_kind, kind_named, kind_names
 
 __all__ = ["KINDS", "POSITIONS", "RedConfig"]
 
-# Each position by the places in a layer that it edits; what these are in an architecture, `models/` says.
+# Each position with the places in a layer that it edits; `models/` maps places to the modules of an architecture.
 POSITIONS: dict[str, tuple[str, ...]] = {
     "ffn": ("ffn",),
     "attn": ("attn",),
@@ -30,33 +30,32 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class RedConfig:
-    """Which sites of a model are edited, and how (RED, arXiv 2402.15179).
+    """The edited sites of a model, and their kind of edit (RED, arXiv 2402.15179).
 
     Attributes:
-        position: where the edits lie. `"ffn"`: the output of each FFN's last projection; `"attn"`: of each attention's
+        position: the edited places. `"ffn"`: the output of each FFN's last projection; `"attn"`: of each attention's
             output projection; `"ffn_attn"`: both; `"res"`: the residual stream behind each FFN (behind its norm in
             post-norm layers); `"res_with_attn"`: behind each attention as well; `"more"` (RED++): the query, key and
-            value projections (one where they are one) and both of `"ffn_attn"`; `"ia3"` (IA3, arXiv 2205.05638): the
-            key and value projections, and the input of each FFN's last projection; `"value"` (BEFT): the value
-            projections.
+            value projections (one if they are joint) and both of `"ffn_attn"`; `"ia3"` (IA3, arXiv 2205.05638): the key
+            and value projections, and the input of each FFN's last projection; `"value"` (BEFT): the value projections.
         kind: `"all"` (`scale * h + bias`), `"scaling"` (`scale * h`), `"bias"` (`h + bias`), `"ln"`
-            (`LayerNorm(scale * h + bias)` with a trainable LayerNorm, which is not the identity at the start), or one
-            that `rk.register_kind` has added.
+            (`LayerNorm(scale * h + bias)` with a trainable LayerNorm, initially not the identity), or a kind added by
+            `rk.register_kind`.
         layers: indices of the layers to edit, a range or any iterable of integers from 0; None for all. They count the
-            layers of a stack, in an encoder-decoder model those of the encoder and of the decoder alike. Kept as a
-            sorted tuple; 100,000 at most.
-        dtype: of the vectors. In half precision an update smaller than half a rounding step at 1.0 is lost, so anything
-            but float32 is for inference.
-        sites: for layouts this package does not know: a glob, or several, for the names of the modules whose output is
-            edited (`"*.mlp.down_proj"`; `*` matches dots too). Kept as a tuple. Not together with `layers`.
-        train_head: keep the model's head trainable beside the edits, in fp32: all that lies outside of its base model.
-            A head that was drawn at random while loading needs this; by default it is frozen, and the report names it.
-        stacks: which stacks of layers are edited where a model has several: `"text"`, `"vision"`, `"audio"`,
-            `"encoder"`, `"decoder"` or `"other"`, several of them, or `"all"`. None: those of text, the encoder's and
-            the decoder's; all in a model without any.
+            layers of a stack; in an encoder-decoder model they apply to the encoder and the decoder. Stored as a sorted
+            tuple; 100,000 at most.
+        dtype: of the vectors. In half precision an update smaller than half a rounding step at 1.0 is lost, so any
+            dtype but float32 is for inference.
+        sites: for unknown layouts: a glob, or several, for the names of the modules whose output is edited
+            (`"*.mlp.down_proj"`; `*` matches dots too). Stored as a tuple. Not together with `layers`.
+        train_head: keep the model's head trainable with the edits, in fp32: all parameters outside its base model. A
+            head that was random when it was loaded needs this. By default it is frozen, and the report names it.
+        stacks: the edited stacks of layers if a model has several: `"text"`, `"vision"`, `"audio"`, `"encoder"`,
+            `"decoder"` or `"other"`, several of them, or `"all"`. None: the stacks of text, the encoder's and the
+            decoder's; all stacks in a model without these.
 
     Raises:
-        ValueError, TypeError: a value out of those named here.
+        ValueError, TypeError: an invalid value of one of these.
     """
 
     position: str = "ffn"
@@ -72,17 +71,17 @@ class RedConfig:
             raise ValueError(f"position: got {shown(self.position)}, supported: {_listed(POSITIONS)}")
         if not is_kind(self.kind):
             raise ValueError(f"kind: got {shown(self.kind)}, supported: {kind_names()}")
-        object.__setattr__(self, "kind", kind_named(self.kind).name)  # an option that is the default is left out
+        object.__setattr__(self, "kind", kind_named(self.kind).name)  # a default option is omitted
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: got {shown(self.dtype)}, supported: {', '.join(map(str, DTYPES))}")
         if not isinstance(self.train_head, bool):
             raise TypeError(f"train_head: got {shown(self.train_head)}, expected True or False")
         if self.layers is not None and self.sites is not None:
-            raise ValueError("layers and sites: got both, expected one; sites= names the modules by itself")
+            raise ValueError("layers and sites: got both, expected one; sites= alone names the modules")
         if self.layers is not None:
             object.__setattr__(self, "layers", _indices(self.layers))
         if self.stacks is not None and self.sites is not None:
-            raise ValueError("stacks and sites: got both, expected one; sites= names the modules by itself")
+            raise ValueError("stacks and sites: got both, expected one; sites= alone names the modules")
         if self.stacks is not None:
             object.__setattr__(self, "stacks", _stacks(self.stacks))
         if self.sites is not None:
@@ -90,7 +89,7 @@ class RedConfig:
 
     @property
     def edit_kind(self) -> Kind:
-        """What `kind` names."""
+        """The kind that `kind` names."""
         return kind_named(self.kind)
 
     @property
@@ -116,11 +115,11 @@ def _indices(layers: Iterable[int]) -> tuple[int, ...]:
         except TypeError:
             raise TypeError(f"layers: got {shown(layer)}, expected integers") from None
     if not found:
-        raise ValueError("layers: got no layer at all, expected at least one; None stands for all layers")
+        raise ValueError("layers: got no layer, expected at least one; None selects all layers")
     if min(found) < 0:
         raise ValueError(f"layers: got {shown(min(found))}, expected indices from 0")
     if len(set(found)) != len(found):
-        raise ValueError(f"layers: got {shown(found)}, in which a layer comes twice")
+        raise ValueError(f"layers: got {shown(found)}, expected each layer once")
     return tuple(sorted(found))
 
 

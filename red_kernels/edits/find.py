@@ -1,4 +1,4 @@
-"""Finding the edits of a model, and what its patches have left in it."""
+"""Finding the edits of a model, and the attributes that its patches have left."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ STATE = "_red_kernels_state"  # the attribute of the patched model that holds it
 
 @dataclass
 class PatchState:
-    """What `unpatch` and `edit_config` need; by names, so that it holds for a copy of the model too."""
+    """The data of `unpatch` and `edit_config`; it stores names, so it is valid for a copy of the model too."""
 
     config: RedConfig
     were_trainable: set[str] = field(default_factory=set)
     merges: dict[str, tuple[str, str]] = field(default_factory=dict)  # site to `PlannedSite.norm` and `.bias_flag`
 
 
-_State = PatchState  # as pickles of patched models name it that were written before
+_State = PatchState  # the name in older pickles of patched models
 
 
 def edit_parameters(model: nn.Module, name: str | None = None) -> dict[str, dict[str, nn.Parameter]]:
@@ -67,7 +67,7 @@ def edit_parameters(model: nn.Module, name: str | None = None) -> dict[str, dict
 
 def merge_targets(model: nn.Module) -> dict[str, tuple[str, str]]:
     """For each site the name in it of the norm that its edit can be merged into (`""` for the site itself), and the
-    attribute of the model's config that gives it a bias (`""` for none). Raises ValueError where it is not patched."""
+    attribute of the model's config that gives it a bias (`""` for none). Raises ValueError if it is not patched."""
     return {
         f"{name}.{site}" if name else site: target
         for name, (_, state) in patches_of(model).items()
@@ -76,7 +76,7 @@ def merge_targets(model: nn.Module) -> dict[str, tuple[str, str]]:
 
 
 def edit_modules(model: nn.Module) -> dict[str, RedEdit]:
-    """The modules that hold the vectors, by the name of their site.
+    """The modules with the vectors, by the names of their sites.
 
     Raises:
         ValueError: the model is not patched.
@@ -94,12 +94,12 @@ def edit_modules(model: nn.Module) -> dict[str, RedEdit]:
 
 
 def patched_holders(model: nn.Module) -> dict[str, nn.Module]:
-    """The models that were patched, `model` itself or some inside it, by name; none where `rk.patch` was not called."""
+    """The patched models, `model` itself or some inside it, by name; none before `rk.patch`."""
     return {name: module for name, module in outer_modules(model) if isinstance(module.__dict__.get(STATE), PatchState)}
 
 
 def outer_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """As `named_modules`, but nothing inside of the modules that hold the vectors: there may be thousands of edits."""
+    """As `named_modules`, without the inside of modules with vectors: there may be thousands of edits."""
     found: dict[nn.Module, str] = {}
 
     def collect(module: nn.Module, name: str) -> None:
@@ -115,7 +115,7 @@ def outer_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def patches_of(model: nn.Module) -> dict[str, tuple[nn.Module, PatchState]]:
-    """The modules that were patched, the model itself or some inside it, by name; and the state of each."""
+    """The patched modules, the model itself or some inside it, by name; and the state of each."""
     found: dict[str, tuple[nn.Module, PatchState]] = {}
     edited = ""
     for name, module in model.named_modules():  # a wrapper of the patched model counts as patched
@@ -128,7 +128,7 @@ def patches_of(model: nn.Module) -> dict[str, tuple[nn.Module, PatchState]]:
         kind = type(model).__name__
         if edited:
             raise ValueError(
-                f"model: this {kind} was patched through another model that holds {edited}; call this with that model"
+                f"model: this {kind} was patched through another model that holds {edited}; pass that model"
             )
         raise ValueError(f"model: this {kind} is not patched; call rk.patch(model, rk.RedConfig()) first")
     return found
@@ -144,5 +144,5 @@ _WRAPPERS = (
 
 
 def wrapper_of(module: nn.Module) -> str | None:
-    """The name of the class that has wrapped a module for distributed training, or None."""
+    """The name of the class that wraps a module for distributed training, or None."""
     return next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), None)

@@ -1,8 +1,8 @@
-"""How the vectors of a site lie on several processes: what each of them applies, and whose gradients are summed.
+"""How the vectors of a site are placed on several processes: each one's part, and the sums of gradients.
 
-Under tensor parallelism a process has all columns of a site's output, or its part of them. The vectors are DTensors:
-whole in meaning, and split as the columns are. Where the processes of a group have different rows, each has the part of
-the vectors' gradients that its rows give.
+Under tensor parallelism a process has all columns of a site's output, or a part of them. The vectors are DTensors:
+logically whole, and split like the columns. If the processes of a group have different rows, each has the gradients of
+the vectors from its own rows.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = ["Lies", "spread_vectors"]
 
 
 class Lies:
-    """How the vectors of a site lie on several processes. Never changed; copies of a model share it.
+    """How the vectors of a site are placed on several processes. It never changes; copies of a model share it.
 
     Attributes:
-        kind: of the edit that this process applies; None for that of the vectors.
-        columns: whether this process has a part of the columns only.
+        kind: of the edit that this process applies; None for the vectors' own kind.
+        columns: whether this process has only a part of the columns.
         groups: the process groups over which gradients are summed.
     """
 
@@ -46,16 +46,16 @@ class Lies:
         return Lies, (self.kind, self.columns)
 
     def summed_over(self, group: Any) -> Lies:
-        """The same, with gradients that are summed over a group as well."""
+        """The same, with gradients also summed over this group."""
         return Lies(self.kind, self.columns, (*self.groups, group))
 
     def here(self, edit: Edit) -> Edit:
-        """What this process applies of an edit: plain tensors, of its own columns."""
+        """The part of an edit that this process applies: plain tensors, of its own columns."""
         vectors = {name: None if vector is None else self._local(vector) for name, vector in edit.vectors.items()}
         return edit._replace(kind=self.kind or edit.kind, vectors=vectors)
 
     def part_of(self, tensor: Tensor) -> Tensor:
-        """What belongs to this process's columns of a tensor of the site, such as its linear layer's bias."""
+        """This process's columns of a tensor of the site, for example its linear layer's bias."""
         own: Any = tensor
         if not is_sharded(tensor):
             return tensor
@@ -72,7 +72,7 @@ class Lies:
 
 
 class _Summed(torch.autograd.Function):
-    """The tensor itself; its gradient is the sum of those of all processes of a group."""
+    """The tensor itself; its gradient is the sum over all processes of a group."""
 
     @staticmethod
     def forward(ctx: Any, vector: Tensor, group: Any) -> Tensor:
@@ -82,17 +82,18 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = gradients[0].clone(memory_format=torch.contiguous_format)  # others may hold the gradient too
+        total = gradients[0].clone(memory_format=torch.contiguous_format)  # others may use the gradient too
         dist.all_reduce(total, group=ctx.group)
         return total, None
 
 
 def spread_vectors(holder: EditVectors, mesh: Any, placements: Any) -> None:
-    """Make vectors that are whole in every process DTensors of a mesh; random ones become those of its first process.
+    """Turn vectors that are whole in every process into DTensors of a mesh; random values are those of its first
+    process.
 
     Args:
-        holder: whose Parameters they are; these are replaced.
-        mesh: a `DeviceMesh`, all of whose processes have to call this.
+        holder: the module of the Parameters, which are replaced.
+        mesh: a `DeviceMesh`; all its processes must call this.
         placements: one for each of its dimensions.
     """
     drawn = holder.kind is not None and holder.kind.draws

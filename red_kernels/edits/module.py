@@ -1,4 +1,4 @@
-"""The module that a site gets: its edits, and which of them it applies to the site's output."""
+"""The module that a site gets: its edits, and the choice of the edit for the site's output."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .stream import STREAM, initial_of
 __all__ = ["CONTEXTS", "EDITED", "NAME", "NORM_EPS", "RECORDS", "SITE", "Edited", "RedEdit", "check_name", "plain_only"]
 
 NAME = "red_edit"  # the child's name in the site: state_dict keys are `<site>.red_edit.scale`
-RECORDS = "_red_kernels_records"  # of a module in a patched model: what `fusion` knows of it from earlier calls
-SITE = "_red_kernels_site"  # of a RedEdit: the name that its site had in the patched model
-EDITED = "_red_kernels_edited"  # of a RedEdit: the `Edited` of the module whose output it edits
+RECORDS = "_red_kernels_records"  # of a module in a patched model: what `fusion` found in earlier calls
+SITE = "_red_kernels_site"  # of a RedEdit: its site's name in the patched model
+EDITED = "_red_kernels_edited"  # of a RedEdit: the `Edited` of its module
 
 
 class Edited:
-    """The module that an edit is of, without keeping it alive. A copy has the module's copy."""
+    """A weak reference to an edited module. A copy refers to the module's copy."""
 
     __slots__ = ("reference",)
 
@@ -51,15 +51,15 @@ class Edited:
 class RedEdit(EditBank):
     """The edits of one site, of one kind: RED's `scale * h + bias` (arXiv 2402.15179), or another.
 
-    Called, it applies what holds. Arguments: see `EditBank`.
+    A call applies the edit in force. Arguments: see `EditBank`.
 
     Attributes:
-        of_tuple: whether the site may return a tuple, of which the first is edited, as layers do.
-        inside: whether the edit is of the sum that the site's output becomes a part of.
-        on_input: whether the edit is of the site's input, by a hook in front of it.
-        place: in its layer, as in `models.family.PLACES` or `NARROWER`; empty where that is not known.
-        watched: whether somebody asks, by `take_reached`, whether the edits have run.
-        seen: whether it was said, or need not be, that they have never run.
+        of_tuple: whether the site may return a tuple whose first entry is edited, like layers.
+        inside: whether the edit is of the sum to which the site's output is added.
+        on_input: whether the edit is of the site's input, by a hook before it.
+        place: in its layer, as in `models.family.PLACES` or `NARROWER`; empty if unknown.
+        watched: whether `take_reached` checks that the edits have run.
+        seen: whether the warning that they have never run was given, or is not needed.
     """
 
     of_tuple = False
@@ -70,7 +70,7 @@ class RedEdit(EditBank):
     seen = False
 
     def state(self) -> tuple[Any, bool]:
-        """What this forward applies, `OFF`, rows or what `by_state` takes; and whether it runs for the second time."""
+        """The edit of this forward: `OFF`, rows, or an argument of `by_state`; and whether it is a second run."""
         state, block = state_of(self.selection)
         state = self.live_state(state, block is not None)
         if torch.compiler.is_compiling() or runs_plainly(self.selection):
@@ -78,11 +78,11 @@ class RedEdit(EditBank):
         return recalled(self, state, block)
 
     def is_active(self, name: str) -> bool:
-        """Whether an edit is applied outside of all blocks."""
+        """Whether an edit is applied outside all blocks."""
         return name == self.selection.chosen
 
     def live_state(self, state: Any, in_block: bool) -> Any:
-        """What holds here, given what the selection says; a hashable value."""
+        """The state in force here, given the selection's; a hashable value."""
         return state
 
     @property
@@ -91,10 +91,10 @@ class RedEdit(EditBank):
         return self.state()[0] is OFF
 
     def applied(self, hidden: Tensor) -> Edit | None:
-        """What is applied to `hidden` now; None for nothing.
+        """The edit applied to `hidden` now; None for none.
 
         Raises:
-            RuntimeError: the forward runs again, and its edit was deleted since, or cannot be told.
+            RuntimeError: the forward runs again, but its edit was deleted since, or is unknown.
         """
         state, again = self.state()
         if state is OFF:
@@ -105,13 +105,13 @@ class RedEdit(EditBank):
             if gone:
                 raise RuntimeError(
                     f"under activation checkpointing a forward runs again with the edit {gone[0]!r}, which was "
-                    "deleted since; delete it behind the backward pass"
+                    "deleted in between; delete it after the backward pass"
                 )
         found = self.of_rows(state, hidden, again) if isinstance(state, Rows) else self.by_state(state, again)
         return found if found is None or not found.kind.context else self._in_context(found, hidden)
 
     def _in_context(self, edit: Edit, hidden: Tensor) -> Edit:
-        """The same with what its formula takes besides its own parts."""
+        """The same with the context of its formula."""
         edited: Edited | None = self.__dict__.get(EDITED)
         module = None if edited is None else edited()
         given: dict[str, Tensor | None] = {}
@@ -129,7 +129,7 @@ class RedEdit(EditBank):
         return self.named(state, again)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """`hidden` of shape `(..., width)`, edited, in its dtype. Raises TypeError for what is no tensor."""
+        """`hidden` of shape `(..., width)`, edited, in its dtype. Raises TypeError if it is not a tensor."""
         if not isinstance(hidden, Tensor):
             what = "input of a module whose input is edited" if self.on_input else "output of an edited module"
             raise TypeError(f"the {what} must be one tensor, got {type(hidden).__name__}")
@@ -148,11 +148,11 @@ class RedEdit(EditBank):
 
 
 def check_name(name: object) -> None:
-    """Raises TypeError or ValueError for what cannot be the name of an edit."""
+    """Raises TypeError or ValueError for an invalid name of an edit."""
     if not isinstance(name, str):
         raise TypeError(f"name: got {name!r}, expected a string")
     if not name or "." in name or hasattr(RedEdit, name) or name in PARTS or name in _TAKEN:
-        raise ValueError(f"name: got {name!r}, which cannot be the name of an edit; take letters and digits")
+        raise ValueError(f"name: got {name!r}, expected a name of letters, digits and underscores")
 
 
 _TAKEN = (
@@ -177,9 +177,9 @@ RESERVED.update(_TAKEN, dir(RedEdit))  # a part is an attribute of it
 
 
 def linear_bias(module: nn.Module, width: int) -> Tensor | None:
-    """The bias that a linear layer has added to its output; None where there is none, or the module is no such layer.
+    """The bias that a linear layer has added to its output; None if it has none, or the module is no linear layer.
 
-    Tuners' wrappers are looked through.
+    Wrappers of tuners are unwrapped.
     """
     while callable(inner := getattr(module, "get_base_layer", None)) and (base := inner()) is not module:
         module = base
@@ -189,13 +189,13 @@ def linear_bias(module: nn.Module, width: int) -> Tensor | None:
     return bias if bias.shape == (width,) else None
 
 
-# What a formula may take besides the parts of its edit, by name: of the edited module, and the width of its output.
-# (`"initial"` is of a forward, and not of a module: see `stream`.)
+# The context of formulas, by name: from the edited module, and the width of its output.
+# (`"initial"` belongs to a forward, not to a module: see `stream`.)
 CONTEXTS: dict[str, Callable[[nn.Module, int], Tensor | None]] = {"linear_bias": linear_bias}
 
 
 def refuse_site(kind: Kind, module: nn.Module, width: int, where: str, on_input: bool = False) -> None:
-    """Raise ValueError where a module cannot have an edit of a kind: by its width, or for what it lacks."""
+    """Raise ValueError if a module cannot have an edit of a kind: by its width, or for a missing entry."""
     kind.refuse_width(width, where)
     for name in kind.requires:
         if name not in CONTEXTS:
@@ -204,7 +204,7 @@ def refuse_site(kind: Kind, module: nn.Module, width: int, where: str, on_input:
             raise ValueError(f"{where}: an edit of kind {kind.name!r} is of a module's output, and not of its input")
         if CONTEXTS[name](module, width) is None:
             what = name.replace("_", " ")
-            raise ValueError(f"{where} has no {what}, of which an edit of kind {kind.name!r} is made")
+            raise ValueError(f"{where} has no {what}, of which an edit of kind {kind.name!r} is computed")
 
 
 def _affine(hidden: Tensor, applied: Edit) -> Tensor:
@@ -216,7 +216,7 @@ def _affine_layer_norm(hidden: Tensor, applied: Edit) -> Tensor:
     vectors, ids = applied.operands, applied.ids
     scale, bias = vectors.get("scale"), vectors.get("bias")
     weight, norm_bias = vectors.get("norm_weight"), vectors.get("norm_bias")
-    if ids is not None:  # the rows' norms differ: their vectors are an edit behind a norm without any
+    if ids is not None:  # the rows' norms differ: their vectors are an edit behind a norm without vectors
         normed, _ = edit_add_layer_norm(hidden, None, scale, bias, None, None, NORM_EPS, edit_ids=ids, need_z=False)
         return edit(normed, weight, norm_bias, edit_ids=ids)
     return edit_add_layer_norm(hidden, None, scale, bias, weight, norm_bias, NORM_EPS, need_z=False)[0]
@@ -242,5 +242,5 @@ _KERNELS = {"affine": _affine, "affine_layer_norm": _affine_layer_norm, "mix": _
 
 
 def plain_only() -> bool:
-    """Whether only plain PyTorch will do: under `torch.compile` (fusion is Inductor's), tracing, and `torch.func`."""
+    """Whether plain PyTorch must run: under `torch.compile` (Inductor fuses), tracing, and `torch.func`."""
     return torch.compiler.is_compiling() or bool(ambient() & PLAIN)

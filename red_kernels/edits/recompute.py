@@ -1,8 +1,8 @@
-"""The edit of a forward that runs again: under activation checkpointing it is the one that the first run had.
+"""The edit of a forward that runs again: under activation checkpointing it is the edit of the first run.
 
-Whatever runs a forward again leaves something in the graph: torch's non-reentrant checkpointing a frame that its hooks
-for saved tensors refer to, every reentrant one the context of its `autograd.Function`. There the first run notes what
-each site has applied. The second run reads that, in whichever thread and whatever holds by then.
+Every checkpointing leaves an object in the graph. torch's non-reentrant one leaves a frame that its hooks for saved
+tensors refer to; every reentrant one leaves the context of its `autograd.Function`. There the first run notes the edit
+of each site. The second run reads the note, in any thread and in any state.
 """
 
 from __future__ import annotations
@@ -24,45 +24,45 @@ from .selection import Selection, saved_tensor_hooks
 
 __all__ = ["keep", "kept", "recalled", "runs_plainly"]
 
-_NOTES = "_red_kernels_states"  # the attribute with the notes: site to what it has applied, and the vectors' versions
-_KEPT = "_red_kernels_kept"  # the attribute with what else a first run leaves: a key to a tensor
+_NOTES = "_red_kernels_states"  # the attribute with the notes: site to its applied edit, and the vectors' versions
+_KEPT = "_red_kernels_kept"  # the attribute with further data of a first run: a key to a tensor
 _MISSING: Any = object()
 _SEVERAL: Any = object()  # a site that ran more than once, with different edits
-# Until torch 2.13 `apply` is a function of Python, with a frame of its own below which `forward` runs.
+# Until torch 2.13 `apply` is a Python function, whose frame is above that of `forward`.
 _APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
-_looked_at: dict[int, tuple[CodeType, bool]] = {}  # by identity: the code, and whether it is such a `forward`
+_looked_at: dict[int, tuple[CodeType, bool]] = {}  # by identity: the code, and whether it is a Function's `forward`
 _Frame: Any = getattr(torch.utils.checkpoint, "_CheckpointFrame", ())
 
 
 def runs_plainly(selection: Selection) -> bool:
-    """Whether a forward neither runs again nor may be run again later; quick, as every site asks."""
+    """Whether a forward neither runs again nor may be run again later; fast, since every site calls it."""
     if torch._C._current_graph_task_id() != -1 or saved_tensor_hooks(True) is not None:
         return False
     if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return True
-    # Without gradients it may be the first run of reentrant checkpointing. That is seen on the stack only, and looked
-    # for only where there is more than one edit to tell apart.
+    # Without gradients it may be the first run of reentrant checkpointing. Only the stack shows that, and it is
+    # searched only if there are several edits to choose from.
     selection.unnoted = selection.unnoted or not selection.varied
     return not selection.varied
 
 
 def recalled(own: EditBank, live: Any, block: Block | None) -> tuple[Any, bool]:
-    """What a site has to apply in a forward that does not run plainly, and whether this run is a second one.
+    """The edit of a site in a forward under checkpointing, and whether this run is a second one.
 
     Args:
         own: the site's edits.
-        live: what holds now.
-        block: the block that says so, or None.
+        live: the state in force now.
+        block: its block, or None.
 
     Raises:
-        RuntimeError: a forward runs again of which it cannot be told what the first run applied, or whose vectors have
-            other values by now, which without checkpointing is an error of autograd's.
+        RuntimeError: a forward runs again, but the edit of its first run is unknown, or the values of its vectors have
+            changed, which without checkpointing is an error of autograd.
     """
     task = torch._C._current_graph_task_id()
     first, second, unknown = _checkpoints()
     state: Any = _MISSING
     versions: tuple[tuple[Tensor, int], ...] = ()
-    if block is None or task == -1 or block.task != task:  # a block entered since the second run began holds
+    if block is None or task == -1 or block.task != task:  # a block entered after the second run's start is in force
         for frame in second:
             state, versions = _noted(frame, own)
             if state is not _MISSING:
@@ -75,15 +75,15 @@ def recalled(own: EditBank, live: Any, block: Block | None) -> tuple[Any, bool]:
     again = state is not _MISSING
     if state is _SEVERAL:
         raise RuntimeError(
-            "under activation checkpointing a layer ran several times in one checkpoint, with different edits: which "
-            "of them a second run has to apply cannot be told; give each its own checkpoint"
+            "under activation checkpointing a layer ran several times in one checkpoint, with different edits: its "
+            "second run cannot tell which edit to apply; give each run its own checkpoint"
         )
     if not again:
         state = live
     elif any(vector._version != version for vector, version in versions):
         raise RuntimeError(
-            "under activation checkpointing a forward runs again, and the vectors of its edit were changed in place "
-            "since (by an optimizer's step, or by loading): run the backward pass before that"
+            "under activation checkpointing a forward runs again, but the vectors of its edit were changed in place "
+            "since (by an optimizer step, or by loading): run the backward pass before that"
         )
     if not torch.is_grad_enabled():
         contexts, without = _contexts()
@@ -102,7 +102,7 @@ def recalled(own: EditBank, live: Any, block: Block | None) -> tuple[Any, bool]:
 
 
 def keep(key: object, value: Tensor) -> None:
-    """Leave a tensor for the second run of the forward that is running, if it is to have one."""
+    """Leave a tensor for the second run of the running forward, if there will be one."""
     recorded = torch.is_grad_enabled()
     if torch.is_inference_mode_enabled() or (recorded and saved_tensor_hooks(True) is None):
         return
@@ -113,9 +113,9 @@ def keep(key: object, value: Tensor) -> None:
 
 
 def kept(key: object) -> tuple[Tensor | None, bool]:
-    """What the first run has left of the forward that runs again, and whether that is of a reentrant checkpoint.
+    """The tensor left by the first run of this second run, and whether it is of a reentrant checkpoint.
 
-    Raises RuntimeError where it ran several times in one checkpoint, with different tensors.
+    Raises RuntimeError if the forward ran several times in one checkpoint, with different tensors.
     """
     if torch._C._current_graph_task_id() == -1 and saved_tensor_hooks(True) is None:
         return None, False
@@ -125,7 +125,7 @@ def kept(key: object) -> tuple[Tensor | None, bool]:
         if found is _SEVERAL:
             raise RuntimeError(
                 "under activation checkpointing a stack of layers ran several times in one checkpoint, with different "
-                "inputs: which of them a second run has to read cannot be told; give each its own checkpoint"
+                "inputs: its second run cannot tell which input to read; give each run its own checkpoint"
             )
         if found is not None:
             return found, owner is node
@@ -138,19 +138,19 @@ def _noted(owner: Any, own: EditBank) -> tuple[Any, Any]:
 
 
 def _check_clear(selection: Selection, live: Any) -> None:
-    """Raise where this may be the second run of a forward without notes, and more than one edit comes into question."""
+    """Raise if this may be the second run of a forward without notes, and several edits are possible."""
     others = selection.unclear | ({selection.first} if selection.unnoted and selection.varied else set())
     if others - {live}:
         raise RuntimeError(
-            "under activation checkpointing a forward runs again that has left no note of its edit, and others were in "
-            "use: which of them it has to apply cannot be told; run the backward pass before another edit is used"
+            "under activation checkpointing a forward runs again without a note of its edit, and several edits were in "
+            "use: its edit is unknown; run the backward pass before another edit is used"
         )
 
 
 def _checkpoints() -> tuple[list[Any], list[Any], bool]:
-    """The checkpoints that a forward is in: those that run for the first time, for the second; and other hooks.
+    """The checkpoints of a forward: those in their first run and in their second; and other hooks.
 
-    Hooks for saved tensors lie one on top of the other. Torch shows the top only, so they are taken off and put back.
+    Hooks for saved tensors are stacked. torch shows only the top, so they are popped and pushed back.
     """
     first: list[Any] = []
     second: list[Any] = []
@@ -168,12 +168,12 @@ def _checkpoints() -> tuple[list[Any], list[Any], bool]:
     finally:
         for hooks in reversed(taken):
             torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
-    # Below a checkpoint other hooks only store what it saves.
+    # Inside a checkpoint other hooks only store its saved tensors.
     return first, second, unknown and not first and not second
 
 
 def _frame_of(pack: Any) -> tuple[Any, bool]:
-    """The checkpoint that a hook belongs to, and whether it runs for the second time: then it is held weakly."""
+    """The checkpoint of a hook, and whether it runs for the second time: then the reference is weak."""
     for cell in getattr(inspect.unwrap(pack), "__closure__", None) or ():
         try:
             held = cell.cell_contents
@@ -188,7 +188,7 @@ def _frame_of(pack: Any) -> tuple[Any, bool]:
 
 
 def _contexts() -> tuple[list[Any], bool]:
-    """The contexts of the `autograd.Function`s whose forward is running here; and whether one has none."""
+    """The contexts of the `autograd.Function`s whose forward runs here; and whether one has none."""
     found: list[Any] = []
     without = False
     for forward in _forwards():
@@ -202,7 +202,7 @@ def _contexts() -> tuple[list[Any], bool]:
 
 
 def _forwards() -> Iterator[FrameType]:
-    """The frames of this thread that are the `forward` of an `autograd.Function`, the innermost first."""
+    """The frames of this thread that are the `forward` of an `autograd.Function`, innermost first."""
     frame: FrameType | None = sys._getframe(1)
     below = None
     while frame is not None:
@@ -212,7 +212,7 @@ def _forwards() -> Iterator[FrameType]:
 
 
 def _is_forward(code: CodeType) -> bool:
-    """Whether some `autograd.Function` has this code as its `forward`; looked for once, when it is first seen."""
+    """Whether an `autograd.Function` has this code as its `forward`; searched once, at the first sight."""
     known = _looked_at.get(id(code))
     if known is None:
         known = _looked_at[id(code)] = (

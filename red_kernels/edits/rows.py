@@ -1,4 +1,4 @@
-"""Training on processes of which each has a part of the rows: the gradients of the vectors are summed."""
+"""Training on processes with different rows: the gradients of the vectors are summed."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["sum_gradients_over"]
 def sum_gradients_over(model: nn.Module, group: Any) -> None:
     """Sum the gradients of a patched model's vectors over a process group, in each backward pass.
 
-    For processes of which each has a part of the rows of one batch, as under sequence or context parallelism. A vector
-    serves all rows, so its gradient is the sum over all of them. It holds for all edits of the model, those that are
-    added later included, for gradient accumulation, and under FSDP2 and DDP over other groups. All processes of the
-    group have to run the same backward passes.
+    For processes that each have a part of the rows of one batch, as under sequence or context parallelism. A vector
+    serves all rows, so its gradient is the sum over all of them. The sum applies to all edits of the model, also to
+    those added later, to gradient accumulation, and under FSDP2 and DDP over other groups. All processes of the group
+    must run the same backward passes.
 
-    The loss of a process has to be its share of the whole: a sum over its rows, divided by the number of all rows.
-    Where each process takes the mean over its own rows, divide the loss by the size of the group.
+    The loss of a process must be its share of the whole: a sum over its rows, divided by the number of all rows. If
+    each process takes the mean over its own rows, divide the loss by the size of the group.
 
     Args:
         model: patched by `rk.patch`, wrapped for distributed training or not.
-        group: a `ProcessGroup`, or a `DeviceMesh` of one dimension. Not one over which DDP or FSDP2 averages already.
+        group: a `ProcessGroup`, or a `DeviceMesh` of one dimension, over which neither DDP nor FSDP2 averages.
 
     Raises:
-        TypeError: group is something else.
+        TypeError: group has another type.
         ValueError: the model is not patched; this process is not in the group, or the mesh has several dimensions; the
             gradients are summed over this group already. Nothing is changed then.
     """

@@ -1,4 +1,4 @@
-"""Which of a model's named edits is applied: one for all, for each row of a batch its own, or none."""
+"""The choice among a model's named edits: one for all rows, one for each row of a batch, or none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT = "default"  # the edit that a patch makes
 
 
 class Off(Enum):
-    """The state inside of `disable_edits`. An Enum, so that copies of it are the same object."""
+    """The state inside `disable_edits`. An Enum, so copies of it are the same object."""
 
     OFF = "off"
 
@@ -29,28 +29,28 @@ OFF = Off.OFF
 class Rows:
     """The edits of the rows of a batch.
 
-    Rows follow each other as in memory: where a tensor's first dimension is k times the batch (beams, or tokens laid
-    out in rows), each entry serves k of them in turn.
+    Rows are in memory order: if a tensor's first dimension is k times the batch (beams, or tokens laid out in rows),
+    each entry serves k consecutive rows.
 
     Args:
         ids: for each row of the batch the name of its edit, or None for no edit.
     """
 
     def __init__(self, ids: Sequence[str | None]) -> None:
-        # Sorted: what is compiled for some edits serves every order of them.
+        # Sorted: code compiled for some edits serves every order of them.
         self.names = sorted(set(ids), key=lambda name: (name is None, name or ""))
         place = {name: at for at, name in enumerate(self.names)}
         with torch.inference_mode(False):  # a block may be entered in inference mode, and train later
             self.index = torch.tensor([place[name] for name in ids])
         self.thaw: Callable[[], None] = _nothing  # makes the edits trainable
-        self.thawed = False  # whether it has
+        self.thawed = False  # whether it did
         self._ids: dict[tuple[torch.Size, torch.device], Tensor] = {}
 
     def each(self, hidden: Tensor) -> int:
-        """How many rows of `hidden` each entry serves."""
+        """The number of rows of `hidden` for each entry."""
         batch, rows = self.index.shape[0], hidden.shape[0] if hidden.dim() > 1 else 0
         if hidden.dim() < 2 or rows % batch:
-            raise ValueError(f"ids: got {batch} of them for a batch of {rows} rows; use_edits takes one for each row")
+            raise ValueError(f"ids: got {batch} of them for a batch of {rows} rows, expected one for each row")
         return rows // batch
 
     def ids_for(self, hidden: Tensor) -> Tensor:
@@ -78,19 +78,19 @@ State = Rows | Off | str | None  # of a model's edits: by row, none, or the one 
 
 
 class Selection:
-    """What all sites of one patched model share: the active edit, and the blocks that are running.
+    """The state shared by all sites of one patched model: the active edit, and the running blocks.
 
-    A copy of the model, or one from a file, has its own: with the same edit chosen, and no block running.
+    A copy of the model, or a loaded one, has its own: with the same chosen edit, and no running block.
 
     Attributes:
-        chosen: the name of the edit that is applied outside of all blocks; None for none.
-        open: the `Block`s that are running.
-        shifting: how many of these may hold in one call in a thread and not in the next one.
-        here: for compiled code, which cannot ask for context variables: `applied` is what this thread's innermost block
-            applies.
-        unclear: what was applied under hooks for saved tensors of an unknown make, two states at most; see `recompute`.
-        first: what was applied before `varied`.
-        varied: whether there was ever anything else to apply than `first`.
+        chosen: the name of the edit applied outside all blocks; None for none.
+        open: the running `Block`s.
+        shifting: the number of them whose state may change between two calls in a thread.
+        here: for compiled code, which cannot read context variables: `applied` is the state of this thread's innermost
+            block.
+        unclear: the states applied under hooks for saved tensors of an unknown type, at most two; see `recompute`.
+        first: the state applied before `varied`.
+        varied: whether another state than `first` was ever applied.
         unnoted: whether a forward without gradients has run before that; it may have been a first run.
     """
 
@@ -101,7 +101,7 @@ class Selection:
         self.chosen = chosen
         self.open: list[Any] = []
         self.shifting = 0
-        self.here = threading.local()  # no subclass: torch 2.11 would not read the calling thread's own value
+        self.here = threading.local()  # no subclass: torch 2.11 would not read this thread's value
         self.unclear: set[Any] = set()
         self.first, self.varied, self.unnoted = chosen, False, False
 
@@ -112,7 +112,7 @@ class Selection:
         self._reset(state["chosen"])
 
     def in_use(self, name: str) -> str:
-        """What uses the edit of this name, for a message; empty for nothing."""
+        """The use of the edit of this name, for a message; empty for none."""
         if name == self.chosen:
             return "it is the active edit; switch to another one first"
         return "rows of a running use_edits have it" if self.in_rows(name) else ""

@@ -1,8 +1,8 @@
-"""What the first layer of a stack was given, for the edits in that stack which read it.
+"""The input of a stack's first layer, for edits in that stack that read it.
 
-A hook in front of the stack opens an entry, hooks in front of the layers fill it with what the first of them gets, and
-a hook behind the stack, which runs after an exception too, closes it. Entries are a thread's own. Under activation
-checkpointing the first run leaves the value where `recompute` leaves its notes, and the second run takes it from there.
+A hook before the stack opens an entry. Hooks before the layers store the input of the first one. A hook after the
+stack, which runs after an exception too, closes the entry. Entries belong to a thread. Under activation checkpointing
+the first run leaves the value next to the notes of `recompute`, and the second run takes it from there.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .recompute import keep, kept
 __all__ = ["STREAM", "Stream", "close_stream", "enter_hook", "given_hook", "initial_of", "leave_hook", "open_stream"]
 
 STREAM = "_red_kernels_stream"  # of a layer and of a `RedEdit`: the `Stream` of its stack
-_STREAMS = "_red_kernels_streams"  # of what calls the layers: the streams of its stacks
-_ROOT = "_red_kernels_root"  # of an alias: the tensor that it stands for
-_LATE = "_red_kernels_late"  # of a tensor: gradients that reach it by another way
+_STREAMS = "_red_kernels_streams"  # of the module that calls the layers: the streams of its stacks
+_ROOT = "_red_kernels_root"  # of an alias: its original tensor
+_LATE = "_red_kernels_late"  # of a tensor: gradients that reach it on another path
 _CALL = nn.Module._call_impl.__code__
 
 
@@ -35,12 +35,12 @@ class Stream:
 
 
 class _Entry:
-    """A forward of a stack that is running.
+    """A running forward of a stack.
 
     Attributes:
-        frame: that runs it; None where that is not told.
-        task: of autograd, where it runs in a backward pass.
-        given: what the first layer was given, and how often that was changed in place.
+        frame: that runs it; None if unknown.
+        task: of autograd, if it runs in a backward pass.
+        given: the first layer's input, and its count of in-place changes.
         outer: the entry before.
     """
 
@@ -58,7 +58,7 @@ _running = _Running()
 
 
 def open_stream(stream: Stream, owner: nn.Module, layers: Iterable[nn.Module]) -> None:
-    """Have the layers of a stack say what the first of them is given, while the forward of `owner` runs."""
+    """Make the layers of a stack store the first layer's input while the forward of `owner` runs."""
     if _STREAMS not in owner.__dict__:
         nn.Module.register_forward_pre_hook(owner, enter_hook)
         nn.Module.register_forward_hook(owner, leave_hook, always_call=True)
@@ -69,7 +69,7 @@ def open_stream(stream: Stream, owner: nn.Module, layers: Iterable[nn.Module]) -
 
 
 def close_stream(module: nn.Module) -> None:
-    """Take off what `open_stream` has put on a module."""
+    """Remove the marks of `open_stream` from a module."""
     module.__dict__.pop(_STREAMS, None)
     module.__dict__.pop(STREAM, None)
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
@@ -80,30 +80,30 @@ def close_stream(module: nn.Module) -> None:
 
 
 def enter_hook(module: nn.Module, args: Any) -> None:
-    """The hook in front of what calls the layers."""
+    """The hook before the module that calls the layers."""
     _eagerly(_enter, module)
 
 
 def leave_hook(module: nn.Module, args: Any, output: Any) -> None:
-    """The hook behind it."""
+    """The hook after it."""
     _eagerly(_leave, module)
 
 
 def given_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """The hook in front of a layer."""
+    """The hook before a layer."""
     _eagerly(_fill, layer, args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
 
 
 def initial_of(stream: Stream | None, hidden: Tensor, site: str) -> Tensor:
-    """What the first layer was given in this forward, in the shape of `hidden`. Raises RuntimeError if not known."""
+    """The first layer's input in this forward, in the shape of `hidden`. Raises RuntimeError if it is unknown."""
     found: Tensor = _eagerly(_initial, stream, hidden, site)
     return found
 
 
 def _eagerly(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function; compiled code leaves its graph for it, as what a thread has is not for graphs."""
+    """Call a function outside the graph of compiled code: a thread's state is not for graphs."""
     if torch.compiler.is_compiling():
-        from .uncompiled import uncompiled  # not before it is needed: it brings the compiler
+        from .uncompiled import uncompiled  # late: it imports the compiler
 
         return uncompiled(function, *arguments)
     return function(*arguments)
@@ -117,7 +117,7 @@ def _enter(module: nn.Module) -> None:
 
 def _leave(module: nn.Module) -> None:
     streams = module.__dict__.get(_STREAMS)
-    entry = _entry(streams[0]) if streams else None  # the others lie above it
+    entry = _entry(streams[0]) if streams else None  # the others are above it
     if entry is not None:
         _running.top = entry.outer
 
@@ -127,7 +127,7 @@ def _fill(layer: nn.Module, given: object) -> None:
     entry = _entry(layer.__dict__.get(STREAM))
     if entry is None or entry.given is not None or not isinstance(given, Tensor):
         return
-    if entry.task == torch._C._current_graph_task_id():  # else a layer of an earlier forward runs again
+    if entry.task == torch._C._current_graph_task_id():  # otherwise a layer of an earlier forward runs again
         entry.given = given, _version(given)
 
 
@@ -139,7 +139,7 @@ def _entry(stream: Stream | None) -> _Entry | None:
 
 
 def _forget() -> None:
-    """Drop what an interrupt has left, of which no hook was told: forwards that nobody runs any more."""
+    """Drop the entries of forwards that an interrupt has ended without a hook."""
     if _running.top is None:
         return
     while _running.top is not None and _running.top.frame is not None and not _runs(_running.top.frame):
@@ -168,8 +168,8 @@ def _initial(stream: Stream | None, hidden: Tensor, site: str) -> Tensor:
         found = entry.given
         if _version(found[0]) != found[1]:
             raise RuntimeError(
-                f"model: the first layer of {entry.stream.name} has changed what it was given in place, and the edit "
-                f"at {site} reads that; an edit of kind 'initial' cannot be used here"
+                f"model: the first layer of {entry.stream.name} has changed its input in place, but the edit at "
+                f"{site} reads that input; an edit of kind 'initial' cannot be used here"
             )
         first = found[0]
     else:
@@ -177,8 +177,8 @@ def _initial(stream: Stream | None, hidden: Tensor, site: str) -> Tensor:
         if noted is None:
             where = "it is in no stack of layers" if stream is None else f"no forward of {stream.name} is running"
             raise RuntimeError(
-                f"model: the edit at {site} reads what the first layer of its stack was given, and {where}; call the "
-                "model, or disable the edits (rk.disable_edits) to call a part of it"
+                f"model: the edit at {site} reads the input of its stack's first layer, but {where}; call the model, "
+                "or disable the edits (rk.disable_edits) to call a part of it"
             )
         first = _again(noted) if by_node and torch.is_grad_enabled() and noted.requires_grad else noted
     keep(stream, first)
@@ -188,8 +188,8 @@ def _initial(stream: Stream | None, hidden: Tensor, site: str) -> Tensor:
     if hidden.dim() == 2 and (rows, first.shape[-1]) == tuple(hidden.shape):  # tokens laid out in rows
         return first.reshape(hidden.shape)
     raise RuntimeError(
-        f"model: the edit at {site} is of an output of shape {tuple(hidden.shape)}, and the first layer of its stack "
-        f"was given {tuple(first.shape)}; an edit of kind 'initial' adds them"
+        f"model: the edit at {site} is of an output of shape {tuple(hidden.shape)}, but the input of its stack's first "
+        f"layer has shape {tuple(first.shape)}; an edit of kind 'initial' adds them"
     )
 
 
@@ -198,10 +198,10 @@ def _version(tensor: Tensor) -> int:
 
 
 def _again(first: Tensor) -> Tensor:
-    """For the second run of a reentrant checkpoint: an alias whose gradient reaches the tensor with its other ones.
+    """For the second run of a reentrant checkpoint: an alias whose gradient joins the tensor's other ones.
 
-    That run's own backward pass would go on behind the tensor, as often as there are checkpoints. What it brings is
-    kept instead, until autograd comes to the tensor: behind all layers, as their input depends on it.
+    That run's own backward pass would continue past the tensor, once for each checkpoint. Its gradient is kept instead
+    until autograd reaches the tensor: after all layers, since their input depends on it.
     """
     root = getattr(first, _ROOT, first)
     late: list[Tensor] | None = getattr(root, _LATE, None)

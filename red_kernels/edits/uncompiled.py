@@ -1,4 +1,4 @@
-"""What compiled code has to leave its graph to ask. A module of its own: the decorator imports the compiler."""
+"""State that compiled code must leave its graph to read. A separate module: the decorator imports the compiler."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ __all__ = ["uncompiled"]
 
 @torch.compiler.disable
 def uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`: what compiled code could read may be what another task or generator has left."""
+    """`function(*arguments)`: compiled code might read the state of another task or generator."""
     return function(*arguments)

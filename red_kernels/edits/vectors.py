@@ -1,4 +1,4 @@
-"""What one edit trains at one site, and how its vectors are frozen and thawed."""
+"""The trained tensors of one edit at one site, and how they are frozen and thawed."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ __all__ = ["EditVectors", "Gate"]
 
 
 class Gate:
-    """Whether an edit is visible: one for all of its sites, so that it becomes visible at all of them in one step."""
+    """Whether an edit is visible: shared by all of its sites, so that it appears at all of them in one step."""
 
     def __init__(self) -> None:
         self.open = False
 
 
 class EditVectors(nn.Module):
-    """What one edit trains at one site: Parameters named as the parts of its kind, mostly vectors of shape `(width,)`.
+    """The trained tensors of one edit at one site: Parameters named like the parts of its kind, mostly `(width,)`.
 
     `model.half()`, `model.to(torch.bfloat16)` and the like leave fp32 vectors in fp32: in half precision an update
     smaller than half a rounding step at 1.0 is lost.
 
-    An edit is frozen while it is not active. A backward pass through a forward from before still brings its vectors
-    their gradients, as autograd alone would not.
+    An edit is frozen while it is inactive. A backward pass through an earlier forward still gives its vectors their
+    gradients, which autograd alone would drop.
 
     Args:
         width: of the site's output.
-        kind: which tensors there are, and how they start; None for none.
+        kind: its tensors, and their initial values; None for none.
         dtype, device: of the vectors.
 
     Attributes:
         frozen: the parts that were trainable before `freeze`.
-        lent: whether a block of `use_edits` has thawed them, and they are to be frozen behind the last one.
+        lent: whether a block of `use_edits` has thawed them, so that the last block freezes them again.
     """
 
     frozen: tuple[str, ...] = ()
     lent: bool = False
 
-    gate: Gate | None = None  # shared by what becomes visible at once; None for visible at all times
+    gate: Gate | None = None  # shared by parts that appear at once; None for always visible
 
     def __init__(self, width: int, kind: Kind | None, dtype: torch.dtype, device: torch.device | str | None) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class EditVectors(nn.Module):
         return () if self.kind is None else self.kind.names
 
     def reset_parameters(self) -> None:
-        """Back to the start, where vectors on the meta device were given memory without values."""
+        """Restore the initial values, after vectors on the meta device got memory without values."""
         if self.kind is not None:
             with torch.no_grad():
                 self.kind.fill(self._parameters)
@@ -73,17 +73,17 @@ class EditVectors(nn.Module):
         self.lent = False
 
     def thaw(self) -> bool:
-        """Make those vectors trainable again that `freeze` has frozen; whether there were any."""
+        """Make the vectors that `freeze` has frozen trainable again; whether there were any."""
         held = (self._parameters.get(part) for part in self.frozen)
         found = [vector for vector in held if vector is not None and not vector.requires_grad]
         self.frozen = ()
         for vector in found:
-            with torch.inference_mode(vector.is_inference()):  # torch refuses it elsewhere
+            with torch.inference_mode(vector.is_inference()):  # torch refuses it otherwise
                 vector.requires_grad_(True)
         return bool(found)
 
     def requires_grad_(self, requires_grad: bool = True) -> EditVectors:
-        """As for any module, of the edits inside as well; what `freeze` has frozen and `thaw` would make trainable."""
+        """As for any module, with the edits inside; vectors that `freeze` froze and `thaw` would make trainable."""
         for module in self.modules():
             if isinstance(module, EditVectors) and not requires_grad:
                 module.freeze()
@@ -93,25 +93,25 @@ class EditVectors(nn.Module):
         return self
 
     def vectors(self, again: bool = False) -> Edit:
-        """The edit as it is now. `again`: for the second run of a forward, whose edit may be frozen by now."""
+        """The present edit. `again`: for the second run of a forward, whose edit may be frozen by now."""
         own, kind = self._parameters, self.kind
         assert kind is not None
         found: dict[str, Tensor | None]
         try:
             found = {name: own[name] for name in kind.names}
-        except KeyError:  # FSDP 1 puts views of its flat parameter in their place
+        except KeyError:  # FSDP 1 replaces them by views of its flat parameter
             found = {name: getattr(self, name) for name in kind.names}
         if again and self.frozen and torch.is_grad_enabled():
             found = {name: None if vector is None else _trainable_again(vector) for name, vector in found.items()}
         return Edit(kind, found)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "kind" not in state:  # of a release whose modules had no kind, and None for parts that they did not have
+        if "kind" not in state:  # of a release without kinds, with None for missing parts
             own = {name: held for name, held in state["_parameters"].items() if held is not None}
             rest = {name: held for name, held in state.items() if name != "parts"}
             state = {**rest, "_parameters": own, "kind": kind_with(state.get("parts", own))}
         super().__setstate__(state)
-        if self.lent:  # a copy, which no block is running in
+        if self.lent:  # a copy, in which no block runs
             self.freeze()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EditVectors:
@@ -126,7 +126,7 @@ class EditVectors(nn.Module):
 
 
 def _bring_late_gradients(holder: EditVectors, part: str, vector: Tensor) -> None:
-    """Let a frozen vector have the gradients of forwards from before: autograd drops those of what is frozen by now."""
+    """Give a frozen vector the gradients of earlier forwards: autograd drops those of frozen tensors."""
     if any(getattr(hook, "func", None) is _late_gradient for hook in (vector._backward_hooks or {}).values()):
         return
     vector.register_hook(partial(_late_gradient, weakref.ref(holder), part))
@@ -134,7 +134,7 @@ def _bring_late_gradients(holder: EditVectors, part: str, vector: Tensor) -> Non
 
 def _late_gradient(reference: weakref.ref[EditVectors], part: str, gradient: Tensor) -> None:
     holder = reference()
-    if holder is None or part not in holder.frozen:  # autograd brings it, or somebody has frozen the vector himself
+    if holder is None or part not in holder.frozen:  # autograd delivers it, or the user has frozen the vector
         return
     vector = holder._parameters.get(part)
     if vector is not None and not vector.requires_grad:
@@ -147,7 +147,7 @@ def _accumulate(vector: Tensor, gradient: Tensor) -> None:
 
 
 def _trainable_again(vector: Tensor) -> Tensor:
-    """A frozen vector for the second run of a forward from before, whose graph brings it its gradients."""
+    """A frozen vector for the second run of an earlier forward, whose graph delivers its gradients."""
     if vector.requires_grad or not vector.is_leaf:
         return vector
     with torch.enable_grad():

@@ -1,1 +1,1 @@
-"""The job of `red-kernels finetune`: train edits on a base model, show what they bring, save them."""
+"""The job of `red-kernels finetune`: train edits on a base model, evaluate them, save them."""

@@ -1,7 +1,7 @@
-"""The dtype of a base model: `auto` is bf16 where the processor or GPU multiplies it natively, else fp32.
+"""The dtype of a base model: `auto` is bf16 if the processor or GPU multiplies it natively, else fp32.
 
-torch is asked first. Where it does not tell, a small matrix product is timed in both dtypes, forward and backward. The
-same product gives the factor of which an explicit choice is warned.
+torch is queried first. If it does not report, a small matrix product is timed in both dtypes, forward and backward. The
+same product gives the factor in the warning about an explicit choice.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ import torch
 __all__ = ["ASKED", "AUTO", "DTYPES", "BaseDtype", "choose_dtype", "resolve_dtype", "slowdown", "told"]
 
 AUTO = "auto"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # fp16 would need its loss scaled
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # fp16 would need loss scaling
 ASKED = (AUTO, *DTYPES)
 CRAWLS = 2.0  # times fp32's time; measured: native bf16 0.5 to 1.7, emulated with AVX-512 2.5 to 14, AVX2 26 to 56
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _SIZES = {"cpu": (128, 256, 256), "cuda": (1024, 1024, 1024)}  # rows, inputs, outputs
 _ROUNDS = 9
-_SECONDS = 0.25  # no round begins after
-_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # oneDNN's own variables: instructions that it is not to use
+_SECONDS = 0.25  # no round starts after this time
+_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # oneDNN's variables that limit its instructions
 
 
 @dataclass(frozen=True)
 class BaseDtype:
-    """A dtype for base models, and why it is that one.
+    """A dtype for base models, and the reason for it.
 
     Attributes:
         name: `"fp32"` or `"bf16"`.
-        asked: `"auto"`, or the dtype that was asked for.
-        reason: why, in words.
-        slower: how many times as long as fp32's a product takes, where that was measured.
-        warning: that the dtype will crawl here, with that factor and the remedy; None where it will not.
+        asked: `"auto"`, or the requested dtype.
+        reason: the reason, in words.
+        slower: a product's time over its time in fp32, if it was measured.
+        warning: that the dtype is slow here, with that factor and a remedy; None if it is not.
     """
 
     name: str
@@ -50,12 +50,13 @@ class BaseDtype:
     warning: str | None = None
 
     def json(self) -> dict[str, Any]:
-        """What files of results hold of it: all attributes by name."""
+        """The entry in files of results: all attributes by name."""
         return asdict(self)
 
 
 def told(device: torch.device) -> tuple[bool | None, str]:
-    """Whether torch says that a device multiplies bf16 natively, and the reason in words; None where it does not say.
+    """Whether torch reports that a device multiplies bf16 natively, and the reason in words; None if it does not
+    report.
 
     Args:
         device: of type `"cpu"` or `"cuda"`.
@@ -76,50 +77,50 @@ def _told_of_gpu(device: torch.device) -> tuple[bool | None, str]:
 
     native = _asked(ask)
     if native is None:
-        return None, f"torch does not tell whether {name} multiplies bf16 natively"
+        return None, f"torch does not report whether {name} multiplies bf16 natively"
     return native, f"{name} {'multiplies' if native else 'does not multiply'} bf16 natively"
 
 
 def _told_of_processor() -> tuple[bool | None, str]:
     mkldnn: Any = torch.backends.mkldnn
     if not mkldnn.is_available() or not getattr(mkldnn, "enabled", True):
-        return None, "this torch multiplies without oneDNN and does not tell what is native"
+        return None, "this torch has no oneDNN and does not report native dtypes"
     takes = _asked(lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if takes is None:
-        return None, "this torch does not tell whether oneDNN multiplies bf16"
+        return None, "this torch does not report whether oneDNN multiplies bf16"
     limit = next((f"{name}={os.environ[name]}" for name in _LIMITS if os.environ.get(name)), None)
-    if not takes:  # this answer heeds the limit; those below are of the processor alone
+    if not takes:  # this answer respects the limit; those below are of the processor alone
         where = f"within {limit}" if limit else f"on this processor ({torch.backends.cpu.get_cpu_capability()})"
         return False, f"torch's oneDNN does not multiply bf16 {where}"
     if limit is not None:
-        return None, f"torch does not tell what is native within {limit}"
+        return None, f"torch does not report native dtypes within {limit}"
     machine = platform.machine().lower()
-    if machine in ("aarch64", "arm64"):  # oneDNN takes bf16 there only where the processor has instructions for it
+    if machine in ("aarch64", "arm64"):  # oneDNN accepts bf16 there only with native instructions
         return True, "this processor multiplies bf16 natively"
     if machine not in ("x86_64", "amd64"):
-        return None, f"torch does not tell whether {machine or 'this processor'} multiplies bf16 natively"
+        return None, f"torch does not report whether {machine or 'this processor'} multiplies bf16 natively"
     cpu: Any = torch.cpu
     native = _asked(lambda: cpu._is_avx512_bf16_supported())
     if native is None:
         native = _asked(lambda: cpu.get_capabilities()["avx512_bf16"])
     if native is None:
-        return None, "this torch does not tell whether the processor has AVX512_BF16"
+        return None, "this torch does not report whether the processor has AVX512_BF16"
     if native:
         return True, "this processor multiplies bf16 natively (AVX512_BF16)"
     return False, "this processor has no AVX512_BF16, so oneDNN emulates bf16"
 
 
 def _asked(question: Callable[[], object]) -> bool | None:
-    """The answer; None where this torch has no such function, or it fails."""
+    """The answer; None if this torch has no such function, or if it fails."""
     try:
         answer = question()
-    except Exception:  # private functions of torch may be renamed, take other arguments, or refuse in any way
+    except Exception:  # private functions of torch may be renamed, change arguments, or fail
         return None
     return answer if isinstance(answer, bool) else None
 
 
 def choose_dtype(device: torch.device) -> BaseDtype:
-    """What `auto` is on a device.
+    """The dtype of `auto` on a device.
 
     Raises:
         ValueError: its type is neither `"cpu"` nor `"cuda"`.
@@ -138,7 +139,7 @@ def resolve_dtype(asked: str, device: torch.device, kept: str | None = None) -> 
     Args:
         asked: `"auto"`, `"fp32"` or `"bf16"`.
         device: where the model will run.
-        kept: the dtype that a run began with that is resumed; `auto` keeps it, wherever the run goes on.
+        kept: the dtype at the start of a resumed run; `auto` keeps it, on any machine.
 
     Raises:
         ValueError: an unknown dtype, or a device whose type is neither `"cpu"` nor `"cuda"`.
@@ -151,32 +152,32 @@ def resolve_dtype(asked: str, device: torch.device, kept: str | None = None) -> 
         return choose_dtype(device)
     if asked == AUTO:
         here = choose_dtype(device)
-        name, reason = str(kept), "kept by --resume, as the run began with it"
-        remedy = "start anew by --overwrite, or resume where it began"
+        name, reason = str(kept), "kept by --resume: the run started with it"
+        remedy = "start over by --overwrite, or resume on the machine of the first start"
         if here.name != kept:
             reason += f"; a new run would take {here.name} here: {here.reason}"
     else:
         name, reason = asked, "asked for"
-        remedy = "--dtype fp32, or --dtype auto, which takes what is native"
-    if name not in _HALVES:  # fp32 is what the others are compared with
+        remedy = "--dtype fp32, or --dtype auto, which selects a native dtype"
+    if name not in _HALVES:  # fp32 is the reference of the others
         return BaseDtype(name, asked, reason)
     slower = slowdown(name, device)
     warning = None
     if not slower < CRAWLS:
         rows, inputs, outputs = _size(device)
         warning = (
-            f"{name} will crawl here: a matrix product of {rows} x {inputs} x {outputs}, forward and backward, takes "
+            f"{name} is slow here: a matrix product of {rows} x {inputs} x {outputs}, forward and backward, takes "
             f"{slower:.2g} times as long as in fp32; remedy: {remedy}"
         )
     return BaseDtype(name, asked, reason, slower, warning)
 
 
 def slowdown(name: str, device: torch.device) -> float:
-    """How many times as long as in fp32 a matrix product takes in a half precision, forward and backward.
+    """The time of a matrix product in a half precision over that in fp32, forward and backward.
 
-    Both are timed in turn for at most a quarter of a second, after a first call of each that is not counted. It is the
-    median over the rounds of the ratio within a round. On a CPU one thread is used: two threads wait for each other
-    where the machine has other work, for longer than the product takes.
+    Both are timed in turn for at most a quarter of a second, after an untimed first call of each. The result is the
+    median over the rounds of the ratio within a round. On a CPU one thread is used: on a busy machine two threads wait
+    for each other longer than the product takes.
 
     Args:
         name: `"bf16"` or `"fp16"`.
@@ -188,7 +189,7 @@ def slowdown(name: str, device: torch.device) -> float:
     if name not in _HALVES:
         raise ValueError(f"name: got {name!r}, expected one of {', '.join(map(repr, _HALVES))}")
     rows, inputs, outputs = _size(device)
-    generator = torch.Generator().manual_seed(0)  # the caller's random numbers stay as they are
+    generator = torch.Generator().manual_seed(0)  # the caller's random numbers are unchanged
 
     def draw(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)

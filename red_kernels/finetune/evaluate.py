@@ -1,4 +1,4 @@
-"""`red-kernels evaluate`: how well saved edits do on data, beside their base model."""
+"""`red-kernels evaluate`: the scores of saved edits on data, next to those of their base model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["add_options", "evaluate", "run"]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of the command. What is left out is that of the run, if the source is one."""
+    """The options of the command. An omitted one is that of the run, if the source is a run."""
 
     def add(*names: str, **options: Any) -> None:
         parser.add_argument(*names, default=argparse.SUPPRESS, **options)
@@ -23,20 +23,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--data",
         nargs="+",
         metavar="SOURCE",
-        help="judged: files whole, of data sets the split validation or test (default: what the run held out)",
+        help="whole files, or the split validation or test of a dataset (default: the run's held-out data)",
     )
     add("--task", choices=("causal-lm", "classification", "regression"), help="(default: the run's, or causal-lm)")
-    add("--model", help="the base model, where it is not the one that the edits name")
+    add("--model", help="the base model (default: the one that the edits name)")
     add("--subset", help="the configuration of a hub dataset")
     add("--text-column", help="of a table")
     add("--label-column", help="of a table")
     add("--no-header", action="store_true", help="the first row of the csv or tsv file is data")
-    add("--template", metavar="FILE", help="a chat template in place of the run's, or of the model's own")
-    add("--loss-on", choices=("answers", "all"), help="of conversations and completions")
-    add("--length", type=int, help="tokens in a block, and at most in a text")
-    add("--batch-size", type=int, help="blocks or texts in a forward pass")
-    add("--device", help="cpu or cuda (default: a GPU if there is one)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    add("--template", metavar="FILE", help="a chat template (default: the run's, or the model's own)")
+    add("--loss-on", choices=("answers", "all"), help="the tokens with a loss in conversations and completions")
+    add("--length", type=int, help="tokens of a block, and the most of a text")
+    add("--batch-size", type=int, help="blocks or texts of a forward pass")
+    add("--device", help="cpu or cuda (default: a GPU if available)")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -58,19 +58,19 @@ def run(options: argparse.Namespace) -> int:
 
 
 def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]:
-    """Measure saved edits on data.
+    """Evaluate saved edits on data.
 
     Args:
         source: a run's folder, a folder of saved edits, or a hub id.
-        given: settings as `red_kernels.finetune.settings.from_options` takes them; the rest is the run's.
-        console: where everything is shown.
+        given: settings as in `red_kernels.finetune.settings.from_options`; the others are the run's.
+        console: for the output.
 
     Returns:
         `"with edits"`, and for language models `"base model"`, to a `HeldOut`.
 
     Raises:
-        ValueError: no data where the source is no run, a model of another task, a label that the model does not know,
-            or what `load_data` and `rk.from_pretrained` raise.
+        ValueError: no data although the source is no run, a model of another task, a label unknown to the model, or an
+            error of `load_data` and `rk.from_pretrained`.
     """
     from ..checkpoints.whole import from_pretrained, load_tokenizer
     from ..edits.named import disable_edits
@@ -85,10 +85,10 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
     folder = Path(source)
     own_run = former_run(folder, "source") if (folder / RUN_NAME).is_file() else None
     former = None
-    if own_run is not None:  # where it ran, and what logged it, is of no account here
+    if own_run is not None:  # its device and its loggers do not matter here
         former = {name: value for name, value in own_run["settings"].items() if name not in ("device", "report_to")}
     if former is None and "data" not in given:
-        raise ValueError(f"data: {source!r} is no run's folder, which would name it; give --data")
+        raise ValueError(f"data: {source!r} is not a run's folder, which would name its data; pass --data")
     base = given.pop("model", None)
     if former is not None and "data" in given:
         former["validation"] = None
@@ -110,12 +110,12 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
         assert own_run is not None
         if own_run["results"].get("data_digest", loaded.digest) != loaded.digest:
             raise ValueError(
-                f"data: {', '.join(names)!r} is not what the run in {source!r} had, so what it held out is not known; "
-                "give what is to be judged by --data"
+                f"data: {', '.join(names)!r} differs from the data of the run in {source!r}, so its held-out part is "
+                "unknown; pass the data to evaluate by --data"
             )
     if "template" in given:
         check_template(settings.template, loaded.held_out)
-    dtype = DTYPES.get(str((former or {}).get("dtype")), "auto")  # that of the run
+    dtype = DTYPES.get(str((former or {}).get("dtype")), "auto")  # the run's dtype
     model = from_pretrained(source, base=base, dtype=dtype, device=settings.place)
     _check_task(settings.task, model, source)
     tokenizer = load_tokenizer(source, base=base)
@@ -128,11 +128,13 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
         labels = {str(name): int(number) for name, number in model.config.label2id.items()}
         strange = sorted({str(own.label) for own in loaded.held_out} - labels.keys())
         if strange:
-            raise ValueError(f"data: has the label {strange[0]!r}, and the model knows {', '.join(sorted(labels))}")
+            raise ValueError(
+                f"data: has the label {strange[0]!r}, expected a label of the model: {', '.join(sorted(labels))}"
+            )
     console.print(f"Data: {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
     data = judged(settings, BaseModel(model, tokenizer, source, frozenset()), loaded, labels, console)
     blocks: dict[str, AbstractContextManager[Any]] = {"with edits": nullcontext()}
-    if not data.labelled:  # a head without the edits that it was trained with says nothing
+    if not data.labelled:  # a head without the edits of its training is meaningless
         blocks = {"base model": disable_edits(model), **blocks}
     found = {}
     for name, block in blocks.items():
@@ -142,7 +144,7 @@ def evaluate(source: str, given: dict[str, Any], console: Any) -> dict[str, Any]
 
 
 def _check_task(task: str, model: Any, source: str) -> None:
-    """Raises ValueError where a model with its head is of another task than its data is to be read for."""
+    """Raises ValueError if the model's head is for another task than the data's."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as LABELLING
 
     own = "causal-lm"
@@ -150,5 +152,5 @@ def _check_task(task: str, model: Any, source: str) -> None:
         own = "regression" if model.config.num_labels == 1 else "classification"
     if task != own:
         raise ValueError(
-            f"task: got {task!r}, and {source!r} is of a {type(model).__name__} for {own!r}; give --task {own}"
+            f"task: got {task!r}, but {source!r} is of a {type(model).__name__} for {own!r}; pass --task {own}"
         )

@@ -1,4 +1,4 @@
-"""`red-kernels generate`: continuations of prompts, with edits by name, beside those of the base model."""
+"""`red-kernels generate`: continuations of prompts, with edits by name, next to those of the base model."""
 
 from __future__ import annotations
 
@@ -19,36 +19,34 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "sources",
         nargs="+",
         metavar="[NAME=]SOURCE",
-        help="edits of one base model: runs' folders, folders of saved edits or hub ids, each by the name before the "
-        "=, or else by the folder's own",
+        help="edits of one base model: runs' folders, folders of saved edits or hub ids; NAME= names them, and the "
+        "default is the folder's name",
     )
     parser.add_argument(
-        "--prompt", action="append", help="more than one by --prompt again (default: lines of the input)"
+        "--prompt", action="append", help="repeat it for several prompts (default: lines of standard input)"
     )
-    parser.add_argument("--model", help="the base model, where it is not the one that the edits name")
-    parser.add_argument("--base", action="store_true", help="show what the base model says, too")
-    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="at most (default: 64)")
+    parser.add_argument("--model", help="the base model (default: the one that the edits name)")
+    parser.add_argument("--base", action="store_true", help="also show the base model's continuation")
+    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="most new tokens (default: 64)")
     parser.add_argument(
-        "--temperature", type=float, metavar="T", help="draw tokens at this temperature (default: take the likeliest)"
+        "--temperature", type=float, metavar="T", help="sample at this temperature (default: take the likeliest token)"
     )
-    parser.add_argument("--seed", type=int, help="of what is drawn at a --temperature (default: 0)")
+    parser.add_argument("--seed", type=int, help="the seed of sampling at a --temperature (default: 0)")
     parser.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
-        help="put the prompt into the model's chat template (default: where there is one)",
+        help="put the prompt into the model's chat template (default: if it has one)",
     )
-    parser.add_argument(
-        "--template", metavar="FILE", help="a chat template in place of the run's, or of the model's own"
-    )
-    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    parser.add_argument("--template", metavar="FILE", help="a chat template (default: the run's, or the model's own)")
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU if available)")
 
 
 def run(options: argparse.Namespace) -> int:
     """The command.
 
     Raises:
-        ValueError: two edits of one name, a name that cannot be one, a number out of range, an option that another
-            leaves without effect, a chat without a template, edits that do not fit the first one's base model.
+        ValueError: two edits of one name, an invalid name, a number out of range, an option without effect, a chat
+            without a template, edits that do not fit the first one's base model.
     """
     import torch
 
@@ -62,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     if options.temperature is not None and not 0 < options.temperature < float("inf"):
         raise ValueError(f"temperature: got {options.temperature}, expected a number above 0")
     if options.seed is not None and options.temperature is None:
-        raise ValueError(f"seed: got {options.seed}, which has no effect: without temperature nothing is drawn")
+        raise ValueError(f"seed: got {options.seed}, which has no effect: without temperature nothing is sampled")
     if options.template is not None and options.chat is False:
         raise ValueError(f"template: got {options.template!r}, which has no effect with no_chat")
     sources = _named(options.sources)
@@ -70,12 +68,12 @@ def run(options: argparse.Namespace) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = from_pretrained(folder, base=options.model, device=device)
     if not model.can_generate():
-        raise ValueError(f"source: {folder!r} is of a {type(model).__name__}, which generates nothing")
+        raise ValueError(f"source: {folder!r} is of a {type(model).__name__}, which generates no text")
     tokenizer = load_tokenizer(folder, base=options.model)
     templates = {name: _template(source, options) or tokenizer.chat_template for name, source in sources.items()}
     templates[BASE] = templates[first]
     if options.chat and not all(templates.values()):
-        raise ValueError("chat: the model's tokenizer has no chat template; give one by template")
+        raise ValueError("chat: the model's tokenizer has no chat template; pass one by template")
     for name, other in others:
         load_edits(model, other, name)
     active = active_edit(model)
@@ -95,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _template(source: str, options: argparse.Namespace) -> str | None:
-    """The chat template that is given, or that the edits of a run were trained with; None for the model's own."""
+    """The given chat template, or that of an edit's run; None for the model's own."""
     from .run_folder import EDITS_NAME, RUN_NAME, former_run
     from .settings import chat_template
 
@@ -117,6 +115,6 @@ def _named(sources: list[str]) -> dict[str, str]:
         if not name or not source:
             raise ValueError(f"source: got {text!r}, expected SOURCE or NAME=SOURCE")
         if name in found or name == BASE:
-            raise ValueError(f"source: the name {name!r} is taken; give another one by NAME={source}")
+            raise ValueError(f"source: the name {name!r} is taken; pass another one by NAME={source}")
         found[name] = source
     return found

@@ -1,4 +1,4 @@
-"""The main job: train edits on a base model, show what they bring, save them and prove that they load back."""
+"""The main job: train edits on a base model, evaluate them, save them, and verify that they load."""
 
 from __future__ import annotations
 
@@ -64,16 +64,16 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
 
     Args:
         settings: see `Settings`.
-        console: where everything is shown.
+        console: for the output.
 
     Returns:
         The results as in `run.json`, or None if the run was interrupted (its edits and a checkpoint are saved).
 
     Raises:
-        ValueError: a setting, the data or the model does not fit; said before anything is trained.
-        RuntimeError: RED_KERNELS_BACKEND asks for a backend that is missing.
+        ValueError: a setting, the data or the model does not fit; raised before any training.
+        RuntimeError: RED_KERNELS_BACKEND names a missing backend.
         OSError: a file cannot be read or written.
-        ModuleNotFoundError: a package is missing; the message holds the pip command.
+        ModuleNotFoundError: a package is missing; the message contains the pip command.
     """
     settings = settings.filled()
     config = RedConfig(position=settings.position, kind=settings.kind, layers=settings.layers, sites=settings.sites)
@@ -82,8 +82,8 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     if not processes.first:
         console = Console(quiet=True)
     _check_shares(settings, processes)
-    choose(torch.empty(1, device=device), "edit")  # a backend that is missing is said now
-    # Data and model take minutes to load: what can go wrong with the output is said before.
+    choose(torch.empty(1, device=device), "edit")  # a missing backend is an error now
+    # Data and model take minutes to load, so faults of the output are reported first.
     settings, run = processes.first_decides(lambda: _open(settings, device, console))
     run.writes = processes.first
     if processes.count > 1:
@@ -97,18 +97,18 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     _check_same_data(names, run, loaded.digest)
     _check_same_template(settings, run)
 
-    set_seed(settings.seed)  # a new head is drawn while loading
+    set_seed(settings.seed)  # a new head is drawn during loading
     console.print(f"Loading the model: {settings.model}", markup=False, highlight=False, soft_wrap=True)
     base = _load(settings, labels, processes)
     data = tokenised(settings, base, loaded, labels, console)
     steps = _total_steps(settings, run, len(data.train))
     _say_what_fills_no_batch(settings, steps, len(data.train), console)
     if settings.warmup >= steps:
-        said = f"it rises for {settings.warmup:g} steps, and there are {steps}."
+        said = f"its warm-up takes {settings.warmup:g} steps, the run {steps}."
         console.print(f"Note: the rate never reaches {settings.learning_rate:g}: {said}", highlight=False)
     patched = _edited(settings, base, config, processes)
-    console.print(str(replace(patched, frozen_head=())), highlight=False)  # the head is not to stay frozen
-    if not processes.in_parts:  # else it would be of the parts, which are not what is merged
+    console.print(str(replace(patched, frozen_head=())), highlight=False)  # the head will not stay frozen
+    if not processes.in_parts:  # otherwise it would count the parts, which are not merged
         _say_what_merges(base.model, config.kind, console)
     run.begin()
     if processes.first:
@@ -133,8 +133,8 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     if stopped:
         run.write("interrupted", steps=reached, **watched(trainer, sampler))
         console.print(
-            f"Stopped after step {reached} of {steps}. The edits so far are in {run.edits}; "
-            f"red-kernels finetune --output {run.path} --resume goes on.",
+            f"Stopped after step {reached} of {steps}. The edits of this step are in {run.edits}; "
+            f"red-kernels finetune --output {run.path} --resume continues.",
             soft_wrap=True,
         )
         return None
@@ -151,7 +151,7 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
         points = {0: before.loss, **evaluated, best or reached: after.loss}
         report.draw_loss_curve(run.curve, *curve, dict(sorted(points.items())))
     if best is not None and best != reached:
-        console.print(f"The edits are those of step {best}, whose held-out loss is the least.")
+        console.print(f"The edits are those of step {best}, whose held-out loss is the lowest.")
     if not evaluated:
         sampler.show(reached, "after")
 
@@ -164,7 +164,7 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
     _show_change(before, after, console)
     if speeds:
         report.speed_table(console, speeds, FUSED)
-    own = run.edits.glob("red_*.safetensors")  # PEFT's form beside them holds the same
+    own = run.edits.glob("red_*.safetensors")  # PEFT's form next to them has the same content
     saved = sum(path.stat().st_size for path in own) if processes.first else 0
     if processes.first:
         _write_card(settings, run, names, before, after)
@@ -185,18 +185,18 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any] | None:
         peak_memory_bytes=peak,
         saved_bytes=saved,
     )
-    # The same numbers go through the same code, so the losses are equal; where a library is free to choose another
-    # algorithm the second time, they are within a rounding step of the activations.
+    # Equal numbers go through equal code, so the losses are equal. If a library chooses another algorithm the second
+    # time, they are within a rounding step of the activations.
     if not _same_loss(reloaded.loss, after.loss, torch.finfo(DTYPES[settings.dtype]).eps):
         raise RuntimeError(
-            f"the edits in {run.edits} give a held-out loss of {reloaded.loss} in a fresh model, {after.loss} in the "
-            "trained one: they were not saved or loaded right"
+            f"the edits in {run.edits} have a held-out loss of {reloaded.loss} in a fresh model, but {after.loss} in "
+            "the trained one: saving or loading them failed"
         )
     return run.results
 
 
 def _open(settings: Settings, device: torch.device, console: Console) -> tuple[Settings, RunFolder]:
-    """The settings with the dtype of the base model in place of `auto`, which is printed, and the output folder."""
+    """The settings with the base model's dtype instead of `auto`, which is printed, and the output folder."""
     path = Path(settings.output)
     check_output(settings.output, "--output")
     kept = None
@@ -207,7 +207,7 @@ def _open(settings: Settings, device: torch.device, console: Console) -> tuple[S
     dtype = resolve_dtype(settings.dtype, device, kept)
     settings = replace(settings, dtype=dtype.name)
     run = open_run(path, settings)
-    run.results.setdefault("base_dtype", dtype.json())  # that of the run's beginning
+    run.results.setdefault("base_dtype", dtype.json())  # the dtype at the run's start
     console.print(f"Base model's dtype: {dtype.name} ({dtype.reason})", markup=False, highlight=False, soft_wrap=True)
     if dtype.warning is not None:
         console.print(f"Warning: {dtype.warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
@@ -219,8 +219,8 @@ def _open(settings: Settings, device: torch.device, console: Console) -> tuple[S
 def _check_shares(settings: Settings, processes: Processes) -> None:
     if settings.batch_size % processes.shares:
         raise ValueError(
-            f"batch_size: got {settings.batch_size}, expected a multiple of {processes.shares}: so many "
-            f"{'processes' if processes.tp == 1 else 'groups of processes'} share it"
+            f"batch_size: got {settings.batch_size}, expected a multiple of {processes.shares}, the number of "
+            f"{'processes' if processes.tp == 1 else 'groups of processes'} that share a batch"
         )
 
 
@@ -229,19 +229,19 @@ def _said_of(processes: Processes, each: int) -> str:
     said = f"{processes.count} processes, each with {each} of a batch"
     if processes.tp > 1:
         said += f"; the model's weights are split over each {processes.tp}"
-    return said + ("; the model lies in parts on all of them" if processes.fsdp else "")
+    return said + ("; the model is sharded over all of them" if processes.fsdp else "")
 
 
 def _same_loss(one: float, other: float, rounding: float) -> bool:
-    """Whether two losses are equal to a rounding; after a training that diverged both have to be the same NaN."""
+    """Whether two losses are equal up to rounding; after a diverged training both must be the same NaN."""
     if not math.isfinite(other):
         return one == other or (math.isnan(one) and math.isnan(other))
-    return abs(one - other) <= rounding * abs(other)  # which NaN is not
+    return abs(one - other) <= rounding * abs(other)  # false for NaN
 
 
 def _load(settings: Settings, labels: dict[str, int] | None, processes: Processes, tokenizer: Any = None) -> BaseModel:
     names = list(labels) if labels is not None else None
-    # A model that is to be split may be too large for one device.
+    # A model that will be split may be too large for one device.
     place = torch.device("cpu") if processes.tp > 1 else processes.device
     base = load_base(str(settings.model), settings.task, DTYPES[settings.dtype], place, names, tokenizer)
     longest = getattr(base.model.config, "max_position_embeddings", None)
@@ -249,14 +249,14 @@ def _load(settings: Settings, labels: dict[str, int] | None, processes: Processe
         raise ValueError(f"length: got {settings.length}, the model takes at most {longest} tokens")
     if settings.template is not None:
         base.tokenizer.chat_template = chat_template(settings.template)
-    base.model.config.use_cache = False  # a cache is of no use in training, and Trainer would warn
+    base.model.config.use_cache = False  # training has no use for a cache, and Trainer would warn
     if processes.tp > 1:
         split_weights(base.model, processes)
     return base
 
 
 def _edited(settings: Settings, base: BaseModel, config: RedConfig, processes: Processes) -> PatchReport:
-    """Patch a model, have its head trained where it has one, and lay it in parts where it is to be."""
+    """Patch a model, make its head trainable if it has one, and shard it if requested."""
     report = patch(base.model, config)
     if settings.task != "causal-lm":
         train_head(base.model, base.new_parameters)
@@ -266,13 +266,13 @@ def _edited(settings: Settings, base: BaseModel, config: RedConfig, processes: P
 
 
 def _say_what_merges(model: nn.Module, kind: str, console: Console) -> None:
-    """Say before the training where its edits will not merge: who wants them merged trains another kind."""
+    """Report before the training if its edits will not merge, so that users can choose another kind."""
     reason = reason_against(model)
     if not reason:
         return
-    advice = "they can be used as they are, unmerged"
+    advice = "use them unmerged"
     if kind != "scaling" and "'scaling'" in reason:
-        advice += "; edits of --kind scaling can be merged"
+        advice += ", or train --kind scaling, which can be merged"
     console.print(f"Note: red-kernels merge will refuse these edits: {reason}; {advice}.", highlight=False)
 
 
@@ -286,7 +286,7 @@ def _show_parameters(model: nn.Module, console: Console) -> int:
     if head:
         groups["head"] = (len(head), sum(own.numel() for own in head.values()))
     edits = sum(count for name, (_, count) in groups.items() if name != "head")
-    total = sum(own.numel() for own in model.parameters()) - edits  # the base model's size, as it is known
+    total = sum(own.numel() for own in model.parameters()) - edits  # the base model's nominal size
     report.parameter_table(console, groups, total)
     return sum(count for _, count in groups.values())
 
@@ -312,12 +312,14 @@ def _load_data(settings: Settings) -> Loaded:
     if loaded.form == "preference":
         require("trl", "training on preferences", "red-kernels[train]")
         if settings.loss_on != ANSWERS:
-            raise ValueError(f"loss_on: got {settings.loss_on!r}, and preferences have their loss on the answers")
+            raise ValueError(
+                f"loss_on: got {settings.loss_on!r}, expected the default: preferences have their loss on the answers"
+            )
         for name in ("fsdp", "tp"):
             if getattr(settings, name) != getattr(Settings, name):
-                raise ValueError(f"{name}: preferences are trained with a whole model in each process")
+                raise ValueError(f"{name}: preferences need a whole model in each process")
     if settings.packing and loaded.form not in ("chat", "completion"):
-        raise ValueError(f"packing: is of conversations and completions, and the data's form is {loaded.form!r}")
+        raise ValueError(f"packing: needs conversations or completions, but the data's form is {loaded.form!r}")
     return loaded
 
 
@@ -345,40 +347,42 @@ def _write_card(settings: Settings, run: RunFolder, names: str, before: HeldOut,
 
 
 def _check_same_data(names: str, run: RunFolder, found: str) -> None:
-    """Raises ValueError where a resumed run's data is not what it began with; keeps what a new run begins with."""
+    """Raises ValueError if a resumed run's data has changed; records the data of a new run."""
     before = run.results.setdefault("data_digest", found)
     if before != found:
         raise ValueError(
-            f"--resume: the data {names!r} is not what the run in {str(run.path)!r} began with: it holds other "
-            f"texts now (SHA-256 {found[:12]}..., was {str(before)[:12]}...); restore it, or start anew by --overwrite"
+            f"--resume: the data {names!r} differs from the start of the run in {str(run.path)!r}: its texts have "
+            f"changed (SHA-256 {found[:12]}..., was {str(before)[:12]}...); restore it, or start over by --overwrite"
         )
 
 
 def _check_same_template(settings: Settings, run: RunFolder) -> None:
-    """Raises ValueError where the file of a resumed run's chat template is not what it began with."""
+    """Raises ValueError if the chat template file of a resumed run has changed."""
     text = chat_template(settings.template)
     if text is None:
         return
     found = hashlib.sha256(text.encode()).hexdigest()
     if run.results.setdefault("template_digest", found) != found:
         raise ValueError(
-            f"--resume: the template {settings.template!r} is not what the run in {str(run.path)!r} began with; "
-            "restore it, or start anew by --overwrite"
+            f"--resume: the template {settings.template!r} differs from the start of the run in {str(run.path)!r}; "
+            "restore it, or start over by --overwrite"
         )
 
 
 def _total_steps(settings: Settings, run: RunFolder, items: int) -> int:
-    """How many optimizer steps the run has in all. Raises ValueError where a resumed one has done more, or all."""
+    """The optimizer steps of the whole run. Raises ValueError if a resumed run has done more, or all of them."""
     steps = settings.total_steps(items)
     finished = run.state == "finished"
     done = run.results.get("steps", 0) if finished else run.step
     if done > steps or (finished and done == steps):
-        raise ValueError(f"--resume: the run in {str(run.path)!r} has done {done} steps, and {steps} are asked for")
+        raise ValueError(
+            f"--resume: the run in {str(run.path)!r} has done {done} steps already, and {steps} were requested"
+        )
     return steps
 
 
 def _say_what_fills_no_batch(settings: Settings, steps: int, items: int, console: Console) -> None:
-    """Say how much of the data each pass over it leaves out, where there is a whole pass."""
+    """Report how much of the data each pass skips, if there is a whole pass."""
     batches, left = divmod(items, settings.batch_size)
     if left and settings.drops_last(items) and steps * settings.accumulate >= batches:
         what = "item, another one" if left == 1 else f"{left:,} items, others"
@@ -399,9 +403,9 @@ def _say_how_long(
     processes: Processes,
     console: Console,
 ) -> None:
-    """Say about how long the training will take, from a look at a few tokens, where a step takes seconds."""
+    """Estimate the time of the training from a trial of a few tokens, if a step takes seconds."""
     if data.pairs is not None:
-        return  # a step of DPO is other work than what is looked at
+        return  # a step of DPO does other work than the trial
     tokens = settings.accumulate * real_tokens(data.first_batch(torch.device("cpu"))) // processes.shares
     step = first_look(model, data.collate([data.train[0]]), tokens)
     left = steps - run.step
@@ -423,10 +427,10 @@ def _reload_and_compare(
     processes: Processes,
     console: Console,
 ) -> tuple[HeldOut, dict[str, Speed]]:
-    """Load the base model once more: first it is the peer whose edits are eager, then it takes the saved edits."""
-    # The frozen peer of a model in parts is not made; and a step of DPO is another than of the rest.
+    """Load a fresh base model: first as the peer with eager edits, then for the saved edits."""
+    # A sharded model has no frozen peer; and a step of DPO differs from the rest.
     compare = settings.compare and not processes.in_parts and data.pairs is None
-    console.print("Loading the model once more" + (", to compare training speeds" if compare else ""))
+    console.print("Loading a fresh model" + (", to compare training speeds" if compare else ""))
     fresh = _load(settings, labels, processes, base.tokenizer)
     speeds: dict[str, Speed] = {}
     if compare:
@@ -443,8 +447,8 @@ def _compare(
     sites = list(edit_modules(fused))
     head = list(head_parameters(fused).values())
     vectors = [vector for parts in edit_parameters(fused).values() for vector in parts.values()]
-    # An edit inside of a layer's forward is no module's output, and one may read another layer's input: no hook can be
-    # its peer, and the floor alone stands.
+    # An edit inside a layer's forward is not of a module's output, and one may read another layer's input. No hook can
+    # be its peer, so only the floor is measured.
     kind = edit_config(fused).edit_kind
     inside = any(own.inside for own in edit_modules(fused).values()) or "initial" in kind.context
     widths = {site: own.width for site, own in edit_modules(fused).items()}
@@ -471,9 +475,7 @@ def _compare(
 
 def _show_change(before: HeldOut, after: HeldOut, console: Console) -> None:
     if not math.isfinite(before.loss):
-        console.print(
-            "The base model's own held-out loss is not finite: its weights, or the dtype, are not fit for it."
-        )
+        console.print("The base model's own held-out loss is not finite: check its weights and its dtype.")
     elif not math.isfinite(after.loss):
         console.print("The training diverged: the held-out loss is not finite. Try a smaller --learning-rate.")
     elif before.pearson is not None:

@@ -1,4 +1,4 @@
-"""The tokenised data of a job, and how it is batched."""
+"""The tokenised data of a job, and its batches."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ _LABELLED, _ANSWERED = ("labelled", "scored"), ("chat", "completion")  # forms o
 
 @dataclass(frozen=True)
 class JobData:
-    """The datasets of a job, and how to batch them. `labelled`: whether a text has one label, or one score."""
+    """The datasets of a job, and their batching. `labelled`: whether a text has one label, or one score."""
 
     train: Any
     held_out: Any
     collate: Any
     labelled: bool
-    padded: bool  # whether batches hold padding, and a mask that tells
+    padded: bool  # whether batches have padding, with a mask
     batch_size: int
-    pairs: tuple[Any, Any] | None = None  # to train on and held out, of preferences; `train` is then of the better ones
+    pairs: tuple[Any, Any] | None = None  # of preferences: training and held-out; `train` has the better answers
 
     def held_out_loss(self, model: nn.Module, console: Console, processes: Processes = ALONE) -> HeldOut:
-        """The loss of a model on what is held out, whose batches the processes share; a stage where it takes long."""
+        """The loss of a model on the held-out data, whose batches the processes share; a stage if it takes long."""
         count = len(self.held_out)
         groups = [range(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
-        # Where parameters lie in parts on all processes, each of them has to run each batch.
+        # If parameters are sharded over all processes, each of them must run each batch.
         shared = not any(map(is_sharded, model.parameters()))
         own = groups[processes.rank :: processes.count] if shared else groups
         if self.pairs is not None:
@@ -66,7 +66,7 @@ class JobData:
             return held_out_loss(model, batches, self.labelled, stage, gather)
 
     def first_batch(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The first items to train on, as a batch."""
+        """The first training items, as a batch."""
         items = [self.train[index % len(self.train)] for index in range(self.batch_size)]
         return {name: value.to(device) for name, value in self.collate(items).items()}
 
@@ -74,7 +74,7 @@ class JobData:
 def tokenised(
     settings: Settings, base: BaseModel, loaded: Loaded, labels: dict[str, int] | None, console: Console
 ) -> JobData:
-    """Tokenise the data, and say how much it is. `labels` are a classification's, label to number."""
+    """Tokenise the data, and report its size. `labels` are a classification's, label to number."""
     console.print("Tokenising the data")
     with Stage(console, "tokenising", len(loaded.train) + len(loaded.held_out), unit="document", after=QUIET) as stage:
         train, held_out = (
@@ -91,7 +91,7 @@ def tokenised(
 def judged(
     settings: Settings, base: BaseModel, loaded: Loaded, labels: dict[str, int] | None, console: Console
 ) -> JobData:
-    """Tokenise what is held out, and say how much it is: data that is not trained on."""
+    """Tokenise the held-out data, and report its size: it is not trained on."""
     with Stage(console, "tokenising", len(loaded.held_out), unit="document", after=QUIET) as stage:
         part = _tokens(settings, base, loaded.form, loaded.held_out, labels, stage)
     for sentence in (f"{len(part):,} items", *left_out(part, settings.length)):
@@ -100,7 +100,7 @@ def judged(
 
 
 def left_out(part: Any, length: int) -> list[str]:
-    """Sentences about what was cut or dropped of a tokenised part."""
+    """Sentences about cut or dropped examples of a tokenised part."""
     cut = getattr(part, "truncated", 0)
     return [*getattr(part, "said", ()), *([f"{report.plural(cut, 'text')} cut to {length} tokens."] if cut else ())]
 
@@ -123,7 +123,7 @@ def _sizes(loaded: Loaded, train: Any, held_out: Any, labels: dict[str, int] | N
         said = [f"{report.plural(len(train), 'text')} to train on, {len(held_out):,} held out{kinds}"]
         if labels is not None:
             _, most = Counter(document.label for document in loaded.held_out).most_common(1)[0]
-            said.append(f"The most frequent label is that of {most / len(held_out):.1%} of the held-out texts")
+            said.append(f"The most frequent label belongs to {most / len(held_out):.1%} of the held-out texts")
         return said
     if loaded.form == "preference":
         return [f"{report.plural(len(train), 'pair')} of answers to train on, {len(held_out):,} held out"]

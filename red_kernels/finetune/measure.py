@@ -1,4 +1,4 @@
-"""Measuring a job: held-out loss, peak memory, and training speed beside the eager edit and the frozen model."""
+"""Measuring a job: held-out loss, peak memory, and training speed next to the eager edit and the frozen model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torch import nn
 from ..support.parse import shown
 from ..support.progress import Stage
 
-QUIET = 5.0  # seconds before a stage that is mostly short says how far it is
+QUIET = 5.0  # seconds after which a usually short stage shows its progress
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean loss over the held-out targets, and how well a classifier or a regression does.
+    """Mean loss over the held-out targets, and the scores of a classifier or a regression.
 
     Attributes:
         loss: in nats, or the mean squared error of a regression.
@@ -31,7 +31,7 @@ class HeldOut:
         accuracy: of a classifier, from 0 to 1, like the next two.
         f1: the mean over the classes, or that of the second of two classes.
         matthews: Matthews' correlation coefficient.
-        pearson, spearman: of a regression, the correlation of what it says with the labels, and that of their ranks.
+        pearson, spearman: of a regression, the correlation of its outputs with the labels, and that of their ranks.
     """
 
     loss: float
@@ -44,12 +44,12 @@ class HeldOut:
 
     @classmethod
     def of(cls, said: Any) -> HeldOut:
-        """From what `dataclasses.asdict` made of one, as a file holds it. Raises ValueError for anything else."""
+        """From `dataclasses.asdict` of one, as in a file. Raises ValueError for another value."""
         form: dict[str, tuple[type, ...]] = {name: (int, float, type(None)) for name in cls.__dataclass_fields__}
         form |= {"loss": (int, float), "targets": (int,)}
         if (
             not isinstance(said, dict)
-            or not {"loss", "targets", "accuracy"} <= said.keys() <= form.keys()  # an older version had these alone
+            or not {"loss", "targets", "accuracy"} <= said.keys() <= form.keys()  # an older version had only these
             or any(isinstance(value, bool) or not isinstance(value, form[name]) for name, value in said.items())
         ):
             raise ValueError(f"a held-out loss is {shown(said)}, expected numbers for {', '.join(form)}")
@@ -57,11 +57,11 @@ class HeldOut:
 
     @property
     def perplexity(self) -> float:
-        """`exp(loss)`; infinite where that overflows."""
+        """`exp(loss)`; infinite on overflow."""
         return math.inf if self.loss > 700 else math.exp(self.loss)
 
     def numbers(self) -> dict[str, float]:
-        """What was measured, by name, without the number of targets."""
+        """The measured values by name, without the number of targets."""
         said = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "targets"}
         return {name: float(value) for name, value in said.items() if value is not None}
 
@@ -74,18 +74,18 @@ def held_out_loss(
     stage: Stage | None = None,
     gather: Callable[[Any], list[Any]] = lambda own: [own],
 ) -> HeldOut:
-    """The mean loss over all targets of the batches, in evaluation mode; the model's mode is given back after.
+    """The mean loss over all targets of the batches, in evaluation mode; the model's mode is restored.
 
     Args:
         model: a transformers model that returns `loss` for `labels`, and `logits`.
-        batches: with `input_ids` and `labels`: `(batch, length)` with -100 where nothing is predicted; or `(batch,)`,
-            numbers of classes or, in floating point, what a regression is to say.
-        classification: whether the labels are `(batch,)`; with them it is measured how well they are met.
-        stage: told of each batch that is done.
-        gather: from what this process has found to what all have, each of which measures some of the batches.
+        batches: with `input_ids` and `labels`: `(batch, length)` with -100 for no target; or `(batch,)`, numbers of
+            classes or, in floating point, the targets of a regression.
+        classification: whether the labels are `(batch,)`; then the scores are measured too.
+        stage: called after each batch.
+        gather: from this process's values to those of all; each process measures some of the batches.
 
     Raises:
-        ValueError: the batches hold no targets.
+        ValueError: the batches have no targets.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -127,16 +127,16 @@ def _scores(said: torch.Tensor, meant: torch.Tensor) -> dict[str, float]:
 def class_scores(said: torch.Tensor, meant: torch.Tensor, classes: int) -> dict[str, float]:
     """Accuracy, F1 and Matthews' correlation coefficient of class numbers, `(items,)` each.
 
-    F1 is that of class 1 where there are two, else the mean over the classes that are said or meant. A quotient without
-    anything in its denominator is 0.
+    F1 is that of class 1 for two classes, else the mean over the classes that are predicted or true. A quotient with an
+    empty denominator is 0.
     """
-    counts = torch.zeros(classes, classes, dtype=torch.float64)  # [meant, said]
+    counts = torch.zeros(classes, classes, dtype=torch.float64)  # [true, predicted]
     counts.index_put_((meant, said), torch.ones(len(said), dtype=torch.float64), accumulate=True)
     right, of_meant, of_said = counts.diagonal(), counts.sum(1), counts.sum(0)
     each = 2 * right / (of_meant + of_said).clamp(min=1)
     there = of_meant + of_said > 0
     every = counts.sum()
-    # Gorodkin's form for any number of classes; with two it is Matthews' own.
+    # Gorodkin's form for any number of classes; for two it equals Matthews' own.
     above = right.sum() * every - (of_meant * of_said).sum()
     below = (every**2 - (of_said**2).sum()) * (every**2 - (of_meant**2).sum())
     return {
@@ -147,7 +147,7 @@ def class_scores(said: torch.Tensor, meant: torch.Tensor, classes: int) -> dict[
 
 
 def correlations(said: torch.Tensor, meant: torch.Tensor) -> dict[str, float]:
-    """Pearson's correlation of two `(items,)`, and Spearman's: that of their ranks. 0 where one of them is constant."""
+    """Pearson's correlation of two `(items,)`, and Spearman's: that of their ranks. 0 if one of them is constant."""
 
     def pearson(one: torch.Tensor, other: torch.Tensor) -> float:
         one, other = one.double() - one.double().mean(), other.double() - other.double().mean()
@@ -158,7 +158,7 @@ def correlations(said: torch.Tensor, meant: torch.Tensor) -> dict[str, float]:
 
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:
-    """Each value's place in their order; equal ones share the mean of theirs."""
+    """Each value's rank; equal ones share the mean of their ranks."""
     _, place, count = values.unique(return_inverse=True, return_counts=True)
     last = count.cumsum(0).double()
     return (last - (count - 1) / 2)[place]
@@ -168,10 +168,10 @@ _COUNTED_LATER = 16 << 20
 
 
 class PeakMemory:
-    """The most memory used since this object was made: of the GPU, or of the whole process on a CPU.
+    """The peak memory since this object was made: of the GPU, or of the whole process on a CPU.
 
-    On Linux the kernel's own high-water mark is reset at the start. Where it cannot be, or was not, `since_start` is
-    True: the mark then covers everything since the process began, loading included.
+    On Linux the kernel's high-water mark is reset at the start. If it is not reset, `since_start` is True: the mark
+    then covers everything since the process began, loading included.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -185,12 +185,12 @@ class PeakMemory:
         except OSError:
             self.since_start = True
         else:
-            # Some kernels take the request and do nothing. Others count pages in batches, for each processor.
+            # Some kernels accept the request without effect. Others count pages in batches, for each processor.
             mark, now = _status("VmHWM"), _status("VmRSS")
             self.since_start = mark is not None and now is not None and mark > now + _COUNTED_LATER
 
     def bytes(self) -> int | None:
-        """The peak in bytes, or None where the system does not tell."""
+        """The peak in bytes, or None if the system does not report it."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         mark = _status("VmHWM")
@@ -207,7 +207,7 @@ class PeakMemory:
 
 
 def _status(name: str) -> int | None:
-    """What Linux says of this process's memory, in bytes; None where there is no such number."""
+    """Linux's entry on this process's memory, in bytes; None if there is no such entry."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(f"{name}:"):
@@ -239,14 +239,14 @@ def compare_speed(
     seconds: float = 60.0,
     console: Console | None = None,
 ) -> dict[str, Speed]:
-    """Time the steps in turn, so that what else the machine does falls on all of them alike.
+    """Time the steps in turn, so that disturbances of the machine affect all of them alike.
 
     Args:
-        steps: name to a function that does one training step and returns how many tokens it had.
-        device: waited for before each reading of the clock.
-        rounds: how often each step is timed; every other round goes through them backwards.
-        seconds: no new round is begun after this time, but there are always three.
-        console: where it is shown how far this is; None for nowhere.
+        steps: name to a function that does one training step and returns its number of tokens.
+        device: synchronised before each reading of the clock.
+        rounds: the number of timings of each step; every other round is in reverse order.
+        seconds: no new round starts after this time, but there are at least three.
+        console: for the progress; None for none.
     """
     warm_up = _seconds(steps, device)
     fitting = math.floor(seconds / max(sum(each for each, _ in warm_up.values()), 1e-9)) + 1
@@ -270,7 +270,7 @@ def compare_speed(
 
 
 def _seconds(steps: Mapping[str, Callable[[], int]], device: torch.device) -> dict[str, tuple[float, int]]:
-    """Do each step once: the seconds that it took, and its tokens."""
+    """Do each step once: its seconds, and its tokens."""
     found = {}
     for name, step in steps.items():
         _wait_for(device)
@@ -282,15 +282,14 @@ def _seconds(steps: Mapping[str, Callable[[], int]], device: torch.device) -> di
 
 
 def first_look(model: Any, batch: Mapping[str, torch.Tensor], tokens: int) -> float:
-    """About how many seconds so many tokens will take, forward and backward, told from a few of them.
+    """The approximate seconds of this many tokens, forward and backward, extrapolated from a few of them.
 
-    Calls of ever more tokens are timed. What a call costs whatever its size, which is most of it where threads wait for
-    each other, is told from what each token costs by the last two. No call follows one of a second or longer, unless
-    most of that was for no tokens, and none after ten seconds in all. Nothing is trained, no random number drawn, no
-    gradient left.
+    Calls of increasing size are timed. The last two give the fixed cost of a call and the cost of a token; if threads
+    wait for each other, the fixed cost dominates. No call follows one of a second or longer, unless most of it was
+    fixed cost, and none after ten seconds in all. Nothing is trained, no random number is drawn, no gradient remains.
 
     Args:
-        model: a transformers model that returns `loss` and trains something. Its mode is given back.
+        model: a transformers model that returns `loss` and has trained parameters. Its mode is restored.
         batch: its inputs; of tensors with two dimensions the first row is taken, of others the first element.
         tokens: of a step.
     """
@@ -311,7 +310,7 @@ def first_look(model: Any, batch: Mapping[str, torch.Tensor], tokens: int) -> fl
     try:
         begun = time.perf_counter()
         count = min(4, longest)
-        seconds(count)  # which prepares what the first call has to
+        seconds(count)  # it does the first call's preparation
         taken, each = seconds(count), 0.0
         while count < longest:
             more = min(4 * count, longest)
@@ -328,13 +327,13 @@ def first_look(model: Any, batch: Mapping[str, torch.Tensor], tokens: int) -> fl
 def training_step(
     model: nn.Module, batch: Mapping[str, torch.Tensor], trained: list[nn.Parameter], switch: Callable[[], Any]
 ) -> Callable[[], int]:
-    """One step as `compare_speed` times it: forward, backward, AdamW. The learning rate is 0, so nothing changes.
+    """One step for `compare_speed`: forward, backward, AdamW. The learning rate is 0, so nothing changes.
 
     Args:
         model: a transformers model that returns `loss`.
         batch: its inputs, `input_ids` among them.
-        trained: what the optimizer steps; may be empty for a model that only passes gradients through.
-        switch: called before each step, to put the model into the variant that is timed.
+        trained: the optimizer's parameters; may be empty for a model that only passes gradients through.
+        switch: called before each step, to put the model into the timed variant.
     """
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0) if trained else None
     tokens = real_tokens(batch)
@@ -352,15 +351,15 @@ def training_step(
 
 
 def real_tokens(batch: Mapping[str, torch.Tensor]) -> int:
-    """The tokens of a batch, without those that only fill up its shorter texts."""
+    """The tokens of a batch, without padding."""
     mask = batch.get("attention_mask")
     return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 def pass_gradients(model: nn.Module, sites: Iterable[str]) -> list[Any]:
-    """Make a frozen model run its backward from the first edited site on, without any edit; returns hook handles.
+    """Make a frozen model run its backward from the first edited site on, without an edit; returns hook handles.
 
-    This is the floor for the training speed: the same backward passes, nothing to train.
+    This is the floor of the training speed: the same backward passes, without trained parameters.
     """
 
     def hook(module: nn.Module, arguments: object, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""The state of an optimizer whose parameters lie in parts on several processes, as that of a single process."""
+"""The state of an optimizer with sharded parameters, in the form of a single process."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["for_groups", "gathered", "spread_over"]
 
 
 def gathered(optimizer: Any, groups: list[list[Tensor]]) -> dict[str, Any]:
-    """The state of an optimizer with whole tensors on the CPU; all processes have to call it.
+    """The state of an optimizer with whole tensors on the CPU; all processes must call it.
 
     Args:
         optimizer: one of torch, or accelerate's wrapper of it.
-        groups: its parameters in the groups and the order that they have in the state. Its own groups may be other
-            ones: Trainer makes one for each mesh.
+        groups: its parameters in the groups and the order of the state. Its own groups may differ: Trainer makes one
+            for each mesh.
     """
     options = {id(own): group for group in optimizer.param_groups for own in group["params"]}
     state: dict[int, dict[str, Any]] = {}
@@ -39,7 +39,7 @@ def gathered(optimizer: Any, groups: list[list[Tensor]]) -> dict[str, Any]:
 
 
 def spread_over(found: Mapping[str, Any], groups: list[list[Tensor]], optimizer: Any) -> dict[str, Any]:
-    """What `gathered` has made, as `optimizer.load_state_dict` takes it: each process keeps its part of the tensors."""
+    """The result of `gathered` for `optimizer.load_state_dict`: each process keeps its part of the tensors."""
     place: dict[int, tuple[int, Any]] = {}
     for saved, group in zip(found["param_groups"], groups, strict=True):
         place |= {id(own): (number, saved) for number, own in zip(saved["params"], group, strict=True)}
@@ -58,6 +58,6 @@ def spread_over(found: Mapping[str, Any], groups: list[list[Tensor]], optimizer:
 
 
 def for_groups(scheduler: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The state of a scheduler of any number of groups, all of one rate, as one of `count` groups."""
+    """The state of a scheduler with any number of groups of one rate, for `count` groups."""
     each = ("base_lrs", "_last_lr", "lr_lambdas")
     return {name: [value[0]] * count if name in each and value else value for name, value in scheduler.items()}

@@ -1,4 +1,4 @@
-"""The options of `red-kernels finetune`, and the settings that they make with a file's and a former run's."""
+"""The options of `red-kernels finetune`, and their settings, merged with a file's and a former run's."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def kind_help(kind: Kind) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
-    """Add all options but those that are named.
+    """Add all options except the named ones.
 
-    What is left out of a command line is not in the namespace: a file of settings or a former run may have it.
+    An omitted option is not in the namespace: a file of settings or a former run may set it.
     """
 
     def add(group: Any, *names: str, **options: Any) -> None:
@@ -34,12 +34,12 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="a YAML file of these options by their names without the dashes in front; options given beside it win. A "
-        "run writes its own, complete, as config.yaml",
+        help="a YAML file of these options, named without the leading dashes; options on the command line win. A run "
+        "writes its own complete file, config.yaml",
     )
     model = parser.add_argument_group("model")
     tasks = ("causal-lm", "classification", "regression")
-    add(model, "--task", choices=tasks, help="what is trained (default: causal-lm)")
+    add(model, "--task", choices=tasks, help="the task (default: causal-lm)")
     add(
         model,
         "--model",
@@ -50,28 +50,28 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
         model,
         "--dtype",
         choices=("auto", "fp32", "bf16"),
-        help="of the base model; auto: bf16 where the processor or GPU multiplies it natively, else fp32, and with "
+        help="dtype of the base model; auto: bf16 if the processor or GPU multiplies it natively, else fp32; with "
         "--resume the run's own; the vectors are fp32 (default: auto)",
     )
-    add(model, "--device", help="cpu or cuda (default: a GPU if there is one)")
+    add(model, "--device", help="cpu or cuda (default: a GPU if available)")
     add(
         model,
         "--fsdp",
         action=argparse.BooleanOptionalAction,
-        help="under torchrun or accelerate launch: lay the model in parts on all processes (default: a copy on each)",
+        help="under torchrun or accelerate launch: shard the model over all processes (default: a copy on each)",
     )
     add(
         model,
         "--tp",
         type=int,
         metavar="N",
-        help="under torchrun or accelerate launch: split the model's weights over N processes (tensor parallelism), "
-        "with a copy on each N of them, or with --fsdp parts of one (default: 1)",
+        help="under torchrun or accelerate launch: split the model's weights over N processes (tensor parallelism); "
+        "each N of them have a copy, or with --fsdp shards of one (default: 1)",
     )
-    add(model, "--position", help=f"where the edits lie: {', '.join(POSITIONS)} (default: ffn)")
+    add(model, "--position", help=f"the position of the edits: {', '.join(POSITIONS)} (default: ffn)")
     add(model, "--kind", help="; ".join(map(kind_help, KINDS.values())) + " (default: all)")
-    add(model, "--layers", type=layers, help="such as 0-5,8 (default: all layers)")
-    add(model, "--sites", nargs="+", metavar="GLOB", help="names of modules to edit, for layouts that are unknown")
+    add(model, "--layers", type=layers, help="the layers to edit, for example 0-5,8 (default: all)")
+    add(model, "--sites", nargs="+", metavar="GLOB", help="names of modules to edit, for unknown layouts")
     data = parser.add_argument_group("data")
     add(
         data,
@@ -87,77 +87,105 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
         "--validation",
         nargs="+",
         metavar="SOURCE",
-        help="what is held out, in place of a part of the data",
+        help="held-out data (default: a part of --data)",
     )
-    add(data, "--loss-on", choices=("answers", "all"), help="of conversations and completions (default: answers)")
-    add(data, "--template", metavar="FILE", help="a chat template in place of the model's own")
+    add(
+        data,
+        "--loss-on",
+        choices=("answers", "all"),
+        help="tokens with a loss in conversations and completions (default: answers)",
+    )
+    add(data, "--template", metavar="FILE", help="a chat template (default: the model's own)")
     add(
         data,
         "--packing",
         action=argparse.BooleanOptionalAction,
-        help="whole conversations or completions in rows of --length tokens, without attention between them",
+        help="pack whole conversations or completions into rows of --length tokens, without attention between them",
     )
     add(data, "--subset", help="the configuration of a hub dataset")
-    add(data, "--text-column", help="of a table (default: text; 0 with --no-header)")
-    add(data, "--label-column", help="of a table (default: label; 1 with --no-header)")
+    add(data, "--text-column", help="the text column of a table (default: text; 0 with --no-header)")
+    add(data, "--label-column", help="the label column of a table (default: label; 1 with --no-header)")
     add(data, "--no-header", action="store_true", help="the first row of the csv or tsv file is data")
-    add(data, "--held-out", type=float, help="the fraction of the data to hold out, whole documents (default: 0.1)")
+    add(data, "--held-out", type=float, help="the fraction of the documents to hold out (default: 0.1)")
     training = parser.add_argument_group("training")
-    add(training, "--learning-rate", "--lr", type=float, help="of AdamW without weight decay (default: 0.01)")
-    add(training, "--schedule", choices=("constant", "linear", "cosine"), help="of the rate (default: constant)")
-    add(training, "--warmup", type=float, metavar="N", help="steps, or a fraction below 1 of all (default: 0)")
-    add(training, "--clip", type=float, metavar="NORM", help="of the gradients; 0 clips nothing (default: 1)")
+    add(
+        training,
+        "--learning-rate",
+        "--lr",
+        type=float,
+        help="learning rate of AdamW without weight decay (default: 0.01)",
+    )
+    add(
+        training,
+        "--schedule",
+        choices=("constant", "linear", "cosine"),
+        help="schedule of the learning rate (default: constant)",
+    )
+    add(
+        training,
+        "--warmup",
+        type=float,
+        metavar="N",
+        help="warm-up steps, or a fraction below 1 of all steps (default: 0)",
+    )
+    add(
+        training,
+        "--clip",
+        type=float,
+        metavar="NORM",
+        help="largest norm of the gradients; 0 clips nothing (default: 1)",
+    )
     length = training.add_mutually_exclusive_group()
     add(length, "--steps", type=int, help="optimizer steps (default: 30)")
-    add(length, "--epochs", type=float, help="passes over the data, in place of --steps")
-    add(training, "--batch-size", type=int, help="blocks or texts in a forward pass (default: 4)")
-    add(training, "--accumulate", type=int, metavar="N", help="forward passes for one optimizer step (default: 1)")
+    add(length, "--epochs", type=float, help="passes over the data, instead of --steps")
+    add(training, "--batch-size", type=int, help="blocks or texts of a forward pass (default: 4)")
+    add(training, "--accumulate", type=int, metavar="N", help="forward passes of one optimizer step (default: 1)")
     add(
         training,
         "--checkpointing",
         action=argparse.BooleanOptionalAction,
-        help="compute activations again in the backward pass: less memory, more time",
+        help="recompute activations in the backward pass: less memory, more time",
     )
-    add(training, "--length", type=int, help="tokens in a block, and at most in a text (default: 256)")
-    add(training, "--seed", type=int, help="of the order of the data, of dropout, of a new head (default: 0)")
+    add(training, "--length", type=int, help="tokens of a block, and the most of a text (default: 256)")
+    add(training, "--seed", type=int, help="seed of the data's order, of dropout and of a new head (default: 0)")
     watched = parser.add_argument_group("while it trains")
     add(
         watched,
         "--eval-every",
         type=int,
         metavar="N",
-        help="steps between evaluations on what is held out; the edits with the least loss are the result",
+        help="steps between evaluations on the held-out data; the edits with the lowest loss are the result",
     )
-    add(watched, "--patience", type=int, metavar="N", help="stop after so many evaluations without a lower loss")
+    add(watched, "--patience", type=int, metavar="N", help="stop after N evaluations without a lower loss")
     add(
         watched,
         "--sample",
         action="append",
         metavar="PROMPT",
-        help="show how the model continues this, before, at each evaluation and after; more than one by --sample again",
+        help="show how the model continues this text, before, at each evaluation and after; repeat it for several",
     )
     add(watched, "--report-to", nargs="+", metavar="NAME", help="tensorboard, wandb, trackio, ... (default: none)")
-    add(watched, "--no-compare", action="store_true", help="leave out the comparison of training speeds")
+    add(watched, "--no-compare", action="store_true", help="skip the comparison of training speeds")
     run = parser.add_argument_group("output")
     add(
         run,
         "--output",
-        help="the folder for edits, checkpoints, loss curve and results (default: red-finetune)",
+        help="folder of edits, checkpoints, loss curve and results (default: red-finetune)",
     )
-    add(run, "--save-every", type=int, help="steps between checkpoints (default: 10, with --eval-every that)")
+    add(run, "--save-every", type=int, help="steps between checkpoints (default: 10, or that of --eval-every)")
     again = run.add_mutually_exclusive_group()
     add(
         again,
         "--resume",
         action="store_true",
-        help="go on with the run in the output folder, by its own settings where none are given; a finished run goes "
-        "on for more --steps or --epochs",
+        help="resume the run in the output folder, with its own settings by default; a finished run continues with "
+        "more --steps or --epochs",
     )
     add(again, "--overwrite", action="store_true", help="replace the run in the output folder")
 
 
 def settings_of(options: argparse.Namespace) -> Any:
-    """The `Settings` of parsed options: of the command line, else of `--config`, else of the run to resume.
+    """The `Settings` of parsed options: of the command line, else of `--config`, else of the resumed run.
 
     Raises:
         ValueError: a file of settings that cannot be read, or an unknown name in it; no run to resume.

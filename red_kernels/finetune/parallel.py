@@ -1,7 +1,7 @@
-"""A job's model laid over several processes: its weights split (tensor parallelism), or in parts on all (FSDP2).
+"""A job's model over several processes: its weights split (tensor parallelism), or sharded over all (FSDP2).
 
-transformers splits the weights and torch lays them in parts. Both is done here and not left to Trainer: accelerate does
-neither on CPUs (it goes on with a copy in each process), and Trainer resumes no model that it did not lay out.
+transformers splits the weights and torch shards them. Both are done here, not in Trainer. accelerate does neither on
+CPUs (it keeps a copy in each process), and Trainer resumes no model that it did not shard itself.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def split_weights(model: Any, processes: Processes) -> None:
 
     Args:
         model: a transformers model, whole in each process. Each keeps its part, on the device of the mesh.
-        processes: those of the job.
+        processes: of the job.
 
     Raises:
-        ValueError: the model has no plan, or cannot be split over so many.
+        ValueError: the model has no plan, or cannot be split over this many.
         ModuleNotFoundError: transformers is too old.
     """
     try:
@@ -54,20 +54,20 @@ def split_weights(model: Any, processes: Processes) -> None:
         model.to(processes.device)
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=processes.device))
-    except Exception as error:  # whatever a model does with heads that it has not
+    except Exception as error:  # any error of a model with too few heads
         heads = {
             name: getattr(model.config.get_text_config(), name, None)
             for name in ("num_attention_heads", "num_key_value_heads")
         }
         has = ", ".join(f"{name} {count}" for name, count in heads.items() if count is not None)
         raise ValueError(
-            f"{wrong} does not run when it is split over so many ({type(error).__name__}: {one_line(error)}); "
+            f"{wrong} does not run when split over that many ({type(error).__name__}: {one_line(error)}); "
             f"expected a divisor of {has}"
         ) from error
 
 
 def _untie(model: Any) -> None:
-    """Give an output layer that shares its weight with the embedding a parameter of its own: each is split its way."""
+    """Give an output layer that shares the embedding's weight its own parameter: each is split differently."""
     head: Any = model.get_output_embeddings()
     embedding: Any = model.get_input_embeddings()
     if head is None or embedding is None or head.weight is not embedding.weight:
@@ -77,28 +77,28 @@ def _untie(model: Any) -> None:
 
 
 def lay_in_parts(model: Any, processes: Processes) -> None:
-    """Lay a patched model in parts on the processes (FSDP2): each layer by itself, and the rest; in all of them.
+    """Shard a patched model over the processes (FSDP2): each layer separately, and the rest; in all of them.
 
-    With tensor parallelism the parts are those of each process's own part of the weights.
+    With tensor parallelism the shards are of each process's own part of the weights.
     """
     from torch.distributed.fsdp import fully_shard
     from transformers.distributed import DistributedConfig
 
     mesh = _mesh(processes)[DATA]
     layers = set(getattr(model, "_no_split_modules", None) or ())
-    for module in reversed(list(model.modules())):  # those inside first
+    for module in reversed(list(model.modules())):  # inner modules first
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh)
-    # Parameters behind the last layer are read between forwards too: by what saves a head, or loads the best one.
+    # Parameters behind the last layer are also read between forwards: to save a head, or to load the best one.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    model.config.distributed_config = DistributedConfig(fsdp_size=processes.shares)  # Trainer asks how gradients go
+    model.config.distributed_config = DistributedConfig(fsdp_size=processes.shares)  # Trainer reads it
 
 
 def average_over_copies(model: nn.Module, processes: Processes, accelerator: Any) -> None:
-    """Have the copies of a split model, each with a share of the batch, train alike; in all processes.
+    """Make the copies of a split model, each with a share of the batch, train alike; in all processes.
 
-    They begin with the first copy's values. Gradients are averaged behind the last forward pass of an optimizer step.
-    Parameters that are not split are Trainer's to average.
+    They start with the first copy's values. Gradients are averaged after the last forward pass of an optimizer step.
+    Trainer averages unsplit parameters.
     """
     if processes.copies == 1:
         return

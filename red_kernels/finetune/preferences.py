@@ -1,4 +1,4 @@
-"""Pairs of answers: how often the better one is preferred, and by how much (DPO, arXiv 2305.18290)."""
+"""Pairs of answers: how often, and how clearly, the better one is preferred (DPO, arXiv 2305.18290)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["BETA", "Answers", "preference_loss"]
 
 BETA = 0.1  # TRL's and the paper's
 PAIR = ("chosen_ids", "rejected_ids")
-_TIE = 1e-3  # nats: less is the rounding of a model with edits and without
+_TIE = 1e-3  # nats: a smaller difference is rounding between a model with edits and without
 
 
 class Answers(Dataset[dict[str, list[int]]]):
-    """Of tokenised pairs one answer behind its prompt, with its loss on the answer: `input_ids` and `labels`."""
+    """One answer after its prompt, from tokenised pairs, with its loss on the answer: `input_ids` and `labels`."""
 
     def __init__(self, pairs: Any, answer: str = PAIR[0]) -> None:
         self._pairs, self._answer = pairs, answer
@@ -45,21 +45,21 @@ def preference_loss(
     stage: Stage | None = None,
     gather: Callable[[Any], list[Any]] = lambda own: [own],
 ) -> HeldOut:
-    """DPO's loss over pairs (equation 7 of the paper, beta 0.1), the reference being the model without its edits.
+    """DPO's loss over pairs (equation 7 of the paper, beta 0.1); the reference is the model without its edits.
 
     Args:
-        model: a patched causal language model; its mode is given back.
-        batches: of pairs, as `preference_dataset` gives them.
+        model: a patched causal language model; its mode is restored.
+        batches: of pairs, as from `preference_dataset`.
         collate: makes a batch of items with `input_ids` and `labels`.
-        stage: told of each batch that is done.
-        gather: from what this process has found to what all have.
+        stage: called after each batch.
+        gather: from this process's values to those of all.
 
     Returns:
-        The mean loss, the number of pairs, and as accuracy the share of pairs whose better answer gained more than the
-        other one over the reference. Where nothing is trained yet that is 0, and the loss is log 2.
+        The mean loss, the number of pairs, and as accuracy the share of pairs whose better answer gained more over the
+        reference than the other one. Before any training it is 0, and the loss is log 2.
 
     Raises:
-        ValueError: the batches hold no pairs.
+        ValueError: the batches have no pairs.
     """
     was_training = model.training
     model.eval()
@@ -83,7 +83,7 @@ def preference_loss(
 
 
 def _gain(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """The log-probability of each answer, less that of the model without edits: `(pairs,)`, fp64."""
+    """The log-probability of each answer, minus that of the model without edits: `(pairs,)`, fp64."""
     device = next(model.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items()}
     with disable_edits(model):

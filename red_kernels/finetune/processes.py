@@ -1,4 +1,4 @@
-"""The processes of one job, as torchrun or `accelerate launch` starts them: who writes, and what all agree on."""
+"""The processes of one job, started by torchrun or `accelerate launch`: the writer, and shared decisions."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ T = TypeVar("T")
 
 
 class FirstFailed(RuntimeError):
-    """The first process has failed where it decides for all, and has said why."""
+    """The first process, which decides for all, has failed and has reported the reason."""
 
-    said = True  # for the command line: nothing is to be said again
+    said = True  # for the command line: it reports nothing more
 
 
 @dataclass(frozen=True)
 class Processes:
-    """How many processes run the job, and which one this is.
+    """The number of processes of the job, and this one's place.
 
     Attributes:
-        count: all of them.
+        count: of all processes.
         rank: of this one, from 0.
         device: of this one.
-        tp: how many neighbours have one model together, whose weights are split over them.
-        fsdp: whether the model lies in parts on all of them.
-        parallelism: how accelerate is told of both; None where each has a whole model.
+        tp: the number of neighbours that share one model, with its weights split over them.
+        fsdp: whether the model is sharded over all of them.
+        parallelism: accelerate's configuration of both; None if each process has a whole model.
     """
 
     count: int = 1
@@ -50,17 +50,17 @@ class Processes:
 
     @property
     def shares(self) -> int:
-        """How many parts a batch has: neighbours with one model get the same."""
+        """The number of shares of a batch: neighbours with one model get the same share."""
         return self.count // self.tp
 
     @property
     def copies(self) -> int:
-        """How many copies of the model there are."""
+        """The number of copies of the model."""
         return 1 if self.fsdp else self.shares
 
     @property
     def in_parts(self) -> bool:
-        """Whether no process has the whole model, so that all of them have to run each batch."""
+        """Whether no process has the whole model, so that all of them must run each batch."""
         return self.fsdp or self.tp > 1
 
     @property
@@ -70,14 +70,14 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Whether this process prints and writes."""
         return self.rank == 0
 
     def first_decides(self, act: Callable[[], T]) -> T:
-        """What `act` returns in the first process, in all of them. It must be picklable.
+        """The result of `act` in the first process, in all of them. It must be picklable.
 
         Raises:
-            FirstFailed: in the other processes, where `act` has raised something in the first one.
+            FirstFailed: in the other processes, if `act` has raised an error in the first one.
         """
         if self.count == 1:
             return act()
@@ -107,7 +107,7 @@ class Processes:
         return found
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any of them."""
+        """Whether the flag is set in any process."""
         if self.count == 1:
             return flag
         found = torch.tensor(int(flag), device=self.device)
@@ -119,16 +119,16 @@ ALONE = Processes()
 
 
 def join(device: torch.device, *, tp: int = 1, fsdp: bool = False) -> Processes:
-    """Join the group that a launcher has started this process for; alone where there is none.
+    """Join the launcher's group of processes; a group of one without a launcher.
 
     Args:
         device: `cpu` or `cuda`. Of several GPUs each process of a machine gets its own.
-        tp: how many processes are to have one model together.
-        fsdp: whether the model is to lie in parts on all of them.
+        tp: the number of processes that share one model.
+        fsdp: whether to shard the model over all processes.
 
     Raises:
-        ValueError: there are too few processes, or their number is no multiple of `tp`; or accelerate's configuration
-            asks for what the job decides.
+        ValueError: there are too few processes, or their number is not a multiple of `tp`; or accelerate's
+            configuration sets an option of the job.
     """
     _check_configuration()
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -137,7 +137,7 @@ def join(device: torch.device, *, tp: int = 1, fsdp: bool = False) -> Processes:
         return Processes(device=device)
     from accelerate import PartialState
 
-    # Trainer takes it up. One process may work alone for long, while the others wait.
+    # Trainer reuses it. One process may work alone for long, while the others wait.
     state = PartialState(cpu=device.type == "cpu", timeout=timedelta(hours=12))
     if tp == 1 and not fsdp:
         return Processes(state.num_processes, state.process_index, state.device)
@@ -147,16 +147,16 @@ def join(device: torch.device, *, tp: int = 1, fsdp: bool = False) -> Processes:
     return Processes(state.num_processes, state.process_index, state.device, tp, fsdp, layout)
 
 
-# What `accelerate launch` hands on of its configuration: the value that asks for nothing, what others ask for, and what
-# says so here.
+# The configuration of `accelerate launch`: the neutral value, the meaning of others, and the option to use here
+# instead.
 _CONFIGURED = (
     (
         "ACCELERATE_MIXED_PRECISION",
         "no",
         "mixed precision",
-        "--dtype; say accelerate launch --mixed_precision no",
+        "--dtype; pass accelerate launch --mixed_precision no",
     ),
-    ("ACCELERATE_DYNAMO_BACKEND", "no", "torch.compile", "no option; say accelerate launch --dynamo_backend no"),
+    ("ACCELERATE_DYNAMO_BACKEND", "no", "torch.compile", "no option; pass accelerate launch --dynamo_backend no"),
     ("ACCELERATE_USE_FSDP", "false", "FSDP", "--fsdp; start it by torchrun"),
     ("ACCELERATE_USE_PARALLELISM_CONFIG", "false", "a parallelism_config", "--fsdp and --tp; start it by torchrun"),
     ("ACCELERATE_USE_DEEPSPEED", "false", "DeepSpeed", "--fsdp; start it by torchrun"),
@@ -165,20 +165,20 @@ _CONFIGURED = (
 
 
 def _check_configuration() -> None:
-    """Raises ValueError where accelerate would train otherwise than the settings, and the results, say."""
+    """Raises ValueError if accelerate would train otherwise than the settings, and the results, state."""
     for name, nothing, what, here in _CONFIGURED:
         value = os.environ.get(name) or nothing
         if value.lower() != nothing:
-            raise ValueError(f"accelerate's configuration asks for {what} ({name}={value}); here that is for {here}")
+            raise ValueError(f"accelerate's configuration requests {what} ({name}={value}); use {here}")
 
 
 def check_layout(count: int, *, tp: int, fsdp: bool) -> None:
-    """Raises ValueError where so many processes cannot have a model in this way."""
+    """Raises ValueError if this number of processes cannot share a model in this way."""
     starts = "torchrun --nproc_per_node N, or accelerate launch, starts more"
     if count % tp:
         have = f"there is one process; {starts}" if count == 1 else f"there are {count} processes, no multiple of it"
         raise ValueError(f"tp: got {tp}, and {have}; --tp 1 splits nothing")
     if fsdp and count == 1:
-        raise ValueError(f"fsdp: there is one process; {starts}; --no-fsdp lays nothing in parts")
+        raise ValueError(f"fsdp: there is one process; {starts}; --no-fsdp shards nothing")
     if fsdp and count == tp:
-        raise ValueError(f"fsdp: all {count} processes split the model's weights (tp); expected more processes")
+        raise ValueError(f"fsdp: all {count} processes share the model's weights (tp); expected more processes")

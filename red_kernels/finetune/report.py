@@ -1,4 +1,4 @@
-"""What a job shows: tables on the terminal and the loss curve as a PNG file."""
+"""The output of a job: tables on the terminal and the loss curve as a PNG file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def size(count: float) -> str:
-    """A number of bytes for people: `138 KB`, `1.2 GB`."""
+    """A readable number of bytes: `138 KB`, `1.2 GB`."""
     for unit in ("bytes", "KB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" or count >= 10 else f"{count:.1f} {unit}"
@@ -74,22 +74,22 @@ def speed_table(console: Console, speeds: Mapping[str, Speed], first: str) -> No
 
 
 def loss_picture(draw: Callable[[Any], None], across: str, log: bool = False) -> bytes:
-    """A picture of losses, as a PNG file's content.
+    """A plot of losses, as the content of a PNG file.
 
     Args:
         draw: gets matplotlib's axes.
-        across: what the losses are drawn over.
+        across: the label of the horizontal axis.
         log: whether that axis is logarithmic.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
     """
-    require("matplotlib", "a picture of losses")
+    require("matplotlib", "a plot of losses")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)  # no display, and the user's own backend stays as it is
+    FigureCanvasAgg(figure)  # no display, and the user's own backend is unchanged
     axes = figure.add_subplot()
     draw(axes)
     if log:
@@ -104,7 +104,7 @@ def loss_picture(draw: Callable[[Any], None], across: str, log: bool = False) ->
 
 
 def draw_loss_curve(path: Path, steps: Sequence[int], losses: Sequence[float], held_out: Mapping[int, float]) -> Path:
-    """Draw the training loss, and the held-out loss at the steps where it was measured, into a PNG file.
+    """Draw the training loss, and the held-out loss at its measured steps, into a PNG file.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.

@@ -1,4 +1,4 @@
-"""Resuming a run: each file of its checkpoint is checked, and named where it is damaged, before anything is trained."""
+"""Resuming a run: each file of its checkpoint is checked, and a damaged one named, before any training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .optimizer_state import for_groups, gathered, spread_over
 
 __all__ = ["ResumingTrainer", "check_checkpoint"]
 
-# What Trainer computes with, once it has read it.
+# The fields with which Trainer computes after reading it.
 _NUMBERS = ("global_step", "max_steps", "num_input_tokens_seen", "num_train_epochs", "logging_steps", "save_steps")
 _STATE: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(_NUMBERS, int),
@@ -38,7 +38,7 @@ STATE, OPTIMIZER, SCHEDULER, RANDOM = "trainer_state.json", "optimizer.pt", "sch
 
 
 def check_checkpoint(checkpoint: Path) -> None:
-    """Check that a checkpoint's files are there, can be read, and are of the form that Trainer goes on from.
+    """Check that a checkpoint's files exist, are readable, and have the form that Trainer resumes from.
 
     No file can run code: pickles are read by `torch.load(weights_only=True)`.
 
@@ -46,8 +46,8 @@ def check_checkpoint(checkpoint: Path) -> None:
         checkpoint: the folder, `checkpoint-<step>`.
 
     Raises:
-        ValueError: a file is damaged or of another form; the message names it and says how to go on without it.
-        FileNotFoundError: one is missing.
+        ValueError: a file is damaged or of another form; the message names it and the remedy.
+        FileNotFoundError: a file is missing.
     """
     checks: dict[str, Callable[[Path], None]] = {
         STATE: _check_state,
@@ -64,17 +64,18 @@ def check_checkpoint(checkpoint: Path) -> None:
 
 
 def _random_states(checkpoint: Path) -> list[str]:
-    """The files of random states: one, or one for each process that trained."""
+    """The files of random states: one, or one for each training process."""
     return sorted(path.name for path in checkpoint.glob("rng_state_*.pth")) or [RANDOM]
 
 
 class ResumingTrainer(RedTrainer):
-    """A RedTrainer that names the file where a checkpoint does not fit it. Raises ValueError for that."""
+    """A RedTrainer that raises ValueError with the name of a checkpoint's file that does not fit."""
 
     def train_on(self, checkpoint: Path | None) -> None:
-        """Train, from a checkpoint on if there is one.
+        """Train, from a checkpoint if there is one.
 
-        From one of the last step only its state and vectors are taken: Trainer would train a step before it looks.
+        From a checkpoint of the last step, only its state and vectors are taken: Trainer would train a step before it
+        checks.
         """
         if checkpoint is not None:
             state = TrainerState.load_from_json(str(checkpoint / STATE))
@@ -91,7 +92,7 @@ class ResumingTrainer(RedTrainer):
         self.state = state
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Whole, as a single process has them, so that any number of processes goes on from them."""
+        """Whole, as in a single process, so that any number of processes can resume."""
         groups = self._groups()
         if not any(map(is_sharded, itertools.chain.from_iterable(groups))):
             super()._save_optimizer_and_scheduler(output_dir)
@@ -113,7 +114,7 @@ class ResumingTrainer(RedTrainer):
             _check_optimizer(optimizer, groups)
         with _naming(folder / SCHEDULER):
             found, own = _read(folder / SCHEDULER), self.lr_scheduler.state_dict()
-            one = self.args.world_size == 1  # else there is a step of the scheduler for each process
+            one = self.args.world_size == 1  # otherwise the scheduler has a step for each process
             rates = for_groups(own, len(groups))["base_lrs"]
             wanted = {"base_lrs": rates, **({"last_epoch": self.state.global_step} if one else {})}
             for name, expected in wanted.items():
@@ -127,7 +128,7 @@ class ResumingTrainer(RedTrainer):
             self.lr_scheduler.load_state_dict(for_groups(found, len(self.optimizer.param_groups)))
 
     def _groups(self) -> list[list[torch.Tensor]]:
-        """What is trained, in the groups and in the order that Trainer's optimizer of a whole model has."""
+        """The trained parameters, in the groups and the order of Trainer's optimizer of a whole model."""
         model = self._inner_model()
         decaying = set(self.get_decay_parameter_names(model))
         trained = [(name, own) for name, own in model.named_parameters() if own.requires_grad]
@@ -158,12 +159,12 @@ def _check_optimizer(found: dict[str, Any], own: list[list[torch.Tensor]]) -> No
 
 
 def _remedy(checkpoint: Path) -> str:
-    return f"remove {str(checkpoint)!r} to resume from the checkpoint before it, or start anew by --overwrite"
+    return f"remove {str(checkpoint)!r} to resume from the checkpoint before it, or start over by --overwrite"
 
 
 @contextlib.contextmanager
 def _naming(path: Path, name: str = "") -> Iterator[None]:
-    """Errors of reading a file, or of using what it holds, as a ValueError that names it."""
+    """Turns errors of reading a file, or of using its content, into a ValueError that names it."""
     folder = path if name else path.parent
     try:
         yield
@@ -176,7 +177,7 @@ def _naming(path: Path, name: str = "") -> Iterator[None]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    with safe_globals():  # what a random state of numpy consists of
+    with safe_globals():  # the parts of a random state of numpy
         found = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(found, dict):
         raise ValueError(f"it holds a {type(found).__name__}, expected a dict")

@@ -1,4 +1,4 @@
-"""The output folder of a job: what is in it, and whether a new run may use it."""
+"""The output folder of a job: its content, and whether a new run may use it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CURVE_NAME = "loss.png"
 CONFIG_NAME = "config.yaml"
 
 STATES = ("running", "interrupted", "finished")
-_SETTINGS = {"task", "model", "data", "steps"}  # among those of every run
+_SETTINGS = {"task", "model", "data", "steps"}  # among the settings of every run
 _OF_A_CHECKPOINT = re.compile(
     r"red_edits\.safetensors|red_head\.([0-9a-f]{32}\.)?safetensors|red_config\.json|trainer_state\.json|optimizer\.pt|"
     r"scheduler\.pt|scaler\.pt|rng_state(_[0-9]+)?\.pth|training_args\.bin"
@@ -38,8 +38,8 @@ class RunFolder:
     settings: dict[str, Any]
     results: dict[str, Any]
     checkpoint: Path | None = None
-    state: str = "running"  # of the run that was there, then of this one
-    writes: bool = True  # whether it is this process that changes the folder
+    state: str = "running"  # of the former run, then of this one
+    writes: bool = True  # whether this process changes the folder
 
     @property
     def edits(self) -> Path:
@@ -48,7 +48,7 @@ class RunFolder:
 
     @property
     def curve(self) -> Path:
-        """Where the loss curve is drawn."""
+        """The file of the loss curve."""
         return self.path / CURVE_NAME
 
     @property
@@ -57,31 +57,31 @@ class RunFolder:
         return int(self.checkpoint.name.rpartition("-")[2]) if self.checkpoint else 0
 
     def begin(self) -> None:
-        """Remove the files of a run that is not gone on with, and record the new one.
+        """Remove the files of a run that is not continued, and record the new one.
 
         Raises:
-            OSError: the folder cannot be written to; found out here, before anything is trained.
+            OSError: the folder cannot be written to; checked before any training.
         """
         if self.checkpoint is None and self.writes:
             for folder in checkpoints(self.path):
                 for path in filter(_of_a_run, folder.iterdir()):
                     path.unlink()
                 with contextlib.suppress(OSError):
-                    folder.rmdir()  # something was put into it while model and data were loaded
+                    folder.rmdir()  # a file was added while model and data were loaded
             remove_saved(self.edits)
             if self.curve.exists():
                 self.curve.unlink()
         finished = self.state == "finished"
         self.write("running")
-        self.state = "finished" if finished else "running"  # what was there, until the next write
+        self.state = "finished" if finished else "running"  # the former state, until the next write
 
     @property
     def config(self) -> Path:
-        """The settings as `--config` takes them."""
+        """The settings in the form of `--config`."""
         return self.path / CONFIG_NAME
 
     def write(self, state: str, **results: Any) -> None:
-        """Record the state of the run (`running`, `interrupted`, `finished`) and add results."""
+        """Record the state of the run (`running`, `interrupted`, `finished`), and add results."""
         self.results.update(results)
         self.state = state
         if not self.writes:
@@ -91,18 +91,18 @@ class RunFolder:
 
 
 def open_run(path: Path, settings: Settings) -> RunFolder:
-    """Look at an output folder for a new run, or find the checkpoint to resume from; `begin` changes it.
+    """Check an output folder for a new run, or find the checkpoint to resume from; `begin` changes it.
 
     Args:
         path: the folder.
-        settings: of the run. With `resume` it goes on from the newest checkpoint, or from the start if the run was
-            killed before its first; what decides its course must be the same, and a finished run must have more steps
-            to go. With `overwrite` the files of an earlier run are removed. Other files in the folder are not
-            touched; among those of a checkpoint they are refused.
+        settings: of the run. With `resume` it continues from the newest checkpoint, or from the start if the run was
+            killed before its first. The settings that decide its course must be equal, and a finished run must have
+            more steps. With `overwrite` the files of an earlier run are removed. Other files in the folder are kept;
+            among those of a checkpoint they are refused.
 
     Raises:
-        ValueError: the folder holds a run and neither was asked for; or a run to resume is missing, finished, damaged,
-            or was started with other settings; or what there is to overwrite was not written by a run.
+        ValueError: the folder has a run but neither option is set; or a run to resume is missing, finished, damaged, or
+            was started with other settings; or the files to overwrite are not of a run.
     """
     if settings.resume and settings.overwrite:
         raise ValueError("--resume and --overwrite: got both, expected one at most")
@@ -115,7 +115,7 @@ def open_run(path: Path, settings: Settings) -> RunFolder:
     exists = (path / RUN_NAME).exists()
     if exists and not settings.overwrite:
         raise ValueError(
-            f"--output: {str(path)!r} already holds a run; go on with it by --resume, or start anew by --overwrite"
+            f"--output: {str(path)!r} already holds a run; continue it by --resume, or start over by --overwrite"
         )
     if not exists and (checkpoints(path) or any((path / name).exists() for name in (EDITS_NAME, CURVE_NAME))):
         raise ValueError(
@@ -128,12 +128,12 @@ def open_run(path: Path, settings: Settings) -> RunFolder:
             foreign = [entry.name for entry in sorted(folder.iterdir()) if not _of_a_run(entry)]
             if foreign or folder.is_symlink():
                 what = f"has {listed(foreign)}, which no run wrote" if foreign else "is a link"
-                raise ValueError(f"--overwrite: {str(folder)!r} {what}; move away what is to be kept")
+                raise ValueError(f"--overwrite: {str(folder)!r} {what}; move away the files to keep")
     return RunFolder(path, recorded, {})
 
 
 def _check_resumable(path: Path, former: dict[str, Any], settings: dict[str, Any], deciding: set[str]) -> None:
-    defaults = json.loads(json.dumps(Settings().recorded()))  # of what an older version did not know
+    defaults = json.loads(json.dumps(Settings().recorded()))  # settings that an older version lacks
     before = {name: former["settings"].get(name, defaults[name]) for name in settings}
     if isinstance(before["data"], str):
         before["data"] = [before["data"]]
@@ -141,8 +141,8 @@ def _check_resumable(path: Path, former: dict[str, Any], settings: dict[str, Any
         before["held_out"] = None
     if former["state"] == "finished" and all(before[name] == settings[name] for name in ("steps", "epochs")):
         raise ValueError(
-            f"--resume: the run in {str(path)!r} is finished; --steps N or --epochs N with a larger N goes on with it, "
-            "--overwrite starts it anew"
+            f"--resume: the run in {str(path)!r} is finished; --steps N or --epochs N with a larger N continues it, "
+            "--overwrite starts it over"
         )
     changed = [name for name in settings if name in deciding and before[name] != settings[name]]
     if changed:
@@ -151,21 +151,21 @@ def _check_resumable(path: Path, former: dict[str, Any], settings: dict[str, Any
 
 
 def _of_a_run(path: Path) -> bool:
-    """Whether something in a checkpoint is a file that a run writes there."""
+    """Whether a path in a checkpoint is a file that a run writes there."""
     return _OF_A_CHECKPOINT.fullmatch(path.name) is not None and (path.is_symlink() or path.is_file())
 
 
 def former_run(path: Path, option: str = "--resume") -> dict[str, Any]:
-    """State, settings and results of the run that a folder holds.
+    """State, settings and results of a folder's run.
 
     Raises:
-        ValueError: the folder holds no run, or a damaged one; the message begins with the option.
+        ValueError: the folder has no run, or a damaged one; the message starts with the option.
     """
     return _read(path, option)
 
 
 def former_settings(path: Path) -> dict[str, Any]:
-    """The settings of the run that a folder holds. Raises as `former_run`."""
+    """The settings of a folder's run. Raises as `former_run`."""
     settings: dict[str, Any] = _read(path, "--resume")["settings"]
     return settings
 
@@ -179,7 +179,7 @@ def _read(path: Path, option: str) -> dict[str, Any]:
         if not all(isinstance(content.get(key), dict) for key in ("settings", "results")):
             raise ValueError("settings or results are missing")
         if not content["settings"].keys() >= _SETTINGS or content.get("state") not in STATES:
-            raise ValueError(f"it has no settings of a run, or none of the states {listed(list(STATES))}")
+            raise ValueError(f"it has no settings, or none of the states {listed(list(STATES))}")
         if "before" in content["results"]:
             HeldOut.of(content["results"]["before"])
         return {"state": content["state"], "settings": content["settings"], "results": content["results"]}

@@ -1,4 +1,4 @@
-"""All settings of the finetune job: their defaults, what they may be, and where they come from."""
+"""All settings of the finetune job: defaults, valid values, and sources."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["Settings", "as_options", "chat_template", "from_options", "read_conf
 STEPS, SAVE_EVERY = 30, 10
 HELD_OUT = 0.1
 SCHEDULES = ("constant", "linear", "cosine")
-# What may change when a run is resumed: where and how it runs, what it shows, and how long it goes on.
+# Settings that may change when a run is resumed: devices and folders, output, and length.
 _FREE = {
     *("output", "resume", "overwrite", "device", "compare", "save_every", "eval_every", "patience", "sample"),
     *("report_to", "steps", "epochs", "fsdp", "tp"),
@@ -42,46 +42,46 @@ _OPTIONS = {field: option for option, field in {**_OF_COLUMNS, **_NEGATED}.items
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of a job; None stands for the task's default.
+    """All settings of a job; None selects the task's default.
 
     Attributes:
         model: a packaged model's name, a folder, a `.gguf` file or a hub id.
         data: `python-topics`, files, folders of `save_to_disk` or hub ids, one or several, as in `load_data`.
-        validation: the same, of what is to be held out in place of a part of `data`.
-        loss_on: of conversations and completions, `"answers"` or `"all"`.
-        template: a file with a chat template, in place of the model's own.
+        validation: the same, of held-out data instead of a part of `data`.
+        loss_on: for conversations and completions, `"answers"` or `"all"`.
+        template: a file with a chat template, instead of the model's own.
         packing: put whole conversations or completions into rows of `length` tokens, without attention between them.
         subset: the configuration of a hub dataset.
-        columns: where a table holds its texts and labels.
+        columns: the columns of texts and labels in a table.
         task: `"causal-lm"`, `"classification"` or `"regression"`.
-        learning_rate: of AdamW. Nothing has weight decay.
+        learning_rate: of AdamW, without weight decay.
         schedule: `"constant"`, `"linear"` or `"cosine"`.
-        warmup: steps in which the rate rises from 0; below 1 the fraction of all steps.
-        clip: the norm that the gradients of all that is trained are clipped to; 0 clips nothing.
+        warmup: steps in which the rate rises from 0; below 1 a fraction of all steps.
+        clip: the largest norm of all gradients together; 0 clips nothing.
         steps: optimizer steps; without it and `epochs` 30.
-        epochs: passes over the data, in place of `steps`.
+        epochs: passes over the data, instead of `steps`.
         batch_size: texts or blocks in a forward pass, of all processes together.
         accumulate: forward passes whose gradients make one optimizer step.
-        fsdp: lay the base model in parts on all processes (FSDP2), where else each has a copy of it.
-        tp: split the base model's weights over so many processes (tensor parallelism); with more processes than that
-            there are several copies, or with `fsdp` parts of one.
-        checkpointing: compute activations again in the backward pass, which saves memory and costs time.
-        length: tokens in a block, and the most in a text.
-        dtype: of the base model: `"fp32"`, `"bf16"`, or `"auto"`, which is bf16 where the device multiplies it natively
-            and else fp32; a resumed run keeps its own. The vectors are fp32 in any case.
+        fsdp: shard the base model over all processes (FSDP2); otherwise each has a copy.
+        tp: split the base model's weights over this many processes (tensor parallelism). With more processes there are
+            several copies, or with `fsdp` shards of one.
+        checkpointing: recompute activations in the backward pass, which saves memory and costs time.
+        length: tokens of a block, and the most of a text.
+        dtype: of the base model: `"fp32"`, `"bf16"`, or `"auto"`, which is bf16 if the device multiplies it natively,
+            else fp32; a resumed run keeps its own. The vectors are always fp32.
         position, kind, layers, sites: as in `RedConfig`.
-        seed: of the order of the data, of dropout and of a new head.
+        seed: of the data's order, of dropout and of a new head.
         held_out: the fraction of the data to hold out, without `validation`; by default 0.1.
-        eval_every: steps between evaluations on what is held out. The edits with the least loss are the result. None:
-            before and after the training alone.
-        patience: stop when so many evaluations one behind the other bring no lower loss; needs `eval_every`.
+        eval_every: steps between evaluations on the held-out data. The edits with the lowest loss are the result. None:
+            only before and after the training.
+        patience: stop after this many consecutive evaluations without a lower loss; needs `eval_every`.
         sample: prompts whose continuation is shown before, at each evaluation and after.
-        report_to: what else logs the run, as transformers' Trainer names it: `"tensorboard"`, `"wandb"`, ...
-        save_every: steps between checkpoints; by default 10. With `eval_every` there is one at each evaluation.
-        device: `"cpu"`, `"cuda"`, or None for a GPU if there is one.
-        output: the folder for everything that the job writes.
-        compare: measure the speed beside the eager edit and the frozen model.
-        resume, overwrite: what to do with a run that the output folder already holds.
+        report_to: further loggers, by the names of transformers' Trainer: `"tensorboard"`, `"wandb"`, ...
+        save_every: steps between checkpoints; by default 10. With `eval_every` each evaluation writes one.
+        device: `"cpu"`, `"cuda"`, or None for a GPU if available.
+        output: the folder for all files of the job.
+        compare: measure the speed next to the eager edit and the frozen model.
+        resume, overwrite: the treatment of an existing run in the output folder.
     """
 
     task: str = "causal-lm"
@@ -124,11 +124,11 @@ class Settings:
     overwrite: bool = False
 
     def filled(self) -> Settings:
-        """The same with defaults in place of None, where they do not depend on the data.
+        """The same with defaults instead of None, as far as they do not depend on the data.
 
         Raises:
-            ValueError: a value out of range, two that exclude each other, one that another leaves without effect, or
-                data missing for a task without default data.
+            ValueError: a value out of range, two that exclude each other, one without effect because of another, or
+                missing data for a task without default data.
         """
         _check_types(self)
         if self.task not in TASKS:
@@ -138,7 +138,7 @@ class Settings:
             value = getattr(self, name)
             may_lack = getattr(Settings, name) is None
             if not (value is None and may_lack) and not (type(value) is int and value >= least):
-                raise ValueError(f"{name}: got {shown(value)}, expected a whole number from {least} on")
+                raise ValueError(f"{name}: got {shown(value)}, expected an integer of at least {least}")
         for name, expected in (
             ("learning_rate", "above 0"),
             ("epochs", "above 0"),
@@ -155,7 +155,7 @@ class Settings:
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"steps and epochs: got {self.steps} and {self.epochs}, expected one of them at most")
         if self.patience is not None and self.eval_every is None:
-            raise ValueError(f"patience: got {self.patience}, and eval_every says after how many steps to evaluate")
+            raise ValueError(f"patience: got {self.patience} without eval_every, the steps between evaluations")
         if self.held_out is not None:
             check_held_out(self.held_out)
         data = self.data if self.data is not None else PYTHON_TOPICS if self.task == "causal-lm" else None
@@ -172,8 +172,8 @@ class Settings:
             raise ValueError(f"dtype: got {self.dtype!r}, expected one of {', '.join(map(repr, ASKED))}")
         if self.eval_every is not None and self.save_every not in (None, self.eval_every):
             raise ValueError(
-                f"save_every: got {self.save_every}, expected {self.eval_every}, that of eval_every: a checkpoint is "
-                "written at each evaluation, so that the edits with the least loss are kept"
+                f"save_every: got {self.save_every}, expected {self.eval_every}, the value of eval_every: each "
+                "evaluation writes a checkpoint, to keep the edits with the lowest loss"
             )
         check_used(self)
         return dataclasses.replace(
@@ -186,7 +186,7 @@ class Settings:
 
     @property
     def place(self) -> torch.device:
-        """The device: a GPU where there is one, if none is named. What is recorded stays unnamed."""
+        """The device: a GPU if available, if none is named. The recorded setting stays unnamed."""
         return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @property
@@ -195,30 +195,30 @@ class Settings:
         return self.save_every or self.eval_every or SAVE_EVERY
 
     def total_steps(self, items: int) -> int:
-        """The optimizer steps of the whole run, given how many items there are to train on."""
+        """The optimizer steps of the whole run, given the number of training items."""
         if self.steps is not None:
             return self.steps
-        assert self.epochs is not None  # `filled` has seen to it
+        assert self.epochs is not None  # `filled` ensures it
         batches = items // self.batch_size or 1 if self.drops_last(items) else math.ceil(items / self.batch_size)
         return max(1, math.ceil(self.epochs * math.ceil(batches / self.accumulate)))
 
     def drops_last(self, items: int) -> bool:
-        """Whether a last batch that is not full is left out: always, but where there is no full one."""
+        """Whether an incomplete last batch is dropped: always, unless there is no complete one."""
         return items >= self.batch_size
 
     def deciding(self) -> dict[str, Any]:
-        """The settings that decide the course of the training, which a resumed run must share."""
+        """The settings that decide the course of the training, which must be equal in a resumed run."""
         return {name: value for name, value in asdict(self).items() if name not in _FREE}
 
     def recorded(self) -> dict[str, Any]:
-        """All that is kept of a run, for `run.json`."""
+        """The record of a run, for `run.json`."""
         return {name: value for name, value in asdict(self).items() if name not in {"output", "resume", "overwrite"}}
 
 
 def _check_types(settings: Settings) -> None:
-    """Raises ValueError for what only a file or Python can give: a text for yes or no, a number for a text.
+    """Raises ValueError for wrong types, which only a file or Python can give.
 
-    Numbers are checked where their ranges are.
+    Ranges of numbers are checked elsewhere.
     """
     for own in (settings, settings.columns):
         for name, hint in get_type_hints(type(own)).items():
@@ -237,11 +237,11 @@ def _check_types(settings: Settings) -> None:
                 expected = " or ".join(expected for expected, _ in known if expected)
                 raise ValueError(f"{said}: got {shown(value)}, expected {expected}")
     if type(settings.seed) is not int or not 0 <= settings.seed < 2**32:
-        raise ValueError(f"seed: got {shown(settings.seed)}, expected a whole number from 0 on, below 2**32")
+        raise ValueError(f"seed: got {shown(settings.seed)}, expected an integer from 0 to 2**32 - 1")
 
 
 def _check_reporting(names: tuple[str, ...]) -> None:
-    """Raises ValueError for a name that Trainer does not know, ModuleNotFoundError where its package is missing."""
+    """Raises ValueError for a name unknown to Trainer, ModuleNotFoundError if its package is missing."""
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     for name in names:
@@ -255,7 +255,7 @@ def _check_reporting(names: tuple[str, ...]) -> None:
 
 
 def chat_template(path: str | None) -> str | None:
-    """The text of a file with a chat template. Raises ValueError where it cannot be read."""
+    """The text of a file with a chat template. Raises ValueError if it cannot be read."""
     if path is None:
         return None
     try:
@@ -265,21 +265,21 @@ def chat_template(path: str | None) -> str | None:
 
 
 def from_options(given: Mapping[str, Any], former: Mapping[str, Any] | None = None) -> Settings:
-    """Settings of options by their names, with dashes or underscores; the rest is `former`'s, or the default.
+    """Settings from options by their names, with dashes or underscores; the rest is `former`'s, or the default.
 
     Args:
-        given: of the command line or a file: the fields of `Settings`, with `text_column`, `label_column` and
-            `no_header` in place of `columns` and `no_compare` in place of `compare`.
-        former: the settings that `run.json` holds, which a resumed run takes the rest from.
+        given: from the command line or a file: the fields of `Settings`, with `text_column`, `label_column` and
+            `no_header` instead of `columns` and `no_compare` instead of `compare`.
+        former: the settings of `run.json`, the defaults of a resumed run.
 
     Raises:
-        ValueError: an unknown name, which is named.
+        ValueError: an unknown name, which the message contains.
     """
     values = {name: value for name, value in (former or {}).items() if name in _FIELDS and name != "columns"}
-    if isinstance(values.get("data"), str):  # as older versions kept it
+    if isinstance(values.get("data"), str):  # the form of older versions
         values["data"] = (values["data"],)
-    values.pop("dtype", None)  # the run's own is kept, and said to be
-    if values.get("validation") is not None:  # as older versions kept it
+    values.pop("dtype", None)  # the run's own is kept and reported
+    if values.get("validation") is not None:  # the form of older versions
         values.pop("held_out", None)
     columns = dict((former or {}).get("columns", {}))
     names = {name.replace("-", "_"): value for name, value in given.items()}
@@ -294,16 +294,16 @@ def from_options(given: Mapping[str, Any], former: Mapping[str, Any] | None = No
             values[name] = _as_meant(name, value)
         else:
             known = sorted({*_FIELDS, *_OF_COLUMNS, *_NEGATED} - {"columns", "compare"})
-            raise ValueError(f"{name}: is no setting of finetune; these are: {', '.join(known)}")
+            raise ValueError(f"{name}: is no setting of finetune, expected one of {', '.join(known)}")
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
-        if one in names and other not in names:  # which takes its place
+        if one in names and other not in names:  # it replaces the former one
             values[other] = None
     tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     return Settings(**{**values, **tuples}, columns=Columns(**columns))
 
 
 def _as_meant(name: str, value: Any) -> Any:
-    """A value of a file as the command line would have made it: to YAML `1e-2` is a text, and one item no list."""
+    """A file's value as the command line would give it: in YAML `1e-2` is text, and one item is no list."""
     if name == "layers" and type(value) is int:
         value = str(value)
     if isinstance(value, str):
@@ -321,7 +321,7 @@ def _as_meant(name: str, value: Any) -> Any:
 
 
 def as_options(settings: Settings) -> dict[str, Any]:
-    """The settings as `from_options` takes them, complete but for the output folder and what to do with it."""
+    """The settings for `from_options`, complete except for the output folder and its treatment."""
     options = {name.replace("_", "-"): value for name, value in settings.recorded().items() if name != "columns"}
     options["no-compare"] = not options.pop("compare")
     options["text-column"], options["label-column"] = settings.columns.text, settings.columns.label
@@ -333,7 +333,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """The options of a YAML file, by the names of the command line.
 
     Raises:
-        ValueError: no such file, no YAML, or no mapping of names to values.
+        ValueError: the file does not exist, is not YAML, or is not a mapping of names to values.
     """
     yaml = require("yaml", "a file of settings", "pyyaml")
     try:
@@ -349,7 +349,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def write_config(settings: Settings, path: Path) -> None:
-    """Write the settings, complete, as a file that `read_config` reads."""
+    """Write the settings, complete, as a file for `read_config`."""
     yaml = require("yaml", "a file of settings", "pyyaml")
     options = {name: value for name, value in as_options(settings).items() if value is not None}
     write_files(path.parent, {path.name: yaml.safe_dump(options, sort_keys=True, allow_unicode=True).encode()})

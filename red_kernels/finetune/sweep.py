@@ -1,7 +1,7 @@
 """`red-kernels sweep`: the learning rate, by successive halving.
 
-All rates train for a while, the better half goes on for twice as many steps, until one is left and has trained for all
-of them (Jamieson and Talwalkar, arXiv 1502.07943). Nothing is trained twice: a run goes on from its checkpoint.
+All rates train for some steps. The better half continues for twice as many, until one rate is left and has trained for
+all steps (Jamieson and Talwalkar, arXiv 1502.07943). No step is trained twice: a run continues from its checkpoint.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ def run(options: argparse.Namespace) -> int:
     from .options import settings_of
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("sweep: runs in one process, which starts no others; got several, by a launcher")
+        raise ValueError("sweep: got several processes, expected one: start it without a launcher")
     resume = getattr(options, "resume", False)
-    options.resume = False  # it is the sweep that is gone on with
+    options.resume = False  # the sweep is resumed, not a run
     options.output = getattr(options, "output", "red-sweep")
     settings, console = settings_of(options), Console()
     idle = [name for name in ("learning_rate", "sample") if getattr(settings, name) != getattr(type(settings), name)]
     if idle:  # only a file can have them
-        console.print(f"Not used by a sweep, of {options.config}: {', '.join(idle)}", markup=False, highlight=False)
+        console.print(f"Ignored by a sweep, from {options.config}: {', '.join(idle)}", markup=False, highlight=False)
     sweep(replace(settings, resume=resume), options.rates, console)
     return 0
 
 
 def rungs(count: int, steps: int) -> list[tuple[int, int]]:
-    """How many rates train up to which step, one rung after the other; the last one is one rate, for all steps."""
+    """The number of rates and their total steps, rung by rung; the last rung is one rate, for all steps."""
     sizes = [count]
     while sizes[-1] > 1:
         sizes.append(math.ceil(sizes[-1] / 2))
@@ -66,20 +66,20 @@ def rungs(count: int, steps: int) -> list[tuple[int, int]]:
 
 
 def sweep(settings: Settings, rates: list[float], console: Any) -> float:
-    """Find the learning rate with the least held-out loss.
+    """Find the learning rate with the lowest held-out loss.
 
     Args:
-        settings: of each run but for its rate; `output` is the folder for all of them, `steps` those of the last rung.
-            With `resume` a sweep that was broken off goes on.
+        settings: of each run except its rate; `output` is the folder for all of them, `steps` those of the last rung.
+            With `resume` an interrupted sweep continues.
         rates: two or more.
-        console: where a line for each run and a table are shown.
+        console: shows a line for each run, and a table.
 
     Returns:
         The best rate. Its run, with the edits, is in `output` / `lr-RATE`.
 
     Raises:
-        ValueError: fewer than two rates, or one twice; another schedule than a constant one, which more steps would
-            change; an output folder that holds a sweep; all rates diverge; or what `finetune` raises.
+        ValueError: fewer than two rates, or a duplicate; a schedule that depends on the number of steps; an output
+            folder with a sweep; all rates diverge; or an error of `finetune`.
     """
     from rich.console import Console
 
@@ -93,8 +93,8 @@ def sweep(settings: Settings, rates: list[float], console: Any) -> float:
         raise ValueError(f"rates: got {rates}, expected two or more different numbers above 0")
     if settings.schedule != "constant" or settings.epochs is not None:
         what = "schedule" if settings.epochs is None else "epochs"
-        raise ValueError(f"{what}: a run that goes on for more steps needs a constant schedule and --steps")
-    replace(settings, sample=()).filled()  # what is wrong with them is said now
+        raise ValueError(f"{what}: a run that continues for more steps needs a constant schedule and --steps")
+    replace(settings, sample=()).filled()  # their faults are errors now
     folder = Path(settings.output)
     record = _former(folder, settings)
     settings = replace(settings, compare=False, sample=(), resume=False)
@@ -144,7 +144,9 @@ def _former(folder: Path, settings: Settings) -> dict[str, dict[str, float | Non
     if settings.overwrite or not path.exists():
         return {}
     if not settings.resume:
-        raise ValueError(f"--output: {str(folder)!r} holds a sweep; go on with it by --resume, or by --overwrite anew")
+        raise ValueError(
+            f"--output: {str(folder)!r} holds a sweep; continue it by --resume, or start over by --overwrite"
+        )
     content = read_json(path)
     same = json.loads(json.dumps(replace(settings, compare=False, sample=()).deciding(), default=str))
     if content.get("settings") != same or not isinstance(content.get("losses"), dict):
@@ -154,7 +156,7 @@ def _former(folder: Path, settings: Settings) -> dict[str, dict[str, float | Non
 
 
 def _last(record: dict[str, dict[str, float | None]], rate: float, most: int) -> float:
-    """The loss of a rate at the most steps up to `most` that it has trained for; infinite where it diverged."""
+    """The loss of a rate at its most trained steps up to `most`; infinite if it diverged."""
     losses = {step: loss for step, loss in record.get(f"{rate:g}", {}).items() if int(step) <= most}
     if not losses:
         return 0.0

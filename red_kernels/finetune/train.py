@@ -1,4 +1,4 @@
-"""The training of a job, by transformers' Trainer, and its ends."""
+"""The training of a job by transformers' Trainer, and its end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def train(
     processes: Processes,
     console: Console,
 ) -> tuple[JobTrainer, bool]:
-    """Train up to so many optimizer steps, from the run's checkpoint on if it has one.
+    """Train up to this many optimizer steps, from the run's checkpoint if it has one.
 
     Returns:
         The trainer, and whether a signal has stopped it before the last step.
@@ -74,7 +74,7 @@ def train(
     }
     progress = ShowProgress(console)
     stop = StopOnSignal(
-        lambda: console.print("Stopping after this step; once more stops at once, without saving."), processes.any
+        lambda: console.print("Stopping after this step; a second Ctrl-C stops at once, without saving."), processes.any
     )
     patience = None if settings.patience is None else EarlyStoppingCallback(settings.patience)
     measured = {int(step): HeldOut.of(said) for step, said in run.results.get("evaluated", {}).items()}
@@ -103,7 +103,7 @@ def train(
     trainer.measured = {step: found for step, found in measured.items() if step <= run.step}
     trainer.add_callback(_Record(run, trainer, sampler))
     if run.checkpoint is not None:
-        console.print(f"Going on from {run.checkpoint}")
+        console.print(f"Resuming from {run.checkpoint}")
     try:
         with stop.installed(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -111,7 +111,7 @@ def train(
             warnings.filterwarnings(
                 "ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning
             )
-            # A finished run that goes on was asked to: what it waited for in vain does not count.
+            # A finished run that continues was requested: earlier evaluations without gain do not count.
             trainer.train_on(run.checkpoint, None if run.state == "finished" else patience)
     finally:
         progress.close()
@@ -119,9 +119,10 @@ def train(
 
 
 class _Record(TrainerCallback):
-    """Writes what was measured after each evaluation, so that a killed run still has it.
+    """Writes the results after each evaluation, so that a killed run still has them.
 
-    And has a resumed run evaluate and save as often as it is asked to now: Trainer keeps to what the checkpoint says.
+    It also applies the present intervals of evaluations and checkpoints to a resumed run: Trainer keeps the
+    checkpoint's.
     """
 
     def __init__(self, run: RunFolder, trainer: JobTrainer, sampler: Sampler) -> None:
@@ -137,15 +138,15 @@ class _Record(TrainerCallback):
 
 
 def watched(trainer: JobTrainer, sampler: Sampler) -> dict[str, Any]:
-    """What `run.json` keeps of the evaluations and samples."""
+    """The evaluations and samples for `run.json`."""
     evaluated = {str(step): asdict(found) for step, found in sorted(trainer.measured.items())}
     return {"evaluated": evaluated, "samples": sampler.samples}
 
 
 def save(model: nn.Module, run: RunFolder, processes: Processes) -> None:
-    """Save what was trained into the run's folder: by one process, or by those that have a part of it each.
+    """Save the trained tensors into the run's folder: by one process, or by those that each have a part.
 
-    It returns in all of them when it is written.
+    It returns in all processes after the write.
     """
     if processes.in_first_copy:
         save_trained(model, run.edits)
@@ -153,7 +154,7 @@ def save(model: nn.Module, run: RunFolder, processes: Processes) -> None:
 
 
 def end_diverged(trainer: JobTrainer, run: RunFolder, processes: Processes) -> None:
-    """Leave the newest checkpoint's edits, if there is one; raise Diverged, or FirstFailed in all processes but one."""
+    """Keep the newest checkpoint's edits, if there is one; raise Diverged, or FirstFailed in the other processes."""
     step = trainer.diverged
     assert step is not None
     good = checkpoints(run.path)
@@ -166,18 +167,18 @@ def end_diverged(trainer: JobTrainer, run: RunFolder, processes: Processes) -> N
     if not run.writes:
         raise FirstFailed(f"the training diverged at step {step}")
     raise Diverged(
-        f"the training diverged: at step {step} the loss, or what is trained, is no finite number; {left}. Try "
-        "a smaller --learning-rate, some --warmup or a smaller --clip",
+        f"the training diverged: at step {step} the loss, or a trained value, is not finite; {left}. Try a smaller "
+        "--learning-rate, some --warmup or a smaller --clip",
         step,
     )
 
 
 def best_step(trainer: JobTrainer) -> int | None:
-    """The step whose edits were taken, where evaluations chose it."""
+    """The step of the resulting edits, if evaluations chose it."""
     return trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
 
 
 def losses(trainer: JobTrainer) -> tuple[list[int], list[float]]:
-    """The steps whose training loss was logged, and the losses."""
+    """The steps with a logged training loss, and the losses."""
     logged = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return [int(step) for step, _ in logged], [float(loss) for _, loss in logged]

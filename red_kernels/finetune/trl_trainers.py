@@ -1,6 +1,6 @@
-"""Trainers of TRL for a patched model and data that is tokenised already: SFT on answers, and DPO on pairs of answers.
+"""Trainers of TRL for a patched model and tokenised data: SFT on answers, and DPO on pairs of answers.
 
-TRL is optional, and imported when a trainer is asked for: `pip install red-kernels[train]` brings it.
+TRL is optional, and imported when a trainer is requested: `pip install red-kernels[train]` installs it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .data.packing import LENGTHS, PackedCollator, check_packing
 __all__ = ["CHECKPOINTING", "BaseWithoutEdits", "dpo_class", "dpo_trainer", "sft_class", "sft_trainer"]
 
 _PACKAGES = "red-kernels[train]"
-# transformers 5.24 warns of the former name, 5.17 knows no other.
+# transformers 5.24 warns of the former name; 5.17 has only that one.
 _FORMER = "gradient_checkpointing"
 CHECKPOINTING = (
     "activation_checkpointing" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else _FORMER
 )
-# As of transformers' own arguments; TRL has others. Autocast and checkpointing are the caller's choice.
+# As in transformers' own arguments; TRL's defaults differ. Autocast and checkpointing are the caller's choice.
 _DEFAULTS = {"bf16": False, CHECKPOINTING: False, "report_to": "none"}
 # The examples are cut, packed and masked already.
 _SFT = {
@@ -39,15 +39,15 @@ _DPO = {"max_length": None, "sync_ref_model": False, "remove_unused_columns": Fa
 
 
 class BaseWithoutEdits(nn.Module):
-    """The base model of a patched model, as a model of its own: the same weights with all edits off.
+    """The base model of a patched model, as a separate model: the same weights with all edits off.
 
-    It has no parameters: those of the patched model stay its own, and nothing is in memory twice. Calls return what
-    the base model returns, bit for bit; the training mode is that of the patched model.
+    It has no parameters: they stay in the patched model, and nothing is in memory twice. A call returns the base
+    model's output, bit for bit; the training mode is that of the patched model.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._patched = (model,)  # in a tuple, so that it is no submodule
+        self._patched = (model,)  # a tuple, so that it is not a submodule
 
     @property
     def config(self) -> Any:
@@ -55,16 +55,16 @@ class BaseWithoutEdits(nn.Module):
         return self._patched[0].config
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Not forward: TRL gives each model a forward of its own, which would run the layers outside of the block.
+        # Not forward: TRL replaces each model's forward, and the replacement would run the layers outside the block.
         with disable_edits(self._patched[0]):
             return self._patched[0](*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As calling it."""
+        """The same as a call."""
         return self(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # TRL names its cache of reference values by it
-        """That of the patched model."""
+        """The state dict of the patched model."""
         return self._patched[0].state_dict(*args, **kwargs)
 
 
@@ -106,10 +106,9 @@ def sft_trainer(
     Args:
         model: patched by `rk.patch`.
         tokenizer: the model's.
-        train: what `chat_dataset` or `packed` gives, or any data set of `input_ids` and `labels`.
-        arguments: for `trl.SFTConfig`. Those about preparing data are set here; bf16 and checkpointing are off unless
-            given.
-        held_out: to evaluate on, tokenised alike; packed where `train` is.
+        train: a result of `chat_dataset` or `packed`, or any dataset of `input_ids` and `labels`.
+        arguments: for `trl.SFTConfig`. Those about preparing data are fixed; bf16 and checkpointing are off by default.
+        held_out: for evaluation, tokenised alike; packed if `train` is.
         base: RedTrainer or a subclass.
         options: of the trainer, such as `callbacks` and `optimizers`.
 
@@ -122,7 +121,7 @@ def sft_trainer(
     parts = [part for part in (train, held_out) if part is not None]
     packs = {LENGTHS in part[0] for part in parts}
     if len(packs) > 1:
-        raise ValueError("held_out: is packed and train is not, or the reverse; expected both packed, or none")
+        raise ValueError("held_out: and train: one is packed; expected both packed, or none")
     if packs == {True}:
         check_packing(model)
         options["data_collator"] = PackedCollator()
@@ -145,16 +144,16 @@ def dpo_trainer(
     Args:
         model: patched by `rk.patch`.
         tokenizer: the model's.
-        train: what `preference_dataset` gives.
-        arguments: for `trl.DPOConfig`, such as `beta`; else as in `sft_trainer`.
-        held_out: to evaluate on, tokenised alike.
+        train: a result of `preference_dataset`.
+        arguments: for `trl.DPOConfig`, for example `beta`; else as in `sft_trainer`.
+        held_out: for evaluation, tokenised alike.
         base: RedTrainer or a subclass.
         options: of the trainer, such as `callbacks` and `optimizers`.
 
     Raises:
         ModuleNotFoundError: TRL is not installed; the message has the command.
         ValueError: the model is not patched, an argument prepares data, or the parameters are sharded (DeepSpeed,
-            FSDP), for which a reference without parameters of its own is not made.
+            FSDP), for which there is no reference without its own parameters.
     """
     kind = dpo_class(base)
     given = _arguments("dpo_trainer", arguments, _DPO)
@@ -167,7 +166,7 @@ def dpo_trainer(
 
 
 def _arguments(function: str, given: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a configuration. Raises ValueError for one that is fixed and given otherwise."""
+    """The arguments of a configuration. Raises ValueError for another value of a fixed one."""
     for name, value in fixed.items():
         if name in given and given[name] != value:
             raise ValueError(
@@ -199,7 +198,7 @@ def _made(
 
 
 def _table(dataset: Any) -> Any:
-    """A data set of any kind as one of datasets, which TRL asks for."""
+    """A dataset of any type as one of datasets, which TRL needs."""
     datasets: Any = require("datasets", "training by TRL", _PACKAGES)
     if isinstance(dataset, datasets.Dataset):
         return dataset

@@ -1,4 +1,4 @@
-"""Settings that others leave without effect: each is an error that names it and says why."""
+"""Settings without effect because of others: each is an error that names it and the reason."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def _is_plain(settings: Any) -> bool:
     return _types(settings) == {".txt"}
 
 
-# The setting, its value where it is asked for something, when that has no effect, and why.
+# The setting, its requested value, the condition under which it has no effect, and the reason.
 _Rule = tuple[str, Callable[[Any], Any], Callable[[Any], bool], str]
 _RULES: tuple[_Rule, ...] = (
     (
         "held_out",
         lambda own: own.held_out,
         lambda own: own.validation is not None,
-        "what is held out has a source of its own, validation",
+        "the held-out data has its own source, validation",
     ),
     (
         "subset",
         lambda own: own.subset,
         lambda own: "hub" not in _types(own),
-        "no source is a dataset of the hub, which alone has configurations",
+        "no source is a hub dataset; other sources have no configurations",
     ),
     (
         "label_column",
@@ -65,28 +65,28 @@ _RULES: tuple[_Rule, ...] = (
         "no_header",
         lambda own: not own.columns.header or None,
         lambda own: not _types(own) & {".csv", ".tsv"},
-        "no source is a csv or tsv file, which alone may lack a header",
+        "no source is a csv or tsv file; other files have no header",
     ),
     (
         "loss_on",
         lambda own: own.loss_on if own.loss_on != type(own).loss_on else None,
         _labelled,
-        "a label has a loss, and no text",
+        "the loss is on labels, not on texts",
     ),
     ("template", lambda own: own.template, _labelled, "labelled texts are no conversations"),
     ("packing", lambda own: own.packing or None, _labelled, "labelled texts are not packed"),
-    ("sample", lambda own: own.sample or None, _labelled, "a model for labels continues no prompt"),
+    ("sample", lambda own: own.sample or None, _labelled, "a model of labels generates no text"),
     (
         "position",
         lambda own: own.position if own.position != type(own).position else None,
         lambda own: own.sites is not None,
-        "sites names the modules by itself",
+        "sites alone names the modules",
     ),
 )
 
 
 def unused(settings: Any) -> dict[str, str]:
-    """The settings (a `Settings`) that have no effect, by the names of the options, with sentences that say why."""
+    """The settings (a `Settings`) without effect, by the names of the options, with sentences on the reasons."""
     found = {}
     for name, value, idle, why in _RULES:
         asked = value(settings)
@@ -102,7 +102,7 @@ def check_used(settings: Any) -> None:
 
 
 def without_unused(settings: Any, given: Iterable[str]) -> Any:
-    """The settings without those that have no effect. Raises ValueError for one of them that is among `given`."""
+    """The settings without those that have no effect. Raises ValueError if one of them is among `given`."""
     asked = set(given)
     for name, message in unused(settings).items():
         if name in asked:
@@ -118,7 +118,7 @@ def without_unused(settings: Any, given: Iterable[str]) -> Any:
 
 
 def check_template(template: str | None, examples: Iterable[Any], sample: Iterable[str] = ()) -> None:
-    """Raises ValueError for a chat template where there are neither conversations nor prompts to put into it."""
+    """Raises ValueError for a chat template without conversations or prompts for it."""
     if template is None or list(sample):
         return
     for own in examples:

@@ -1,4 +1,4 @@
-"""What is watched while a job trains: the loss on what is held out, a loss that is no number, and samples."""
+"""Checks while a job trains: the held-out loss, a loss that is not finite, and samples."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NEW_TOKENS = 48
 
 
 class Diverged(ValueError):
-    """The loss, or what is trained, is no finite number any more. `step` is the one that found it."""
+    """The loss, or a trained value, is not finite. `step` is the one at which it was found."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
@@ -39,16 +39,16 @@ class Diverged(ValueError):
 
 
 class JobTrainer(ResumingTrainer):
-    """A ResumingTrainer that measures what is held out by `measure`, and ends where the loss is no finite number.
+    """A ResumingTrainer that evaluates the held-out data by `measure`, and stops if the loss is not finite.
 
     Args:
-        measure: from the model to what it scores on the held-out data.
-        processes: those that train together.
+        measure: from the model to its scores on the held-out data.
+        processes: that train together.
 
     Attributes:
-        diverged: the step whose loss, or whose vectors behind it, are not finite; None where all went well. Nothing of
-            it is saved: the newest checkpoint is the last good one.
-        measured: step to what was measured after it.
+        diverged: the step whose loss, or whose vectors after it, are not finite; None if all are finite. Nothing of
+            that step is saved: the newest checkpoint is the last good one.
+        measured: step to the values measured after it.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class JobTrainer(ResumingTrainer):
             average_over_copies(self._inner_model(), processes, self.accelerator)
 
     def train_on(self, checkpoint: Path | None, patience: EarlyStoppingCallback | None = None) -> None:
-        """Train, from a checkpoint on if there is one; `patience` goes on counting where it was."""
+        """Train, from a checkpoint if there is one; `patience` resumes its count."""
         if checkpoint is not None and patience is not None:
             state = TrainerState.load_from_json(str(checkpoint / STATE))
             kept = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
@@ -75,7 +75,7 @@ class JobTrainer(ResumingTrainer):
         super().train_on(checkpoint)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Measure the held-out data; the numbers are logged and callbacks told, as Trainer's own evaluation does."""
+        """Evaluate the held-out data; log the numbers and call the callbacks, like Trainer's own evaluation."""
         found = self._measure(self._inner_model())
         self.measured[self.state.global_step] = found
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.numbers().items()}
@@ -84,12 +84,12 @@ class JobTrainer(ResumingTrainer):
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `RedTrainer.save_model`; of several copies of a model, each in several processes, the first is saved."""
+        """As `RedTrainer.save_model`; of several copies of a model over processes, the first is saved."""
         if self._processes.in_first_copy:
             super().save_model(output_dir, _internal_call)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        if not self._processes.in_parts:  # else it is there
+        if not self._processes.in_parts:  # otherwise it is there
             super()._move_model_to_device(model, device)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -97,12 +97,12 @@ class JobTrainer(ResumingTrainer):
         if checkpoint is None or self._processes.tp == 1:
             return
         if len(list(Path(checkpoint).glob("rng_state*.pth"))) != self._processes.count:
-            # Some process has found no state, and those that have one model together have to draw the same.
+            # Some process has found no state, and processes that share a model must draw the same.
             set_seed(self.args.seed + self.state.global_step)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         before = self.state.num_input_tokens_seen
-        super()._track_num_input_tokens(inputs)  # which counts them in each process
+        super()._track_num_input_tokens(inputs)  # it counts them in each process
         self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self._processes.tp
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -147,14 +147,14 @@ def continued(
     chat: bool | None = None,
     temperature: float | None = None,
 ) -> str:
-    """The most likely continuation of a prompt, token by token, in evaluation mode; the model's mode is given back.
+    """The most likely continuation of a prompt, token by token, in evaluation mode; the model's mode is restored.
 
     Args:
         model: a transformers model that generates.
-        prompt: a text. With `chat` it is what the user says, in the model's chat template.
-        new_tokens: how many tokens to add at most.
-        chat: None for a chat where the tokenizer has a template.
-        temperature: draw the tokens, by torch's generator, in place of taking the most likely ones.
+        prompt: a text. With `chat` it is the user's message, in the model's chat template.
+        new_tokens: the most new tokens.
+        chat: None for a chat if the tokenizer has a template.
+        temperature: sample the tokens, by torch's generator, instead of taking the most likely ones.
 
     Raises:
         ValueError: the prompt has no token.
@@ -169,7 +169,7 @@ def continued(
     device = next(model.parameters()).device
     given = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
     if given["input_ids"].shape[1] == 0:
-        raise ValueError(f"prompt: got {prompt!r}, of which the tokenizer makes no token")
+        raise ValueError(f"prompt: got {prompt!r}, for which the tokenizer gives no token")
     was_training = model.training
     model.eval()
     try:
@@ -181,10 +181,10 @@ def continued(
 
 
 class Sampler(TrainerCallback):
-    """Shows how the model continues some prompts, whenever it is evaluated or asked to.
+    """Shows the model's continuations of some prompts, at each evaluation or on request.
 
     Attributes:
-        samples: what was shown: `{"step", "prompt", "text"}` each.
+        samples: the shown samples: `{"step", "prompt", "text"}` each.
     """
 
     def __init__(self, model: Any, tokenizer: Any, prompts: Sequence[str], console: Console) -> None:

@@ -1,1 +1,1 @@
-"""The mechanism by which a layer applies an edit together with what follows it."""
+"""How a layer applies an edit in one pass with the operation behind it."""

@@ -1,4 +1,4 @@
-"""The edit that a fused operation has to apply at a site."""
+"""The edit for a fused operation at a site."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["left_to_do"]
 
 
 def left_to_do(own: RedEdit, x: Tensor) -> Edit | None:
-    """The edit that a fused operation can take, and that fits `x`; `NO_EDIT` for none; None: call the module.
+    """The edit for a fused operation, which fits `x`; `NO_EDIT` for none; None: call the module.
 
-    That is so for tensors that are not plain, such as sharded ones, for kinds of edit whose kernel takes no addition,
-    and for edits with hooks, which may bring their vectors to the device.
+    None is for tensors that are not plain, such as sharded ones, for kinds of edit whose kernel takes no addition, and
+    for edits with hooks, which may move their vectors to the device.
     """
     if not is_dense(x) or not x.is_floating_point() or not unobserved(own):
         return None

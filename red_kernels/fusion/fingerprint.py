@@ -1,8 +1,8 @@
 """Recognising a `forward` by its syntax tree.
 
-Two functions have the same fingerprint if they do the same things in the same order under the same names, whatever
-their comments, docstrings and annotations say: a new release of a library that only renames a type is still recognised,
-and one that moves a dropout is not.
+Two functions have the same fingerprint if they do the same in the same order under the same names. Comments, docstrings
+and annotations do not matter. So a new release of a library that only renames a type is recognised, and one that moves
+a dropout is not.
 """
 
 from __future__ import annotations
@@ -17,23 +17,22 @@ from typing import Any
 
 __all__ = ["BASE", "fingerprint", "unwrapped"]
 
-BASE = "_red_kernels_base"  # set in this package's subclasses: the library's class
+BASE = "_red_kernels_base"  # in this package's subclasses: the library's class
 _TRUSTED = ("transformers", "torch", __name__.partition(".")[0])
 _ANNOTATIONS = ("annotation", "returns", "type_comment", "type_params")
 
 
 def fingerprint(function: Callable[..., Any]) -> str | None:
-    """The fingerprint of a Python function, 16 hexadecimal digits; None where its source cannot be had.
+    """The fingerprint of a Python function, 16 hexadecimal digits; None if its source is not available.
 
-    Wrappers made by transformers, torch and this package are looked through; whatever else is wrapped around a function
-    makes it another one.
+    Wrappers of transformers, torch and this package are unwrapped; any other wrapper makes a function a different one.
     """
     return _fingerprint(unwrapped(function))
 
 
 def unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function inside the wrappers that transformers, torch and this package put around a `forward`."""
-    # functools.wraps copies the name of the module, but not the globals.
+    """The function inside the wrappers of transformers, torch and this package around a `forward`."""
+    # functools.wraps copies the module's name, but not the globals.
     while hasattr(function, "__wrapped__") and function.__globals__["__name__"].partition(".")[0] in _TRUSTED:
         function = function.__wrapped__
     return function
@@ -49,13 +48,13 @@ def _fingerprint(function: Callable[..., Any]) -> str | None:
 
 
 def _text(node: object) -> str:
-    # Not ast.dump: what it prints of empty fields differs between versions of Python.
+    # Not ast.dump: its output for empty fields differs between versions of Python.
     if isinstance(node, list):
         return "[" + ",".join(map(_text, node)) + "]"
     if not isinstance(node, ast.AST):
         return repr(node)
     if isinstance(node, ast.AnnAssign) and node.value is not None:
-        node = ast.Assign([node.target], node.value)  # `x: int = y` does the same as `x = y`
+        node = ast.Assign([node.target], node.value)  # `x: int = y` equals `x = y`
     parts = []
     for name, value in ast.iter_fields(node):
         if name in _ANNOTATIONS or name == "kind":
@@ -70,7 +69,7 @@ def _text(node: object) -> str:
 
 
 def _renames_arguments(decorator: ast.AST) -> bool:
-    """Whether it is transformers' `deprecate_kwarg`: that an argument's former name is taken, until some release."""
+    """Whether it is transformers' `deprecate_kwarg`, which accepts an argument's former name until some release."""
     called = decorator.func if isinstance(decorator, ast.Call) else None
     return isinstance(called, ast.Name) and called.id == "deprecate_kwarg"
 

@@ -1,6 +1,6 @@
-"""What pickles name of models that earlier releases patched: their layers had forwards of their own.
+"""Names in pickles of models that earlier releases patched: their layers had their own forwards.
 
-Such a model runs the library's forwards now, and the hooks of its sites apply the edits. `rk.unpatch` takes it back.
+Such a model now runs the library's forwards, and the hooks of its sites apply the edits. `rk.unpatch` undoes it.
 """
 
 from __future__ import annotations
@@ -9,26 +9,26 @@ from typing import Any, NamedTuple
 
 __all__ = ["INSIDE", "LEFT", "NextNorm", "Step", "refuse_inside"]
 
-INSIDE = "_red_kernels_inside"  # of a layer whose forward applied an edit that no hook did: the path of that site
-LEFT = (INSIDE, "_red_kernels_next")  # attributes that nothing reads any more
+INSIDE = "_red_kernels_inside"  # of a layer whose forward applied an edit without a hook: the path of that site
+LEFT = (INSIDE, "_red_kernels_next")  # attributes that no code reads now
 
 
 class NextNorm:
-    """Of a layer: where its output went."""
+    """The destination of a layer's output."""
 
 
 class Step(NamedTuple):
-    """Of that way: a module."""
+    """A module on that path."""
 
     path: tuple[str, ...]
     known: tuple[str, ...]
 
 
 def refuse_inside(layer: Any) -> None:
-    """Raise RuntimeError for a layer whose forward no longer applies the edit that it had to."""
+    """Raise RuntimeError for a layer whose forward no longer applies its edit."""
     site = ".".join(layer.__dict__[INSIDE])
     raise RuntimeError(
-        f"model: an earlier release patched this {type(layer).__name__}, and its forward does not apply the edit of "
-        f"the stream behind {site} any more; call rk.save_edits(model, folder), rk.unpatch(model), rk.patch(model, "
-        "config) with the same config, and rk.load_edits(model, folder)"
+        f"model: an earlier release patched this {type(layer).__name__}; this release cannot apply its edit of the "
+        f"stream behind {site}; call rk.save_edits(model, folder), rk.unpatch(model), rk.patch(model, config) with the "
+        "same config, and rk.load_edits(model, folder)"
     )

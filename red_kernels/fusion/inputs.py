@@ -1,4 +1,4 @@
-"""The hook by which the input of a site is edited, in front of its forward; and which hooks of `edits` are ours."""
+"""The hook that edits the input of a site, before its forward; and the hooks of `edits` that are ours."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["input_hook"]
 
 
 def input_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The hook in front of a module whose first argument is edited, by position or by any name."""
+    """The hook before a module whose first argument is edited, by position or by any name."""
     own: Any = module._modules.get(NAME)
     if own is None:
         return None
@@ -26,7 +26,7 @@ def input_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         reach(own)
     key = None if args else next(iter(kwargs), None)
     given = args[0] if args else kwargs.get(key) if key is not None else None
-    # Called as a module: hooks that bring its parameters to the device must fire.
+    # A module call: hooks that move its parameters to the device must run.
     edited = own(given.settle() if type(given) is Waiting else given)
     if edited is given:
         return None

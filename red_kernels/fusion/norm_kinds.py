@@ -1,9 +1,9 @@
-"""What a norm computes: told by its class for torch's own, else found by trying it once against the formulas.
+"""The formula of a norm: known for torch's own classes, else found by one trial against the formulas.
 
-A trial runs the class's own `forward` on a few rows of fixed numbers. It runs on a copy of the norm, which has no hooks
-and other parameters, so that weights of ones or zeros do not make two formulas look alike. It runs on the CPU, in a
-thread of its own: modes, autocast, `torch.func`, saved-tensor hooks and the like belong to a thread, so those of the
-caller are not there and those of the trial do not stay.
+A trial runs the class's own `forward` on a few rows of fixed numbers. It runs on a copy of the norm without hooks and
+with other parameters, so that weights of ones or zeros do not make two formulas look alike. It runs on the CPU, in its
+own thread. Modes, autocast, `torch.func` and saved-tensor hooks belong to a thread, so the caller's do not affect the
+trial, nor the trial's the caller.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ __all__ = ["NormSpec", "could_be_norm", "norm_spec"]
 
 
 class NormSpec(NamedTuple):
-    """How a norm computes: `normed * (offset + weight) + bias`.
+    """The formula of a norm: `normed * (offset + weight) + bias`.
 
     Attributes:
         centered: LayerNorm; else RMSNorm.
-        eps: the attribute that holds epsilon; '' where none does.
+        eps: the attribute with epsilon; '' if there is none.
         offset: added to the weight.
         weight, bias: their names in `norm._parameters`; '' for none.
-        constant_eps: epsilon itself, where `forward` has it as a number. None, with an `eps` of '', for the epsilon of
-            the dtype that the norm computes in, as of `nn.RMSNorm(eps=None)`.
+        constant_eps: epsilon itself, if `forward` has it as a number. None, with an `eps` of '', for the epsilon of the
+            norm's compute dtype, as in `nn.RMSNorm(eps=None)`.
     """
 
     centered: bool
@@ -47,17 +47,17 @@ class NormSpec(NamedTuple):
         return "LayerNorm" if self.centered else "RMSNorm"
 
     def epsilon(self, norm: nn.Module, dtype: torch.dtype) -> Any:
-        """The epsilon that a norm now has for inputs of this dtype; whatever its attribute holds."""
+        """The present epsilon of a norm for inputs of this dtype; the attribute may have any value."""
         if self.eps:
             return getattr(norm, self.eps)
         if self.constant_eps is not None:
             return self.constant_eps
-        # torch computes in fp32 what comes in half precision, and takes that dtype's.
+        # torch computes half precision in fp32, and takes fp32's epsilon.
         return torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
 
 
 def could_be_norm(norm: nn.Module) -> bool:
-    """Whether a module looks like a norm, before any trial: by its parameters, and by an epsilon or a class's name."""
+    """Whether a module may be a norm, before any trial: by its parameters, and by an epsilon or a class name."""
     vectors = _vectors(norm)
     if vectors is None:
         return False
@@ -66,10 +66,10 @@ def could_be_norm(norm: nn.Module) -> bool:
 
 
 def norm_spec(norm: nn.Module) -> NormSpec | None:
-    """How a norm's class computes, or None for what is no norm over the last dimension.
+    """The formula of a norm's class, or None if it is not a norm over the last dimension.
 
-    That is of the class's `forward`, as it was before patching. Whoever calls the norm must see for himself whether
-    hooks, a replaced `forward` or another kind of parameter make this module compute something else.
+    It is that of the class's `forward` before patching. The caller must check whether hooks, a replaced `forward` or
+    another type of parameter change the result of this module.
     """
     kind = _library_class(norm)
     forward: Callable[..., Any] | None = getattr(kind, "forward", None)
@@ -86,7 +86,7 @@ def norm_spec(norm: nn.Module) -> NormSpec | None:
         return _specs[key]
     except KeyError:
         pass
-    except TypeError:  # a `forward` or a value of no hash
+    except TypeError:  # a `forward` or a value without a hash
         return None
     finished, found = _apart(lambda: _Trial(kind, forward, vectors, attributes).spec())
     if finished:
@@ -96,24 +96,24 @@ def norm_spec(norm: nn.Module) -> NormSpec | None:
     return found
 
 
-# What torch has itself, unless somebody has replaced it before this was imported.
+# torch's own, unless they were replaced before this import.
 _TORCH: dict[type[nn.Module], Callable[..., Any]] = {
     kind: kind.forward
     for kind in (nn.LayerNorm, nn.RMSNorm)
     if getattr(kind.forward, "__globals__", {}).get("__name__") == "torch.nn.modules.normalization"
 }
-_PARAMETRIZED = "parametrizations"  # the child that torch.nn.utils.parametrize adds
-_STATE = frozenset((*nn.Module().__dict__, "_compiled_call_impl", "forward"))  # no attributes of a class of its own
-_OURS = "_red_kernels"  # what attributes of this package begin with
+_PARAMETRIZED = "parametrizations"  # the child added by torch.nn.utils.parametrize
+_STATE = frozenset((*nn.Module().__dict__, "_compiled_call_impl", "forward"))  # not attributes of a class of its own
+_OURS = "_red_kernels"  # prefix of this package's attributes
 _EPSILON = re.compile(r"(^|_)eps(ilon)?($|_|\d)", re.IGNORECASE)
 _SIMPLE = frozenset((bool, int, float, str, type(None), torch.dtype))
-_PATIENCE = 60.0  # seconds; only a `forward` that waits for the caller, say for its import lock, takes so long
-_MOST = 4096  # a module that counts its calls has another key at each
+_PATIENCE = 60.0  # seconds; only a `forward` that waits for the caller, say for its import lock, takes this long
+_MOST = 4096  # a module that counts its calls has another key at each call
 _specs: dict[tuple[Any, ...], NormSpec | None] = {}
 
 
 def _library_class(norm: nn.Module) -> type[nn.Module]:
-    """The class that a norm had before it was patched or parametrized."""
+    """The class of a norm before it was patched or parametrized."""
     kind = type(norm)
     while True:
         base: type[nn.Module] | None = kind.__dict__.get(BASE)
@@ -125,7 +125,7 @@ def _library_class(norm: nn.Module) -> type[nn.Module]:
 
 
 def _parameters(norm: nn.Module) -> dict[str, Tensor | None]:
-    """A norm's parameters by the names that `forward` reads; the originals where they are parametrized."""
+    """A norm's parameters by the names in `forward`; the originals if they are parametrized."""
     parametrized = norm._modules.get(_PARAMETRIZED)
     if parametrized is None:
         return dict(norm._parameters)
@@ -134,7 +134,7 @@ def _parameters(norm: nn.Module) -> dict[str, Tensor | None]:
 
 
 def _torch_spec(norm: nn.Module) -> NormSpec | None:
-    """That of a plain `nn.LayerNorm` or `nn.RMSNorm`."""
+    """The formula of a plain `nn.LayerNorm` or `nn.RMSNorm`."""
     shape: Any = norm.normalized_shape
     if len(shape) != 1:
         return None
@@ -144,14 +144,14 @@ def _torch_spec(norm: nn.Module) -> NormSpec | None:
 
 
 class _Vectors(NamedTuple):
-    """The parameters of what could be a norm."""
+    """The parameters of a possible norm."""
 
     width: int  # 0 if there is none
-    names: tuple[tuple[str, bool], ...]  # and whether it is there, or None
+    names: tuple[tuple[str, bool], ...]  # and whether it is a tensor or None
 
 
 def _vectors(norm: nn.Module) -> _Vectors | None:
-    """None for a module that has children, buffers or parameters which no norm has."""
+    """None for a module with children, buffers or parameters that no norm has."""
     if isinstance(norm, torch.jit.ScriptModule):
         return None
     if any(child is not None and name not in (NAME, _PARAMETRIZED) for name, child in norm._modules.items()):
@@ -159,7 +159,7 @@ def _vectors(norm: nn.Module) -> _Vectors | None:
     if any(
         buffer is not None and name not in norm._non_persistent_buffers_set for name, buffer in norm._buffers.items()
     ):
-        return None  # one that is not saved may be there for another kernel: the trial has none
+        return None  # an unsaved one may be for another kernel: the trial has none
     parameters = _parameters(norm)
     width = count = 0
     for vector in parameters.values():
@@ -175,15 +175,15 @@ def _vectors(norm: nn.Module) -> _Vectors | None:
 
 
 class _Attributes(NamedTuple):
-    """What an instance's `forward` may read besides parameters."""
+    """The values that an instance's `forward` may read besides parameters."""
 
     plain: dict[str, Any]
-    epsilons: dict[str, float]  # those that could be epsilon
-    key: list[tuple[Any, ...]]  # all that decides what the norm computes: no widths, and no epsilon
+    epsilons: dict[str, float]  # possible epsilons
+    key: list[tuple[Any, ...]]  # all values that decide the formula, without widths and epsilon
 
 
 def _attributes(norm: nn.Module, width: int) -> _Attributes | None:
-    """None where the instance has tensors that are no parameters."""
+    """None if the instance has tensors that are not parameters."""
     found = _Attributes({}, {}, [])
     for name, buffer in norm._buffers.items():
         found.plain[name] = None if buffer is None else object()
@@ -203,7 +203,7 @@ def _attributes(norm: nn.Module, width: int) -> _Attributes | None:
             found.key.append((name, kind, *(_without_width(item, width) for item in value)))
         elif isinstance(value, Tensor):
             return None
-        else:  # a `forward` that does anything with it fails in the trial
+        else:  # a `forward` that uses it fails in the trial
             found.plain[name] = object()
             found.key.append((name, object))
     return found
@@ -232,14 +232,14 @@ def _named_epsilons(norm: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
 
 
 def _apart(work: Callable[[], NormSpec | None]) -> tuple[bool, NormSpec | None]:
-    """Whether `work` was done in a thread of its own, and its result; None if it raised."""
+    """Whether `work` ran in its own thread, and its result; None if it raised."""
     results: list[NormSpec | None] = []
 
     def run() -> None:
         before = torch.default_generator.get_state()
         try:
             found = work()
-        except Exception:  # a trial runs anybody's code
+        except Exception:  # a trial runs foreign code
             found = None
         if not torch.equal(before, torch.default_generator.get_state()):
             torch.default_generator.set_state(before)
@@ -248,26 +248,26 @@ def _apart(work: Callable[[], NormSpec | None]) -> tuple[bool, NormSpec | None]:
     try:
         thread = threading.Thread(target=run, name="red_kernels trial", daemon=True)
         thread.start()
-    except RuntimeError:  # no threads any more, as at the end of the process
+    except RuntimeError:  # no more threads, for example at the end of the process
         return False, None
     thread.join(_PATIENCE)
     return bool(results), results[0] if results else None
 
 
-# fp32 rounds by 6e-8, and the few steps of a norm add up to some 1e-6 of what they add. Whatever is another formula
-# differs by far more on some row: an epsilon of 1e-12 beside 1e-10, or a variance divided by width - 1.
+# fp32 rounds by 6e-8, and the few steps of a norm accumulate to about 1e-6 of their terms. Another formula differs by
+# far more on some row: an epsilon of 1e-12 instead of 1e-10, or a variance divided by width - 1.
 _FINE = 1e-5
-# bf16 rounds by 2^-9. A norm that computes in it does so at up to eight steps; one that computes in fp32, at two.
+# bf16 rounds by 2^-9. A norm that computes in it rounds at up to eight steps; one that computes in fp32, at two.
 _COARSE = 2.0**-6
-_SCALES = (1e3, 1.0, 5e-2, 1e-3, 1e-5, 1e-6)  # of the rows: for each usual epsilon there is one of its root's size
-_TRIED = (2e-3, 2.6e-3, 3.4e-3, 4.4e-3, 5.7e-3, 7.4e-3)  # what the attributes that may be epsilon hold in a trial
+_SCALES = (1e3, 1.0, 5e-2, 1e-3, 1e-5, 1e-6)  # of the rows: for each usual epsilon one has the size of its root
+_TRIED = (2e-3, 2.6e-3, 3.4e-3, 4.4e-3, 5.7e-3, 7.4e-3)  # trial values of the attributes that may be epsilon
 _CONSTANTS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-7, 1e-3, 1e-4, 1e-9, 1e-10, 0.0)
-_COLUMNS = 64  # about as many outputs are compared, an odd number of columns apart; of the gradients, all
-_WIDTHS = (29, 31, 37, 41, 43, 47)  # for a norm without a width: no multiple of the size of a group
+_COLUMNS = 64  # about this many outputs are compared, an odd number of columns apart; of the gradients, all
+_WIDTHS = (29, 31, 37, 41, 43, 47)  # for a norm without a width: not a multiple of a group's size
 
 
 class _Rows(NamedTuple):
-    """Inputs of norms of one kind, in fp64: the columns that are compared, the whole rows' mean and variance."""
+    """Inputs of norms of one kind, in fp64: the compared columns, and the whole rows' mean and variance."""
 
     x: Tensor
     mean: Tensor  # 0 for RMSNorm
@@ -275,7 +275,7 @@ class _Rows(NamedTuple):
 
 
 class _Formula(NamedTuple):
-    """One way to use the parameters: their names or '', their values or what stands for none, and the offset."""
+    """One use of the parameters: their names or '', their values or neutral ones, and the offset."""
 
     weight: str
     bias: str
@@ -284,16 +284,16 @@ class _Formula(NamedTuple):
     shift: Tensor
 
     def fits(self, y: Tensor, rows: _Rows, eps: Tensor | float, tolerance: float) -> Tensor:
-        """Whether `y` is what this formula gives, for each epsilon. All tensors have as many columns as `y`."""
+        """Whether `y` agrees with this formula, for each epsilon. All tensors have as many columns as `y`."""
         rstd = (rows.variance + eps).rsqrt()
         expected = (rows.x - rows.mean) * rstd * (self.scale + self.offset) + self.shift
-        # What the steps of the formula add up, and so what their rounding is relative to.
+        # The terms of the formula, and so the scale of their rounding.
         size = (rows.x.abs() + rows.mean.abs()) * rstd * (self.scale.abs() + self.offset) + self.shift.abs()
         return ((y.double() - expected).abs() <= tolerance * size).flatten(-2).all(-1)
 
 
 class _Trial:
-    """One norm, tried: it is what its outputs and gradients in fp32, and its outputs in bf16, agree with."""
+    """One norm under trial: the formula that agrees with its outputs and gradients in fp32, and its outputs in bf16."""
 
     def __init__(
         self, kind: type[nn.Module], forward: Callable[..., Any], vectors: _Vectors, attributes: _Attributes
@@ -310,7 +310,7 @@ class _Trial:
         self.columns = slice(None, None, self.width // _COLUMNS | 1)
         place = torch.arange(self.width, dtype=torch.float64, device="cpu")
         self.x = (_spread(torch.arange(len(_SCALES), device="cpu")[:, None] * self.width + place, 0.618034) - 0.3) * 2
-        self.x[:, 0] *= 3  # a value that stands out
+        self.x[:, 0] *= 3  # an outlier
         self.x = (self.x * torch.tensor(_SCALES, dtype=torch.float64, device="cpu")[:, None]).float()
         there = [name for name, is_there in vectors.names if is_there]
         self.parameters = {
@@ -328,7 +328,7 @@ class _Trial:
             return next((found[0] for found in self._matches(y) if self._holds(*found)), None)
 
     def _width(self) -> int:
-        """For a norm without parameters, which takes any width or says one in `normalized_shape`."""
+        """For a norm without parameters, which takes any width or names one in `normalized_shape`."""
         shape = self.plain.get("normalized_shape")
         if isinstance(shape, tuple | list):
             shape = shape[0] if len(shape) == 1 else 0
@@ -356,7 +356,7 @@ class _Trial:
         return _Rows(x[..., self.columns], mean, (x - mean if centered else x).square().mean(-1, keepdim=True))
 
     def _matches(self, y: Tensor) -> Iterator[tuple[NormSpec, _Formula, float]]:
-        """The formulas that give `y`, and their epsilons in the trial."""
+        """The formulas that agree with `y`, and their epsilons in the trial."""
         names = [*self.tried, *[""] * (1 + len(_CONSTANTS))]
         values = [*self.tried.values(), torch.finfo(torch.float32).eps, *_CONSTANTS]
         constants = [None] * (1 + len(self.tried)) + list(_CONSTANTS)
@@ -370,7 +370,7 @@ class _Trial:
                     yield spec, formula, values[i]
 
     def _formulas(self, parameters: dict[str, Tensor]) -> list[_Formula]:
-        """All ways in which a norm may use its parameters; each uses them all."""
+        """All ways in which a norm may use its parameters; each uses all of them."""
         first, second = (*parameters, "", "")[:2]
         values = {name: vector[self.columns].double() for name, vector in parameters.items()}
         one = torch.ones(1, dtype=torch.float64, device="cpu")
@@ -402,7 +402,7 @@ class _Trial:
         return bool(fitting.all())
 
     def _has_gradients(self, spec: NormSpec, formula: _Formula, eps: float) -> bool:
-        """Whether the norm hands back the formula's gradients, in evaluation: a detached variance is another norm."""
+        """Whether the norm has the formula's gradients, in evaluation: a detached variance is another norm."""
         x = self.x[None, 1:3].clone().requires_grad_()
         leaves = {name: vector.clone().requires_grad_() for name, vector in self.parameters.items()}
         with torch.enable_grad():
@@ -432,5 +432,5 @@ class _Trial:
 
 
 def _spread(places: Tensor, step: float) -> Tensor:
-    """Numbers in [0, 1) that look random and are the same everywhere."""
+    """Pseudo-random numbers in [0, 1), the same everywhere."""
     return (places.double() * step).frac()

@@ -1,4 +1,4 @@
-"""When a fused operation may stand in for a norm, and for a tensor."""
+"""The conditions under which a fused operation may replace a norm, and take a tensor."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ __all__ = [
     "unobserved",
 ]
 
-OWN_HOOKS: set[Callable[..., Any]] = set()  # of this package: they see a waiting value and leave it alone
+OWN_HOOKS: set[Callable[..., Any]] = set()  # of this package: they see a waiting value and ignore it
 SPEC = "_red_kernels_norm"  # the attribute of a patched norm with its `NormSpec`
 
 
 def is_own(hook: Callable[..., Any]) -> bool:
-    """Whether a hook is one of this package; others need not be hashable."""
+    """Whether a hook is of this package; others need not be hashable."""
     return any(hook is one for one in OWN_HOOKS)
 
 
 def spec_of(norm: nn.Module) -> NormSpec | None:
-    """How a patched norm computes; None for any other module."""
+    """The formula of a patched norm; None for any other module."""
     found: NormSpec | None = norm.__dict__.get(SPEC)
     return found
 
 
 def globally_hooked() -> bool:
-    """Whether hooks for all modules are set: they may observe or replace any output."""
+    """Whether there are hooks for all modules: they may observe or replace any output."""
     return bool(
         _torch_module._global_forward_hooks
         or _torch_module._global_forward_pre_hooks
@@ -55,7 +55,7 @@ def globally_hooked() -> bool:
 
 
 def unobserved(module: nn.Module, own: RedEdit | None = None) -> bool:
-    """Whether a module's call is nothing but its class's `forward`: no hooks, no replaced or compiled `forward`.
+    """Whether a module's call is only its class's `forward`: no hooks, no replaced or compiled `forward`.
 
     The hook of `own`, the edit of its output, does not count.
     """
@@ -71,12 +71,12 @@ def unobserved(module: nn.Module, own: RedEdit | None = None) -> bool:
 
 
 def norm_arguments(norm: nn.Module, x: Tensor, residual: Tensor | None, own: RedEdit | None = None) -> Norm | None:
-    """What a fused operation needs to stand in for `norm(residual + x)`, and that it fits; or None where it may not.
+    """The arguments of a fused operation that replaces `norm(residual + x)`, if it fits; else None.
 
     `own` is the norm's own edit, if the operation applies that too.
 
-    It may not where somebody observes the norm or has replaced its `forward`, where the norm's parameters are no plain
-    tensors beside `x` (sharded, quantised, offloaded), and where the norm would return another dtype than it gets.
+    None if the norm is observed or its `forward` replaced, if its parameters are not plain tensors like `x` (sharded,
+    quantised, offloaded), or if the norm would return another dtype than its input's.
     """
     spec = spec_of(norm)
     if spec is None or not unobserved(norm, own) or globally_hooked() or plain_only():
@@ -101,7 +101,7 @@ def norm_arguments(norm: nn.Module, x: Tensor, residual: Tensor | None, own: Red
         if bias is not None and not _is_plain(bias, x, dtype):
             return None
     offset = spec.offset
-    if spec.centered and offset and weight is not None:  # no kernel adds to the weight of a LayerNorm
+    if spec.centered and offset and weight is not None:  # no kernel adds an offset to the weight of a LayerNorm
         weight, offset = weight + offset, 0.0
     if dtype is not torch.float32 and torch.is_autocast_enabled(x.device.type):
         return None  # autocast runs norms in fp32
@@ -112,12 +112,12 @@ def norm_arguments(norm: nn.Module, x: Tensor, residual: Tensor | None, own: Red
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether a kernel can read a tensor: of no class of its own, neither sparse nor nested."""
+    """Whether a kernel can read a tensor: not of a subclass, neither sparse nor nested."""
     return type(x) is Tensor and x.layout is torch.strided and not x.is_nested
 
 
 def is_like(residual: Tensor, x: Tensor) -> bool:
-    """Whether a kernel can read a tensor beside `x`, element for element."""
+    """Whether a kernel can read a tensor together with `x`, element by element."""
     return is_dense(residual) and residual.shape == x.shape and residual.device == x.device
 
 

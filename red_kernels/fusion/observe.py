@@ -1,4 +1,4 @@
-"""Whether hooks of others see what a module is given or returns."""
+"""Whether foreign hooks see a module's input or output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CAPTURING = "transformers.utils.output_capturing"
 
 
 def observed(module: nn.Module, entering: bool = True, leaving: bool = True) -> bool:
-    """Whether hooks of others see what a module is given or returns."""
+    """Whether foreign hooks see a module's input or output."""
     if module._backward_hooks or module._backward_pre_hooks:
         return True
     if entering and module._forward_pre_hooks and any(map(_observes, module._forward_pre_hooks.values())):
@@ -26,14 +26,14 @@ def observed(module: nn.Module, entering: bool = True, leaving: bool = True) -> 
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether there are hooks of others, which may observe at times."""
+    """Whether there are foreign hooks, which may observe at times."""
     if module._backward_hooks or module._backward_pre_hooks:
         return True
     return not all(map(is_own, (*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
 
 
 def _observes(hook: Callable[..., Any]) -> bool:
-    """Whether a hook may look at what passes: any but ours may, and but transformers' own, which stay once needed."""
+    """Whether a hook may observe a value: any, except ours and transformers' own, which stay after their first use."""
     if is_own(hook):
         return False
     if getattr(hook, "__module__", None) != _CAPTURING:
@@ -50,12 +50,12 @@ def _observes(hook: Callable[..., Any]) -> bool:
         key, index = held["key"].cell_contents, held["index"].cell_contents
     except (KeyError, ValueError):
         return "hidden_states" in collected
-    # Of other things it keeps what stands beside the value, such as attention's weights.
+    # Of other outputs it keeps those next to the value, for example attention weights.
     return key in collected and (key == "hidden_states" or index == 0)
 
 
 def chain(outer: nn.Module, inner: nn.Module) -> Iterator[nn.Module]:
-    """The modules between two, the second one included; nothing where it is not inside of the first."""
+    """The modules between two, the second one included; empty if it is not inside the first."""
     for name, module in outer.named_modules():
         if module is inner and name:
             between: nn.Module = outer

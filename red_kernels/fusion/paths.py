@@ -10,7 +10,7 @@ __all__ = ["child_at", "first_path", "walk"]
 
 
 def first_path(layer: nn.Module, paths: str) -> str | None:
-    """The first path of an entry of `Family.sites` that is there; None for none."""
+    """The first existing path of an entry of `Family.sites`; None for none."""
     for entry in paths.removesuffix("?").split("|"):
         path, _, inner = entry.partition(" with ")
         found = child_at(layer, path)
@@ -30,7 +30,7 @@ def child_at(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def walk(module: nn.Module | None, parts: Iterable[str]) -> nn.Module | None:
-    """The module at a path in parts, or None; quick."""
+    """The module at a path in parts, or None; fast."""
     for part in parts:
         if module is None:
             return None

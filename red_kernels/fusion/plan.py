@@ -1,8 +1,8 @@
-"""What a site does with its output, kept for as long as what it was found from holds.
+"""The plan of a site for its output, kept while its preconditions are unchanged.
 
-To find it takes long: whether anybody observes the block, which edit is active here, whether a forward may run a second
-time, and whether the vectors fit. ``csrc/nodes/quick.cpp`` compares what a plan holds with what is there now, and does
-the same again.
+The search takes long: whether the block is observed, which edit is active here, whether a forward may run a second
+time, and whether the vectors fit. ``csrc/nodes/quick.cpp`` compares a plan's preconditions with the present state, and
+repeats the plan.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class SitePlan:
     """The edit of a site's output, which waits or is applied at once.
 
     Attributes:
-        edit, record: that, and what is known of the site.
-        hooks: how many hooks of torch had been registered.
+        edit, record: the edit, and the record of the site.
+        hooks: torch's count of registered hooks.
         chosen: the active edit.
-        vectors: of that: the Parameters of a module by name, a name, and what it had.
+        vectors: of that edit: the Parameters of a module by name, a name, and the value there.
         modules: of the `RedEdit`.
         dtype, device: of the site's output.
     """
@@ -48,12 +48,12 @@ class SitePlan:
 
 
 class Records:
-    """What is known of a site, for each mode that it runs in. A copy of the site starts anew.
+    """The records of a site, for each of its modes. A copy of the site starts empty.
 
     Attributes:
-        modes: the records; the last one by -1.
-        plans: for what holds in a thread, and training or not, where the value waits.
-        alone: the same where the edit is applied at once.
+        modes: the records; the last one under -1.
+        plans: for a thread's state, and training or not, if the value waits.
+        alone: the same if the edit is applied at once.
     """
 
     __slots__ = ("alone", "modes", "plans")
@@ -67,13 +67,13 @@ class Records:
         return Records, ()
 
     def forget_edits(self) -> None:
-        """Let go of the plans, which hold all edits that there were when they were made."""
+        """Drop the plans, which refer to all edits of their time."""
         self.plans.clear()
         self.alone.clear()
 
 
 def planned(own: RedEdit, h: Tensor, edit: Edit, record: Record, now: int) -> SitePlan | None:
-    """A plan for later calls, of what was just found; None where that holds for one call only."""
+    """A plan for later calls, from this call's results; None if they are valid for one call only."""
     plain = edit.ids is None and edit.dropout is None and edit.kind.kernel == "affine" and not record.apart
     if now & ~QUIET or not plain or type(own).live_state is not RedEdit.live_state or own.selection.open or any_block():
         return None
@@ -81,5 +81,5 @@ def planned(own: RedEdit, h: Tensor, edit: Edit, record: Record, now: int) -> Si
         return None
     plan = SitePlan(own, h, edit, record)
     held = [vector for vector in edit.vectors.values() if vector is not None]
-    # What a kind makes of its parts in each call is not kept.
+    # Tensors that a kind computes from its parts in each call are not kept.
     return plan if len(plan.vectors) == len(held) and not torch.compiler.is_compiling() else None

@@ -1,7 +1,7 @@
-"""What the quick paths in C++ read of this package: classes, whose slots they find, and what decides which edit holds.
+"""The data that the fast paths in C++ read from this package: classes, whose slots they find, and the edits in force.
 
-They are in ``csrc/nodes/quick.cpp`` and ``scopes.cpp``, and change nothing of what is computed: where anything is not
-as in an earlier call, they leave it to the functions here.
+The fast paths are in ``csrc/nodes/quick.cpp`` and ``scopes.cpp``, and do not change results. If anything differs from
+an earlier call, they leave the call to the functions here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _chosen(x: Tensor, operation: str) -> Backend:
 
 
 def prepare(check_layer: Callable[[nn.Module], None]) -> None:
-    """Let the quick paths run from now on; ``check_layer`` asks whether the edits of a layer have run."""
+    """Enable the fast paths; ``check_layer`` checks that the edits of a layer have run."""
     if nodes.know is None or nodes.forget_choices is None:
         return
     classes = (Dropout, Edit, Handover, Link, Note, Record, Records, RemovableHandle, Scope, SitePlan, Verdict, Waiting)

@@ -1,4 +1,4 @@
-"""What is known of the sums of a site from its earlier calls, and of the norm that reads them."""
+"""The record of a site's sums from its earlier calls, and of the norm that reads them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .observe import hooked, observed
 
 __all__ = ["ADDS", "Link", "Record"]
 
-ADDS = ("residual add", "dropout + residual add")  # what an edit is fused with, for the report
+ADDS = ("residual add", "dropout + residual add")  # operations fused with an edit, for the report
 
 
 class Link:
-    """The norm that reads a sum, learnt from an earlier call.
+    """The norm that reads a sum, learnt in an earlier call.
 
-    It keeps no module alive: the sites of a layer hold links to its own norms.
+    It refers to no module strongly: the sites of a layer have links to their own norms.
 
     Attributes:
-        across: whether it lies outside of the block that computes the sum, in the same stack.
-        leaves, enters: the modules that the sum leaves on its way, and those that it enters, the norm included.
-        title: for the report; `said` with the addition in front of it, and with a dropout in front of that.
+        across: whether it is outside the block that computes the sum, in the same stack.
+        leaves, enters: the modules that the sum leaves on its path, and those that it enters, the norm included.
+        title: for the report; `said` with the addition in front, and with a dropout in front of that.
     """
 
     __slots__ = ("_kept", "_norm", "_passed", "across", "enters", "free", "hooks", "leaves", "said", "title")
@@ -40,16 +40,16 @@ class Link:
         self.said = tuple(f"{adds} + {title}" for adds in ADDS)
         self.leaves, self.enters = (tuple(map(weakref.ref, passed)) for passed in (leaves, enters))
         self.hooks, self.free = -1, False
-        self._passed: tuple[tuple[nn.Module, bool], ...] = ()  # those that have hooks of others
+        self._passed: tuple[tuple[nn.Module, bool], ...] = ()  # those with foreign hooks
         self._kept: _Kept | None = None
 
     @property
     def norm(self) -> nn.Module | None:
-        """The module; None once it is gone."""
+        """The module; None after its deletion."""
         return self._norm()
 
     def unseen(self) -> bool:
-        """Whether nobody observes a sum on its way."""
+        """Whether no hook observes a sum on its path."""
         if self.hooks != RemovableHandle.next_id or not self.free:
             passed = [(reference(), False) for reference in self.leaves]
             passed += [(reference(), True) for reference in self.enters]
@@ -65,17 +65,17 @@ class Link:
         return any(observed(module, entering=enters) for module, enters in self._passed)
 
     def keep(self, norm: nn.Module, found: Norm, dtype: torch.dtype, device: torch.device, now: int) -> None:
-        """Keep what the norm's arguments were, for the next call."""
+        """Keep the norm's arguments for the next call."""
         spec = norm.__dict__[SPEC]
         parameters = norm._parameters
         own = found.weight is (parameters.get(spec.weight) if spec.weight else None)
-        if own and not now & ~QUIET and device.type in ("cpu", "cuda"):  # `now` tells of autocast there only
+        if own and not now & ~QUIET and device.type in ("cpu", "cuda"):  # `now` covers autocast only there
             names = spec.weight or None, spec.bias or None, spec.eps or None
             self._kept = _Kept(now, RemovableHandle.next_id, dtype, device, found, *names)
 
 
 class _Kept(NamedTuple):
-    """The arguments of a norm, and what they were found from; ``csrc/nodes/quick.cpp`` reads it by place."""
+    """The arguments of a norm, with their sources; ``csrc/nodes/quick.cpp`` reads it by position."""
 
     now: int
     hooks: int
@@ -88,19 +88,19 @@ class _Kept(NamedTuple):
 
 
 class Record:
-    """What is known of the sums of one site in one mode (training or not, with gradients or without).
+    """The record of one site's sums in one mode (training or not, with gradients or without).
 
     Attributes:
         name: the site's.
         link: the norm of its sums, if there is one.
-        alone: nothing but that norm reads them, so they need not be kept.
-        lazy: something was done to a sum before its norm read it, so that it waits as well.
+        alone: only that norm reads them, so they need not be kept.
+        lazy: an operation came between a sum and its norm, so the sum waits as well.
         proven: an addition or a norm has taken the site's value.
-        at_once: something else has, so that it need not wait.
-        astray: it was settled without gradients, as by an `autograd.Function`: give it a node of its own.
-        what: what the edit was fused with in the last forward; `by` the function that settled it.
-        apart: the edit was applied by itself before that, as no kernel for it takes an addition.
-        returned_by: the forwards of a site that return the output of the norm in it as it is.
+        at_once: another function has taken it, so it need not wait.
+        astray: it was settled without gradients, as by an `autograd.Function`: it gets its own node.
+        what: the operations fused with the edit in the last forward; `by` the function that settled it.
+        apart: the edit had its own pass before that, since no kernel for it takes an addition.
+        returned_by: the forwards of a site that return their norm's output unchanged.
     """
 
     __slots__ = (
@@ -108,7 +108,7 @@ class Record:
         "returned_by", "searches", "what",
     )  # fmt: skip
 
-    total: ClassVar[Any]  # computes a sum that waits; `sums.py` sets it
+    total: ClassVar[Any]  # computes a waiting sum; `sums.py` sets it
 
     def __init__(self, name: str = "") -> None:
         self.name = name
@@ -121,7 +121,7 @@ class Record:
         self.returned_by: tuple[Any, Any] | None = None
 
     def settled(self, by: str) -> None:
-        """A function that takes no waiting value was given one."""
+        """A function that takes no waiting value was called with one."""
         self.by, self.what = by, None
         self.at_once = not self.proven
 
@@ -139,13 +139,13 @@ class Record:
         self.misses += 1
 
     def decide(self, stream: object, total: Tensor, normed: Tensor) -> None:
-        """Tell from what goes on as the stream, in the first call, whether the sum is read by its norm alone."""
+        """Decide from the present stream, in the first call, whether only its norm reads the sum."""
         if not self.decided and (stream is total or stream is normed):
             self.decided = True
             self.alone = stream is normed
 
     def of_norm(self) -> Record:
-        """The record of what the norm of this site's value is added to."""
+        """The record of the sum with the norm of this site's value."""
         if self.behind is None:
             self.behind = Record(self.name)
         return self.behind

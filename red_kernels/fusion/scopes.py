@@ -1,7 +1,7 @@
-"""The blocks and stacks whose forward is running in this thread, and what leaves them.
+"""The blocks and stacks whose forward runs in this thread, and the values that leave them.
 
-A value waits, and a sum carries a note, only while the forward of a block runs. When it ends, each value that leaves is
-settled, and a note is taken off unless the stack around the block may read it.
+A value waits, and a sum carries a note, only while the forward of a block runs. At its end each value that leaves is
+settled, and a note is removed unless the stack around the block may read it.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ here = _Running()
 
 
 def running() -> list[Scope]:
-    """The scopes of this thread, the innermost last; where each call counts, ``here.scopes``."""
+    """The scopes of this thread, innermost last; ``here.scopes`` where each call counts."""
     return here.scopes
 
 
 class Verdict:
-    """Whether nobody observes the inside of a block, and the sites in it; found again whenever something came there.
+    """Whether the inside of a block is unobserved, and its sites; found again after each registration of hooks there.
 
-    torch numbers all hooks, so that one number says whether any was added since; but a module may come with hooks that
-    it had before, so `tree` has the children of each module inside. A copy starts anew.
+    torch counts all registered hooks, so one number shows whether any was added. But a module may come with earlier
+    hooks, so `tree` has the children of each inner module. A copy starts empty.
     """
 
     __slots__ = ("clean", "hooks", "inside", "sites", "stack", "tree")
@@ -64,8 +64,8 @@ class Verdict:
         return Verdict, (self.stack,)
 
     def holds_for(self, own: RedEdit, block: nn.Module) -> bool:
-        """Whether a value of this site, which is to be in the block, may wait there, if nothing in it is compiled."""
-        # A hook that was there may be gone since: torch counts those only that come.
+        """Whether a value of this site may wait in the block, which should contain it, if nothing in it is compiled."""
+        # A hook may have been removed since: torch counts only registrations.
         latest = self.hooks == RemovableHandle.next_id and self.clean
         if not latest or id(own) not in self.sites or self._has_changed():
             inside = self.inside = _inside(block)
@@ -84,15 +84,15 @@ class Verdict:
         return False
 
     def compiled(self) -> bool:
-        """Whether a module inside is compiled by itself: a value that waits is not for the compiler."""
+        """Whether an inner module is compiled: a waiting value is not for the compiler."""
         return any(module._compiled_call_impl is not None for module in self.inside)
 
 
 def _inside(block: nn.Module) -> list[nn.Module]:
-    """The modules in a block, each once, but for the holders of vectors in its sites.
+    """The modules in a block, each once, without the modules of vectors in its sites.
 
-    Those are never called, so nothing can observe them. There may be a thousand, which each call would look at, and the
-    vectors of a deleted edit would live on in the list.
+    Those are never called, so hooks on them observe nothing. There may be a thousand, which each call would scan, and
+    the list would keep the vectors of a deleted edit.
     """
     found: dict[int, nn.Module] = {}
     waiting = [block]
@@ -106,7 +106,7 @@ def _inside(block: nn.Module) -> list[nn.Module]:
 
 
 class Leaving(Protocol):
-    """What has to be asked when a scope ends, and let go of after an exception."""
+    """The end of a scope: checks, and a clean-up after an exception."""
 
     def leave(self, scope: Scope) -> None: ...
 
@@ -117,14 +117,14 @@ class Scope:
     """One call of a block or of a stack.
 
     Attributes:
-        module: that is running.
-        stack: whether it is a stack of blocks; sums of a block may be handed on inside of it.
-        recorded: whether it was entered with gradients; inside of the forward of an `autograd.Function` there are none.
-        collects: of a stack, whether it hands out what lies between its blocks, with gradients.
-        made: the values that wait, or did.
-        left: the notes that were left and are not taken yet.
-        undecided: sums of which it is not known yet whether anything but their norm reads them.
-        compiled: whether a part of the block is compiled by itself; None before this was asked.
+        module: the running module.
+        stack: whether it is a stack of blocks; sums of a block may be handed on inside it.
+        recorded: whether it was entered with gradients; the forward of an `autograd.Function` has none.
+        collects: of a stack, whether it returns the values between its blocks, with gradients.
+        made: the waiting values, present and former.
+        left: the notes not taken yet.
+        undecided: sums that may have other readers than their norm.
+        compiled: whether a part of the block is compiled; None before the first check.
     """
 
     __slots__ = ("collects", "compiled", "left", "made", "module", "recorded", "stack", "undecided", "verdict")
@@ -138,7 +138,7 @@ class Scope:
         self.compiled: bool | None = None
 
     def lets_wait(self, own: RedEdit) -> bool:
-        """Whether a value of this site may wait here: whoever takes it then has the gradients that the site has."""
+        """Whether a value of this site may wait here: its taker then has the same gradient mode as the site."""
         if self.stack or self.recorded != torch.is_grad_enabled() or not self.verdict.holds_for(own, self.module):
             return False
         return not self._has_compiled()
@@ -149,7 +149,7 @@ class Scope:
         return self.compiled
 
     def close(self, output: Any) -> Any:
-        """What the block returns, with all in it that waits settled."""
+        """The block's output, with all its waiting values settled."""
         if self.made and any(value() is not None for value in self.made):
             output = _settled(output)
             for reference in self.made:
@@ -157,7 +157,7 @@ class Scope:
                 if value is not None:
                     value.settle_for(f"{type(self.module).__name__} keeps it")
         left = self.left[:]
-        self.left.clear()  # each note holds the list that it is in
+        self.left.clear()  # each note refers to its list
         for note in left:
             note.leave(self)
         for record, total, normed in self.undecided:
@@ -165,7 +165,7 @@ class Scope:
         return output
 
     def end(self) -> None:
-        """Let go of what was made, after an exception too: a sum that is handed on still holds this scope."""
+        """Drop the values, after an exception too: a sum that is handed on still refers to this scope."""
         left = self.left[:]
         self.left.clear()
         for note in left:
@@ -187,7 +187,7 @@ def _settled(output: Any) -> Any:
 
 
 def stack_of(scopes: list[Scope]) -> Scope | None:
-    """The innermost stack that is running."""
+    """The innermost running stack."""
     for scope in reversed(scopes):
         if scope.stack:
             return scope
@@ -195,7 +195,7 @@ def stack_of(scopes: list[Scope]) -> Scope | None:
 
 
 def collects(stack: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether a stack's own forward hands out what lies between its blocks, with gradients."""
+    """Whether a stack's own forward returns the values between its blocks, with gradients."""
     if not torch.is_grad_enabled():
         return False
     asked = kwargs.get("output_hidden_states")

@@ -1,4 +1,4 @@
-"""The forward hook by which a site's output is edited: at once, or by the addition that takes it."""
+"""The forward hook that edits a site's output: at once, or by the addition that takes it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..edits.module import NAME, RECORDS, SITE, RedEdit, plain_only
 from ..edits.selection import saved_tensor_hooks
 from ..ops import fused
 from ..ops.ambient import ambient
-from . import takers as takers  # which register themselves
+from . import takers as takers  # they register themselves
 from .applied import left_to_do
 from .fingerprint import BASE
 from .former import INSIDE, refuse_inside
@@ -45,16 +45,16 @@ __all__ = [
 ]
 
 BEHIND = "_red_kernels_behind"  # of a norm: the `RedEdit` of the site whose output is the norm's, and the site
-CARRIER = "_red_kernels_carrier"  # of an unedited projection whose output waits: a `RedEdit` of its layer
+CARRIER = "_red_kernels_carrier"  # of an unedited projection with a waiting output: a `RedEdit` of its layer
 
 
 class _Told(threading.local):
-    output: tuple[RedEdit, Tensor] | None = None  # an edit that is in this output already
+    output: tuple[RedEdit, Tensor] | None = None  # an edit applied to this output already
     normed: _Normed | None = None  # the output of a norm that its site may return
 
 
 class _Normed(NamedTuple):
-    """What a norm has computed of `x`, for the edit of the site that may return it."""
+    """A norm's result for `x`, for the edit of the site that may return it."""
 
     own: RedEdit
     output: weakref.ref[Tensor]
@@ -66,7 +66,7 @@ _told = _Told()
 
 
 def record_of(own: nn.Module, training: bool) -> Record:
-    """What is known of a site, by its `RedEdit` or itself, in the mode that it runs in."""
+    """The record of a site, under its `RedEdit` or itself, in its present mode."""
     records = own.__dict__.get(RECORDS)
     if records is None:
         records = own.__dict__[RECORDS] = Records()
@@ -79,7 +79,7 @@ def record_of(own: nn.Module, training: bool) -> Record:
 
 
 def last_record(own: nn.Module) -> Record | None:
-    """What is known of a site in the mode that it ran in last; None before it ran."""
+    """The record of a site in its last mode; None before it ran."""
     records = own.__dict__.get(RECORDS)
     return None if records is None else records.modes.get(-1)
 
@@ -111,7 +111,7 @@ def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
         edited = _alone(own, module, first)
         if edited is not None:
             return edited if first is output else with_first(output, edited)
-    # Called as a module: hooks that bring its parameters to the device must fire.
+    # A module call: hooks that move its parameters to the device must run.
     if own.inside:
         if own.off:
             return None
@@ -122,7 +122,7 @@ def edit_hook(module: nn.Module, args: Any, output: Any) -> Any:
 
 
 def with_first(output: Any, first: Tensor) -> Any:
-    """A tuple, named or not, or a list, with another first entry; the caller's own is left as it is."""
+    """A copy of a tuple, named or not, or a list, with another first entry."""
     if hasattr(output, "_fields"):
         return output._replace(**{output._fields[0]: first})
     return type(output)((first, *output[1:]))
@@ -168,7 +168,7 @@ def carry_hook(module: nn.Module, args: Any, output: Any) -> Any:
 
 
 def _alone(own: RedEdit, module: nn.Module, h: Any) -> Tensor | None:
-    """The edit of a site in a pass of its own; None where the module has to be called."""
+    """The edit of a site in its own pass; None if the module must be called."""
     record = record_of(own, module.training)
     record.alone_in_pass()
     if own.inside or type(h) is not Tensor or not record.at_once:
@@ -183,7 +183,7 @@ def _alone(own: RedEdit, module: nn.Module, h: Any) -> Tensor | None:
 
 
 def _plan(holder: nn.Module, own: RedEdit, module: nn.Module, h: Tensor, edit: Edit, record: Record) -> None:
-    """Let later calls take what this one has found, where it is known by now who takes the value."""
+    """Keep this call's results for later calls, if the taker of the value is known by now."""
     now = ambient()
     if record.proven:
         plan = planned(own, h, edit, record, now)
@@ -215,12 +215,12 @@ def _take_reached(own: RedEdit) -> bool:
 
 
 reach: Callable[[RedEdit], None] = nodes.reach or _reach
-# Whether the edit of a site has run in this thread since this was asked before.
+# Whether the edit of a site has run in this thread since the last check.
 take_reached: Callable[[RedEdit], bool] = nodes.take_reached or _take_reached
 
 
 def _in_pass(own: RedEdit, module: nn.Module, h: Any) -> Tensor | None:
-    """The output of a site whose edit shares a pass with what follows, mostly one that waits; None: edit it at once."""
+    """The output of a site whose edit shares a pass with its taker, usually a waiting one; None: edit it at once."""
     scopes = running()
     if not scopes:
         return None
@@ -240,9 +240,9 @@ def _in_pass(own: RedEdit, module: nn.Module, h: Any) -> Tensor | None:
         return None
     edit = left_to_do(own, h)
     if edit is NO_EDIT and own.off:
-        return None  # with all edits off the model computes what it did, to the bit
+        return None  # with all edits off the model's results are the base model's, to the bit
     record.apart = edit is None
-    if edit is None:  # what follows it shares one pass all the same
+    if edit is None:  # its takers still share one pass
         if not is_dense(h) or not h.is_floating_point():
             return None
         h, edit = own(h), APPLIED
@@ -255,7 +255,7 @@ def _in_pass(own: RedEdit, module: nn.Module, h: Any) -> Tensor | None:
 
 
 def _taken_over(value: Waiting) -> Tensor:
-    """What a site returns that waits already, as the output of an unedited projection in it does."""
+    """A site's output that waits already, like that of an unedited projection in it."""
     unedited = value.edit is NO_EDIT and value.after is None and value.residual is None and not value.others
     return value.h if unedited and value.done is None else value.settle()
 
@@ -270,7 +270,7 @@ def _stream(own: RedEdit, module: nn.Module, z: Any) -> Tensor | None:
 
 
 def _stream_behind(own: RedEdit, h: Any, record: Record) -> Tensor | None:
-    """What an attention returns, for the addition behind which the stream is edited."""
+    """An attention's output, for the addition behind which the stream is edited."""
     if type(h) is Waiting and h.waits() and h.residual is None and not h.others:
         h.after = After(own, record)
         return h
@@ -283,9 +283,9 @@ def _stream_behind(own: RedEdit, h: Any, record: Record) -> Tensor | None:
 
 
 def norm_with_edit(norm: nn.Module, x: Tensor, forward: Callable[..., Any]) -> Any:
-    """`norm(x)`, for a norm whose output may be that of an edited site: with the edit, in one pass, where it is.
+    """`norm(x)`, for a norm whose output may be an edited site's: with the edit, in one pass, if it is.
 
-    Whether the site returns it as it is depends on the site's forward. The first call tells.
+    Whether the site returns it unchanged depends on the site's forward. The first call shows it.
     """
     own, site = norm.__dict__[BEHIND]
     _told.output = _told.normed = None
@@ -305,7 +305,7 @@ def norm_with_edit(norm: nn.Module, x: Tensor, forward: Callable[..., Any]) -> A
 
 
 def _with_edit(own: RedEdit, norm: nn.Module, x: Tensor, record: Record) -> Tensor | None:
-    """`edit(norm(x))` in one pass; None where that may not be."""
+    """`edit(norm(x))` in one pass; None if that is not possible."""
     found = norm_arguments(norm, x, None, own)
     edit = None if found is None else left_to_do(own, x)
     if found is None or edit is None or edit is NO_EDIT:
@@ -315,12 +315,12 @@ def _with_edit(own: RedEdit, norm: nn.Module, x: Tensor, record: Record) -> Tens
 
 
 def _from_norm(own: RedEdit, site: nn.Module, output: Any) -> Tensor | None:
-    """The edited output of a site that has returned the output of its norm, to the bits of later calls."""
+    """The edited output of a site that returned its norm's output, to the bits of later calls."""
     normed, _told.normed = _told.normed, None
     if normed is None or normed.own is not own or normed.output() is not output:
         return None
     record = record_of(own, normed.norm.training)
-    if saved_tensor_hooks(True) is None:  # a second run has to save what the first one has saved
+    if saved_tensor_hooks(True) is None:  # a second run must save the tensors of the first one
         record.returned_by = _forwards(site)
     return _with_edit(own, normed.norm, normed.x, record)
 
@@ -335,15 +335,15 @@ def _is_edited(own: RedEdit, output: Any) -> bool:
         for record in own.__dict__[RECORDS].modes.values():
             record.returned_by = None
         raise RuntimeError(
-            f"model: {own.__dict__.get(SITE, 'an edited site')} used to return the output of its norm as it is, and "
-            "does not do so now, after the edit was applied by the norm; run the forward again: the edit is then "
-            "applied to what it returns"
+            f"model: {own.__dict__.get(SITE, 'an edited site')} returned its norm's output unchanged before, but not "
+            "in this call, after the norm applied the edit; run the forward again: the edit is then applied to the "
+            "returned tensor"
         )
     return True
 
 
 def _forwards(site: nn.Module) -> tuple[Any, Any]:
-    """The forward of a site's class, and of the class that ours is made from: either may be replaced."""
+    """The forward of a site's class, and of the base of ours: either may be replaced."""
     kind = type(site)
     base = kind.__dict__.get(BASE)
     return kind.forward, None if base is None else base.forward

@@ -1,7 +1,7 @@
-"""An attention's output where no value may wait: the edit of the stream behind its addition, in plain operations.
+"""An attention's output where values may not wait: the edit of the stream behind its addition, in plain operations.
 
-Under `torch.compile`, tracing and `torch.func`, and where somebody observes the inside of a block, the output of an
-attention is marked as a `Stream`, an alias of it. The addition that takes it applies the edit of the sum.
+Under `torch.compile`, tracing and `torch.func`, and in an observed block, the output of an attention is marked as a
+`Stream`, an alias of it. The addition that takes it applies the edit of the sum.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SUMS = {Tensor.add, torch.add, Tensor.add_}
 
 
 class Stream(Tensor):
-    """What is added to the residual stream, which then is edited by `own`."""
+    """A term added to the residual stream, whose sum `own` then edits."""
 
     own: RedEdit
 
@@ -49,14 +49,14 @@ class Stream(Tensor):
 
 class _Marked(threading.local):
     def __init__(self) -> None:
-        self.edits: set[int] = set()  # ids of those whose addition has not come yet
+        self.edits: set[int] = set()  # ids of the edits whose addition is pending
 
 
 _marked = _Marked()
 
 
 def is_lost(own: RedEdit) -> bool:
-    """Whether the edit of a stream was not applied since it was marked, as the block has ended by now."""
+    """Whether the edit of a stream was not applied since it was marked, at the end of the block."""
     if id(own) in _marked.edits:
         _marked.edits.discard(id(own))
         return True
@@ -64,7 +64,7 @@ def is_lost(own: RedEdit) -> bool:
 
 
 def marked(output: Tensor, own: RedEdit) -> Tensor:
-    """The output of an attention, such that `own` edits the sum that it becomes a part of."""
+    """The output of an attention, marked so that `own` edits the sum with it."""
     if not torch.compiler.is_compiling():
         _marked.edits.add(id(own))
     stream: Any = output.as_subclass(Stream)

@@ -1,12 +1,12 @@
-"""What an addition does that takes a waiting value, and how the norm of the sum comes into the same pass.
+"""An addition that takes a waiting value, and how the norm of the sum joins the same pass.
 
 The addition knows the norm from an earlier call: it computes `z = residual + dropout(edit(x))` and `y = norm(z)`,
-returns `z`, and leaves `y` as a note on that tensor. The norm, when it is called with that very tensor, takes the note
-off and returns `y`. Where the norm is not known yet, the norm that reads `z` computes `y`, to the same bits: results
-never depend on what has been learnt. Whatever happens on the way (another tensor, another norm, an exception, an early
-exit), the note goes with the tensor it hangs on.
+returns `z`, and leaves `y` as a note on that tensor. The norm, when called with that tensor, removes the note and
+returns `y`. If the norm is not known yet, the norm that reads `z` computes `y`, to the same bits: results never depend
+on what has been learnt. In every other case (another tensor, another norm, an exception, an early exit) the note
+disappears with its tensor.
 
-`y` and `z` have nodes of their own in the graph (`ops/handover.py`): the gradient of `z` is whole, whoever asks for it.
+`y` and `z` have separate nodes in the graph (`ops/handover.py`): the gradient of `z` is complete for every reader.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ __all__ = [
 
 _AS_IT_IS = contextlib.nullcontext()
 NOTE = "_red_kernels_note"  # the attribute of a sum with its `Note`
-_MISSES = 3  # after so many, a sum is known to have no one norm
-_SEARCHES = 2  # and after so many calls without a norm, to have none
+_MISSES = 3  # after this many, a sum is known to have no single norm
+_SEARCHES = 2  # after this many calls without a norm, it is known to have none
 
 
 class Note:
-    """On a sum: the value of its norm, or how to compute it.
+    """On a sum: the value of its norm, or the way to compute it.
 
     Attributes:
         record: of the site.
-        scope: in which the sum was made; `stack` the one in which it may be handed on, or None.
-        source: the module whose output the sum is at last, or None for the scope's.
-        handover: by which a norm's value is computed.
-        normed, norm, weight: the value, whose it is, and the weight that the norm had, where it is computed already.
+        scope: in which the sum was made; `stack`: in which it may be handed on, or None.
+        source: the module whose output the sum finally is, or None for the scope's.
+        handover: the way to compute a norm's value.
+        normed, norm, weight: the value, its norm, and the norm's weight then, if it is computed already.
     """
 
     __slots__ = (
@@ -90,7 +90,7 @@ class Note:
         scope.left.append(self)
 
     def holds_for(self, total: Tensor) -> bool:
-        """Whether the sum is what it was, and nobody watches its gradient."""
+        """Whether the sum is unchanged, and its gradient is unobserved."""
         return (
             self.version == _version(total)
             and self.recorded == torch.is_grad_enabled()
@@ -100,7 +100,7 @@ class Note:
         )
 
     def leave(self, scope: Scope) -> None:
-        """Its scope ends: go on to the stack, or come off the sum."""
+        """At the end of its scope: move to the stack, or leave the sum."""
         stack = self.stack
         if stack is not None and stack is not scope:
             self.holder = stack.left
@@ -116,7 +116,7 @@ class Note:
             self.record.missed()
 
     def drop(self) -> None:
-        """Come off the sum: with the norm's value, whose graph may hold it, it would keep it for good."""
+        """Leave the sum: together with the norm's value, whose graph may refer to it, it would keep it forever."""
         total = self.total()
         if total is not None and total.__dict__.get(NOTE) is self:
             del total.__dict__[NOTE]
@@ -139,7 +139,7 @@ def add(value: Waiting, residual: Tensor) -> Tensor:
         other.record.taken("residual add")
         residual = edited(other.h, residual, other.edit)
     adds = _adds(edit)
-    if value.residual is not None:  # a sum to which something more is added
+    if value.residual is not None:  # a sum to which a further term is added
         record.lazy = True
         residual = value.residual + residual
     after = value.after
@@ -155,7 +155,7 @@ def _adds(edit: Edit) -> str:
 
 
 def total(value: Waiting) -> Tensor:
-    """A sum that waits, computed now, with a note for the norm that may read it."""
+    """A waiting sum, computed now, with a note for the norm that may read it."""
     return hand_over(value.h, value.residual, value.edit, value.record, _adds(value.edit), later=True)
 
 
@@ -163,7 +163,7 @@ Record.total = staticmethod(total)
 
 
 def add_edit(own: RedEdit, total: Tensor, record: Record, source: nn.Module | None = None) -> Tensor:
-    """`edit(total)`, an edit of the residual stream, with the norm that reads it; `source` has returned the total."""
+    """`edit(total)`, an edit of the residual stream, with the norm that reads it; `source` returned the total."""
     edit = left_to_do(own, total)
     if edit is None:
         return own(total)
@@ -181,9 +181,9 @@ def hand_over(
     source: nn.Module | None = None,
     later: bool = False,
 ) -> Tensor:
-    """`z = residual + dropout(edit(x))`, with `norm(z)` for the norm that is known to read it.
+    """`z = residual + dropout(edit(x))`, with `norm(z)` for the norm known to read it.
 
-    The sum waits too, unless this is `later`, where it is not known yet, or varies, what reads it.
+    The sum waits too, unless this is `later`, if its reader is unknown or varies.
     """
     scopes = running()
     if not scopes:
@@ -229,7 +229,7 @@ def hand_over(
 
 
 def _counting() -> contextlib.AbstractContextManager[None]:
-    """Let torch count how often a sum is changed in place, which it does not of one made in inference mode."""
+    """Let torch count in-place changes of a sum, which it does not for one made in inference mode."""
     return _out_of_inference() if torch.is_inference_mode_enabled() else _AS_IT_IS
 
 
@@ -240,12 +240,12 @@ def _out_of_inference() -> Iterator[None]:
 
 
 def _is_searching(record: Record) -> bool:
-    """Whether it is not known yet what reads the sums of a site; or known that it varies."""
+    """Whether the readers of a site's sums are unknown, or known to vary."""
     return record.link is None and (record.searches < _SEARCHES or record.misses > 0)
 
 
 def _open_stack(scopes: list[Scope]) -> Scope | None:
-    """The stack in which a sum may be handed from block to block now; None for none."""
+    """The stack in which a sum may now be handed from block to block; None for none."""
     stack = stack_of(scopes)
     if stack is None or stack.collects or saved_tensor_hooks(True) is not None:
         return None
@@ -267,7 +267,7 @@ def _ready(link: Link, scopes: list[Scope], x: Tensor, residual: Tensor | None) 
 
 
 def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
-    """Take the note off `z`, if there is one, and return `norm(z)` if that can be told from it."""
+    """Remove the note from `z`, if there is one, and return `norm(z)` if the note determines it."""
     note: Note | None = z.__dict__.pop(NOTE, None)
     if note is None:
         return None if z._base is None else _take_through_view(norm, z)
@@ -284,7 +284,7 @@ def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
         if note.norm is norm and note.weight is norm_weight(norm):
             note.holder.remove(note)
             return note.normed
-        record.missed()  # another norm reads this sum: it computes of it what it would in a first call
+        record.missed()  # another norm reads this sum: it computes the result of a first call
     handover = note.handover
     found = norm_arguments(norm, z, None)
     if found is None:
@@ -304,7 +304,7 @@ def take_note(norm: nn.Module, z: Tensor) -> Tensor | None:
 
 
 def _take_through_view(norm: nn.Module, z: Tensor) -> Tensor | None:
-    """As `take_note`, for a view that has the elements of a sum in their order, as a reshape to rows."""
+    """As `take_note`, for a view with the elements of a sum in their order, for example a reshape to rows."""
     total = z._base
     if total is None or NOTE not in total.__dict__ or z.retains_grad or z._backward_hooks is not None:
         return None
@@ -332,13 +332,13 @@ def title_of(norm: nn.Module) -> str:
 
 
 def norm_weight(norm: nn.Module) -> Tensor | None:
-    """The weight of a norm that is known."""
+    """The weight of a known norm."""
     spec = spec_of(norm)
     return norm._parameters.get(spec.weight) if spec is not None and spec.weight else None
 
 
 def norm_of_waiting(norm: nn.Module, value: Waiting) -> Tensor | None:
-    """The norm of a waiting value in one pass; None where it has to be settled first."""
+    """The norm of a waiting value in one pass; None if the value must be settled first."""
     if not value.waits() or value.others:
         return None
     link, x, residual = value.record.link, value.h, value.residual
@@ -351,16 +351,16 @@ def norm_of_waiting(norm: nn.Module, value: Waiting) -> Tensor | None:
 
 
 def _keeps(edit: Edit) -> bool:
-    """Whether a sum that only its norm reads is kept for the backward, in the place of both that it is made of.
+    """Whether a sum that only its norm reads is kept for the backward, instead of both of its terms.
 
-    The gradient of the scale needs the site's output in any case.
+    The gradient of the scale always needs the site's output.
     """
     vectors = [vector for part, vector in edit.vectors.items() if part != "bias"]
     return torch.is_grad_enabled() and not any(vector is not None and vector.requires_grad for vector in vectors)
 
 
 def normalised(value: Waiting, found: Norm, title: str, norm: nn.Module | None = None) -> Tensor:
-    """The norm of a waiting value, which waits for an addition itself if the value came from none."""
+    """The norm of a waiting value, which waits for an addition itself if the value comes from none."""
     record, residual = value.record, value.residual
     scopes = running()
     if residual is not None:
@@ -376,7 +376,7 @@ def normalised(value: Waiting, found: Norm, title: str, norm: nn.Module | None =
 
 
 def _norm_of_sum(value: Waiting, residual: Tensor, found: Norm, title: str, norm: nn.Module | None) -> Tensor:
-    """The norm of a sum that waits; the sum is computed as well unless nothing else is known to read it."""
+    """The norm of a waiting sum; the sum is computed as well unless the norm is its only reader."""
     record, again = value.record, saved_tensor_hooks(True) is not None
     record.taken(f"{_adds(value.edit)} + {title}")
     if record.alone and not again:

@@ -28,7 +28,7 @@ def _waits(value: object) -> bool:
 
 
 def _open(value: object) -> bool:
-    """Whether it waits, and was not added to anything yet."""
+    """Whether it waits, and was not added yet."""
     return type(value) is Waiting and value.residual is None and value.waits()
 
 
@@ -69,7 +69,7 @@ def _add(func: Any, args: Arguments, kwargs: Keywords) -> Any:
 
 
 def _meet(first: Waiting, second: Waiting) -> Any:
-    """The sum of two that wait: it waits for the residual, if neither needs one of its own."""
+    """The sum of two waiting values: it waits for the residual, if neither has one."""
     if first is second or first.shape != second.shape:
         return NotImplemented
     if first.residual is not None or second.residual is not None:  # a sum is settled, and the other one added to it
@@ -99,7 +99,7 @@ def _add_in_place(func: Any, args: Arguments, kwargs: Keywords) -> Any:
             other = other.settle()
         if type(other) not in PLAIN or not is_like(other, target.h) or other.dtype != target.h.dtype:
             return NotImplemented
-        target.done = add(target, other)  # whoever else holds it sees the sum
+        target.done = add(target, other)  # every holder of the target sees the sum
         return target.done
     if type(target) not in PLAIN or not _open(other) or not is_like(target, other.h):
         return NotImplemented
@@ -113,7 +113,7 @@ def _add_in_place(func: Any, args: Arguments, kwargs: Keywords) -> Any:
 
 
 def _dropout(func: Any, args: Arguments, kwargs: Keywords) -> Any:
-    if len(args) == 1 and len(kwargs) == 3:  # as `F.dropout` gives it on
+    if len(args) == 1 and len(kwargs) == 3:  # as `F.dropout` passes it on
         (value,), p, training, inplace = args, kwargs["p"], kwargs["training"], kwargs["inplace"]
     else:
         names = ("input", "p", "training", "inplace")
@@ -164,7 +164,7 @@ def _div(func: Any, args: Arguments, kwargs: Keywords) -> Any:
 
 
 def _times(edit: Edit, factor: Any, h: Tensor) -> Edit | None:
-    """The edit whose result is a factor times as large, a number or a tensor; None where no edit is."""
+    """The edit with a result scaled by a factor, a number or a tensor; None if no edit has it."""
     if edit.kind.kernel != "affine":
         return None
     kind, width = type(factor), h.shape[-1]
@@ -195,7 +195,7 @@ def _times(edit: Edit, factor: Any, h: Tensor) -> Edit | None:
 
 
 def _times_by_sample(edit: Edit, factor: Tensor, wide: Tensor, h: Tensor) -> Edit | None:
-    """A gate of each sample: `(batch, 1, ..., 1 or width)`; each sample gets vectors of its own."""
+    """A gate of each sample: `(batch, 1, ..., 1 or width)`; each sample gets its own vectors."""
     width, batch = h.shape[-1], h.shape[0]
     if edit.ids is not None or factor.dim() != h.dim() or h.dim() < 2 or factor.shape[0] != batch:
         return None
@@ -231,7 +231,7 @@ def _viewed(value: Any, view: Callable[[Tensor], Tensor], ordered: bool = True) 
     seen = view(h)
     if not _keeps_rows(h, seen) or seen.numel() != h.numel():
         return NotImplemented
-    if not ordered and edit.dropout is not None:  # the mask goes by the order of the elements
+    if not ordered and edit.dropout is not None:  # the mask depends on the order of the elements
         return NotImplemented
     if edit.ids is not None:
         edit = edit._replace(ids=_ids(edit.ids, h, view))
@@ -245,7 +245,7 @@ def _viewed(value: Any, view: Callable[[Tensor], Tensor], ordered: bool = True) 
 
 
 def _moved(value: Waiting, move: Callable[[Tensor], Tensor]) -> Any:
-    """What copies whole rows to other places may do so before they are edited."""
+    """Operations that copy whole rows to other places may do so before the edit."""
     if value.residual is not None or value.others or value.after is not None or value.edit.dropout is not None:
         return NotImplemented
     h, edit = value.h, value.edit
@@ -262,7 +262,7 @@ def _keeps_rows(h: Tensor, seen: Any) -> bool:
 
 
 def _ids(ids: Tensor, h: Tensor, view: Callable[[Tensor], Tensor]) -> Tensor:
-    """The ids of the rows where a view or a move puts them."""
+    """The ids of the rows after a view or a move."""
     return view(ids.unsqueeze(-1).expand(h.shape).contiguous())[..., 0].contiguous()
 
 
@@ -318,7 +318,7 @@ def _permute(func: Any, args: Arguments, kwargs: Keywords) -> Any:
 
 
 def _same(func: Any, args: Arguments, kwargs: Keywords) -> Any:
-    """`contiguous`; the sum is that in any case."""
+    """`contiguous`; the sum always is."""
     if len(args) != 1 or kwargs or not _waits(args[0]):
         return NotImplemented
     value = args[0]
@@ -326,7 +326,7 @@ def _same(func: Any, args: Arguments, kwargs: Keywords) -> Any:
 
 
 def _cast(func: Any, args: Arguments, kwargs: Keywords) -> Any:
-    """A cast to the dtype and the device that it has already."""
+    """A cast to its present dtype and device."""
     if not args or not _waits(args[0]):
         return NotImplemented
     value = args[0]
@@ -398,13 +398,13 @@ def _given(args: Arguments, kwargs: Keywords, names: tuple[str, ...], defaults: 
 
 def _data_ptr(func: Any, args: Arguments, kwargs: Keywords) -> Any:
     raise RuntimeError(
-        "data_ptr: the output of an edited site has no memory until it is added to the residual stream; use it in an "
-        "operation of torch first"
+        "data_ptr: the output of an edited site has no memory until it is added to the residual stream; pass it to a "
+        "torch operation first"
     )
 
 
 def _made_like(func: Any, args: Arguments, kwargs: Keywords) -> Any:
-    """A new tensor, of which the value only gives the dtype, the device and perhaps the shape."""
+    """A new tensor, with the value's dtype and device, and perhaps its shape."""
     value, *how = args
     return func(value.h, *how, **kwargs) if type(value) is Waiting else NotImplemented
 

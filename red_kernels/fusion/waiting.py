@@ -1,12 +1,12 @@
-"""A value that waits: what an edited site returns, unedited, for the addition behind it to edit in its own pass.
+"""A waiting value: an edited site's output, not edited yet; the addition behind it applies the edit in its own pass.
 
-`Waiting` is a tensor without storage. It holds the site's output and the edit; `takers.py` says which functions take it
-as it is. Any other one settles it: the edit is applied, and the call goes on with a plain tensor. So no code needs to
-know of it, and none can get a wrong value.
+`Waiting` is a tensor without storage. It refers to the site's output and the edit; `takers.py` lists the functions that
+take it as it is. Any other function settles it: the edit is applied, and the call continues with a plain tensor. So no
+code needs to know of it, and none can get a wrong value.
 
-Autograd does not go through it. A function of torch sees the plain tensors in its place. `autograd.Function.apply` and
-callers in C++ do not ask; for them the value has a node of its own as long as it is not known who takes it, and later
-one that raises, so that no gradient is ever lost.
+Autograd does not pass through it. A torch function sees plain tensors instead. `autograd.Function.apply` and callers in
+C++ do not dispatch. For them the value has its own node until its taker is known, and later one that raises, so that no
+gradient is ever lost.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 __all__ = ["APPLIED", "NO_EDIT", "PLAIN", "TAKERS", "After", "Waiting", "edited", "wait"]
 
 NO_EDIT = affine_edit()
-APPLIED = affine_edit()  # of a value whose edit was applied by itself
+APPLIED = affine_edit()  # of a value whose edit had its own pass
 PLAIN = (Tensor, nn.Parameter)
 TAKERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {}  # by function; `takers.py` fills it
-_ALONE = 2  # references to what only one attribute holds: that, and the argument of `getrefcount`
+_ALONE = 2  # references to a value in only one attribute: that, and the argument of `getrefcount`
 _wrapper: Any = Tensor._make_wrapper_subclass
 _metadata: set[Any] = {
     getattr(Tensor, name).__get__
@@ -52,26 +52,26 @@ _metadata: set[Any] = {
 
 
 class After(NamedTuple):
-    """An edit of the sum that a value becomes a part of, and what is known of its site."""
+    """An edit of the sum with a value, and the record of its site."""
 
     own: RedEdit
     record: Record
 
 
 class Waiting(Tensor):
-    """The output of a site, and the edit that is not applied to it yet.
+    """The output of a site, and its pending edit.
 
-    No slots: what is as in the class need not be set, which is most.
+    No slots: attributes with the class's value need not be set, and most have it.
 
     Attributes:
         h: the site's output, or a view of it.
-        edit: with the factors and the dropout that came behind it.
-        record: what is known of the site.
-        residual: what the edited value was added to, where the norm of the sum is waited for too.
-        others: values that wait, to which this one was added.
-        after: an edit of the sum that this value becomes a part of; it cannot be applied to the value alone.
-        base, again: the value that this is a view of, and the function that views it.
-        viewed: whether there is such a view of this one.
+        edit: with the factors and the dropout behind it.
+        record: the record of the site.
+        residual: the other term of the addition, if the norm of the sum is awaited too.
+        others: waiting values to which this one was added.
+        after: an edit of the sum with this value; it cannot be applied to the value alone.
+        base, again: the viewed value, and the function that views it.
+        viewed: whether this value has a view.
         done: the plain tensor in its place, once it is settled with gradients, or needs none.
     """
 
@@ -89,7 +89,7 @@ class Waiting(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if torch.compiler.is_compiling():  # it was given to something compiled: settle it outside of the graph
+        if torch.compiler.is_compiling():  # it was passed to compiled code: settle it outside the graph
             from ..edits.uncompiled import uncompiled
 
             plain = uncompiled(_plainly, (args, kwargs or {}), getattr(func, "__name__", str(func)))
@@ -111,14 +111,14 @@ class Waiting(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        with torch.no_grad():  # autograd is above
+        with torch.no_grad():  # autograd is on the outside
             return func(*_plainly(args, str(func)), **_plainly(kwargs or {}, str(func)))
 
     def waits(self) -> bool:
         """Whether it may still be taken as it is.
 
-        Not so once what it views was settled, and perhaps changed. Nor without gradients where it was made with them:
-        it may be inside of the forward of an `autograd.Function`, whose gradient goes to the node of this wrapper.
+        Not after its base was settled, and perhaps changed. Nor without gradients if it was made with them: this may be
+        the forward of an `autograd.Function`, whose gradient goes to the node of this wrapper.
         """
         if self.done is not None or (self.differentiable and not torch.is_grad_enabled()):
             return False
@@ -138,13 +138,13 @@ class Waiting(Tensor):
             done = self._computed()
             if torch.is_grad_enabled() or not self.differentiable:
                 self.done = done
-                self.base = self.again = None  # so that what only this was a view of is not computed as well
+                self.base = self.again = None  # so that its base is not computed for it alone
             else:  # perhaps by the forward of an autograd.Function
                 self.record.astray, self.record.proven = True, False
         return done
 
     def settle_for(self, name: str) -> Tensor:
-        """As `settle`; the report says of the site that a function of this name took its value."""
+        """As `settle`; the report names this function as the taker of the site's value."""
         if self.done is None:
             if self.residual is None:
                 self.record.settled(name)
@@ -153,7 +153,7 @@ class Waiting(Tensor):
         return self.settle()
 
     def _shares_memory(self) -> bool:
-        """Whether it views what somebody else holds too, or what was settled."""
+        """Whether it is a view of a value with other references, or of a settled one."""
         if self.base is None:
             return False
         return sys.getrefcount(self.base) > _ALONE or self.base.done is not None or self.base.base is not None
@@ -161,7 +161,7 @@ class Waiting(Tensor):
     def _computed(self) -> Tensor:
         if self.after is not None:
             return marked(edited(self.h, None, self.edit), self.after.own)
-        # A view of what somebody else holds too has to share its memory.
+        # A view of a value with other references must share its memory.
         if self.again is not None and self._shares_memory():
             assert self.base is not None
             return self.again(self.base.settle())
@@ -174,7 +174,7 @@ class Waiting(Tensor):
 
 
 def edited(x: Tensor, residual: Tensor | None, edit: Edit) -> Tensor:
-    """`residual + dropout(edit(x))`; `x` itself where there is nothing to do."""
+    """`residual + dropout(edit(x))`; `x` itself if there is nothing to compute."""
     plain = edit.dropout is None and edit.ids is None and not any(v is not None for v in edit.vectors.values())
     if residual is None:
         if plain:
@@ -194,9 +194,9 @@ def wait(
     base: Waiting | None = None,
     again: Callable[[Tensor], Tensor] | None = None,
 ) -> Waiting:
-    """A value that waits. The edit's vectors fit `h`, a dense floating tensor."""
+    """A waiting value. The edit's vectors fit `h`, a dense floating-point tensor."""
     needs = torch.is_grad_enabled() and (_asks(h, edit, residual) or any(other.differentiable for other in others))
-    # Under hooks for saved tensors the same must be saved in a second run: no node that only a first one needs.
+    # Under hooks for saved tensors a second run must save the same: no node that only a first run needs.
     second = saved_tensor_hooks(True) is not None
     unknown = not (record.proven or second) if residual is None else second or record.link is None
     if needs and unknown and not others:
@@ -218,7 +218,7 @@ def _made(h: Tensor, edit: Edit, record: Record, needs: bool) -> Waiting:
 
 
 def _asks(h: Tensor, edit: Edit, residual: Tensor | None) -> bool:
-    """Whether one of them asks for gradients."""
+    """Whether one of them requires gradients."""
     if h.requires_grad or (residual is not None and residual.requires_grad):
         return True
     for vector in edit.vectors.values():  # noqa: SIM110 - a generator takes three times as long
@@ -228,7 +228,7 @@ def _asks(h: Tensor, edit: Edit, residual: Tensor | None) -> bool:
 
 
 class WaitingFunction(Function):
-    """``apply(h, residual, edit, *vectors)``: the wrapper, with a node for who takes it without asking."""
+    """``apply(h, residual, edit, *vectors)``: the wrapper, with a node for takers that do not dispatch."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, residual: Tensor | None, edit: Edit, *vectors: Tensor | None) -> Tensor:
@@ -260,8 +260,8 @@ _node = direct(WaitingFunction)
 
 def _lost(gradient: Tensor) -> None:
     raise RuntimeError(
-        "the value of an edited site was given to an autograd.Function, or to code in C++, in place of the addition "
-        "that took it before, and its gradient would be lost; run the forward again: the edit is then applied at once"
+        "the value of an edited site went to an autograd.Function or to C++ code, where the addition took it before; "
+        "its gradient would be lost; run the forward again: the edit is then applied at once"
     )
 
 
@@ -271,7 +271,7 @@ if nodes.set_lost_gradient is not None:
 
 
 def _plainly(value: Any, name: str) -> Any:
-    """The same with all that waits settled."""
+    """The same with all waiting values settled."""
     kind = type(value)
     if kind is Waiting:
         return value.settle_for(name)

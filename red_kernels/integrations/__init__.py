@@ -1,1 +1,1 @@
-"""Work with other packages: each module here imports its optional packages itself, and only when it is used."""
+"""Other packages: each module here imports its optional packages itself, and only when it is used."""

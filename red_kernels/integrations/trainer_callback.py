@@ -1,4 +1,4 @@
-"""A callback by which any Trainer puts the edits into each of its checkpoints."""
+"""A callback with which any Trainer saves the edits in each of its checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["SaveEdits", "check_patched"]
 
 
 def check_patched(model: nn.Module, who: str) -> None:
-    """Check before a training that its edits can be saved; `who` is what saves them, for the message.
+    """Check before a training that its edits can be saved; `who` saves them, for the message.
 
     Raises:
         ValueError: the model is not patched, or not by `rk.patch`.
@@ -38,24 +38,24 @@ def check_patched(model: nn.Module, who: str) -> None:
 
 
 class SaveEdits(TrainerCallback):
-    """Saves the edits by `rk.save_edits` into each checkpoint folder that a Trainer writes, beside its own files.
+    """Saves the edits by `rk.save_edits` into each checkpoint folder that a Trainer writes, next to its own files.
 
-    For trainers that keep their own form of checkpoint and resume from that; `RedTrainer` needs no such callback. One
-    process writes: the first, or under FSDP2, where the vectors are gathered from all, the first of the mesh.
+    For trainers with their own form of checkpoint and of resuming; `RedTrainer` needs no callback. One process writes:
+    the first one, or under FSDP2, where the vectors are gathered from all, the first of the mesh.
     """
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Raise ValueError if the model is not patched by `rk.patch`, when the Trainer is made."""
+        """Raise ValueError if the model is not patched by `rk.patch`, when the Trainer is created."""
         check_patched(_model(kwargs), "SaveEdits")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The same for a callback that was added later, and for a model that was made anew; nothing is trained then."""
+        """The same for a callback added later, and for a recreated model; nothing is trained then."""
         check_patched(_model(kwargs), "SaveEdits")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save the edits. Raises what `rk.save_edits` raises."""
+        """Save the edits. Raises the errors of `rk.save_edits`."""
         model = _model(kwargs)
         sharded = any(is_sharded(own) for parts in edit_parameters(model).values() for own in parts.values())
         if sharded or state.is_world_process_zero:

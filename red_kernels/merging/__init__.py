@@ -1,1 +1,1 @@
-"""Edits merged into the weights of a model, and written as a model of transformers."""
+"""Merging edits into the weights of a model, and writing it as a model of transformers."""

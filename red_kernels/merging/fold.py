@@ -1,4 +1,4 @@
-"""An edit folded into the module before it: the one way, for `rk.merge` and for PEFT."""
+"""Folding an edit into the module before it, for `rk.merge` and for PEFT."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _COLUMNS = 1024  # of an edit's matrix at a time
 
 
 def why_not(kind: Kind, norm: NormSpec | None) -> str | None:
-    """Why no weights can stand in for an edit of a kind, behind a norm or a linear layer; None if they can."""
+    """Why no weights can express an edit of a kind, behind a norm or a linear layer; None if they can."""
     if kind.fold is None:
-        return f"it is of kind {kind.name!r}, which no layer's weights can stand in for"
+        return f"it is of kind {kind.name!r}, which no layer's weights can express"
     if norm is not None and kind.kernel != "affine":
-        return f"it is of kind {kind.name!r}, and a norm's weights stand in only for what changes each column by itself"
+        return f"it is of kind {kind.name!r}, but a norm's weights express only edits of single columns"
     return None
 
 
@@ -28,10 +28,10 @@ def folded(
     """The weight and the bias of a module with an edit of its output folded in, in the dtype of `weight`.
 
     Args:
-        edit: of a kind that `why_not` has nothing against.
+        edit: of a kind that `why_not` accepts.
         weight, bias: of a linear layer or of a norm, in the dtype to compute in.
-        norm: what the norm does; None for a linear layer.
-        columns: whether the weight is `(in, out)` and not `(out, in)`.
+        norm: the norm's formula; None for a linear layer.
+        columns: whether the weight is `(in, out)` instead of `(out, in)`.
     """
     fold = edit.kind.fold
     assert fold is not None
@@ -40,7 +40,7 @@ def folded(
         for name, vector in edit.vectors.items()
     }
     if norm is not None:
-        # A norm has a column of weights. Where the edit leaves them alone, their bits are left too.
+        # A norm has a column of weights. If the edit does not change them, their bits stay.
         given = (weight + norm.offset)[:, None]
         made, bias = fold(given, bias, vectors)
         return (weight if made is given else made[:, 0] - norm.offset), bias
@@ -52,7 +52,7 @@ def folded(
 def folded_input(edit: Edit, weight: Tensor, bias: Tensor | None, columns: bool) -> tuple[Tensor, Tensor | None]:
     """The weight and the bias of a linear layer with an edit of its input folded in, in the dtype of `weight`.
 
-    An edit that folds is affine, `A x + c`: the layer gives `(W A) x + (W c + b)`. Arguments: as of `folded`.
+    An edit that folds is affine, `A x + c`: the layer becomes `(W A) x + (W c + b)`. Arguments: as in `folded`.
     """
     fold, kind = edit.kind.fold, edit.kind
     assert fold is not None
@@ -92,7 +92,7 @@ def adds_bias(edit: Edit) -> bool:
 
 
 def biasless_kinds() -> str:
-    """The kinds whose edits merge into a layer without a bias, for a message."""
+    """The kinds of edit that merge into a layer without a bias, for a message."""
     return " or ".join(
         repr(kind.name) for kind in KINDS.values() if kind.fold is not None and not kind.needs_bias(kind.least_width)
     )

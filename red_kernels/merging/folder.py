@@ -34,34 +34,34 @@ def merge_folder(
     model_revision: str | None = None,
     say: Callable[[str], object] | None = None,
 ) -> tuple[MergeReport, tuple[str, ...]]:
-    """Merge saved edits into their base model, and save the whole as transformers does, with its tokenizer.
+    """Merge saved edits into their base model, and save the result as transformers does, with its tokenizer.
 
-    A trained head beside the edits goes into a model of the class that it was trained in, with the names of its labels.
-    The folder is written under a temporary name beside its place and put there in one step, with a `red_merge.json`
-    that lists its files.
+    A trained head next to the edits goes into a model of the class of its training, with the names of its labels. The
+    folder is written under a temporary name next to its place and moved there in one step, with a `red_merge.json` that
+    lists its files.
 
     Args:
         model: the base model's folder or hub id, a `.gguf` file, or the name of a packaged model.
-        edits: a folder made by `rk.save_edits`, `red-kernels finetune` or `RedTrainer`, or of a RED adapter saved by
-            PEFT; or, as text, a hub id of one of these.
+        edits: a folder of `rk.save_edits`, `red-kernels finetune` or `RedTrainer`, or of a RED adapter saved by PEFT;
+            or, as text, a hub id of one of these.
         output: the folder to write.
-        dtype: of the weights that are saved: `"auto"` (as the base model is stored; fp32 for a `.gguf` file), `"fp32"`,
+        dtype: of the saved weights: `"auto"` (the base model's; fp32 for a `.gguf` file), `"fp32"`,
             `"bf16"` or `"fp16"`.
         force: as for `rk.merge`.
-        overwrite: replace the output folder, if it is one that this function wrote and holds nothing else.
+        overwrite: replace the output folder, if this function wrote it and it has no other files.
         revision: branch, tag or commit of the edits' repository on the hub.
         model_revision: that of the base model's.
-        say: called with a line for each stage, before it begins.
+        say: called with a line for each stage, before it starts.
 
     Returns:
-        The `MergeReport`, and notes on what else there is to know.
+        The `MergeReport`, and further remarks.
 
     Raises:
         ValueError: an unknown dtype; edits that do not fit the model or cannot be merged; a head that fits no class of
-            the model; a damaged file; an output that is, contains or is inside of the model or the edits.
-        FileExistsError: the output is there without `overwrite`, is no folder that this function wrote, holds something
-            else, or was made or changed by another process meanwhile.
-        FileNotFoundError, OSError: model or edits cannot be found, the output cannot be written; what was there stays.
+            the model; a damaged file; an output that equals, contains or is inside the model or the edits.
+        FileExistsError: the output exists without `overwrite`, was not written by this function, has other files, or
+            was created or changed by another process in the meantime.
+        FileNotFoundError, OSError: model or edits cannot be found, or the output cannot be written; former files stay.
     """
     check_output(output, "output")
     if dtype not in DTYPES:
@@ -97,7 +97,7 @@ def merge_folder(
 
 
 def _rounded(model: Any, found: Found) -> list[str]:
-    """A note on a head that the model's dtype has rounded. Raises ValueError for one that is too large for it."""
+    """A note on a head that the model's dtype has rounded. Raises ValueError for a head too large for it."""
     own = dict(model.named_parameters(remove_duplicate=False))
     values = {} if found.trained is None else found.trained.values
     over = [name for name in values if name in own and not is_finite(own[name])]

@@ -1,4 +1,4 @@
-"""Linear layers whose output is `W x + b` and nothing else, and how their weight lies."""
+"""Linear layers with exactly `W x + b` as their output, and the layout of their weight."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ __all__ = ["linear_columns"]
 
 
 def linear_columns(kind: type[nn.Module]) -> bool | None:
-    """Whether layers of this class keep their weight as (in, out), not (out, in); None for a class not known."""
+    """Whether layers of this class store their weight as (in, out) instead of (out, in); None for an unknown class."""
     forward = unwrapped(kind.forward)
     return False if forward is nn.Linear.forward else COLUMNS.get(fingerprint(forward) or "")

@@ -1,9 +1,9 @@
-"""Merging edits into the weights, and taking that back.
+"""Merging edits into the weights, and undoing it.
 
 An edit of a linear layer's output (RED, arXiv 2402.15179) is a change of its weight and bias: with `h = W x + b`,
-`scale * h + bias = (scale * W) x + (scale * b + bias)`. Behind a norm it goes into the norm's own vectors in the same
-way. An edit of a layer's input changes the columns of its weight, and a bias there adds `W bias`. A merged model has no
-trace of RED left in its modules, and runs at the base model's speed.
+`scale * h + bias = (scale * W) x + (scale * b + bias)`. Behind a norm it changes the norm's own vectors in the same
+way. An edit of a layer's input changes the columns of its weight; a bias there adds `W bias`. The modules of a merged
+model have no trace of RED, and run at the base model's speed.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ __all__ = [
     "unmerge",
 ]
 
-_MERGED = "_red_kernels_merged"  # the attribute of a merged model that holds its _Merged
-_PYTHON = {  # what to do about a refusal, in Python; the command has words of its own
+_MERGED = "_red_kernels_merged"  # the attribute of a merged model with its _Merged
+_PYTHON = {  # remedies of a refusal in Python; the command has its own
     "rounding": "merge in float32 (model.float()), or pass force=True",
-    "place": "for this process alone merge with loadable=False",
+    "place": "to merge in this process only, pass loadable=False",
 }
-LOST = 0.5  # an edit of which more than this fraction is lost in rounding is swallowed
+LOST = 0.5  # an edit is swallowed if rounding loses more than this fraction
 
 
 class MergeRefused(ValueError):
-    """A merge that was refused, of which there is a way around.
+    """A merge that was refused but has a remedy.
 
     Attributes:
-        reason: why, without advice.
+        reason: the reason, without a remedy.
         cause: `"rounding"` or `"place"` (of biases).
     """
 
@@ -70,25 +70,25 @@ class MergeRefused(ValueError):
 
 @dataclass
 class _Merged:
-    """What `unmerge` needs. Names and not modules, so that it holds for a copy of the model too."""
+    """The data of `unmerge`. Names instead of modules, so that it is valid for a copy of the model too."""
 
     config: RedConfig
     edits: dict[str, RedEdit]
-    originals: dict[str, Tensor] | None  # parameters as they were, on the CPU; None if they were not to be kept
-    created: list[str]  # biases that there were not
-    attributes: dict[str, Any] = field(default_factory=dict)  # of the model's config, as they were
+    originals: dict[str, Tensor] | None  # the former parameters, on the CPU; None if they were not to be kept
+    created: list[str]  # new biases
+    attributes: dict[str, Any] = field(default_factory=dict)  # former attributes of the model's config
 
 
 @dataclass(frozen=True)
 class _Target:
-    """Where one site's edit goes: a linear layer or a norm, and how its weight lies."""
+    """The target of one site's edit: a linear layer or a norm, with the layout of its weight."""
 
     site: str
     name: str  # of the module
     module: nn.Module
     own: RedEdit
     norm: NormSpec | None
-    columns: bool  # whether the weight is (in, out) and not (out, in)
+    columns: bool  # whether the weight is (in, out) instead of (out, in)
     bias_flag: str
 
     @property
@@ -105,14 +105,14 @@ def merge(model: nn.Module, *, force: bool = False, loadable: bool = True, keep_
     """Merge the active edit into the weights, in place, and unpatch the model.
 
     `W' = scale * W` and `b' = scale * b + bias` are computed in fp32 and rounded once. A linear layer without a bias
-    gets one; where an attribute of the model's config stands for that bias (the family's `bias_flags`), it is set, and
-    the other biases that it brings are added as zeros, so that the saved model loads by plain transformers.
+    gets one. If an attribute of the model's config controls that bias (the family's `bias_flags`), it is set, and the
+    other biases that it implies are added as zeros, so that plain transformers loads the saved model.
 
     Args:
-        model: a patched model; its active edit is merged, and `unmerge` brings back all it has.
-        force: merge even where more than half of an edit would be lost in rounding. What is not finite is never merged.
-        loadable: refuse to merge where plain transformers would have no place for a bias that the edit needs.
-        keep_original: keep the weights as they were, on the CPU, for `unmerge`.
+        model: a patched model; its active edit is merged, and `unmerge` restores all its edits.
+        force: merge even if rounding loses more than half of an edit. Values that are not finite are never merged.
+        loadable: refuse to merge if plain transformers would have no place for a bias that the edit needs.
+        keep_original: keep the former weights, on the CPU, for `unmerge`.
 
     Returns:
         A `MergeReport` with the error of each layer's effective edit; `print` shows a table.
@@ -154,7 +154,7 @@ def merge(model: nn.Module, *, force: bool = False, loadable: bool = True, keep_
     inner = inner_model(model)[1]
     there = {path for path, _ in model.named_parameters(remove_duplicate=False)}
     merged = _Merged(config, edit_modules(model), originals, [], former)
-    staged = [(target, _combined(target, name)) for target in targets]  # a full memory must not leave half of it
+    staged = [(target, _combined(target, name)) for target in targets]  # running out of memory must leave it whole
     unpatch(model)
     with torch.no_grad():
         for target, (weight, bias) in staged:
@@ -167,7 +167,7 @@ def merge(model: nn.Module, *, force: bool = False, loadable: bool = True, keep_
 
 
 def reason_against(model: nn.Module) -> str:
-    """Why the active edit of a patched model cannot be merged, whatever its values are; empty where it can.
+    """Why the active edit of a patched model cannot be merged, whatever its values are; empty if it can.
 
     Raises:
         ValueError: the model is not patched, or its edits are disabled.
@@ -184,11 +184,11 @@ def reason_against(model: nn.Module) -> str:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Take a merge back: the weights are bit for bit what they were, and the model is patched with the same vectors.
+    """Undo a merge: the weights are restored bit for bit, and the model is patched with the same vectors.
 
     Raises:
         ValueError: the model was not merged here, is patched again, its weights were not kept, or have another shape or
-            dtype now, or it cannot be patched as it was. Nothing is changed then.
+            dtype now, or it cannot be patched as before. Nothing is changed then.
     """
     merged = model.__dict__.get(_MERGED)
     if not isinstance(merged, _Merged):
@@ -221,13 +221,13 @@ def unmerge(model: nn.Module) -> None:
 
 
 def merged_config(model: nn.Module) -> RedConfig | None:
-    """The config of the edits that are merged into a model; None where there are none."""
+    """The config of the edits that are merged into a model; None if there are none."""
     merged = model.__dict__.get(_MERGED)
     return merged.config if isinstance(merged, _Merged) else None
 
 
 def _targets(model: nn.Module, name: str) -> list[_Target]:
-    """Where the edits go; raises ValueError for the first that has no place."""
+    """The targets of the edits; raises ValueError for the first edit without one."""
     users: dict[int, list[str]] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(path)
@@ -250,21 +250,20 @@ def _targets(model: nn.Module, name: str) -> list[_Target]:
 
 
 def _inside_of_lora(model: nn.Module, site: str, own: RedEdit, goes_to: dict[str, tuple[str, str]]) -> tuple[str, str]:
-    """Where the edit goes at a site that LoRA has wrapped since it was patched. Raises ValueError where it cannot."""
+    """The target of an edit at a site that LoRA has wrapped since the patch. Raises ValueError if there is none."""
     former = former_name(own, site)
     holder = next(iter(patched_holders(model)), "")
     found = goes_to.get(f"{holder}.{former}" if holder else former)
     against = lora_around(model, site)
     if found is None or against:
         raise ValueError(
-            f"model: {site} had another name when it was patched: "
-            f"{against or 'take off what was put around it since to merge'}"
+            f"model: {site} had another name when it was patched: {against or 'remove the wrapper around it to merge'}"
         )
     return found
 
 
 def _places(model: nn.Module, targets: list[_Target]) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], str]:
-    """`places_for_biases` of the biases that the targets get."""
+    """`places_for_biases` of the targets' new biases."""
     created = [target for target in targets if target.created]
     flags = {target.bias_flag for target in created if target.bias_flag}
     needed = [bare_name(model, f"{target.name}.bias") for target in created]
@@ -273,13 +272,13 @@ def _places(model: nn.Module, targets: list[_Target]) -> tuple[dict[str, Any], d
 
 def _no_place(model: nn.Module, unplaced: str) -> str:
     return (
-        f"model: {type(model).__name__} has no place for the biases that the edits need ({unplaced}), and plain "
-        f"transformers would drop them when it loads the saved model; edits of kind {biasless_kinds()} need none"
+        f"model: {type(model).__name__} has no place for the biases that the edits need ({unplaced}): plain "
+        f"transformers would drop them on loading; edits of kind {biasless_kinds()} need none"
     )
 
 
 def _check_finite(target: _Target, name: str) -> None:
-    """Raises ValueError, naming the vector or the weight, where one is NaN or infinite, or would be once merged."""
+    """Raises ValueError, naming the vector or the weight, if one is NaN or infinite, or would be once merged."""
     vectors = target.own.named(name)
     assert vectors is not None
     for part, vector in vectors.vectors.items():
@@ -304,13 +303,13 @@ def is_finite(value: Tensor) -> bool:
 
 
 def unfinite(value: Tensor) -> str:
-    """How many elements are NaN and how many infinite, for a message."""
+    """The numbers of NaN and of infinite elements, for a message."""
     nans, infinite = int(value.detach().isnan().sum()), int(value.detach().isinf().sum())
     return " and ".join(f"{count} {what}" for count, what in ((nans, "NaN"), (infinite, "infinite")) if count)
 
 
 def _changed_before(owner: nn.Module, module: nn.Module, own: RedEdit) -> bool:
-    """Whether hooks between what a module computes and the edit, which hangs on `owner`, may change it."""
+    """Whether hooks between a module's result and the edit, which is on `owner`, may change it."""
     if own.on_input:
         last = list(owner._forward_pre_hooks.values())[-1:]
         return bool(last) and last[0] is not input_hook
@@ -325,13 +324,13 @@ def _target(site: str, path: str, model: nn.Module, own: RedEdit, flag: str, use
     of_stream = own.place in ("res", "attn_res")
     if own.inside or (of_stream and path == site and norm_spec(module) is None):
         raise ValueError(
-            f"model: the edit at {site} is of the residual stream, which no layer's weights give; it cannot be merged"
+            f"model: the edit at {site} is of the residual stream, which is no layer's output; it cannot be merged"
         )
     weight = module._parameters.get("weight")
     spec = norm_spec(module)
     if weight is None or ((spec is None or own.on_input) and weight.dim() != 2):
         raise ValueError(
-            f"model: {path} is a {kind} without a weight matrix of its own (a block of experts, or a wrapper such as "
+            f"model: {path} is a {kind} without its own weight matrix (a block of experts, or a wrapper such as "
             "LoRA's: merge that first); its edit cannot be merged"
         )
     for part, value in module._parameters.items():
@@ -358,13 +357,12 @@ def _target(site: str, path: str, model: nn.Module, own: RedEdit, flag: str, use
     columns = linear_columns(type(module)) if spec is None else False
     if columns is None or ("forward" in module.__dict__ and not hasattr(module, "_hf_hook")):  # accelerate's may stay
         raise ValueError(
-            f"model: the forward of {path}, a {kind}, is not one that is known to give W x + b and nothing else; its "
-            "edit cannot be merged"
+            f"model: the forward of {path}, a {kind}, may compute more than W x + b; its edit cannot be merged"
         )
     if _changed_before(owner, module, own):
         between = "behind the edit of its input" if own.on_input else "before the edit"
         raise ValueError(
-            f"model: {path} has a forward hook that runs {between}, and may change what is edited; remove it to merge"
+            f"model: {path} has a forward hook that runs {between} and may change the edited tensor; remove it to merge"
         )
     target = _Target(site, path, module, own, spec, columns, flag)
     reason = None if own.kind is None else why_not(own.kind, spec)
@@ -397,7 +395,7 @@ def _combined(target: _Target, name: str, dtype: torch.dtype | None = None) -> t
 
 
 def _measured(target: _Target, name: str) -> SiteMerge:
-    """How much of the edit is lost when the merged weight and bias are rounded to their dtype."""
+    """The fraction of the edit lost when the merged weight and bias are rounded to their dtype."""
     weight, bias = target.module._parameters["weight"], target.module._parameters.get("bias")
     assert weight is not None
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -423,14 +421,15 @@ def _measured(target: _Target, name: str) -> SiteMerge:
 def places_for_biases(
     model: nn.Module, needed: list[str], flags: set[str]
 ) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], str]:
-    """Which attributes of the config give the layers their biases, what others these bring, and what has no place.
+    """The config's attributes that give layers their biases, the other biases that these imply, and those without a
+    place.
 
-    A model of that config, built on the meta device, says which parameters plain transformers would load.
+    A model of that config, built on the meta device, names the parameters that plain transformers would load.
 
     Args:
-        model: in which these biases are made, or have been.
+        model: in which these biases are made, or were made.
         needed: their names.
-        flags: attributes of the config that may give a place to them.
+        flags: attributes of the config that may provide a place for them.
     """
     config = getattr(model, "config", None)
     if not needed or config is None or not hasattr(model, "save_pretrained"):
@@ -440,7 +439,7 @@ def places_for_biases(
     for flag in flags:
         setattr(_holder(changed, flag), flag, True)
     kind = getattr(type(model), BASE, type(model))
-    if not isinstance(config, getattr(kind, "config_class", None) or ()):  # a wrapper, such as PEFT's
+    if not isinstance(config, getattr(kind, "config_class", None) or ()):  # a wrapper, for example PEFT's
         return {}, {}, listed(needed)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         expected = {path: tuple(own.shape) for path, own in kind(changed).named_parameters(remove_duplicate=False)}
@@ -455,7 +454,7 @@ def places_for_biases(
 
 
 def make_place(model: nn.Module, attributes: dict[str, Any], zeros: dict[str, tuple[int, ...]]) -> None:
-    """Set the attributes of the config that give layers their biases, and add as zeros the others that these bring."""
+    """Set the config's attributes that give layers their biases, and add the other biases that these imply as zeros."""
     for path, shape in zeros.items():
         owner: Any = model.get_submodule(path.rpartition(".")[0])
         while callable(getattr(type(owner), "get_base_layer", None)):  # PEFT's, around the layer of that name
@@ -468,7 +467,7 @@ def make_place(model: nn.Module, attributes: dict[str, Any], zeros: dict[str, tu
 
 
 def _holder(config: Any, attribute: str) -> Any:
-    """The part of a config that has an attribute: itself, or what it holds for the text model; None for neither."""
+    """The part of a config with an attribute: itself, or its part for the text model; None for neither."""
     if hasattr(config, attribute):
         return config
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
@@ -480,7 +479,7 @@ def _config_with(model: Any, attribute: str) -> Any:
 
 
 def _write(module: nn.Module, part: str, value: Tensor | None) -> None:
-    """Write into a Parameter in place; make the one that is missing."""
+    """Write into a Parameter in place; create a missing one."""
     if value is None:
         return
     target = module._parameters.get(part)

@@ -1,4 +1,4 @@
-"""What a merge did, and how exactly."""
+"""The result of a merge, with its errors."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class SiteMerge:
         site: the edited module.
         module: the linear layer or norm that the edit went into.
         dtype: of its weight.
-        weight_error: the size of what rounding lost of the weight's change, over the size of that change (Frobenius
-            norms); 0 where the weight does not change.
-        bias_error: the same of the bias.
+        weight_error: the size of the weight's change that rounding lost, over the size of that change (Frobenius
+            norms); 0 if the weight does not change.
+        bias_error: the same for the bias.
         created_bias: whether the module had no bias before.
     """
 
@@ -32,7 +32,7 @@ class SiteMerge:
 
     @property
     def error(self) -> float:
-        """The larger of both errors; NaN where one of them is."""
+        """The larger of both errors; NaN if one of them is."""
         both = self.weight_error, self.bias_error
         return max(both) if not any(map(math.isnan, both)) else math.nan
 
@@ -45,9 +45,9 @@ class MergeReport:
         model: the class of the model.
         edit: the name of the merged edit.
         sites: one `SiteMerge` for each site.
-        config_changes: attributes of the model's config that were set.
-        zero_biases: biases that these bring beside the merged ones, added as zeros.
-        unplaced: biases that plain transformers will not load; empty where it loads all.
+        config_changes: the attributes of the model's config that were set.
+        zero_biases: further biases that these imply, added as zeros.
+        unplaced: biases that plain transformers will not load; empty if it loads all.
     """
 
     model: str
@@ -68,7 +68,7 @@ class MergeReport:
             )
         if self.config_changes:
             changes = ", ".join(f"{key}={value}" for key, value in self.config_changes.items())
-            lines.append(f"config: {changes}; {len(self.zero_biases)} more biases that this brings are zeros")
+            lines.append(f"config: {changes}; {len(self.zero_biases)} more new biases are zeros")
         if self.unplaced:
             lines.append(f"warning: plain transformers will not load {self.unplaced}")
         return "\n".join(lines)

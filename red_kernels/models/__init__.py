@@ -1,6 +1,6 @@
-"""Where the sites of a model are: found by its structure, for any architecture; and what only names can tell.
+"""The sites of a model, found by its structure, for any architecture; and facts that only names show.
 
-Nothing here says how a model computes: edits are fused with whatever takes them (`fusion/`).
+The computation of a model is not described here: edits are fused with their takers (`fusion/`).
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ __all__ = [
     "serves_alone",
 ]
 
-FAMILIES: list[Family] = list(TABLE)  # those of the table, and what others have registered
+FAMILIES: list[Family] = list(TABLE)  # those of the table, and registered ones
 _BY_LAYER: dict[str, tuple[str, Family]] = {}  # class name to the end of its module's name, and the family
 
 
 def register_family(family: Family) -> None:
-    """Say where the sites of layers of one class are, instead of leaving it to their structure.
+    """Describe the sites of layers of one class, instead of finding them by structure.
 
     .. deprecated:: 0.1
-       The sites of any architecture are found, and every edit is fused that can be. This is for layers whose structure
-       misleads; `RedConfig(sites=...)` names modules without it.
+       The sites of any architecture are found, and edits are fused where possible. This is for layers with a misleading
+       structure; `RedConfig(sites=...)` names modules without it.
 
     Args:
         family: the description; see `Family`.
 
     Raises:
-        TypeError: it is no `Family`.
+        TypeError: it is not a `Family`.
         ValueError: a layer's class is known already, or a place does not exist or has no site.
     """
     if not isinstance(family, Family):
@@ -54,7 +54,7 @@ def register_family(family: Family) -> None:
     names = [name for _, name in classes]
     known = [name for name in names if name in _BY_LAYER or names.count(name) > 1]
     if known:
-        raise ValueError(f"family: the layers {', '.join(known)} are known already, or come twice")
+        raise ValueError(f"family: the layers {', '.join(known)} are known already, or occur twice")
     wrong = [place for place in (*family.sites, *family.inside) if place not in PLACES]
     if wrong or not family.sites or not all(family.sites.values()):
         raise ValueError(f"family: got sites for {list(family.sites)}, expected paths for some of {list(PLACES)}")
@@ -90,7 +90,7 @@ def family_of(kind: type[nn.Module]) -> Family | None:
 
 
 def registered(kind: type[nn.Module]) -> Family | None:
-    """The family of a layer's class, if somebody else has registered it: its sites are taken for those of the layer."""
+    """The registered family of a layer's class, if it is not from the table: its sites are used for the layer."""
     found = family_of(kind)
     return found if found in _REGISTERED else None
 

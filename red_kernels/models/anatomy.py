@@ -1,4 +1,4 @@
-"""What a layer is made of: its attentions and FFNs, and the sites in them, by the shapes of its modules."""
+"""The parts of a layer: its attentions and FFNs, and the sites in them, by the shapes of its modules."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from . import names
 
 __all__ = ["Anatomy", "FoundSite", "Shape", "anatomy_of", "holds_experts"]
 
-_NORM_BEHIND = "sa_layer_norm"  # the norm behind an attention that gives the stream, by the one name that says so
+_NORM_BEHIND = "sa_layer_norm"  # the norm behind an attention that gives the stream, under its only clear name
 
 
 @dataclass(frozen=True)
 class FoundSite:
-    """A module of a layer whose output an edit may change.
+    """A module of a layer whose output may be edited.
 
     Attributes:
         place: `"ffn"`, `"attn"`, `"qkv"`, `"res"` or `"attn_res"`.
@@ -37,15 +37,16 @@ class FoundSite:
 
 
 class Shape:
-    """What is looked at of a module. Modules alike share one, so that what is found in it is found once.
+    """The relevant facts of a module. Equal modules share one, so that results for it are found once.
 
     Attributes:
         kind: name of the class.
         out: width of the output of a linear layer, and 0 of others.
-        into: width of its input, 0 where that is not told.
-        norm: width of a norm, 0 where that is not told, None for what is no norm.
-        torch_attention: whether it is an attention as torch's own, which reads its projections' weights and calls none.
-        is_list: whether it holds layers, and gives no value of its own.
+        into: width of its input, 0 if unknown.
+        norm: width of a norm, 0 if unknown, None if it is not a norm.
+        torch_attention: whether it is an attention like torch's own, which reads its projections' weights without
+            calling them.
+        is_list: whether it contains layers, and has no output of its own.
         is_container: whether it may be a list of layers.
         of_tuple: whether a linear layer returns a tuple, its output first.
         stacked: whether one Parameter has the weights of several experts, or of several heads.
@@ -77,7 +78,7 @@ class Shape:
 
 
 def holds_experts(shape: Shape) -> bool:
-    """Whether a module is a mixture: it owns the experts, or weights of theirs."""
+    """Whether a module is a mixture: it owns the experts, or their weights."""
     inside = False
     for name, part in shape.parts:
         if _are_experts(name, part):
@@ -105,7 +106,7 @@ class _Leaf:
 
     @property
     def name(self) -> str:
-        """The last name on its path that says something."""
+        """The last meaningful name on its path."""
         return names.name_of(self.path)
 
 
@@ -114,7 +115,7 @@ class _Attention:
     path: str
     order: int
     mixer: bool
-    whole: int = 0  # the width, where no linear layer gives the output: torch's own reads its weights
+    whole: int = 0  # the width, if no linear layer gives the output: torch's own reads its weights
     of_experts: bool = False
     leaves: list[_Leaf] = field(default_factory=list)
     out: list[_Leaf] = field(default_factory=list)
@@ -122,17 +123,17 @@ class _Attention:
 
 
 class Anatomy:
-    """The attentions and FFNs of a layer, and the sites in them."""
+    """The attentions and FFNs of a layer, and their sites."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self.order: dict[str, int] = {"": -1}
         self.attentions: list[_Attention] = []
         self.ffns: list[tuple[str, int, bool]] = []  # path, width, whether a mixture
-        self.direct: list[_Leaf] = []  # of an attention, in the layer itself
+        self.direct: list[_Leaf] = []  # of an attention, directly in the layer
         self.width = _stream_width(shape)
         self.joint = False  # whether one projection ends attention and FFN
-        self.by_norms = False  # whether nothing but norms tells the width
+        self.by_norms = False  # whether only norms show the width
         rest = self._visit(shape, "", "", None)
         told = [width for _, width, mixture in self.ffns if not mixture]
         if told and self.width not in told:
@@ -186,7 +187,7 @@ class Anatomy:
         return self._visit(part, at, label, None)
 
     def _chains(self, leaves: list[_Leaf]) -> set[str]:
-        """Take the FFNs that are complete among some linear layers; return the paths of what belongs to them."""
+        """Take the complete FFNs among some linear layers; return the paths of their modules."""
         named = any(leaf.label == names.FFN for leaf in leaves)
         pairs = [
             (up, down)
@@ -214,7 +215,7 @@ class Anatomy:
         }
 
     def _even_chain(self, leaves: list[_Leaf]) -> list[tuple[_Leaf, _Leaf]]:
-        """An FFN that is as wide as the stream: names tell its last projection, and else the order does."""
+        """An FFN as wide as the stream: names identify its last projection, else the order does."""
         even = [leaf for leaf in leaves if leaf.into == leaf.out or leaf.into * 2 == leaf.out]
         if len(even) < 2:
             return []
@@ -226,7 +227,7 @@ class Anatomy:
         return [(ups[0], down)] if ups else []
 
     def _settle_attentions(self, rest: list[_Leaf]) -> None:
-        """Tell each attention's output from what it reads."""
+        """Distinguish each attention's output from its inputs."""
         if self.direct:
             own = _Attention("", -1, False, leaves=list(self.direct))
             if not any(names.is_output(leaf.name) for leaf in own.leaves):
@@ -247,11 +248,11 @@ class Anatomy:
         self.attentions = found
 
     def _settle_ffns(self, rest: list[_Leaf]) -> None:
-        """Keep what adds to the stream."""
+        """Keep the sites that add to the stream."""
         widths = Counter(leaf.out for one in self.attentions for leaf in one.out)
         widths.update(one.whole for one in self.attentions if one.whole)
         mixtures = bool(self.ffns) and all(mixture for _, _, mixture in self.ffns)
-        if not self.width or not self.ffns or (mixtures and self.width not in widths):  # some norms are no stream's
+        if not self.width or not self.ffns or (mixtures and self.width not in widths):  # some norms are of other widths
             widths.update(width for _, width, _ in self.ffns if width)
             self.width = widths.most_common(1)[0][0] if widths else self.width
         self.by_norms = mixtures and not widths
@@ -262,7 +263,7 @@ class Anatomy:
             self.ffns = [one for one in self.ffns if one[1] == self.width]
 
     def _wider(self, rest: list[_Leaf]) -> list[str]:
-        """The last projections of FFNs that read something beside the stream, or project attention's value as well."""
+        """The last projections of FFNs with an input besides the stream, or that also project attention's values."""
         beside = {
             down.path: down
             for up in rest
@@ -290,7 +291,7 @@ class Anatomy:
         return tuple(sorted(sites, key=lambda site: (site.place == "res", self.order[site.path])))
 
     def _streams(self) -> Iterator[FoundSite]:
-        """The modules that give the stream behind an attention or the FFN; none where that is not to be told."""
+        """The modules that give the stream behind an attention or the FFN; none if unknown."""
         keys = {key for key, _ in self.shape.parts}
         if self.shape.is_list or "bottleneck" in keys or _has_copies(self.shape) or self._has_two_streams():
             return
@@ -315,14 +316,14 @@ class Anatomy:
         return bool(_at(self.shape, path).of_tuple)
 
     def _has_two_streams(self) -> bool:
-        """Whether a layer carries a stream of context beside its own: its output has both."""
+        """Whether a layer carries a stream of context next to its own: its output has both."""
         paths = [path for path, _, _ in self.ffns] + [leaf.path for one in self.attentions for leaf in one.out]
         aside = [path for path in paths if re.search(r"context|txt|add_out|visn|layout", path)]
         added = any("add_k_proj" in leaf.path for one in self.attentions for leaf in one.qkv)
         return added or self.joint or 0 < len(aside) < len(paths)
 
     def _ends_in_norm(self, site: str) -> str:
-        """The module that ends in the norm of the stream, where it holds nothing but a projection before that."""
+        """The module that ends in the stream's norm, if it has only a projection before that."""
         path, _, name = site.rpartition(".")
         if not path:
             return ""
@@ -334,7 +335,7 @@ class Anatomy:
         return path if alone and normed else ""
 
     def _sublayer(self, site: str, whole: bool) -> str:
-        """The entry of a list of sublayers that holds a site: it has the norm in front, and adds to the stream."""
+        """The entry of a list of sublayers with a site: it has the norm in front, and adds to the stream."""
         parts = site.split(".")
         if len(parts) < 4 - whole or not parts[1].isdigit() or not _at(self.shape, parts[0]).is_list:
             return ""
@@ -347,7 +348,7 @@ class Anatomy:
         return ".".join(parts[:2]) if any(part.norm is not None for _, part in entry.parts) else ""
 
     def _behind(self, attention: _Attention) -> tuple[str, bool]:
-        """The path by which the stream behind an attention goes, and whether only the layer itself has that stream."""
+        """The path of the stream behind an attention, and whether only the layer itself has that stream."""
         path = attention.path
         if not path or not self.ffns or path in names.READ_BEFORE:
             return "", False
@@ -369,7 +370,7 @@ class Anatomy:
         return (path, True) if in_ffn and len(own) == len(self.attentions) else ("", False)
 
     def _adds_itself(self, attention: _Attention) -> bool:
-        """Whether an attention ends in the norm of the stream: it adds to the stream before that."""
+        """Whether an attention ends in the stream's norm: it adds to the stream before that."""
         if not attention.path or not attention.out:
             return False
         last = [key for key, part in _at(self.shape, attention.path).parts if part.norm == self.width]
@@ -389,12 +390,12 @@ def _at(shape: Shape, path: str) -> Shape:
 
 
 def _has_copies(shape: Shape) -> bool:
-    """Whether a layer's stream is several, which it mixes by hyper-connections: as wide as all of them together."""
+    """Whether a layer has several streams, mixed by hyper-connections: as wide as all of them together."""
     return any("hyper_connection" in key for key, _ in shape.parts)
 
 
 def _stream_width(shape: Shape) -> int:
-    """The width of the residual stream, by the layer's own norms, and else by those further in; 0 for unknown."""
+    """The width of the residual stream, by the layer's own norms, else by inner ones; 0 for unknown."""
     if _has_copies(shape):
         return 0
     found = (
@@ -406,7 +407,7 @@ def _stream_width(shape: Shape) -> int:
 
 
 def _norms_within(shape: Shape, aside: bool = False) -> Iterator[int]:
-    """The widths of the norms in a module, but for those of queries and keys; `aside` leaves out those in FFNs."""
+    """The widths of the norms in a module, except those of queries and keys; `aside` leaves out those in FFNs."""
     for name, part in shape.parts:
         if part.norm and not names.is_norm_of_heads(name):
             yield part.norm
@@ -422,7 +423,7 @@ def _count(shape: Shape) -> int:
 
 
 def _apart(attention: _Attention) -> list[_Attention]:
-    """An attention, or those of a module that holds several."""
+    """An attention, or those of a module with several."""
     groups: dict[str, list[_Leaf]] = {}
     depth = attention.path.count(".") + 1 if attention.path else 0
     for leaf in attention.leaves:
@@ -444,7 +445,7 @@ def _apart(attention: _Attention) -> list[_Attention]:
 
 
 def _settle(attention: _Attention, width: int) -> None:
-    """Tell the output projections of an attention and its queries, keys and values."""
+    """Distinguish the output projections of an attention from its queries, keys and values."""
     leaves = attention.leaves
     attention.qkv = [leaf for leaf in leaves if names.is_qkv(leaf.name, attention.mixer)]
     rest = [leaf for leaf in leaves if leaf not in attention.qkv and not names.is_other(leaf.name)]

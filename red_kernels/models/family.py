@@ -1,4 +1,4 @@
-"""The description of layers whose sites their structure does not tell, or names alone have to."""
+"""The description of layers whose sites their structure does not show, or only names do."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ __all__ = ["NARROWER", "ON_INPUT", "PLACES", "Family"]
 PLACES = ("ffn", "attn", "qkv", "res", "attn_res")
 # Places among the sites of another: the projections of keys or of values alone, the input of an FFN's last projection.
 NARROWER = {"key": "qkv", "value": "qkv", "ffn_in": "ffn"}
-ON_INPUT = ("ffn_in",)  # where an edit is of the module's input
+ON_INPUT = ("ffn_in",)  # edits there are of the module's input
 
 
 @dataclass(frozen=True)
 class Family:
-    """Layers of one make.
+    """Layers of one type.
 
     Attributes:
         name: for messages.
-        layers: class names of the layer (a subclass is found by its base's name); one that others have too with the
-            end of its module's name before it, `modeling_x.Block`.
+        layers: class names of the layer (a subclass is found by its base's name); an ambiguous name is preceded by the
+            end of its module's name, `modeling_x.Block`.
         sites: place (`"ffn"`, `"attn"`, `"qkv"`, `"res"`, `"attn_res"`) to the paths of the edited modules in the
-            layer. `-1` is the last child of a list; `""` is the layer; `a|b` is the first of the two that is there;
+            layer. `-1` is the last child of a list; `""` is the layer; `a|b` is the first existing one of the two;
             `a with b` is `a` if that has a child `b`; a path that ends in `?` may be missing.
-        inside: places whose edits are of the sum that the module's output becomes a part of.
-        norms: path of a site to that of the norm in it by which its output ends: an edit there can be merged into it.
+        inside: places whose edits are of the sum to which the module's output is added.
+        norms: path of a site to that of the norm in it that gives its output: an edit there can be merged into it.
         bias_flags: path of a site to the attribute of the model's config that gives that linear layer a bias.
-        remarks: path of a site to what the report says of it.
+        remarks: path of a site to its remark in the report.
         layouts, first_norm, known, final_norm: of releases in which forwards were replaced; no longer read.
     """
 

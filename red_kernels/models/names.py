@@ -1,4 +1,4 @@
-"""The names by which the parts of a layer are told where its structure leaves it open."""
+"""The names that identify the parts of a layer if its structure leaves it open."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ __all__ = [
     "stands_for_norm",
 ]
 
-# What a part of a layer is for. A mixer stands where attention does: a state space, a recurrence, a short convolution.
+# The role of a layer's part. A mixer takes attention's place: a state space, a recurrence, a short convolution.
 ATTENTION, MIXER, FFN, SKIP = "attention", "mixer", "ffn", "skip"
 
-# Parts whose linear layers add nothing to the stream by themselves, by their attribute's name.
+# Parts whose linear layers add nothing to the stream directly, by their attribute's name.
 _SKIPPED = re.compile(
     r"norm|modulation$|ada_?ln|adapter|lora|embed(?!\w*_mlp$)|pooler|pooling|router|indexer|quantiz|classif|predict"
     r"|rel_?pos|pos_(bias|emb|enc|mlp|proj|\w*proj)|linear_pos|position_?(bias|enc|emb|mlp)|relative|rotary|rope"
@@ -44,7 +44,7 @@ _SKIPPED = re.compile(
 )
 _NEVER = re.compile(
     r"^(?!norm_attn_norm$).*norm|modulation|_bias|hyper_?connection"
-)  # of attention or not; but for DBRX's half
+)  # of attention or not; except DBRX's half
 _CONVOLUTION = re.compile(r"^l?conv(\d?d|_module|_layer|olution\w*)?$")
 _SKIPPED_CLASS = re.compile(
     r"Ada\w*Norm|Adapter|Router|Modulation|RelPos|PositionBias|Indexer|ConvModule|ConvolutionModule"
@@ -131,7 +131,7 @@ _PASSED = frozenset(("linear", "dense", "lin", "layer", "base_layer", "fn", "fc"
 
 @functools.lru_cache(maxsize=4096)
 def label_of(name: str, kind: str) -> str:
-    """What a part is for, by its attribute's name and else by its class's; empty where neither tells."""
+    """The role of a part, by its attribute's name, else by its class's; empty if neither shows it."""
     lower = name.lower()
     if (
         (_SKIPPED.search(lower) and not _ATTENTIONS.search(lower))
@@ -150,7 +150,7 @@ def label_of(name: str, kind: str) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def leaf_label(name: str) -> str:
-    """What a linear layer that lies in no such part is for."""
+    """The role of a linear layer outside these parts."""
     if _FFN_LEAF.fullmatch(name.lower()):
         return FFN
     if is_qkv(name) or name in ("o_proj", "out_proj", "out_lin", "to_out", "attn_proj", "attn_out"):
@@ -164,12 +164,12 @@ def _words(name: str) -> frozenset[str]:
 
 
 def is_between(name: str) -> bool:
-    """Whether a linear layer's own name says nothing, so that its parent's has to."""
+    """Whether a linear layer's own name is meaningless, so that its parent's is used."""
     return name.isdigit() or name in _PASSED
 
 
 def is_wrapped(name: str) -> bool:
-    """Whether a linear layer is called as what another module has been put around."""
+    """Whether a linear layer has the name of a wrapped one."""
     return re.fullmatch(r"_?(inner|wrapped|original|orig|base)(_(module|layer|linear|fn))?", name) is not None
 
 
@@ -182,40 +182,40 @@ def is_qkv(name: str, mixer: bool = False) -> bool:
 
 
 def name_of(path: str) -> str:
-    """The last name on the path of a linear layer that says something."""
+    """The last meaningful name on the path of a linear layer."""
     parts = path.split(".")
     return parts[-2] if len(parts) > 1 and is_between(parts[-1]) else parts[-1]
 
 
 def serves_alone(path: str, what: str) -> bool:
-    """Whether one of the linear layers that `is_qkv` names gives an attention's `"key"` or `"value"`, and only that."""
+    """Whether one of the linear layers of `is_qkv` gives only an attention's `"key"` or `"value"`."""
     words = _words(name_of(path)) & _QKV_WORDS
     return bool(words) and words <= _ALONE[what]
 
 
 def is_output(name: str) -> bool:
-    """Whether a linear layer of an attention is its output projection, whatever comes behind it."""
+    """Whether a linear layer of an attention is its output projection, whatever follows it."""
     words = _words(name)
     return bool(words & _OUTPUT_WORDS) and not words & _NO_PROJECTION
 
 
 def is_output_by_order(name: str) -> bool:
-    """Whether a linear layer may be the output projection of an attention that has none with a plainer name."""
+    """Whether a linear layer may be the output projection of an attention without a plainer name."""
     return name in _OUTPUT_NAMES
 
 
 def is_other(name: str) -> bool:
-    """Whether a linear layer of an attention serves something else: a gate, a position, a first low-rank factor."""
+    """Whether a linear layer of an attention has another role: a gate, a position, a first low-rank factor."""
     return bool(_words(name) & _NO_PROJECTION)
 
 
 def is_down(name: str) -> bool:
-    """Whether a linear layer is called as an FFN's last projection."""
+    """Whether a linear layer has the name of an FFN's last projection."""
     return _DOWN.fullmatch(name.lower()) is not None
 
 
 def is_norm(kind: str) -> bool:
-    """Whether a class is called as a norm."""
+    """Whether a class has the name of a norm."""
     return (
         re.search(r"Norm(?!\w*(Attention|Layer|Block|Output|Embeddings|Intermediate|Encoder|Model|Head))", kind)
         is not None
@@ -223,7 +223,7 @@ def is_norm(kind: str) -> bool:
 
 
 def stands_for_norm(name: str, kind: str) -> bool:
-    """Whether a part that is no plain norm stands where one does."""
+    """Whether a part that is no plain norm takes a norm's place."""
     return re.search(r"Ada\w*Norm", kind) is not None or (
         kind == "Identity" and re.search(r"norm|^ln(_|\d|$)", name.lower()) is not None
     )
@@ -235,7 +235,7 @@ def is_norm_of_heads(name: str) -> bool:
 
 
 def is_experts(name: str, kind: str) -> bool:
-    """Whether a part holds all the experts of a mixture."""
+    """Whether a part contains all the experts of a mixture."""
     return (re.fullmatch(r"(\w+_)?experts", name) is not None and "shared" not in name) or kind.endswith("Experts")
 
 
@@ -245,20 +245,20 @@ def is_router(name: str) -> bool:
 
 
 def is_mixture(kind: str) -> bool:
-    """Whether a class is called as a mixture of experts."""
+    """Whether a class has the name of a mixture of experts."""
     return _MIXTURE_CLASS.search(kind) is not None
 
 
-# Attentions whose stream is not to be had, for the layer or a class of its own has read it by then.
+# Attentions with an inaccessible stream: the layer, or a class of its own, has read it by then.
 READ_BEFORE = ("crossattention", "norm_attn_norm")
 
 
-# Linear layers that return a bias or a scale beside their output.
+# Linear layers that return a bias or a scale next to their output.
 RETURN_TUPLES = ("ColumnParallelLinear", "RowParallelLinear")
 
 
 def kind_by_path(path: str) -> str:
-    """What a stack reads, by the names on its path, the innermost first; empty where they do not tell."""
+    """The input of a stack, by the names on its path, innermost first; empty if they do not show it."""
     for part in reversed(path.lower().split(".")):
         for kind, pattern in _MODALITIES:
             if pattern.search(part):

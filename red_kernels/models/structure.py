@@ -1,4 +1,4 @@
-"""The layers of any model and their sites, found by the structure of its modules; nothing is run."""
+"""The layers of any model and their sites, found by the structure of its modules, without running it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Block", "FoundSite", "blocks_in"]
 
 @dataclass(frozen=True)
 class Block:
-    """A layer that is repeated.
+    """A repeated layer.
 
     Attributes:
         name: dotted, in the model.
@@ -28,7 +28,7 @@ class Block:
         stack: name of the module that owns the list.
         list_key: path of the list in the stack.
         index: number of the layer in the list.
-        kind: what its stack reads, `"text"`, `"vision"`, `"audio"` or `"other"`, or its side of an encoder-decoder
+        kind: the input of its stack, `"text"`, `"vision"`, `"audio"` or `"other"`, or its side of an encoder-decoder
             model, `"encoder"` or `"decoder"`.
         sites: in the order of the layer's modules, the residual stream behind the FFN last.
     """
@@ -43,7 +43,7 @@ class Block:
 
 
 def blocks_in(model: nn.Module) -> list[Block]:
-    """The repeated layers of a model that hold an FFN or an attention, in the model's order, each once."""
+    """The repeated layers of a model with an FFN or an attention, in the model's order, each once."""
     finder = _Finder(model)
     finder.search(model, finder.shape(model), "", _Owner("", "", getattr(model, "config", None)))
     return finder.blocks
@@ -51,7 +51,7 @@ def blocks_in(model: nn.Module) -> list[Block]:
 
 @dataclass(frozen=True)
 class _Owner:
-    """The module that a list belongs to, the path of the list in it, and the next config above it."""
+    """The module that owns a list, the path of the list in it, and the next config above it."""
 
     name: str
     key: str
@@ -81,7 +81,7 @@ class _Finder:
                 if child is not None and not isinstance(child, RedEdit)
             )
         if len(parts) == 1 and parts[0][1].out and not parts[0][1].torch_attention and names.is_wrapped(parts[0][0]):
-            facts, parts = (parts[0][1].out, parts[0][1].into, *facts[2:]), ()  # a linear layer, as what it holds
+            facts, parts = (parts[0][1].out, parts[0][1].into, *facts[2:]), ()  # a linear layer, like the one inside it
         key = (kind, facts, parts)
         found = self._shapes.get(key)
         if found is None:
@@ -154,7 +154,7 @@ def _facts(module: nn.Module, kind: type) -> tuple[Any, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _reads_weights(kind: type) -> bool:
-    """Whether an attention hands the weights of its projections to torch's function, so that they are not called."""
+    """Whether an attention passes the weights of its projections to torch's function, so they are not called."""
     if issubclass(kind, nn.MultiheadAttention):
         return True
     functions = [value for base in kind.__mro__ if base is not nn.Module for value in vars(base).values()]
@@ -171,7 +171,7 @@ def _norm_width(module: nn.Module) -> int:
 
 
 def _runs_in_parallel(module: nn.Module) -> bool:
-    """Whether a layer's own switch says that its attention and its FFN read the same stream."""
+    """Whether a layer's own switch makes its attention and its FFN read the same stream."""
     config = module.__dict__.get("config")
     for switch in ("use_parallel_residual", "parallel_residual", "parallel_attn", "new_decoder_architecture"):
         if module.__dict__.get(switch) is True or getattr(config, switch, None) is True:
@@ -205,11 +205,11 @@ def _kind_of(owner: _Owner, model: nn.Module) -> str:
     return sides[-1] if sides else names.kind_by_path(type(model).__name__) or "other"
 
 
-# The level that repeats.
+# The repeated level.
 
 
 def _is_block(shape: Shape) -> bool:
-    """Whether an entry of a list is a layer: no stage of layers."""
+    """Whether an entry of a list is a layer, not a stage of layers."""
     if shape.out or shape.torch_attention or not shape.parts:
         return False
     kinds = anatomy_of(shape).kinds
@@ -217,13 +217,13 @@ def _is_block(shape: Shape) -> bool:
 
 
 def _repeats(entries: list[Shape], kinds: frozenset[str]) -> bool:
-    """Whether a list holds layers of these kinds, or several of each by themselves."""
+    """Whether a list contains layers of these kinds, or several of each."""
     found = [anatomy_of(entry).kinds for entry in entries]
     return any(kinds <= one for one in found) or all(sum(kind in one for one in found) > 1 for kind in kinds)
 
 
 def _lists_within(shape: Shape) -> Iterator[list[Shape]]:
-    """The entries of each list within a module, but for experts."""
+    """The entries of each list within a module, without experts."""
     inner = [
         (key, part)
         for key, part in shape.parts

@@ -1,7 +1,7 @@
-"""The architectures of RED's paper and their kin: what their names alone have to tell.
+"""The architectures of RED's paper and related ones: the facts that only their names show.
 
-`structure.py` finds the sites of these as of all others. This table is for what no module says: the position that the
-names of a checkpoint's vectors stand for, and which attribute of a config gives a linear layer a bias.
+`structure.py` finds their sites like those of all others. This table has facts that no module shows: the position of
+the names of a checkpoint's vectors, and the attribute of a config that gives a linear layer a bias.
 """
 
 from __future__ import annotations

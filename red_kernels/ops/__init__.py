@@ -1,3 +1,3 @@
 """The public operations, their checks and their gradients."""
 
-from . import recorded as recorded  # which tells the nodes in C++ of the backward in Python
+from . import recorded as recorded  # the C++ nodes take the recorded backward from here

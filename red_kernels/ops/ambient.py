@@ -1,6 +1,6 @@
-"""What holds in the running thread and decides how a model computes, as one number.
+"""The state of the running thread that decides how a model computes, as one number.
 
-What was found of a site holds while the number is the same. To ask torch for one bit costs as much as for all of them.
+Facts about a site stay valid while the number is the same. torch answers for all bits at the price of one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..backends import nodes
 
 __all__ = ["GRAD", "INFERENCE", "PLAIN", "QUIET", "TANGENTS", "ambient", "saved_tensor_hooks"]
 
-# torch keeps no public way to ask whether saved tensors go through hooks, as under activation checkpointing.
+# torch has no public query for hooks on saved tensors (activation checkpointing).
 saved_tensor_hooks: Callable[[bool], Any] = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: "unknown"
 )
@@ -28,8 +28,8 @@ BACKWARD = 32  # a backward pass is running
 TRANSFORMED = 64  # by torch.func
 TRACED = 128  # by torch.jit.trace
 TANGENTS = 256  # a level of forward-mode derivatives is open
-QUIET = GRAD + INFERENCE + AUTOCAST  # with nothing but these, what was found of a site holds
-PLAIN = TRANSFORMED + TRACED  # plain PyTorch has to be run
+QUIET = GRAD + INFERENCE + AUTOCAST  # with only these, facts about a site stay valid
+PLAIN = TRANSFORMED + TRACED  # plain PyTorch must run
 
 
 def _asked() -> int:

@@ -1,8 +1,8 @@
 """The ``torch.autograd.Function`` of each public operation, and those that take bundles.
 
-``apply`` of the public ones takes checked arguments one by one (see :mod:`red_kernels.ops.fused`): activations of one
-shape and dtype, ``edit_ids`` int64 or None, ``seed`` an int64 tensor of one element on the device of ``x``, or None for
-no dropout.
+``apply`` of the public ones takes checked arguments one by one (see :mod:`red_kernels.ops.fused`). Activations have
+one shape and dtype. ``edit_ids`` is int64 or None. ``seed`` is an int64 tensor of one element on the device of ``x``,
+or None for no dropout.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class LinearEditFunction(Function):
         remember(ctx, backend, edit)
         need = ctx.needs_input_grad
         ctx.linear = (weight.dtype, None if linear_bias is None else linear_bias.dtype)
-        again = need[4] and backend is REFERENCE  # a second derivative needs what h was made of
+        again = need[4] and backend is REFERENCE  # a second derivative needs the input of h
         ctx.save_for_backward(
             x if need[1] or again else None,
             weight if need[0] or again else None,
@@ -209,9 +209,9 @@ class LinearEditFunction(Function):
 
 
 class LinearEditInferenceFunction(Function):
-    """:class:`LinearEditFunction` where no gradient is asked for: in one kernel, if the backend has one that wins.
+    """:class:`LinearEditFunction` without gradients: one kernel, if the backend has one that wins.
 
-    A Function for the sake of what goes over Functions: forward-mode derivatives and vmap say that they cannot.
+    It is a Function, so that vmap and forward-mode AD raise a clear error.
     """
 
     @staticmethod
@@ -235,7 +235,7 @@ class LinearEditInferenceFunction(Function):
 
 
 class BundledEditFunction(Function):
-    """``apply(x, residual, scale, bias, edit) -> z``: what asks for gradients, and the edit of these vectors."""
+    """``apply(x, residual, scale, bias, edit) -> z``: the inputs with gradients, and the edit of these vectors."""
 
     @staticmethod
     def forward(
@@ -253,7 +253,7 @@ class BundledEditFunction(Function):
 class BundledEditNormFunction(Function):
     """``apply(x, residual, scale, bias, weight, norm_bias, edit, norm, need_z) -> (y, z)``.
 
-    ``edit`` and ``norm`` hold the vectors before them.
+    ``edit`` and ``norm`` contain the vectors before them.
     """
 
     @staticmethod
@@ -298,10 +298,10 @@ class BundledNormEditFunction(Function):
 
 
 def direct(function: Any) -> Callable[..., Any]:
-    """``function.apply`` without torch's search for dead functorch wrappers, a third of what it costs.
+    """``function.apply`` without torch's search for dead functorch wrappers, a third of its cost.
 
-    There can be such only where a function under ``vmap`` or ``grad`` let a tensor of its own escape. Not for use under
-    such transforms (see :func:`red_kernels.ops.passes.plain_only`), nor while torch.compile traces.
+    Dead wrappers exist only if a tensor escaped from ``vmap`` or ``grad``. Not for use under these transforms (see
+    :func:`red_kernels.ops.passes.plain_only`), nor while torch.compile traces.
     """
     base: Any = super(Function, function)
     return base.apply

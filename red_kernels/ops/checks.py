@@ -1,4 +1,4 @@
-"""Argument checks of the public operations: each error names the argument, what came and what was expected."""
+"""Argument checks of the public operations: each error names the argument, the value and the expected one."""
 
 from __future__ import annotations
 
@@ -91,14 +91,15 @@ def edit_vectors(x: Tensor, scale: Tensor | None, bias: Tensor | None, edit_ids:
             norm_vector(vector, x, name)
         return
     if scale is None and bias is None:
-        raise ValueError("edit_ids was given, but neither scale nor bias: there is nothing to choose from")
+        raise ValueError("edit_ids was given, but neither scale nor bias")
     for name, vector in (("scale", scale), ("bias", bias)):
         if vector is None:
             continue
         _vector(vector, x, name)
         if vector.dim() != 2 or vector.shape[0] == 0 or vector.shape[1] != x.shape[-1]:
             raise ValueError(
-                f"{name} has shape {tuple(vector.shape)}, expected (n, {x.shape[-1]}) with n >= 1, as edit_ids is given"
+                f"{name} has shape {tuple(vector.shape)}, expected (n, {x.shape[-1]}) with n >= 1, because edit_ids "
+                "is given"
             )
     if scale is not None and bias is not None and scale.shape != bias.shape:
         raise ValueError(f"scale has shape {tuple(scale.shape)} and bias {tuple(bias.shape)}, expected the same")
@@ -117,7 +118,7 @@ def mix_vectors(
     """Raise unless the vectors of a mix fit ``x`` and each other, and its width the pairs or the blocks."""
     if first is None or (second is None and blocks == 0):
         name = "first" if first is None else "second"
-        raise TypeError(f"{name} must be a tensor, got NoneType" + ("" if blocks else "; a rotation has both"))
+        raise TypeError(f"{name} must be a tensor, got NoneType" + ("" if blocks else "; a rotation needs both"))
     for name, vector in (("first", first), ("second", second), ("bias", bias)):
         try:
             edit_vectors(x, vector, None if edit_ids is None else first, edit_ids)
@@ -135,7 +136,7 @@ def mix_width(d: int, blocks: int, pair: int) -> None:
     if blocks < 0:
         raise ValueError(f"blocks is {blocks}, expected 0 for a rotation, or the number of blocks of columns")
     if blocks == 0 and d % (2 * pair):
-        raise ValueError(f"x has width {d}, expected a multiple of {2 * pair}, as a rotation has groups of so many")
+        raise ValueError(f"x has width {d}, expected a multiple of {2 * pair}, the group size of a rotation")
     if blocks and d % blocks:
         raise ValueError(f"blocks is {blocks}, expected a divisor of the width of x, {d}")
 
@@ -153,7 +154,7 @@ def _edit_ids(edit_ids: Tensor, x: Tensor, vectors: Tensor | None) -> None:
     if edit_ids.device != x.device:
         raise ValueError(f"edit_ids is on {edit_ids.device}, expected the device of x, {x.device}")
     assert vectors is not None
-    # On an accelerator the values are not looked at: that would make the host wait for the device.
+    # On an accelerator the values are not checked: the host would wait for the device.
     if edit_ids.device.type == "cpu" and not torch.compiler.is_compiling() and edit_ids.numel():
         while torch._C._functorch.is_functorch_wrapped_tensor(edit_ids):  # a tensor under vmap has no values of its own
             edit_ids = torch._C._functorch.get_unwrapped(edit_ids)
@@ -163,7 +164,7 @@ def _edit_ids(edit_ids: Tensor, x: Tensor, vectors: Tensor | None) -> None:
 
 
 def fits(vector: Tensor, d: int, device: torch.device, dimensions: int = 1) -> bool:
-    """Whether a vector, or several in two dimensions, is all right, in few steps: what is wrong is found after."""
+    """Whether a vector, or several in two dimensions, is valid, in few steps; slower checks name the fault."""
     if (
         not isinstance(vector, Tensor)
         or vector.layout is not _STRIDED

@@ -1,17 +1,17 @@
-"""The public operations: their shapes and checks. Their ``torch.autograd.Function`` classes are public too.
+"""The public operations, with their shapes and checks. Their ``torch.autograd.Function`` classes are public too.
 
-Every operation takes activations of shape ``(..., d)`` in float32, bfloat16, float16 (or float64, in plain PyTorch) and
-vectors ``scale``, ``bias`` of shape ``(d,)`` in any of these dtypes; or ``(n, d)`` with ``edit_ids``, integers of shape
-``x.shape[:-1]``, where each row uses an edit of its own. Each of ``scale``, ``bias``, ``residual``, ``weight`` and
-``norm_bias`` may be None. Arithmetic is in fp32 (fp64 for fp64) and rounded once, to the dtype of ``x`` (of
-``x + residual`` where these differ). Gradients are computed only for what asks for them.
+Every operation takes activations of shape ``(..., d)`` in float32, bfloat16, float16 (or float64, in plain PyTorch).
+The vectors ``scale`` and ``bias`` have shape ``(d,)`` in any of these dtypes. With ``edit_ids``, integers of shape
+``x.shape[:-1]``, they have shape ``(n, d)``, and each row uses its own edit. Each of ``scale``, ``bias``,
+``residual``, ``weight`` and ``norm_bias`` may be None. Arithmetic is in fp32 (fp64 for fp64). Results are rounded once,
+to the dtype of ``x`` (of ``x + residual`` if these differ). Gradients are computed only for inputs that require them.
 
-Derivatives: a kernel has one, and differentiating it again raises RuntimeError. Under ``rk.backend("reference")``, and
-for float64, every operation can be differentiated as often as one likes. Forward-mode derivatives (``torch.func.jvp``,
-``torch.autograd.forward_ad``) and the other transforms of ``torch.func`` run in plain PyTorch, whatever the backend.
+Derivatives: a kernel has one; differentiating it again raises RuntimeError. Under ``rk.backend("reference")``, and for
+float64, every operation has derivatives of any order. Forward-mode derivatives (``torch.func.jvp``,
+``torch.autograd.forward_ad``) and the other transforms of ``torch.func`` run in plain PyTorch on every backend.
 
-Errors: TypeError for what is no dense floating tensor or no number, ValueError for shapes, devices and numbers out of
-range, IndexError for ``edit_ids`` out of range, RuntimeError for a backend that was asked for and is missing.
+Errors: TypeError if a tensor is not dense and floating-point or a number is not real. ValueError for shapes, devices
+and numbers out of range. IndexError for ``edit_ids`` out of range. RuntimeError if the chosen backend is missing.
 
 Source: RED, arXiv 2402.15179.
 """
@@ -75,9 +75,9 @@ def edit_add(
     training: bool = False,
     edit_ids: Tensor | None = None,
 ) -> Tensor:
-    """The edit with the residual add behind it: ``residual + dropout(scale * x + bias)``.
+    """The edit and the residual add behind it: ``residual + dropout(scale * x + bias)``.
 
-    Dropout acts only if ``training``; its mask comes from a seed drawn from torch's generator, so that a recomputation
+    Dropout applies only if ``training``. A seed drawn from torch's generator determines its mask, so a recomputation
     under activation checkpointing drops the same elements. Errors: see the module.
     """
     own = _edit_in_sum(x, residual, scale, bias, edit_ids, dropout_p, training)
@@ -101,8 +101,8 @@ def edit_add_rms_norm(
     """Edit, residual add and the next sublayer's RMSNorm in one pass.
 
     Returns ``(y, z)``: ``z = residual + dropout(scale * x + bias)`` and ``y = z / rms(z) * (weight_offset + weight)``
-    with ``rms(z) = sqrt(mean(z**2) + eps)``. ``weight_offset=1`` serves norms that store
-    ``weight - 1``. With ``need_z=False``, ``z`` is None and not written; ``y`` is the same. Errors: see the module.
+    with ``rms(z) = sqrt(mean(z**2) + eps)``. ``weight_offset=1`` is for norms that store ``weight - 1``. With
+    ``need_z=False``, ``z`` is None and is not written; ``y`` is the same. Errors: see the module.
     """
     norm = Norm(weight, None, eps, weight_offset)
     own = _edit_in_sum(x, residual, scale, bias, edit_ids, dropout_p, training, norm)
@@ -126,7 +126,7 @@ def edit_add_layer_norm(
     """Edit, residual add and LayerNorm in one pass.
 
     Returns ``(y, z)``: ``z = residual + dropout(scale * x + bias)`` and ``y = LayerNorm(z)`` with ``weight`` and
-    ``norm_bias`` of shape ``(d,)``. Post-norm models never read ``z``: with ``need_z=False`` it is None and neither
+    ``norm_bias`` of shape ``(d,)``. Post-norm models never read ``z``: with ``need_z=False`` it is None, and is neither
     written nor rounded before the norm. Errors: see the module.
     """
     norm = Norm(weight, norm_bias, eps, 0.0, True)
@@ -144,7 +144,7 @@ def rms_norm_edit(
     weight_offset: float = 0.0,
     edit_ids: Tensor | None = None,
 ) -> Tensor:
-    """An edit behind an RMSNorm: ``scale * RMSNorm(x) + bias``, like ``x``. Errors: see the module."""
+    """An edit behind an RMSNorm: ``scale * RMSNorm(x) + bias``, with the shape of ``x``. Errors: see the module."""
     own = _edit(x, scale, bias, edit_ids)
     norm = Norm(weight, None, eps, weight_offset)
     checks.norm(norm, x)
@@ -183,9 +183,9 @@ def linear_edit(
 ) -> Tensor:
     """``residual + scale * (x @ weight.T + linear_bias) + bias``.
 
-    ``x`` is ``(..., k)``, ``weight`` ``(d, k)``, ``linear_bias`` ``(d,)`` and ``residual`` ``(..., d)``. Composed of
-    torch's own matrix product and :func:`edit_add`; under autocast the product runs in the autocast dtype. Where no
-    gradient is asked for, a backend may do all of it in one kernel, which does not round the product on the way.
+    ``x`` is ``(..., k)``, ``weight`` ``(d, k)``, ``linear_bias`` ``(d,)`` and ``residual`` ``(..., d)``. It is composed
+    of torch's own matrix product and :func:`edit_add`; under autocast the product runs in the autocast dtype. Without
+    gradients a backend may compute all of it in one kernel, which does not round the product in between.
     Errors: see the module.
     """
     checks.activation(x)
@@ -196,7 +196,7 @@ def linear_edit(
         )
     if weight.device != x.device:
         raise ValueError(f"weight is on {weight.device}, expected the device of x, {x.device}")
-    output = x.new_empty(1).expand(*x.shape[:-1], weight.shape[0])  # the shape that the checks hold all else to
+    output = x.new_empty(1).expand(*x.shape[:-1], weight.shape[0])  # the shape for the checks of the rest
     checks.norm_vector(linear_bias, output, "linear_bias")
     checks.edit_vectors(output, scale, bias, edit_ids)
     if residual is not None:
@@ -241,7 +241,7 @@ def _edit_in_sum(
     training: bool,
     norm: Norm | None = None,
 ) -> Edit:
-    """Check what the operations with a residual share; draw the seed of a dropout behind the last check."""
+    """Check the arguments that operations with a residual share; draw the dropout seed after the last check."""
     checks.activation(x)
     checks.edit_vectors(x, scale, bias, edit_ids)
     if residual is not None:

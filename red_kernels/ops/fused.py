@@ -1,9 +1,9 @@
-"""The operations on bundles, whose arguments nobody checks: for callers that have checked them.
+"""The operations on bundles, without checks, for callers that have checked the arguments.
 
-``x`` and ``residual`` are dense floating activations ``(..., d)``; the vectors of ``own``, the edit, and of ``norm``
-fit them, and the ids are int64 and in range. The edit's vectors are the operands of the kernel "affine", ``scale`` and
-``bias``, or of "mix" (:func:`red_kernels.backends.arguments.operands_of`). The operations that check are those of
-:mod:`red_kernels.ops.functional` and :mod:`red_kernels.ops.mixing`.
+``x`` and ``residual`` are dense floating-point activations ``(..., d)``. The vectors of ``own``, the edit, and of
+``norm`` fit them. The ids are int64 and in range. The edit's vectors are the operands of the kernel "affine",
+``scale`` and ``bias``, or of "mix" (:func:`red_kernels.backends.arguments.operands_of`). The operations with checks
+are those of :mod:`red_kernels.ops.functional` and :mod:`red_kernels.ops.mixing`.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from .passes import plain_only
 __all__ = ["drawn_dropout", "edit", "edit_add", "edit_add_norm", "norm_edit", "of_one_dtype"]
 
 _BARE = affine_edit()
-# For calls that nobody traces: what traces sees no tensors inside of a tuple, and takes them for constants.
+# For untraced calls: a tracer does not see tensors inside a tuple and takes them for constants.
 _edit, _edit_norm, _norm_edit = map(direct, (BundledEditFunction, BundledEditNormFunction, BundledNormEditFunction))
 
 
 def edit(x: Tensor, own: Edit) -> Tensor:
-    """The edit of ``x``, without a dropout."""
+    """The edit of ``x``, without dropout."""
     if own.kind.kernel == "mix":
         return mixed(x, None, mix_of_edit(own))
     fused = _nodes(x, "edit")
@@ -94,7 +94,7 @@ def edit_add_norm(
 
 
 def norm_edit(x: Tensor, norm: Norm, own: Edit) -> Tensor:
-    """``edit(norm(x))``, without a dropout; of mixes in two passes."""
+    """``edit(norm(x))``, without dropout; mixes take two passes."""
     if own.kind.kernel == "mix":
         return edit(edit_add_norm(x, None, _BARE, norm, False)[0], own)
     fused = _nodes(x, "norm_edit")
@@ -112,12 +112,12 @@ def norm_edit(x: Tensor, norm: Norm, own: Edit) -> Tensor:
 
 
 def _nodes(x: Tensor, operation: str) -> Any:
-    """The nodes in C++ of the backend for ``x``; None where it has none, or Python has to run the operation."""
+    """The C++ nodes of the backend for ``x``; None if it has none, or if Python has to run the operation."""
     if torch.compiler.is_compiling() or ambient() & (PLAIN + TANGENTS):
         return None
     return choose(x, operation).nodes
 
 
 def _traced() -> bool:
-    """Whether torch.compile or torch.jit.trace is looking."""
+    """Whether torch.compile or torch.jit.trace is tracing."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None

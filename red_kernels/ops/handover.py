@@ -1,9 +1,9 @@
-"""A sum and the norm of it as two nodes of autograd, with one forward and one backward pass for both.
+"""A sum and its norm as two nodes of autograd, with one forward and one backward pass for both.
 
-`sum_of` computes the sum, and in the same pass its norm where that is known; `norm_of` gives the norm. Where it is
-not known until it is called, it is computed then, to the same bits. In a backward pass the node of the norm runs first.
-It hands its gradient to the node of the sum, and that runs the fused backward. It does so only where nobody can ask for
-the gradient of the sum itself; elsewhere each node computes its own part.
+`sum_of` computes the sum, and in the same pass its norm if that is known; `norm_of` returns the norm. A norm that is
+not known until its call is computed then, to the same bits. In a backward pass the node of the norm runs first. It
+hands its gradient to the node of the sum, which runs the fused backward. It does so only if nobody can request the
+gradient of the sum itself. Otherwise each node computes its own part.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _BARE = affine_edit()
 
 
 class Handover:
-    """What the forward of a sum leaves to that of its norm, and the backward of the norm to that of the sum.
+    """The values that the forward of a sum passes to that of its norm, and the norm's backward to the sum's.
 
     Attributes:
-        edit, norm: of the sum; and of the norm, where it is known.
-        normed: what that gave: the value and the row's statistics.
+        edit, norm: of the sum; and of the norm, if it is known.
+        normed: the norm's result: the value and the statistics of the rows.
         total: the sum.
-        nodes: of the sum's backend, which has made its node in C++; all of this is done there, and `value` is that of
-            the norm.
+        nodes: of the sum's backend, which has made its node in C++. C++ does all of this then, and `value` is the
+            norm's.
     """
 
     __slots__ = ("edit", "handed", "nodes", "norm", "normed", "total", "value")
@@ -53,21 +53,21 @@ class Handover:
         self.edit, self.norm, self.nodes, self.value = edit, norm, nodes, value
         self.normed: tuple[Tensor, Tensor | None, Tensor] | None = None
         self.total: weakref.ref[Tensor] | None = None
-        self.handed: dict[int, tuple[Any, ...]] = {}  # by the number of the backward pass: several threads may run one
+        self.handed: dict[int, tuple[Any, ...]] = {}  # keyed by the backward pass: several threads may run one
 
     def take(self) -> tuple[Any, ...]:
-        """What the norm has handed over in the backward pass that is running, once; empty for nothing."""
+        """The norm's gradients from the running backward pass, once; empty if there are none."""
         return self.handed.pop(torch._C._current_graph_task_id(), ())
 
     def may_hand_over(self) -> bool:
-        """Whether nobody gets the gradient of the sum in the backward pass that is running.
+        """Whether the running backward pass returns nobody the gradient of the sum.
 
-        A pass for the gradients of some tensors may be for that of the sum; one for all leaves comes to this module's.
+        A pass for given tensors may include the sum; a pass for all leaves reaches this module's leaf.
         """
         total = None if self.total is None else self.total()
         if total is not None and (total.retains_grad or total._backward_hooks is not None):
             return False
-        if torch._C._current_graph_task_id() in self.handed:  # by another norm
+        if torch._C._current_graph_task_id() in self.handed:  # from another norm
             return False
         return bool(torch._C._will_engine_execute_node(_leaf_node()))
 
@@ -85,9 +85,9 @@ def _leaf_node() -> Any:
 
 
 def sum_of(x: Tensor, residual: Tensor | None, edit: Edit, norm: Norm | None = None) -> tuple[Tensor, Handover]:
-    """`residual + dropout(edit(x))`, and what `norm_of` takes, which may be the norm already.
+    """`residual + dropout(edit(x))`, and the argument of `norm_of`, which may contain the norm already.
 
-    Arguments as of :func:`red_kernels.ops.fused.edit_add_norm`.
+    Arguments as in :func:`red_kernels.ops.fused.edit_add_norm`.
     """
     if residual is not None and residual.dtype != x.dtype:
         x, residual = of_one_dtype(x, residual)
@@ -100,7 +100,7 @@ def sum_of(x: Tensor, residual: Tensor | None, edit: Edit, norm: Norm | None = N
     handover = Handover(edit, norm)
     mixed = edit.kind.kernel == "mix"
     vectors = mix_of_edit(edit)[:3] if mixed else flat_edit(edit)[:2]
-    leaf = None  # it must not be the one thing that asks for gradients
+    leaf = None  # it must not be the only input that requires gradients
     if any(tensor is not None and tensor.requires_grad for tensor in (x, residual, *vectors)):
         _leaf_node()
         leaf = _leaf()
@@ -118,7 +118,7 @@ def norm_of(z: Tensor, handover: Handover, norm: Norm) -> Tensor:
 
 
 class SumFunction(Function):
-    """``apply(x, residual, scale, bias, leaf, handover) -> z``; ``leaf`` only tells a backward pass for all leaves."""
+    """``apply(x, residual, scale, bias, leaf, handover) -> z``; ``leaf`` identifies a backward pass for all leaves."""
 
     @staticmethod
     def forward(
@@ -211,7 +211,7 @@ class NormOfSumFunction(Function):
         backend = choose(z, "edit_norm")
         remember(ctx, choose_backward(z, "edit_norm", backend), _BARE)
         if handover.normed is None:
-            # Of the sum itself: what it was made of may have been changed in place since.
+            # Of the sum itself: its inputs may have been changed in place since.
             y, _, mean, rstd = backend.operations.edit_norm_forward(z, None, _BARE, norm, False)
         else:
             y, mean, rstd = handover.normed
@@ -229,7 +229,7 @@ class NormOfSumFunction(Function):
         if dy is None:
             return None, None, None, None, None
         need, handover = ctx.needs_input_grad, ctx.handover
-        if torch.is_grad_enabled() or not need[0] or not handover.may_hand_over():  # each node by itself
+        if torch.is_grad_enabled() or not need[0] or not handover.may_hand_over():  # each node computes its own part
             return *derivative(ctx, norm_backward, grads), None, None
         saved = ctx.saved_tensors
         handover.handed[torch._C._current_graph_task_id()] = (dy, *saved, ctx.norm, ctx.norm_dtypes)

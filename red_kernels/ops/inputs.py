@@ -1,4 +1,4 @@
-"""What operations make of their inputs before they run: one dtype, and the seed of a dropout."""
+"""The inputs of operations before they run: one dtype, and the seed of a dropout."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["drawn_dropout", "of_one_dtype"]
 
 
 def drawn_dropout(p: float, training: bool, like: Tensor) -> Dropout | None:
-    """A dropout whose seed is drawn from torch's generator of the device of ``like``; None for none.
+    """A dropout whose seed comes from torch's generator on the device of ``like``; None for none.
 
     So a recomputation under activation checkpointing, which restores the generator, drops the same elements. Raises
-    ValueError for what is no probability.
+    ValueError if ``dropout_p`` is not a probability.
     """
     if not training or p == 0.0:
         return None
@@ -27,6 +27,6 @@ def drawn_dropout(p: float, training: bool, like: Tensor) -> Dropout | None:
 
 
 def of_one_dtype(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype that their sum has."""
+    """Both in the dtype of their sum."""
     dtype = torch.promote_types(x.dtype, residual.dtype)
     return x.to(dtype), residual.to(dtype)

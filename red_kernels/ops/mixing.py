@@ -48,7 +48,7 @@ def mix(
     blocks: int = 0,
     edit_ids: Tensor | None = None,
 ) -> Tensor:
-    """A rotation (``blocks=0``) or reflections of ``x``, of its shape and dtype. See :func:`mix_add`."""
+    """A rotation (``blocks=0``) or reflections of ``x``, with its shape and dtype. See :func:`mix_add`."""
     return mixed(x, None, _checked(x, None, first, second, bias, blocks, edit_ids))
 
 
@@ -161,7 +161,7 @@ def _checked(
 
 
 def mixed(x: Tensor, residual: Tensor | None, own: Mix) -> Tensor:
-    """:func:`mix_add` of a bundle that nobody checks."""
+    """:func:`mix_add` of a bundle, without checks."""
     if residual is not None and residual.dtype != x.dtype:
         x, residual = of_one_dtype(x, residual)
     if _plainly(x, residual, *own[:3]):
@@ -170,7 +170,7 @@ def mixed(x: Tensor, residual: Tensor | None, own: Mix) -> Tensor:
 
 
 def mixed_norm(x: Tensor, residual: Tensor | None, own: Mix, norm: Norm) -> tuple[Tensor, Tensor]:
-    """The same with a norm behind it, as ``(y, z)``."""
+    """The same with a norm behind the sum, as ``(y, z)``."""
     if residual is not None and residual.dtype != x.dtype:
         x, residual = of_one_dtype(x, residual)
     if _plainly(x, residual, *own[:3], norm.weight, norm.bias):
@@ -179,7 +179,7 @@ def mixed_norm(x: Tensor, residual: Tensor | None, own: Mix, norm: Norm) -> tupl
 
 
 def _plainly(*tensors: Tensor | None) -> bool:
-    """Whether plain PyTorch has to do it: where somebody traces, the fusion is the compiler's."""
+    """Whether plain PyTorch must run: when a compiler traces, fusion is its task."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
     return bool(ambient() & (PLAIN + TANGENTS)) and plain_only(*tensors)
@@ -191,7 +191,7 @@ def _backend(x: Tensor, operation: str) -> Backend:
 
 
 def _remember(ctx: Any, backend: Backend, own: Mix) -> tuple[Tensor | None, Tensor | None]:
-    """What every backward needs beside its tensors. Returns the ids and the seed."""
+    """The context of every backward beside its tensors. Returns the ids and the seed."""
     ctx.backend, ctx.blocks = backend.name, own.blocks
     ctx.n_edits = 1 if own.ids is None else own.first.shape[0]
     ctx.vectors = tuple(None if vector is None else vector.dtype for vector in own[:3])
@@ -222,7 +222,7 @@ def mix_backward(ctx: Any, backend: Backend, saved: Saved, dz: Tensor | None) ->
     if dz is None or not any(needs):
         return None, None, None, None
     x, first, second, ids, seed = saved[:5]
-    if first is None:  # of the bias alone: any vector does
+    if first is None:  # only the bias is needed: any vector serves
         first = dz.new_zeros((ctx.n_edits, dz.shape[-1]) if ids is not None else dz.shape[-1:], dtype=torch.float32)
         second = first
     dx, *vectors = backend.operations.mix_backward(dz, x, _mix_of(ctx, first, second, ids, seed), ctx.n_edits, needs)
@@ -267,7 +267,7 @@ def mix_norm_backward(ctx: Any, backend: Backend, saved: Saved, dy: Tensor | Non
             ctx.needs = needs
         return dx, dz if needs[1] else None, *vectors, None, None
     norm, statistics = Norm(weight, None, *ctx.norm), Statistics(mean, rstd)
-    if torch.is_grad_enabled():  # recorded: the statistics depend on what they were taken of
+    if torch.is_grad_enabled():  # recorded: the statistics depend on their input
         statistics = Statistics(*reference.normalise(reference.wide(z), norm)[1:])
     if first is None:
         first = second = z.new_zeros(
@@ -292,7 +292,7 @@ def _to(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
 
 
 class MixFunction(Function):
-    """``apply(x, residual, first, second, bias, mix) -> z``; ``mix`` holds the vectors before it."""
+    """``apply(x, residual, first, second, bias, mix) -> z``; ``mix`` contains the vectors before it."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,7 @@
-"""Forward and backward of each pair of operations on bundles: what is saved and what is asked for.
+"""Forward and backward of each pair of operations on bundles: saved tensors and requested gradients.
 
 The only arithmetic here is the products of a linear layer's backward. ``ctx`` is the context of a
-``torch.autograd.Function``; :mod:`red_kernels.ops.autograd` has these.
+``torch.autograd.Function`` of :mod:`red_kernels.ops.autograd`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ..backends.arguments import Edit, Norm, Statistics, edit_of, flat_edit
 from ..backends.reference import statistics
 
 _transforms_active = torch._C._are_functorch_transforms_active
-Saved = tuple[Any, ...]  # what save_for_backward was given
+Saved = tuple[Any, ...]  # the arguments of save_for_backward
 Gradients = tuple[Tensor | None, ...]
-_made: Any = tuple.__new__  # of a NamedTuple, without a call of Python
+_made: Any = tuple.__new__  # builds a NamedTuple without a Python call
 FlatEdit = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def plain_only(*tensors: Tensor | None) -> bool:
-    """Whether an operation on these has to be plain PyTorch: under ``torch.func`` and for forward-mode derivatives."""
+    """Whether an operation on these must be plain PyTorch: under ``torch.func`` and for forward-mode derivatives."""
     if _transforms_active():
         return True
     return forward_ad._current_level >= 0 and forward_mode(*tensors)
@@ -35,13 +35,14 @@ def forward_mode(*tensors: Tensor | None) -> bool:
     """Whether one of the tensors has a tangent of an open ``torch.autograd.forward_ad.dual_level``."""
     if forward_ad._current_level < 0:
         return False
-    if torch.compiler.is_compiling():  # what is traced is for all tensors
+    if torch.compiler.is_compiling():  # a trace is for all tensors
         return True
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def remember(ctx: Any, backend: Backend, edit: Edit) -> FlatEdit:
-    """What every backward needs beside its tensors. Its backend by name: autograd's threads do not share the choice.
+    """The context of every backward beside its tensors. It stores the backend's name: autograd's threads do not share
+    the choice.
 
     Returns the edit's tensors one by one.
     """
@@ -74,7 +75,7 @@ def edit_backward(ctx: Any, backend: Backend, saved: Saved, dz: Tensor | None) -
 def _edit_grads(
     ctx: Any, backend: Backend, dz: Tensor, x: Tensor | None, edit: Edit, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    unchanged = needs[0] and _leaves(edit)  # then dx is dz, and nothing need be written
+    unchanged = needs[0] and _leaves(edit)  # then dx is dz, and needs no write
     asked = (needs[0] and not unchanged, needs[1], needs[2])
     dx = dscale = dbias = None
     if any(asked):
@@ -83,7 +84,7 @@ def _edit_grads(
 
 
 def _leaves(edit: Edit) -> bool:
-    """Whether an edit leaves the gradient of what it is applied to as it is."""
+    """Whether an edit leaves the gradient of its input unchanged."""
     return edit.dropout is None and edit.vectors["scale"] is None
 
 
@@ -95,7 +96,7 @@ def edit_norm_forward(
     y, z, mean, rstd = backend.operations.edit_norm_forward(x, residual, edit, norm, need_z)
     remember_norm(ctx, norm, needs)
     if any(needs):
-        recompute = not need_z  # without z, the edit is done again from what it was made of
+        recompute = not need_z  # without z, the backward computes the edit again from its inputs
         ctx.save_for_backward(
             z,
             x if needs[2] or recompute else None,
@@ -113,7 +114,7 @@ def edit_norm_forward(
 
 def remember_norm(ctx: Any, norm: Norm, needs: tuple[bool, ...]) -> None:
     weight, bias = norm.weight, norm.bias
-    ctx.norm, ctx.needs = norm[2:], needs  # what is no tensor
+    ctx.norm, ctx.needs = norm[2:], needs  # the rest, without tensors
     ctx.norm_dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
 
 
@@ -123,13 +124,13 @@ def edit_norm_backward(ctx: Any, backend: Backend, saved: Saved, dy: Tensor | No
         return None, None, None, None, None, None
     z, x, residual, scale, bias, weight, edit_ids, seed, mean, rstd = saved
     edit = edit_of(scale, bias, edit_ids, seed, ctx.dropout_p)
-    if dy is None:  # only z was used: the norm has no part in it
+    if dy is None:  # only z was used: the norm takes no part
         if dz is None:
             return None, None, None, None, None, None
         dx, dscale, dbias = _edit_grads(ctx, backend, dz, x, edit, (needs[0], needs[2], needs[3]))
         return dx, dz if needs[1] else None, dscale, dbias, None, None
     norm, found = _made(Norm, (weight, None, *ctx.norm)), _made(Statistics, (mean, rstd))
-    if torch.is_grad_enabled():  # recorded: the statistics depend on what they were taken of
+    if torch.is_grad_enabled():  # recorded: the statistics depend on their input
         found = statistics(z, x, residual, edit, norm)
     unchanged = needs[0] and _leaves(edit)  # dx and dresidual are one tensor: write it once
     asked = (needs[0] and not unchanged, needs[1] or unchanged, *needs[2:])
@@ -202,10 +203,11 @@ def _as(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
 
 
 def derivative(ctx: Any, backward: Any, grads: Gradients) -> Gradients:
-    """Run a backward, recorded where that can be.
+    """Run a backward, recorded if possible.
 
-    The reference's is plain PyTorch, which autograd records under ``create_graph=True``, and which takes tangents. The
-    kernels' results are marked under ``create_graph=True``, so that differentiating them again says why not.
+    The reference's backward is plain PyTorch: autograd records it under ``create_graph=True``, and it takes tangents.
+    The
+    kernels' results are marked under ``create_graph=True``, so that differentiating them again raises a clear error.
     """
     saved = ctx.saved_tensors  # once: checkpointing recomputes them, and only once
     if forward_ad._current_level >= 0 and forward_mode(*grads, *saved):
@@ -216,13 +218,13 @@ def derivative(ctx: Any, backward: Any, grads: Gradients) -> Gradients:
     with torch.no_grad():
         found = backward(ctx, backend, saved, *grads)
     name = _public_name(ctx)
-    # The mark hangs on all that the gradients depend on, so that no way to a second derivative goes past it.
+    # The mark depends on every input of the gradients, so every second derivative meets it.
     on = [t for t in (*grads, *saved) if t is not None and t.requires_grad]
     return tuple(None if g is None else _SecondDerivative.apply(name, g.detach(), *on) for g in found)
 
 
 def _public_name(ctx: Any) -> str:
-    """The name of the public Function that does what the Function of ``ctx`` does."""
+    """The name of the public Function with the same result as the Function of ``ctx``."""
     name = type(ctx).__name__.removesuffix("Backward")
     if name in ("BundledEditFunction", "SumFunction"):
         return "EditAddFunction"
@@ -233,7 +235,7 @@ def _public_name(ctx: Any) -> str:
 
 
 class _SecondDerivative(Function):
-    """Passes a first gradient through; its own backward is the error."""
+    """Passes a first gradient through; its own backward raises the error."""
 
     @staticmethod
     def forward(ctx: Any, name: str, gradient: Tensor, *on: Tensor) -> Tensor:
@@ -247,6 +249,6 @@ class _SecondDerivative(Function):
 
 def _no_second_derivative(name: str) -> RuntimeError:
     return RuntimeError(
-        f"{name} has no second derivative: kernels can be differentiated once. Where a second derivative is needed, "
-        "run the forward under rk.backend('reference'), or all of it with RED_KERNELS_BACKEND=reference"
+        f"{name} has no second derivative: kernels can be differentiated once. For a second derivative, run the "
+        "forward under rk.backend('reference'), or the process with RED_KERNELS_BACKEND=reference"
     )

@@ -1,4 +1,4 @@
-"""The backward of a node in C++ (csrc/nodes) where it is recorded, or takes tangents: that of Python's Function."""
+"""The recorded or tangent-taking backward of a C++ node (csrc/nodes): that of the Python Function."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DTYPES = {5: torch.float16, 6: torch.float32, 7: torch.float64, 15: torch.bfloa
 
 
 class _Kind(NamedTuple):
-    """What a kind of node in C++ is in Python.
+    """The Python side of a kind of C++ node.
 
     Attributes:
         name: of the Function.

@@ -1,1 +1,1 @@
-"""Patching a model: finding its sites, planning, making its layers run fused, and taking all of it back."""
+"""Patching a model: finding its sites, planning, making its layers run fused, and undoing all of it."""

@@ -1,4 +1,4 @@
-"""The classes of patched blocks, stacks and norms: subclasses of the same name, pickled by what they are made from."""
+"""The classes of patched blocks, stacks and norms: subclasses with the original's name, pickled by their base class."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from .watch import check_layer
 __all__ = ["carry", "is_patched", "patch_dropout", "patch_norm", "patch_scope", "prepare_classes", "unpatch_module"]
 
 _NORM, _SCOPE, _DROPOUT = "norm", "scope", "drop"
-# What pickles of earlier releases call them; all else was a block with a forward of its own.
+# Names in pickles of earlier releases; any other name is a block with its own forward.
 _FORMER = {"": _NORM, "stack": _SCOPE}
-_FORMER_DROPOUT = "dropout"  # which needs no class of ours any more
+_FORMER_DROPOUT = "dropout"  # which no longer needs a class of ours
 prepare(check_layer)
 _classes: dict[tuple[type, str, Callable[..., Any]], type[nn.Module]] = {}
 
 
 def prepare_classes(scopes: list[nn.Module], norms: list[nn.Module], dropouts: list[nn.Module]) -> None:
-    """Make the classes that all of these take, so that an error of making them changes nothing yet."""
+    """Make the classes for all of these modules, so that an error occurs before any change."""
     for modules, key in ((scopes, _SCOPE), (norms, _NORM), (dropouts, _DROPOUT)):
         for module in modules:
             if not is_patched(module):
@@ -42,7 +42,7 @@ def prepare_classes(scopes: list[nn.Module], norms: list[nn.Module], dropouts: l
 
 
 def patch_scope(module: nn.Module, stack: bool) -> None:
-    """Make a block, or a stack of blocks, say while its forward runs, and settle what leaves it."""
+    """Make a block, or a stack of blocks, mark its running forward, and settle the values that leave it."""
     if is_patched(module):
         return
     _set_class(module, _patched_class(type(module), _SCOPE))
@@ -50,9 +50,9 @@ def patch_scope(module: nn.Module, stack: bool) -> None:
 
 
 def patch_norm(norm: nn.Module, behind: tuple[RedEdit, nn.Module] | None = None) -> bool:
-    """Make a norm take waiting values and notes, and apply the edit of its output; whether it can.
+    """Make a norm take waiting values and notes, and apply the edit of its output. Returns whether it can.
 
-    `behind` is the edit of a site whose output is the norm's, and that site.
+    `behind` is the edit of a site whose output is the norm's output, and that site.
     """
     spec = norm_spec(norm)
     if spec is None:
@@ -66,13 +66,13 @@ def patch_norm(norm: nn.Module, behind: tuple[RedEdit, nn.Module] | None = None)
 
 
 def patch_dropout(dropout: nn.Module) -> None:
-    """Let a dropout take a waiting value without asking torch which class of tensors does."""
+    """Let a dropout take a waiting value without torch's dispatch by class."""
     if nodes.run_scope is not None and not is_patched(dropout):
         _set_class(dropout, _patched_class(type(dropout), _DROPOUT))
 
 
 def carry(module: nn.Module, own: RedEdit) -> None:
-    """Let the output of an unedited projection wait, as those of the sites do; `own` is an edit of its layer."""
+    """Let the output of an unedited projection wait, like that of a site; `own` is an edit of its layer."""
     if carry_hook not in module._forward_hooks.values():
         module.__dict__[CARRIER] = own
         nn.Module.register_forward_hook(module, carry_hook, prepend=True)
@@ -84,7 +84,7 @@ def is_patched(module: nn.Module) -> bool:
 
 
 def unpatch_module(module: nn.Module) -> None:
-    """Give a module back the class it had, and take off what makes its output wait; nothing if it is not patched."""
+    """Give a module its former class back, and stop its output from waiting; no-op for an unpatched module."""
     for name in (RECORDS, *LEFT):
         module.__dict__.pop(name, None)
     if module.__dict__.pop(CARRIER, None) is not None:
@@ -121,7 +121,7 @@ def _reduce_ex(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     ours = next(kind for kind in type(self).__mro__ if BASE in kind.__dict__)
     base: type[nn.Module] = ours.__dict__[BASE]
     reduced: Any = base.__reduce_ex__(self, protocol)
-    if ours is not type(self):  # somebody has made a subclass of ours
+    if ours is not type(self):  # another class derives from ours
         return reduced
     return _restore, (base, ours.__dict__["_red_kernels_key"]), *reduced[2:]
 
@@ -200,7 +200,7 @@ def _scope_forward(base: type[nn.Module]) -> Callable[..., Any]:
 def _run(
     block: nn.Module, base: type[nn.Module], verdict: Verdict, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    if torch.compiler.is_compiling() or ambient() & (PLAIN + TANGENTS):  # there nothing waits
+    if torch.compiler.is_compiling() or ambient() & (PLAIN + TANGENTS):  # no value waits there
         return base.forward(block, *args, **kwargs)
     scopes = here.scopes
     depth = len(scopes)

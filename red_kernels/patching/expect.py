@@ -1,4 +1,4 @@
-"""What a patched model is going to fuse, before it runs: a forward of its twin on tensors without values."""
+"""The expected fusion of a patched model before it runs: a forward of its twin on tensors without values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .report import what_of
 
 __all__ = ["expected"]
 
-_MOST = 0.5  # seconds of the processor for the forward, with all attempts at it; other programs do not count
+_MOST = 0.5  # seconds of CPU time for all attempts at the forward
 
 
 class _TooLate(Exception):
@@ -31,18 +31,18 @@ class _TooLate(Exception):
 
 
 def expected(model: nn.Module, example: Any = None) -> dict[str, tuple[str | None, str]]:
-    """What each site's edit is fused with, and the reason why not; nothing where that cannot be told in half a second.
+    """The expected fusion of each site's edit, or the reason for none; empty if half a second does not suffice.
 
     Args:
-        model: patched; it is not run, and no random numbers are used up.
-        example: what it is called with, a dict of arguments or one argument; None for its own `dummy_inputs`.
+        model: patched; it does not run, and no random numbers are drawn.
+        example: the arguments of its call, as a dict or a single one; None for its own `dummy_inputs`.
     """
     given = _dummy(model) if example is None else example
     if given is None:
         return {}
     try:
         twin = _twin(model)
-    except Exception:  # of a class of somebody's own
+    except Exception:  # raised by a foreign class
         return {}
     until = time.thread_time() + _MOST
     with _aside():
@@ -52,13 +52,13 @@ def expected(model: nn.Module, example: Any = None) -> dict[str, tuple[str | Non
                 break
             except _TooLate:
                 return {}
-            except Exception:  # what depends on values has none
+            except Exception:  # a dependence on values has none
                 continue
     return {site: found for site, own in edit_modules(twin).items() if (found := what_of(own)) is not None}
 
 
 def _attempts(twin: nn.Module, example: Any) -> Iterator[tuple[Any, bool]]:
-    """What to call a twin with, and whether its integers keep their values, which some models look into."""
+    """The arguments of a twin's call, and whether its integers keep their values, which some models read."""
     yield example, False
     if isinstance(example, Mapping):
         ids = example.get("input_ids")
@@ -73,7 +73,7 @@ def _attempts(twin: nn.Module, example: Any) -> Iterator[tuple[Any, bool]]:
 
 
 def _without_masks(example: Any) -> Any:
-    """The same without the masks in it, in a batch that is the one argument too; None where there is no batch."""
+    """The same without masks, also if the batch is the only argument; None if there is no batch."""
     if isinstance(example, Mapping):
         return {name: value for name, value in example.items() if "mask" not in name}
     if isinstance(example, (tuple, list)):
@@ -83,7 +83,7 @@ def _without_masks(example: Any) -> Any:
 
 
 def _dummy(model: nn.Module) -> Any:
-    """What transformers calls a model with to try it, and what its forward takes of that."""
+    """transformers' trial arguments of a model, as far as its forward accepts them."""
     if not hasattr(model, "dummy_inputs"):
         return None
     try:
@@ -101,7 +101,7 @@ def _dummy(model: nn.Module) -> Any:
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """A copy without memory for its tensors, and without hooks of others."""
+    """A copy without memory for its tensors, and without foreign hooks."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         if not _is_plain(parameter):
@@ -131,13 +131,13 @@ def _is_plain(parameter: Tensor | None) -> bool:
 
 
 def _of_width(width: int, x: Tensor) -> Tensor:
-    """In the place of a quantised layer, of which only the width of the output matters."""
+    """Replaces a quantised layer, of which only the output's width matters."""
     return x.new_empty(*x.shape[:-1], width)
 
 
 @contextlib.contextmanager
 def _aside() -> Iterator[None]:
-    """Without a trace in what the caller has: random numbers, warnings, grad mode."""
+    """Leaves the caller's random numbers, warnings and grad mode unchanged."""
     python = random.getstate()
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.inference_mode(False):
         warnings.simplefilter("ignore")
@@ -179,13 +179,13 @@ def _run(twin: nn.Module, until: float, example: Any, integers: bool) -> None:
 
 
 def _outer(twin: nn.Module) -> list[nn.Module]:
-    """Entries of lists: where the time is looked at."""
+    """Entries of lists, at which the time is checked."""
     lists = [module for module in twin.modules() if isinstance(module, nn.ModuleList)]
     return list(dict.fromkeys(child for one in lists for child in one if len(list(child.children())) > 1))
 
 
 def _bypass_experts(twin: nn.Module) -> None:
-    """Which expert takes a token depends on values: let a mixture return what it gets."""
+    """The expert of a token depends on values, so a mixture returns its input."""
     for name in experts_in(twin):
         module = twin.get_submodule(name)
         module.forward = lambda hidden, *args, **kwargs: hidden

@@ -1,8 +1,8 @@
-"""The head of a model, which lies outside of the base model that is edited: finding it, and training it too.
+"""The head of a model, outside of the edited base model: finding it and training it.
 
-A task head (a classifier, a question answerer, a value head) is usually drawn at random when the model is loaded and
-has to be trained; a patch freezes it with the base model unless it is asked not to. The head of a language model is no
-task head: it maps to the vocabulary that the model reads, and comes with the checkpoint.
+A task head (a classifier, a question answerer, a value head) is usually random when the model is loaded, so it has to
+be trained. A patch freezes it with the base model, unless `train_head` is set. The head of a language model is not a
+task head: it maps to the vocabulary of the input embeddings, and comes with the checkpoint.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from ..support.text import listed
 
 __all__ = ["Head", "find_head", "make_trainable", "release_head"]
 
-_FORMER = "_red_kernels_head"  # in a module of the head: parameter name to its dtype and requires_grad before
-_LABELS = ("labels", "start_positions")  # what the forwards of transformers' models with a head take
+_FORMER = "_red_kernels_head"  # in a head's module: parameter name to its former dtype and requires_grad
+_LABELS = ("labels", "start_positions")  # arguments of transformers' models with a head
 
 
 @dataclass(frozen=True)
 class Head:
-    """What a patch does with a model's head.
+    """The treatment of a model's head in a patch.
 
     Attributes:
         trained: the parameters that stay trainable, by name.
         were_trainable: the names of those of them that were trainable before.
         trained_modules: the outermost modules of these.
         frozen_modules: the outermost modules of a task head that is frozen.
-        around: ids of the modules that hold the base model as well.
+        around: ids of the modules that contain the base model as well.
     """
 
     trained: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -43,22 +43,22 @@ class Head:
     around: frozenset[int] = frozenset()
 
     def train(self, model: nn.Module) -> None:
-        """Make the head trainable after all has been frozen; `release_head` takes it back."""
+        """Make the head trainable after all parameters were frozen; `release_head` undoes it."""
         make_trainable(model, self.trained, self.were_trainable, self.around)
 
 
 def find_head(model: nn.Module, sites: Iterable[str], config: RedConfig) -> Head:
-    """What `rk.patch` will do with the head of a model whose parameters are as they were. Nothing is changed.
+    """The planned treatment of the head of a model whose parameters are unchanged. It changes nothing.
 
     Args:
-        model: the model that is to be patched.
+        model: the model to patch.
         sites: the names of its sites.
-        config: what was asked for; with `train_head` the head stays trainable: those of its parameters that are
-            trainable now, or all where none is.
+        config: with `train_head` the head stays trainable: its parameters that are trainable now, or all of them if
+        none is.
 
     Raises:
-        ValueError: `train_head`, and the model has nothing outside of its base model, none that is known, or a head of
-            integers (quantised), which cannot be trained.
+        ValueError: `train_head`, but the model has no parameters outside its base model, an unknown base model, or a
+        quantised (integer) head, which cannot be trained.
     """
     bodies, holders = _bodies(model, sites)
     inside = {id(own) for body in bodies for own in body.parameters()}
@@ -69,8 +69,8 @@ def find_head(model: nn.Module, sites: Iterable[str], config: RedConfig) -> Head
         return Head(frozen_modules=_outermost(model, task))
     if not outside:
         raise ValueError(
-            f"train_head: {type(model).__name__} has no parameters outside of its base model that could be called a "
-            "head; patch without it, and set requires_grad of what is to be trained"
+            f"train_head: {type(model).__name__} has no parameters outside its base model, so it has no head; "
+            "patch without it, and set requires_grad of the parameters to train"
         )
     packed = [name for name, own in outside.items() if not own.is_floating_point()]
     if packed:
@@ -94,10 +94,10 @@ def make_trainable(
     Modules whose parameters turn to fp32 take their inputs in that dtype.
 
     Args:
-        model: which holds them.
+        model: it contains them.
         parameters: name in the model to parameter.
         were_trainable: the names of those that `release_head` leaves trainable.
-        around: ids of modules whose own parameters keep their dtype, since their inputs go to others as well.
+        around: ids of modules whose own parameters keep their dtype, since other modules read the same inputs.
     """
     before, kept = set(were_trainable), set(around)
     for prefix, module in model.named_modules():
@@ -119,7 +119,7 @@ def make_trainable(
 
 
 def release_head(model: nn.Module) -> None:
-    """Take `make_trainable` back: the dtypes (trained values are rounded), `requires_grad` and the hooks."""
+    """Undo `make_trainable`: the dtypes (trained values are rounded), `requires_grad` and the hooks."""
     for module in model.modules():
         for name, (dtype, trainable) in module.__dict__.pop(_FORMER, {}).items():
             own = module._parameters.get(name)
@@ -147,7 +147,7 @@ def _as_weights(
 
 
 def _bodies(model: nn.Module, sites: Iterable[str]) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The base models that hold the sites, and transformers' models around these; nothing where a site has no base."""
+    """The base models that contain the sites, and transformers' models around them; empty if a site has no base."""
     bodies: dict[int, nn.Module] = {}
     holders: dict[int, nn.Module] = {}
     for site in sites:
@@ -155,7 +155,7 @@ def _bodies(model: nn.Module, sites: Iterable[str]) -> tuple[list[nn.Module], li
         for part in filter(None, site.split(".")):
             path.append(path[-1]._modules[part])  # type: ignore[arg-type]
         body: nn.Module | None = None
-        below = False  # of a model that has a head but does not name its base model
+        below = False  # a model with a head that does not name its base model
         for module in path:
             if not _is_transformers(module):
                 body = module if below else None
@@ -187,7 +187,7 @@ def _takes_labels(module: nn.Module) -> bool:
 
 
 def _is_language_model(model: Any) -> bool:
-    """Whether a model maps its hidden states to the vocabulary that it reads."""
+    """Whether a model maps its hidden states to its input vocabulary."""
     try:
         read, written = model.get_input_embeddings(), model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
@@ -197,7 +197,7 @@ def _is_language_model(model: Any) -> bool:
 
 
 def _outermost(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tuple[str, ...]:
-    """The outermost modules that hold nothing else, and parameters that are in none, by name."""
+    """The outermost modules with nothing but these parameters, and the parameters in no such module, by name."""
     chosen = {id(own) for own in parameters.values()}
     found: list[str] = []
 

@@ -1,4 +1,4 @@
-"""What can be told of a module from outside: the width of its output, its device, its wrapper, its experts."""
+"""Facts about a module from outside: the width of its output, its device, its wrapper, its experts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["device_of", "experts_in", "experts_remark", "input_width", "linear_p
 
 
 def output_width(module: nn.Module) -> int | None:
-    """The width of a module's one output tensor, where it can be told: linear layers of any make, and norms."""
+    """The width of a module's one output tensor, if known: linear layers of any type, and norms."""
     for name in ("out_features", "nf"):
         width = getattr(module, name, None)
         if isinstance(width, int) and width > 0:
@@ -28,7 +28,7 @@ def output_width(module: nn.Module) -> int | None:
 
 
 def input_width(module: nn.Module) -> int | None:
-    """The width of what a linear layer of any make is given; None for other modules."""
+    """The input width of a linear layer of any type; None for other modules."""
     if output_width(module) is None:
         return None
     for name in ("in_features", "nx"):
@@ -39,10 +39,10 @@ def input_width(module: nn.Module) -> int | None:
 
 
 def device_of(site: nn.Module, model: nn.Module) -> torch.device:
-    """Where the vectors of a site belong: beside its tensors, or without any beside the model's."""
+    """The device of a site's vectors: that of its tensors, or of the model's if it has none."""
     tensors = (*site.parameters(), *site.buffers())
     device = tensors[0].device if tensors else next((p.device for p in model.parameters()), torch.device("cpu"))
-    # accelerate keeps the weights elsewhere, and brings them here for the call of the site or of a part of it
+    # accelerate stores the weights elsewhere, and moves them here for a call of the site or a part of it
     for module in site.modules() if device.type == "meta" else ():
         hook = getattr(module, "_hf_hook", None)
         for one in (hook, *getattr(hook, "hooks", ())):

@@ -1,7 +1,7 @@
-"""The edit written plainly in eager PyTorch, by forward hooks: the peer that the fused operations are compared with.
+"""The edit in eager PyTorch, by forward hooks: the peer of the fused operations.
 
-This is how RED (arXiv 2402.15179) is usually written: the output of a module is multiplied and shifted, two passes over
-the whole activation, before the model goes on with its own residual addition and norm. Nothing here is fused.
+RED (arXiv 2402.15179) is usually written like this. A module's output is multiplied and shifted, in two passes over the
+whole activation, before the model's own residual addition and norm. Nothing here is fused.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = ["NaiveEdits", "naive_edit"]
 
 
 class NaiveEdits:
-    """Edits that hang on a model as forward hooks; a context manager that takes them off at its end.
+    """Edits of a model by forward hooks; a context manager that removes them at its end.
 
     Attributes:
-        parameters: site to part to Parameter, as the kind of edit has them. They are not registered in the model: its
-            `state_dict` and `parameters()` stay as they were.
+        parameters: site to part to Parameter, as the kind of edit defines them. They are not registered in the model:
+            its `state_dict` and `parameters()` are unchanged.
         active: False lets the model run unedited until it is True again.
     """
 
@@ -72,11 +72,11 @@ class NaiveEdits:
         return hook
 
     def vectors(self) -> list[nn.Parameter]:
-        """All vectors in one list, as an optimizer takes them."""
+        """All vectors in one list, for an optimizer."""
         return list(dict.fromkeys(vector for parts in self.parameters.values() for vector in parts.values()))
 
     def remove(self) -> None:
-        """Take the hooks off and give the base parameters their former `requires_grad`; a second call does nothing."""
+        """Remove the hooks and restore `requires_grad` of the base parameters; a second call does nothing."""
         if not self._handles:
             return
         for handle in self._handles:
@@ -108,16 +108,16 @@ def naive_edit(
         model: the base model; it must not be patched.
         sites: names of modules whose output is one tensor `(..., width)`, or a tuple that begins with it.
         kind: as in `RedConfig`.
-        dtype: of the vectors. The output keeps the dtype of `h`, whatever this is.
+        dtype: of the vectors. The output keeps the dtype of `h`.
         widths: site to width, for modules other than linear layers, transformers' `Conv1D` and norms.
-        inputs: those of the sites whose input is edited, and not their output.
+        inputs: the sites whose input is edited instead of their output.
 
     Returns:
-        The `NaiveEdits`, which holds the vectors and takes the edits off again.
+        The `NaiveEdits`, which contains the vectors and can remove the edits.
 
     Raises:
-        ValueError: no sites, an unknown site or kind, one that reads more than its site's output (`"initial"`), or a
-            site whose width cannot be told. Nothing is changed then.
+        ValueError: no sites, an unknown site or kind, a kind that reads more than its site's output (`"initial"`), or
+        a site of unknown width. Nothing is changed then.
     """
     if not is_kind(kind):
         raise ValueError(f"kind: got {kind!r}, expected one of {kind_names()}")
@@ -125,9 +125,7 @@ def naive_edit(
     if not names:
         raise ValueError("sites: got none, expected at least one module name")
     if "initial" in own.context:
-        raise ValueError(
-            f"kind: {kind!r} reads what the first layer of a stack is given, which a plain hook is not told"
-        )
+        raise ValueError(f"kind: {kind!r} reads the input of a stack's first layer, which a plain hook does not get")
     inputs = names if own.on_input else inputs
     modules = dict(model.named_modules())
     parameters: dict[str, dict[str, nn.Parameter]] = {}
@@ -139,7 +137,7 @@ def naive_edit(
         width = (widths or {}).get(site, told)
         if width is None:
             what = f"{site!r} is a {type(modules[site]).__name__}"
-            raise ValueError(f"sites: {what}, whose width cannot be told; give it in widths")
+            raise ValueError(f"sites: {what}, whose width is unknown; pass it in widths")
         parameter = next(chain(modules[site].parameters(), model.parameters()), None)
         device = "cpu" if parameter is None else parameter.device
         refuse_site(own, modules[site], width, f"sites: {site!r}", site in inputs)

@@ -1,4 +1,4 @@
-"""Patching a model: its sites get vectors, its layers run the fused operations, and all of it can be taken back."""
+"""Patching a model: its sites get vectors, its layers run the fused operations, and `unpatch` undoes all of it."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ __all__ = ["attach", "edit_config", "fuse", "patch", "patch_with", "unpatch"]
 def patch(model: nn.Module, config: RedConfig | None = None, *, example: Any = None) -> PatchReport:
     """Edit a model in place, as RED does (arXiv 2402.15179): freeze it and give each site a trainable scale and bias.
 
-    A site is the module whose output is edited (at position `"ia3"` also one whose input is); it gets a child
-    `red_edit` with the Parameters `scale` and `bias` of shape `(width,)`, on its device. The sites are found by the
-    structure of the model, whatever its architecture. The edit is applied by the addition and the norm that take the
-    site's output, in one pass; where something else takes it, the edit runs by itself. Only this instance is touched.
-    No random numbers are used up.
+    A site is the module whose output is edited; at position `"ia3"` it may also be one whose input is edited. It gets a
+    child `red_edit` with the Parameters `scale` and `bias` of shape `(width,)`, on its device. The structure of the
+    model determines the sites, whatever its architecture. The addition and the norm behind a site apply its edit in one
+    pass. If another function takes the output, the edit is a pass of its own. Only this instance is changed. No random
+    numbers are drawn.
 
     Args:
         model: any model whose layers have an FFN or an attention, or modules named by `config.sites`. Patch before
             wrapping it for distributed training.
-        config: what to edit; `RedConfig()` if None.
-        example: what the model is called with: a dict of arguments, a tuple of them, or one. With it the report says
-            what will be fused before the first forward; models of transformers need none.
+        config: the position, the kind and more; `RedConfig()` if None.
+        example: the arguments of a call of the model: a dict, a tuple, or a single one. With it the report states the
+            expected fusion before the first forward; transformers' models need none.
 
     Returns:
         A `PatchReport`; `print` shows a table.
 
     Raises:
-        TypeError: model or config is something else.
-        ValueError: the model is patched already, has no sites, or none of the layers, stacks or sites asked for; one
-            layer is in two places; or there is no head to train (`train_head`). Nothing is changed then.
+        TypeError: model or config has another type.
+        ValueError: the model is patched already, has no sites, or none of the requested layers, stacks or sites; one
+            layer is in two places; or it has no head to train (`train_head`). Nothing is changed then.
     """
     return patch_with(model, config, {}, stacklevel=3, example=example)
 
@@ -68,7 +68,7 @@ def patch_with(
     stacklevel: int = 2,
     example: Any = None,
 ) -> PatchReport:
-    """As `patch`, with the edits that sites of these names had before; the other sites get new ones."""
+    """As `patch`, with the former edits of sites of these names; the other sites get new ones."""
     config = RedConfig() if config is None else config
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
@@ -80,7 +80,7 @@ def patch_with(
         refuse_site(config.edit_kind, site.module, site.width, f"model: {site.report.site}", site.on_input)
     splits = _splits(model, plan.sites, config)
     head = find_head(model, [site.report.site for site in plan.sites], config)
-    with torch.inference_mode(False):  # what is made in inference mode can never be trained
+    with torch.inference_mode(False):  # a Parameter made in inference mode can never be trained
         made = _made(plan.sites, config, edits, splits)
     prepare_classes([*plan.blocks, *plan.stacks], plan.norms, plan.dropouts)
     parameters = {name: own for name, own in model.named_parameters() if own.requires_grad}
@@ -104,7 +104,7 @@ def patch_with(
         wrap_saving(model, [site.report.site for site in plan.sites], config)
         watch(model, [_watched(site, edit) for site, edit in zip(plan.sites, made, strict=True)])
         foreseen = expected(model, example)
-    except BaseException:  # of a class or a Parameter that somebody has made
+    except BaseException:  # raised by a foreign class or Parameter
         _take_back(model, state)
         raise
     for text in plan.warnings:
@@ -124,7 +124,7 @@ def patch_with(
 
 
 def _splits(model: nn.Module, sites: list[PlannedSite], config: RedConfig) -> list[Split | None]:
-    """How tensor parallelism splits the sites; for each None where the model is whole in this process."""
+    """How tensor parallelism splits the sites; None for each if the model is whole in this process."""
     mesh = mesh_of(model)
     return [None] * len(sites) if mesh is None else [*split_of(model, sites, config.edit_kind, mesh)]
 
@@ -132,7 +132,7 @@ def _splits(model: nn.Module, sites: list[PlannedSite], config: RedConfig) -> li
 def _made(
     sites: list[PlannedSite], config: RedConfig, edits: Mapping[str, RedEdit], splits: list[Split | None]
 ) -> list[RedEdit]:
-    """The edits of the sites: those that they had before, and else new ones."""
+    """The edits of the sites: their former ones, or new ones."""
     selection, kind = Selection(), config.edit_kind
     made: list[RedEdit] = []
     leads: dict[int, RedEdit] = {}
@@ -159,18 +159,18 @@ def _foreseen(site: SiteReport, found: Mapping[str, tuple[str | None, str]]) -> 
     if site.of_input:
         return replace(site, reason="; ".join(filter(None, (site.reason or IN_FRONT, site.remark))))
     if site.site not in found:
-        unknown = site.reason or "what it is fused with is known after the first forward"
+        unknown = site.reason or "its fusion is known after the first forward"
         return replace(site, reason="; ".join(filter(None, (unknown, site.remark))))
     fused, reason = found[site.site]
     return replace(site, fused=fused, reason="; ".join(filter(None, (reason or site.reason, site.remark))))
 
 
 def unpatch(model: nn.Module) -> None:
-    """Take a patch back: the classes, forwards and `requires_grad` are what they were, the vectors are gone.
+    """Undo a patch: restore classes, forwards and `requires_grad`, and remove the vectors.
 
     Raises:
-        ValueError: the model is not patched, or was wrapped for distributed training since, or a patched layer in
-            some other way. Nothing is changed then.
+        ValueError: the model is not patched, or was wrapped for distributed training since, or a patched layer was
+            wrapped otherwise. Nothing is changed then.
     """
     patches = patches_of(model)
     for name, module in model.named_modules():
@@ -192,23 +192,23 @@ def edit_config(model: nn.Module) -> RedConfig:
     """The config that a model was patched with.
 
     Raises:
-        ValueError: the model is not patched, its parts were patched by different configs, or a site was replaced since
-            or has lost its hook.
+        ValueError: the model is not patched, its parts were patched by different configs, or a site was replaced or has
+            lost its hook.
     """
     patches = patches_of(model)
     for holder, _ in patches.values():
         wrong, left_out = missing(holder)
         if wrong:
             raise ValueError(
-                f"model: edits that rk.patch made are gone: {listed(wrong)}; call rk.unpatch and patch it anew"
+                f"model: edits that rk.patch made are gone: {listed(wrong)}; call rk.unpatch and patch it again"
             )
         if left_out:
-            warnings.warn(f"the layers of the edits at {listed(left_out)} are not in the model any more", stacklevel=3)
+            warnings.warn(f"the layers of the edits at {listed(left_out)} are no longer in the model", stacklevel=3)
     configs = [state.config for _, state in patches.values()]
     if any(config != configs[0] for config in configs):
         raise ValueError(
             f"model: the parts of this {type(model).__name__} were patched by different configs: "
-            f"{listed(list(patches))}; take each by itself"
+            f"{listed(list(patches))}; pass each part by itself"
         )
     return configs[0]
 
@@ -216,8 +216,8 @@ def edit_config(model: nn.Module) -> RedConfig:
 def attach(site: PlannedSite, edit: RedEdit, parallel: bool = False) -> None:
     """Give a site its vectors and the hook that applies them.
 
-    With `parallel` the module's other hooks may turn this process's part into a DTensor and back; the edit is of the
-    plain tensor outside of these.
+    With `parallel`, other hooks of the module may turn this process's part into a DTensor and back; the edit is of the
+    plain tensor outside of these hooks.
     """
     edit.train(site.module.training)
     edit.of_tuple, edit.place, edit.on_input = site.of_tuple, site.place, site.on_input
@@ -236,7 +236,7 @@ def attach(site: PlannedSite, edit: RedEdit, parallel: bool = False) -> None:
 
 
 def fuse(plan: Plan) -> None:
-    """Let values wait in the planned blocks, and the norms take them."""
+    """Let values wait in the planned blocks, and let the norms take them."""
     for module in plan.stacks:
         patch_scope(module, stack=True)
     for module in plan.blocks:
@@ -259,8 +259,8 @@ def fuse(plan: Plan) -> None:
 def _check_free(site: PlannedSite) -> None:
     if NAME in site.module._modules or hasattr(site.module, NAME):
         raise ValueError(
-            f"model: {site.report.site}, a {type(site.module).__name__}, has an attribute {NAME!r} of its own, where "
-            "the edit would be; rename that, or choose other layers by layers="
+            f"model: {site.report.site}, a {type(site.module).__name__}, has an attribute {NAME!r} of its own, the "
+            "name of the edit; rename the attribute, or choose other layers by layers="
         )
 
 
@@ -271,7 +271,7 @@ def _watched(site: PlannedSite, edit: RedEdit) -> tuple[Site, nn.Module | None, 
 
 
 def _take_back(holder: nn.Module, state: PatchState) -> list[str]:
-    """Take one patch back; returns the names of trainable parameters that are no more."""
+    """Undo one patch; returns the names of trainable parameters that no longer exist."""
     for module in list(holder.modules()):
         unpatch_module(module)
         hooks = module._forward_hooks
@@ -291,7 +291,7 @@ def _take_back(holder: nn.Module, state: PatchState) -> list[str]:
     parameters = dict(holder.named_parameters())
     for name in state.were_trainable & parameters.keys():
         parameter = parameters[name]
-        with torch.inference_mode(parameter.is_inference()):  # torch refuses it elsewhere
+        with torch.inference_mode(parameter.is_inference()):  # torch refuses it otherwise
             parameter.requires_grad = True
     del holder.__dict__[STATE]
     return sorted(state.were_trainable - parameters.keys())

@@ -1,4 +1,4 @@
-"""Finding what to edit in a model, and checking all of it before anything is changed."""
+"""Finding the sites of a model, and checking all of them before any change."""
 
 from __future__ import annotations
 
@@ -27,41 +27,41 @@ __all__ = ["Plan", "PlannedSite", "make_plan", "plan_edited"]
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """One site to edit, by a hook on the module; `width` is that of what is edited."""
+    """One site to edit, by a hook on the module; `width` is that of the edited tensor."""
 
     module: nn.Module
     width: int
     device: torch.device
     report: SiteReport
     place: str = ""
-    hooked: nn.Module | None = None  # whose output is edited, where that is not the module's
+    hooked: nn.Module | None = None  # its output is edited, if not the module's
     last: nn.Module | None = None  # the norm whose output is the module's
-    inside: bool = False  # whether the edit is of the sum that the output becomes a part of
-    of_tuple: bool = False  # whether the module may return a tuple, of which the first is edited
-    norm: str = ""  # name in the module of the norm that its output ends in, to merge into
-    bias_flag: str = ""  # attribute of the model's config that gives this linear layer a bias
-    caller: nn.Module | None = None  # whose forward always calls the module, where there is one
+    inside: bool = False  # whether the edit is of the sum to which the output is added
+    of_tuple: bool = False  # whether the module may return a tuple whose first entry is edited
+    norm: str = ""  # name in the module of the norm that gives its output, to merge into
+    bias_flag: str = ""  # attribute of the model's config that adds a bias to this linear layer
+    caller: nn.Module | None = None  # its forward always calls the module; None if there is none
     caller_name: str = ""
     on_input: bool = False  # whether the input of the module is edited
 
 
 @dataclass
 class Plan:
-    """All that `patch` is going to do."""
+    """All actions of `patch`."""
 
     sites: list[PlannedSite] = field(default_factory=list)
-    blocks: list[nn.Module] = field(default_factory=list)  # inside of which values wait
-    stacks: list[nn.Module] = field(default_factory=list)  # inside of which a block's sum is handed to the next
-    norms: list[nn.Module] = field(default_factory=list)  # that may read what is edited
-    dropouts: list[nn.Module] = field(default_factory=list)  # that may lie between a site and its addition
-    # Last projections whose output is not edited, and an edited site.
+    blocks: list[nn.Module] = field(default_factory=list)  # values wait inside them
+    stacks: list[nn.Module] = field(default_factory=list)  # a block's sum is handed to the next block inside them
+    norms: list[nn.Module] = field(default_factory=list)  # they may read an edited tensor
+    dropouts: list[nn.Module] = field(default_factory=list)  # they may be between a site and its addition
+    # Last projections with an unedited output, each with an edited site.
     carriers: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
-    streams: list[PlannedStream] = field(default_factory=list)  # whose first input is read by edits
+    streams: list[PlannedStream] = field(default_factory=list)  # edits read their first input
     warnings: list[str] = field(default_factory=list)
 
 
 def make_plan(model: nn.Module, config: RedConfig) -> Plan:
-    """What to do to patch a model. Raises ValueError as `red_kernels.patching.patch.patch` says; changes nothing."""
+    """The plan of a patch. Raises ValueError as `red_kernels.patching.patch.patch` states; changes nothing."""
     for name, module in model.named_modules():
         if isinstance(module, RedEdit):
             raise ValueError(
@@ -71,7 +71,7 @@ def make_plan(model: nn.Module, config: RedConfig) -> Plan:
         wrapper = wrapper_of(module)
         if wrapper is not None:
             where = f"in {name!r}" if name else "around it"
-            raise ValueError(f"model: has a {wrapper} {where}, which would not know the vectors; patch before wrapping")
+            raise ValueError(f"model: has a {wrapper} {where}, which would not see the vectors; patch before wrapping")
     plan = _plan_known(model, config) if config.sites is None else _plan_named(model, config)
     check_names((site.module, site.report.site) for site in plan.sites)
     if "initial" in config.edit_kind.context:
@@ -80,7 +80,7 @@ def make_plan(model: nn.Module, config: RedConfig) -> Plan:
 
 
 def plan_edited(model: nn.Module) -> Plan:
-    """How to fuse the edits that a model's sites have already; changes nothing."""
+    """How to fuse the existing edits of a model's sites; changes nothing."""
     plan = Plan()
     found = ((name, module._modules.get(NAME)) for name, module in model.named_modules())
     edits = {name: own for name, own in found if isinstance(own, RedEdit)}
@@ -112,7 +112,7 @@ def _planned(model: nn.Module, block: Block, site: ChosenSite, config: RedConfig
     if not width:
         side = "input" if site.on_input else "output"
         advice = f"; edits of kind {config.kind!r} are of the input of linear layers" if site.on_input else ""
-        raise ValueError(f"model: the width of the {side} of {name}, a {type(module).__name__}, cannot be told{advice}")
+        raise ValueError(f"model: the width of the {side} of {name}, a {type(module).__name__}, is unknown{advice}")
     reason = "" if config.edit_kind.kernel else _unfused(config)
     return PlannedSite(
         module,
@@ -155,22 +155,22 @@ def _plan_named(model: nn.Module, config: RedConfig) -> Plan:
         parent, _, _ = name.rpartition(".")
         if isinstance(modules[parent], nn.MultiheadAttention):
             raise ValueError(
-                f"sites: {name!r} is inside of an nn.MultiheadAttention, which reads its weights without calling it: "
-                "an edit there would never be applied"
+                f"sites: {name!r} is inside an nn.MultiheadAttention, which reads its weights without calling it: an "
+                "edit there would never be applied"
             )
         on_input = config.edit_kind.on_input
         width = input_width(module) if on_input else output_width(module)
         if width is None and on_input:
             raise ValueError(
-                f"sites: {name!r} is a {type(module).__name__}, and edits of kind {config.kind!r} are of the input of "
-                "linear layers; name those"
+                f"sites: {name!r} is a {type(module).__name__}, but edits of kind {config.kind!r} are of the input of "
+                "linear layers; name linear layers"
             )
         if width is None:
             raise ValueError(
-                f"sites: {name!r} is a {type(module).__name__}, whose output is not known to be one tensor of a fixed "
-                f"width; name linear layers or norms{experts_remark(module, name)}"
+                f"sites: {name!r} is a {type(module).__name__}, whose output may not be one tensor of a fixed width; "
+                f"name linear layers or norms{experts_remark(module, name)}"
             )
-        # What is in a list may be called or not.
+        # A module in a list may be called or not.
         caller = None if isinstance(modules[parent], (nn.ModuleList, nn.ModuleDict)) else modules[parent]
         reason = "" if not on_input or config.edit_kind.kernel else _unfused(config)
         report = SiteReport(name, width, None, reason, "named by sites=", on_input)
@@ -180,7 +180,9 @@ def _plan_named(model: nn.Module, config: RedConfig) -> Plan:
         )
     experts = [name for name in experts_in(model) if not any(name.startswith(f"{site}.") for site in found)]
     if experts:
-        plan.warnings.append(f"not edited, as their weights are one 3-D Parameter for all experts: {listed(experts)}")
+        plan.warnings.append(
+            f"not edited, because their weights are one 3-D Parameter for all experts: {listed(experts)}"
+        )
     _plan_sites(plan, model, blocks_in(model))
     return plan
 
@@ -192,15 +194,16 @@ def _plan_sites(plan: Plan, model: nn.Module, blocks: list[Block]) -> None:
         names = [site.report.site for site in plan.sites]
         raise ValueError(
             f"model: {listed([name for name in widths if names.count(name) > 1])} would have an edit of the input and "
-            "one of the output; a module can have one edit"
+            "one of the output; expected one edit for each module"
         )
     _plan_around(plan, model, blocks, widths, {site.report.site for site in plan.sites if site.on_input})
 
 
 def _plan_around(plan: Plan, model: nn.Module, blocks: list[Block], widths: dict[str, int], inputs: set[str]) -> None:
-    """Plan the blocks around some sites, the stacks around these, and the norms that may read what is edited.
+    """Plan the blocks around some sites, the stacks around them, and the norms that may read edited tensors.
 
-    `inputs` are the sites whose input is edited. Their output waits for its addition as that of an unedited projection.
+    `inputs` are the sites whose input is edited. Their output waits for its addition like that of an unedited
+    projection.
     """
     modules = dict(model.named_modules())
     known = sorted(blocks, key=lambda block: -len(block.name))
@@ -220,7 +223,7 @@ def _plan_around(plan: Plan, model: nn.Module, blocks: list[Block], widths: dict
     _plan_carriers(plan, blocks, modules, widths, inputs)
     wanted = {width for name, width in widths.items() if name not in inputs}
     wanted.update(width for module, _ in plan.carriers if (width := output_width(module)) is not None)
-    for name in list(stacks):  # the norm behind a stack may be its owner's
+    for name in list(stacks):  # the norm behind a stack may belong to its owner
         while name:
             name = name.rpartition(".")[0]
             if any(could_be_norm(child) and output_width(child) in wanted for child in modules[name].children()):
@@ -250,7 +253,7 @@ def _plan_carriers(
 
 
 def _entry(name: str, modules: dict[str, nn.Module]) -> str:
-    """The outermost numbered module around a site: what repeats, where the structure says nothing."""
+    """The outermost numbered module around a site: the repeated one, if the structure does not show it."""
     parts = name.split(".")
     for count in range(1, len(parts)):
         inner = ".".join(parts[:count])

@@ -1,6 +1,6 @@
-"""Which layers have the norm behind the addition: there the stream behind an attention is what that norm gives.
+"""Layers with the norm behind the addition: in them that norm gives the stream behind an attention.
 
-Layers of either form may have the same modules under the same names. A switch of the layer says it, or a trial.
+Layers of both forms may have the same modules under the same names. A switch of the layer decides, or a trial.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _SWITCHES = ("do_layer_norm_before", "normalize_before", "norm_first", "pre_norm
 
 
 def with_norms(found: list[tuple[Block, list[ChosenSite]]]) -> list[tuple[Block, list[ChosenSite]]]:
-    """The same sites; streams behind the attentions of post-norm layers with the norms that give them.
+    """The same sites; streams behind the attentions of post-norm layers with the norms that produce them.
 
     Raises:
-        ValueError: it cannot be told of which form a layer is.
+        ValueError: the form of a layer is unknown.
     """
     return [(block, [_with_norm(block, site) for site in sites]) for block, sites in found]
 
@@ -39,13 +39,13 @@ def _with_norm(block: Block, site: ChosenSite) -> ChosenSite:
 
 
 def _norm_beside(layer: nn.Module, path: str) -> str:
-    """The norm that is called after an attention: `self_attn` and `self_attn_layer_norm`."""
+    """The norm called after an attention: `self_attn` and `self_attn_layer_norm`."""
     name = path.rpartition(".")[2]
     return next((key for key in layer._modules if key != name and key.startswith(name) and "norm" in key), "")
 
 
 def _switch(layer: nn.Module) -> bool | None:
-    """Whether a layer's own switch says that its norms come first; None where it has none."""
+    """Whether a layer's own switch puts its norms first; None if it has no switch."""
     for switch in _SWITCHES:
         for owner in (layer, getattr(layer, "config", None)):
             found = getattr(owner, switch, None)
@@ -62,6 +62,7 @@ def _is_post_norm(block: Block) -> bool:
     if family_of(type(layer)) is not None:
         return False
     raise ValueError(
-        f"model: {listed([block.name])} may have its norms before its sublayers or behind them. Its structure does not "
-        "tell, nor what the residual stream behind its attention is; choose another position, or name modules by sites="
+        f"model: {listed([block.name])} may have its norms in front of its sublayers or behind them: its structure "
+        "does not show which, so the residual stream behind its attention is unknown; choose another position, or name "
+        "modules by sites="
     )

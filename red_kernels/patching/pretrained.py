@@ -1,7 +1,7 @@
-"""`save_pretrained` of a patched model: the base model as always, the edits beside it, and a word on how they load.
+"""`save_pretrained` of a patched model: the base model as usual, the edits next to it, and a hint how to load them.
 
-transformers' `from_pretrained` knows nothing of edits. The state that is saved stays as it is, vectors included: a
-Trainer resumes from that. The method is wrapped on the instances, since their classes are not ours.
+transformers' `from_pretrained` does not know edits. The saved state is unchanged and includes the vectors: a Trainer
+resumes from it. The method is wrapped on the instances, since their classes are not ours.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Writer = Callable[[nn.Module, "str | os.PathLike[str]", RedConfig], object]
 _Given = TypeVar("_Given", bound=Writer)
 
 _METHOD = "save_pretrained"
-_writers: list[Writer] = []  # one: what writes edits imports the patch, so it cannot be imported here
+_writers: list[Writer] = []  # one: the module that writes edits imports the patch, so it cannot be imported here
 _inside: ContextVar[bool] = ContextVar("inside of save_pretrained", default=False)
 
 
@@ -39,7 +39,7 @@ def beside_pretrained(write: _Given) -> _Given:
 
 
 def wrap_saving(model: nn.Module, sites: Iterable[str], config: RedConfig) -> None:
-    """Wrap `save_pretrained` of all modules that have one and hold a site. `unwrap_saving` takes it back."""
+    """Wrap `save_pretrained` of all modules that have one and contain a site. `unwrap_saving` undoes it."""
     found: dict[int, nn.Module] = {}
     for site in sites:
         module: Any = model
@@ -52,7 +52,7 @@ def wrap_saving(model: nn.Module, sites: Iterable[str], config: RedConfig) -> No
 
 
 def unwrap_saving(module: nn.Module) -> None:
-    """Take the wrapping of one module back."""
+    """Undo the wrapping of one module."""
     saving = module.__dict__.get(_METHOD)
     if isinstance(saving, _Saving):
         del module.__dict__[_METHOD]
@@ -61,10 +61,10 @@ def unwrap_saving(module: nn.Module) -> None:
 
 
 class _Saving:
-    """What a patched model has as `save_pretrained`.
+    """The `save_pretrained` of a patched model.
 
-    It holds its model weakly, which would otherwise live until the next garbage collection, and is copied and pickled
-    along with it.
+    It refers to its model weakly: a strong reference would keep the model until the next garbage collection. It is
+    copied and pickled with the model.
     """
 
     def __init__(self, module: nn.Module, config: RedConfig, former: Callable[..., Any] | None) -> None:
@@ -80,10 +80,10 @@ class _Saving:
         module = self._module()
         if module is None:
             raise ReferenceError(
-                "the model of this save_pretrained is gone; take the method from a model that is alive"
+                "the model of this save_pretrained is gone; call the method of a model that still exists"
             )
         save = self.former or getattr(type(module), _METHOD).__get__(module)
-        if _inside.get():  # of a model around this one, which speaks for all of it
+        if _inside.get():  # of an outer model, which reports for all
             return save(*args, **kwargs)
         token = _inside.set(True)
         try:
@@ -98,11 +98,11 @@ class _Saving:
 
 
 def _beside(module: nn.Module, folder: str | os.PathLike[str], config: RedConfig, pushed: bool) -> str:
-    """Write the edits into the folder; returns what there is to say."""
+    """Write the edits into the folder; returns the text of the warning."""
     edits = [own for own in module.modules() if isinstance(own, RedEdit)]
-    text = f"what from_pretrained loads from {str(folder)!r} has no edits; "
+    text = f"the model that from_pretrained loads from {str(folder)!r} has no edits; "
     if any(is_sharded(vector) for own in edits for vector in own.parameters()):
-        reason = "each process holds a part of the vectors; call rk.save_edits(model, folder) in all of them"
+        reason = "each process holds a shard of the vectors; call rk.save_edits(model, folder) in all of them"
     else:
         try:
             _writers[0](module, folder, config)
@@ -112,12 +112,13 @@ def _beside(module: nn.Module, folder: str | os.PathLike[str], config: RedConfig
     if reason:
         return f"{text}they were not written: {reason}"
     text += (
-        "they are beside it, as rk.save_edits writes them. To load them: "
+        "they are next to it, as rk.save_edits writes them. To load them: "
         f"rk.patch(model, rk.saved_config({str(folder)!r})); rk.load_edits(model, {str(folder)!r})"
     )
     names = list(dict.fromkeys(name for own in edits for name in own.names))
     if len(names) > 1:
         text += (
-            f". These are of the active edit alone, of {listed(names)}; rk.save_edits(model, folder, name) saves others"
+            f". They are those of the active edit, one of {listed(names)}; rk.save_edits(model, folder, name) saves "
+            "others"
         )
     return text + (". They were not uploaded" if pushed else "")

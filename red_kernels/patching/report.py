@@ -1,4 +1,4 @@
-"""What a patch did, site by site, and its short table."""
+"""The result of a patch, site by site, and its short table."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class SiteReport:
 
     Attributes:
         site: the module's dotted name.
-        width: of what is edited.
-        fused: what the edit shares one pass with (`"residual add + next layer's RMSNorm"`), or None.
-        reason: why it is not fused; empty where there is nothing to say.
-        remark: what else there is to say of the site.
-        of_input: whether the module's input is edited, and not its output.
+        width: of the edited tensor.
+        fused: the operations in one pass with the edit (`"residual add + next layer's RMSNorm"`), or None.
+        reason: why it is not fused; empty if unknown or fused.
+        remark: a further remark on the site.
+        of_input: whether the module's input is edited instead of its output.
     """
 
     site: str
@@ -42,7 +42,7 @@ class SiteReport:
 
 
 def what_of(own: RedEdit) -> tuple[str | None, str] | None:
-    """What an edit was fused with in the last forward, and why with nothing; None before it ran."""
+    """The fusion of an edit in the last forward, or the reason for none; None before it ran."""
     if own.on_input:
         return _what_of_input(own)
     record = last_record(own)
@@ -62,7 +62,7 @@ def what_of(own: RedEdit) -> tuple[str | None, str] | None:
 
 
 def _what_of_input(own: RedEdit) -> tuple[str | None, str] | None:
-    """The same of an edit of an input, with what the module's output was fused with."""
+    """The same for an edit of an input, with the fusion of the module's output."""
     edited = own.__dict__.get(EDITED)
     module = None if edited is None else edited()
     record = None if module is None else last_record(module)
@@ -75,18 +75,18 @@ def _what_of_input(own: RedEdit) -> tuple[str | None, str] | None:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """The result of `rk.patch`; `print` shows a table, layers that are alike in one row.
+    """The result of `rk.patch`; `print` shows a table, with equal layers in one row.
 
-    It is true at every time: of a site that has run it says what was fused in its last forward, of another one what is
-    expected.
+    It is up to date at any time. For a site that has run it shows the fusion of its last forward, for another site the
+    expected one.
 
     Attributes:
         model: the class of the model.
-        config: what was asked for.
+        config: the config of the patch.
         planned: one `SiteReport` for each edited site, in the model's order, as expected when it was patched.
         trainable: the number of trainable parameters, those of the edits and of a trained head.
         total: the number of all parameters, the edits' included.
-        warnings: what else there is to know, such as blocks that could not be edited.
+        warnings: further remarks, for example on blocks that could not be edited.
         trained_head: the modules of the head that stay trainable (`RedConfig(train_head=True)`), by name.
         frozen_head: the modules of a task head that are frozen like the base model, by name. The head of a language
             model is no task head.
@@ -133,7 +133,7 @@ class PatchReport:
             lines.append(f"the head is trained too: {listed(self.trained_head)}")
         if self.frozen_head:
             lines.append(
-                f"the head is frozen: {listed(self.frozen_head)}; if it is newly made, train it beside the edits: "
+                f"the head is frozen: {listed(self.frozen_head)}; train a new head with the edits by "
                 "rk.RedConfig(train_head=True)"
             )
         return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
@@ -144,13 +144,13 @@ def _restored(*fields: Any) -> PatchReport:
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """Trainable and all parameters; 4-bit ones are counted as they are stored."""
+    """Trainable and all parameters; 4-bit ones are counted as stored."""
     every = list(model.parameters())
     return sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every)
 
 
 def _rows(sites: tuple[SiteReport, ...]) -> list[tuple[str, str, str]]:
-    """One row for each group of sites that differ in their layer's number only."""
+    """One row for each group of sites that differ only in their layer's number."""
     groups: dict[tuple[str, int, str], list[int]] = {}
     for site in sites:
         # The first number in a name is the layer's: encoder.block.3.layer.1.wo

@@ -1,4 +1,4 @@
-"""The sites of a model: its layers, and the modules in them whose output a position edits."""
+"""The sites of a model: its layers, and their modules that a position edits."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class ChosenSite:
 
     Attributes:
         place: in the layer, one of `models.family.PLACES` or `NARROWER`.
-        path: from the layer; `""` is the layer.
-        width: of what is edited; 0 where that is not told.
+        path: from the layer; `""` for the layer itself.
+        width: of the edited tensor; 0 if unknown.
         of_tuple: whether the module may return a tuple, whose first entry is edited.
-        inside: whether the edit is of the sum that the output becomes a part of.
-        norm: path in the module of the norm that its output ends in; `"."` for itself, `""` for none.
-        bias_flag: attribute of the model's config that gives this linear layer a bias.
-        remark: what the report says of it.
-        behind: of a stream behind an attention, the path in the layer of the norm that gives it, in post-norm layers.
-        last: of a layer's output, the path in the layer of the norm that gives it, in post-norm layers.
-        on_input: whether the module's input is edited, and not its output.
+        inside: whether the edit is of the sum to which the output is added.
+        norm: path in the module of the norm that gives its output; `"."` for itself, `""` for none.
+        bias_flag: attribute of the model's config that adds a bias to this linear layer.
+        remark: a remark for the report.
+        behind: for a stream behind an attention in post-norm layers, the path in the layer of the norm that gives it.
+        last: for a layer's output in post-norm layers, the path in the layer of the norm that gives it.
+        on_input: whether the module's input is edited instead of its output.
     """
 
     place: str
@@ -51,13 +51,13 @@ class ChosenSite:
 
 
 def known_sites(model: nn.Module, config: RedConfig) -> dict[str, ChosenSite]:
-    """The sites that a position edits, edited already or not, in the model's order.
+    """The sites of a position, edited already or not, in the model's order.
 
     Returns:
         Each by its name.
 
     Raises:
-        ValueError: as `make_plan`, of the layers.
+        ValueError: as `make_plan`, for the layers.
     """
     return {
         f"{block.name}.{site.path}" if site.path else block.name: site
@@ -67,7 +67,7 @@ def known_sites(model: nn.Module, config: RedConfig) -> dict[str, ChosenSite]:
 
 
 def bias_flags(model: nn.Module) -> dict[str, str]:
-    """The linear layers to which an attribute of the model's config gives a bias, and that attribute."""
+    """The linear layers whose bias an attribute of the model's config switches on, and that attribute."""
     return {f"{block.name}.{path}": flag for block in blocks_in(model) for path, flag in _flags(block).items()}
 
 
@@ -81,14 +81,14 @@ def check_names(named: Iterable[tuple[nn.Module, str]]) -> None:
     for module, name in named:
         first = names.setdefault(id(module), name)
         if first != name:
-            raise ValueError(f"model: {first} and {name} are the same module; one edit cannot be in both")
+            raise ValueError(f"model: {first} and {name} are the same module; one edit cannot be at both")
 
 
 def stacks_of(blocks: list[Block], config: RedConfig) -> tuple[list[Block], list[str]]:
-    """The layers of the stacks that a config asks for, and the kinds of those that it leaves out.
+    """The layers of a config's stacks, and the kinds of the stacks that it leaves out.
 
     Raises:
-        ValueError: there is no stack of a kind that it names.
+        ValueError: a named kind of stack does not exist.
     """
     kinds = list(dict.fromkeys(block.kind for block in blocks))
     if config.stacks is None:
@@ -127,12 +127,10 @@ def chosen(model: nn.Module, config: RedConfig, warnings: list[str]) -> list[tup
         found = [(block, sites) for block, sites in found if block.index in wanted]
         lost = [block.name for block, sites in found if not sites]
         if lost:
-            raise ValueError(
-                f"layers: {listed(lost)} have nothing that position {config.position!r} edits; choose others"
-            )
+            raise ValueError(f"layers: {listed(lost)} have no site of position {config.position!r}; choose others")
     bare = [block.name for block, sites in found if not sites]
     if bare:
-        warnings.append(f"not edited, as they have nothing that position {config.position!r} edits: {listed(bare)}")
+        warnings.append(f"not edited, because they have no site of position {config.position!r}: {listed(bare)}")
     partly = _partly(found, config) + _joined(found, config)
     if partly:
         warnings.append(f"edited in part: {listed(partly)}")
@@ -140,7 +138,7 @@ def chosen(model: nn.Module, config: RedConfig, warnings: list[str]) -> list[tup
 
 
 def _partly(found: list[tuple[Block, list[ChosenSite]]], config: RedConfig) -> list[str]:
-    """Layers that lack a place which a position edits and others of the model have."""
+    """Layers without a place of the position that other layers have."""
     places = {site.place for _, sites in found for site in sites}
     return [
         f"{block.name} (no {' and no '.join(sorted(places - {site.place for site in sites}))})"
@@ -150,7 +148,7 @@ def _partly(found: list[tuple[Block, list[ChosenSite]]], config: RedConfig) -> l
 
 
 def _joined(found: list[tuple[Block, list[ChosenSite]]], config: RedConfig) -> list[str]:
-    """Attentions whose keys or values come of a joint projection, in layers where those of others do not."""
+    """Attentions with keys or values from a joint projection, in layers where other attentions have separate ones."""
     left = []
     for place in config.places:
         for block, sites in found if NARROWER.get(place) == "qkv" else ():
@@ -161,7 +159,7 @@ def _joined(found: list[tuple[Block, list[ChosenSite]]], config: RedConfig) -> l
 
 
 def _places_of(module: nn.Module, place: str, path: str, config: RedConfig) -> list[str]:
-    """Which of the places that a position edits a module has that was found at a place."""
+    """The places of a position that a module at a place has."""
     found = [place] if place in config.places else []
     for narrow in config.places:
         if NARROWER.get(narrow) == place:
@@ -216,7 +214,7 @@ def _input(place: str, path: str, module: nn.Module, flags: dict[str, str]) -> C
 
 
 def norm_inside(module: nn.Module, width: int) -> str:
-    """The path of the norm that a module's output ends in, as far as its children tell: a projection, then a norm."""
+    """The path of the norm that gives a module's output, as its children suggest: a projection, then a norm."""
     if could_be_norm(module):
         return "."
     children = [(name, child) for name, child in module.named_children() if not isinstance(child, nn.Dropout)]
@@ -281,9 +279,9 @@ _CALLED = {
     "qkv": "query, key or value projection that is called",
     "res": "module that gives the residual stream behind the FFN",
     "attn_res": "residual stream behind an attention that ends before the FFN begins",
-    "key": "projection that gives keys alone",
-    "value": "projection that gives values alone",
-    "ffn_in": "FFN with a last projection whose input is at hand",
+    "key": "projection that gives only keys",
+    "value": "projection that gives only values",
+    "ffn_in": "FFN with a last projection whose input is accessible",
 }
 
 
@@ -293,15 +291,15 @@ def _no_sites(model: nn.Module, config: RedConfig, blocks: list[Block], missing:
         names = dict.fromkeys(type(block.module).__name__ for block in blocks)
         looked = f"the {len(blocks)} layers that were found ({', '.join(names)}) have"
     else:
-        looked = "no repeated layers were found in lists of modules, and so there is"
+        looked = "no repeated layers were found in lists of modules, so the model has"
     what = " and no ".join(_CALLED[place] for place in missing)
     experts = experts_in(model)
     remark = f" Its experts are in {listed(experts)}." if experts and (not blocks or "ffn_in" in missing) else ""
     joint = [f"{block.name}.{site.path}" for block in blocks for site in block.sites if site.place == "qkv"]
     if joint and {"key", "value"} & set(missing):
-        remark += f" Queries, keys and values come of one projection, or share some: {listed(joint)}."
+        remark += f" One projection gives queries, keys and values, or some of them: {listed(joint)}."
     return (
-        f"model: this {kind} lacks what position {config.position!r} edits: {looked} no {what}.{remark} For another "
-        f"layout name the modules whose output is to be edited, as in RedConfig(sites='*.down_proj'); its linear "
-        f"layers are {linear_patterns(model)}"
+        f"model: this {kind} lacks sites of position {config.position!r}: {looked} no {what}.{remark} For another "
+        f"layout name the modules to edit, for example RedConfig(sites='*.down_proj'); its linear layers are "
+        f"{linear_patterns(model)}"
     )

@@ -1,8 +1,7 @@
-"""How tensor parallelism splits the sites of a model, told by what their linear layers hold and return.
+"""How tensor parallelism splits the sites of a model, by the weights and outputs of their linear layers.
 
-A linear layer's weight is a DTensor. It says along which side it is split, and not what the layer returns: one that is
-split by columns may gather them, and one that is split by rows may keep a part of the rows of its output. So the layer
-is run once, on zeros.
+A linear layer's weight is a DTensor. It shows the split dimension, but not the layer's output: a layer split by columns
+may gather them, and one split by rows may keep a part of the rows of its output. So the layer runs once, on zeros.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .plan import PlannedSite
 
 __all__ = ["Split", "mesh_of", "split_of"]
 
-# Styles of a plan that says of a module without a split weight what its gradients are; transformers leaves it in
+# Styles of a plan that determine the gradients of a module without a split weight; transformers leaves the plan in
 # the model.
 _PARTIAL = "replicated_with_grad_allreduce"
 _PARTLY = "mla_kv_a_proj"
@@ -30,12 +29,12 @@ _PARTLY = "mla_kv_a_proj"
 
 @dataclass(frozen=True)
 class Split:
-    """How the vectors of one site lie on the processes of a mesh.
+    """The placement of one site's vectors on the processes of a mesh.
 
     Attributes:
         mesh: a `DeviceMesh` of one dimension.
         placement: of the vectors.
-        lies: what each process applies of them.
+        lies: the part of them that each process applies.
         remark: for the report.
     """
 
@@ -46,14 +45,15 @@ class Split:
 
 
 def mesh_of(model: nn.Module) -> Any:
-    """The mesh of the processes that have one batch together, each a part of the weights; None where there is none.
+    """The mesh of the processes that share a batch, each with a part of the weights; None if there is none.
 
     Raises:
         ValueError: the weights are split over a mesh of several dimensions.
     """
     mesh: Any = next((own.device_mesh for own in model.parameters() if is_sharded(own) and own.dim() < 3), None)  # type: ignore[attr-defined]
     if mesh is None and any(map(is_sharded, model.parameters())):
-        # Experts alone are split, perhaps over processes with other batches; transformers says which have this one.
+        # Only experts are split, perhaps over processes with other batches; transformers lists the processes of this
+        # batch.
         manager: Any = getattr(model, "_mesh_manager", None)
         mesh = None if manager is None else manager.get_mesh("tp")
     if mesh is None or mesh.size() < 2:
@@ -67,10 +67,10 @@ def mesh_of(model: nn.Module) -> Any:
 
 
 def split_of(model: nn.Module, sites: Iterable[PlannedSite], kind: Kind, mesh: Any) -> list[Split]:
-    """How the sites of a model are split over a mesh; all processes of the mesh have to call this.
+    """How the sites of a model are split over a mesh; all processes of the mesh must call this.
 
     Raises:
-        ValueError: a site is split, and an edit of this kind cannot be; or it cannot be told how the site is split.
+        ValueError: a site is split, but an edit of this kind cannot be; or the split of the site is unknown.
     """
     plan = getattr(model, "_tp_plan", None)
     return [_split(site, kind, mesh, plan if isinstance(plan, dict) else {}) for site in sites]
@@ -83,8 +83,8 @@ def _split(site: PlannedSite, kind: Kind, mesh: Any, plan: dict[str, str]) -> Sp
     style = plan.get(re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", name))
     if style == _PARTLY and not site.on_input:
         raise ValueError(
-            f"model: each process has the whole gradient of some columns of {name} and a part of that of the others "
-            f"(style {style!r}), so its vectors' gradients cannot be right; choose other sites or layers"
+            f"model: each process has the whole gradient of some columns of {name} and a part of the gradient of the "
+            f"others (style {style!r}), so the gradients of its vectors would be wrong; choose other sites or layers"
         )
     weight = None if site.hooked is not None else _split_weight(site.module)
     columns, rows = (False, style == _PARTIAL) if weight is None else _probed(site, weight, count)
@@ -114,16 +114,16 @@ def _split_weight(module: nn.Module) -> Any:
 
 
 def _of_vectors(weight: Any, on_input: bool) -> Any:
-    """The placement of vectors that are split as the columns of a weight's output or input."""
+    """The placement of vectors that are split like the columns of a weight's output or input."""
     from torch.distributed.tensor import Shard
 
     placement = weight.placements[0]
-    # One that interleaves the parts of a packed weight is that of the output's vectors too.
+    # A placement that interleaves the parts of a packed weight holds for the output's vectors too.
     return Shard(0) if on_input or isinstance(placement, Shard) else placement
 
 
 def _probed(site: PlannedSite, weight: Any, count: int) -> tuple[bool, bool]:
-    """Whether a process has a part of the columns of what is edited, and whether a part of the rows."""
+    """Whether a process has only a part of the columns of the edited tensor, and whether a part of the rows."""
     name, local = site.report.site, weight.to_local()
     by_rows = weight.placements[0].dim == 1  # of the weight (out, in): its inputs are split
     widths = (int(local.shape[1]), int(weight.shape[1])) if by_rows else (int(weight.shape[1]),)
@@ -151,7 +151,7 @@ def _probed(site: PlannedSite, weight: Any, count: int) -> tuple[bool, bool]:
             f"all or the {local.shape[0]} of this process's part of the weight"
         )
     raise ValueError(
-        f"model: it cannot be told how tensor parallelism splits {name}: its layer cannot be run on zeros "
+        f"model: it is unknown how tensor parallelism splits {name}: its layer does not run on zeros "
         f"({type(failure).__name__}: {str(failure)[:200]})"
     )
 

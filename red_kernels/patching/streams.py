@@ -1,4 +1,4 @@
-"""Which stacks have edits that read what their first layer is given."""
+"""Stacks with edits that read the input of their first layer."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..models import Block, blocks_in
 
 __all__ = ["CONDITIONAL", "PlannedStream", "plan_streams"]
 
-# Of what a layer does not call every time: attention to an encoder that may not be there, or to global tokens.
+# Parts that a layer does not always call: attention to an optional encoder, or to global tokens.
 CONDITIONAL = re.compile(r"cross|enc_?(oder)?_?(dec)?_?att|_global\b|[ew]2[ew]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class PlannedStream:
-    """A stack with such edits: what calls its layers, all of these, and the names of its sites."""
+    """A stack with these edits: the module that calls its layers, the layers, and the names of its sites."""
 
     name: str
     owner: nn.Module
@@ -30,7 +30,7 @@ def plan_streams(model: nn.Module, sites: list[tuple[str, str, int]], config: Re
     """The stacks of the sites, each given by its name, place and width.
 
     Raises:
-        ValueError: a site is in no stack of layers, is of another width than the stream of its stack, or reads another
+        ValueError: a site is in no stack of layers, has another width than its stack's stream, or reads another
             sequence.
     """
     blocks = blocks_in(model)
@@ -39,12 +39,12 @@ def plan_streams(model: nn.Module, sites: list[tuple[str, str, int]], config: Re
     found: dict[tuple[str, str], set[str]] = {}
     for name, place, width in sites:
         block = next((one for one in inner if name == one.name or name.startswith(f"{one.name}.")), None)
-        why = f"and an edit of kind {config.kind!r} reads what the first layer of its stack is given"
+        why = f"but an edit of kind {config.kind!r} reads the input of its stack's first layer"
         if block is None:
             raise ValueError(f"model: {name} is in no stack of layers, {why}")
         stream = _width(block)
         if stream != width:
-            raise ValueError(f"model: {name} is {width} wide, {why}, which is {stream or 'not known to be as'} wide")
+            raise ValueError(f"model: {name} is {width} wide, {why}, which is {stream or 'perhaps not as'} wide")
         if place in ("qkv", "key", "value") and CONDITIONAL.search(name.removeprefix(block.name)):
             raise ValueError(f"model: {name} may be of another sequence, {why}; choose another position")
         found.setdefault((block.stack, block.list_key), set()).add(name)
@@ -60,13 +60,13 @@ def plan_streams(model: nn.Module, sites: list[tuple[str, str, int]], config: Re
 
 
 def _width(block: Block) -> int:
-    """The width of the residual stream of a layer; 0 where that is not told."""
+    """The width of the residual stream of a layer; 0 if unknown."""
     widths = {site.place: site.width for site in block.sites}
     return next((widths[place] for place in ("res", "ffn", "attn") if widths.get(place)), 0)
 
 
 def _caller(name: str, modules: dict[str, nn.Module]) -> nn.Module:
-    """The module whose forward calls a stack's layers: its owner, or what is around that if it only holds them."""
+    """The module whose forward calls a stack's layers: its owner, or the module around a pure container."""
     while name and type(modules[name]).forward is nn.Module.forward:
         name = name.rpartition(".")[0]
     return modules[name]

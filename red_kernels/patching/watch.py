@@ -1,8 +1,8 @@
-"""Seeing to it that each edit runs: a site may be replaced, lose its hook or be passed by, and nothing else would tell.
+"""Checks that each edit runs: a site may be replaced, lose its hook or be skipped, which no other code would report.
 
-Behind its forward each layer with sites asks whether its edits have run in this call: where its class is ours by
-itself, elsewhere by a hook. The patched model has a hook in front of its forward that asks whether these layers are
-still in it: whoever takes layers out for an early exit is told so once, what else is gone is an error.
+After its forward each layer with sites checks whether its edits ran in this call. Layers of our classes do so
+themselves, other layers by a hook. A hook before the patched model's forward checks that these layers are still in the
+model. Removed layers, as in an early exit, give one warning. Any other loss is an error.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ __all__ = [
 ]
 
 _WATCH = "_red_kernels_watch"  # the attribute of a patched model with its `Watch`
-_REMEDY = "put it back, or call rk.unpatch(model) and patch what is there now"
+_REMEDY = "restore it, or call rk.unpatch(model) and patch the present model"
 
 
 @dataclass
 class Site:
-    """An edited site in a module that calls it: the whole name, the path in that module, and the edits."""
+    """An edited site in a module that calls it: the full name, the path in that module, and the edits."""
 
     name: str
     path: tuple[str, ...]
@@ -52,25 +52,25 @@ class Site:
 
 @dataclass
 class Watch:
-    """What has to be in a patched model: layers with watched sites, and sites that no layer can answer for."""
+    """The expected content of a patched model: layers with watched sites, and sites that no layer answers for."""
 
     layers: list[tuple[tuple[str, ...], nn.Module]] = field(default_factory=list)
     alone: list[Site] = field(default_factory=list)
-    left_out: set[str] = field(default_factory=set)  # layers of which it was said that they are not in the model
+    left_out: set[str] = field(default_factory=set)  # layers outside the model that a warning has named
 
 
 def watch(model: nn.Module, sites: Iterable[tuple[Site, nn.Module | None, str]]) -> None:
-    """Watch sites of a model from now on.
+    """Start to watch sites of a model.
 
     Args:
-        model: that was patched.
-        sites: each with the layer that calls it whenever it is called itself, and the layer's name in the model. Where
-            there is none, the site's path is from the model, and whether it is called is only asked once.
+        model: the patched model.
+        sites: each with the layer that calls it in every call, and the layer's name in the model. Without such a layer,
+            the site's path is from the model, and its call is checked only once.
     """
     found = Watch()
     for site, layer, name in sites:
         site.own.watched = True
-        take_reached(site.own)  # others that lay at this address may have run without being asked
+        take_reached(site.own)  # others at this address may have run unchecked
         if layer is None:
             found.alone.append(site)
             continue
@@ -87,7 +87,7 @@ def watch(model: nn.Module, sites: Iterable[tuple[Site, nn.Module | None, str]])
 
 
 def stop_watching(module: nn.Module) -> None:
-    """Take away what `watch` has put on a module."""
+    """Remove the marks of `watch` from a module."""
     module.__dict__.pop(SITES, None)
     module.__dict__.pop(_WATCH, None)
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
@@ -96,7 +96,7 @@ def stop_watching(module: nn.Module) -> None:
 
 
 def missing(model: nn.Module) -> tuple[list[str], list[str]]:
-    """What is wrong with the sites of a patched model, each by its name; and the sites whose layer is not in it."""
+    """The faults of a patched model's sites, each with its name; and the sites whose layer is not in the model."""
     found: Watch | None = model.__dict__.get(_WATCH)
     if found is None:
         return [], []
@@ -117,7 +117,7 @@ def missing(model: nn.Module) -> tuple[list[str], list[str]]:
 
 
 def before_model(model: nn.Module, args: Any) -> None:
-    """The hook in front of a patched model: RuntimeError where edits are gone, a warning where whole layers are."""
+    """The hook before a patched model: RuntimeError for lost edits, a warning for removed layers."""
     if torch.compiler.is_compiling():
         return
     found: Watch | None = model.__dict__.get(_WATCH)
@@ -126,7 +126,7 @@ def before_model(model: nn.Module, args: Any) -> None:
     if not found.alone and nodes.in_place is not None and nodes.in_place(model, found.layers):
         return
     for path, layer in found.layers:
-        if SCOPE in layer.__dict__ and not _asks(layer):  # somebody has replaced its forward
+        if SCOPE in layer.__dict__ and not _asks(layer):  # its forward was replaced
             nn.Module.register_forward_hook(layer, layer_hook)
         if walk(model, path) is not layer or not _asks(layer):
             break
@@ -144,14 +144,14 @@ def before_model(model: nn.Module, args: Any) -> None:
     if new:
         found.left_out.update(new)
         warnings.warn(
-            f"the layers of the edits at {listed(new)} are not in the model that runs; if that is for good, call "
-            "rk.unpatch(model) and patch what is there now",
+            f"the layers of the edits at {listed(new)} are not in the running model; if they are removed for good, "
+            "call rk.unpatch(model) and patch the present model",
             stacklevel=2,
         )
 
 
 def after_model(model: nn.Module, args: Any, output: Any) -> None:
-    """The hook behind a patched model, for sites that may be left out at times: a warning for those never reached."""
+    """The hook after a patched model, for sites that are optional: a warning for sites never reached."""
     found: Watch | None = model.__dict__.get(_WATCH)
     if torch.compiler.is_compiling() or found is None or "_is_replica" in model.__dict__:
         return
@@ -162,14 +162,14 @@ def after_model(model: nn.Module, args: Any, output: Any) -> None:
         site.own.seen = True
     if never:
         warnings.warn(
-            f"the edits at {listed(never)} were not applied: nothing has called these modules in this forward. Is "
-            "their output computed elsewhere?",
+            f"the edits at {listed(never)} were not applied: this forward did not call these modules; does another "
+            "module compute their output?",
             stacklevel=2,
         )
 
 
 def layer_hook(layer: nn.Module, args: Any, output: Any) -> None:
-    """The hook behind a layer. Raises RuntimeError where one of its edits did not run in this call."""
+    """The hook after a layer. Raises RuntimeError if one of its edits did not run in this call."""
     if torch.compiler.is_compiling() or _asks_itself(layer):
         return
     check_layer(layer)
@@ -193,7 +193,7 @@ OWN_HOOKS.add(layer_hook)
 
 
 def _asks_itself(layer: nn.Module) -> bool:
-    """Whether the forward of a layer's class asks whether its edits have run; another one may have been put on it."""
+    """Whether the forward of a layer's class checks its edits; it may have been replaced."""
     return SCOPE in layer.__dict__ and "forward" not in layer.__dict__
 
 
@@ -214,13 +214,13 @@ def _explain(layer: nn.Module, site: Site) -> None:
 
 
 def _wrong(layer: nn.Module, site: Site) -> str:
-    """Why the edits of a site cannot run, or nothing; `site.path` is brought up to date."""
+    """Why the edits of a site cannot run, or nothing; `site.path` is updated."""
     module = walk(layer, site.path)
     if module is None or module._modules.get(NAME) is not site.own:
         holder = _path_to(layer, site.own)
         if holder is None:
             return "it is gone" if module is None else f"its module was replaced by a {type(module).__name__}"
-        site.path = holder[:-1]  # something was put around the module
+        site.path = holder[:-1]  # a wrapper was put around the module
         module = walk(layer, site.path)
         assert module is not None
     return "its hook was removed" if _hook_is_lost(module, site.own) else ""
@@ -237,7 +237,7 @@ def _path_to(model: nn.Module, wanted: nn.Module) -> tuple[str, ...] | None:
 
 
 def _excuse(layer: nn.Module, site: Site) -> nn.Module | None:
-    """A compiled module between a layer and its site: what runs compiled does not tell."""
+    """A compiled module between a layer and its site: compiled code does not report."""
     module: nn.Module | None = layer
     for part in (*site.path, ""):
         if module is None:

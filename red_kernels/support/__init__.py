@@ -1,1 +1,1 @@
-"""What serves the whole package and knows nothing of edits: files, numbers, errors, progress."""
+"""General helpers of the package, without knowledge of edits: files, numbers, errors, progress."""

@@ -1,4 +1,4 @@
-"""Reading the command line: errors that show the usage of the command at hand, and what was meant."""
+"""Reading the command line: errors show the usage of the current command, and a likely correction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .parse import MOST_LAYERS, layer_number, shown
 
 __all__ = ["Parser", "layers"]
 
-# What other programs call these options; the nearest spelling would lead elsewhere.
+# Other programs' names of these options; the nearest spelling would be wrong.
 _OTHER_NAMES = {
     "--adapter": "--edits",
     "--base-model": "--model",
@@ -48,16 +48,16 @@ _OTHER_NAMES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that itself refuses what it does not know.
+    """A parser that refuses unknown options itself.
 
-    argparse hands unknown options of a command back to the top, whose usage says nothing of the command's options.
+    argparse passes unknown options of a command to the top level, whose usage lacks the command's options.
     """
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As argparse's, but for unknown arguments, which are an error. There are none in what it returns."""
-        if args is not None and self._subparsers is None:  # before a value of an unknown option is taken for another's
+        """As argparse's, but unknown arguments are an error, so the returned list of them is empty."""
+        if args is not None and self._subparsers is None:  # before an unknown option's value is taken for another's
             known = [option for option in self._option_string_actions if option.startswith("--")]
             given = args[: args.index("--")] if "--" in args else args
             options = [text.partition("=")[0] for text in given if text.startswith("--")]
@@ -89,7 +89,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def layers(text: str) -> tuple[int, ...]:
-    """`0-5,8` as (0, 1, 2, 3, 4, 5, 8). Raises argparse.ArgumentTypeError for what is no such list, or too long."""
+    """`0-5,8` as (0, 1, 2, 3, 4, 5, 8). Raises argparse.ArgumentTypeError for an invalid or too long list."""
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -97,8 +97,8 @@ def layers(text: str) -> tuple[int, ...]:
         if start is None or end is None:
             raise argparse.ArgumentTypeError(f"got {shown(text)}, expected layer indices such as 0-5,8")
         if end < start:
-            raise argparse.ArgumentTypeError(f"got {part.strip()!r}, whose end is below its start")
+            raise argparse.ArgumentTypeError(f"got {part.strip()!r}, expected an end not below the start")
         if len(found) + end - start >= MOST_LAYERS:
-            raise argparse.ArgumentTypeError(f"got {shown(text)}, expected {MOST_LAYERS:,} layers at most")
+            raise argparse.ArgumentTypeError(f"got {shown(text)}, expected at most {MOST_LAYERS:,} layers")
         found.extend(range(start, end + 1))
     return tuple(found)

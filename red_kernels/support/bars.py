@@ -1,4 +1,4 @@
-"""The bars of other libraries: only on a terminal, as each line of a bar would be a line more in a log file."""
+"""The bars of other libraries, only on a terminal: in a log file each update of a bar would be a line."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _BEFORE_DISABLE = 10  # arguments of tqdm that come before `disable`
 
 @contextlib.contextmanager
 def bars_on_terminals_only() -> Iterator[None]:
-    """Without the bars of tqdm, transformers, datasets and huggingface_hub where the standard error is no terminal.
+    """Disables the bars of tqdm, transformers, datasets and huggingface_hub if standard error is no terminal.
 
-    Each library's own switch is used, and put back after. tqdm has one for each bar only (`disable=None`: no bar where
-    its file is no terminal), which becomes the default meanwhile. The other three are switched where they are imported
-    already; those that are imported later have tqdm's default. Switches are the process's: other threads see them too.
+    Each library's own switch is set, and restored after. tqdm has only a switch for each bar (`disable=None`: no bar if
+    its file is no terminal), which becomes the default in the meantime. The other three are switched if they are
+    imported already; a later import uses tqdm's default. The switches belong to the process: other threads see them
+    too.
     """
     if sys.stderr is not None and sys.stderr.isatty():
         yield
@@ -37,7 +38,7 @@ def bars_on_terminals_only() -> Iterator[None]:
 @contextlib.contextmanager
 def _tqdm() -> Iterator[None]:
     bar: Any = importlib.import_module("tqdm.std").tqdm
-    former = vars(bar)["__init__"]  # as it lies there: asking the class would bind what is no plain function
+    former = vars(bar)["__init__"]  # the raw attribute: access through the class would bind it
     unbound = bar.__init__
 
     @functools.wraps(unbound)
@@ -57,7 +58,7 @@ def _tqdm() -> Iterator[None]:
 def _hub() -> Iterator[None]:
     hub: Any = sys.modules.get("huggingface_hub.utils")
     constants: Any = sys.modules.get("huggingface_hub.constants")
-    # Where the variable HF_HUB_DISABLE_PROGRESS_BARS is set, the library refuses to be switched otherwise.
+    # If the variable HF_HUB_DISABLE_PROGRESS_BARS is set, the library refuses to be switched.
     if hub is None or getattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", None) is not None:
         yield
         return
@@ -65,7 +66,7 @@ def _hub() -> Iterator[None]:
     hub.disable_progress_bars()
     try:
         yield
-    finally:  # transformers' switch, which is put back before, has turned the hub's on
+    finally:  # restoring transformers' switch has turned the hub's on
         (hub.disable_progress_bars if off else hub.enable_progress_bars)()
 
 

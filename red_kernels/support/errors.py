@@ -1,4 +1,4 @@
-"""Errors as the command shows them: one line each."""
+"""Errors as one line, for the command."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import zlib
 
 __all__ = ["explained", "one_line"]
 
-# What is said to the user by this package (ValueError, TypeError, RuntimeError), what the system says of files, memory
-# and packages, and what the readers of files raise for damaged ones.
+# Reported to the user as they are: errors of this package (ValueError, TypeError, RuntimeError), of the system, memory
+# and packages, and errors of file readers for damaged files.
 _EXPLAINED = (
     ValueError,
     TypeError,
@@ -26,11 +26,11 @@ _EXPLAINED = (
     zipfile.BadZipFile,
     zlib.error,
 )
-_BY_NAME = "SafetensorError"  # its base is Exception, its module's name differs by version
+_BY_NAME = "SafetensorError"  # it derives from Exception, and its module's name differs by version
 
 
 def explained(error: BaseException) -> bool:
-    """Whether an error is one that a setting, a file or the system can cause, and not a fault in the code.
+    """Whether a setting, a file or the system may cause an error of this type; otherwise it is a fault in the code.
 
     A TypeError or RuntimeError may be either; this package raises them for arguments.
     """
@@ -38,7 +38,7 @@ def explained(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without line ends and control characters; its kind where it says nothing."""
+    """The message of an error, without line ends and control characters; its type if it has no message."""
     text = " ".join(str(error).split())
     text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
     return text or type(error).__name__

@@ -1,4 +1,4 @@
-"""Writing files so that a reader, a second writer or a crash never meets half of one."""
+"""Writing files so that a reader, a second writer or a crash never sees a partial one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # Windows has none: two writers at once are not kept apart there
+except ImportError:  # Windows has none: there two writers are not kept apart
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
@@ -35,36 +35,36 @@ __all__ = [
 _TEMPORARY = re.compile(
     r"\.(?P<name>.+)\.red-(?P<host>.+)-(?P<pid>[0-9]{1,9})-(?P<token>[0-9a-f]{16})\.(?P<end>tmp|old)"
 )
-_FORMER_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9]+-[0-9a-f]{8}\.tmp")  # of earlier versions: no host is named
-_OLD = 86_400.0  # seconds after which a temporary file is left over, whoever made it: no save takes a day
+_FORMER_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9]+-[0-9a-f]{8}\.tmp")  # of earlier versions, without a host
+_OLD = 86_400.0  # seconds after which any temporary file is left over: no save takes a day
 _PATIENCE = 60.0  # seconds to wait for another writer of the same folder
-_LONGEST = 100  # bytes of a name that go into a temporary name as they are
+_LONGEST = 100  # bytes of a name that a temporary name contains unchanged
 
-_active: set[Path] = set()  # the temporary names that this process is using now
+_active: set[Path] = set()  # this process's temporary names in use
 
 
 def write_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) -> None:
     """Write several small files into `folder`.
 
-    Every file is written and synced under a temporary name first; only when all of them are on the disk are they
-    renamed, in the order given. A reader meets each file whole, the former or the new one. A process that is killed
-    between two renames leaves the first of the new files: where files must agree, the last one decides. The folder is
-    made if it is missing. Temporary files that killed processes left in it are removed.
+    Every file is first written and synced under a temporary name. When all of them are on the disk, they are renamed,
+    in the given order. A reader sees each file complete, the former or the new one. A process killed between two
+    renames leaves the first of the new files: if files must agree, the last one decides. A missing folder is created.
+    Temporary files that killed processes left in it are removed.
 
     Args:
         folder: where the files go.
         contents: file name to file content.
 
     Raises:
-        OSError: the folder cannot be made or written to (read-only, full, a file in its place); of the subclass that
-            belongs to the cause, with the folder's name in the message. No temporary file is left, no file that was
-            not there before, and no folder that was made for it.
+        OSError: the folder cannot be created or written to (read-only, full, a file in its place); it is of the
+            subclass of the cause, with the folder's name in the message. No temporary file, no new file, and no newly
+            created folder is left.
     """
     target = Path(folder)
     with contextlib.ExitStack() as stack:
         stack.enter_context(made_folder(target))
         remove_leftovers(target)
-        # The names stay taken until the end: another thread's save must not take these files for left over.
+        # The names stay reserved until the end: another thread's save must not take these files for left over.
         written = [(stack.enter_context(temporary(target / name)), target / name) for name in contents]
         new: list[Path] = []
         complete = False
@@ -78,7 +78,7 @@ def write_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) -
                 if not there:
                     new.append(final)
         except BaseException:
-            if complete and not os.path.lexists(written[-1][0]):  # an interrupt behind the last rename: all is there
+            if complete and not os.path.lexists(written[-1][0]):  # interrupted after the last rename: complete
                 new.clear()
             for path in [*(path for path, _ in written), *new]:
                 with contextlib.suppress(OSError):
@@ -89,10 +89,10 @@ def write_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) -
 
 @contextlib.contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
-    """Make a folder and its missing parents for the block; if it raises, remove those of them that are empty.
+    """Create a folder and its missing parents for the block; if it raises, remove those of them that are empty.
 
     Raises:
-        OSError: the folder cannot be made; or one that the block raised, with the folder's name in the message.
+        OSError: the folder cannot be created; or an error of the block, with the folder's name in the message.
     """
     made: list[Path] = []
     try:
@@ -105,15 +105,15 @@ def made_folder(folder: Path) -> Iterator[None]:
             with contextlib.suppress(FileExistsError):  # another process was faster
                 path.mkdir()
                 made.append(path)
-        folder.mkdir(exist_ok=True)  # raises for a file in its place
+        folder.mkdir(exist_ok=True)  # raises if a file has its name
         for path in made:
             sync_folder(path.parent)
         yield
     except BaseException as error:
         for path in reversed(made):
             with contextlib.suppress(OSError):
-                path.rmdir()  # goes only if it is empty
-        # An error without a number is a message already; one that an inner folder has named is not named once more.
+                path.rmdir()  # removed only if it is empty
+        # An error without a number is a message already; a folder that is named already is not named again.
         if isinstance(error, OSError) and error.errno is not None and not hasattr(error, "red_folder"):
             text = f"cannot write to the folder {str(folder)!r}: {error.strerror or error}"
             named: Any = OSError(error.errno, text)
@@ -124,12 +124,12 @@ def made_folder(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other writers of a folder out for the block, those of other threads and processes alike.
+    """Keep other writers out of a folder for the block, in other threads and processes.
 
-    The system takes the lock from a process that ends. Where a file system has no such locks, the block simply runs.
+    The system releases the lock of a process that ends. On a file system without locks, the block runs without one.
 
     Raises:
-        TimeoutError: another process has kept the lock for a minute.
+        TimeoutError: another process has held the lock for a minute.
     """
     descriptor = None
     if fcntl is not None:
@@ -144,7 +144,7 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             if held:
-                # A child that was forked meanwhile has a copy of the descriptor: closing it here would not do.
+                # A child forked in the meantime has a copy of the descriptor: closing it here would not suffice.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
@@ -158,7 +158,7 @@ def _lock(descriptor: int, folder: Path) -> bool:
             return True
         except BlockingIOError:
             if time.monotonic() > end:
-                text = f"another process has kept the lock of the folder {str(folder)!r} for {_PATIENCE:.0f} seconds"
+                text = f"another process has held the lock of the folder {str(folder)!r} for {_PATIENCE:.0f} seconds"
                 raise TimeoutError(errno.ETIMEDOUT, text) from None
             time.sleep(0.005)
         except OSError:  # the file system has no locks
@@ -167,7 +167,7 @@ def _lock(descriptor: int, folder: Path) -> bool:
 
 @contextlib.contextmanager
 def temporary(final: Path, end: str = "tmp") -> Iterator[Path]:
-    """A temporary name beside `final`, which nothing else has; for the block it is not taken for left over."""
+    """A unique temporary name next to `final`; during the block it is not taken for left over."""
     name = _stem(final.name)
     path = final.with_name(f".{name}.red-{_host()}-{os.getpid()}-{secrets.token_hex(8)}.{end}")
     _active.add(path)
@@ -181,9 +181,9 @@ def leftovers(folder: Path, name: str | None = None, end: str = "tmp") -> list[P
     """The temporary files and folders in `folder` whose process is dead; of other machines those older than a day.
 
     Args:
-        folder: where to look.
-        name: the final name that they were made for; None for any.
-        end: as of `temporary`.
+        folder: the folder to search.
+        name: their final name; None for any.
+        end: as in `temporary`.
     """
     found = []
     with contextlib.suppress(OSError):
@@ -201,7 +201,7 @@ def leftovers(folder: Path, name: str | None = None, end: str = "tmp") -> list[P
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes left in a folder; what cannot be removed stays. Arguments as of `leftovers`."""
+    """Remove the files that killed processes left in a folder, where possible. Arguments as in `leftovers`."""
     for path in leftovers(folder, name):
         with contextlib.suppress(OSError):
             if path.is_dir() and not path.is_symlink():
@@ -212,7 +212,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the renames in a folder last through a power cut, where the system can; elsewhere they are still atomic."""
+    """Sync the renames in a folder to the disk, if the system can; they are atomic in any case."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -222,7 +222,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def json_by_line(content: Mapping[str, Any]) -> str:
-    """JSON with a line for each entry of a list, for people who compare two files."""
+    """JSON with a line for each entry of a list, to compare files by eye."""
     lines = []
     for name, value in content.items():
         if isinstance(value, list) and value:
@@ -234,7 +234,7 @@ def json_by_line(content: Mapping[str, Any]) -> str:
 
 
 def _write_synced(path: Path, content: bytes) -> None:
-    # os.open and not tempfile: the file gets the permissions of the user's umask, not 0600.
+    # os.open instead of tempfile: the file gets the permissions of the user's umask, not 0600.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
@@ -243,12 +243,12 @@ def _write_synced(path: Path, content: bytes) -> None:
 
 
 def _stem(name: str) -> str:
-    """A final name as temporary names hold it: a long one would not fit."""
+    """A final name for temporary names: a long one would not fit."""
     return name if len(os.fsencode(name)) <= _LONGEST else hashlib.sha256(os.fsencode(name)).hexdigest()
 
 
 def _host() -> str:
-    """This machine, and the space in which its process numbers count: containers have one each."""
+    """This machine, and the namespace of its process numbers: each container has its own."""
     host = re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname())[:40] or "host"
     try:
         return f"{host}_{os.stat('/proc/self/ns/pid').st_ino}"
@@ -272,6 +272,6 @@ def _is_used(path: Path, pid: str) -> bool:
 def _is_old(path: Path) -> bool:
     try:
         found = path.lstat()
-        return time.time() - max(found.st_mtime, found.st_ctime) > _OLD  # a renamed folder keeps the former time
+        return time.time() - max(found.st_mtime, found.st_ctime) > _OLD  # a renamed folder keeps its former time
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""Whether a folder can be written to, found out before hours of work and not after."""
+"""Checks that a folder can be written to before hours of work."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .errors import one_line
 
 __all__ = ["check_output", "writing"]
 
-_ROOM = 1 << 20  # bytes that have to fit at least
+_ROOM = 1 << 20  # bytes that must fit at least
 
 
 def check_output(output: str | os.PathLike[str], name: str = "--output") -> None:
-    """Check that a folder can be made, or written to where it is there; nothing is left behind.
+    """Check that a folder can be created, or written to if it exists; no file is left behind.
 
     Args:
         output: the folder.
@@ -24,8 +24,8 @@ def check_output(output: str | os.PathLike[str], name: str = "--output") -> None
 
     Raises:
         ValueError: an empty path, or one with a NUL character.
-        OSError: it is a file, lies in one, has too long a name, or nothing can be written there: no permission, a
-            read-only or a full disk. It is of the subclass that belongs to the cause.
+        OSError: it is a file, is inside one, has too long a name, or is not writable: no permission, a read-only or a
+            full disk. It is of the subclass of the cause.
     """
     target = Path(output)
     if not str(output) or "\0" in str(output):
@@ -35,7 +35,7 @@ def check_output(output: str | os.PathLike[str], name: str = "--output") -> None
         while not _is_there(place):
             place = place.parent
         if not place.is_dir():
-            what = "is a file" if place.exists() else "is a link that leads nowhere"
+            what = "is a file" if place.exists() else "is a broken link"
             where = (
                 f"{str(target)!r} {what}" if place == target else f"{str(place)!r} {what}, and {str(target)!r} in it"
             )
@@ -51,7 +51,7 @@ def check_output(output: str | os.PathLike[str], name: str = "--output") -> None
 
 
 def _is_there(path: Path) -> bool:
-    """Whether there is something, a link that leads nowhere included; too long a name is an OSError."""
+    """Whether the path exists, broken links included; too long a name is an OSError."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -61,9 +61,9 @@ def _is_there(path: Path) -> bool:
 
 @contextlib.contextmanager
 def writing(output: str | os.PathLike[str]) -> Iterator[None]:
-    """What goes wrong while others write into a folder, as an OSError that names it.
+    """Turns errors of foreign code that writes into a folder into an OSError that names it.
 
-    Libraries give errors of their own for a full disk: safetensors a SafetensorError, torch a RuntimeError.
+    Libraries have their own errors for a full disk: safetensors a SafetensorError, torch a RuntimeError.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Reading numbers and JSON that other people wrote: each fault is a ValueError that says where it is."""
+"""Reading numbers and JSON from users: each fault is a ValueError that names its place."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 __all__ = ["MOST_LAYERS", "checked_count", "layer_number", "parse_json", "read_json", "shown"]
 
-MOST_LAYERS = 100_000  # in a list of layers: no model has so many, and a longer one would fill the memory
-_DIGITS = 9  # of an index: what is longer is no index of a layer, and int() refuses 4,301 digits
+MOST_LAYERS = 100_000  # in a list of layers: no model has as many, and a longer list would fill the memory
+_DIGITS = 9  # of an index: a longer number is no layer index, and int() refuses 4,301 digits
 _SHOWN = 80  # characters of a value in a message
 
 
 def layer_number(text: str) -> int | None:
-    """The number that ASCII digits stand for, nine at most; None for any other text."""
+    """The number of ASCII digits, at most nine; None for any other text."""
     return int(text) if text.isascii() and text.isdigit() and len(text) <= _DIGITS else None
 
 
@@ -24,18 +24,18 @@ def parse_json(content: str | bytes, where: str, **options: Any) -> Any:
 
     Args:
         content: the text; bytes are UTF-8.
-        where: what it is, such as the file's name, for the message.
+        where: its name, for example the file's, for the message.
         options: for `json.loads`.
 
     Raises:
-        ValueError: it is no JSON, no UTF-8, or nested too deeply.
+        ValueError: it is not JSON, not UTF-8, or nested too deeply.
     """
     try:
         return json.loads(content, **options)
     except RecursionError:
-        raise ValueError(f"{where}: its JSON is nested too deeply to be read") from None
-    except ValueError as error:  # also for bytes that are no UTF-8, and for numbers of too many digits
-        raise ValueError(f"{where}: is no JSON: {error}") from error
+        raise ValueError(f"{where}: its JSON is nested too deeply") from None
+    except ValueError as error:  # also for bytes that are not UTF-8, and for numbers with too many digits
+        raise ValueError(f"{where}: is not JSON: {error}") from error
 
 
 def read_json(path: Path, kind: type | None = dict) -> Any:
@@ -43,7 +43,7 @@ def read_json(path: Path, kind: type | None = dict) -> Any:
 
     Args:
         path: the file.
-        kind: the type that its content must have; None for any.
+        kind: the required type of its content; None for any.
 
     Raises:
         ValueError: as `parse_json`, or the content is of another type.
@@ -56,7 +56,7 @@ def read_json(path: Path, kind: type | None = dict) -> Any:
 
 
 def shown(value: object) -> str:
-    """A value in a message: its `repr`, cut where it is long, and never an error of its own."""
+    """A value in a message: its `repr`, shortened if it is long; it never raises an error."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # deep nesting; an integer of too many digits
@@ -69,6 +69,6 @@ def checked_count(values: Iterable[Any], name: str, most: int = MOST_LAYERS) -> 
     found: list[Any] = []
     for value in values:
         if len(found) == most:
-            raise ValueError(f"{name}: got {shown(values)}, expected {most:,} at most")
+            raise ValueError(f"{name}: got {shown(values)}, expected at most {most:,}")
         found.append(value)
     return found

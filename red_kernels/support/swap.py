@@ -1,4 +1,4 @@
-"""Putting a folder in place of another in one step, where the system can, and finding both again where it cannot."""
+"""Exchanging two folders in one step, if the system can, and finding both again if it cannot."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any
 
 __all__ = ["exchange", "rename_new"]
 
-_HERE = -100  # AT_FDCWD: paths are relative to the working folder
+_HERE = -100  # AT_FDCWD: paths are relative to the working directory
 _NO_REPLACE, _EXCHANGE = 1, 2
-# Errors by which a kernel or a file system says that it has no such renaming.
+# Errors of a kernel or a file system without this kind of renaming.
 _UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV, errno.EPERM)
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Exchange two names in one step; False, and nothing is changed, where the system cannot. Raises OSError."""
+    """Exchange two names in one step; False, without changes, if the system cannot. Raises OSError."""
     return _renameat2(first, second, _EXCHANGE)
 
 
 def rename_new(source: Path, target: Path) -> None:
-    """Rename a folder to a name that must be free. Raises FileExistsError where it is taken, OSError otherwise."""
+    """Rename a folder to a free name. Raises FileExistsError if it is taken, OSError otherwise."""
     if _renameat2(source, target, _NO_REPLACE):
         return
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-    os.rename(source, target)  # replaces an empty folder that came at this moment, and nothing else
+    os.rename(source, target)  # it replaces only an empty folder created at this moment
 
 
 def _renameat2(source: Path, target: Path, flag: int) -> bool:

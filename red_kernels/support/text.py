@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 __all__ = ["listed"]
 
-_SHOWN = 6  # how many names a message lists
+_SHOWN = 6  # most names in a message
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names for a message, not more than can be read; "nothing" if there are none."""
+    """Names for a message, at most a few; "nothing" if there are none."""
     if not names:
         return "nothing"
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""

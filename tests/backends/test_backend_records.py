@@ -147,12 +147,12 @@ def test_a_backend_that_is_missing_says_why() -> None:
         (
             {"name": "cpu"},
             ValueError,
-            r"record: got the name 'cpu', expected one that no other has, none of 'triton', ",
+            r"record: got the name 'cpu', expected a name that is not taken; taken: 'triton', ",
         ),
         ({"name": ""}, ValueError, "record: got the name ''"),
         ({"device": "cpu:0"}, ValueError, "record: 'new' has the device 'cpu:0', expected a type such as 'cpu'"),
         ({"name": 5}, TypeError, "record: got the name 5, expected a string"),
-        ({"operations": None}, ValueError, "record: 'new' has no operations, and `missing` does not say why"),
+        ({"operations": None}, ValueError, "record: 'new' has no operations, and `missing` gives no reason"),
         ({"missing": None}, TypeError, "record: missing of 'new' is None, expected a function"),
         ({"device": None}, ValueError, "record: 'new' is automatic for no device, expected a device such as 'cpu'"),
         (

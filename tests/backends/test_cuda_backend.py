@@ -98,7 +98,7 @@ def test_a_device_that_the_library_was_not_built_for(built_for: Any) -> None:
     """The reason names both, and what to do; each device is asked once."""
     asked = built_for("sm_80 sm_90", B200)
     assert cuda.unusable(2) == (
-        "its compute capability is 10.0, expected 8.0 or later and one that the library was built for, sm_80 sm_90; "
+        "its compute capability is 10.0, expected 8.0 or later and one that the library was built for: sm_80 sm_90; "
         "remedy: install red-kernels with RED_KERNELS_ARCHS=100"
     )
     assert cuda.unusable(2) == cuda.unusable(3)
@@ -106,7 +106,7 @@ def test_a_device_that_the_library_was_not_built_for(built_for: Any) -> None:
     built_for("sm_80 compute_80", T4)
     reason = cuda.unusable(0)
     assert reason is not None
-    assert reason.endswith("compute capability is 7.5, expected 8.0 or later and one that the library was built for, "
+    assert reason.endswith("compute capability is 7.5, expected 8.0 or later and one that the library was built for: "
                            "sm_80 compute_80; remedy: rk.backend('triton')")  # fmt: skip
     built_for("sm_80 compute_80", H200)
     assert cuda.unusable(0) is None
@@ -346,12 +346,12 @@ def test_a_library_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     for dll, said in (
         (SimpleNamespace(_name="lib.so"), "no attribute 'red_kernels_cuda_architectures'"),
         (_says(b"it is Sunday", 0), "it is Sunday"),
-        (_says(b"sm_1", 1), "it says that it is for 'sm_1', expected names such as sm_90 or compute_100"),
+        (_says(b"sm_1", 1), "it names the targets 'sm_1', expected names such as sm_90 or compute_100"),
     ):
         text, codes, reason = cuda._ask_architectures(dll)
         assert (text, codes) == ("", ())
         assert reason is not None
-        assert reason.startswith("lib.so is no library of this version (")
+        assert reason.startswith("lib.so is not a library of this version (")
         assert said in reason
         assert "remedy" in reason
     text, codes, reason = cuda._ask_architectures(_says(b"sm_80 sm_90 compute_90", 1))
@@ -384,7 +384,7 @@ def test_import_with_a_wrong_path_of_the_emulator(which: str, tmp_path: Path) ->
     else:
         if cpu.load_error() is not None:
             pytest.skip(f"no CPU kernels: {cpu.load_error()}")
-        path, reason = cpu._LIBRARY, f"{cpu._LIBRARY} is no library of this version ("
+        path, reason = cpu._LIBRARY, f"{cpu._LIBRARY} is not a library of this version ("
     said, raised = _run(SHOW, RED_KERNELS_CUDA_EMULATED=str(path)).splitlines()
     assert said.startswith(reason)
     assert "; remedy: " in said

@@ -173,7 +173,7 @@ FIGURES = {  # (kernel, vectors, with a mean): (instructions, registers, threads
 
 @built_only
 def test_what_a_row_costs(reports: list[Resources], codes: list[Code]) -> None:
-    """On sm_90, for the layouts in docs/decisions.md."""
+    """On sm_90, for the layouts in csrc/cuda/README.md."""
     registers = {kernel.name: kernel.registers for kernel in reports if kernel.arch == 90}
     found = {}
     for code in codes:
@@ -423,7 +423,7 @@ def test_narrow_accesses_are_found() -> None:
     ("old", "new", "reason"),
     [
         ("@P0 BRA 0x60", "@P0 BRA 0x6000", "leaves it"),
-        ("@P0 BRA 0x60", "@P0 BRX R2 -0x60", "not to be found"),
+        ("@P0 BRA 0x60", "@P0 BRX R2 -0x60", "branches to an unknown"),
         ("@P0 BRA 0x60", "@P0 BRA R2", "not understood"),
         ("STS.128 [R2], R4", "UBLKCP.S.G [UR4], [UR6], UR8", "bulk copy"),
         ("EXIT", "NOP", "has no end"),

@@ -238,7 +238,7 @@ def test_multiprocessors_share_the_rows(rules: ctypes.CDLL, d: int, elements: in
 
 
 # Of the backward that most calls get, on a multiprocessor of an H200 in bf16: vectors of a thread, warps of a row, rows
-# at once, blocks of a row, and KiB on their way while a row is computed; as in the table of docs/decisions.md.
+# at once, blocks of a row, and KiB on their way while a row is computed; as in csrc/cuda/README.md.
 USUAL = {
     768: (3, 1, 16, 1, 96),
     1024: (4, 1, 12, 1, 96),

@@ -136,7 +136,7 @@ E0, E2, E3, E4 = (("entries", number) for number in (0, 2, 3, 4))
         (_changed(("versions", "torch"), 2), "versions: torch is 2, expected a text"),
         (_changed(("warp",), 64), "is a table for warps of 64 threads, and this device has 32"),
         (_changed(("architecture",), "sm_80"), "is a table for 'sm_80', and this device is 'sm_90'"),
-        (_changed(E0, 5), "entry 0: no rule is named, expected an object with one of norm_forward"),
+        (_changed(E0, 5), "entry 0: the field 'rule' is missing, expected one of norm_forward"),
         (_changed((*E0, "rule"), "norm"), "entry 0: rule is 'norm', expected one of norm_forward"),
         (_changed((*E0, "sums"), 2), r"entry 0 \(norm_forward\): unknown field 'sums'"),
         (_changed((*E2, "sums"), ...), r"entry 2 \(norm_backward\): sums is missing"),
@@ -151,7 +151,7 @@ E0, E2, E3, E4 = (("entries", number) for number in (0, 2, 3, 4))
         (_changed((*E0, "tile", "warps"), 64), "64 warps of 32 threads are more than 1024"),
         (_changed((*E0, "tile", "rows"), 0), "rows is 0, expected a power of two"),
         (_changed((*E0, "tile", "rows"), 8192), "8192 rows of 256 columns are more than 1048576 elements"),
-        (_changed((*E0, "tile", "chunk"), 128), "3 pieces of 128 columns cannot hold the width 768"),
+        (_changed((*E0, "tile", "chunk"), 128), "3 pieces of 128 columns are fewer than the width 768"),
         (_changed((*E0, "tile", "chunk"), 512), "the last of 3 pieces of 512 columns lies beyond the width 768"),
         (_changed((*E0, "tile"), {**WHOLE, "chunk": 2, "chunks": 384}), "chunk is 2, and dropout takes columns"),
         (_changed((*E0, "tile", "programs"), 1), "programs is 1, expected 0"),
@@ -183,7 +183,7 @@ def test_wrong_tables_are_refused(content: Any, message: str, tmp_path: Path, mo
 
 def test_a_table_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "absent.json"))
-    with pytest.raises(FileNotFoundError, match=rf"{tuned.VARIABLE}: there is no file '.*absent\.json'"):
+    with pytest.raises(FileNotFoundError, match=rf"{tuned.VARIABLE}: the file '.*absent\.json' does not exist"):
         rules.edit_forward(8, 4, CHIP)
 
 

@@ -359,8 +359,8 @@ def test_info_says_whether_a_table_is_in_use(table: Any, state: str, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tune", "--quick"], "--quick: the search for launch rules has no such option"),
-        (["ops", "--tune"], "--tune is a job of its own, got the job ops"),
+        (["--tune", "--quick"], "--quick: not an option of the search for launch rules"),
+        (["ops", "--tune"], "--tune is a separate job, got the job ops"),
         (["--sums", "2"], "--sums is for --tune"),
         (["--tune"], "measures the Triton kernels on a GPU, and torch .* finds none here"),
     ],

@@ -66,7 +66,7 @@ def test_texts_are_read_in_their_order(tmp_path):
 @pytest.mark.parametrize("own", ["12", "_3", "12_", "12_x"])
 def test_ids_that_name_no_text_are_refused(own):
     content = f"1_1\t0\tGood.\r\n{own}\t0\tBad.\r\n".encode()
-    with pytest.raises(ValueError, match=f"expected ids of a text and a sentence as in 12_3, got '{own}'"):
+    with pytest.raises(ValueError, match=f"expected ids of a text and a sentence, for example 12_3, got '{own}'"):
         following.texts(archive(content, content), "x", following.SOURCES[1])
 
 

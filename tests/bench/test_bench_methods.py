@@ -115,7 +115,7 @@ def test_a_step_changes_what_the_method_trains_and_nothing_else(kind: str, metho
     if method in OF_THE_BASE:
         model = zoo.tiny(kind)  # these change the base's own weights
     if (kind, method) == ("gpt2", "beft"):
-        with pytest.raises(ValueError, match="its values come out of one layer with queries and keys"):
+        with pytest.raises(ValueError, match="one layer gives its values with queries and keys"):
             methods.prepare(method, model)
         return
     prepared = methods.prepare(method, model, batches=[batch])
@@ -292,11 +292,11 @@ def test_bad_input_is_named() -> None:
         methods.prepare("adapters", zoo.tiny("llama"))
     with pytest.raises(ValueError, match=r"head: the model has no parameter 'score\.weight'"):
         methods.prepare("red", zoo.tiny("llama"), head=["score.weight"])
-    with pytest.raises(ValueError, match="linear-probe trains nothing but the head"):
+    with pytest.raises(ValueError, match="linear-probe trains only the head"):
         methods.prepare("linear-probe", zoo.tiny("roberta"))
-    with pytest.raises(ValueError, match="batches: got none, and spt chooses"):
+    with pytest.raises(ValueError, match="batches: got none, but spt chooses"):
         methods.prepare("spt", zoo.tiny("llama"))
-    with pytest.raises(ValueError, match="called as queries"):
+    with pytest.raises(ValueError, match="named like queries"):
         named({"0.first": nn.Linear(1, 1)}, QUERIES, VALUES)
 
 

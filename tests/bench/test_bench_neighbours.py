@@ -177,7 +177,7 @@ def test_lorta_adds_slices_of_its_tensor(kind: str) -> None:
 
 
 def test_lorta_names_what_it_does_not_know() -> None:
-    with pytest.raises(ValueError, match="its names tell the queries, keys and values of 0 of its 3 attentions"):
+    with pytest.raises(ValueError, match="its names identify the queries, keys and values of 0 of its 3 attentions"):
         lorta.lorta(zoo.tiny("neox"))
 
 
@@ -321,7 +321,7 @@ def test_spt_trains_the_entries_of_the_greatest_squared_gradient() -> None:
 
 
 def test_sparse_ones_need_enough_entries() -> None:
-    with pytest.raises(ValueError, match=r"rank: got 17, and '.*' of 32 x 32 entries has fewer than such a LoRA"):
+    with pytest.raises(ValueError, match=r"rank: got 17, but '.*' of 32 x 32 entries has fewer than a LoRA"):
         sparse.sara(zoo.tiny("roberta"), 17)
 
 

@@ -341,7 +341,7 @@ def test_sizes_by_elements(run):
     settings = job.Settings(operations=("edit",), dtypes=("bf16",), widths=(64, 240), elements=(1024, 2048))
     sizes = [(case["width"], case["rows"]) for case in job.cases(settings, run)]
     assert sizes == [(64, 16), (240, 4), (64, 32), (240, 8)]
-    with pytest.raises(ValueError, match="elements: got 100, which are no row of the width 768"):
+    with pytest.raises(ValueError, match="elements: got 100, less than one row of the width 768"):
         job.cases(job.Settings(widths=(768,), elements=(100,)), run)
 
 
@@ -406,7 +406,7 @@ def test_wrong_settings(settings, message):
 
 
 def test_too_large_for_the_device(run):
-    with pytest.raises(ValueError, match="every pair has more than the 17,000,000 elements"):
+    with pytest.raises(ValueError, match="every pair exceeds the 17,000,000 elements"):
         job.cases(job.Settings(widths=(100_000,), rows=(100_000,)), run)
 
 
@@ -478,7 +478,7 @@ def test_liger_is_called_as_it_is():
 
 def test_reasons_of_missing_packages(monkeypatch):
     gpu = torch.device("cuda")
-    assert on_gpu(CPU, "quack-kernels", "quack.rmsnorm")[1] == "its kernels run on a GPU only"
+    assert on_gpu(CPU, "quack-kernels", "quack.rmsnorm")[1] == "its kernels run only on a GPU"
     assert on_gpu(gpu, "quack-kernels", "no_such_package.rmsnorm")[1] == "not installed: pip install quack-kernels"
     broken = types.ModuleType("broken_package")
     monkeypatch.setitem(sys.modules, "broken_package", broken)

@@ -434,7 +434,7 @@ def test_every_name_has_a_look_of_its_own():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"quick": True}, "ops.json is a quick look"),
+        ({"quick": True}, "ops.json is a quick run"),
         ({"job": "step"}, "ops.json is of job 'step', expected 'ops'"),
         ({"schema": 99}, "is not a file of results of schema"),
     ],

@@ -173,7 +173,7 @@ def test_another_archive_is_refused_before_its_setup_is_run(offline, tmp_path):
     mark = tmp_path / "was run"
     setup = f"open({str(mark)!r}, 'w').close()"
     (offline / sentiment.ARCHIVE).write_bytes(source_distribution(as_lines(RATED), setup))
-    with pytest.raises(ValueError, match="is another one than it should be"):
+    with pytest.raises(ValueError, match="expected the SHA-256"):
         sentiment.fetch()
     assert not mark.exists()
     assert not sentiment.cache_folder().exists()

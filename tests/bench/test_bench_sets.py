@@ -122,7 +122,7 @@ def test_one_that_fails_does_not_stop_the_others(
     assert sets.run_sets(["all"], {}, tmp_path, run) == 1
     assert len(run.calls) == 4
     assert capsys.readouterr().err == (
-        "" if code == 1 else "Instruction set avx2: ended by SIGKILL; --resume goes on\n"
+        "" if code == 1 else "Instruction set avx2: ended by SIGKILL; --resume continues\n"
     )
 
 
@@ -142,4 +142,4 @@ def test_a_gpu_has_none() -> None:
     command = [sys.executable, "-m", "red_kernels", "bench", "ops", "--instruction-sets", "all", "--device", "cuda"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
-    assert "--instruction-sets: these are a processor's, got --device cuda" in done.stderr
+    assert "--instruction-sets: needs --device cpu, got --device cuda" in done.stderr

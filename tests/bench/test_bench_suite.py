@@ -61,7 +61,7 @@ def test_command(tmp_path, capsys):
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
 
     assert cli.main(["bench", "ops", *TINY, "--output", str(tmp_path)]) == cli.EXIT_ERROR
-    assert "has results of ops; --resume goes on with them, --overwrite measures anew" in capsys.readouterr().err
+    assert "has results of ops; --resume continues them, --overwrite measures again" in capsys.readouterr().err
     assert cli.main(["bench", "ops", *TINY, "--output", str(tmp_path), "--resume"]) == 0
     assert json.loads((tmp_path / "ops.json").read_text())["cases"] == content["cases"]
     assert cli.main(["bench", "ops", *TINY, "--output", str(tmp_path), "--overwrite"]) == 0
@@ -84,10 +84,10 @@ def test_command_of_a_checkout_elsewhere(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["step", "--widths", "8"], "--widths: this is for the job ops, got the job step"),
-        (["step", "--elements", "8", "--seconds", "1"], "--elements: this is for the job ops, got the job step"),
-        (["quality", "--seconds", "1"], "--seconds: this is for the job ops, got the job quality"),
-        (["--tune", "--no-memory"], "--no-memory: the search for launch rules has no such option"),
+        (["step", "--widths", "8"], "--widths: needs the job ops, got the job step"),
+        (["step", "--elements", "8", "--seconds", "1"], "--elements: needs the job ops, got the job step"),
+        (["quality", "--seconds", "1"], "--seconds: needs the job ops, got the job quality"),
+        (["--tune", "--no-memory"], "--no-memory: not an option of the search for launch rules"),
         (["ops", "--operations", "norm"], "operations: got 'norm', expected some of edit_add_rms_norm"),
         (["ops", "--minutes", "0"], "--minutes: got 0.0, expected a number above 0"),
         (["ops", "--device", "cuda"], "--device: got 'cuda', and torch .* finds no GPU here"),
@@ -148,7 +148,7 @@ def test_methods_that_are_asked_for(tmp_path, monkeypatch):
         suite.run_suite(request, Console(file=io.StringIO()))
     assert asked == [("road", "vera")] * 2
     for job in ("ops", "growth", "all"):
-        with pytest.raises(ValueError, match=f"--methods: this is for the jobs step and quality, got the job {job}"):
+        with pytest.raises(ValueError, match=f"--methods: needs the job step or quality, got the job {job}"):
             suite.Request(job, tmp_path, methods=("road",))
     with pytest.raises(ValueError, match="methods: got"):
         suite.run_suite(
@@ -174,8 +174,8 @@ def test_cases_and_tasks_that_are_asked_for(tmp_path, monkeypatch, capsys):
     assert asked[1].tasks == ("sentiment",)
     assert {case["task"] for case in suite.quality.cases(asked[1], None)} == {"sentiment"}
     for error, options in (
-        ("--case: this is for the job step, got the job quality", {"job": "quality", "cases": (("a", 1, 1),)}),
-        ("--tasks: this is for the job quality, got the job step", {"job": "step", "tasks": ("sentiment",)}),
+        ("--case: needs the job step, got the job quality", {"job": "quality", "cases": (("a", 1, 1),)}),
+        ("--tasks: needs the job quality, got the job step", {"job": "step", "tasks": ("sentiment",)}),
     ):
         with pytest.raises(ValueError, match=error):
             suite.Request(output=tmp_path, **options)
@@ -299,7 +299,7 @@ def test_time_that_is_up(tmp_path, run, capsys):
     run_cases(file, CASES, lambda case: {}, late, "title")
     assert read(tmp_path)["cases"] == []
     assert not read(tmp_path)["complete"]
-    assert "3 of 3 cases are left for --resume" in capsys.readouterr().out
+    assert "3 of 3 cases are left to --resume" in capsys.readouterr().out
 
 
 def test_sources_tell_versions_apart(tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ def test_host_cost_without_a_launch(tmp_path):
     names = {name for name in found if not name.startswith("torch")}
     there = {name for name in ("cpu", "cuda") if rk.available_backends()[name] is None}
     assert {name.split(",")[0] for name in names} == {"triton", *there}
-    assert ("Not in the figures" in done.stdout) == ("cuda, 4 x 64, launch left out" in names)
+    assert ("The figures of the CUDA operators without" in done.stdout) == ("cuda, 4 x 64, launch left out" in names)
     over = json.loads(output.read_text())["times_torch_rms_norm"]
     assert set(over) == names
     for name, values in over.items():

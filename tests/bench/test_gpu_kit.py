@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_made_there_and_said(
     assert (root / "red_kernels/lib" / contents.LIBRARIES[0]).read_text() == "old"
     assert place.programs_in(Path(placed.variables["TRITON_CACHE_DIR"])) == 0
     assert "the kit's libraries are of other sources" in placed.said[0]
-    assert "for Python 3.12 and Triton 3.6.0, here are Python 3.11.7 and Triton 3.6.0" in placed.said[1]
+    assert "for Python 3.12 and Triton 3.6.0, but this is Python 3.11.7 and Triton 3.6.0" in placed.said[1]
     versions(monkeypatch, triton="3.7.0")
     assert "here are Python 3.12.3 and Triton 3.7.0" in place.place(made, tmp_path / "b", sys.executable, root).said[1]
     nothing = place.place(tmp_path / "none", tmp_path / "c", sys.executable, root)
@@ -240,8 +240,8 @@ def test_variants_are_of_other_revisions(parts: dict[str, Any], tmp_path: Path) 
         (["--variant", "tma"], "VARIANTS: got 'tma', expected NAME=REVISION"),
         (["--variant", "a/b=HEAD"], "VARIANTS: got 'a/b=HEAD', expected NAME=REVISION"),
         (["--minutes", "0"], "--minutes: got 0.0, expected more than 0"),
-        (["--python312", "/no/python"], "PYTHON312 is '/no/python', which is no Python 3.12"),
-        (["--python312", "PYTHON"], "which is no Python 3.12"),
+        (["--python312", "/no/python"], "PYTHON312 is '/no/python', which is not Python 3.12"),
+        (["--python312", "PYTHON"], "which is not Python 3.12"),
     ],
 )
 def test_wrong_calls_say_one_line(
@@ -272,7 +272,7 @@ def test_without_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_a_folder_that_is_no_kit_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").touch()
     assert kit.main([str(tmp_path)]) == 1
-    assert "which is there and no kit; remedy: another folder, or remove it" in capsys.readouterr().err
+    assert "which exists and is no kit; remedy: another folder, or remove it" in capsys.readouterr().err
     assert (tmp_path / "mine").exists()
 
 
@@ -291,7 +291,7 @@ def test_another_triton_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     answer |= {"triton": "3.6.0", "failed": 1, "errors": ["ValueError: no\nmore"]}
     said: list[str] = []
     assert kit.add_cache("python3.12", tmp_path, wanted, said.append)["failed"] == 1
-    assert said == ["1 programs do not compile, and will not there: ValueError: no more", "1 programs"]
+    assert said == ["1 programs do not compile, here or there: ValueError: no more", "1 programs"]
     answer["programs"] = 0
     with pytest.raises(KitError, match=r"none of Triton's 1 programs compiles: ValueError: no more$"):
         kit.add_cache("python3.12", tmp_path, wanted, print)

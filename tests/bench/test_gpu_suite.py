@@ -156,7 +156,7 @@ def test_without_time_nothing_more_is_begun(machine: Machine, tmp_path: Path) ->
     said = call(machine, tmp_path / "out", known, stages, budget=plan.PACKING + 1)
     assert begun(said) == []
     assert known.of("more").status == state.WAITING
-    assert "left for another call: load, more" in said[-1]
+    assert "left to another call: load, more" in said[-1]
     assert not (tmp_path / "notes").exists()
 
 
@@ -184,7 +184,7 @@ def test_a_second_call_goes_on_where_the_first_ended(machine: Machine, tmp_path:
     assert {name: entry.status for name, entry in known.stages.items()} == {
         "load": "done", "done": "done", "grows": "cut", "fails": "failed", "late": "left out", "second": "waiting",
     }  # fmt: skip
-    assert "left for another call: grows, second" in said[-1]
+    assert "left to another call: grows, second" in said[-1]
     with tarfile.open(output / "logs.tar.gz") as archive:
         log = archive.extractfile("fails.log")
         assert log is not None
@@ -338,8 +338,8 @@ def test_the_summary_says_what_came_of_it() -> None:
         "cuda right",
         "triton WRONG",
         "tests-triton: tests/ops/test_x.py::test_y[a]",
-        "on a GPU only right so far, not all was run",
-        "memory not looked at: compute-sanitizer was not found",
+        "on a GPU only right so far, not all ran",
+        "memory not checked: compute-sanitizer was not found",
         "768 4096",
         "rms, 64M, cuda 80/50 100/25",
         "rms, 64M, triton 91/100 50/20",
@@ -361,7 +361,7 @@ def test_the_summary_says_what_came_of_it() -> None:
     assert len(lines) < 60  # a minute
     nothing = summary.text(state.State(rehearsal=True), {})
     assert nothing.startswith("REHEARSAL on a CPU")
-    assert "not looked at" in nothing
+    assert "not checked" in nothing
 
 
 @pytest.mark.parametrize(
@@ -371,8 +371,8 @@ def test_the_summary_says_what_came_of_it() -> None:
         (("failed", "1 failed, 8 passed in 1.00s"), None, "WRONG"),
         (("failed", "1 failed, 8 passed in 1.00s"), ("failed", "1 failed in 1.00s"), "WRONG"),
         (("done", "the rest in call 2"), ("done", "1 passed in 1.00s"), "right"),
-        (("failed", "1 failed, 8 passed in 1.00s"), ("cut", "1 passed in 1.00s"), "right so far, not all was run"),
-        (("cut", "8 tests passed or skipped so far"), None, "right so far, not all was run"),
+        (("failed", "1 failed, 8 passed in 1.00s"), ("cut", "1 passed in 1.00s"), "right so far, not all ran"),
+        (("cut", "8 tests passed or skipped so far"), None, "right so far, not all ran"),
         (("cut", "1 failed, 8 passed in 1.00s"), None, "WRONG"),
         (("failed", ""), None, "WRONG"),
     ],
@@ -389,7 +389,7 @@ def test_right_or_wrong(first: tuple[str, str], again: tuple[str, str] | None, e
 
 def test_skipped_tests_show_nothing() -> None:
     known = state.State(1, {"tests-cuda": state.Entry("done", 1.0, 0, 1, "", "57 skipped in 3.00s")})
-    assert "not looked at: no test passed" in summary.text(known, {})
+    assert "not checked: no test passed" in summary.text(known, {})
 
 
 def suite(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -416,7 +416,7 @@ def test_a_dry_run_prints_the_plan_and_does_nothing(tmp_path: Path) -> None:
         (["OUT", "--seconds", "0"], "--seconds: got 0.0, expected a number above 0"),
         (["OUT", "--scale", "nan"], "--scale: got nan, expected a number above 0"),
         (["DAMAGED"], "state.json cannot be read"),
-        (["REHEARSED"], "of a rehearsal, and this is none"),
+        (["REHEARSED"], "of a rehearsal, but this is not"),
     ],
 )
 def test_wrong_calls(

@@ -254,8 +254,8 @@ def test_damaged_description(earlier: bool, tmp_path: Path) -> None:
         (json.dumps({**good, "format_version": 2}), "format version 2"),
         (json.dumps({key: value for key, value in good.items() if key != "kind"}), "'kind'"),
         (json.dumps({**good, "sites": []}), "'sites'"),
-        (json.dumps({**good, "dtype": "nn"}), "no dtype"),
-        (json.dumps({**good, "sites": dict(list(good["sites"].items())[1:])}), "do not belong together"),
+        (json.dumps({**good, "dtype": "nn"}), "is not a dtype"),
+        (json.dumps({**good, "sites": dict(list(good["sites"].items())[1:])}), "do not match"),
     ):
         if earlier:
             (tmp_path / CONFIG_NAME).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -265,7 +265,7 @@ def test_damaged_description(earlier: bool, tmp_path: Path) -> None:
             continue  # metadata is text
         where = CONFIG_NAME if earlier else TENSORS_NAME
         assert_refused(tmp_path, match)
-        if match != "do not belong together":
+        if match != "do not match":
             with pytest.raises(ValueError, match=rf"{where}: .*{match}"):
                 saved_config(tmp_path)
 
@@ -307,9 +307,9 @@ def test_a_pickle_that_runs_code_does_not_run(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "attacked"),)
 
     (tmp_path / "evil.pth").write_bytes(pickle.dumps({"x": Attack()}))
-    assert_refused(tmp_path / "evil.pth", "damaged or no checkpoint")
+    assert_refused(tmp_path / "evil.pth", "is damaged, or torch.load")
     torch.save({"x": Attack()}, tmp_path / "evil2.pth")
-    assert_refused(tmp_path / "evil2.pth", "damaged or no checkpoint")
+    assert_refused(tmp_path / "evil2.pth", "is damaged, or torch.load")
     assert not (tmp_path / "attacked").exists()
 
 
@@ -421,7 +421,7 @@ def test_a_folder_with_the_base_model_and_its_edits_warns_of_no_other_base(tmp_p
     model_zoo.tiny("llama").save_pretrained(base)
     model = type(model_zoo.tiny("llama")).from_pretrained(base)
     patch(model)
-    with pytest.warns(UserWarning, match="they are beside it"):
+    with pytest.warns(UserWarning, match="they are next to it"):
         model.save_pretrained(both)
     again = type(model).from_pretrained(both)
     patch(again)

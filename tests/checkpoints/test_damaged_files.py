@@ -219,7 +219,7 @@ def test_a_disk_that_fills_up(
     [
         ("file", "is a file; expected a folder"),
         ("file/in/it", "is a file, and "),
-        ("nowhere", "is a link that leads nowhere"),
+        ("nowhere", "is a broken link"),
         ("x" * 300, "cannot write to"),
         ("a\0b", "expected the path of a folder"),
         ("", "expected the path of a folder"),

@@ -196,7 +196,7 @@ def test_a_model_and_its_edits_in_one_folder(llama: Path, tmp_path: Path) -> Non
     model = base(llama)
     rk.patch(model)
     randomised(model)
-    with pytest.warns(UserWarning, match="they are beside it"):
+    with pytest.warns(UserWarning, match="they are next to it"):
         model.save_pretrained(tmp_path / "both")
     for path in llama.iterdir():  # it is its own base model
         path.unlink()
@@ -297,7 +297,7 @@ def test_convert_takes_packaged_models(name: str, sites: list[str], width: int, 
     (tmp_path / "authors").mkdir()
     torch.save(tensors, tmp_path / "authors" / "delta_vector.pth")
     assert main(["convert", str(tmp_path / "authors"), str(tmp_path / "own"), "--model", name]) == 0
-    assert "told from" in capsys.readouterr().out
+    assert "inferred from" in capsys.readouterr().out
     assert rk.saved_config(tmp_path / "own") == rk.RedConfig(kind="scaling")
     with safetensors.safe_open(tmp_path / "own" / TENSORS_NAME, "pt") as file:
         assert len(list(file.keys())) == len(sites)

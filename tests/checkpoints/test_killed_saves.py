@@ -308,7 +308,7 @@ def test_a_lock_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(_files, "_PATIENCE", 0.0)
     with (
         _files.locked(tmp_path),
-        pytest.raises(TimeoutError, match=r"cannot write to the folder .*kept the lock of the folder"),
+        pytest.raises(TimeoutError, match=r"cannot write to the folder .*held the lock of the folder"),
     ):
         save("bias", tmp_path)
     assert (tmp_path / TENSORS_NAME).read_bytes() == before

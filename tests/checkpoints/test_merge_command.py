@@ -53,7 +53,7 @@ def test_the_output_is_replaced_only_if_asked(folders, capsys):
     assert set(first["files"]) == set(os.listdir(path / "merged")) - {MARKER}
     capsys.readouterr()
     assert main(arguments) == 2
-    assert "is there already; pass --overwrite" in capsys.readouterr().err
+    assert "exists already; pass --overwrite" in capsys.readouterr().err
     assert json.loads((path / "merged" / MARKER).read_text()) == first
     assert main([*arguments, "--overwrite"]) == 0
     assert json.loads((path / "merged" / MARKER).read_text())["token"] != first["token"]

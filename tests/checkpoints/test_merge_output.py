@@ -114,7 +114,7 @@ def test_two_at_once(former, overwrite, steps, tmp_path):
             write(target, "second", overwrite)
             assert (folder / "config.json").exists(), "the second has deleted the first's folder"
 
-    with pytest.raises(FileExistsError, match=r"output: .*merged' (is there already|was changed)"):
+    with pytest.raises(FileExistsError, match=r"output: .*merged' (exists already|was changed)"):
         run()
     assert held(target) == "second"
     assert os.listdir(tmp_path) == ["merged"]
@@ -136,7 +136,7 @@ def test_the_second_comes_at_the_last_moment(former, tmp_path, monkeypatch):
         (target / "thesis.txt").write_text("years")
 
     monkeypatch.setattr(output, "_check_unchanged", meanwhile)
-    with pytest.raises(FileExistsError, match="by another process meanwhile"), output.written() as folder:
+    with pytest.raises(FileExistsError, match="by another process in the meantime"), output.written() as folder:
         (folder / "config.json").write_text("first")
     assert (target / "thesis.txt").read_text() == "years"
     assert os.listdir(tmp_path) == ["merged"]
@@ -223,7 +223,7 @@ def test_other_folders_are_no_merged_models(marker, tmp_path):
     (target / "chapter.txt").write_text("one")
     if marker is not None:
         (target / MARKER).write_text(marker)
-    with pytest.raises(FileExistsError, match=r"no merged model that this command wrote"):
+    with pytest.raises(FileExistsError, match=r"not a merged model of this command"):
         OutputFolder(target, overwrite=True)
     assert (target / "chapter.txt").read_text() == "one"
 
@@ -241,7 +241,7 @@ def test_a_marker_cannot_name_files_elsewhere(tmp_path):
 
 def test_empty_folders_files_and_links(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileExistsError, match="is there already"):
+    with pytest.raises(FileExistsError, match="exists already"):
         OutputFolder(tmp_path / "empty", overwrite=False)
     write(tmp_path / "empty", "new", overwrite=True)
     assert held(tmp_path / "empty") == "new"
@@ -322,7 +322,7 @@ def test_a_merge_beside_another(work, monkeypatch, capsys):
     monkeypatch.setattr(merged_folder, "source_tokenizer", meanwhile)
     assert merge(work, output) == 2
     assert codes == [0, 0]
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     loaded = base.transformers.AutoModelForCausalLM.from_pretrained(output)
     assert torch.isfinite(loaded.model.embed_tokens.weight).all()
     assert sorted(os.listdir(work)) == ["base", "edits", "merged", "thesis.txt"]

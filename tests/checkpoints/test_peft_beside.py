@@ -108,7 +108,7 @@ def test_an_adapter_of_something_else_stays(llama: Path, tmp_path: Path) -> None
 def test_the_folder_of_a_model_stays_one(llama: Path, tmp_path: Path) -> None:
     model = edited(llama)
     rk.save_edits(model, tmp_path)
-    with pytest.warns(UserWarning, match="they are beside it"):
+    with pytest.warns(UserWarning, match="they are next to it"):
         model.save_pretrained(tmp_path)
     rk.save_edits(model, tmp_path)
     assert not names(tmp_path) & set(PEFT_NAMES)

@@ -63,7 +63,7 @@ def test_a_plain_text_keeps_its_characters(tmp_path: Path) -> None:
 
 def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "\\ud800"}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: 'text' is no text that UTF-8 can hold"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: 'text' is no text that UTF-8 can encode"):
         texts(tmp_path / "a.jsonl")
 
 
@@ -220,6 +220,6 @@ def test_a_pickle_runs_no_code(name: str, tmp_path: Path, capsys: pytest.Capture
     torch.save(good, tmp_path / VECTORS_NAME)
     torch.save({"a": Bomb(tmp_path / "ran")}, tmp_path / name)
     assert cli.main(["convert", str(tmp_path), str(tmp_path / "out")]) == cli.EXIT_ERROR
-    assert f"{name}: is damaged or no checkpoint that torch.load reads safely" in capsys.readouterr().err
+    assert f"{name}: is damaged, or torch.load cannot read it safely" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "out").exists()

@@ -131,9 +131,7 @@ def test_layers_that_were_taken_out_keep_their_new_names(tmp_path):
     del model.model.layers[0]
     names = {f"{site}.red_edit.{part}" for site, parts in edit_parameters(model).items() for part in parts}
     assert any(".layers.0." in name for name in names)
-    with pytest.warns(
-        UserWarning, match=r"the edits at model\.layers\.0\.mlp\.down_proj are not in the model any more"
-    ):
+    with pytest.warns(UserWarning, match=r"the edits at model\.layers\.0\.mlp\.down_proj are no longer in the model"):
         rk.save_edits(model, tmp_path)
     assert load_file(tmp_path / "red_edits.safetensors").keys() == names
     doubled = zoo.tiny("llama")
@@ -181,8 +179,8 @@ REFUSED = {
         "unmerge LoRA first",
     ),
     "DoRA": (lambda model: lora(model, use_dora=True), lambda model: None, "such as DoRA"),
-    "IA3": (WRAPPERS["IA3"], lambda model: None, "take that off"),
-    "compiled layers": (compiled_layers, lambda model: None, "take that off"),
+    "IA3": (WRAPPERS["IA3"], lambda model: None, "remove that wrapper"),
+    "compiled layers": (compiled_layers, lambda model: None, "remove that wrapper"),
 }
 
 

@@ -78,7 +78,7 @@ def test_a_layer_that_applied_an_edit_itself_says_that_it_does_not() -> None:
     site.red_edit.inside = True
     nn.Module.register_forward_hook(model[0], edit_hook, prepend=True)
     model[0].__dict__[INSIDE] = ("0",)
-    with pytest.raises(RuntimeError, match=r"does not apply the edit of the stream behind 0 any more; call rk\.save"):
+    with pytest.raises(RuntimeError, match=r"cannot apply its edit of the stream behind 0; call rk\.save"):
         model(torch.randn(2, 4))
     rk.unpatch(model)
     assert model(torch.ones(2, 4)).shape == (2, 4)

@@ -299,9 +299,7 @@ def test_an_exception_leaves_nothing(error: type[BaseException]) -> None:
     with pytest.raises(error):
         logits(model)
     handle.remove()
-    with pytest.raises(
-        RuntimeError, match=r"mlp.down_proj reads what the first layer of its stack was given, and no for"
-    ):
+    with pytest.raises(RuntimeError, match=r"mlp.down_proj reads the input of its stack's first layer, but no for"):
         model.model.layers[1].mlp(torch.randn(2, 7, zoo.HIDDEN))
     gc.collect()
     assert seen[-1]() is None
@@ -340,13 +338,13 @@ def test_an_early_exit_and_later_first_layers() -> None:
     plain = by_hooks("llama", model)
     for one in (model, plain):
         one.model.layers = one.model.layers[:2]
-    with pytest.warns(UserWarning, match="are not in the model"):
+    with pytest.warns(UserWarning, match="are not in the running model"):
         torch.testing.assert_close(logits(model), logits(plain), rtol=1e-4, atol=1e-5)
     later, found = patched(), []
     later.model.layers = later.model.layers[1:]
     later.model.layers[0].register_forward_pre_hook(lambda module, args: found.append(args[0]))
     original = stream.initial_of
-    with pytest.warns(UserWarning, match="are not in the model"):
+    with pytest.warns(UserWarning, match="are not in the running model"):
         logits(later)
     assert len(found) == 1
     assert original is stream.initial_of
@@ -408,23 +406,21 @@ def test_saved_loaded_copied_and_unpatched(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be() -> None:
-    with pytest.raises(ValueError, match="kind 'initial:6', which no layer's weights can stand in for"):
+    with pytest.raises(ValueError, match="kind 'initial:6', which no layer's weights can express"):
         rk.merge(patched())
     with pytest.raises(
-        ValueError, match=r"layers.0.self_attn.k_proj is 16 wide, and an edit of kind 'initial' reads .* 32"
+        ValueError, match=r"layers.0.self_attn.k_proj is 16 wide, but an edit of kind 'initial' reads .* 32"
     ):
         rk.patch(zoo.tiny("llama"), rk.RedConfig(kind="initial", position="more"))
     with pytest.raises(
-        ValueError, match=r"EncDecAttention.q may be of another sequence, and an edit of kind 'initial'"
+        ValueError, match=r"EncDecAttention.q may be of another sequence, but an edit of kind 'initial'"
     ):
         rk.patch(zoo.tiny("t5"), rk.RedConfig(kind="initial", position="more"))
     with pytest.raises(
-        ValueError, match="model: lm_head is in no stack of layers, and an edit of kind 'initial' reads"
+        ValueError, match="model: lm_head is in no stack of layers, but an edit of kind 'initial' reads"
     ):
         rk.patch(zoo.tiny("llama"), rk.RedConfig(kind="initial", sites="lm_head"))
-    with pytest.raises(
-        ValueError, match="kind: 'initial' reads what the first layer of a stack is given, which a plain"
-    ):
+    with pytest.raises(ValueError, match="kind: 'initial' reads the input of a stack's first layer, which a plain"):
         naive_edit(zoo.tiny("llama"), zoo.sites("llama"), "initial")
     with pytest.raises(ValueError, match="cannot be combined by weights"):
         rk.combine_edits(patched(), {"default": 1.0}, "b")
@@ -462,7 +458,7 @@ def test_as_an_adapter_of_peft(name: str, tmp_path: Path) -> None:
     loaded.set_adapter("more")
     frozen = zoo.tiny(name)(**zoo.inputs(name)).logits
     torch.testing.assert_close(loaded(**zoo.inputs(name)).logits, frozen, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="which no layer's weights can stand in for"):
+    with pytest.raises(ValueError, match="which no layer's weights can express"):
         loaded.merge_adapter()
     bare = loaded.unload()
     torch.testing.assert_close(bare(**zoo.inputs(name)).logits, frozen)
@@ -476,7 +472,7 @@ def test_what_cannot_be_an_adapter_of_peft() -> None:
 
     from red_kernels.integrations.peft import RedPeftConfig
 
-    with pytest.raises(ValueError, match="target_modules: edits of kind 'initial' add what the first layer"):
+    with pytest.raises(ValueError, match="target_modules: edits of kind 'initial' add the input of their"):
         RedPeftConfig(kind="initial", target_modules="all-linear")
     for name, target, why in (
         ("llama", "k_proj", "is 16 wide"),
@@ -496,7 +492,7 @@ def test_a_first_layer_that_changes_its_input_in_place() -> None:
     layer.forward = lambda hidden, **kwargs: hidden.add_(forward(hidden.clone(), **kwargs))
     with (
         torch.no_grad(),
-        pytest.raises(RuntimeError, match=r"the first layer of model.layers has changed what it was gi"),
+        pytest.raises(RuntimeError, match=r"the first layer of model.layers has changed its input in place"),
     ):
         logits(model)
 

@@ -206,7 +206,7 @@ def test_merged_by_its_fold_or_refused() -> None:
     rk.merge(model)
     torch.testing.assert_close(logits(model, "gpt2"), edited, rtol=1e-4, atol=1e-5)
     for kind in ("curved", "ln"):
-        with pytest.raises(ValueError, match=f"kind '{kind}', which no layer's weights can stand in for"):
+        with pytest.raises(ValueError, match=f"kind '{kind}', which no layer's weights can express"):
             rk.merge(trained(kind))
 
 
@@ -217,7 +217,7 @@ def test_only_what_changes_each_column_by_itself_goes_into_a_norm() -> None:
         "mixing", (Part("amount"),), lambda h, v: h + v["amount"] * h.flip(-1), "", fold=lambda w, b, v: (w, b)
     )
     register_kind(mixing)
-    with pytest.raises(ValueError, match="kind 'mixing', and a norm's weights stand in only for"):
+    with pytest.raises(ValueError, match="kind 'mixing', but a norm's weights express only"):
         rk.merge(trained("mixing", "bert", position="res"))
 
 
@@ -266,7 +266,7 @@ def test_as_an_adapter_of_peft(kind: str) -> None:
     edited = logits(patched)
     assert torch.equal(model(**zoo.inputs("llama")).logits, edited)
     if kind == "curved":
-        with pytest.raises(ValueError, match="kind 'curved', which no layer's weights can stand in for"):
+        with pytest.raises(ValueError, match="kind 'curved', which no layer's weights can express"):
             model.merge_adapter()
     else:
         model.merge_adapter()

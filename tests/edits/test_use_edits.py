@@ -228,7 +228,7 @@ def test_wrong_number_of_rows(name, rows):
         (b"a", TypeError, "ids: got bytes"),
         ({"a", "b"}, TypeError, "ids: got set"),
         (None, TypeError, "ids: got NoneType"),
-        ([], ValueError, "ids: got no name at all"),
+        ([], ValueError, "ids: got no name"),
         (["a", "z"], ValueError, "ids: got 'z', expected one of the model's edits: 'default', 'a', 'b'"),
         (["a", 1], ValueError, "ids: got 1"),
     ],

@@ -198,11 +198,11 @@ def refusals(folder: Path) -> None:
     split = loaded(llama(), folder / "model")
     before = {name: id(own) for name, own in split.named_parameters()}
     for position, kind, match in (
-        ("more", "ln", "output of model.layers.0.self_attn.q_proj .* 'ln' takes all columns of a row together"),
-        ("more", "lowrank", "'lowrank' takes all columns"),
-        ("value", "direct", "'direct' takes all columns"),
-        ("value", "generated", "'generated' takes all columns"),
-        ("ffn", "gift", "input of model.layers.0.mlp.down_proj over 2 processes, .* 'gift' takes all columns"),
+        ("more", "ln", "output of model.layers.0.self_attn.q_proj .* 'ln' needs all columns of a row together"),
+        ("more", "lowrank", "'lowrank' needs all columns"),
+        ("value", "direct", "'direct' needs all columns"),
+        ("value", "generated", "'generated' needs all columns"),
+        ("ffn", "gift", "input of model.layers.0.mlp.down_proj over 2 processes, .* 'gift' needs all columns"),
         ("more", "reflection:1", "'reflection:1' reflects 1 block of columns, which 2 processes cannot share evenly"),
     ):
         with pytest.raises(ValueError, match=match):

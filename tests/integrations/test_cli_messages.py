@@ -189,7 +189,7 @@ def test_biases_without_a_place(name: str, tmp_path: Path, capsys: pytest.Captur
     shown = " ".join(capsys.readouterr().out.split())
     assert NOTE in shown
     assert "has no place for the biases" in shown
-    assert "edits of --kind scaling can be merged" in shown
+    assert "train --kind scaling, which can be merged" in shown
     assert shown.index(NOTE) < shown.index("Trainable parameters")
     edits = ["--edits", str(tmp_path / "out" / "edits"), "--output", str(tmp_path / "merged")]
     assert cli.main(["merge", "--model", str(base), *edits]) == cli.EXIT_ERROR

@@ -63,7 +63,7 @@ def test_columns_without_a_name(tmp_path: Path) -> None:
 
 def test_a_label_that_is_half_a_character(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "\\ud800"}\n')
-    with pytest.raises(ValueError, match="line 2: 'label' is no text that UTF-8 can hold"):
+    with pytest.raises(ValueError, match="line 2: 'label' is no text that UTF-8 can encode"):
         data.load_documents(str(tmp_path / "a.jsonl"), data.Columns(), True, 0.1)
 
 

@@ -170,22 +170,25 @@ def test_a_prompt_that_both_texts_begin_with(chosen: str, rejected: str, prompt:
         ({"conversations": [{"from": "king", "value": "We"}]}, "'from' is 'king'"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-            "parts of the types 'image', expected texts",
+            "parts of the types 'image', expected only texts",
         ),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "no text that UTF-8 can hold"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "no text that UTF-8 can encode"),
         ({"messages": [QUESTION], "conversations": [QUESTION]}, "both 'messages' and 'conversations'"),
         ({"messages": [QUESTION], "tools": 3}, "'tools' is 3, expected a list"),
-        ({"conversations": [SYSTEM, QUESTION], "system": "Be."}, "column 'system' and a message of the system"),
+        ({"conversations": [SYSTEM, QUESTION], "system": "Be."}, "column 'system' and a system message"),
         ({"prompt": "Why?", "completion": [ANSWER]}, "expected two texts or two lists of messages"),
         ({"prompt": 3, "completion": "So."}, "'prompt' is 3 and"),
         ({"chosen": "Yes.", "rejected": "No."}, "do not begin with the same words, and no 'prompt' is given"),
         ({"chosen": "Why?\n", "rejected": "Why? No."}, "do not begin with the same words"),  # blanks are no answer
         ({"prompt": None, "chosen": "Yes", "rejected": "Yeah"}, "do not begin with the same words"),
-        ({"prompt": [QUESTION], "chosen": "Yes.", "rejected": "No."}, "expected a text, as 'chosen'"),
+        ({"prompt": [QUESTION], "chosen": "Yes.", "rejected": "No."}, "expected a text, like 'chosen'"),
         ({"prompt": "Why?", "chosen": "Yes.", "rejected": 3}, "'chosen' is 'Yes.' and 'rejected' 3"),
         ({"chosen": [BETTER], "rejected": [WORSE]}, "do not begin with the same prompt"),
         ({"chosen": [QUESTION, BETTER], "rejected": [QUESTION, QUESTION]}, "'rejected' does not end with an answer"),
-        ({"prompt": "How?", "chosen": [QUESTION, BETTER], "rejected": [QUESTION, WORSE]}, "begin with another one"),
+        (
+            {"prompt": "How?", "chosen": [QUESTION, BETTER], "rejected": [QUESTION, WORSE]},
+            "begin with a different prompt",
+        ),
         (
             {"prompt": None, "completion": "a"},
             "its columns are 'prompt', 'completion' \\(without a value: 'prompt'\\);",
@@ -349,7 +352,7 @@ def test_folders_of_save_to_disk(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has the splits 'odd', expected 'train'"):
         load(str(tmp_path / "odd"))
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match="is a folder, but none that the save_to_disk"):
+    with pytest.raises(ValueError, match="is a folder, but not of datasets' save_to_disk"):
         load(str(tmp_path / "none"))
     (tmp_path / "none" / "state.json").write_text("{}")
     with pytest.raises(ValueError, match="none' could not be loaded by datasets"):
@@ -436,7 +439,7 @@ def test_a_validation_source_and_contamination(tmp_path: Path) -> None:
     found = load(train, validation=write(tmp_path, "b.jsonl", *texts("b ", "d", "c", "c")))
     assert [one.text for one in found.train] == ["a", "b", "c"]
     assert [one.text for one in found.held_out] == ["b ", "d", "c", "c"]
-    assert found.said[-1].startswith("Contamination: 3 of the 4 validation examples are training examples too")
+    assert found.said[-1].startswith("Contamination: 3 of the 4 validation examples are also training examples")
     clean = load(train, validation=write(tmp_path, "c.jsonl", *texts("d")))
     assert clean.said == ["a.jsonl: 3 documents.", "c.jsonl: 1 document."]
     with pytest.raises(ValueError, match=r"d.jsonl, line 1: is of the form 'chat'"):
@@ -450,7 +453,9 @@ def test_a_validation_source_and_contamination(tmp_path: Path) -> None:
 def test_equal_answers_are_said(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "a" if i == 1 else "b"} for i in range(3)]
     path = write(tmp_path, "a.jsonl", *rows)
-    assert "1 of the 3 pairs have two equal answers, and teach nothing." in load(path, validation=path).said
+    assert (
+        "1 of the 3 pairs have two equal answers, so nothing is learnt from them." in load(path, validation=path).said
+    )
 
 
 def test_the_digest_is_of_the_content(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_an_output_folder_is_not_taken_over(
     (output / "mine.txt").write_text("not of the run")
     former = trained_tensors(output / "edits")
     assert cli.main(arguments) == cli.EXIT_ERROR
-    assert "--resume, or start anew by --overwrite" in capsys.readouterr().err
+    assert "--resume, or start over by --overwrite" in capsys.readouterr().err
     assert cli.main([*arguments, "--resume"]) == cli.EXIT_ERROR
     assert "is finished" in capsys.readouterr().err
     # A run that cannot start leaves the former one alone, even with --overwrite.
@@ -287,7 +287,7 @@ def test_a_signal_saves(number: signal.Signals, folders: dict[str, Path], tmp_pa
     process.send_signal(number)
     shown, _ = process.communicate(timeout=HANGS)
     assert process.returncode == cli.EXIT_INTERRUPTED, shown
-    assert "--resume goes on" in shown
+    assert "--resume continues" in shown
     run = json.loads((output / "run.json").read_text())
     assert run["state"] == "interrupted"
     newest = checkpoints(output)[-1]

@@ -111,9 +111,9 @@ def test_evaluate_on_other_data(
     assert json.loads((tmp_path / "f.json").read_text())["with edits"]["targets"] == 3
     few.write_text("text\tlabel\naaaa abab\tgood\nzzzz zyzy\tugly\n")
     assert cli.main(["evaluate", edits, *wanted]) == cli.EXIT_ERROR
-    assert "has the label 'ugly', and the model knows bad, good" in capsys.readouterr().err
+    assert "has the label 'ugly', expected a label of the model: bad, good" in capsys.readouterr().err
     assert cli.main(["evaluate", edits]) == cli.EXIT_ERROR
-    assert "is no run's folder, which would name it; give --data" in capsys.readouterr().err
+    assert "is not a run's folder, which would name its data; pass --data" in capsys.readouterr().err
 
 
 # ---- generate
@@ -140,7 +140,7 @@ def test_edits_by_name(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
     (["={mild}"], "expected SOURCE or NAME=SOURCE"),
     (["{mild}", "--new-tokens", "0"], "new_tokens: got 0, expected at least 1"),
     (["{mild}", "--temperature", "0"], "temperature: got 0.0, expected a number above 0"),
-    (["{labels}"], "which generates nothing"),
+    (["{labels}"], "which generates no text"),
 ])  # fmt: skip
 def test_what_generate_refuses(
     more: list[str], message: str, runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
@@ -183,7 +183,7 @@ def test_a_sweep(folders: dict[str, Path], tmp_path: Path, capsys: pytest.Captur
     assert results(tmp_path / "alone")["after"] == results(output / "lr-0.03")["after"]
 
     assert cli.main(["sweep", *words]) == cli.EXIT_ERROR
-    assert "holds a sweep; go on with it by --resume" in capsys.readouterr().err
+    assert "holds a sweep; continue it by --resume" in capsys.readouterr().err
     (output / "sweep.png").unlink()
     assert cli.main(["sweep", *words, "--resume"]) == 0
     assert "held-out loss 0" not in capsys.readouterr().out.replace("Held-out", "")
@@ -195,7 +195,7 @@ def test_a_sweep(folders: dict[str, Path], tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(("more", "message"), [
     (["--rates", "1e-2"], "expected two or more different numbers"),
     (["--rates", "1e-2", "-1"], "expected two or more different numbers"),
-    (["--schedule", "linear"], "schedule: a run that goes on for more steps needs a constant schedule"),
+    (["--schedule", "linear"], "schedule: a run that continues for more steps needs a constant schedule"),
 ])  # fmt: skip
 def test_what_a_sweep_refuses(
     more: list[str], message: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -88,7 +88,7 @@ def test_a_template_of_ones_own(folders: dict[str, Path], tmp_path: Path, capsys
     assert "template: 'nowhere' cannot be read" in capsys.readouterr().err
     template.write_text(template.read_text().replace("[/]", "[//]"))
     assert cli.main(["finetune", "--output", str(tmp_path / "out"), "--resume", "--steps", "3"]) == cli.EXIT_ERROR
-    assert "template.jinja' is not what the run in" in capsys.readouterr().err
+    assert "template.jinja' differs from the start of the run in" in capsys.readouterr().err
 
 
 def test_packed_conversations_are_the_same(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_preferences(folders: dict[str, Path], tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(("row", "more", "message"), [
-    ({"text": "a"}, ("--packing",), "packing: is of conversations and completions, and the data's form is 'text'"),
+    ({"text": "a"}, ("--packing",), "packing: needs conversations or completions, but the data's form is 'text'"),
     ({"messages": [{"role": "user"}]}, (), "line 1"),
 ])  # fmt: skip
 def test_what_does_not_fit(

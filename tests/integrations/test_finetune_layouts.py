@@ -105,7 +105,7 @@ def test_another_layout_goes_on(folders: dict[str, Path], alone: Path, tmp_path:
 def test_a_model_with_too_few_heads(folders: dict[str, Path], tmp_path: Path) -> None:
     done = launched(causal({**folders, "llama": folders["odd"]}, tmp_path / "out", "--tp", "2"))
     assert done.returncode != 0
-    assert "does not run when it is split over so many" in done.stderr
+    assert "does not run when split over that many" in done.stderr
     assert "num_attention_heads 2, num_key_value_heads 1" in done.stderr
     assert not (tmp_path / "out" / "run.json").exists()
 
@@ -127,7 +127,7 @@ def test_what_accelerate_is_configured_for(
     """It would train in another way than the command says: mixed precision gave edits that did not do as they did."""
     monkeypatch.setenv(name, "bf16" if "PRECISION" in name else "inductor" if "DYNAMO" in name else "true")
     assert cli.main(causal(folders, tmp_path / "out")) == cli.EXIT_ERROR
-    assert "accelerate's configuration asks for" in (said := capsys.readouterr().err)
+    assert "accelerate's configuration requests" in (said := capsys.readouterr().err)
     assert name in said
     assert not (tmp_path / "out").exists()
     for nothing in ("no", "NO") if "USE" not in name else ("false", "False"):
@@ -151,7 +151,7 @@ def test_a_loss_that_is_no_number(folders: dict[str, Path], tmp_path: Path) -> N
         (1, {"tp": 2}, "tp: got 2, and there is one process; torchrun"),
         (3, {"tp": 2}, "tp: got 2, and there are 3 processes, no multiple of it"),
         (1, {"fsdp": True}, "fsdp: there is one process; torchrun"),
-        (2, {"tp": 2, "fsdp": True}, "fsdp: all 2 processes split the model's weights"),
+        (2, {"tp": 2, "fsdp": True}, "fsdp: all 2 processes share the model's weights"),
     ],
 )
 def test_layouts_that_cannot_be(count: int, options: dict[str, int], said: str) -> None:

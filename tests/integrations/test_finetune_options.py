@@ -50,7 +50,7 @@ def test_a_warm_up_that_never_ends_is_said(
     warmup: str, said: bool, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(causal(folders, tmp_path / "out", "--steps", "3", "--warmup", warmup, "--learning-rate", "0.02"))
-    text = "Note: the rate never reaches 0.02: it rises for 3 steps, and there are 3."
+    text = "Note: the rate never reaches 0.02: its warm-up takes 3 steps, the run 3."
     assert (text in capsys.readouterr().out) == said
 
 
@@ -224,12 +224,12 @@ def test_settings_come_back_from_their_options() -> None:
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("stpes: 3", "stpes: is no setting of finetune; these are: .*steps"),
+    ("stpes: 3", "stpes: is no setting of finetune, expected one of .*steps"),
     ("- a", "expected names of settings with their values"),
     ("a: [", "cannot be read"),
     ("save-every: 3\nsave_every: 3", "save-every twice"),
-    ("steps: many", "steps: got 'many', expected a whole number from 1 on"),
-    ("patience: 2", "patience: got 2, and eval_every says"),
+    ("steps: many", "steps: got 'many', expected an integer of at least 1"),
+    ("patience: 2", "patience: got 2 without eval_every"),
     ("eval-every: 4\nsave-every: 6", "save_every: got 6, expected 4, that of eval_every"),
     ("steps: 3\nepochs: 1", "steps and epochs: got 3 and 1, expected one"),
     ("warmup: -1", "warmup: got -1, expected a number, 0 or more"),
@@ -239,8 +239,8 @@ def test_settings_come_back_from_their_options() -> None:
     ("sample: 3", "sample: got 3, expected texts"),
     ("text-column: [a]", "text_column: got .'a'., expected a text"),
     ("validation: [a.txt, 5]", "validation: got .'a.txt', 5., expected texts"),
-    ("seed: abc", "seed: got 'abc', expected a whole number"),
-    ("seed: -1", "seed: got -1, expected a whole number"),
+    ("seed: abc", "seed: got 'abc', expected an integer"),
+    ("seed: -1", "seed: got -1, expected an integer"),
 ])  # fmt: skip
 def test_a_config_that_is_wrong(
     content: str, message: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -316,5 +316,5 @@ def test_resume_refuses(folders: dict[str, Path], tmp_path: Path, capsys: pytest
         assert message in capsys.readouterr().err
     text.write_text(text.read_text().replace("line 7 ", "line seven "))
     assert cli.main([*again, "--steps", "5"]) == cli.EXIT_ERROR
-    assert "is not what the run in" in capsys.readouterr().err
+    assert "differs from the start of the run in" in capsys.readouterr().err
     assert record(output)["state"] == "finished"

@@ -36,7 +36,7 @@ def test_naive_edit_of_a_tuple_with_a_norm():
 
     model, x = torch.nn.Sequential(Layer()), torch.randn(3, 4)
     before = model(x)[0]
-    with pytest.raises(ValueError, match=r"sites: '0' is a Layer, whose width cannot be told; give it in widths"):
+    with pytest.raises(ValueError, match=r"sites: '0' is a Layer, whose width is unknown; pass it in widths"):
         naive_edit(model, ["0"], "ln")
     with naive_edit(model, ["0"], "ln", widths={"0": 4}) as naive:
         parts = naive.parameters["0"]

@@ -93,10 +93,14 @@ def test_preferences_on_two_processes(folders: dict[str, Path], tmp_path: Path) 
 
 
 def test_a_batch_that_cannot_be_shared() -> None:
-    with pytest.raises(ValueError, match="batch_size: got 3, expected a multiple of 2: so many processes share it"):
+    with pytest.raises(
+        ValueError, match="batch_size: got 3, expected a multiple of 2, the number of processes that share a batch"
+    ):
         _check_shares(Settings(batch_size=3), Processes(2))
     _check_shares(Settings(batch_size=3), Processes(2, tp=2))
-    with pytest.raises(ValueError, match="expected a multiple of 2: so many groups of processes share it"):
+    with pytest.raises(
+        ValueError, match="expected a multiple of 2, the number of groups of processes that share a batch"
+    ):
         _check_shares(Settings(batch_size=3), Processes(4, tp=2))
 
 

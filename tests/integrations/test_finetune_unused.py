@@ -158,7 +158,7 @@ def test_generate(folders: dict[str, Path], tmp_path: Path, capsys: pytest.Captu
     for more, message in (
         (("--seed", "3"), "seed: got 3, which has no effect: without temperature"),
         (("--template", "t.jinja", "--no-chat"), "template: got 't.jinja', which has no effect"),
-        (("--prompt", ""), "prompt: got '', of which the tokenizer makes no token"),
+        (("--prompt", ""), "prompt: got '', for which the tokenizer gives no token"),
         (("--chat",), "chat: the model's tokenizer has no chat template"),
     ):
         assert cli.main([*ask, *more]) == cli.EXIT_ERROR
@@ -180,7 +180,7 @@ def test_sweep_says_what_of_a_file_it_does_not_use(
     config.write_text("\n".join([*lines, "learning-rate: 0.5", "sample: line", "batch-size: 2", ""]))
     output = str(tmp_path / "rates")
     assert cli.main(["sweep", "--config", str(config), "--rates", "1e-3", "1e-2", "--output", output]) == 0
-    assert "Not used by a sweep" in (said := capsys.readouterr().out)
+    assert "Ignored by a sweep" in (said := capsys.readouterr().out)
     assert "learning_rate, sample" in said
 
 

@@ -136,9 +136,9 @@ class _Scaled(nn.Embedding):
     ("module", "arguments", "error"),
     [
         (_quantised, {}, "int8"),
-        (_Own, {}, "no known make"),
-        (lambda: _Scaled(4, 8), {}, "no known make"),
-        (lambda: _Bent(4, 8), {}, "no known make"),
+        (_Own, {}, "not a known layer type"),
+        (lambda: _Scaled(4, 8), {}, "not a known layer type"),
+        (lambda: _Bent(4, 8), {}, "not a known layer type"),
         (lambda: nn.Linear(4, 8), {"kind": "ln"}, "of kind 'ln'"),
         (rms_norm, {}, "no bias"),
     ],
@@ -205,7 +205,7 @@ class _Attention(nn.Module):
     [
         (lambda: zoo.tiny("llama"), {"position": "res"}, r"position: 'res' .*PEFT cannot wrap"),
         (lambda: zoo.tiny("mixtral"), {}, r"position: 'ffn' .*PEFT cannot wrap"),
-        (lambda: nn.Sequential(nn.Linear(2, 2)), {}, "lacks what position 'ffn' edits: no repeated layers were found"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), {}, "lacks sites of position 'ffn': no repeated layers were found"),
         (_Attention, {"target_modules": ["out_proj"]}, "never be applied"),
         (_Attention, {"target_modules": ["pair"]}, "target_modules: 'pair' is a LSTM"),
         (lambda: nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 2)), {"target_modules": ["0", "1"]}, "'1' is a LSTM"),

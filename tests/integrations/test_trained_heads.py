@@ -153,9 +153,9 @@ def test_precision(bases, tmp_path):
 @pytest.mark.parametrize(
     ("said", "match"),
     [
-        ('{"labels": {"0": 3}}', "labels must be text"),
-        ('{"labels": {"1": "a"}}', "numbers from 0 on"),
-        ('{"labels": ["a"]}', "labels must be text"),
+        ('{"labels": {"0": 3}}', "labels must map numbers"),
+        ('{"labels": {"1": "a"}}', "numbered from 0"),
+        ('{"labels": ["a"]}', "labels must map numbers"),
         ('{"mark": 3}', "must be text"),
         ("[" * 100_000, "damaged"),
         ("3", "not a description"),

@@ -173,7 +173,7 @@ def test_vectors_and_edit_ids_that_do_not_fit(operation: str) -> None:
     both = {"scale": torch.ones(3, D), "bias": torch.ones(3, D)}
     for name in both:
         _refused(operation, ValueError, rf"{name} has shape \(3, {D}\), which needs edit_ids=", {name: both[name]})
-        message = rf"{name} has shape \({D},\), expected \(n, {D}\) with n >= 1, as edit_ids is given"
+        message = rf"{name} has shape \({D},\), expected \(n, {D}\) with n >= 1, because edit_ids is given"
         _refused(operation, ValueError, message, {name: torch.ones(D)}, edit_ids=ids)
         _refused(operation, ValueError, f"{name} has shape", {name: torch.ones(0, D)}, edit_ids=ids)
         _refused(operation, ValueError, f"{name} has shape", {name: torch.ones(3, D + 1)}, edit_ids=ids)

@@ -245,7 +245,7 @@ def test_a_second_derivative_of_a_kernel_says_why_not(implementation: Implementa
     ("change", "error", "message"),
     [
         ({"first": None}, TypeError, "first must be a tensor, got NoneType"),
-        ({"second": None}, TypeError, "second must be a tensor, got NoneType; a rotation has both"),
+        ({"second": None}, TypeError, "second must be a tensor, got NoneType; a rotation needs both"),
         ({"second": torch.ones(65)}, ValueError, r"second has shape \(65,\), expected \(64,\)"),
         ({"bias": torch.ones(2, 64)}, ValueError, r"bias has shape \(2, 64\), which needs edit_ids"),
         ({"blocks": 5}, ValueError, "blocks is 5, expected a divisor of the width of x, 64"),

@@ -262,7 +262,7 @@ def test_another_python_or_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert module is None
     assert error is not None
     assert "it was built for" in error
-    assert "and this is cpython-399, torch 9.9.9; remedy: install red-kernels again" in error
+    assert "but this is cpython-399, torch 9.9.9; remedy: install red-kernels again" in error
     monkeypatch.setenv("RED_KERNELS_NODES", "0")
     assert nodes._load() == (None, "RED_KERNELS_NODES=0 leaves it out")
 

@@ -170,11 +170,11 @@ def _reason(result: Result) -> str:
         needs = re.search(r"requires the (\w+) library|No module named '(\w+)'", result.reason)
         told = f"{needs[1] or needs[2]} is not installed" if needs else result.reason.removeprefix(NOT_BUILT)[:100]
         return f"not built: {told}"
-    text = result.reason.partition("edits: ")[2]
-    if not text:
+    text = re.sub(r"^.*? lacks sites of position '[^']*': ", "", result.reason)
+    if text == result.reason:
         return result.reason.partition(" [")[0][:120]
     text = re.sub(r"the \d+ layers that were found \(([^)]*)\) have ", r"\1 has ", text)
-    return "refused: " + text.rstrip(".").partition(", and so ")[0]
+    return "refused: " + text.rstrip(".").partition(", so the model ")[0]
 
 
 def cell(result: Result) -> str:

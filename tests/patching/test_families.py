@@ -87,7 +87,7 @@ def test_a_subclass_is_found_by_its_base(registered):
 
 def test_a_place_that_the_family_lacks(registered):
     model = toy.model()
-    with pytest.raises(ValueError, match=r"lacks what position 'more' edits: .* no query, key or value projection"):
+    with pytest.raises(ValueError, match=r"lacks sites of position 'more': .* no query, key or value projection"):
         rk.patch(model, rk.RedConfig(position="more"))
     assert not any(hasattr(module, "red_edit") for module in model.modules())
 
@@ -146,7 +146,7 @@ def test_saved_merged_or_refused(kind, registered, kinds, tmp_path):
     rk.load_edits(other, tmp_path / "edits")
     assert torch.equal(other(IDS).logits, edited)
     if kind == "curved":
-        with pytest.raises(ValueError, match="kind 'curved', which no layer's weights can stand in for"):
+        with pytest.raises(ValueError, match="kind 'curved', which no layer's weights can express"):
             rk.merge(model)
     else:
         rk.merge(model)
@@ -201,7 +201,7 @@ def _family(**changes):
         (
             _family(layers=("a.NewLayer", "b.NewLayer")),
             ValueError,
-            "NewLayer, NewLayer are known already, or come twice",
+            "NewLayer, NewLayer are known already, or occur twice",
         ),
         (_family(sites={}), ValueError, "family: got sites for []"),
         (_family(sites={"ffn": ()}), ValueError, "family: got sites for ['ffn']"),

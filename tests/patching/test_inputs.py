@@ -242,7 +242,7 @@ def test_a_bias_of_an_input_merges_to_a_bias_that_needs_a_place() -> None:
 
 
 def test_what_cannot_be_merged() -> None:
-    with pytest.raises(ValueError, match="kind 'ln', which no layer's weights can stand in for"):
+    with pytest.raises(ValueError, match="kind 'ln', which no layer's weights can express"):
         rk.merge(patched("llama", kind="ln"))
     model = patched("llama")
     down = model.model.layers[1].mlp.down_proj
@@ -312,9 +312,9 @@ def test_lora_around_it_and_inside() -> None:
 
 def test_where_there_is_no_such_place() -> None:
     for position in ("ia3", "value"):
-        with pytest.raises(ValueError, match=r"values alone. Queries, keys and values come of one projection.*c_attn"):
+        with pytest.raises(ValueError, match=r"only values. One projection gives queries, keys and values.*c_attn"):
             rk.patch(zoo.tiny("gpt2"), rk.RedConfig(position=position))
-    with pytest.raises(ValueError, match=r"no FFN with a last projection whose input is at hand. Its experts are in"):
+    with pytest.raises(ValueError, match=r"no FFN with a last projection whose input is accessible. Its experts are"):
         rk.patch(zoo.tiny("mixtral"), rk.RedConfig(position="ia3"))
     with pytest.raises(ValueError, match="kind 'generated' is of a module's output, and not of its input"):
         rk.patch(zoo.tiny("bert"), rk.RedConfig(position="ia3", kind="generated"))

@@ -234,7 +234,7 @@ def test_sentence_transformers_encodes_and_saves(sentences: nn.Module, tmp_path:
     np.testing.assert_allclose(edited, plain.encode(TEXTS), rtol=1e-5, atol=1e-5)
 
     folder = tmp_path / "saved"
-    with pytest.warns(UserWarning, match="no edits; they are beside it"):
+    with pytest.warns(UserWarning, match="no edits; they are next to it"):
         sentences.save_pretrained(str(folder))
     again = type(sentences)(str(folder), device="cpu")
     np.testing.assert_allclose(again.encode(TEXTS), unedited, rtol=1e-6, atol=1e-6)

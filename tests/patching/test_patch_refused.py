@@ -24,10 +24,10 @@ from red_kernels.patching.patch import edit_config, patch, unpatch
         ({"dtype": torch.int8}, ValueError, "dtype: got torch.int8"),
         ({"dtype": torch.float8_e4m3fn}, ValueError, "dtype"),
         ({"dtype": "float32"}, ValueError, "dtype"),
-        ({"layers": []}, ValueError, "no layer at all"),
-        ({"layers": range(0)}, ValueError, "no layer at all"),
+        ({"layers": []}, ValueError, "got no layer"),
+        ({"layers": range(0)}, ValueError, "got no layer"),
         ({"layers": [-1]}, ValueError, "indices from 0"),
-        ({"layers": [1, 1]}, ValueError, "twice"),
+        ({"layers": [1, 1]}, ValueError, "each layer once"),
         ({"layers": 3}, TypeError, "a range or a list"),
         ({"layers": "1"}, TypeError, "a range or a list"),
         ({"layers": [1.0]}, TypeError, "integers"),
@@ -76,7 +76,7 @@ def test_a_model_without_sites():
     refused(
         nn.Sequential(nn.Linear(3, 3)),
         RedConfig(),
-        r"Sequential lacks what position 'ffn' edits: no repeated layers .* no FFN with a last projection.*sites=",
+        r"Sequential lacks sites of position 'ffn': no repeated layers .* no FFN with a last projection.*sites=",
     )
     refused(nn.Identity(), RedConfig(), "linear layers are none")
 

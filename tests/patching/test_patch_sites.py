@@ -384,7 +384,7 @@ def test_vectors_that_are_no_parameters_for_the_time_being(name: str) -> None:
 
 def test_a_module_that_is_never_called():
     model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
-    with pytest.raises(ValueError, match=r"'0.out_proj' is inside of an nn.MultiheadAttention.*never be applied"):
+    with pytest.raises(ValueError, match=r"'0.out_proj' is inside an nn.MultiheadAttention.*never be applied"):
         patch(model, RedConfig(sites="*.out_proj"))
     assert not hasattr(model[0].out_proj, "red_edit")
 

@@ -21,7 +21,7 @@ from torch import nn
 import red_kernels as rk
 from red_kernels.edits.find import edit_parameters
 
-SAID = r"no edits; they are beside it.*rk\.patch\(model, rk\.saved_config\('.*'\)\); rk\.load_edits\(model, '.*'\)"
+SAID = r"no edits; they are next to it.*rk\.patch\(model, rk\.saved_config\('.*'\)\); rk\.load_edits\(model, '.*'\)"
 
 
 def into(model, folder):
@@ -201,7 +201,7 @@ def test_several_edits(tmp_path):
     model = trained()
     rk.add_edit(model, "alice")
     rk.switch_edit(model, "alice")
-    with pytest.warns(UserWarning, match="of the active edit alone, of default, alice"):
+    with pytest.warns(UserWarning, match="of the active edit, one of default, alice"):
         model.save_pretrained(tmp_path)
     fresh = into(transformers.LlamaForCausalLM.from_pretrained(tmp_path), tmp_path)
     assert same(values(model), values(fresh))

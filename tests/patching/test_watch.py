@@ -231,15 +231,13 @@ def test_a_layer_that_is_not_in_the_model(how, tmp_path):
     else:
         model.model.layers = layers[:2]
     with pytest.warns(
-        UserWarning, match=r"layers of the edits at model\.layers\.2\.mlp\.down_proj are not in the model"
+        UserWarning, match=r"layers of the edits at model\.layers\.2\.mlp\.down_proj are not in the running model"
     ):
         run(model, "llama")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(model, "llama")
-    with pytest.warns(
-        UserWarning, match=r"the edits at model\.layers\.2\.mlp\.down_proj are not in the model any more"
-    ):
+    with pytest.warns(UserWarning, match=r"the edits at model\.layers\.2\.mlp\.down_proj are no longer in the model"):
         rk.save_edits(model, tmp_path)
     if how == "left out":
         model.model.layers = layers
@@ -252,7 +250,7 @@ def test_the_hooks_of_all_modules_removed():
     model = made("llama")
     for module in model.model.modules():
         module._forward_hooks.clear()
-    with pytest.raises(RuntimeError, match=r"down_proj was not applied: its hook was removed; put it back"):
+    with pytest.raises(RuntimeError, match=r"down_proj was not applied: its hook was removed; restore it"):
         run(model, "llama")
 
 

@@ -71,7 +71,7 @@ def hra(model: nn.Module, rank: int = RANK, *, every: bool = False) -> Prepared:
     import peft
 
     if rank % 2:
-        raise ValueError(f"rank: got {rank}, expected an even number: an odd chain does not begin as the frozen model")
+        raise ValueError(f"rank: got {rank}, expected an even number: an odd chain does not start as the frozen model")
     linears = block_linears(model)
     names = list(linears) if every else named(linears, QUERIES, VALUES)
     as_linears(model, names)

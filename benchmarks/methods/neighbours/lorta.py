@@ -97,7 +97,7 @@ def attentions(model: nn.Module) -> list[Attention]:
     outs = list(edited_sites(model, "attn"))
     if not found or len(found) != len(outs):
         raise ValueError(
-            f"model: its names tell the queries, keys and values of {len(found)} of its {len(outs)} attentions"
+            f"model: its names identify the queries, keys and values of {len(found)} of its {len(outs)} attentions"
         )
     return [Attention(into, out) for into, out in zip(found, outs, strict=True)]
 
@@ -127,7 +127,7 @@ def lorta(model: nn.Module, rank: int = RANK) -> Prepared:
         outer = sizes(linears[attention.out])
         if rest or outer != (heads * inner, width) or any(sizes(linears[n])[0] != width for n, _ in attention.into):
             raise ValueError(
-                f"model: {attention.out!r} of {outer} is not as the first attention, or not of {heads} heads"
+                f"model: {attention.out!r} of {outer} differs from the first attention, or has not {heads} heads"
             )
     model.requires_grad_(False)
     device = next(model.parameters()).device

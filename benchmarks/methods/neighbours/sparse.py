@@ -112,7 +112,9 @@ def _trained_at(model: nn.Module, rank: int, worth: Callable[[Any], Tensor]) -> 
     for name, own in linears.items():
         into, out = sizes(own)
         if rank * (into + out) > into * out:
-            raise ValueError(f"rank: got {rank}, and {name!r} of {into} x {out} entries has fewer than such a LoRA")
+            raise ValueError(
+                f"rank: got {rank}, but {name!r} of {into} x {out} entries has fewer than a LoRA of this rank"
+            )
     as_linears(model, linears)
 
     def mask(linear: nn.Module, rank: int, **options: object) -> Tensor:

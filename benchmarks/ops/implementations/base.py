@@ -38,7 +38,7 @@ class Implementation:
 def on_gpu(device: torch.device, package: str, module: str) -> tuple[Any, str | None]:
     """A module of a package that has kernels for GPUs only, and the reason why it cannot be used."""
     if device.type != "cuda":
-        return None, "its kernels run on a GPU only"
+        return None, "its kernels run only on a GPU"
     try:
         return importlib.import_module(module), None
     except ImportError as error:

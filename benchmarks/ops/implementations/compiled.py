@@ -12,7 +12,7 @@ from .eager import composed
 
 # Graphs of the whole call are left to the clock, which replays every implementation from one.
 MODES = {"compile": "default", "compile-max-autotune": "max-autotune-no-cudagraphs"}
-ON_CPU = "on a CPU it tunes matrix products only, and these operations have none: its code is that of compile"
+ON_CPU = "on a CPU it tunes only matrix products, which these operations lack: its code equals that of compile"
 
 
 def implementations(device: torch.device) -> list[Implementation]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..operations import LAYER_EPS, RMS_EPS, Arguments, FusedEdit, Norm, Operation, compose
 from .base import Function, Implementation, on_gpu
 
-NO_NORM = "it has no kernel for an edit, only for norms"
+NO_NORM = "it has kernels only for norms, not for an edit"
 
 
 def implementations(device: torch.device) -> list[Implementation]:

@@ -20,7 +20,7 @@ def implementations(device: torch.device) -> list[Implementation]:
 
 def _make(module: Any, operation: Operation) -> Function | str:
     if operation.norm != "rms":
-        return "it has RMSNorm only, where gradients are wanted"
+        return "with gradients it has only RMSNorm"
     edit = FusedEdit()
 
     def function(arguments: Arguments) -> tuple[Tensor, ...]:

@@ -1,11 +1,11 @@
-"""The Triton kernels: the backend of tensors on a GPU. Importing it needs Triton; it is never imported without.
+"""The Triton kernels: the backend of tensors on a GPU. Importing it needs Triton.
 
-The functions are those of :mod:`red_kernels.backends.reference`. Called plainly they start their kernels directly;
-while torch.compile traces they are operators, registered in the namespace ``red_kernels_triton``.
+The functions are those of :mod:`red_kernels.backends.reference`. A plain call starts the kernels directly. While
+torch.compile traces, the call is an operator, registered in the namespace ``red_kernels_triton``.
 
-Where to find what: ``kernels`` has a file for each family of kernels, over the device functions of ``device`` and
-``norm_math``, or ``mix_math``; ``rules`` and ``mix_rules`` say which tile and grid they take; ``operations`` and
-``mixing`` allocate, with what they share in ``dealing``; ``launch`` starts them.
+Modules: ``kernels`` has a file for each family of kernels, over the device functions of ``device`` and ``norm_math``,
+or ``mix_math``. ``rules`` and ``mix_rules`` choose tiles and grids. ``operations`` and ``mixing`` allocate, with their
+common code in ``dealing``. ``launch`` starts the kernels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..arguments import flattened
 from ..schemas import KERNEL_DTYPES, NAMES, SCHEMAS, flags, not_plain, register_fakes
 from . import mixing, operations, tuned
 from .launch import INTERPRETED, architecture, unusable
-from .linear import linear_edit_forward as linear_edit_forward  # the one thing that a backend may lack
+from .linear import linear_edit_forward as linear_edit_forward  # optional in a backend
 
 NAMESPACE = "red_kernels_triton"
 
@@ -46,7 +46,7 @@ def unsupported(x: Tensor) -> str | None:
 
 
 def state() -> str:
-    """Triton's version, and for each kind of device whether measured launch rules are in use there."""
+    """Triton's version, and for each kind of device whether measured launch rules are in use."""
     devices = ["cpu"] if INTERPRETED else [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     said = f"Triton {triton.__version__}" + (", interpreted on the CPU" if INTERPRETED else "")
     for chip in dict.fromkeys(architecture(torch.empty(0, device=device)) for device in devices):
@@ -75,7 +75,7 @@ def _register() -> torch.library.Library:
 
 
 def _function(name: str) -> Callable[..., Any]:
-    """Kernels are started directly; while torch.compile traces, by an operator."""
+    """Kernels are started directly, or by an operator while torch.compile traces."""
     direct, traced = getattr(_direct, name), getattr(_traced, name)
 
     def function(*arguments: Any) -> Any:
@@ -85,7 +85,7 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 _direct = SimpleNamespace(**{name: getattr(mixing if name.startswith("mix") else operations, name) for name in NAMES})
-_library = _register()  # kept: what it registered goes with it
+_library = _register()  # kept: its operators disappear with it
 _traced = compiled.operations(NAMESPACE)
 edit_forward = _function("edit_forward")
 edit_backward = _function("edit_backward")

@@ -1,6 +1,6 @@
-"""What all operations on the kernels share: how a backward's rows are dealt out, and how its column sums come about.
+"""Common code of all operations on the kernels: the distribution of a backward's rows, and its column sums.
 
-See :mod:`.kernels.device` for the lines that programs leave.
+See :mod:`.kernels.device` for the lines of the programs.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _add_lines, _add_edits = Kernel(sums.add_lines), Kernel(sums.add_edits)
 
 KERNELS = (_add_lines, _add_edits)
 
-_LEAST_STRETCH = 16  # rows of a worker, but for the last ones
+_LEAST_STRETCH = 16  # rows of a worker, except the last ones
 
 
 class Tile(Protocol):
-    """What has to be known of the tile of a persistent kernel."""
+    """The relevant facts of a persistent kernel's tile."""
 
     @property
     def rows(self) -> int:
-        """At a time."""
+        """Rows at a time."""
 
     @property
     def programs(self) -> int:
@@ -35,12 +35,12 @@ class Tile(Protocol):
 
 
 class Work(NamedTuple):
-    """How a backward's rows are dealt out, and the buffers that its programs sum into."""
+    """The distribution of a backward's rows, and the buffers of its programs' sums."""
 
     programs: int  # for each slab
     ids: Tensor | None  # of each row, or sorted if there is an order
-    order: Tensor | None  # the row at each place
-    offsets: Tensor | None  # the place where each edit begins
+    order: Tensor | None  # the row at each position
+    offsets: Tensor | None  # the position at which each edit starts
     owners: Tensor | None
     length: int  # rows of a worker, 0 without an order
     edit_lines: tuple[Tensor | None, ...]  # for the vectors of the edit
@@ -55,13 +55,13 @@ def work_of(
     n_edits: int,
     needs: tuple[bool, ...],
 ) -> Work:
-    """Deal ``rows`` rows out to the programs of a kernel of so many ``slabs``; ``needs``: of the edit's vectors."""
+    """Distribute ``rows`` rows over the programs of a kernel with ``slabs`` slabs; ``needs``: of the edit's vectors."""
     programs = max(1, min(tile.programs * architecture(like).multiprocessors // slabs, -(-rows // tile.rows)))
     ids = None if edit_ids is None else dense(edit_ids).reshape(-1)
     if ids is None or not any(needs):
         lines = tuple(lines_of(like, programs) if need else None for need in needs)
         return Work(programs, ids, None, None, None, 0, lines)
-    # A worker has some rows, so that not every row has a line of its own to be written and read.
+    # A worker has several rows, so that not every row writes and reads its own line.
     programs = min(programs, -(-rows // (tile.rows * _LEAST_STRETCH)))
     ids, order = torch.sort(ids, stable=True)
     offsets = torch.searchsorted(ids, torch.arange(n_edits + 1, dtype=ids.dtype, device=ids.device))
@@ -73,7 +73,7 @@ def work_of(
 
 
 def finish(work: Work, norm_lines: tuple[Tensor | None, ...], like: Tensor, n_edits: int) -> tuple[Tensor | None, ...]:
-    """Add up what the programs left: the gradients of the edit's vectors, and those of the norm's."""
+    """Add up the programs' lines: the gradients of the edit's vectors, and those of the norm's."""
     d, chip = like.shape[-1], architecture(like)
     edit_outs: tuple[Tensor | None, ...] = ()
     plain = (*work.edit_lines, *norm_lines)
@@ -105,7 +105,7 @@ def finish(work: Work, norm_lines: tuple[Tensor | None, ...], like: Tensor, n_ed
 def _by(
     most: int, ins: tuple[Tensor | None, ...], outs: tuple[Tensor | None, ...]
 ) -> Iterator[tuple[list[Tensor], list[Tensor], list[None]]]:
-    """Those that there are, as many at a time as a kernel takes, and what stands in the other places."""
+    """The present sums, as many at a time as a kernel takes, and placeholders for the rest."""
     some, found = [t for t in ins if t is not None], [t for t in outs if t is not None]
     for start in range(0, len(some), most):
         chosen = some[start : start + most]
@@ -119,7 +119,7 @@ def no_sums(like: Tensor, needs: tuple[bool, ...], edit_ids: Tensor | None, n_ed
 
 
 def statistic(x: Tensor) -> Tensor:
-    """A number for each row. Sizes one by one take half the host time that a torch.Size does."""
+    """A number for each row. Separate sizes take half the host time of a torch.Size."""
     sizes = x.shape[:-1]
     if not sizes:
         return torch.empty((), dtype=torch.float32, device=x.device)
@@ -137,15 +137,15 @@ def dense(t: Tensor) -> Tensor:
 
 
 def maybe(t: Tensor | None) -> Tensor | None:
-    """:func:`dense` of a tensor, if it is there."""
+    """:func:`dense` of a tensor, or None."""
     return t if t is None or t.is_contiguous() else t.contiguous()
 
 
 def drop_numbers(seed: Tensor | None, dropout_p: float) -> tuple[int, float]:
-    """The least word that is kept, and the factor of what is kept."""
+    """The least kept word, and the factor of kept elements."""
     if seed is None:
         return 0, 1.0
     threshold = round(dropout_p * 2**32)
-    if threshold == 2**32:  # nothing is kept, and no word of 32 bits says so
+    if threshold == 2**32:  # no element is kept, which no 32-bit word expresses
         return 0, 0.0
     return threshold, 1.0 / (1.0 - dropout_p)

@@ -1,8 +1,8 @@
 """Launching a kernel with little host work.
 
-Triton's own launch looks at every argument anew, 20 and more of them. Here a kernel is found by its constants and the
-dtypes of its tensors, and started with plain addresses. What Triton would specialise beyond these is fixed: numbers are
-never specialised, and every address is a multiple of 16 bytes, or else Triton's own launch is taken.
+Triton's own launch examines all arguments at each call, more than 20. Here a kernel is found by its constants and the
+dtypes of its tensors, and started with plain addresses. Triton's further specialisations are fixed: numbers are never
+specialised, and every address is a multiple of 16 bytes; otherwise Triton's own launch is used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .rules import Architecture
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 Grid = tuple[int, int, int]
-# Called with what a kernel was called with, the kernel first: see Kernel.__call__.
+# Called with the arguments of a kernel's call, the kernel first: see Kernel.__call__.
 Recorder = Callable[
     ["Kernel", Grid, tuple[Tensor | None, ...], tuple[Any, ...], tuple[Any, ...], int, int | None], None
 ]
@@ -31,12 +31,12 @@ _recorder: Recorder | None = None
 class Kernel:
     """A Triton kernel whose parameters are tensors, then numbers, then constants.
 
-    Calling it with a grid, tensors (None for what is absent), numbers, constants and the number of warps runs it on the
-    device and the current stream of the first tensor; ``stages`` is the depth of its pipelined loop, if it has one. All
-    tensors must be contiguous and on one device.
+    A call with a grid, tensors (None if absent), numbers, constants and the number of warps runs it on the device and
+    the current stream of the first tensor. ``stages`` is the depth of its pipelined loop, if it has one. All tensors
+    must be contiguous and on one device.
 
-    ``registers`` for each thread are allowed on NVIDIA, if given. By itself the assembler spills some where one more
-    program fits on a multiprocessor then.
+    ``registers`` for each thread are allowed on NVIDIA, if given. By default the assembler spills some if one more
+    program then fits on a multiprocessor.
     """
 
     def __init__(self, function: Any, registers: int | None = None) -> None:
@@ -74,7 +74,8 @@ class Kernel:
         for address in addresses:
             if address:
                 together |= address
-        # Triton compiles for AMD by whether every offset fits into 32 bits; what is kept here is for those that do.
+        # Triton compiles for AMD depending on whether every offset fits into 32 bits; only kernels for those that do
+        # are kept.
         if _amd and any(t is not None and t.untyped_storage().nbytes() >= 2**31 for t in tensors):
             together |= 1
         key = (device, constants, warps, stages, *types)
@@ -90,8 +91,8 @@ class Kernel:
         )  # fmt: skip
 
     def options(self, warps: int, stages: int | None, amd: bool) -> dict[str, Any]:
-        """What Triton is told to compile the kernel with."""
-        # Multiply-adds are contracted, said here because Triton 3.9 warns where it is left open.
+        """The arguments of Triton's compiler for the kernel."""
+        # Multiply-adds are contracted, explicitly because Triton 3.9 warns otherwise.
         found: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": True}
         if stages is not None:
             found["num_stages"] = stages
@@ -102,8 +103,8 @@ class Kernel:
     def compiled(
         self, tensors: tuple[Tensor | None, ...], constants: tuple[Any, ...], warps: int, stages: int | None = None
     ) -> Any:
-        """What calls with such aligned tensors and these constants run, to look at its spills; None before the first
-        call, and in the interpreter."""
+        """The kernel of calls with tensors of this alignment and these constants, to read its spills; None before the
+        first call, and in the interpreter."""
         first = tensors[0]
         assert first is not None
         types = [None if t is None else t.dtype for t in tensors]
@@ -112,7 +113,7 @@ class Kernel:
 
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Hand every launch in a ``with`` block to ``recorder`` instead of running it: to compile it for other devices."""
+    """Pass every launch in a ``with`` block to ``recorder`` instead of running it: to compile it for other devices."""
     global _recorder
     before, _recorder = _recorder, recorder
     try:
@@ -122,7 +123,7 @@ def recording(recorder: Recorder) -> Iterator[None]:
 
 
 def architecture(x: Tensor) -> Architecture:
-    """What the launch rules must know of the device of ``x``."""
+    """The facts about the device of ``x`` for the launch rules."""
     device = x.get_device()
     found = _architectures.get(device)
     if found is None:
@@ -131,7 +132,7 @@ def architecture(x: Tensor) -> Architecture:
 
 
 def unusable(device: int) -> str | None:
-    """Why Triton cannot run on a GPU, or None. Looked at once for each; not while torch.compile traces."""
+    """Why Triton cannot run on a GPU, or None. Checked once for each GPU; not while torch.compile traces."""
     if device not in _unusable and not torch.compiler.is_compiling():
         _unusable[device] = _why_unusable(device)
     return _unusable.get(device)
@@ -139,7 +140,7 @@ def unusable(device: int) -> str | None:
 
 @contextmanager
 def pretending(pretended: Architecture) -> Iterator[None]:
-    """Take the rules of another architecture for CPU tensors in a ``with`` block, to compile for it or to test them."""
+    """Use another architecture's rules for CPU tensors in a ``with`` block, to compile for it or to test them."""
     before = _architectures.get(-1)
     _architectures[-1] = pretended
     try:
@@ -155,14 +156,14 @@ def _why_unusable(device: int) -> str | None:
     if not _amd and capability < _LEAST_CAPABILITY:
         return f"its compute capability is {capability}, and Triton needs {_LEAST_CAPABILITY}"
     try:
-        triton.runtime.driver.active.get_current_target()  # which builds its driver with a C compiler, the first time
+        triton.runtime.driver.active.get_current_target()  # it builds its driver with a C compiler, the first time
     except Exception as error:
         return f"Triton does not start there ({type(error).__name__}: {error}); remedy: install a C compiler"
     return None
 
 
 def _architecture(device: int) -> Architecture:
-    if device < 0:  # the interpreter: few programs, so that each has several tiles
+    if device < 0:  # the interpreter: few programs, so each has several tiles
         return Architecture("interpreter", 32, 2)
     properties = torch.cuda.get_device_properties(device)
     amd = properties.gcnArchName.split(":")[0] if torch.version.hip else None

@@ -1,8 +1,8 @@
-"""A linear layer with its edit as one kernel, for inference: what is allocated, which tile, and when it is used.
+"""A linear layer with its edit as one kernel, for inference: allocation, tile, and the conditions of its use.
 
-A matrix product of our own is up against those of the vendor's libraries, which differ from device to device. So this
-kernel is used only where a table (:mod:`.tuned`) says that it was measured to win; as long as nobody has measured,
-there is no such place. :func:`force` overrules the tables.
+Our matrix product competes with those of the vendors' libraries, which differ between devices. So this kernel is used
+only where a table (:mod:`.tuned`) has a measured win; without measurements there is none. :func:`force` overrides the
+tables.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def linear_edit_forward(
     residual: Tensor | None,
     edit: Edit,
 ) -> Tensor | None:
-    """``residual + scale * (x @ weight.T + linear_bias) + bias``, or None where the composed form is to be used.
+    """``residual + scale * (x @ weight.T + linear_bias) + bias``, or None if the composed form is better.
 
     ``x``, ``weight``, ``linear_bias`` and ``residual`` have one dtype. The product stays in fp32 until the result is
-    rounded, which the composed form's does not. A row whose id chooses no edit is NaN.
+    rounded, unlike in the composed form. A row whose id chooses no edit is NaN.
     """
     d, k = weight.shape
     rows = x.numel() // k
     if not (wins(architecture(x), rows, d, k, x.dtype) if _forced is None else _forced):
         return None
-    # other kinds of weights (quantised, distributed) know themselves how they are multiplied
+    # other types of weights (quantised, distributed) define their own product
     if not_plain(weight) or (linear_bias is not None and not_plain(linear_bias)):
         return None
     tensors = (x, weight, linear_bias, residual, *flat_edit(edit)[:3])
@@ -57,7 +57,7 @@ def run(
     residual: Tensor | None,
     edit: Edit,
 ) -> Tensor:
-    """Start the kernel, wherever it wins or not. Inputs that are not contiguous are copied first."""
+    """Start the kernel, whether it wins or not. Non-contiguous inputs are copied first."""
     inputs = tuple(
         t if t is None or t.is_contiguous() else t.contiguous()
         for t in (x, weight, linear_bias, residual, *flat_edit(edit)[:3])
@@ -84,7 +84,7 @@ def run(
 def wins(chip: rules.Architecture, m: int, n: int, k: int, dtype: torch.dtype) -> bool:
     """Whether the kernel was measured to beat the composed form for ``(m, k) @ (n, k).T`` on such a device.
 
-    float32 with TF32 allowed is the table's dtype 'tf32', as it is another matter than float32.
+    float32 with TF32 allowed is the table's dtype 'tf32', as its times differ from float32's.
     """
     name = "tf32" if _precision(dtype, chip) == "tf32" else str(dtype).removeprefix("torch.")
     return tuned.linear_wins(name, m, n, k, chip)
@@ -92,9 +92,9 @@ def wins(chip: rules.Architecture, m: int, n: int, k: int, dtype: torch.dtype) -
 
 @contextmanager
 def force(use: bool) -> Iterator[None]:
-    """In a ``with`` block :func:`red_kernels.linear_edit` uses the kernel wherever it can be used, or nowhere.
+    """In a ``with`` block :func:`red_kernels.linear_edit` uses the kernel wherever possible, or nowhere.
 
-    For tests and measurements: it holds for all threads.
+    For tests and measurements: it applies to all threads.
     """
     global _forced
     before, _forced = _forced, use
@@ -105,13 +105,13 @@ def force(use: bool) -> Iterator[None]:
 
 
 def _precision(dtype: torch.dtype, chip: rules.Architecture) -> str:
-    """How fp32 is multiplied: as torch's own products are on this device."""
+    """The precision of fp32 products: that of torch's own on this device."""
     if dtype != torch.float32 or chip.name.startswith("gfx"):  # there TF32 is experimental
         return "ieee"
-    # The only one of torch's names for this setting that can always be read: it has the last word, whichever was set.
+    # The only one of torch's names for this setting that can always be read: it decides, whichever was set.
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _as_measured(t: Tensor | None) -> bool:
-    """Whether a tensor lies in memory as those do that are measured."""
+    """Whether a tensor has the memory layout of the measured ones."""
     return t is None or (t.is_contiguous() and t.data_ptr() % rules.VECTOR_BYTES == 0)

@@ -1,6 +1,7 @@
-"""The tiles of the kernels of mixes; see :mod:`.rules`. No tables of measured ones go before these.
+"""The tiles of the kernels of mixes; see :mod:`.rules`. There are no measured tables for them.
 
-None looks at which gradients are asked for but where registers run out: one has the same bits whatever else is asked.
+Unless registers run out, no rule depends on the requested gradients: a gradient has the same bits whatever others are
+requested.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from functools import lru_cache
 
 from .rules import MOST_SLABS, MOST_WARPS, VECTOR_BYTES, Architecture, power_of_two
 
-RUN_BYTES = 64  # of neighbouring columns in a piece, at least, if a block has as many
+RUN_BYTES = 64  # of adjacent columns in a piece, at least, if a block has that many
 
 
 @dataclass(frozen=True)
 class MixTile:
     """``rows`` rows of ``together`` blocks in ``chunks`` pieces, of ``chunk`` columns of each block; ``programs`` as in
-    :class:`.rules.SlabTile`. In a rotation, which is one block, every other piece has the partners of the one before.
+    :class:`.rules.SlabTile`. In a rotation, which is one block, every other piece has the partners of the piece before.
 
-    A tile has whole blocks, or as few pieces as there can be: with a larger one a piece could lie beyond its block.
+    A tile has whole blocks, or as few pieces as possible: with a larger one a piece could be beyond its block.
     """
 
     rows: int
@@ -29,18 +30,18 @@ class MixTile:
     programs: int = 0
 
     def slabs(self, width: int, blocks: int) -> int:
-        """How many tiles lie side by side along a row."""
+        """The number of tiles along a row."""
         return -(-max(1, blocks) // self.together) * self.slabs_of_a_block(width, blocks)
 
     def slabs_of_a_block(self, width: int, blocks: int) -> int:
-        """How many tiles share a block; the pairs of a rotation are one."""
+        """The number of tiles that share a block; the pairs of a rotation are one."""
         inner, sides = _inner(width, blocks)
         return -(-inner * sides // (self.chunk * self.chunks))
 
 
 @lru_cache(None)
 def forward(width: int, blocks: int, itemsize: int, architecture: Architecture) -> MixTile:
-    """With a norm and without, so that ``z`` has the same bits: whole rows if a program can hold one, else a slab."""
+    """With a norm and without, so that ``z`` has the same bits: whole rows if they fit into a program, else a slab."""
     whole = power_of_two(max(1, blocks))
     found = _held(width, blocks, whole, itemsize, architecture, 32, MOST_WARPS)
     return found or _slab(width, blocks, itemsize, architecture, ((32, MOST_WARPS),))
@@ -48,18 +49,18 @@ def forward(width: int, blocks: int, itemsize: int, architecture: Architecture) 
 
 @lru_cache(None)
 def backward(width: int, blocks: int, itemsize: int, architecture: Architecture) -> MixTile:
-    """Slabs of whole blocks or pairs, with or without a norm's averages, and whatever column sums."""
+    """Slabs of whole blocks or pairs, with or without a norm's averages, and any column sums."""
     tile = _slab(width, blocks, itemsize, architecture, ((8, 8), (16, 8)))
     return _persistent(tile)
 
 
 @lru_cache(None)
 def norm_backward(width: int, blocks: int, itemsize: int, architecture: Architecture, sums: int) -> MixTile | None:
-    """Whole rows; None where those and ``sums`` column sums exceed the registers of a program.
+    """Whole rows; None if they and ``sums`` column sums exceed the registers of a program.
 
-    Whatever takes as many registers counts as a sum: dropout, and twice over the edits of edit_ids. A thread spills
-    nothing of 8 elements and whatever sums in up to 8 warps, and in 16, which have 128 registers a thread, five. Of 16
-    elements, which a rotation has at least, two to a vector, these are all (in fp32 three) and two.
+    Options that take as many registers count as a sum: dropout, and twice the edits of edit_ids. With 8 elements a
+    thread spills nothing with any number of sums in up to 8 warps, and with five in 16 warps, which have 128 registers
+    a thread. With 16 elements, the minimum of a rotation, two to a vector, these are all (in fp32 three) and two.
     """
     whole = power_of_two(max(1, blocks))
     choices = [(8, 8, 8), (16, 8, (8 if itemsize == 2 else 3) if blocks == 0 else 3)]
@@ -85,7 +86,7 @@ def dots(width: int, blocks: int, itemsize: int, architecture: Architecture) -> 
 def _held(
     width: int, blocks: int, together: int, itemsize: int, architecture: Architecture, most: int, widest: int
 ) -> MixTile | None:
-    """So many whole blocks, with at most ``most`` elements of them for each thread of at most ``widest`` warps."""
+    """A number of whole blocks, with at most ``most`` elements for each thread of at most ``widest`` warps."""
     inner, sides = _inner(width, blocks)
     vector, warp = VECTOR_BYTES // itemsize, architecture.warp
     along = 1
@@ -105,7 +106,7 @@ def _held(
 def _slab(
     width: int, blocks: int, itemsize: int, architecture: Architecture, choices: tuple[tuple[int, int], ...]
 ) -> MixTile:
-    """Some blocks, whole if a program can hold one by one of ``choices``, as :func:`_held`; pairs of a rotation."""
+    """Some blocks, whole if one fits into a program by one of ``choices``, as :func:`_held`; pairs of a rotation."""
     inner, sides = _inner(width, blocks)
     vector, warp = VECTOR_BYTES // itemsize, architecture.warp
     chunk = min(warp * vector, power_of_two(inner))
@@ -125,5 +126,5 @@ def _persistent(tile: MixTile) -> MixTile:
 
 
 def _inner(width: int, blocks: int) -> tuple[int, int]:
-    """Columns of a block, and how many pieces have the same place in it: in a rotation, both of a pair."""
+    """Columns of a block, and the number of pieces at the same place in it: in a rotation, both of a pair."""
     return (width // blocks, 1) if blocks else (width // 2, 2)

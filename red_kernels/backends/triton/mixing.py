@@ -1,8 +1,8 @@
 """Mixes on the kernels, with a norm behind them and without; see :mod:`.operations`.
 
-Where a program cannot hold a row, a forward with a norm is two kernels, the mix and then the norm of what it left, and
-a backward takes the averages of each row from a kernel before it. Where it cannot hold a block either, dot products
-come from one more.
+If a row does not fit into a program, a forward with a norm is two kernels, the mix and then the norm of its result, and
+a backward takes the averages of each row from a kernel before it. If a block does not fit either, another kernel
+computes the dot products.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def mix_norm_backward(
 def _mixed(
     x: Tensor, residual: Tensor | None, mix: Mix, norm: Norm | None
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """``(y, z, mean, rstd)``; but for ``z`` all None without a norm, and where a program cannot hold a row."""
+    """``(y, z, mean, rstd)``; all None except ``z`` without a norm, and if a row does not fit into a program."""
     x, residual, ids = dense(x), maybe(residual), maybe(mix.ids)
     first, second, bias, blocks = dense(mix.first), maybe(mix.second), maybe(mix.bias), mix.blocks
     seed, p = mix.seed_and_p
@@ -102,7 +102,7 @@ def _gradients(
     n_edits: int,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Of x, residual, first, second, bias, weight and norm_bias; without ``statistics`` there is no norm."""
+    """Gradients of x, residual, first, second, bias, weight and norm_bias; without ``statistics`` there is no norm."""
     dy, dz, z, x = dense(dy), maybe(dz), maybe(z), maybe(x) if needs[2] or needs[3] else None
     first, second, blocks, weight = dense(mix.first), maybe(mix.second), mix.blocks, maybe(norm.weight)
     seed, p = mix.seed_and_p
@@ -146,7 +146,7 @@ def _gradients(
 def _averages(
     dy: Tensor, z: Tensor | None, weight: Tensor | None, mean: Tensor | None, rstd: Tensor, offset: float
 ) -> Tensor:
-    """The two averages of each row that the gradient of a norm takes."""
+    """The two averages of each row for the gradient of a norm."""
     d = dy.shape[-1]
     rows = dy.numel() // d
     tile = rules.wide_norm(d, dy.element_size(), architecture(dy))

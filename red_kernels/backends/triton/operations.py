@@ -1,7 +1,7 @@
-"""The six operations on the kernels: what is allocated, which tile, which grid. No arithmetic.
+"""The six operations on the kernels: allocation, tiles, grids. No arithmetic.
 
-Arguments and results are those of :mod:`red_kernels.backends.reference`. Inputs that are not contiguous are copied.
-Nothing here waits for the device, and every size is known from shapes, so that CUDA graphs can capture it.
+Arguments and results are those of :mod:`red_kernels.backends.reference`. Non-contiguous inputs are copied. Nothing here
+waits for the device, and every size follows from shapes, so that CUDA graphs can capture it.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def edit_norm_backward(
     needs: tuple[bool, bool, bool, bool, bool, bool],
 ) -> EditNormGrads:
     norm = norm._replace(bias=None)
-    if z is not None:  # else it is made again from what it was made of
+    if z is not None:  # otherwise it is recomputed from its inputs
         scale, _, ids, seed, p = flat_edit(edit)
         edit, residual = edit_of(scale if needs[0] else None, None, ids, seed, p), None
         x = x if needs[2] else None
@@ -206,7 +206,7 @@ def _backward(
 
 
 def _count(scale: Tensor | None, bias: Tensor | None, edit_ids: Tensor | None) -> int:
-    """How many edits there are to choose from."""
+    """The number of edits to choose from."""
     if edit_ids is None:
         return 1
     vectors = scale if scale is not None else bias

@@ -1,7 +1,7 @@
-"""How many rows, columns and threads a program of each kernel takes: frozen dataclasses made by named factories.
+"""The rows, columns and threads of a program of each kernel: frozen dataclasses made by named factories.
 
-The factories reason from the register file; a table that ``red-kernels bench --tune`` measured goes before them
-(:mod:`.tuned`). None looks at the number of rows but :func:`linear`, so a kernel is compiled once for all of them.
+The factories reason from the register file; a table measured by ``red-kernels bench --tune`` overrides them
+(:mod:`.tuned`). Only :func:`linear` depends on the number of rows, so other kernels are compiled once for all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SHARED_KIB = {"sm_75": 64, "sm_80": 163, "sm_87": 163, "sm_90": 227, "sm_100": 2
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the factories must know of a device: its name ('sm_90', 'gfx942'), threads of a warp, multiprocessors."""
+    """The facts of a device for the factories: its name ('sm_90', 'gfx942'), threads of a warp, multiprocessors."""
 
     name: str
     warp: int
@@ -48,10 +48,10 @@ class SlabTile:
 
 @dataclass(frozen=True)
 class LinearTile:
-    """A block of a matrix product, ``block_k`` terms of its sums at a time, ``stages`` of these on their way.
+    """A block of a matrix product, ``block_k`` terms of its sums at a time, ``stages`` of these in flight.
 
-    ``group`` rows of blocks are taken together. What comes behind the product is done in ``2 ** splits`` pieces side by
-    side.
+    ``group`` rows of blocks are taken together. The operations behind the product run in ``2 ** splits`` pieces, side
+    by side.
     """
 
     block_m: int
@@ -91,7 +91,7 @@ def _pieces(width: int, chunk: int) -> int:
 
 @tuned(RowTile, whole_rows(), optional=True)
 def norm_forward(width: int, itemsize: int, architecture: Architecture) -> RowTile | None:
-    """A row in fp32 and what is loaded for it; None where that exceeds the registers of a program."""
+    """A row in fp32 and its loads; None if they exceed the registers of a program."""
     if width > 16384:
         return None
     return RowTile(*_row_tile(width, itemsize, architecture, 32))
@@ -99,11 +99,11 @@ def norm_forward(width: int, itemsize: int, architecture: Architecture) -> RowTi
 
 @tuned(RowTile, whole_rows(persistent=True), optional=True)
 def norm_backward(width: int, itemsize: int, architecture: Architecture, sums: int) -> RowTile | None:
-    """Beside a row of each of four inputs, ``sums`` column sums; None where they exceed the registers of a program.
+    """A row of each of four inputs, and ``sums`` column sums; None if they exceed the registers of a program.
 
-    Whatever takes as many registers counts as a sum: dropout, making z again, and twice over the edits of edit_ids. Of
-    16 elements and four sums a thread spills nothing, in up to 8 warps. 24 elements for those widths that would leave
-    more than a quarter of the lanes idle allow three, and 16 warps, which have 128 registers a thread, two.
+    Options that take as many registers count as a sum: dropout, recomputing z, and twice the edits of edit_ids. With 16
+    elements and four sums a thread spills nothing, in up to 8 warps. Widths that would leave more than a quarter of the
+    lanes idle take 24 elements, which allow three sums; 16 warps, which have 128 registers a thread, allow two.
     """
     vector, most = VECTOR_BYTES // itemsize, 4
     found = _fitting(width, vector, architecture, 16)
@@ -116,17 +116,17 @@ def norm_backward(width: int, itemsize: int, architecture: Architecture, sums: i
     rows, chunk, chunks, warps = found
     halves = itemsize == 2 and architecture.warp == 32
     whole = halves and rows == chunks == 2 and chunk * chunks > width
-    if whole:  # d = 768: two pieces of as many lanes take more registers, so that fewer programs fit
+    if whole:  # d = 768: two pieces with as many lanes take more registers, so that fewer programs fit
         chunk, chunks = chunk * chunks, 1
-    # as many programs as fit with the registers of what is usually asked for
+    # as many programs as fit with the registers of the usual options
     together = 8 if most == 3 else 16 if halves and (rows == 1 or whole) else 12
     return RowTile(rows, chunk, chunks, warps, programs=max(1, together // warps))
 
 
 def _fitting(width: int, vector: int, architecture: Architecture, most: int) -> tuple[int, int, int, int] | None:
-    """rows, chunk, chunks and warps with at most ``most`` elements of a row for each thread, of 8 warps at most.
+    """rows, chunk, chunks and warps with at most ``most`` elements of a row for each thread, with at most 8 warps.
 
-    None if there are none; of 16 elements, if more than a quarter of the lanes would be idle.
+    None if there are none; with 16 elements, if more than a quarter of the lanes would be idle.
     """
     along = 1
     while along <= 8:
@@ -152,10 +152,10 @@ def edit_backward(width: int, itemsize: int, architecture: Architecture) -> Slab
 
 @tuned(SlabTile, slabs(persistent=True))
 def wide_backward(width: int, itemsize: int, architecture: Architecture) -> SlabTile:
-    """Rows too wide to hold: their statistics come from a kernel before.
+    """Rows too wide for registers: a kernel before computes their statistics.
 
-    One vector of each input for a thread: that much spills nothing whatever is asked for, four column sums, dropout,
-    edit_ids and z made again included. Rather more programs than more vectors.
+    One vector of each input for a thread spills nothing under all options: four column sums, dropout, edit_ids and a
+    recomputed z. More programs are better than more vectors.
     """
     return _slab(width, itemsize, architecture, VECTOR_BYTES // itemsize, 8, 2)
 
@@ -169,7 +169,7 @@ def _slab(width: int, itemsize: int, architecture: Architecture, held: int, warp
 
 @tuned(RowTile, whole_rows(one_row=True))
 def wide_norm(width: int, itemsize: int, architecture: Architecture) -> RowTile:
-    """Rows too wide to hold, one for each program, piece by piece, by as many warps as have a whole vector each."""
+    """Rows too wide for registers, one for each program, piece by piece, with a whole vector for each warp."""
     vector = VECTOR_BYTES // itemsize
     warps = min(MOST_WARPS, power_of_two(_pieces(width, architecture.warp * vector)))
     chunk = min(architecture.warp * warps * vector, power_of_two(width))
@@ -178,7 +178,7 @@ def wide_norm(width: int, itemsize: int, architecture: Architecture) -> RowTile:
 
 @tuned(SlabTile, slabs())
 def finish(width: int, architecture: Architecture) -> SlabTile:
-    """The sum of the few hundred lines that programs left: nearly all of them in flight at once, in many programs."""
+    """The sum of the programs' few hundred lines: nearly all in flight at once, in many programs."""
     return SlabTile(256, min(32, power_of_two(width)), 8)
 
 
@@ -191,12 +191,12 @@ def finish_edits(width: int, architecture: Architecture) -> SlabTile:
 
 @tuned(LinearTile, blocks)
 def linear(rows: int, width: int, depth: int, itemsize: int, precision: str, architecture: Architecture) -> LinearTile:
-    """``(rows, depth) @ (width, depth).T``; the first rule that looks at the rows, and so takes a power of two of them.
+    """``(rows, depth) @ (width, depth).T``; it depends on the rows, so it takes a power of two of them.
 
-    Few rows take few lanes and long pieces: they wait for the weight. The columns are as many as let a multiprocessor
-    load least: a block loads ``block_m + block_n`` numbers for each term of its sums, and the busiest multiprocessor
-    has one block after another. Small blocks where registers run short: in fp32 without TF32, which has no tensor cores
-    on NVIDIA, and where rows do not begin at vectors.
+    Few rows take few lanes and long pieces: they wait for the weight. The number of columns minimises the loads of a
+    multiprocessor: a block loads ``block_m + block_n`` numbers for each term of its sums, and the busiest
+    multiprocessor runs one block after another. Blocks are small if registers run short: in fp32 without TF32, which
+    has no tensor cores on NVIDIA, and if rows do not start at vectors.
     """
     exact = itemsize == 4 and precision == "ieee"
     small = exact or bool(width * itemsize % VECTOR_BYTES or depth * itemsize % VECTOR_BYTES)
@@ -219,7 +219,7 @@ def linear(rows: int, width: int, depth: int, itemsize: int, precision: str, arc
         block_n,
         block_k,
         group=8,
-        splits=max(0, block_n.bit_length() - 7),  # 64 columns and more to a piece
+        splits=max(0, block_n.bit_length() - 7),  # at least 64 columns to a piece
         warps=8 if block_m == 128 else 4,
         stages=min(4, room // (block_m + block_n)) if nvidia else 2,
     )

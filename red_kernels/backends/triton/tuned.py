@@ -1,9 +1,9 @@
-"""Tables of measured launch rules, which go before the factories of :mod:`.rules`.
+"""Tables of measured launch rules, which override the factories of :mod:`.rules`.
 
 ``red-kernels bench --tune`` measures a table on a device and writes it: a JSON file for one architecture. It is part of
-the package as ``tables/sm_90.json``, or is named by the variable RED_KERNELS_TRITON_TABLE, and is then used in place of
-the package's. A table is read once, at the first use of a rule on such a device, and checked whole: a wrong one raises
-ValueError. ``tables/README.md`` says what the fields mean.
+the package as ``tables/sm_90.json``, or named by the variable RED_KERNELS_TRITON_TABLE, which replaces the package's.
+A table is read once, at the first use of a rule on such a device, and checked completely: an invalid one raises
+ValueError. ``tables/README.md`` explains the fields.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Key = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Rule:
-    """A factory, and what is known of the tiles that may take the place of its own.
+    """A factory, and the conditions on tiles that may replace its own.
 
-    ``parameters`` are its arguments but for the architecture, int or str: with the name, the key of a table's entries.
-    ``optional`` says that it may return None, ``check(tile, key, warp)`` what is wrong with a tile, or None.
+    ``parameters`` are its arguments except the architecture, int or str: with the name, the key of a table's entries.
+    ``optional``: it may return None. ``check(tile, key, warp)``: the fault of a tile, or None.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Rule:
     check: Check
 
 
-RULES: dict[str, Rule] = {}  # by name; filled where the factories are
+RULES: dict[str, Rule] = {}  # by name; filled next to the factories
 
 
 @dataclass(frozen=True)
 class Table:
-    """What was read from a file: tiles by ``(rule, *key)``, and where the fused matmul wins by (dtype, m, n, k)."""
+    """The content of a file: tiles by ``(rule, *key)``, and the wins of the fused matmul by (dtype, m, n, k)."""
 
     path: Path
     architecture: str
@@ -66,12 +66,12 @@ class Table:
 
 
 def whole_rows(*, persistent: bool = False, one_row: bool = False) -> Check:
-    """The check of a RowTile: it has to hold the width exactly, for none of its pieces may lie beyond it."""
+    """The check of a RowTile: it must cover the width exactly, with no piece beyond it."""
 
     def check(tile: Any, key: Mapping[str, Any], warp: int) -> str | None:
         width = key["width"]
         if tile.chunk * tile.chunks < width:
-            return f"{tile.chunks} pieces of {tile.chunk} columns cannot hold the width {width}"
+            return f"{tile.chunks} pieces of {tile.chunk} columns are fewer than the width {width}"
         if tile.chunk * (tile.chunks - 1) >= width:
             return f"the last of {tile.chunks} pieces of {tile.chunk} columns lies beyond the width {width}"
         if one_row and tile.rows != 1:
@@ -82,7 +82,7 @@ def whole_rows(*, persistent: bool = False, one_row: bool = False) -> Check:
 
 
 def slabs(*, persistent: bool = False) -> Check:
-    """The check of a SlabTile; any number of slabs holds the width."""
+    """The check of a SlabTile; any number of slabs covers the width."""
 
     def check(tile: Any, key: Mapping[str, Any], warp: int) -> str | None:
         return _common(tile, key["width"], warp, persistent)
@@ -97,7 +97,7 @@ def blocks(tile: Any, key: Mapping[str, Any], warp: int) -> str | None:
             return f"{name} is {getattr(tile, name)}, expected a power of two"
     for name in ("block_m", "block_n", "block_k"):
         if getattr(tile, name) < 16:
-            return f"{name} is {getattr(tile, name)}, and a matrix product takes 16 and more"
+            return f"{name} is {getattr(tile, name)}, expected at least 16 in a matrix product"
     if tile.splits < 0 or tile.block_n >> tile.splits < 16:
         return f"splits is {tile.splits}, and {tile.block_n} columns are split into pieces of 16 and more"
     if tile.stages < 1:
@@ -106,7 +106,7 @@ def blocks(tile: Any, key: Mapping[str, Any], warp: int) -> str | None:
 
 
 def tuned(tile: type, check: Check, *, optional: bool = False) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorate a factory: a table goes before it. What is found is kept in a cache: a warmed call costs as before."""
+    """Decorate a factory: a table overrides it. Results are cached: a repeated call costs as before."""
 
     def decorate(factory: Callable[P, T]) -> Callable[P, T]:
         signature = inspect.signature(factory, eval_str=True)
@@ -134,7 +134,7 @@ def tuned(tile: type, check: Check, *, optional: bool = False) -> Callable[[Call
 def linear_wins(dtype: str, m: int, n: int, k: int, architecture: Any) -> bool:
     """Whether the fused matmul was measured to beat the composed form for ``(m, k) @ (n, k).T``.
 
-    ``dtype`` is one of ``DTYPES``; ``m`` stands for its bucket, see :func:`bucket`.
+    ``dtype`` is one of ``DTYPES``; ``m`` is rounded to its bucket, see :func:`bucket`.
     """
     if _forced is not None:
         return False
@@ -143,7 +143,7 @@ def linear_wins(dtype: str, m: int, n: int, k: int, architecture: Any) -> bool:
 
 
 def bucket(m: int) -> int:
-    """The number of rows that stands for ``m`` in ``linear_wins``: the least power of two that is not below it."""
+    """The bucket of ``m`` in ``linear_wins``: the least power of two that is at least ``m``."""
     return 1 << max(0, m - 1).bit_length()
 
 
@@ -151,12 +151,12 @@ def bucket(m: int) -> int:
 def table_for(architecture: str, warp: int) -> Table | None:
     """The table for devices of an architecture: the user's own, else the package's, else None.
 
-    Raises ValueError if the file is no table for this architecture, and FileNotFoundError if the user's does not exist.
+    Raises ValueError if the file is not a table for this architecture, and FileNotFoundError if the user's is missing.
     """
     own = os.environ.get(VARIABLE)
     path = Path(own) if own else FOLDER / f"{architecture}.json"
     if own and not path.is_file():
-        raise FileNotFoundError(f"{VARIABLE}: there is no file {own!r}")
+        raise FileNotFoundError(f"{VARIABLE}: the file {own!r} does not exist")
     if not path.is_file():
         return None
     source = f"{VARIABLE}: {own}" if own else str(path)
@@ -170,10 +170,10 @@ def table_for(architecture: str, warp: int) -> Table | None:
 
 @contextmanager
 def forcing(tiles: Mapping[str, Any]) -> Iterator[list[Key]]:
-    """In a ``with`` block rules give the tiles named here, whatever their arguments, and else their factories' own.
+    """In a ``with`` block rules return the tiles named here, whatever their arguments, else their factories' own.
 
-    The list that comes with the block grows by each ``(rule, *arguments)`` that is asked for, once. This is to measure:
-    no table is looked at, and no other thread may launch kernels meanwhile.
+    The block's list grows by each requested ``(rule, *arguments)``, once. This is for measuring: no table is read, and
+    no other thread may launch kernels at the same time.
     """
     global _forced, _asked
     unknown = sorted(set(tiles) - set(RULES))
@@ -199,7 +199,7 @@ def parse(text: str | bytes, source: str, path: Path) -> Table:
     """Read a table from JSON. Raises ValueError naming ``source``, the entry, what came and what was expected."""
     try:
         content = json.loads(text, object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:  # the latter where it is nested too deeply
+    except (ValueError, RecursionError) as error:  # the latter for deep nesting
         raise ValueError(f"{source}: cannot be read as JSON: {error}") from None
     found = _fields(content, source, _TABLE)
     if found["format"] != FORMAT:
@@ -223,9 +223,9 @@ def parse(text: str | bytes, source: str, path: Path) -> Table:
 
 
 def tile_error(rule: Rule, tile: Any, key: Mapping[str, Any], warp: int) -> str | None:
-    """What is wrong with a tile for a rule's arguments ``key`` on a device with ``warp`` threads in a warp, or None."""
+    """The fault of a tile for a rule's arguments ``key`` on a device with ``warp`` threads in a warp, or None."""
     if tile is None:
-        return None if rule.optional else "tile is null, and this rule needs one"
+        return None if rule.optional else "tile is null, expected an object"
     return rule.check(tile, key, warp)
 
 
@@ -238,7 +238,7 @@ def _common(tile: Any, width: int, warp: int, persistent: bool) -> str | None:
     if persistent and tile.programs < 1:
         return f"programs is {tile.programs}, expected 1 or more in a persistent grid"
     if not persistent and tile.programs:
-        return f"programs is {tile.programs}, expected 0: there is a program for each tile"
+        return f"programs is {tile.programs}, expected 0: each tile has a program"
     return _size(tile.warps, tile.rows, tile.chunk, warp)
 
 
@@ -260,7 +260,7 @@ def _entry(entry: Any, where: str, warp: int) -> tuple[Key, Any]:
     if rule is None:
         if isinstance(entry, dict) and name is not None:
             raise ValueError(f"{where}: rule is {name!r}, expected one of {', '.join(RULES)}")
-        raise ValueError(f"{where}: no rule is named, expected an object with one of {', '.join(RULES)}")
+        raise ValueError(f"{where}: the field 'rule' is missing, expected one of {', '.join(RULES)}")
     where = f"{where} ({name})"
     found = _fields(entry, where, {"rule": str, **rule.parameters, **_MEASURED})
     key = {parameter: found[parameter] for parameter in rule.parameters}
@@ -286,7 +286,7 @@ def _win(entry: Any, where: str) -> tuple[str, int, int, int]:
         if value < 1:
             raise ValueError(f"{where}: {name} is {value}, expected a positive number")
     if m != bucket(m):
-        raise ValueError(f"{where}: m is {m}, expected a power of two, which stands for the numbers above its half")
+        raise ValueError(f"{where}: m is {m}, expected a power of two, which covers the numbers above its half")
     _times(found, where, _CASE)
     return dtype, m, n, k
 
@@ -298,7 +298,7 @@ def _tile(rule: Rule, value: Any, where: str) -> Any:
 
 
 def _times(found: Mapping[str, Any], where: str, case: Mapping[str, type]) -> None:
-    """Check what was measured. It is for people, but a file that is wrong here was not written by the search."""
+    """Check the measurements. They are for people, but a file with wrong ones is not from the search."""
     if not 0 < found["ratio"] < math.inf:
         raise ValueError(f"{where}: ratio is {found['ratio']}, expected a positive number")
     if not found["measured"]:
@@ -331,7 +331,7 @@ def _shown(value: Any) -> str:
     try:
         return json.dumps(value)[:60]
     except RecursionError:
-        return f"a {type(value).__name__} nested too deeply to show"
+        return f"a {type(value).__name__}, nested too deeply to show"
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The kinds of edit, one in a file: what each trains, computes and merges to. All else reads it from here."""
+"""The kinds of edit, one file each: trained parts, formula and merging. All other code reads them from here."""
 
 from .affine import ALL, BIAS, SCALING, SSF, affine_edit
 from .generated import GENERATED

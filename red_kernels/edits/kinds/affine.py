@@ -1,4 +1,4 @@
-"""RED's edit, `scale * h + bias` (arXiv 2402.15179, eq. 1), and with one of its two vectors alone."""
+"""RED's edit, `scale * h + bias` (arXiv 2402.15179, eq. 1), and the edits with only one of its two vectors."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _part_of(kind: Kind, width: int, count: int) -> Kind:
 ALL = _kind("all", "scale * h + bias", SCALE, SHIFT)
 SCALING = _kind("scaling", "scale * h", SCALE)
 BIAS = _kind("bias", "h + bias", SHIFT)
-# SSF (arXiv 2210.08823, sec. 3.2) is the same, and begins near the identity.
+# SSF (arXiv 2210.08823, sec. 3.2) has the same formula, and starts near the identity.
 SSF = replace(
     ALL,
     name="ssf",
@@ -68,7 +68,7 @@ SSF = replace(
         replace(SCALE, draw=partial(nn.init.normal_, mean=1.0, std=0.02)),
         replace(SHIFT, draw=partial(nn.init.normal_, std=0.02)),
     ),
-    help="scale * h + bias, drawn around 1 and 0 at the start (SSF)",
+    help="scale * h + bias, initialised around 1 and 0 (SSF)",
     identity=False,
 )
 
@@ -77,7 +77,7 @@ def affine_edit(
     scale: Tensor | None = None, bias: Tensor | None = None, ids: Tensor | None = None, dropout: Dropout | None = None
 ) -> Edit:
     """The edit `scale * h + bias` of given vectors; None is the identity."""
-    # As `Edit(...)`, without a call of Python: this runs in every operation.
+    # As `Edit(...)`, without a Python call: it runs in every operation.
     return _made(Edit, (ALL, {"scale": scale, "bias": bias}, ids, dropout))
 
 

@@ -1,4 +1,4 @@
-"""HiWi: a bias that a small network makes of the layer's own bias (arXiv 2305.16742, eq. 4)."""
+"""HiWi: a small network computes a bias from the layer's own bias (arXiv 2305.16742, eq. 4)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def made(vectors: Vectors) -> Vectors:
     assert up is not None
     if bias is None:
         raise ValueError(
-            "model: an edit of kind 'generated' is made of the bias of its site's linear layer, and there is one "
-            "without; choose sites with biases, or kind 'bias'"
+            "model: an edit of kind 'generated' is computed from the bias of its site's linear layer, but one site "
+            "has no bias; choose sites with biases, or kind 'bias'"
         )
     return {"bias": (torch.relu(bias.to(down.dtype) @ down).unsqueeze(-2) @ up).squeeze(-2)}
 
@@ -32,12 +32,12 @@ def formula(h: Tensor, vectors: Vectors) -> Tensor:
 
 
 def fold(weight: Tensor, bias: Tensor | None, vectors: Vectors) -> Folded:
-    """The bias with what the network makes of it."""
+    """The bias plus the network's output."""
     return affine.fold(weight, bias, made({**vectors, "linear_bias": bias}))
 
 
 def kind(hidden: int) -> Kind:
-    """The kind whose network has so many hidden units."""
+    """The kind with this number of hidden units."""
     return Kind(
         "generated" if hidden == HIDDEN else f"generated:{hidden}",
         (

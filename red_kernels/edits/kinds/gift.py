@@ -1,6 +1,6 @@
-"""GIFT: a linear layer's weight changed by a product of itself, which all sites share (arXiv 2312.00700).
+"""GIFT: a linear layer's weight plus a product of itself with factors that all sites share (arXiv 2312.00700).
 
-`W + (W Psi^T) Phi^T` is the layer behind an edit of its input, `x + (x Phi) Psi`.
+`W + (W Psi^T) Phi^T` is the layer after an edit of its input, `x + (x Phi) Psi`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ RANK = 16
 def formula(h: Tensor, vectors: Vectors) -> Tensor:
     """`h + (h Phi) Psi`."""
     phi, psi = _both(vectors)
-    if phi.dim() > 2:  # each row of h has tensors of its own
+    if phi.dim() > 2:  # each row of h has its own tensors
         return h + (h.unsqueeze(-2) @ phi @ psi).squeeze(-2)
     return h + (h @ phi) @ psi
 
 
 def by_row(h: Tensor, vectors: Vectors, ids: Tensor) -> Tensor:
-    """For several edits: the thin products of all at once, of which each row keeps its own."""
+    """For several edits: the thin products of all at once; each row keeps its own."""
     phi, psi = _both(vectors)
     inner = h @ phi.transpose(0, 1).flatten(1)
     return h + (inner * own_columns(ids, psi, h.dtype)) @ psi.flatten(0, 1)
@@ -45,7 +45,7 @@ def _both(vectors: Vectors) -> tuple[Tensor, Tensor]:
 
 
 def _draw(phi: Tensor) -> None:
-    """As torch starts a linear layer with as many inputs as the site has, which is how the authors start it."""
+    """torch's initialisation of a linear layer with as many inputs as the site, as in the authors' code."""
     bound = 1 / math.sqrt(phi.shape[0])
     nn.init.uniform_(phi, -bound, bound)
 

@@ -1,6 +1,6 @@
-"""SIBO: a bottleneck that reads the stack's first input beside the site's output (arXiv 2402.11896).
+"""SIBO: a bottleneck that reads the stack's first input in addition to the site's output (arXiv 2402.11896).
 
-What it reads is a fixed mix of both, so that a token's own embedding reaches each layer.
+It reads a fixed mix of both, so each layer sees a token's own embedding.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from .kind import Family, Kind, Part, Vectors
 from .lowrank import own_columns
 
-WIDTH = 256  # as the authors' adapter, whose nonlinearity is tanh
+WIDTH = 256  # as in the authors' adapter, whose nonlinearity is tanh
 SHARE = 0.1  # of the first input
 
 
 def formula(h: Tensor, vectors: Vectors) -> Tensor:
     """`h + U tanh(D (0.9 h + 0.1 h0))`, with U as its transpose."""
     down, up, mixed = _of(h, vectors)
-    if up.dim() > 2:  # each row of h has tensors of its own
+    if up.dim() > 2:  # each row of h has its own tensors
         inner = torch.tanh((down @ mixed.unsqueeze(-1)).squeeze(-1))
         return h + (inner.unsqueeze(-2) @ up).squeeze(-2)
     return h + torch.tanh(F.linear(mixed, down)) @ up
 
 
 def by_row(h: Tensor, vectors: Vectors, ids: Tensor) -> Tensor:
-    """For several edits: the thin products of all at once, of which each row keeps its own."""
+    """For several edits: the thin products of all at once; each row keeps its own."""
     down, up, mixed = _of(h, vectors)
     inner = torch.tanh(F.linear(mixed, down.flatten(0, 1)))
     return h + (inner * own_columns(ids, up, h.dtype)) @ up.flatten(0, 1)
@@ -49,13 +49,13 @@ def _draw(down: Tensor) -> None:
 
 
 def kind(width: int) -> Kind:
-    """The kind whose bottleneck is that wide."""
+    """The kind with a bottleneck of this width."""
     shape = partial(_rows, width)
     return Kind(
         "initial" if width == WIDTH else f"initial:{width}",
         (Part("down", shape=shape, draw=_draw), Part("up", shape=shape)),
         partial(formula),
-        "h + U tanh(D (0.9 h + 0.1 h0)), h0 what the stack's first layer is given (SIBO)",
+        "h + U tanh(D (0.9 h + 0.1 h0)), h0 the input of the stack's first layer (SIBO)",
         identity=True,
         combines=False,
         context=("initial",),

@@ -1,4 +1,4 @@
-"""What a kind of edit is, and an edit as a call carries it."""
+"""A kind of edit, and an edit as an argument of a call."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Part:
 
     Attributes:
         name: as in `state_dict` and in files: letters, digits and `_`.
-        start: the value of all its elements at the start, or with `draw` the one that makes the edit the identity.
-        shape: of the tensor, given the width of the site's output.
+        start: the initial value of all its elements; with `draw`, the value with which the edit is the identity.
+        shape: of the tensor, for the width of the site's output.
         key: its name in the files of RED's authors; None if they have none.
-        row: whether these files have it as `[1, width]`.
-        draw: fills an fp32 tensor on the CPU in place with random values to start from, drawn from torch's generator.
-        like: the part of the same edit whose values it takes at the start.
+        row: whether these files store it as `[1, width]`.
+        draw: fills an fp32 tensor on the CPU in place with random initial values, from torch's generator.
+        like: the part of the same edit from which it takes its initial values.
     """
 
     name: str
@@ -44,54 +44,55 @@ class Part:
     like: str | None = None
 
     def made(self, width: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
-        """A tensor of this part where the edit is the identity."""
+        """A tensor of this part with which the edit is the identity."""
         return torch.full(self.shape(width), self.start, dtype=dtype, device=device)
 
     def is_as(self, other: Part) -> bool:
-        """Whether files and batches can treat both as one part: they may differ in how they are drawn, and in size."""
+        """Whether files and batches can treat both as one part: they may differ in their draw and size."""
         alike = (self.name, self.start, self.key, self.row) == (other.name, other.start, other.key, other.row)
         return alike and len(self.shape(64)) == len(other.shape(64))
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of edit: all that the package knows of it.
+    """A kind of edit, as the whole package uses it.
 
-    Kinds of one `formula` differ in the parts that they train. Their edits can be in one batch, one for each row.
+    Kinds of one `formula` differ in their trained parts. Their edits can share a batch, one for each row.
 
     Attributes:
         name: as in `RedConfig`.
-        parts: what is trained.
-        formula: `formula(h, vectors)`: the edited output, in plain PyTorch. `h` is `(..., width)`; a tensor of vectors
-            has its part's shape, or that shape behind leading dimensions of `h` where each row has its own edit.
-        help: what it computes, for messages and help.
-        kernel: the fused kernels that compute it: `"affine"` (in front of an addition and a norm too) or
-            `"affine_layer_norm"`, or `"mix"` (in front of an addition and a norm too) or `"mix_mix"`, one reflection
-            behind another; None where `formula` is all there is.
-        operands: what such a kernel takes, made of the vectors: `scale` and `bias`, and for a norm behind them
+        parts: the trained parts.
+        formula: `formula(h, vectors)`: the edited output, in plain PyTorch. `h` is `(..., width)`. A tensor of vectors
+            has its part's shape, or that shape behind leading dimensions of `h` if each row has its own edit.
+        help: the formula, for messages and help.
+        kernel: the fused kernels that compute it: `"affine"` (also before an addition and a norm) or
+            `"affine_layer_norm"`, or `"mix"` (also before an addition and a norm) or `"mix_mix"`, two reflections in
+            sequence; None if only `formula` computes it.
+        operands: the arguments of the kernel, computed from the vectors: `scale` and `bias`, and for a norm behind them
             `norm_weight` and `norm_bias`. None: the vectors themselves.
         fold: `fold(weight, bias, vectors)`: a linear layer's weight `(width, n)` and bias with the edit merged into
-            them. None: no layer can stand in for the edit, and merging is refused.
-        chain: `chain(first, second)`: the vectors of one edit that does what two do one after the other. None: an edit
-            of this kind is applied alone.
-        neutral: whether it is the identity with the `start` of all parts. If so, rows with the edit and rows without
-            can be in one batch.
-        identity: whether it is the identity as it starts; None: as `neutral` says.
-        combines: whether edits can be combined by weights, part by part; None: as `neutral` says.
-        blocks: of the kernels of mixes, as :class:`red_kernels.backends.arguments.Mix` has it.
-        context: what the formula takes besides the parts, in the same mapping: `"linear_bias"`, the bias of the site's
-            linear layer (None where it has none), and `"initial"`, what the stack's first layer was given.
-        requires: what of the context there has to be.
-        fits: `fits(width)`: why there can be no edit of outputs of a width, or None. None: there can always be.
-        by_row: `by_row(h, vectors, ids)`: the formula for several edits, each tensor with one more dimension in front,
-            where it is quicker than to give each row tensors of its own.
+            them. None: no layer can express the edit, and merging is refused.
+        chain: `chain(first, second)`: the vectors of one edit equal to two in sequence. None: an edit of this kind
+            is applied alone.
+        neutral: whether it is the identity with the `start` of all parts. If so, rows with the edit and rows
+            without can share a batch.
+        identity: whether it is initially the identity; None: as `neutral`.
+        combines: whether edits can be combined by weights, part by part; None: as `neutral`.
+        blocks: of the kernels of mixes, as in :class:`red_kernels.backends.arguments.Mix`.
+        context: further arguments of the formula, in the same mapping: `"linear_bias"`, the bias of the site's
+            linear layer (None if it has none), and `"initial"`, the input of the stack's first layer.
+        requires: the entries of the context that must exist.
+        fits: `fits(width)`: why an edit of outputs of this width is impossible, or None. None: all widths are
+            possible.
+        by_row: `by_row(h, vectors, ids)`: the formula for several edits, each tensor with one more leading
+            dimension, if that is faster than tensors for each row.
         family: the name without an option, `"rotation"` of `"rotation:2"`.
-        on_input: whether it edits the input of a linear layer, whatever the position. Its `fold` is then given that
-            layer's weight `(n, width)` and bias.
-        shared: whether all sites of a width in a model have the same tensors.
+        on_input: whether it edits the input of a linear layer, at any position. Its `fold` then gets that layer's
+            weight `(n, width)` and bias.
+        shared: whether all sites of a width in a model share their tensors.
         part_of: `part_of(kind, width, count)`: the kind of edit that each of `count` processes applies to its part of
-            `width` columns, with the same part of each tensor. It raises ValueError with the reason where a part cannot
-            be edited by itself. None: all columns of a row are mixed.
+            `width` columns, with the same part of each tensor. It raises ValueError with the reason if a part cannot be
+            edited alone. None: all columns of a row are mixed.
     """
 
     name: str
@@ -117,7 +118,7 @@ class Kind:
 
     @property
     def starts_as_identity(self) -> bool:
-        """Whether a new edit changes nothing."""
+        """Whether a new edit is the identity."""
         return self.neutral if self.identity is None else self.identity
 
     @property
@@ -134,7 +135,7 @@ class Kind:
         return made
 
     def fill(self, tensors: Mapping[str, Tensor | None]) -> None:
-        """Give tensors the values of a new edit, in place."""
+        """Set tensors to the values of a new edit, in place."""
         for part in self.parts:
             own = tensors.get(part.name)
             if own is not None:
@@ -151,7 +152,7 @@ class Kind:
         elif part.draw is not None:
             drawn = torch.empty(own.shape, dtype=torch.float32)
             part.draw(drawn)
-            if is_sharded(own):  # what one of the processes draws, all have
+            if is_sharded(own):  # all processes get the values drawn by one
                 drawn = spread(drawn.to(own.device, own.dtype), own.device_mesh, own.placements, from_first=True)
             own.copy_(drawn)
 
@@ -161,13 +162,13 @@ class Kind:
         return tuple(part.name for part in self.parts)
 
     def __reduce__(self) -> tuple[Callable[[str], Kind], tuple[str]]:
-        return kind_named, (self.name,)  # formulas may be of any make, and a copy is the same kind
+        return kind_named, (self.name,)  # formulas may be any callable, and a copy is the same kind
 
     def width(self, vectors: Vectors) -> int | None:
-        """The width of the output that vectors of these shapes are for; None where they fit every width.
+        """The output width of vectors of these shapes; None if they fit every width.
 
         Raises:
-            ValueError: they fit none.
+            ValueError: they fit no width.
         """
         held = ((part, vectors.get(part.name)) for part in self.parts)
         shapes = {part: tuple(vector.shape) for part, vector in held if vector is not None}
@@ -184,7 +185,7 @@ class Kind:
         return None if fit(found[0] + 1) and fit(found[0] + 2) else found[0]
 
     def needs_bias(self, width: int) -> bool:
-        """Whether a linear layer without a bias gets one when this edit is merged into it."""
+        """Whether merging this edit gives a linear layer without a bias one."""
         if self.fold is None or "linear_bias" in self.requires:
             return False
         vectors: dict[str, Tensor | None] = {part.name: part.made(width, torch.float32, "meta") for part in self.parts}
@@ -193,13 +194,13 @@ class Kind:
         return self.fold(torch.empty(shape, device="meta"), None, vectors)[1] is not None
 
     def split(self, width: int, count: int) -> Kind:
-        """The kind of edit of one process of `count`, each of which has its part of the columns.
+        """The kind of edit of one of `count` processes, each with its part of the columns.
 
         Raises:
             ValueError: an edit of this kind cannot be split so; the message is the reason.
         """
         if self.part_of is None:
-            raise ValueError("takes all columns of a row together")
+            raise ValueError("needs all columns of a row together")
         return self.part_of(self, width, count)
 
     @property
@@ -213,19 +214,19 @@ class Kind:
         return next(width for width in (1 << power for power in range(24)) if not self.fits or not self.fits(width))
 
     def refuse_width(self, width: int, where: str) -> None:
-        """Raise ValueError where there can be no edit of outputs of this width; `where` names the argument or site."""
+        """Raise ValueError if outputs of this width cannot be edited; `where` names the argument or site."""
         reason = None if self.fits is None else self.fits(width)
         if reason is not None:
             raise ValueError(f"{where} has outputs of width {width}, and an edit of kind {self.name!r} {reason}")
 
 
 class Family(NamedTuple):
-    """Kinds of one formula that differ in a number, the option behind the colon of `"rotation:2"`.
+    """Kinds of one formula that differ in a number, the option after the colon of `"rotation:2"`.
 
     Attributes:
-        make: the kind of an option. Raises ValueError with what was expected.
-        default: the option of the kind that has the bare name.
-        option: what the number is, for help.
+        make: the kind of an option. Raises ValueError with the expected values.
+        default: the option of the kind with the bare name.
+        option: the meaning of the number, for help.
     """
 
     make: Callable[[int], Kind]
@@ -236,15 +237,15 @@ class Family(NamedTuple):
 _KINDS: dict[str, Kind] = {}  # by name; `registry.py` fills it
 _FAMILIES: dict[str, Family] = {}
 _OPTIONS: dict[str, Kind] = {}  # made by families
-FORMULAS: dict[str, Callable[[Kind], Formula]] = {}  # what each kernel computes of its operands
+FORMULAS: dict[str, Callable[[Kind], Formula]] = {}  # the result of each kernel, from its operands
 _MOST = 1 << 20  # of an option
 
 
 def kind_named(name: str) -> Kind:
-    """The kind of that name, `"rotation"` or with an option `"rotation:2"`.
+    """The kind of that name, `"rotation"`, or with an option `"rotation:2"`.
 
     Raises:
-        ValueError: nobody has registered it, or it has no such option.
+        ValueError: it is not registered, or has no such option.
     """
     found = _KINDS.get(name) or _OPTIONS.get(name)
     if found is not None:
@@ -264,14 +265,14 @@ def kind_named(name: str) -> Kind:
     return _OPTIONS.setdefault(name, known.make(number))
 
 
-_by_name = kind_named  # as pickles name it
+_by_name = kind_named  # its name in pickles
 
 
 class Dropout(NamedTuple):
     """A dropout behind an edit.
 
     Attributes:
-        p: the probability of an element to be dropped.
+        p: the probability to drop an element.
         seed: of its mask: an int64 tensor of one element, on the device of the activation.
     """
 
@@ -280,14 +281,14 @@ class Dropout(NamedTuple):
 
 
 class Edit(NamedTuple):
-    """An edit as it is applied at one site, in one call.
+    """An edit as applied at one site, in one call.
 
     Attributes:
-        kind: which; with other parts where edits of several kinds of its formula come together.
+        kind: its kind; with other parts if edits of several kinds of one formula are combined.
         vectors: part to tensor.
-        ids: with them a tensor has one more dimension in front, and each row of the activation takes the entry that its
-            id names. int64, of the activation's shape without its last dimension.
-        dropout: what is done to the edited activation; None for nothing.
+        ids: with ids a tensor has one more leading dimension, and each row of the activation takes the entry of its id.
+            int64, of the activation's shape without its last dimension.
+        dropout: applied to the edited activation; None for none.
     """
 
     kind: Kind
@@ -297,7 +298,7 @@ class Edit(NamedTuple):
 
     @property
     def operands(self) -> Vectors:
-        """What the kind's kernel takes."""
+        """The operands of the kind's kernel."""
         make = self.kind.operands
         return self.vectors if make is None else make(self.vectors)
 
@@ -305,7 +306,7 @@ class Edit(NamedTuple):
         """`hidden` of shape `(..., width)` edited in plain PyTorch: in fp32 (fp64 for fp64), rounded once."""
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         kind, ids = self.kind, self.ids
-        # What sites share is at one of them, and they may be on several devices.
+        # Tensors that sites share are at one site, and the sites may be on several devices.
         device = hidden.device if self.kind.shared else None
         vectors: Vectors = {name: None if v is None else v.to(device, wide) for name, v in self.vectors.items()}
         if ids is None:
@@ -313,7 +314,7 @@ class Edit(NamedTuple):
         if kind.by_row is not None:
             return kind.by_row(hidden.to(wide), vectors, ids).to(hidden.dtype)
         formula = kind.formula
-        if kind.operands is not None and kind.kernel in FORMULAS:  # made once for each edit, and not for each row
+        if kind.operands is not None and kind.kernel in FORMULAS:  # made once for each edit, not for each row
             vectors, formula = kind.operands(vectors), FORMULAS[kind.kernel](kind)
         rows = {name: None if v is None or name in kind.context else v[ids] for name, v in vectors.items()}
         rows |= {name: vectors[name] for name in kind.context if name in vectors}

@@ -11,7 +11,7 @@ NORM_EPS = 1e-5  # torch's default
 
 
 def formula(h: Tensor, vectors: Vectors) -> Tensor:
-    """`LayerNorm(scale * h + bias)`, not the identity whatever the vectors."""
+    """`LayerNorm(scale * h + bias)`, which no vectors make the identity."""
     weight, bias = vectors.get("norm_weight"), vectors.get("norm_bias")
     h = affine.formula(h, vectors)
     if weight is not None:

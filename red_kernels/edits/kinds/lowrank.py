@@ -1,4 +1,4 @@
-"""Edits in a subspace of few dimensions: LoReFT and DiReFT (arXiv 2404.03592, eq. 2 and 3), on a site's output."""
+"""Edits in a subspace of low dimension: LoReFT and DiReFT (arXiv 2404.03592, eq. 2 and 3), on a site's output."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Maker = Callable[[Vectors], Made]
 
 
 def orthonormal(rows: Tensor) -> Tensor:
-    """The span of `rows`, `(..., r, d)`, by orthonormal rows; a row of zeros stays one.
+    """Orthonormal rows with the span of `rows`, `(..., r, d)`; a row of zeros stays zero.
 
-    Of orthonormal rows it is the same, so that training begins where they were drawn. `L^-1 A` with `L L^T = A A^T`:
-    each row is made of those before it and itself, as in Gram and Schmidt's process.
+    Orthonormal rows stay unchanged, so training starts at the drawn values. The result is `L^-1 A` with
+    `L L^T = A A^T`: each row is computed from itself and the rows before it, as in Gram-Schmidt.
     """
     empty = (rows == 0).all(-1)
     gram = rows @ rows.mT + torch.diag_embed(empty.to(rows.dtype))
@@ -39,7 +39,7 @@ def towards(vectors: Vectors) -> Made:
 
 
 def direct(vectors: Vectors) -> Made:
-    """DiReFT, which has these three."""
+    """DiReFT, whose parts are these three."""
     up, down, offset = vectors.get("up"), vectors.get("down"), vectors.get("offset")
     assert up is not None
     assert down is not None
@@ -59,26 +59,26 @@ def direft(h: Tensor, vectors: Vectors) -> Tensor:
 
 def _moved(h: Tensor, made: Made) -> Tensor:
     up, down, offset = made
-    if up.dim() > 2:  # each row of h has tensors of its own
+    if up.dim() > 2:  # each row of h has its own tensors
         return h + ((down @ h.unsqueeze(-1)).squeeze(-1) + offset).unsqueeze(-2).matmul(up).squeeze(-2)
     inner = F.linear(h, down, offset)
     return torch.addmm(h.flatten(0, -2), inner.flatten(0, -2), up).view_as(h)
 
 
 def by_row(h: Tensor, vectors: Vectors, ids: Tensor, make: Maker) -> Tensor:
-    """For several edits: the thin products of all at once, of which each row keeps its own."""
+    """For several edits: the thin products of all at once; each row keeps its own."""
     up, down, offset = make(vectors)
     inner = F.linear(h, down.flatten(0, 1), offset.flatten())
     return h + (inner * own_columns(ids, up, h.dtype)) @ up.flatten(0, 1)
 
 
 def own_columns(ids: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of the inner columns of several edits side by side, `up` being `(n, r, d)`: 1 for those of a row's own edit."""
+    """A mask over the inner columns of several edits, `up` being `(n, r, d)`: 1 for those of a row's own edit."""
     return F.one_hot(ids, up.shape[0]).to(dtype).repeat_interleave(up.shape[1], -1)
 
 
 def fold(weight: Tensor, bias: Tensor | None, vectors: Vectors, make: Maker) -> Folded:
-    """`W + up^T (down W)`, and the same of the bias with the offset in it."""
+    """`W + up^T (down W)`, and the same for the bias, with the offset."""
     up, down, offset = make(vectors)
     shift = offset if bias is None else down @ bias + offset
     moved = up.t() @ shift
@@ -86,7 +86,7 @@ def fold(weight: Tensor, bias: Tensor | None, vectors: Vectors, make: Maker) -> 
 
 
 def _uniform(tensor: Tensor, width: int) -> None:
-    """As torch starts the weight and the bias of a linear layer of so many inputs."""
+    """torch's initialisation of the weight and the bias of a linear layer with this number of inputs."""
     nn.init.uniform_(tensor, -1 / math.sqrt(width), 1 / math.sqrt(width))
 
 
@@ -107,7 +107,7 @@ def _kind(name: str, rank: int, parts: tuple[str, str, str], formula: Formula, m
         (
             Part(parts[0], shape=matrix, draw=first),
             Part(parts[1], shape=matrix, draw=_as_linear),
-            # PyTorch draws it by the layer's number of inputs, which a bias does not tell; zeros are as good.
+            # PyTorch draws it by the layer's number of inputs, which a bias does not show; zeros serve as well.
             Part(parts[2], shape=lambda width: (rank,)),
         ),
         partial(formula),

@@ -1,4 +1,4 @@
-"""Edits that mix the columns of a row, as their kernel takes them: rotations of pairs, reflections of blocks."""
+"""Edits that mix the columns of a row, in their kernel's form: rotations of pairs, reflections of blocks."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor
 
 from .kind import FORMULAS, Dropout, Edit, Kind, Part, Vectors
 
-PAIR = 32  # columns from one of a pair to the other in a rotation: pairs lie in groups of twice as many
+PAIR = 32  # distance between the columns of a rotated pair: pairs are in groups of twice this size
 GROUP = 2 * PAIR
 
 
 def partners(h: Tensor) -> Tensor:
-    """The columns with those of each pair exchanged."""
+    """The columns with each pair exchanged."""
     return h.unflatten(-1, (-1, 2, PAIR)).flip(-2).flatten(-3)
 
 
 def along(u: Tensor, h: Tensor, blocks: int) -> Tensor:
-    """`u * (u . h)`, each block of columns by itself."""
+    """`u * (u . h)`, separately for each block of columns."""
     width = h.shape[-1] // blocks
     both = (u * h).unflatten(-1, (blocks, width)).sum(-1, keepdim=True)
     return u * both.expand(*both.shape[:-1], width).flatten(-2)
@@ -56,7 +56,7 @@ def mix_edit(
 
 
 def after_another(h: Tensor, vectors: Vectors, blocks: int) -> Tensor:
-    """Two reflections of each block: `b` behind `a = h - inner (inner . h)` is `a - outer (outer . a) + bias`."""
+    """Two reflections of each block: `b` after `a = h - inner (inner . h)` is `a - outer (outer . a) + bias`."""
     once = formula(h, {"first": vectors.get("inner")}, blocks)
     return formula(once, {"first": vectors.get("outer"), "bias": vectors.get("bias")}, blocks)
 

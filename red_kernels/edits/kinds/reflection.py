@@ -1,6 +1,6 @@
 """ETHER and ETHER+: blocks of columns are reflected at a hyperplane, or along two of them (arXiv 2405.20271).
 
-A pair of reflections turns each block in the plane of its two vectors, and starts with both alike: as the identity.
+A pair of reflections rotates each block in the plane of its two vectors. It starts with equal vectors, the identity.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ BLOCKS = 4  # the authors' choice in most of their runs
 
 
 def units(u: Tensor, blocks: int, length: float = 1.0) -> Tensor:
-    """`u` with this length in each block; zeros stay zeros, and are no reflection."""
+    """`u` with this length in each block; zeros stay zeros, which is no reflection."""
     parts = u.unflatten(-1, (blocks, -1))
     squares = parts.square().sum(-1, keepdim=True)
     there = squares > 0
-    # Never divided by zero, in the derivative neither: that of a length is none at zero.
+    # It never divides by zero, in the derivative neither: a length has no derivative at zero.
     inverse = torch.where(there, length * torch.where(there, squares, 1.0).rsqrt(), 0.0)
     return (parts * inverse).flatten(-2)
 
 
 def once(vectors: Vectors, blocks: int) -> Vectors:
-    """`h - 2 n (n . h)` with the unit vector `n` of `normal`, of what the linear layer gives without its bias."""
+    """`h - 2 n (n . h)` with the unit vector `n` of `normal`, for the linear layer's output without its bias."""
     normal = vectors.get("normal")
     assert normal is not None
     return _behind({"first": units(normal, blocks, math.sqrt(2.0))}, vectors.get("linear_bias"), mixes.formula, blocks)
@@ -45,7 +45,7 @@ def twice(vectors: Vectors, blocks: int) -> Vectors:
 
 
 def paired(vectors: Vectors, blocks: int) -> Vectors:
-    """One reflection behind another, with the unit vectors of `inner` and of `outer`."""
+    """Two reflections in sequence, with the unit vectors of `inner` and of `outer`."""
     inner, outer = vectors.get("inner"), vectors.get("outer")
     assert inner is not None
     assert outer is not None
@@ -55,7 +55,7 @@ def paired(vectors: Vectors, blocks: int) -> Vectors:
 
 
 def _behind(made: dict[str, Tensor], bias: Tensor | None, formula: Callable[..., Tensor], blocks: int) -> Vectors:
-    """The operands for an output that holds the bias already: `edit(h - b) + b = edit(h) + (b - edit(b))`."""
+    """The operands for an output that includes the bias: `edit(h - b) + b = edit(h) + (b - edit(b))`."""
     if bias is None:
         return made
     bias = bias.to(next(iter(made.values())).dtype)
@@ -63,7 +63,7 @@ def _behind(made: dict[str, Tensor], bias: Tensor | None, formula: Callable[...,
 
 
 def fold(weight: Tensor, bias: Tensor | None, vectors: Vectors, formula: Formula) -> Folded:
-    """Each column of the weight reflected; the bias comes behind the reflection and stays."""
+    """Each column of the weight reflected; the bias is added after the reflection and stays."""
     return formula(weight.t(), {**vectors, "linear_bias": None}).t(), bias
 
 
@@ -103,7 +103,7 @@ def _kind(
 
 
 def part_of(kind: Kind, width: int, count: int) -> Kind:
-    """The kind of as many blocks as one of `count` processes has. Raises ValueError where it has no whole ones."""
+    """The kind with the blocks of one of `count` processes. Raises ValueError if they are not whole."""
     if kind.blocks % count:
         number = f"{kind.blocks} block" + ("" if kind.blocks == 1 else "s")
         raise ValueError(f"reflects {number} of columns, which {count} processes cannot share evenly")
@@ -111,21 +111,21 @@ def part_of(kind: Kind, width: int, count: int) -> Kind:
 
 
 def reflection(blocks: int) -> Kind:
-    """ETHER: one reflection of each block, at random at the start."""
+    """ETHER: one reflection of each block, initially random."""
     parts = (Part("normal", draw=nn.init.normal_),)
     what = "h - 2 n (n . h) in each block of columns, n a unit vector (ETHER)"
     return _kind("reflection", parts, partial(once, blocks=blocks), blocks, what, False)
 
 
 def reflections(blocks: int) -> Kind:
-    """ETHER+: away along one vector and toward another one, the same at the start."""
+    """ETHER+: away along one vector and toward another one, initially equal."""
     parts = (Part("away", draw=nn.init.normal_), Part("toward", like="away"))
     what = "h - u (u . h) + v (v . h) in each block of columns, u and v unit vectors (ETHER+)"
     return _kind("reflections", parts, partial(twice, blocks=blocks), blocks, what, True)
 
 
 def pair(blocks: int) -> Kind:
-    """Two reflections of each block, of which the second undoes the first at the start."""
+    """Two reflections of each block; initially the second undoes the first."""
     parts = (Part("inner", draw=nn.init.normal_), Part("outer", like="inner"))
     what = "H_m H_n h with H_n h = h - 2 n (n . h) in each block of columns, m = n at the start (a pair of ETHER's)"
     return _kind("reflection_pair", parts, partial(paired, blocks=blocks), blocks, what, True, "mix_mix")

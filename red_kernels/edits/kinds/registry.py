@@ -1,4 +1,4 @@
-"""The kinds by name. Others can be added from outside of the package."""
+"""The kinds by name. Other packages can add kinds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .kind import _FAMILIES, _KINDS, Family, Kind, Part, Vectors, kind_named
 
 _PARTS: dict[str, Part] = {}
 KINDS: Mapping[str, Kind] = MappingProxyType(_KINDS)
-PARTS: Mapping[str, Part] = MappingProxyType(_PARTS)  # of all kinds, by name, in the order that files and reports have
-# Names that no part may have: the module that holds the parts adds its attributes.
+PARTS: Mapping[str, Part] = MappingProxyType(_PARTS)  # of all kinds, by name, in the order of files and reports
+# Names that no part may have: the module with the parts adds its attributes.
 RESERVED = {"default", "training", "frozen", "lent", "gate", "kind"}
 # The fused kernels and the vectors that each takes.
 KERNELS = {
@@ -26,16 +26,16 @@ KERNELS = {
 
 
 def register_kind(kind: Kind) -> None:
-    """Make a kind of edit known: to `RedConfig`, checkpoints, merging, PEFT and the command line.
+    """Register a kind of edit for `RedConfig`, checkpoints, merging, PEFT and the command line.
 
     Args:
-        kind: with a name that no other kind has. A part may share its name with another kind's if both are the same.
+        kind: with a new name. A part may share its name with another kind's part if both are equal.
 
     Raises:
-        TypeError: it is no `Kind`, its parts are no tuple of `Part`, or its formula cannot be called.
-        ValueError: its name is taken or empty; it has no parts; a part's name is not valid or is reserved; another kind
-            has a part of that name with other values, or all of its parts and another formula; its kernel is not known,
-            or does not take what it is given.
+        TypeError: it is not a `Kind`, its parts are not a tuple of `Part`, or its formula is not callable.
+        ValueError: its name is taken or empty; it has no parts; a part's name is invalid or reserved; another kind
+            has a part of that name with other values, or all of its parts and another formula; its kernel is unknown,
+            or does not accept its operands.
     """
     if not isinstance(kind, Kind):
         raise TypeError(f"kind: got {type(kind).__name__}, expected a red_kernels.edits.kinds.Kind")
@@ -49,14 +49,14 @@ def register_kind(kind: Kind) -> None:
         raise ValueError(f"kind: {kind.name!r} has the parts {list(kind.names)}, expected at least one, none twice")
     for part in kind.parts:
         if not re.fullmatch(r"[A-Za-z]\w*", part.name) or part.name in RESERVED:
-            raise ValueError(f"kind: got a part named {part.name!r}, expected a name that an attribute can have")
+            raise ValueError(f"kind: got a part named {part.name!r}, expected a valid attribute name")
         if not _PARTS.get(part.name, part).is_as(part):
             raise ValueError(f"kind: another kind has a part {part.name!r} with another start, shape, key or row")
     same = kind_with(kind.names)
     if same is not None and same.formula is not kind.formula and _KINDS.get(kind.name) != kind:
         raise ValueError(
-            f"kind: {kind.name!r} has the parts of {same.name!r} and another formula; give its parts names of their "
-            "own, as files of PEFT and of RED's authors tell a kind by them"
+            f"kind: {kind.name!r} has the parts of {same.name!r} and another formula; give its parts other names: "
+            "files of PEFT and of RED's authors identify a kind by its parts"
         )
     if kind.kernel is not None:
         if kind.kernel not in KERNELS:
@@ -68,10 +68,10 @@ def register_kind(kind: Kind) -> None:
 
 
 def register_family(name: str, family: Family) -> None:
-    """Make kinds known that differ in a number: the one of its default by the bare name, others as `name:number`.
+    """Register kinds that differ in a number: the default by the bare name, others as `name:number`.
 
     Raises:
-        TypeError, ValueError: as of :func:`register_kind`, of the default kind.
+        TypeError, ValueError: as in :func:`register_kind`, for the default kind.
     """
     register_kind(family.make(family.default))
     _FAMILIES[name] = family
@@ -86,14 +86,14 @@ def is_kind(name: object) -> bool:
 
 
 def kind_names() -> str:
-    """All names that a kind may have, quoted, for messages."""
+    """All valid names of kinds, quoted, for messages."""
     return ", ".join(f"'{name}'" + (f" or '{name}:N'" if name in _FAMILIES else "") for name in _KINDS)
 
 
 def kind_fitting(vectors: Mapping[str, Tensor]) -> Kind | None:
-    """The kind that has these tensors; of several that differ in their option, the default or else the first that fits.
+    """The kind with these tensors; of several that differ in their option, the default or else the first match.
 
-    None for no kind. Raises ValueError, as of `Kind.width`, where the kind of these parts has no such shapes.
+    None for no kind. Raises ValueError, as `Kind.width`, if the kind of these parts has no such shapes.
     """
     kind = kind_with(vectors)
     if kind is None or kind.family not in _FAMILIES:
@@ -111,13 +111,13 @@ def kind_fitting(vectors: Mapping[str, Tensor]) -> Kind | None:
 
 
 def option_of(name: str) -> str:
-    """What the number of a kind's option is, with its default; empty for a kind without one."""
+    """The meaning of a kind's option, with its default; empty for a kind without one."""
     family = _FAMILIES.get(name)
     return "" if family is None else f"{family.option} (default {family.default})"
 
 
 def _check_operands(kind: Kind, kernel: str) -> None:
-    """Raise where a kernel would be given vectors that it does not know, and leave out the edit."""
+    """Raise if a kernel would get unknown vectors, and would ignore them."""
     width = kind.least_width
     vectors: Vectors = {part.name: part.made(width, torch.float32, "cpu") for part in kind.parts}
     vectors = {**vectors, **{name: torch.zeros(width) for name in kind.requires}}
@@ -126,11 +126,11 @@ def _check_operands(kind: Kind, kernel: str) -> None:
     if not given or not set(given) <= set(known):
         raise ValueError(
             f"kind: {kind.name!r} gives the kernel {kernel!r} the vectors {sorted(given)}, expected some of "
-            f"{', '.join(known)}; `operands` makes these of other parts"
+            f"{', '.join(known)}; `operands` computes these from other parts"
         )
 
 
 def kind_with(parts: Iterable[str]) -> Kind | None:
-    """The kind that has exactly these parts, the first that was registered; None for none."""
+    """The kind with exactly these parts, the first registered one; None for none."""
     wanted = set(parts)
     return next((kind for kind in _KINDS.values() if set(kind.names) == wanted), None)

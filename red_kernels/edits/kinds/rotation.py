@@ -14,10 +14,10 @@ VARIANTS = (1, 2, 4)
 
 
 def rotated(vectors: Vectors, variant: int) -> Vectors:
-    """`first = alpha * cos(theta)` and `second = -+alpha * sin(theta)`, of the width.
+    """`first = alpha * cos(theta)` and `second = -+alpha * sin(theta)`, as wide as the output.
 
-    Variant 1 has one angle and one size for each pair, 2 one for each column, and 4 has others for the sine than for
-    the cosine. In a group of 64 columns, column j < 32 and column j + 32 are a pair.
+    Variant 1 has one angle and one size for each pair, variant 2 for each column. Variant 4 has separate ones for sine
+    and cosine. In a group of 64 columns, column j < 32 and column j + 32 are a pair.
     """
     theta, alpha = vectors.get("theta"), vectors.get("alpha")
     assert theta is not None
@@ -40,7 +40,7 @@ def rotated(vectors: Vectors, variant: int) -> Vectors:
 
 
 def formula(h: Tensor, vectors: Vectors, variant: int) -> Tensor:
-    """`alpha cos(theta) h -+ alpha sin(theta) h'`, where `h'` has the partner of each column."""
+    """`alpha cos(theta) h -+ alpha sin(theta) h'`, where `h'` contains the partner of each column."""
     return mixes.formula(h, rotated(vectors, variant), 0)
 
 
@@ -52,19 +52,19 @@ def fold(weight: Tensor, bias: Tensor | None, vectors: Vectors, variant: int) ->
 
 
 def fits(width: int) -> str | None:
-    """Why outputs of a width cannot be rotated, or None."""
+    """Why outputs of this width cannot be rotated, or None."""
     return f"needs a multiple of {mixes.GROUP}" if width % mixes.GROUP else None
 
 
 def part_of(kind: Kind, width: int, count: int) -> Kind:
-    """A rotation, where each of `count` processes has whole groups. Raises ValueError elsewhere."""
+    """A rotation, if each of `count` processes has whole groups. Raises ValueError otherwise."""
     if width % (count * mixes.GROUP):
         raise ValueError(f"turns groups of {mixes.GROUP} columns, which {count} processes cannot share evenly")
     return kind
 
 
 def kind(variant: int) -> Kind:
-    """The kind of a variant. Raises ValueError for one that there is not."""
+    """The kind of a variant. Raises ValueError for an unknown one."""
     if variant not in VARIANTS:
         raise ValueError(f"kind: got 'rotation:{variant}', expected one of the variants 1, 2 and 4")
 

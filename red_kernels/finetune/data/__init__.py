@@ -1,7 +1,7 @@
-"""Data to train on: reading it in the forms that people have, holding a part out, and turning it into tokens.
+"""Training data: reading its usual forms, holding out a part, and converting it into tokens.
 
-Nothing is dropped silently: a row that does not fit is an error that names the file and the line, and what is cut or
-left out is counted and said.
+Nothing is dropped silently. An invalid row is an error that names the file and the line. Cut or dropped parts are
+counted and reported.
 """
 
 from .chat import Tokenised, chat_dataset, preference_dataset

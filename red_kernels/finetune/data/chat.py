@@ -1,4 +1,4 @@
-"""Conversations and completions as tokens, with the loss on the answers or on everything."""
+"""Conversations and completions as tokens, with the loss on the answers or on all tokens."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from ...support.errors import one_line
 from .examples import ASSISTANT, Completion, Conversation, Document, Message, Preference
 
 ANSWERS, ALL = "answers", "all"
-IGNORED = -100  # a label that has no loss
+IGNORED = -100  # a label without loss
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_ADVICE = "with --loss-on all the template need not tell where answers are"
+_ADVICE = "with --loss-on all the template need not mark answers"
 
-Span = tuple[int, int]  # characters of a text, the second one behind the last
-Place = tuple[int, int, int]  # of a token: where it begins, where its first character that is no blank is, its end
+Span = tuple[int, int]  # characters of a text, the second one exclusive
+Place = tuple[int, int, int]  # of a token: its start, its first character that is not blank, its end
 
 
 class Tokenised(Dataset[dict[str, list[int]]]):
-    """Examples as tokens, each cut at its end to the most tokens that it may have.
+    """Examples as tokens, each cut at its end to the maximum length.
 
     Attributes:
-        cut: how many examples were cut.
-        dropped: how many were left out, as nothing to learn was left of them.
+        cut: the number of cut examples.
+        dropped: the number of dropped examples, of which no token with a loss was left.
         tokens: in all items.
-        learnt: the tokens that have a loss.
+        learnt: the number of tokens with a loss.
         said: sentences about these numbers.
     """
 
@@ -54,21 +54,21 @@ def chat_dataset(
 ) -> Tokenised:
     """Conversations, completions and texts as `{"input_ids": [...], "labels": [...]}`.
 
-    A conversation is written by the chat template. Its answers are the messages of the assistant with everything that
-    the template writes behind them, such as the mark of their end. A completion and a text get the end-of-text token.
-    A label of -100 has no loss; the first token of each example has this label, as nothing predicts it.
+    The chat template renders a conversation. Its answers are the messages of the assistant with the text that the
+    template writes after them, such as an end mark. A completion and a text get the end-of-text token. A label of -100
+    has no loss; the first token of each example has this label, since nothing predicts it.
 
     Args:
-        examples: what `load_data` gives for the forms `"chat"`, `"completion"` and `"text"`.
+        examples: examples of `load_data` of the forms `"chat"`, `"completion"` and `"text"`.
         tokenizer: of the model, with offsets (a fast one).
         length: the most tokens of an example.
         loss_on: `"answers"`, or `"all"`; a text has its loss on all tokens.
-        template: a chat template in place of the tokenizer's.
+        template: a chat template instead of the tokenizer's.
 
     Raises:
-        ValueError: an argument is out of range, a conversation needs a template and there is none, a template refuses
-            a conversation or does not tell where its answers are, a conversation ends without an answer, or no example
-            is left. The message names the row.
+        ValueError: an argument is out of range, a conversation needs a template but there is none, a template refuses a
+            conversation or does not mark its answers, a conversation ends without an answer, or no example is left. The
+            message names the row.
     """
     if loss_on not in (ANSWERS, ALL):
         raise ValueError(f"loss_on: got {loss_on!r}, expected {ANSWERS!r} or {ALL!r}")
@@ -98,10 +98,10 @@ def chat_dataset(
 def preference_dataset(
     examples: Iterable[Preference], tokenizer: Any, length: int, *, template: str | None = None
 ) -> Tokenised:
-    """Pairs of answers as `{"prompt_ids": [...], "chosen_ids": [...], "rejected_ids": [...]}`, as TRL's DPO has them.
+    """Pairs of answers as `{"prompt_ids": [...], "chosen_ids": [...], "rejected_ids": [...]}`, as in TRL's DPO.
 
-    Both answers are cut so that with the prompt they have `length` tokens at most; `cut` counts the pairs where one
-    was. A pair whose prompt alone is as long is dropped.
+    Both answers are cut so that with the prompt they have at most `length` tokens; `cut` counts the pairs with a cut. A
+    pair whose prompt alone has that many tokens is dropped.
 
     Raises:
         ValueError: as `chat_dataset`.
@@ -113,7 +113,7 @@ def preference_dataset(
         better, worse = (
             _answered(example, answer, tokenizer, template) for answer in (example.chosen, example.rejected)
         )
-        # Where a token holds the end of the prompt and the beginning of an answer, it belongs to the answers.
+        # A token with the end of the prompt and the beginning of an answer belongs to the answers.
         prompt = min(better[1], worse[1])
         while better[0][:prompt] != worse[0][:prompt]:
             prompt -= 1
@@ -132,15 +132,15 @@ def preference_dataset(
 def render(
     messages: Sequence[Message], tokenizer: Any, template: str | None, where: str, ask: bool = False, tools: Any = None
 ) -> str:
-    """A conversation as the chat template writes it; with `ask`, up to where the assistant is to answer.
+    """A conversation as the chat template renders it; with `ask`, up to the start of the assistant's answer.
 
     Raises:
         ValueError: there is no template, or it refuses the conversation.
     """
     if template is None and not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            "model: its tokenizer has no chat template, which conversations need; give one by --template FILE, or take "
-            "data of 'prompt' and 'completion' that are texts, or of 'text'"
+            "model: its tokenizer has no chat template, which conversations need; pass one by --template FILE, or use "
+            "data of 'prompt' and 'completion' as texts, or of 'text'"
         )
     options = {"tokenize": False, "add_generation_prompt": ask, "tools": list(tools) if tools else None}
     try:
@@ -153,7 +153,7 @@ def render(
 def _tokens(
     example: Conversation | Completion | Document, tokenizer: Any, loss_on: str, template: str | None
 ) -> tuple[list[int], list[bool], bool]:
-    """The tokens of an example, which of them are learnt, and whether one of them straddles prompt and answer."""
+    """The tokens of an example, which of them have a loss, and whether one of them spans prompt and answer."""
     if isinstance(example, Document):
         ids = _ended(_begun(_encoded(example.text, tokenizer)[0], tokenizer), tokenizer)
         return ids, [True] * len(ids), False
@@ -173,39 +173,39 @@ def _tokens(
     if example.messages[-1]["role"] != ASSISTANT:
         raise ValueError(
             f"data: {example.where}: its last message is by {example.messages[-1]['role']!r}, expected one by the "
-            "assistant; --loss-on all also learns from conversations without a last answer"
+            "assistant; --loss-on all also trains on conversations without a last answer"
         )
     chosen = template if template is not None else tokenizer.get_chat_template(tools=example.tools or None)
     if example.asked == 0 and _MARKED.search(chosen) and not any(map(_weightless, example.messages)):
         return ids, _marked(example, tokenizer, template, ids), False
     spans = _answers(example, text, tokenizer, template)
-    # A token that begins in an answer and goes on behind it is an answer's, but not for a blank in front alone.
+    # A token that starts in an answer and continues after it is an answer's, unless only leading blanks are in it.
     answer = [any(stop > first and start < last for first, last in spans) for _, start, stop in places]
     return ids, answer, any(begin < first < stop for first, _ in spans for begin, _, stop in places)
 
 
 def _weightless(message: Message) -> bool:
-    """Whether a message has a weight, as OpenAI's form has, of 0: it is read, and not learnt."""
+    """Whether a message has a weight of 0, as in OpenAI's form: it is read, but has no loss."""
     return message.get("weight") == 0
 
 
 def _answers(example: Conversation, text: str, tokenizer: Any, template: str | None) -> list[Span]:
-    """Where in a rendered conversation its answers are: each begins where the conversation before it ends."""
+    """The positions of the answers in a rendered conversation: each starts at the end of the conversation before it."""
     spans = []
     for place, message in enumerate(example.messages):
         if message["role"] != ASSISTANT or place < example.asked or _weightless(message):
             continue
         if place == 0:
             raise ValueError(
-                f"data: {example.where}: its first message is by the assistant, and answers nothing; {_ADVICE}"
+                f"data: {example.where}: its first message is by the assistant, expected a prompt before it; {_ADVICE}"
             )
         ends = []
         for count, ask in ((place, True), (place + 1, False)):
             part = render(example.messages[:count], tokenizer, template, example.where, ask, example.tools)
             if not text.startswith(part):
                 raise ValueError(
-                    f"data: {example.where}: the chat template writes the first {count} messages otherwise where more "
-                    f"follow, so that the answers cannot be told apart; {_ADVICE}"
+                    f"data: {example.where}: the chat template renders the first {count} messages differently when "
+                    f"more follow, so the answers cannot be located; {_ADVICE}"
                 )
             ends.append(len(part))
         spans.append((ends[0], ends[1]))
@@ -213,7 +213,7 @@ def _answers(example: Conversation, text: str, tokenizer: Any, template: str | N
 
 
 def _marked(example: Conversation, tokenizer: Any, template: str | None, ids: list[int]) -> list[bool]:
-    """Which tokens the template marks as generated by the assistant."""
+    """The tokens that the template marks as generated by the assistant."""
     found = tokenizer.apply_chat_template(
         list(example.messages),
         chat_template=template,
@@ -229,7 +229,7 @@ def _marked(example: Conversation, tokenizer: Any, template: str | None, ids: li
 def _answered(
     example: Preference, answer: str | tuple[Message, ...], tokenizer: Any, template: str | None
 ) -> tuple[list[int], int]:
-    """The tokens of a prompt with an answer, and how many of them lie within the prompt."""
+    """The tokens of a prompt with an answer, and the number of tokens in the prompt."""
     if isinstance(example.prompt, str):
         assert isinstance(answer, str)  # all three are texts, or none is
         ids, places = _encoded(example.prompt + answer, tokenizer)
@@ -240,22 +240,22 @@ def _answered(
     text = render((*example.prompt, *answer), tokenizer, template, example.where)
     if not text.startswith(prompt):
         raise ValueError(
-            f"data: {example.where}: the chat template writes the prompt otherwise where an answer follows, "
-            "so that the answers cannot be told apart"
+            f"data: {example.where}: the chat template renders the prompt differently when an answer follows, "
+            "so the answers cannot be located"
         )
     ids, places = _encoded(text, tokenizer)
     return ids, sum(stop <= len(prompt) for _, _, stop in places)
 
 
 def _encoded(text: str, tokenizer: Any) -> tuple[list[int], list[Place]]:
-    """The tokens of a text, and which characters each of them covers: all of the text is covered."""
+    """The tokens of a text, and the characters of each; together they cover the text."""
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"model: its tokenizer {type(tokenizer).__name__} tells no offsets, expected a fast tokenizer")
+        raise ValueError(f"model: its tokenizer {type(tokenizer).__name__} gives no offsets, expected a fast tokenizer")
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     places: list[Place] = []
     end = 0
     for start, stop in found["offset_mapping"]:
-        # Blanks may be left out of offsets, and all tokens of one character have the same.
+        # Blanks may be missing from offsets, and all tokens of one character have the same offsets.
         begin = min(start, end)
         places.append((begin, start if start < stop else begin, stop))
         end = max(end, stop)
@@ -263,7 +263,7 @@ def _encoded(text: str, tokenizer: Any) -> tuple[list[int], list[Place]]:
 
 
 def _begun(ids: list[int], tokenizer: Any) -> list[int]:
-    """With the token of the beginning in front, where the tokenizer itself puts one."""
+    """With the beginning-of-text token in front, if the tokenizer itself adds one."""
     begin = tokenizer.bos_token_id
     if begin is None or ids[:1] == [begin]:
         return ids
@@ -271,7 +271,7 @@ def _begun(ids: list[int], tokenizer: Any) -> list[int]:
 
 
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:
-    """With the end-of-text token behind."""
+    """With the end-of-text token at the end."""
     end = tokenizer.eos_token_id
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
@@ -282,7 +282,7 @@ def _check_length(length: int) -> None:
 
 
 def _counted(count: int, cut: int, dropped: int, length: int, what: str) -> list[str]:
-    """Sentences about examples that were cut or dropped. Raises ValueError if none is left."""
+    """Sentences about cut or dropped examples. Raises ValueError if no example is left."""
     if count == 0:
         raise ValueError("data: there are no examples")
     if dropped == count:

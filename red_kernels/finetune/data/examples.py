@@ -1,4 +1,4 @@
-"""What training data is made of: a text, a conversation, a prompt with its completion, a pair of answers."""
+"""The elements of training data: a text, a conversation, a prompt with its completion, a pair of answers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-Message = dict[str, Any]  # {"role": ..., "content": ...}, and what else the model's template knows, as "tool_calls"
+Message = dict[str, Any]  # {"role": ..., "content": ...}, and further keys of the model's template: "tool_calls"
 ASSISTANT = "assistant"
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text, with what it must not be separated from (`group`) and its class (`label`) or number (`score`) if any."""
+    """A text, with its inseparable `group`, and its class (`label`) or number (`score`) if any."""
 
     text: str
     name: str
@@ -23,7 +23,7 @@ class Document:
     where: str = ""
 
     def content(self) -> list[Any]:
-        """What the example says, without where it came from."""
+        """The content of the example, without its source."""
         return [self.text, self.label, self.score]
 
 
@@ -48,13 +48,13 @@ class Conversation:
         return "\n".join(message["content"] for message in self.messages)
 
     def content(self) -> list[Any]:
-        """What the example says, without where it came from."""
+        """The content of the example, without its source."""
         return [list(self.messages), self.asked, self.tools]
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and how it goes on; both are texts."""
+    """A prompt and its completion; both are texts."""
 
     prompt: str
     completion: str
@@ -72,13 +72,13 @@ class Completion:
         return self.prompt + self.completion
 
     def content(self) -> list[Any]:
-        """What the example says, without where it came from."""
+        """The content of the example, without its source."""
         return [self.prompt, self.completion]
 
 
 @dataclass(frozen=True)
 class Preference:
-    """A prompt, the better and the worse answer to it: three texts, or three lists of messages."""
+    """A prompt with a better and a worse answer: three texts, or three lists of messages."""
 
     prompt: str | tuple[Message, ...]
     chosen: str | tuple[Message, ...]
@@ -99,7 +99,7 @@ class Preference:
         return "\n".join(text for part in texts for text in part)
 
     def content(self) -> list[Any]:
-        """What the example says, without where it came from."""
+        """The content of the example, without its source."""
         return list(self._parts())
 
     def _parts(self) -> tuple[str | tuple[Message, ...], ...]:
@@ -121,7 +121,7 @@ def _turns(messages: Iterable[Message]) -> list[Message]:
 
 @dataclass(frozen=True)
 class Split:
-    """Documents to train on and documents held out; no group is in both."""
+    """Documents to train on and held-out documents; no group is in both."""
 
     train: list[Any]
     held_out: list[Any]
@@ -129,7 +129,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a table hold the text and the label.
+    """The columns of a table with the text and the label.
 
     With `header=False` the first row is data and the columns are numbered from 0.
     """
@@ -146,18 +146,18 @@ class Columns:
 
 
 def check_held_out(held_out: float) -> None:
-    """Raises ValueError for what is no fraction that can be held out; NaN is none."""
+    """Raises ValueError if the value is not a valid held-out fraction, for example NaN."""
     if not 0 < held_out <= 0.5:
         raise ValueError(f"held_out: got {held_out}, expected a fraction above 0 and at most 0.5")
 
 
 def listed(names: Iterable[Any]) -> str:
-    """Names in a message, in quotation marks."""
+    """Names for a message, in quotation marks."""
     return ", ".join(map(repr, names))
 
 
 def sequence_of_names(names: str | Sequence[str], argument: str) -> tuple[str, ...]:
-    """Names of sources as a tuple; one name stands for itself. Raises ValueError for none, or for no text."""
+    """Names of sources as a tuple; one name stands for itself. Raises ValueError for none, or for another type."""
     given = (names,) if isinstance(names, str) else tuple(names)
     if not given or not all(isinstance(name, str) and name for name in given):
         raise ValueError(f"{argument}: got {names!r}, expected one or several files, folders or hub ids")

@@ -1,4 +1,4 @@
-"""Rows of files: CSV, TSV, JSON, JSON Lines and Parquet, as they are or compressed."""
+"""Rows of files: CSV, TSV, JSON, JSON Lines and Parquet, plain or compressed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Row(NamedTuple):
     Attributes:
         where: names the row in messages.
         values: of the columns, by name.
-        separated: whether it is of a CSV or TSV file, whose first row may be data.
+        separated: whether it is from a CSV or TSV file, whose first row may be data.
     """
 
     where: str
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 def file_type(path: Path) -> tuple[str, str]:
-    """One of `FILE_TYPES` and one of `COMPRESSIONS` by the name of a file; either may be empty."""
+    """One of `FILE_TYPES` and one of `COMPRESSIONS`, from the name of a file; either may be empty."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     return (suffixes[-1] if suffixes and suffixes[-1] in FILE_TYPES else ""), compression
@@ -46,8 +46,8 @@ def read_rows(path: Path, columns: Columns) -> Iterable[Row]:
     """The rows of a table of any type but plain text.
 
     Raises:
-        ModuleNotFoundError: a package that this type needs is missing.
-        ValueError: the file is damaged, no UTF-8, or a row is out of form; the message says which.
+        ModuleNotFoundError: a package for this type is missing.
+        ValueError: the file is damaged or not UTF-8, or a row is invalid; the message names the row.
     """
     suffix, _ = file_type(path)
     if suffix in (".csv", ".tsv"):
@@ -60,7 +60,7 @@ def read_rows(path: Path, columns: Columns) -> Iterable[Row]:
 
 
 def read_text(path: Path, newline: str | None = None) -> str:
-    """A file's text, uncompressed. Raises ValueError if it is no UTF-8."""
+    """A file's text, uncompressed. Raises ValueError if it is not UTF-8."""
     try:
         return io.TextIOWrapper(io.BytesIO(_content(path)), encoding="utf-8-sig", newline=newline).read()
     except UnicodeDecodeError as error:
@@ -85,20 +85,20 @@ def _content(path: Path) -> bytes:
 
 
 def _separated_rows(path: Path, suffix: str, columns: Columns) -> Iterable[Row]:
-    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than some documents
-    # Lines as csv knows them, ended by CR and LF alone: str.splitlines also cuts at U+2028, form feeds and more.
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than some documents
+    # csv's lines end only in CR and LF: str.splitlines also splits at U+2028, form feeds and others.
     lines = io.StringIO(read_text(path, newline=""), newline="")
     if suffix == ".csv":
         reader = csv.reader(lines, strict=True)
     else:
-        # text/tab-separated-values has no quoting: a quotation mark at the start of a field is part of the text.
+        # text/tab-separated-values has no quoting: a quotation mark at the start of a field is text.
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     names: list[str] | None = None
     try:
         for fields in reader:
             where = f"{path.name}, line {reader.line_num}"
             if not fields:
-                continue  # an empty line holds no row
+                continue  # an empty line is not a row
             if names is None:
                 names = [name.strip() for name in fields] if columns.header else [str(i) for i in range(len(fields))]
                 _check_names(names, where)
@@ -119,7 +119,7 @@ def _json_lines(name: str, text: str) -> Iterable[Row]:
 
 
 def _json_rows(path: Path) -> Iterable[Row]:
-    """A list of objects, an object whose one list holds them, or lines of JSON under the name `.json`."""
+    """A list of objects, an object with exactly one list of them, or JSON Lines under the name `.json`."""
     text = read_text(path)
     try:
         found = parse_json(text, f"data: {path.name}", object_pairs_hook=_Object)
@@ -134,7 +134,7 @@ def _json_rows(path: Path) -> Iterable[Row]:
         if len(lists) != 1:
             raise ValueError(
                 f"data: {path.name}: is an object with {len(lists)} lists among {', '.join(map(repr, found))}, "
-                "expected a list of objects, or an object whose one list holds them"
+                "expected a list of objects, or an object with exactly one list of them"
             )
         found = found[lists[0]]
     rows = found if isinstance(found, list) else [found]
@@ -156,7 +156,7 @@ def _json_row(row: Any, where: str) -> Row:
 
 
 class _Object(dict[str, Any]):
-    """An object of JSON that knows its names as they were written."""
+    """An object of JSON that keeps its names as written."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
@@ -164,7 +164,7 @@ class _Object(dict[str, Any]):
 
 
 def _check_names(names: Sequence[str], where: str) -> None:
-    """Raises ValueError for a name that is there twice: only one of the columns could be used."""
+    """Raises ValueError for a duplicate name: only one of the columns could be used."""
     twice = [name for name, count in Counter(names).items() if count > 1 and name]
     if twice:
         raise ValueError(f"data: {where}: has {shown(twice[0])} twice, expected each name once")
@@ -174,7 +174,7 @@ def _parquet_rows(path: Path) -> Iterable[Row]:
     parquet = require("pyarrow.parquet", "reading a parquet file", "pyarrow")
     source = io.BytesIO(_content(path)) if file_type(path)[1] else path
     try:
-        # Of the file alone: names of folders such as `label=1` would become columns.
+        # Of the file alone: folder names such as `label=1` would become columns.
         table = parquet.ParquetFile(source).read()
         rows = table.to_pylist()
     except Exception as error:  # whatever a parser of damaged bytes may raise means the same here

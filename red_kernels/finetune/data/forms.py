@@ -1,4 +1,4 @@
-"""The forms of data, told from the columns of a row, and the examples that rows stand for."""
+"""The forms of data, inferred from the columns of a row, and the examples of rows."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .messages import check_text, is_messages, messages_of, tools_of
 TEXT, LABELLED, SCORED = "text", "labelled", "scored"
 CHAT, COMPLETION, PREFERENCE = "chat", "completion", "preference"
 FORMS = (TEXT, LABELLED, SCORED, CHAT, COMPLETION, PREFERENCE)
-TASK_FORMS = {"causal-lm": None, "classification": LABELLED, "regression": SCORED}  # None: by the columns
+TASK_FORMS = {"causal-lm": None, "classification": LABELLED, "regression": SCORED}  # None: inferred from the columns
 
-# The columns that tell a form, and those that it uses where they are there; the first that fits is taken.
+# The columns that identify a form, and its optional columns; the first match is taken.
 _TELLING: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     (PREFERENCE, ("chosen", "rejected"), ("prompt",)),
     (CHAT, ("messages",), ("tools",)),
@@ -31,10 +31,10 @@ KNOWN = (
 
 
 def form_of(row: Row, columns: Columns, task: str, asked: str | None = None) -> tuple[str, tuple[str, ...]]:
-    """The form of a row for a task, and the columns that it uses; with `asked` this form, if its columns are there.
+    """The form of a row for a task, and its used columns; with `asked` this form, if its columns exist.
 
     Raises:
-        ValueError: the columns are those of no form, or of two; the message names them and the forms.
+        ValueError: the columns match no form, or two; the message names them and the forms.
     """
     wanted = TASK_FORMS[task]
     if wanted is not None:
@@ -52,18 +52,18 @@ def form_of(row: Row, columns: Columns, task: str, asked: str | None = None) -> 
 def examples_of(
     rows: Iterable[Row], source: str, columns: Columns, task: str, form: str | None = None, asked: str | None = None
 ) -> tuple[str | None, list[Example], list[str]]:
-    """The form of a source's rows, its examples, and the columns that are not used.
+    """The form of a source's rows, its examples, and the unused columns.
 
     Args:
         rows: of the source.
-        source: its name, for those of the examples.
-        columns: where texts and labels are.
+        source: its name, for the names of the examples.
+        columns: the columns of texts and labels.
         task: `"causal-lm"`, `"classification"` or `"regression"`.
-        form: that the rows must have; None for that of the first row.
-        asked: the form to take where a row's columns are those of several.
+        form: the required form; None for that of the first row.
+        asked: the preferred form if a row's columns match several.
 
     Raises:
-        ValueError: a row is out of form, or of another form than the first one.
+        ValueError: a row is invalid, or of another form than the first one.
     """
     examples: list[Example] = []
     unused: dict[str, None] = {}
@@ -84,16 +84,16 @@ def examples_of(
 
 
 def _columns(row: Row) -> str:
-    """The columns of a row for a message: those without a value tell no form."""
+    """The columns of a row for a message: those without a value identify no form."""
     empty = [name for name, value in row.values.items() if value is None]
     return listed(row.values) + (f" (without a value: {listed(empty)})" if empty else "")
 
 
 def missing_column(row: Row, name: str, labelled: bool) -> ValueError:
-    """The error for a column that a row lacks: which there are, and how to name the right one."""
+    """The error for a missing column: the present ones, and how to name the right one."""
     options = "--text-column and --label-column" if labelled else "--text-column"
     forms = "" if labelled else f"; a form of data is told from its columns: {KNOWN}"
-    first_row = ", or say --no-header if the first row is data" if row.separated else ""
+    first_row = ", or pass --no-header if the first row is data" if row.separated else ""
     return ValueError(
         f"data: {row.where}: has no column {name!r}; its columns are {_columns(row)}{forms}; name the right ones "
         f"by {options}{first_row}"
@@ -109,7 +109,7 @@ def _labelled(row: Row, name: str, used: tuple[str, ...], columns: Columns) -> D
     if value is None or isinstance(value, (float, list, dict)) or str(value).strip() == "":
         raise ValueError(f"data: {row.where}: {used[1]!r} is {shown(value)}, expected a label (a word or an integer)")
     label = check_text(str(value).strip(), row.where, used[1])
-    # Equal texts share a group: a duplicate must not be held out and trained on.
+    # Equal texts share a group, so that no duplicate is both held out and trained on.
     return Document(text, name, text.strip(), label, where=row.where)
 
 
@@ -136,7 +136,7 @@ def _chat(row: Row, name: str, used: tuple[str, ...], columns: Columns) -> Conve
     system = row.values.get("system") if "system" in used else None
     if system:
         if messages[0]["role"] == "system":
-            raise ValueError(f"data: {row.where}: has a column 'system' and a message of the system, expected one")
+            raise ValueError(f"data: {row.where}: has a column 'system' and a system message, expected one of them")
         messages = ({"role": "system", "content": check_text(system, row.where, "system")}, *messages)
     return Conversation(messages, name, row.where, tools=tools_of(row.values.get("tools"), row.where))
 
@@ -178,7 +178,7 @@ def _preference(row: Row, name: str, used: tuple[str, ...], columns: Columns) ->
             return Preference(*_beginning_apart(chosen, rejected, row.where), name, row.where)
         if not isinstance(prompt, str):
             raise ValueError(
-                f"data: {row.where}: 'prompt' is {shown(prompt)}, expected a text, as 'chosen' and 'rejected' are"
+                f"data: {row.where}: 'prompt' is {shown(prompt)}, expected a text, like 'chosen' and 'rejected'"
             )
         return Preference(check_text(prompt, row.where, "prompt"), chosen, rejected, name, row.where)
     if not (is_messages(chosen) and is_messages(rejected)):
@@ -191,17 +191,17 @@ def _preference(row: Row, name: str, used: tuple[str, ...], columns: Columns) ->
     for column, answer in (("chosen", better), ("rejected", worse)):
         if not answer or answer[-1]["role"] != ASSISTANT:
             raise ValueError(
-                f"data: {row.where}: {column!r} does not end with an answer of the assistant behind the prompt"
+                f"data: {row.where}: {column!r} does not end with an answer of the assistant after the prompt"
             )
     return Preference(before, better, worse, name, row.where)
 
 
 def _beginning_apart(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
-    """The words that two texts begin with, and the rest of each.
+    """The words with which two texts begin, and the rest of each.
 
-    Where exactly they part decides nothing: what both have counts the same for both.
+    The exact place of the split does not matter: the shared words count the same for both.
     """
-    # Each keeps an answer, even where one is the beginning of the other, and no word is cut.
+    # Each keeps an answer, even if one is a prefix of the other, and no word is cut.
     longest = min(len(chosen.rstrip()), len(rejected.rstrip())) - 1
     same = next((place for place in range(longest) if chosen[place] != rejected[place]), longest)
     place = next((place for place in range(same, 0, -1) if _between_words(chosen, place)), 0)
@@ -223,7 +223,7 @@ def _prompt_apart(prompt: Any, chosen: _Messages, rejected: _Messages, where: st
     """The prompt and both answers without it; the prompt may be a column, the beginning of both lists, or both."""
     if prompt is None:
         same = 0
-        # The last message of each is an answer, even where both say the same.
+        # The last message of each is an answer, even if both are equal.
         while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
             same += 1
         if same == 0:
@@ -240,12 +240,12 @@ def _prompt_apart(prompt: Any, chosen: _Messages, rejected: _Messages, where: st
         repeated = len(messages) > len(given) and messages[: len(given)] == given
         answers.append(messages[len(given) :] if repeated else messages)
         if not repeated and messages[0]["role"] in ("system", "developer", "user"):
-            # Perhaps a system's message is in front of a prompt that is the text of the user.
+            # A system message may precede a prompt that is the user's text.
             if isinstance(prompt, str) and chosen[:2] == rejected[:2] and chosen[1:2] == given:
                 return chosen[:2], chosen[2:], rejected[2:]
             raise ValueError(
-                f"data: {where}: 'prompt' is {shown(prompt)}, and the messages of 'chosen' and 'rejected' begin with "
-                "another one"
+                f"data: {where}: 'prompt' is {shown(prompt)}, but the messages of 'chosen' and 'rejected' begin with "
+                "a different prompt"
             )
     return (given, *answers)
 

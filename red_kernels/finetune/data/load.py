@@ -32,10 +32,10 @@ class Loaded:
     Attributes:
         form: `"text"`, `"labelled"`, `"scored"`, `"chat"`, `"completion"` or `"preference"`.
         train: the examples to train on.
-        held_out: the examples to judge by; none of them is equal to one of `train`, unless they have a source of
-            their own (`said` counts them).
-        said: sentences for the user: what was read, what was not used, repetitions, contamination.
-        digest: 64 hex digits of the examples' content and order; names and places do not count.
+        held_out: the examples for evaluation; none of them equals one of `train`, unless they have their own source
+            (`said` counts these).
+        said: sentences for the user: sources, unused columns, repetitions, contamination.
+        digest: 64 hex digits of the examples' content and order, without names and places.
     """
 
     form: str
@@ -55,22 +55,22 @@ def load_data(
     held_out: float = 0.1,
     form: str | None = None,
 ) -> Loaded:
-    """Read examples from one or several sources and hold some of them out.
+    """Read examples from one or several sources, and hold out some of them.
 
     Args:
         data: `python-topics`, files of `FILE_TYPES` (compressed or not), folders of `save_to_disk`, ids of the hub.
-        columns: where text and label are in a table of texts; a text column that is named makes the form `"text"`.
+        columns: the columns of text and label in a table of texts; a named text column makes the form `"text"`.
         task: `"causal-lm"`, `"classification"` or `"regression"`.
         subset: the configuration of a hub dataset.
         validation: sources of the examples to hold out; None to hold out a part of `data`.
         held_out: the fraction of `data` to hold out, without `validation`: above 0 and at most 0.5.
-        form: one of `FORMS` that the data has to have; None to take that of the columns.
+        form: the required form, one of `FORMS`; None for that of the columns.
 
     Raises:
-        FileNotFoundError: no such file.
-        ModuleNotFoundError: a package that this kind of data needs is missing.
-        ValueError: an unknown task or form, an unknown kind of file, a row out of form, two forms, no examples, or too
-            few to hold one out. The message names the file and the line.
+        FileNotFoundError: the file does not exist.
+        ModuleNotFoundError: a package for this kind of data is missing.
+        ValueError: an unknown task or form, an unknown kind of file, an invalid row, two forms, no examples, or too few
+            to hold one out. The message names the file and the line.
     """
     if task not in TASK_FORMS:
         raise ValueError(f"task: got {task!r}, expected one of {listed(TASK_FORMS)}")
@@ -86,7 +86,7 @@ def load_data(
         split = split_documents(reader.whole, held_out) if reader.whole else None
         for part in (*reader.first, *reader.last):
             if not part.text.strip():
-                raise ValueError(f"data: {part.name} is empty: the text is too short to hold a part of it out")
+                raise ValueError(f"data: {part.name} is empty: the text is too short to hold out a part")
         train = [*reader.first, *(split.train if split else ())]
         kept = [*reader.last, *(split.held_out if split else ())]
     else:
@@ -105,9 +105,9 @@ def load_data(
 def load_judged(
     data: str | Sequence[str], columns: Columns | None = None, task: str = "causal-lm", *, subset: str | None = None
 ) -> Loaded:
-    """Read examples that nothing is trained on, all of them as `held_out`: of data sets the split validation or test.
+    """Read examples for evaluation only, all of them as `held_out`: of datasets the split validation or test.
 
-    Arguments and errors as of `load_data`.
+    Arguments and errors as in `load_data`.
     """
     if task not in TASK_FORMS:
         raise ValueError(f"task: got {task!r}, expected one of {listed(TASK_FORMS)}")
@@ -125,15 +125,15 @@ def load_documents(
 
     Args:
         data: `python-topics`, a path ending in one of `FILE_TYPES`, a folder, or a hub id (its `train` split is read).
-        columns: where text and label are, in everything but plain text.
+        columns: the columns of text and label, except in plain text.
         labelled: whether each document needs a label.
-        held_out: the fraction to be held out, needed to divide a plain text into two documents.
+        held_out: the held-out fraction, which divides a plain text into two documents.
         subset: the configuration of a hub dataset.
 
     Raises:
-        FileNotFoundError: no such file.
-        ModuleNotFoundError: a package that this kind of data needs is missing.
-        ValueError: an unknown kind of file, a missing column, a row out of form, no documents at all.
+        FileNotFoundError: the file does not exist.
+        ModuleNotFoundError: a package for this kind of data is missing.
+        ValueError: an unknown kind of file, a missing column, an invalid row, no documents.
     """
     check_held_out(held_out)
     columns = columns if labelled else Columns(columns.wanted(False)[0], columns.label, columns.header)
@@ -143,12 +143,12 @@ def load_documents(
 
 
 class Reader:
-    """Reads sources one after the other; all of them have to be of one form.
+    """Reads sources one after the other; all of them must have one form.
 
     Attributes:
-        whole: the examples of tables, and texts that were not divided.
-        first, last: the parts of the texts that were.
-        form: that of all examples.
+        whole: the examples of tables, and undivided texts.
+        first, last: the parts of the divided texts.
+        form: of all examples.
         said: sentences about the sources.
     """
 
@@ -161,7 +161,7 @@ class Reader:
         self._columns, self._task, self._subset = columns, task, subset
 
     def read(self, data: str, splits: Sequence[str], divide: float | None = None) -> None:
-        """Read a source; a plain text is divided so that this fraction of it is its last part."""
+        """Read a source; the last part of a plain text, of this fraction, is split off."""
         if data == PYTHON_TOPICS:
             self._without_labels(PYTHON_TOPICS, "has no labels")
             self._keep(python_topics(), data)
@@ -219,31 +219,31 @@ _CALLED = {
 
 
 def _repetitions(train: Sequence[Example], held_out: Sequence[Example], apart: bool) -> Iterable[str]:
-    """Sentences about examples that are equal."""
+    """Sentences about equal examples."""
     groups = {example.group for example in train}
     both = shared(held_out, groups) if apart else 0
     if both:
         yield (
-            f"Contamination: {both:,} of the {len(held_out):,} validation examples are training examples too; "
-            "what is measured on them says nothing about new ones."
+            f"Contamination: {both:,} of the {len(held_out):,} validation examples are also training examples; results "
+            "on them say nothing about new examples."
         )
-    # Topics of one group are parts of each other, not equal; equal examples have equal texts as well.
+    # Topics of one group are parts of each other, but not equal; equal examples have equal texts as well.
     again = len(train) - len({(example.group, example.text) for example in train})
     if again:
         yield f"{again:,} of the {len(train):,} training examples repeat others."
     same = sum(getattr(one, "chosen", 0) == getattr(one, "rejected", 1) for one in train)
     if same:
-        yield f"{same:,} of the {len(train):,} pairs have two equal answers, and teach nothing."
+        yield f"{same:,} of the {len(train):,} pairs have two equal answers, so nothing is learnt from them."
 
 
 def _check_labels(train: Sequence[Example], held_out: Sequence[Example]) -> None:
-    """Raises ValueError for a label that is nowhere in the training data."""
+    """Raises ValueError for a label that is missing in the training data."""
     known = {example.label for example in train}
     for example in held_out:
         if example.label not in known:
             where = getattr(example, "where", "") or example.name
             raise ValueError(
-                f"validation: {where}: the label {example.label!r} is none of the training data's, which are "
+                f"validation: {where}: the label {example.label!r} is none of the training data's labels: "
                 f"{listed(sorted(str(label) for label in known))}"
             )
 

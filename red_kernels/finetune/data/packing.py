@@ -1,4 +1,4 @@
-"""Packing: several examples in a row of tokens, without attention from one to another."""
+"""Packing: several examples in a row of tokens, without attention between them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
 from ...support.errors import one_line
 from .chat import IGNORED
 
-LENGTHS = "seq_lengths"  # as TRL calls it
+LENGTHS = "seq_lengths"  # TRL's name
 _FIRST, _SECOND = 7, 6  # tokens of the two documents of the check
-_NEAR = 0.1  # of the difference that attention to the other document makes
+_NEAR = 0.1  # fraction of the difference made by attention to the other document
 
 
 class Packed(Dataset[dict[str, list[int]]]):
-    """Rows of whole examples: `input_ids`, `labels`, and `seq_lengths`, which says how long each example is.
+    """Rows of whole examples: `input_ids`, `labels`, and `seq_lengths`, the length of each example.
 
     Attributes:
         rows: for each row the numbers of its examples.
@@ -53,10 +53,10 @@ class Packed(Dataset[dict[str, list[int]]]):
 
 
 def packed(dataset: Any, length: int) -> Packed:
-    """Pack whole examples into rows of at most `length` tokens: the longest first, each where least room is left.
+    """Pack whole examples into rows of at most `length` tokens: longest first, each into the fullest row with room.
 
     Args:
-        dataset: of items with `input_ids` and `labels`, as `chat_dataset` gives.
+        dataset: items with `input_ids` and `labels`, as from `chat_dataset`.
         length: the most tokens in a row.
 
     Raises:
@@ -70,7 +70,7 @@ def packed(dataset: Any, length: int) -> Packed:
             f"data: examples have {min(sizes)} to {max(sizes)} tokens, expected 1 to {length} to pack them"
         )
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # what is free in each row, and its number, in order
+    room: list[tuple[int, int]] = []  # the free room of each row, and its number, in order
     for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
         at = bisect_left(room, (sizes[place], -1))
         free, row = room.pop(at) if at < len(room) else (length, len(rows))
@@ -84,10 +84,10 @@ def packed(dataset: Any, length: int) -> Packed:
 
 @dataclass
 class PackedCollator:
-    """Batches of packed rows: one row of all their examples, with `position_ids` that begin anew with each.
+    """Batches of packed rows: one row of all their examples, with `position_ids` that restart for each.
 
-    There is no attention mask: transformers' models take documents from the positions. `labels` have no loss on the
-    first token of an example.
+    There is no attention mask: transformers' models infer the documents from the positions. `labels` have no loss on
+    the first token of an example.
     """
 
     _flatten: Any = field(default_factory=DataCollatorWithFlattening)
@@ -102,22 +102,23 @@ class PackedCollator:
 
 
 def padded_collator(tokenizer: Any) -> Any:
-    """Batches of examples that are not packed: padded, with an attention mask, and without loss on the padding."""
+    """Batches of unpacked examples: padded, with an attention mask, and without loss on the padding."""
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
 
 def check_packing(model: nn.Module) -> None:
-    """Check that a model keeps packed documents apart, by a try on two short ones, without gradients.
+    """Check that a model keeps packed documents apart, by a trial on two short ones, without gradients.
 
-    The second document must not depend on the first one, and must be as it is alone: up to a tenth of the difference
-    that the first one makes where it is read, or up to a rounding step. Attention to it and wrong positions make more.
+    The second document must not depend on the first one, and must equal its result alone. The tolerance is a tenth of
+    the difference that attention to the first one makes, or a rounding step. Attention to it and wrong positions exceed
+    this.
 
     Args:
-        model: a causal language model; its mode and its edits stay as they are.
+        model: a causal language model; its mode and its edits are unchanged.
 
     Raises:
-        ValueError: it takes no `position_ids`, or its documents are not kept apart, as where a state goes on from one
-            to the next. Training without packing is right for each model.
+        ValueError: it takes no `position_ids`, or mixes its documents, for example by a state carried from one to the
+            next. Training without packing is right for each model.
     """
     device = next(model.parameters()).device
     count = min(int(model.get_input_embeddings().num_embeddings), 1000)  # type: ignore[operator]
@@ -141,7 +142,7 @@ def check_packing(model: nn.Module) -> None:
             reading = [logits(torch.cat([before, second], 1), on) for before in (first, other)]
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"packing: {type(model).__name__} does not take the positions of packed documents: {one_line(error)}; "
+            f"packing: {type(model).__name__} does not accept the positions of packed documents: {one_line(error)}; "
             "train it without packing"
         ) from error
     finally:
@@ -151,6 +152,6 @@ def check_packing(model: nn.Module) -> None:
     rounding = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0) * alone.norm()
     near = max(_NEAR * (reading[0] - reading[1]).norm(), rounding)
     leak, away = (behind[0] - behind[1]).norm(), (behind[0] - alone).norm()
-    if not max(leak, away) <= near:  # NaN is not, either
-        how = "reads one packed document in the next" if not leak <= near else "counts positions in its own way"
+    if not max(leak, away) <= near:  # also false for NaN
+        how = "reads one packed document in the next" if not leak <= near else "computes positions in its own way"
         raise ValueError(f"packing: {type(model).__name__} {how}; train it without packing")

@@ -1,4 +1,4 @@
-"""Where data comes from beside single files: the hub, folders of `save_to_disk`, and the Python language reference."""
+"""Sources of data beside single files: the hub, folders of `save_to_disk`, and the Python language reference."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PYTHON_TOPICS = "python-topics"
 TRAIN = ("train",)
 VALIDATION = ("validation", "test")  # in this order
 
-_PASSAGE = 60  # characters; a paragraph this long in two topics is a repetition, a shorter one is chance
+_PASSAGE = 60  # characters; a shared paragraph of this length is a repetition, a shorter one is chance
 
 
 def python_topics() -> list[Document]:
-    """The Python language reference as the standard library carries it (`pydoc_data.topics`), one document a topic.
+    """The Python language reference from the standard library (`pydoc_data.topics`), one document for each topic.
 
-    Topics that repeat a passage of each other (a section and the chapter around it) get the same group, so that a held
-    out topic is nowhere in the training text.
+    Topics that share a passage (a section and its chapter) get the same group, so that a held-out topic is nowhere in
+    the training text.
     """
     from pydoc_data.topics import topics
 
@@ -48,10 +48,10 @@ def python_topics() -> list[Document]:
 
 
 def existing_file(data: str) -> Path | None:
-    """The file that `data` names, or None if it names a folder or a dataset of the hub.
+    """The file of `data`, or None for a folder or a dataset of the hub.
 
     Raises:
-        FileNotFoundError: it ends as a file of data does, and there is none.
+        FileNotFoundError: its name is that of a data file, but it does not exist.
         ValueError: it is a file of another type.
     """
     path = Path(data)
@@ -62,17 +62,17 @@ def existing_file(data: str) -> Path | None:
         return None
     if not suffix:
         raise ValueError(
-            f"data: {data!r} is none of {', '.join(FILE_TYPES)}, nor one of these with {', '.join(COMPRESSIONS)} behind"
+            f"data: {data!r} is none of {', '.join(FILE_TYPES)}, nor one of these followed by {', '.join(COMPRESSIONS)}"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"data: there is no file {data!r}")
+        raise FileNotFoundError(f"data: the file {data!r} does not exist")
     return path
 
 
 def plain_text(path: Path, held_out: float) -> tuple[Document, Document]:
-    """The first and the last part of a text. One long text has no documents to hold out, so its end is.
+    """The first and the last part of a text. One long text has no documents to hold out, so its end is held out.
 
-    It is cut at a line's end where there is one nearby.
+    The cut is at the end of a line, if there is one nearby.
 
     Raises:
         ValueError: the file is empty.
@@ -94,7 +94,7 @@ def whole_text(path: Path) -> Document:
 
 
 def saved_rows(folder: str, splits: Sequence[str]) -> tuple[Iterable[Row], str]:
-    """The rows of a folder that datasets' `save_to_disk` wrote, and a sentence about its splits (or nothing).
+    """The rows of a folder of datasets' `save_to_disk`, and a sentence about its splits (or nothing).
 
     Raises:
         ModuleNotFoundError: datasets is missing.
@@ -102,14 +102,12 @@ def saved_rows(folder: str, splits: Sequence[str]) -> tuple[Iterable[Row], str]:
     """
     path = Path(folder)
     if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        raise ValueError(
-            f"data: {folder!r} is a folder, but none that the save_to_disk of datasets wrote; name the files in it"
-        )
+        raise ValueError(f"data: {folder!r} is a folder, but not of datasets' save_to_disk; name the files in it")
     datasets: Any = require("datasets", f"the folder {folder!r}")
     try:
         with bars_on_terminals_only():
             table = datasets.load_from_disk(folder)
-    except Exception as error:  # files of several libraries, each of which fails in its own way
+    except Exception as error:  # files of several libraries, each with its own errors
         raise ValueError(f"data: {folder!r} could not be loaded by datasets: {error}") from error
     note = ""
     if isinstance(table, dict):
@@ -125,10 +123,10 @@ def saved_rows(folder: str, splits: Sequence[str]) -> tuple[Iterable[Row], str]:
 
 
 def hub_rows(name: str, subset: str | None, splits: Sequence[str]) -> Iterable[Row]:
-    """The rows of a dataset of the hub: of the first of `splits` that it has.
+    """The rows of a dataset of the hub: of the first of `splits` in it.
 
     Raises:
-        FileNotFoundError: the name is none that a dataset can have.
+        FileNotFoundError: the name is not a valid name of a dataset.
         ModuleNotFoundError: datasets is missing.
         ValueError: the dataset could not be loaded.
     """
@@ -140,11 +138,9 @@ def hub_rows(name: str, subset: str | None, splits: Sequence[str]) -> Iterable[R
         try:
             with bars_on_terminals_only():
                 return _numbered(datasets.load_dataset(name, subset, split=split), name)
-        except Exception as error:  # the hub, the network and the dataset's own script fail in many ways
+        except Exception as error:  # the hub, the network and the dataset's own script have many errors
             errors.append(error)
-    raise ValueError(
-        f"data: {name!r} is no file, and could not be loaded as a dataset of the hub: {errors[0]}"
-    ) from errors[0]
+    raise ValueError(f"data: {name!r} is no file, and could not be loaded as a hub dataset: {errors[0]}") from errors[0]
 
 
 def _numbered(table: Iterable[Any], name: str) -> Iterable[Row]:

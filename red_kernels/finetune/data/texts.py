@@ -14,10 +14,10 @@ from .examples import Document
 
 
 class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
-    """Texts joined by the end-of-text token and cut into blocks of `length` tokens; the rest is left off.
+    """Texts joined by the end-of-text token and cut into blocks of `length` tokens; the rest is dropped.
 
-    Each item is `{"input_ids": (length,), "labels": (length,)}`, int64. `tokens` counts what the blocks hold, `said`
-    has a sentence about the rest, if there is one.
+    Each item is `{"input_ids": (length,), "labels": (length,)}`, int64. `tokens` counts the tokens of all blocks;
+    `said` has a sentence about the rest, if there is one.
     """
 
     def __init__(self, texts: Iterable[str], tokenizer: Any, length: int) -> None:
@@ -49,10 +49,10 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
 
 
 class LabelledTexts(Dataset[dict[str, Any]]):
-    """Tokenised texts with the number of their label, cut to `length` tokens; `truncated` counts those that were.
+    """Tokenised texts with the number of their label, cut to `length` tokens; `truncated` counts the cut ones.
 
     Without `label_ids` the labels are the documents' scores, for a regression. Raises ValueError for a text without a
-    token, which has nothing to tell its label by.
+    token, which cannot be classified.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ def label_numbers(documents: Iterable[Document]) -> dict[str, int]:
     """
     labels = {str(document.label) for document in documents}
     if len(labels) < 2:
-        raise ValueError(f"data: found the labels {sorted(labels)}, at least two different ones are needed")
+        raise ValueError(f"data: found the labels {sorted(labels)}, expected at least two different ones")
     numeric = all(re.fullmatch("[+-]?[0-9]{1,18}", label) for label in labels)
     ordered = sorted(labels, key=lambda label: (int(label), label)) if numeric else sorted(labels)
     return {label: number for number, label in enumerate(ordered)}

@@ -23,7 +23,7 @@ _TARGETS = ("target_modules", "feedforward_modules", "exclude_modules", "layers_
 
 
 def check(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], name: str, combination: str) -> None:
-    """Raises TypeError or ValueError for arguments that `add_weighted_adapter` does not take."""
+    """Raises TypeError or ValueError for arguments that `add_weighted_adapter` refuses."""
     if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
         raise TypeError(f"adapters: got {adapters!r}, expected a list of names")
     for adapter in adapters:
@@ -36,13 +36,13 @@ def check(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], n
         if isinstance(weight, bool) or not isinstance(weight, Real) or not -math.inf < weight < math.inf:
             raise TypeError(f"weights: got {weight!r}, expected finite numbers")
     if combination != "linear":
-        raise ValueError(f"combination_type: got {combination!r}, and RED has 'linear' alone")
+        raise ValueError(f"combination_type: got {combination!r}, expected 'linear', RED's only one")
     if name in model.peft_config:
         raise ValueError(f"adapter_name: the model has an adapter {name!r} already")
     layer = next(own for own in model.modules() if isinstance(own, RedLayer))
     taken = isinstance(name, str) and (name in (NAME, *PARTS) or hasattr(layer.red_edit, name))
     if not isinstance(name, str) or not name or "." in name or taken:
-        raise ValueError(f"adapter_name: got {name!r}, which cannot be the name of an adapter; take another one")
+        raise ValueError(f"adapter_name: got {name!r}, which cannot be the name of an adapter; choose another one")
     kinds = {adapter: kind_named(_config(model, adapter).kind) for adapter in adapters}
     for adapter, kind in kinds.items():
         if not kind.combinable or kind.formula is not kinds[adapters[0]].formula:
@@ -57,7 +57,7 @@ def check(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], n
 
 
 def config_of(model: BaseTuner, adapters: Sequence[str]) -> Any:
-    """The new adapter's config: all sites and all vectors that one of the adapters has."""
+    """The new adapter's config: all sites and all vectors of the adapters."""
     configs = [_config(model, adapter) for adapter in adapters]
     made = copy.deepcopy(configs[0])
     made.inference_mode = False
@@ -83,7 +83,7 @@ def config_of(model: BaseTuner, adapters: Sequence[str]) -> Any:
 
 
 def fill(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], name: str) -> None:
-    """Give the new adapter its values, and its copy of what one of the adapters has trained as a whole."""
+    """Give the new adapter its values, and its copy of the modules that one of the adapters has trained whole."""
     with torch.no_grad():
         for layer in model.modules():
             if not isinstance(layer, RedLayer) or name not in layer.red_edit:
@@ -108,11 +108,11 @@ def fill(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], na
 
 
 def _kind_of_all(kinds: set[str]) -> str:
-    """The kind that has the parts of all of these, which have one formula."""
+    """The kind with the parts of all of these, which share one formula."""
     parts = {part for kind in kinds for part in kind_named(kind).names}
     first = kind_named(next(iter(kinds)))
     formula = first.formula
-    if first.name not in KINDS:  # with an option: all are the same
+    if first.name not in KINDS:  # with an option: all are equal
         return first.name
     fitting = (name for name, kind in KINDS.items() if kind.formula is formula and parts <= set(kind.names))
     return min(fitting, key=lambda name: len(KINDS[name].parts))

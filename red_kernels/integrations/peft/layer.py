@@ -1,4 +1,4 @@
-"""The tuner's layer: a module that edits what another one returns."""
+"""The tuner's layer: a module that edits the output of another one."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class RedAdapters(RedEdit, nn.ModuleDict):
     """A site's edits by the names of their adapters: the `red_edit` of a `RedLayer`.
 
     Attributes:
-        active: the names of the adapters that are applied, one after another; those that are not here are passed over.
-        enabled: False inside of PEFT's `disable_adapter`.
-        merged: whether the base layer's weights hold edits already.
+        active: the names of the applied adapters, one after another; names without an adapter here are skipped.
+        enabled: False inside PEFT's `disable_adapter`.
+        merged: whether the base layer's weights contain edits already.
     """
 
     def __init__(self, width: int, selection: Selection) -> None:
@@ -43,13 +43,13 @@ class RedAdapters(RedEdit, nn.ModuleDict):
     def add_adapter(
         self, name: str, kind: str, dtype: torch.dtype, device: torch.device | None, shared: EditVectors | None = None
     ) -> EditVectors:
-        """Add the vectors of an adapter, `shared` or new ones, or put them in the place of those that it had.
+        """Add the vectors of an adapter, `shared` or new ones, or replace its former ones.
 
-        Raises ValueError for what cannot be a name.
+        Raises ValueError for an invalid name.
         """
         taken = name in PARTS or (hasattr(self, name) and name not in self._modules)
         if not name or "." in name or name == NAME or taken:
-            raise ValueError(f"adapter_name: got {name!r}, which cannot be the name of an adapter; take another one")
+            raise ValueError(f"adapter_name: got {name!r}, which cannot be the name of an adapter; choose another one")
         refuse_site(kind_named(kind), self.__dict__[EDITED](), self.width, "base_layer", self.on_input)
         added = EditVectors(self.width, kind_named(kind), dtype, device) if shared is None else shared
         added.train(self.training)
@@ -57,26 +57,26 @@ class RedAdapters(RedEdit, nn.ModuleDict):
         return added
 
     def is_active(self, name: str) -> bool:
-        """Whether an adapter is applied outside of all blocks."""
+        """Whether an adapter is applied outside all blocks."""
         return name in self.active
 
     def live_state(self, state: Any, in_block: bool) -> Any:
-        """What holds here: nothing where PEFT has disabled its adapters, the active ones outside of blocks."""
+        """The adapters in force: none if PEFT has disabled them, the active ones outside blocks."""
         if not self.enabled:
             return OFF
         return state if in_block or state is OFF else tuple(name for name in self.active if name in self._modules)
 
     def applied(self, hidden: Tensor) -> Edit | None:
-        """What is applied to `hidden` now; None for nothing. Raises ValueError for edits that cannot be chained."""
+        """The edit applied to `hidden` now; None for none. Raises ValueError for edits that cannot be chained."""
         return None if self.merged else super().applied(hidden)
 
     def by_state(self, state: Any, again: bool) -> Edit | None:
-        """The one edit that these adapters amount to. Raises RuntimeError where one was deleted since the first run."""
+        """The one edit equal to these adapters in sequence. RuntimeError if one was deleted since the first run."""
         gone = [name for name in state if name not in self._modules]
         if gone:
             raise RuntimeError(
                 f"under activation checkpointing a forward runs again with the adapter {gone[0]!r}, which was deleted "
-                "since; delete it behind the backward pass"
+                "in between; delete it after the backward pass"
             )
         found = [self.holder(name).vectors(again) for name in state]
         return found[0] if len(found) == 1 else _composed(found)
@@ -86,21 +86,21 @@ class RedAdapters(RedEdit, nn.ModuleDict):
 
 
 class RedLayer(nn.Module, BaseTunerLayer):
-    """Edits what a module returns or is given, `scale * h + bias` (RED, arXiv 2402.15179), for one or several adapters.
+    """Edits the output or the input of a module, `scale * h + bias` (RED, arXiv 2402.15179), for one or more adapters.
 
-    The edit is applied by a forward hook, or by the layer's fused forward behind it. The base layer is a black box;
-    only merging looks into it.
+    A forward hook applies the edit, or the layer's fused forward behind it. The base layer is a black box; only merging
+    reads its weights.
 
     Args:
-        base_layer: a module with one output tensor of a fixed width: a linear layer of any make, a norm, an embedding.
+        base_layer: a module with one output tensor of a fixed width: a linear layer of any type, a norm, an embedding.
         adapter_name: of the first adapter.
         config: that adapter's.
         selection: shared by all layers of a model; that of `rk.use_edits`.
-        on_input: whether it is the input that is edited, by all adapters.
-        shared: vectors for the adapter that another layer has already (`Kind.shared`).
+        on_input: whether all adapters edit the input.
+        shared: the adapter's existing vectors in another layer (`Kind.shared`).
 
     Raises:
-        ValueError: the width of what is edited cannot be told, or the adapter's name cannot be one.
+        ValueError: the width of the edited tensor is unknown, or the adapter's name is invalid.
     """
 
     adapter_layer_names = (NAME,)
@@ -120,16 +120,16 @@ class RedLayer(nn.Module, BaseTunerLayer):
         width = width_of(base_layer, on_input)
         if width is None:
             side = "input" if on_input else "output"
-            raise ValueError(f"base_layer: got a {type(base_layer).__name__}, whose {side}'s width cannot be told")
+            raise ValueError(f"base_layer: got a {type(base_layer).__name__}, whose {side} has an unknown width")
         self.base_layer = base_layer
         self.in_features: int | None = _first(base_layer, "in_features", "nx", "num_embeddings") or width
         self.out_features = width_of(base_layer) or width
-        # One layer may have other adapters than the next: notes are left from the beginning.
+        # One layer may have other adapters than the next: notes are left from the start.
         self.red_edit = RedAdapters(width, Selection() if selection is None else selection)
         self.red_edit.__dict__[EDITED] = Edited(self)
         self.merged_adapters: list[str] = []
         self._base_tensors: dict[str, Tensor | None] = {}  # of the base layer, before merging
-        self.sharing: tuple[str, ...] = ()  # names of Parameters that are one with the base layer's, as the model knows
+        self.sharing: tuple[str, ...] = ()  # names in the model of Parameters shared with the base layer
         self.red_edit.selection.varied = True
         self.red_edit.on_input = on_input
         if on_input:
@@ -139,7 +139,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, shared)
 
-    # PEFT sets these two by name; the edits have to know them, as the layer's fused forward asks those.
+    # PEFT sets these two by name; the edits need them, since the layer's fused forward reads them.
 
     @property
     def _active_adapter(self) -> list[str]:
@@ -171,7 +171,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones, and trainable unless `inference_mode`; the others are frozen.
 
-        A backward pass through a forward from before still brings these their gradients.
+        A backward pass through an earlier forward still gives these their gradients.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name, own in self.red_edit.items():
@@ -183,7 +183,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the base layer returns; the edit follows in the hook, or behind this layer."""
+        """The output of the base layer; the edit follows in the hook, or behind this layer."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         return self.base_layer(x, *args, **kwargs)
@@ -194,11 +194,11 @@ class RedLayer(nn.Module, BaseTunerLayer):
         Several compose in the order in which they are merged, from the original weights, which are kept.
 
         Args:
-            safe_merge: PEFT's. What is not finite is refused in any case.
+            safe_merge: PEFT's. Values that are not finite are refused in any case.
             adapter_names: of the adapters; None for the active ones.
 
         Raises:
-            ValueError: the base layer is quantised, of unknown make, or shares a Parameter with another module; an
+            ValueError: the base layer is quantised, of an unknown type, or shares a Parameter with another module; an
                 adapter's kind is `"ln"`; a value is not finite, with or without `safe_merge`. Nothing is changed then.
         """
         chosen = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.red_edit]
@@ -213,7 +213,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
         self.red_edit.merged = True
 
     def unmerge(self) -> None:
-        """Put the original weights back, bit for bit; a bias that merging has made goes."""
+        """Restore the original weights, bit for bit, and remove a bias that merging has made."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -232,7 +232,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
             self._merged_with(chosen)
 
     def _merged_with(self, chosen: list[str]) -> tuple[nn.Module, dict[str, Tensor | None], dict[str, Tensor]]:
-        """The base layer, its tensors as they are, and with these adapters merged behind those that are already."""
+        """The base layer, its present tensors, and its tensors with these adapters merged behind the merged ones."""
         base = mergeable(self.base_layer, "base_layer")
         if self.sharing:
             raise ValueError(f"base_layer: {listed(self.sharing)} share one Parameter; an edit of one would change all")
@@ -250,7 +250,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
 
     @property
     def biased(self) -> bool:
-        """Whether the base layer had a bias of its own before anything was merged into it, or never can have one."""
+        """Whether the base layer had its own bias before the first merge, or can never have one."""
         held = self.get_base_layer()._parameters
         return "bias" not in held or self._base_tensors.get("bias", held["bias"]) is not None
 
@@ -264,7 +264,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
 
 
 def width_of(module: nn.Module, on_input: bool = False) -> int | None:
-    """The width of what a module returns, or of what a linear layer is given; None where it cannot be told."""
+    """The width of a module's output, or of a linear layer's input; None if it is unknown."""
     told = input_width if on_input else output_width
     if isinstance(module, nn.Embedding) and not on_input:
         return module.embedding_dim
@@ -273,7 +273,7 @@ def width_of(module: nn.Module, on_input: bool = False) -> int | None:
 
 
 def _composed(found: list[Edit]) -> Edit | None:
-    """The one edit that does what several do one after another; None for none."""
+    """The one edit equal to several in sequence; None for none."""
     if not found:
         return None
     if len(found) == 1:
@@ -282,7 +282,7 @@ def _composed(found: list[Edit]) -> Edit | None:
     chain = first.kind.chain
     alone = next((one.kind.name for one in found if one.kind.chain is None or one.kind.chain is not chain), None)
     if chain is None or alone is not None:
-        raise ValueError(f"adapter: got several at a time with one of kind {alone!r}, which can only be applied alone")
+        raise ValueError(f"adapter: got several at a time, but kind {alone!r} can only be applied alone")
     vectors = first.vectors
     for one in others:
         vectors = chain(vectors, one.vectors)

@@ -17,7 +17,7 @@ def mergeable(module: nn.Module, what: str) -> nn.Module:
     """The module, if an edit of its output can be folded into its weights.
 
     Raises:
-        ValueError: it is quantised, sharded, or of a make whose arithmetic is not known.
+        ValueError: it is quantised, sharded, or of a type with unknown arithmetic.
     """
     kind = type(module)
     weight = getattr(module, "weight", None)
@@ -27,11 +27,11 @@ def mergeable(module: nn.Module, what: str) -> nn.Module:
             f"{what}: the edit cannot be merged into this {kind.__name__}, whose weight is {found}, expected a plain "
             "floating-point tensor: rounding to a quantised one would lose the edit"
         )
-    # A subclass of an embedding may scale what it looks up.
+    # A subclass of an embedding may scale its rows.
     known = linear_columns(kind) is not None or norm_spec(module) is not None or kind.forward is nn.Embedding.forward
     replaced = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")  # accelerate's may stay
     if weight is None or not known or replaced:
-        raise ValueError(f"{what}: a {kind.__name__} is of no known make, so that the edit cannot be merged into it")
+        raise ValueError(f"{what}: a {kind.__name__} is not a known layer type, so the edit cannot be merged into it")
     return module
 
 
@@ -42,24 +42,24 @@ def merged_tensors(
 
     Args:
         base: a module that `mergeable` takes.
-        original: its tensors by name. With None for all only the checks are made.
-        edit: what to fold in.
-        on_input: whether it is of the input of `base`, a linear layer, and not of its output.
+        original: its tensors by name. If all are None, only the checks run.
+        edit: the edit to fold in.
+        on_input: whether it is of the input of `base`, a linear layer, instead of its output.
 
     Raises:
-        ValueError: no weights can stand in for the edit, or it has a bias and the module has no place for that.
+        ValueError: no weights can express the edit, or it has a bias and the module has no place for one.
     """
     spec = norm_spec(base)
     reason = why_not(edit.kind, spec)
     if reason is not None:
         raise ValueError(f"adapter: the edit cannot be merged: {reason}")
     if spec is not None and not spec.centered and adds_bias(edit):
-        raise ValueError(f"base_layer: a {type(base).__name__} has no bias that the edit's could be merged into")
+        raise ValueError(f"base_layer: a {type(base).__name__} has no bias, which the merge of this edit needs")
     weight = original["weight"]
     if weight is None:
         return {}
     held = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    if isinstance(base, nn.Embedding):  # its rows are the outputs, which a bias is added to
+    if isinstance(base, nn.Embedding):  # its rows are the outputs, to which a bias is added
         made, shift = folded(edit, held, None, None, True)
         return {"weight": (made if shift is None else made + shift).to(weight.dtype)}
     own = original.get("bias")

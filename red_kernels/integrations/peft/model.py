@@ -1,4 +1,4 @@
-"""The tuner: puts RED's layers into a model, fuses them, and takes them out again."""
+"""The tuner: it puts RED's layers into a model, fuses them, and removes them again."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ _NO_ADAPTER = "__base__"  # PEFT's name for a row of a mixed batch without any
 class RedModel(BaseTuner):
     """Edits a model as RED does (arXiv 2402.15179), by PEFT's rules: `peft.get_peft_model` makes one.
 
-    The base weights are frozen and stay as they are. Where a layer's forward is one that is known, the edit runs in
-    the same pass as the residual add and the norm behind it, as under `rk.patch`.
+    The base weights are frozen and unchanged. In a layer with a known forward the edit shares a pass with the residual
+    add and the norm behind it, as under `rk.patch`.
     """
 
     prefix = "red_edit"
@@ -62,7 +62,7 @@ class RedModel(BaseTuner):
             wrapper = wrapper_of(module)
             if wrapper is not None:
                 where = f"in {name!r}" if name else "around it"
-                raise ValueError(f"model: has a {wrapper} {where}, which would not know the vectors; add them before")
+                raise ValueError(f"model: has a {wrapper} {where}, which would not see the vectors; add them before")
             if name.startswith(tuple(inside)):
                 continue
             if isinstance(module, RedEdit):
@@ -107,7 +107,7 @@ class RedModel(BaseTuner):
     def _shared(
         self, adapter_name: str, config: RedPeftConfig, target: nn.Module, on_input: bool
     ) -> EditVectors | None:
-        """The vectors that a layer of this width has for the adapter, where all such layers have the same."""
+        """The vectors that a layer of this width has for the adapter, if all layers of the width share them."""
         if not config.as_red_config().edit_kind.shared:
             return None
         width = target.red_edit.width if isinstance(target, RedLayer) else width_of(target, on_input)
@@ -115,14 +115,14 @@ class RedModel(BaseTuner):
         return next((own.holder(adapter_name) for own in there if own.width == width and adapter_name in own), None)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT would also look for a weight in both, which a saved head may not have; the vectors are where they belong.
+        # PEFT would also look for a weight in both, which a saved head may lack; the vectors are on the right device
         setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter's layers into the model, and fuse those that can be.
+        """Put an adapter's layers into the model, and fuse them where possible.
 
         Raises:
-            ValueError: a target's output has no width that can be told, nothing is targeted, or the model is patched
+            ValueError: a target's output has no known width, there is no target, or the model is patched
                 or wrapped already. Nothing is changed then.
         """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -154,9 +154,9 @@ class RedModel(BaseTuner):
                     vector.data = vector.data.to(dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter. Raises ValueError where there is none of that name, or it is merged."""
+        """Delete an adapter. Raises ValueError if it does not exist or is merged."""
         super().delete_adapter(adapter_name)
-        for layer in self._layers():  # PEFT passes over modules in whose names it finds the prefix
+        for layer in self._layers():  # PEFT skips modules whose names contain the prefix
             if adapter_name in layer.red_edit:
                 layer.delete_adapter(adapter_name)
 
@@ -167,20 +167,20 @@ class RedModel(BaseTuner):
         adapter_name: str,
         combination_type: str = "linear",
     ) -> None:
-        """Add an adapter that is a weighted combination of others, by what each changes, as `rk.combine_edits`.
+        """Add an adapter that is a weighted combination of the changes of others, as `rk.combine_edits`.
 
         `scale = 1 + sum(w * (scale_i - 1))` and `bias = sum(w * bias_i)`, in fp64, rounded once. A vector that an
-        adapter does not have, at a site or by its kind, is the identity. The new adapter edits all sites of the others.
+        adapter lacks, at a site or by its kind, is the identity. The new adapter edits all sites of the others.
         It is frozen and not active until `set_adapter`, as LoRA's.
 
         Args:
             adapters: names of adapters.
             weights: as many finite numbers, of any sign.
             adapter_name: of the new one.
-            combination_type: `"linear"`; LoRA's other types are about its matrices.
+            combination_type: `"linear"`; LoRA's other types concern its matrices.
 
         Raises:
-            TypeError, ValueError: an adapter is unknown or of kind `"ln"`; the new name is taken or cannot be one;
+            TypeError, ValueError: an adapter is unknown or of kind `"ln"`; the new name is taken or invalid;
                 weights do not fit; another combination; several adapters have their own copies of the same
                 `modules_to_save`. Nothing is changed then.
         """
@@ -227,7 +227,7 @@ class RedModel(BaseTuner):
         return model
 
     def _note_sharing(self) -> None:
-        """Tell the layers which other Parameters of the model are theirs too, such as tied embeddings."""
+        """Tell the layers which Parameters they share with other modules, for example tied embeddings."""
         users: dict[int, list[str]] = {}
         for path, parameter in self.model.named_parameters(remove_duplicate=False):
             users.setdefault(id(parameter), []).append(path)
@@ -250,7 +250,7 @@ class RedModel(BaseTuner):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """While a batch with `adapter_names=` runs: each row has its own adapter, `"__base__"` for none."""
+        """During a batch with `adapter_names=`: each row has its own adapter, `"__base__"` for none."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield
@@ -263,7 +263,7 @@ class RedModel(BaseTuner):
         of_encoder = set() if encoder is None else {id(module) for module in encoder.modules()}
         try:
             for module in self.modules():
-                if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT's own, which ask for the argument
+                if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT's own, which need the argument
                     own = names if id(module) in of_encoder else repeated
                     hook = partial(_with_adapter_names, adapter_names=own)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -298,7 +298,7 @@ class RedModel(BaseTuner):
 
 
 def _place_biases(model: nn.Module, names: list[str]) -> None:
-    """Let plain transformers load the biases that merging has made; a warning where it cannot."""
+    """Let plain transformers load the biases that merging has made; warn if it cannot."""
     flags = bias_flags(model)
     wanted = {flags[name] for name in names if name in flags}
     attributes, zeros, unplaced = places_for_biases(model, [f"{name}.bias" for name in names], wanted)
@@ -328,29 +328,29 @@ def _check_target(target: nn.Module, name: str, parent: nn.Module, on_input: boo
         if target.red_edit.on_input != on_input:
             sides = ("input", "output") if on_input else ("output", "input")
             raise ValueError(
-                f"target_modules: this adapter edits the {sides[0]} of {name!r}, and another one its {sides[1]}; an "
-                "edited module has one of them"
+                f"target_modules: this adapter edits the {sides[0]} of {name!r}, and another one its {sides[1]}; a "
+                "module has one edited side"
             )
         return
     if on_input and width_of(target, True) is None:
         raise ValueError(
-            f"feedforward_modules: {name!r} is a {type(target).__name__}, and the edited input is that of a linear "
-            "layer; name those"
+            f"feedforward_modules: {name!r} is a {type(target).__name__}, but only linear layers have an edited input; "
+            "name linear layers"
         )
     if width_of(target) is None:
         raise ValueError(
-            f"target_modules: {name!r} is a {type(target).__name__}, whose output is not known to be one tensor of a "
-            "fixed width; name linear layers, norms or embeddings"
+            f"target_modules: {name!r} is a {type(target).__name__}, whose output may not be one tensor of a fixed "
+            "width; name linear layers, norms or embeddings"
         )
     if isinstance(parent, nn.MultiheadAttention):
         raise ValueError(
-            f"target_modules: {name!r} is inside of a {type(parent).__name__}, which takes its weights without calling "
-            "it, so that the edit would never be applied"
+            f"target_modules: {name!r} is inside a {type(parent).__name__}, which reads its weights without calling "
+            "it, so the edit would never be applied"
         )
 
 
 def _check_inputs(sites: list[str], config: RedPeftConfig) -> None:
-    """Raise ValueError where `feedforward_modules` names what is no target."""
+    """Raise ValueError if `feedforward_modules` names a module that is no target."""
     chosen = config.feedforward_modules
     if config.target_modules == "all-linear" or not chosen:
         return
@@ -361,17 +361,17 @@ def _check_inputs(sites: list[str], config: RedPeftConfig) -> None:
 
 
 def _streams(model: nn.Module, sites: list[str], config: RedConfig) -> list[PlannedStream]:
-    """The stacks whose first input these sites read, if their kind reads it. Raises ValueError as `plan_streams`."""
+    """The stacks whose first input these sites read, if their kind reads it. Raises ValueError like `plan_streams`."""
     if "initial" not in config.edit_kind.context:
         return []
-    # As of values, which attention takes from another sequence where its name says so.
+    # As for values, which attention takes from another sequence if its name says so.
     return plan_streams(model, [(site, "value", width_of(model.get_submodule(site)) or 0) for site in sites], config)
 
 
 def _targets(model: nn.Module, config: RedPeftConfig) -> tuple[set[str], set[str] | None]:
-    """The modules that a position stands for, by the shortest ends of their names that no other module's name has.
+    """The modules of a position, by the shortest ends of their names that no other module's name has.
 
-    Of these those whose input is edited; None where the kind says so, or there are none.
+    Also those of them whose input is edited; None if the kind decides, or if there are none.
     """
     found: set[str] = set()
     inputs: set[str] = set()
@@ -391,7 +391,7 @@ def _targets(model: nn.Module, config: RedPeftConfig) -> tuple[set[str], set[str
             "another position, or use rk.patch"
         )
     if config.as_red_config().edit_kind.on_input:
-        inputs = set()  # all are
+        inputs = set()  # all of them
     if config.layers_to_transform is None:
         found, inputs = (
             {_short(name, [other for other in modules if other and other not in chosen]) for name in chosen}

@@ -1,4 +1,4 @@
-"""Making the method known to PEFT."""
+"""Registers the method with PEFT."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DICTIONARIES: dict[str, Any] = {
     "PEFT_TYPE_TO_TUNER_MAPPING": RedModel,
     "PEFT_TYPE_TO_PREFIX_MAPPING": RedModel.prefix,
 }
-_TUNER = (  # the first came with 0.21: before, PEFT knew by name of each method how it is saved
+_TUNER = (  # the first is in 0.21: earlier versions list by name how each method is saved
     "_get_adapter_state_dict",
     "_remap_adapter_state_dict_for_load",
     "inject_adapter",
@@ -31,10 +31,10 @@ _LAYER = ("_active_adapter", "_disable_adapters", "_get_base_layer_device_and_dt
 
 
 def register() -> None:
-    """Make RED known to PEFT; nothing where it is already.
+    """Register RED with PEFT; no-op if it is registered.
 
     Raises:
-        ImportError: PEFT lacks something that is needed, or has a method of this name itself.
+        ImportError: PEFT lacks a required name, or has its own method of this name.
     """
     found: dict[str, Any] = {name: getattr(mapping, name, None) for name in _DICTIONARIES}
     lacking = [f"peft.mapping.{name}" for name, held in found.items() if not isinstance(held, dict)]
@@ -42,14 +42,14 @@ def register() -> None:
     lacking += [f"BaseTunerLayer.{name}" for name in _LAYER if not hasattr(BaseTunerLayer, name)]
     if lacking:
         raise ImportError(
-            f"peft {peft.__version__} has no {', '.join(lacking)}, which RED as a method of PEFT is built on; take "
+            f"peft {peft.__version__} has no {', '.join(lacking)}, which RED as a method of PEFT needs; install peft "
             "0.21 or later"
         )
     for name, value in _DICTIONARIES.items():
         held = found[name].get(RedPeftType.RED, value)
         if held is not value and held != value:
             raise ImportError(
-                f"peft {peft.__version__} has a method 'RED' of its own, {held!r}; they cannot both be there"
+                f"peft {peft.__version__} has a method 'RED' of its own, {held!r}; both cannot be registered"
             )
     for name, value in _DICTIONARIES.items():
         found[name][RedPeftType.RED] = value

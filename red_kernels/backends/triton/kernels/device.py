@@ -1,28 +1,29 @@
-"""What the kernels share: device functions that load, edit, drop and sum pieces of rows.
+"""Common device functions of the kernels: loading, editing, dropout and sums of pieces of rows.
 
-A tile is ``ROWS`` rows by ``CHUNK`` columns from ``first`` on. A kernel that needs whole rows holds each in several
-such pieces, a tuple: 5,120 columns take five pieces of 1,024 and not 8,192 lanes.
+A tile is ``ROWS`` rows by ``CHUNK`` columns from ``first`` on. A kernel that needs whole rows has several such pieces
+of each, in a tuple: 5,120 columns take five pieces of 1,024 instead of 8,192 lanes.
 
-Sums over rows are kept in fp32 in a buffer ``(lines, D)``. A plain sum has one line for each program. With edit_ids the
-rows are taken in the order of their ids, each row of a tile (a worker) having a stretch of that order, so that a worker
-meets an edit once. There is then a line for each edit, for those that begin and end within one worker, and behind them
-two for each worker: for its first and its last edit, which its neighbours may share.
+Sums over rows are in fp32, in a buffer ``(lines, D)``. A plain sum has one line for each program. With edit_ids the
+rows are in the order of their ids. Each row of a tile (a worker) has a stretch of that order, so a worker meets an edit
+once. There is a line for each edit that begins and ends within one worker. Behind these lines each worker has two: for
+its first and its last edit, which its neighbours may share.
 """
 
 import triton
 import triton.language as tl
 
 NO_ROW = tl.constexpr(-2)
-RUNTIME = ["rows", "edits", "length", "threshold", "lines"]  # arguments that nothing is compiled for
+RUNTIME = ["rows", "edits", "length", "threshold", "lines"]  # arguments without specialisation
 
 
 @triton.jit
 def over_width(total, D: tl.constexpr):
-    """``total / D``, rounded to nearest, as a plain division of a GPU is not; and without the code of a division.
+    """``total / D``, rounded to nearest, unlike a plain division on a GPU; and without the code of a division.
 
-    By the reciprocal, and corrected once by what that left over. Of whole D < 2^21 the rest is exact, as it is less
-    than 2 D units of the last place of the quotient; it leaves the quotient 2^-23 of such a unit from ``total / D``,
-    which is never a tie, and 2^-22 and more from one. Below the normal numbers a tie may go up or down; -0 becomes 0.
+    It multiplies by the reciprocal, and corrects once by the remainder. For whole D < 2^21 the remainder is exact,
+    since it is less than 2 D units in the last place of the quotient. The corrected quotient is within 2^-23 of such a
+    unit from ``total / D``, which is never a tie, and at least 2^-22 from one. For subnormal results a tie may go up or
+    down; -0 becomes 0.
     """
     about = total * (1.0 / D)
     if D & (D - 1) == 0:
@@ -35,7 +36,7 @@ def over_width(total, D: tl.constexpr):
 
 @triton.jit
 def reciprocal_root(v):
-    """``1 / sqrt(v)``, its root and its division rounded to nearest."""
+    """``1 / sqrt(v)``, with its root and its division rounded to nearest."""
     return tl.div_rn(1.0, tl.sqrt_rn(v))
 
 
@@ -52,7 +53,7 @@ def load(p, row, live, first, D: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def load_row(p, row, live, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """All pieces of the rows as stored. Kernels load all they need before they store: loads do not pass stores."""
+    """All pieces of the rows as stored. Kernels load all inputs before they store: loads do not cross stores."""
     found = ()
     for c in tl.static_range(CHUNKS):
         found = found + (load(p, row, live, c * CHUNK, D, CHUNK),)
@@ -61,7 +62,7 @@ def load_row(p, row, live, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.cons
 
 @triton.jit
 def store(p, value, row, live, first, D: tl.constexpr, CHUNK: tl.constexpr):
-    """Write what of a piece lies within the rows, rounded to the dtype of ``p``."""
+    """Write the part of a piece within the rows, rounded to the dtype of ``p``."""
     cols = first + tl.arange(0, CHUNK)
     value = value.to(p.dtype.element_ty)
     p = (p + row * D)[:, None] + cols[None, :]
@@ -80,7 +81,7 @@ def store_row(p, values, row, live, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS
 
 @triton.jit
 def load_vector(p, first, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """A piece of a vector in fp32, once for each row: every thread loads what it uses, and none waits for another."""
+    """A piece of a vector in fp32, repeated for each row: every thread loads its own values, without waiting."""
     cols = first + tl.arange(0, CHUNK)
     p = p + tl.zeros([ROWS, 1], tl.int32) + cols[None, :]
     if D % CHUNK == 0:
@@ -91,16 +92,16 @@ def load_vector(p, first, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constex
 
 @triton.jit
 def load_ids(ids, place, live):
-    """The edits of some rows: -1 where there is no such edit, for all that are negative, and NO_ROW for no row.
+    """The edits of some rows: -1 for each id without an edit (all negative ones), and NO_ROW for no row.
 
-    Beyond the rows no edit must be read: what is in it, if it is no number, would get into the sums.
+    Beyond the rows no edit may be read: its NaN or infinite values would enter the sums.
     """
     return tl.where(live, tl.maximum(tl.load(ids + place, mask=live, other=0), -1), NO_ROW)
 
 
 @triton.jit
 def load_edit(p, ids, edits, first, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """A piece of an edit vector in fp32; with ``ids`` of each row's own edit: NaN where there is none, 0 for no row."""
+    """A piece of an edit vector in fp32; with ``ids`` of each row's own edit: NaN if there is none, 0 for no row."""
     if ids is None:
         return load_vector(p, first, D, ROWS, CHUNK)
     else:
@@ -111,7 +112,7 @@ def load_edit(p, ids, edits, first, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: 
 
 @triton.jit
 def kept(seed, row, first, threshold, factor, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """The dropout factors of a piece: ``factor`` where Philox's word reaches ``threshold``, else 0.
+    """The dropout factors of a piece: ``factor`` if Philox's word reaches ``threshold``, else 0.
 
     Column ``j`` of row ``i`` takes word ``j % 4`` for the counter ``(j // 4, i, i >> 32, 0)``, as in the reference.
     """
@@ -145,7 +146,7 @@ def edited(x, scale, bias, ids, edits, seed, threshold, factor, row, first,
 def edit_gradient(g, scale, ids, edits, seed, threshold, factor, row, first,
                   D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
                   NEED_X: tl.constexpr):  # fmt: skip
-    """From the gradient of the sum with the residual: that of ``x`` (0 if not asked for), and that of the edit."""
+    """From the gradient of the sum with the residual: that of ``x`` (0 if not requested), and that of the edit."""
     if seed is not None:
         g = g * kept(seed, row, first, threshold, factor, ROWS, CHUNK)
     dx = g
@@ -166,7 +167,7 @@ def zero_row(ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
 
 @triton.jit
 def tiles(rows, length, ROWS: tl.constexpr, SORTED: tl.constexpr):
-    """First, end and step of a program's loop: every so many tiles, or with edit_ids all of its workers' ``length``."""
+    """First, end and step of a program's loop: tiles with a stride, or with edit_ids all of its workers' ``length``."""
     if SORTED:
         return length * 0, length, length * 0 + 1
     else:
@@ -175,7 +176,7 @@ def tiles(rows, length, ROWS: tl.constexpr, SORTED: tl.constexpr):
 
 @triton.jit
 def places(tile, length, ROWS: tl.constexpr, SORTED: tl.constexpr):
-    """The places of a tile's rows: neighbours, or with edit_ids the ``tile``-th of each worker's stretch."""
+    """The positions of a tile's rows: adjacent, or with edit_ids the ``tile``-th of each worker's stretch."""
     lane = tl.arange(0, ROWS).to(tl.int64)
     if SORTED:
         return (tl.program_id(0).to(tl.int64) * ROWS + lane) * length + tile
@@ -185,7 +186,7 @@ def places(tile, length, ROWS: tl.constexpr, SORTED: tl.constexpr):
 
 @triton.jit
 def flush(sums, total, line, done, first, D: tl.constexpr, CHUNK: tl.constexpr):
-    """Write the sums of workers that are ``done`` with an edit to its ``line``, if it has one; return what is left."""
+    """Write the sums of workers ``done`` with an edit to its ``line``, if it has one; return the other sums."""
     store(sums, total, tl.where(line < 0, 0, line), done & (line >= 0), first, D, CHUNK)
     return tl.where(done[:, None], 0.0, total)
 
@@ -201,7 +202,7 @@ def flush_row(sums, totals, line, done, D: tl.constexpr, CHUNK: tl.constexpr, CH
 
 @triton.jit
 def finish(sums, total, edits, first, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, SORTED: tl.constexpr):
-    """Write what a program has summed at its end: one line, or with edit_ids each worker's last."""
+    """Write a program's final sums: one line, or with edit_ids each worker's last."""
     cols = first + tl.arange(0, CHUNK)
     if SORTED:
         line = edits + 2 * (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)) + 1
@@ -220,16 +221,16 @@ def finish_row(sums, totals, edits, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: 
 
 @triton.jit
 def first_edit(ids, rows, length, ROWS: tl.constexpr):
-    """The edit that each worker begins with; -1 where it has no row."""
+    """The first edit of each worker; -1 without a row."""
     place = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)) * length
     return tl.maximum(tl.load(ids + place, mask=place < rows, other=-1), -1)
 
 
 @triton.jit
 def line_of(edit, changes, edits, ROWS: tl.constexpr):
-    """Where a worker's sum for ``edit`` goes: after no ``changes`` of edit its first line, then the edit's own.
+    """The line of a worker's sum for ``edit``: its first line before any ``changes`` of edit, then the edit's own.
 
-    -1 where there is no such edit.
+    -1 if there is no such edit.
     """
     worker = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     return tl.where(changes == 0, edits + 2 * worker, tl.where(edit < edits, edit, -1))
@@ -237,7 +238,7 @@ def line_of(edit, changes, edits, ROWS: tl.constexpr):
 
 @triton.jit
 def store_edits(owners, opening, closing, changes, ROWS: tl.constexpr):
-    """Write whose sums the two lines of each worker are; -1 for the first line of a worker that had one edit only."""
+    """Write the edits of each worker's two lines; -1 for the first line of a worker with only one edit."""
     worker = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tl.store(owners + 2 * worker, tl.where(changes == 0, -1, opening))
     tl.store(owners + 2 * worker + 1, closing)

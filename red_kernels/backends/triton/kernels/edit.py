@@ -1,6 +1,6 @@
-"""The edit and the residual add behind it: no row coupling, so a program has a slab of columns.
+"""The edit and the residual add behind it. Rows are independent columnwise, so a program has a slab of columns.
 
-``z = residual + dropout(scale * x + bias)``. Whatever is absent is None, and is compiled away. Formulas:
+``z = residual + dropout(scale * x + bias)``. Absent arguments are None, and are compiled away. Formulas:
 :mod:`red_kernels.backends.reference`.
 """
 
@@ -51,7 +51,7 @@ def edit_backward(
 ):  # fmt: skip
     """The grid is (programs for each slab, slabs); ``dscale`` and ``dbias`` are the buffers of column sums, or None.
 
-    With ``order`` the rows are taken in the order of their ``ids``, which are then sorted.
+    With ``order`` the rows are read in the order of their ``ids``, which are then sorted.
     """
     SORTED: tl.constexpr = order is not None
     first = tl.program_id(1) * CHUNK
@@ -71,7 +71,7 @@ def edit_backward(
         h = load(x, row, live, first, D, CHUNK) if x is not None else g
         if SORTED:
             done = live & (id != current)
-            if tl.max(done.to(tl.int32), axis=0) > 0:  # seldom: then the sums change threads to be written
+            if tl.max(done.to(tl.int32), axis=0) > 0:  # rare: then the sums change threads to be written
                 line = line_of(current, changes, edits, ROWS)
                 if dscale is not None:
                     sum_scale = flush(dscale, sum_scale, line, done, first, D, CHUNK)

@@ -1,8 +1,8 @@
-"""A linear layer with its edit, in one matrix product: for inference, where nothing but the result is kept.
+"""A linear layer with its edit, in one matrix product: for inference, which keeps only the result.
 
 ``z = residual + scale * (x @ weight.T + linear_bias) + bias`` (RED eq. 1 behind a linear layer). The product is summed
-in fp32 and stays so: what a linear layer by itself would round is not rounded here, only ``z`` is. Whatever is absent
-is None, and is compiled away.
+in fp32 and stays in fp32: only ``z`` is rounded, not the linear layer's own output. Absent arguments are None, and are
+compiled away.
 """
 
 import triton
@@ -15,8 +15,8 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def place_of(tile, tiles_m, TILES_N: tl.constexpr, GROUP: tl.constexpr):
-    """Row and column of a tile. ``GROUP`` rows of tiles are taken together, column by column: what programs read at one
-    time is near a square, so that most of it comes from the L2 cache."""
+    """Row and column of a tile. ``GROUP`` rows of tiles are taken together, column by column: concurrent programs read
+    nearly a square, so that most of it comes from the L2 cache."""
     first = tile // (GROUP * TILES_N) * GROUP
     height = tl.minimum(tiles_m - first, GROUP)
     within = tile % (GROUP * TILES_N)
@@ -42,7 +42,7 @@ def product(x, weight, row, col, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N
     for first in range(0, K, BLOCK_K):
         a = operand(x, row, first, K, BLOCK_K)
         b = operand(weight, col, first, K, BLOCK_K)
-        if INTERPRETED:  # which would multiply the bits of bfloat16 numbers as integers
+        if INTERPRETED:  # it would multiply the bits of bfloat16 numbers as integers
             a, b = a.to(tl.float32), b.to(tl.float32)
         total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
     return total
@@ -50,7 +50,7 @@ def product(x, weight, row, col, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N
 
 @triton.jit
 def edit_vector(p, ids, live, edits, first, D: tl.constexpr, CHUNK: tl.constexpr):
-    """A piece of a vector in fp32 for all rows; with ``ids`` that of each row's own edit, NaN where there is none."""
+    """A piece of a vector in fp32 for all rows; with ``ids`` that of each row's own edit, NaN if there is none."""
     if ids is None:
         cols = first + tl.arange(0, CHUNK)
         return tl.load(p + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
@@ -68,7 +68,7 @@ def halved(h, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def pieces_of(h, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
-    """A tile halved so many times, in order."""
+    """A tile halved this many times, in order."""
     found = (h,)
     for n in tl.static_range(SPLITS):
         smaller = ()
@@ -81,8 +81,8 @@ def pieces_of(h, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr
 @triton.jit
 def finish(h, linear_bias, residual, scale, bias, ids, z, row, rows, edits, first,
            D: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """All that comes behind the product of a piece of a tile, which is rounded once."""
-    live = row < tl.where(first < D, rows, 0)  # the last tile may have whole pieces behind the last column
+    """All operations behind the product of a piece of a tile, which is rounded once."""
+    live = row < tl.where(first < D, rows, 0)  # the last tile may have whole pieces beyond the last column
     if linear_bias is not None:
         h = h + edit_vector(linear_bias, None, live, edits, first, D, CHUNK)
     id = tl.load(ids + row, mask=live, other=0) if ids is not None else None
@@ -102,14 +102,14 @@ def linear_edit(
     D: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A persistent grid of any size: each program takes every so many tiles."""
+    """A persistent grid of any size: each program takes tiles with a stride."""
     TILES_N: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     tiles_m = tl.cdiv(rows, BLOCK_M).to(tl.int32)
     for tile in range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0)):
         tile_m, tile_n = place_of(tile, tiles_m, TILES_N, GROUP)
         row = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         col = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        # rows and columns that are not there repeat the first, which costs no mask in the loop; they are not stored
+        # missing rows and columns repeat the first, which needs no mask in the loop; they are not stored
         h = product(x, weight, tl.where(row < rows, row, 0), tl.where(col < D, col, 0), K, BLOCK_M, BLOCK_N, BLOCK_K,
                     PRECISION)  # fmt: skip
         pieces = pieces_of(h, BLOCK_M, BLOCK_N, SPLITS)

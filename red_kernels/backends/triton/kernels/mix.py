@@ -1,9 +1,9 @@
 """Rotations and reflections with the residual add and the norm behind them: ``z = residual + dropout(mix(x))``.
 
-One pair of kernels serves both formulas, with a norm and without. Either a program has whole rows, or a slab of whole
-blocks or pairs, which depend on no others; a backward with a norm then takes the averages of its rows from
+One pair of kernels serves both formulas, with a norm and without. A program has either whole rows, or a slab of whole
+blocks or pairs, which are independent of others. A backward with a norm then takes the averages of its rows from
 :func:`.wide.wide_averages`. Blocks too wide for a program's registers take their dot products from :func:`mix_dots`,
-with which every column is by itself. Whatever is absent is None, and is compiled away. Formulas:
+with which every column is independent. Absent arguments are None, and are compiled away. Formulas:
 :mod:`red_kernels.backends.reference`.
 """
 
@@ -84,7 +84,7 @@ def mix_forward(
             h = h * kept_piece(seed, row, block, offset, c, threshold, factor, D, BLOCKS, ROWS, TOGETHER, CHUNK)
         if residual is not None:
             h = rs[c].to(tl.float32) + h
-        h = h.to(z.dtype.element_ty).to(tl.float32)  # the norm sees what is kept
+        h = h.to(z.dtype.element_ty).to(tl.float32)  # the norm reads the stored value
         zs = zs + (h,)
         total += h if mean is not None else h * h
     store_pieces(z, zs, row, live, at, D, CHUNKS)
@@ -92,7 +92,7 @@ def mix_forward(
         found = average(total, D)
         if mean is not None:
             middle, found, sound = moments(zs, found, at, D, ROWS, TOGETHER, CHUNK, CHUNKS)
-            if tl.min(sound.to(tl.int32), axis=0) == 0:  # seldom
+            if tl.min(sound.to(tl.int32), axis=0) == 0:  # rare
                 other = mean_from_value(zs, at, D, ROWS, TOGETHER, CHUNK, CHUNKS)
                 other, variance, _ = moments(zs, other, at, D, ROWS, TOGETHER, CHUNK, CHUNKS)
                 middle = tl.where(sound, middle, other)
@@ -119,8 +119,8 @@ def mix_dots(
     D: tl.constexpr, BLOCKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One block of one row for each program, piece by piece: the dot products of ``first`` and ``second`` with the
-    gradient behind the norm and the dropout, or with ``dy`` where there is neither, and with ``x``: ``(4, rows,
-    BLOCKS)``. The grid is (rows, blocks)."""
+    gradient behind the norm and the dropout, or with ``dy`` without both, and with ``x``: ``(4, rows, BLOCKS)``. The
+    grid is (rows, blocks)."""
     WIDTH: tl.constexpr = D // BLOCKS
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     live = row < rows
@@ -168,7 +168,7 @@ def mix_dots(
 
 @triton.jit
 def _inputs(dy, dz, z, x, row, live, at, D: tl.constexpr):
-    """A piece of every input. In place of what is absent comes that of ``dy``, as a tuple cannot hold None."""
+    """A piece of every input. An absent input is replaced by that of ``dy``, since a tuple cannot contain None."""
     a = load_piece(dy, row, live, at, D)
     b = load_piece(dz, row, live, at, D) if dz is not None else a
     c = load_piece(z, row, live, at, D) if z is not None else a
@@ -187,9 +187,9 @@ def mix_backward(
 ):  # fmt: skip
     """The grid is (programs for each slab, slabs). Without a norm (``rstd``) ``dy`` is the gradient of ``z``.
 
-    ``averages`` and ``along`` come from :func:`.wide.wide_averages` and :func:`mix_dots`; where they are absent the
-    tile has whole rows, or whole blocks. ``dfirst`` to ``dnorm_bias`` are the buffers of column sums. With ``order``
-    the rows are taken in the order of their ``ids``, which are then sorted.
+    ``averages`` and ``along`` come from :func:`.wide.wide_averages` and :func:`mix_dots`; without them the tile has
+    whole rows, or whole blocks. ``dfirst`` to ``dnorm_bias`` are the buffers of column sums. With ``order`` the rows
+    are read in the order of their ``ids``, which are then sorted.
     """
     SORTED: tl.constexpr = order is not None
     OF_FIRST: tl.constexpr = dx is not None or dfirst is not None
@@ -222,10 +222,10 @@ def mix_backward(
         if rstd is not None:
             scaled = tl.load(rstd + row, mask=live, other=0.0)
             middle = tl.load(mean + row, mask=live, other=0.0) if mean is not None else None
-        tl.debug_barrier()  # all inputs are on their way before any is waited for; see norm.py
+        tl.debug_barrier()  # all loads are issued before any is awaited; see norm.py
         if SORTED:
             done = live & (id != current)
-            if tl.max(done.to(tl.int32), axis=0) > 0:  # seldom: then the sums change threads to be written
+            if tl.max(done.to(tl.int32), axis=0) > 0:  # rare: then the sums change threads to be written
                 line = line_of(current, changes, edits, ROWS)
                 if dfirst is not None:
                     sum_first = flush_pieces(dfirst, sum_first, line, done, at, D, CHUNKS)

@@ -1,9 +1,9 @@
-"""What the kernels of mixes share: tiles of whole blocks or of whole pairs, and the norm's statistics of such rows.
+"""Common code of the kernels of mixes: tiles of whole blocks or pairs, and the norm's statistics of these rows.
 
-A tile is ``ROWS`` rows by ``TOGETHER`` blocks by ``CHUNK`` columns, and a kernel holds several, the pieces: sums over a
-block, and over a row, are then sums over axes, with no value changing threads. Piece ``c`` has the ``c``-th ``CHUNK``
+A tile is ``ROWS`` rows by ``TOGETHER`` blocks by ``CHUNK`` columns. A kernel has several, the pieces. Sums over a
+block, and over a row, are then sums over axes, and no value changes threads. Piece ``c`` has the ``c``-th ``CHUNK``
 columns of each block from ``offset`` on. In a rotation (``BLOCKS == 0``) two pieces have the same pairs, the second
-(``c`` odd) their other columns: the partner of what is in piece ``c`` is at the same place of piece ``c ^ 1``.
+(``c`` odd) their other columns: a value's partner is at the same place of piece ``c ^ 1``.
 """
 
 import triton
@@ -11,12 +11,12 @@ import triton.language as tl
 
 from .device import NO_ROW, over_width
 
-PAIR = tl.constexpr(32)  # columns from one of a pair to the other
+PAIR = tl.constexpr(32)  # distance between the columns of a pair
 
 
 @triton.jit
 def slab(D: tl.constexpr, BLOCKS: tl.constexpr, TOGETHER: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """The blocks of a program, and the place in them (or the pair) that it begins with."""
+    """The blocks of a program, and its start in them (or its pair)."""
     if BLOCKS == 0:
         return tl.arange(0, TOGETHER), tl.program_id(1) * (CHUNK * CHUNKS // 2)
     else:
@@ -28,7 +28,7 @@ def slab(D: tl.constexpr, BLOCKS: tl.constexpr, TOGETHER: tl.constexpr, CHUNK: t
 @triton.jit
 def some_columns(block, offset, c: tl.constexpr, D: tl.constexpr, BLOCKS: tl.constexpr, TOGETHER: tl.constexpr,
                  CHUNK: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
-    """Every ``STEP``-th column of a piece, and which of them exist: ``(1, TOGETHER, CHUNK // STEP)``."""
+    """Every ``STEP``-th column of a piece, and a mask of existing ones: ``(1, TOGETHER, CHUNK // STEP)``."""
     if BLOCKS == 0:
         place = (offset + c // 2 * CHUNK + tl.arange(0, CHUNK // STEP) * STEP)[None, None, :]
         cols = place // PAIR * (2 * PAIR) + place % PAIR + c % 2 * PAIR
@@ -48,7 +48,7 @@ def some_columns(block, offset, c: tl.constexpr, D: tl.constexpr, BLOCKS: tl.con
 @triton.jit
 def columns(block, offset, D: tl.constexpr, BLOCKS: tl.constexpr, TOGETHER: tl.constexpr, CHUNK: tl.constexpr,
             CHUNKS: tl.constexpr):  # fmt: skip
-    """The columns of each piece, and which of them exist."""
+    """The columns of each piece, and masks of existing ones."""
     found = ()
     for c in tl.static_range(CHUNKS):
         found = found + (some_columns(block, offset, c, D, BLOCKS, TOGETHER, CHUNK, 1),)
@@ -72,7 +72,7 @@ def load_pieces(p, row, live, at, D: tl.constexpr, CHUNKS: tl.constexpr):
 
 @triton.jit
 def store_piece(p, value, row, live, at, D: tl.constexpr):
-    """Write what of a piece lies within the rows, rounded to the dtype of ``p``."""
+    """Write the part of a piece within the rows, rounded to the dtype of ``p``."""
     mask = live[:, None, None] & at[1]
     tl.store((p + row * D)[:, None, None] + at[0], value.to(p.dtype.element_ty), mask=mask)
 
@@ -86,7 +86,7 @@ def store_pieces(p, values, row, live, at, D: tl.constexpr, CHUNKS: tl.constexpr
 
 @triton.jit
 def load_vector(p, ids, edits, at, D: tl.constexpr, ROWS: tl.constexpr):
-    """A piece of a vector in fp32, once for each row; with ``ids`` of each row's own edit: NaN where there is none, 0
+    """A piece of a vector in fp32, repeated for each row; with ``ids`` of each row's own edit: NaN if there is none, 0
     for no row."""
     if ids is None:
         p = p + tl.zeros([ROWS, 1, 1], tl.int32) + at[0]
@@ -100,7 +100,7 @@ def load_vector(p, ids, edits, at, D: tl.constexpr, ROWS: tl.constexpr):
 @triton.jit
 def kept_piece(seed, row, block, offset, c: tl.constexpr, threshold, factor, D: tl.constexpr, BLOCKS: tl.constexpr,
                ROWS: tl.constexpr, TOGETHER: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """The dropout factors of a piece; see :func:`.device.kept`. Blocks that do not begin at a multiple of four columns
+    """The dropout factors of a piece; see :func:`.device.kept`. Blocks that do not start at a multiple of four columns
     draw four words for each column, and take one."""
     WIDTH: tl.constexpr = PAIR if BLOCKS == 0 else D // BLOCKS
     FOURS: tl.constexpr = WIDTH % 4 == 0 and CHUNK % 4 == 0
@@ -131,25 +131,25 @@ def dots(u, ids, edits, values, at, D: tl.constexpr, ROWS: tl.constexpr, TOGETHE
 
 @triton.jit
 def load_dots(p, plane: tl.constexpr, rows, row, live, block, BLOCKS: tl.constexpr):
-    """A plane of ``(4, rows, BLOCKS)`` numbers that another kernel left, as :func:`dots` has it."""
+    """A plane of ``(4, rows, BLOCKS)`` numbers from another kernel, in the form of :func:`dots`."""
     place = (plane * rows + row)[:, None] * BLOCKS + block[None, :]
     return tl.load(p + place, mask=live[:, None] & (block < BLOCKS)[None, :], other=0.0)
 
 
 @triton.jit
 def average(value, D: tl.constexpr):
-    """Of whole rows: ``(ROWS,)``."""
+    """Averages of whole rows: ``(ROWS,)``."""
     total = tl.sum(tl.sum(value, axis=2), axis=1)
     if D & (D - 1) == 0:
         return over_width(total, D)
-    else:  # the same with the code of a division, without which the assembler spills 8 bytes for sm_80 (d = 768)
+    else:  # the same with a division, without which the assembler spills 8 bytes for sm_80 (d = 768)
         return tl.div_rn(total, D * 1.0)
 
 
 @triton.jit
 def moments(zs, first, at, D: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr, CHUNK: tl.constexpr,
             CHUNKS: tl.constexpr):  # fmt: skip
-    """As :func:`.norm_math.moments`: mean and variance of rows about a ``first`` mean, and whether they are sound."""
+    """As :func:`.norm_math.moments`: mean and variance of rows about a ``first`` mean, and their accuracy."""
     shift = tl.zeros([ROWS, TOGETHER, CHUNK], tl.float32)
     total = tl.zeros([ROWS, TOGETHER, CHUNK], tl.float32)
     for c in tl.static_range(CHUNKS):
@@ -168,7 +168,7 @@ def moments(zs, first, at, D: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.con
 @triton.jit
 def mean_from_value(zs, at, D: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr, CHUNK: tl.constexpr,
                     CHUNKS: tl.constexpr):  # fmt: skip
-    """As :func:`.norm_math.mean_from_value`: the mean of rows by way of their first value."""
+    """As :func:`.norm_math.mean_from_value`: the mean of rows relative to their first value."""
     origin = tl.sum(tl.sum(tl.where(at[0][0] == 0, zs[0], 0.0), axis=2), axis=1)
     total = tl.zeros([ROWS, TOGETHER, CHUNK], tl.float32)
     for c in tl.static_range(CHUNKS):
@@ -183,7 +183,7 @@ def normed_terms(dy, z, weight, weight_offset, mean, rstd, at, D: tl.constexpr, 
     """``normed``, the gradient of the norm's result, and that times the weight; 0 in columns that do not exist."""
     g = dy.to(tl.float32)
     v = z.to(tl.float32)
-    if mean is not None:  # the distance of nothing from a large mean, times rstd, may be infinite
+    if mean is not None:  # a zero's distance from a large mean, times rstd, may be infinite
         v = tl.where(at[1], v - mean[:, None, None], 0.0)
     weighted = g
     if weight is not None:

@@ -1,8 +1,8 @@
 """Norms with an edit before or behind them, for rows that fit into the registers of a program.
 
 One pair of kernels serves LayerNorm and RMSNorm (``mean`` or not) and both places of the edit: ``z = residual +
-dropout(scale * x + bias)``, ``y = norm(z)``, or with ``EDIT_LAST`` ``y = scale * norm(x) + bias``. Whatever is absent
-is None, and is compiled away. Formulas: :mod:`red_kernels.backends.reference`.
+dropout(scale * x + bias)``, ``y = norm(z)``, or with ``EDIT_LAST`` ``y = scale * norm(x) + bias``. Absent arguments are
+None, and are compiled away. Formulas: :mod:`red_kernels.backends.reference`.
 """
 
 import triton
@@ -37,7 +37,7 @@ def norm_forward(
     weight_offset: tl.float32,
     D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, EDIT_LAST: tl.constexpr,
 ):  # fmt: skip
-    """One tile for each program: reads x and residual once, writes y and, where asked for, z."""
+    """One tile for each program: reads x and residual once, writes y and, if requested, z."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     id = load_ids(ids, row, live) if ids is not None else None
@@ -59,7 +59,7 @@ def norm_forward(
     average = over_width(tl.sum(total, axis=1), D)
     if mean is not None:
         middle, average, sound = moments(zs, average, D, ROWS, CHUNK, CHUNKS)
-        if tl.min(sound.to(tl.int32), axis=0) == 0:  # seldom
+        if tl.min(sound.to(tl.int32), axis=0) == 0:  # rare
             other, variance, _ = moments(zs, mean_from_value(zs, D, ROWS, CHUNK, CHUNKS), D, ROWS, CHUNK, CHUNKS)
             middle = tl.where(sound, middle, other)
             average = tl.where(sound, average, variance)
@@ -78,7 +78,7 @@ def norm_forward(
 
 @triton.jit
 def _inputs(dy, dz, z, x, residual, row, live, first, D: tl.constexpr, CHUNK: tl.constexpr):
-    """A piece of every input. In place of what is absent comes that of ``dy``, as a tuple cannot hold None."""
+    """A piece of every input. An absent input is replaced by that of ``dy``, since a tuple cannot contain None."""
     a = load(dy, row, live, first, D, CHUNK)
     b = load(dz, row, live, first, D, CHUNK) if dz is not None else a
     c = load(z, row, live, first, D, CHUNK) if z is not None else a
@@ -95,10 +95,10 @@ def norm_backward(
     weight_offset: tl.float32,
     D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, EDIT_LAST: tl.constexpr,
 ):  # fmt: skip
-    """A persistent grid. ``dscale`` to ``dnorm_bias`` are the buffers of column sums, None for those not asked for.
+    """A persistent grid. ``dscale`` to ``dnorm_bias`` are the buffers of column sums, None if not requested.
 
-    With ``order`` the rows are taken in the order of their ``ids``, which are sorted. Ids without order are as they
-    came, and serve where no sum is kept for each edit.
+    With ``order`` the rows are read in the order of their ``ids``, which are sorted. Ids without order are unsorted,
+    and serve if no sum is kept for each edit.
     """
     SORTED: tl.constexpr = order is not None
     if dscale is not None:
@@ -124,12 +124,12 @@ def norm_backward(
             held = held + (_inputs(dy, dz, z, x, residual, row, live, c * CHUNK, D, CHUNK),)
         scaled = tl.load(rstd + row, mask=live, other=0.0)
         middle = tl.load(mean + row, mask=live, other=0.0) if mean is not None else None
-        # All inputs are on their way before any is waited for: x and dz too, needed only after the row's sums. Without
-        # this barrier the assembler moves their loads down to there, to save registers.
+        # All loads are issued before any is awaited: x and dz too, although they are used only after the row's sums.
+        # Without this barrier the assembler moves their loads down to the use, to save registers.
         tl.debug_barrier()
         if SORTED:
             done = live & (id != current)
-            if tl.max(done.to(tl.int32), axis=0) > 0:  # seldom: then the sums change threads to be written
+            if tl.max(done.to(tl.int32), axis=0) > 0:  # rare: then the sums change threads to be written
                 line = line_of(current, changes, edits, ROWS)
                 if dscale is not None:
                     sum_scale = flush_row(dscale, sum_scale, line, done, D, CHUNK, CHUNKS)

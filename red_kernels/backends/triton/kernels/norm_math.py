@@ -8,8 +8,8 @@ from .device import edited, load_edit, load_vector, over_width
 
 @triton.jit
 def moments(zs, first, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Mean and variance of rows about their ``first`` mean, which is corrected by what its sum lost; and whether they
-    are sound: not so where that sum overflowed, or lost more than the row varies by, as it may of equal values.
+    """Mean and variance of rows about their ``first`` mean, which is corrected by its rounding error; and whether they
+    are accurate: not if that sum overflowed, or its error exceeds the row's variation, as it may for equal values.
     """
     shift = tl.zeros([ROWS, CHUNK], tl.float32)
     total = tl.zeros([ROWS, CHUNK], tl.float32)
@@ -30,7 +30,7 @@ def moments(zs, first, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 
 @triton.jit
 def mean_from_value(zs, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """The mean of rows by way of their first value, from which equal values do not differ.
+    """The mean of rows relative to their first value, to which equal values have no distance.
 
     Halves of the distances are divided before they are summed, so that they do not overflow.
     """
@@ -60,9 +60,9 @@ def affine(normed, weight, norm_bias, weight_offset, first,
 def stream(z, x, residual, scale, bias, ids, edits, seed, threshold, factor, row, first,
            D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
            KEPT: tl.constexpr, ADDED: tl.constexpr):  # fmt: skip
-    """What the norm sees, in fp32: ``z`` if it is at hand, or else made from ``x`` and the residual, if added.
+    """The norm's input in fp32: ``z`` if it was kept, else recomputed from ``x`` and the residual, if there is one.
 
-    Rounded to the dtype of ``x``, which is that of ``z``, in any case.
+    It is always rounded to the dtype of ``x``, which is that of ``z``.
     """
     if KEPT:
         return z.to(tl.float32)
@@ -84,7 +84,7 @@ def norm_terms(dy, z, scale, weight, ids, edits, weight_offset, mean, rstd, firs
             g = g * load_edit(scale, ids, edits, first, D, ROWS, CHUNK)
     if mean is not None:
         z = z - mean[:, None]
-        if D % CHUNK != 0:  # the distance of nothing from a large mean, times rstd, may be infinite
+        if D % CHUNK != 0:  # a zero's distance from a large mean, times rstd, may be infinite
             z = tl.where((first + tl.arange(0, CHUNK) < D)[None, :], z, 0.0)
     weighted = g
     if weight is not None:

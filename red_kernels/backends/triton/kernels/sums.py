@@ -1,4 +1,4 @@
-"""The last step of column sums: one deterministic kernel adds the lines that programs left, for all sums at once."""
+"""The last step of column sums: one deterministic kernel adds the programs' lines, for all sums at once."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from .device import RUNTIME, load
 
 @triton.jit
 def _which(n, a, b, c, d):
-    """The ``n``-th of up to four addresses; those behind the last are None."""
+    """The ``n``-th of up to four addresses; the rest are None."""
     found = a
     if b is not None:
         if n == 1:
@@ -46,9 +46,10 @@ def add_edits(
     edits: tl.int64, length: tl.int64,
     D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One or two buffers ``(lines, D)`` to as many ``(edits, D)``: each edit's line, or what its workers share.
+    """One or two buffers ``(lines, D)`` to as many ``(edits, D)``: each edit's line, or the lines that its workers
+    share.
 
-    See :mod:`.device`. ``offsets`` says where each edit's rows begin in their order. The grid is (edits, slabs,
+    See :mod:`.device`. ``offsets`` has each edit's first position in the order of rows. The grid is (edits, slabs,
     buffers).
     """
     sums = _which(tl.program_id(2), first_in, second_in, None, None)
@@ -59,7 +60,7 @@ def add_edits(
     end = tl.load(offsets + edit + 1)
     total = tl.zeros([ROWS, CHUNK], tl.float32)
     found = tl.zeros([ROWS], tl.int32)
-    # the lines of the workers from the one with its first row to the one with its last
+    # the lines of the workers from that of its first row to that of its last
     last = tl.where(end > begin, 2 * ((end - 1) // length) + 2, 0)
     for start in range(2 * (begin // length), last, ROWS):
         line = start + tl.arange(0, ROWS).to(tl.int64)
@@ -67,7 +68,7 @@ def add_edits(
         total += load(sums, edits + line, own, first, D, CHUNK)
         found += own.to(tl.int32)
     width = tl.where(end > begin, D, 0)
-    width = tl.where(tl.sum(found, axis=0) > 0, 0, width)  # none but an edit within one worker has a line of its own
+    width = tl.where(tl.sum(found, axis=0) > 0, 0, width)  # only an edit within one worker has its own line
     cols = first + tl.arange(0, CHUNK)
     direct = tl.load(sums + edit * D + cols, mask=cols < width, other=0.0)
     tl.store(out + edit * D + cols, tl.sum(total, axis=0) + direct, mask=cols < D)

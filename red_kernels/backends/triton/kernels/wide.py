@@ -1,8 +1,8 @@
 """Norms with an edit before or behind them, for rows too wide for the registers of a program: piece by piece.
 
-The same arguments and results as in :mod:`.norm`. Forward, a program goes over its row twice, the second time through
-the cache. Backward, one kernel makes the two averages of each row that its gradient needs, and with these every column
-is by itself, as in :mod:`.edit`: 8 passes over an activation rather than 6.
+The same arguments and results as in :mod:`.norm`. Forward, a program reads its row twice, the second time through the
+cache. Backward, one kernel computes the two averages of each row for its gradient; with these every column is
+independent, as in :mod:`.edit`: 8 passes over an activation instead of 6.
 """
 
 import triton
@@ -55,9 +55,9 @@ def wide_forward(
             if z is not None:
                 store(z, v, row, live, first, D, CHUNK)
         if mean is not None:
-            # Mean and squared distances of the piece, joined to those so far (Chan et al. 1983): no digits are lost to
-            # a large mean, as all is counted from a value of the row, from which equal values do not differ: the one
-            # nearest to the first piece's mean, as another may be far from all the rest.
+            # Mean and squared distances of the piece are joined to those so far (Chan et al. 1983). A large mean costs
+            # no digits, since all values are relative to one value of the row, from which equal values have no
+            # distance. It is the value nearest to the first piece's mean, since another may be an outlier.
             lane = tl.arange(0, CHUNK)
             inside = (first + lane < D)[None, :]
             n = tl.full([1], 0.0, tl.float32) + tl.minimum(D - first, CHUNK)
@@ -82,7 +82,7 @@ def wide_forward(
         spread = tl.sum(squares, axis=1)
     scaled = reciprocal_root(over_width(spread, D) + eps)
     tl.store(rstd + row, scaled)
-    tl.debug_barrier()  # what other threads wrote of z is read below
+    tl.debug_barrier()  # other threads' writes to z are read below
     for first in range(0, D, CHUNK):
         a = load(x, row, live, first, D, CHUNK) if z is None else load(z, row, live, first, D, CHUNK)
         if EDIT_LAST:
@@ -163,7 +163,7 @@ def wide_backward(
         c2 = tl.load(averages + rows + row, mask=live, other=0.0)
         if SORTED:
             done = live & (id != current)
-            if tl.max(done.to(tl.int32), axis=0) > 0:  # seldom: then the sums change threads to be written
+            if tl.max(done.to(tl.int32), axis=0) > 0:  # rare: then the sums change threads to be written
                 line = line_of(current, changes, edits, ROWS)
                 if dscale is not None:
                     sum_scale = flush(dscale, sum_scale, line, done, first, D, CHUNK)

@@ -1,5 +1,5 @@
-"""The search for launch rules on the device at hand: `red-kernels bench --tune`.
+"""The search for launch rules on this device: `red-kernels bench --tune`.
 
-``workloads`` says what is run, ``candidates`` which tiles are tried, ``search`` which tile wins, ``matmul`` where the
-fused matmul does; ``job`` is the command. How times are taken is in :mod:`red_kernels.support.clocks`.
+``workloads`` has the measured calls, ``candidates`` the tried tiles, ``search`` the choice of a tile, ``matmul`` the
+wins of the fused matmul; ``job`` is the command. Clocks are in :mod:`red_kernels.support.clocks`.
 """

@@ -1,4 +1,4 @@
-"""Which tiles are tried in place of a rule's own: its neighbours, a few doublings away."""
+"""The tiles tried instead of a rule's own: its neighbours, a few doublings away."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ..rules import Architecture, power_of_two
 from ..tuned import RULES, Rule, tile_error
 
 REACH = 2  # doublings and halvings in all
-REACH_OF_PRODUCTS = 1  # which have many fields and take long to compile
+REACH_OF_PRODUCTS = 1  # they have many fields and compile slowly
 MOST_HELD = 64  # elements of a tile for each thread; beyond, a kernel takes minutes to compile and spills
 
 
 def candidates(rule: Rule, key: Mapping[str, int], architecture: Architecture, reach: int = REACH) -> list[Any]:
     """The tiles that differ from the factory's by at most ``reach`` doublings or halvings of their fields, nearest
-    first; stages and splits go up and down by one.
+    first; stages and splits change by one.
 
-    Left out is what the rule's check refuses, and a tile with pieces twice as wide as the rows, fewer elements than
-    threads, or more than ``MOST_HELD`` for each. Where the rule may give None, that is tried too; where the factory
-    does, the neighbours are those of a row held by as many threads as a program can have. The factory's own result is
-    not among them.
+    Excluded are tiles that the rule's check refuses, and tiles with pieces twice as wide as the rows, with fewer
+    elements than threads, or with more than ``MOST_HELD`` for each thread. If the rule may return None, None is tried
+    too. If the factory does, the neighbours are those of a row in as many threads as a program can have. The factory's
+    own result is not among them.
     """
     default = rule.factory(**key, architecture=architecture)
     start = default
@@ -43,7 +43,7 @@ def _around(start: Any, key: Mapping[str, int], reach: int) -> Iterator[Any]:
     """In order of distance. The number of pieces follows from their size."""
     names = [field.name for field in fields(start) if field.name != "chunks"]
     if getattr(start, "programs", None) == 0:
-        names.remove("programs")  # no number, but a kind of grid
+        names.remove("programs")  # not a number, but a kind of grid
     moves = itertools.product(range(-reach, reach + 1), repeat=len(names))
     for move in sorted(moves, key=lambda steps: (sum(map(abs, steps)), steps)):
         if sum(map(abs, move)) > reach:
@@ -64,7 +64,7 @@ def _sensible(rule: Rule, tile: Any, key: Mapping[str, int], warp: int) -> bool:
     if tile_error(rule, tile, key, warp) is not None:
         return False
     if not hasattr(tile, "chunk"):
-        return True  # a tile of another kind: its check says all
+        return True  # a tile of another kind: its check decides
     if tile.chunk > power_of_two(key["width"]):
         return False
     elements, threads = tile.rows * tile.chunk, tile.warps * warp

@@ -1,4 +1,4 @@
-"""`red-kernels bench --tune`: search the launch rules of the GPU at hand and store a table."""
+"""`red-kernels bench --tune`: search the launch rules of this GPU and store a table."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from .search import Bench, Case, Outcome, Target, geometric_mean, search, target
 from .workloads import DTYPES, MOST_SETS, OPERATIONS, Pass, Workload, most_sums
 
 ALL_OPERATIONS = (*OPERATIONS, matmul.OPERATION)
-CACHES = 3  # inputs are rotated through so many times the L2 cache
-CACHE_BYTES = 64 << 20  # of a GPU that does not say
+CACHES = 3  # inputs rotate through this many times the L2 cache
+CACHE_BYTES = 64 << 20  # of a GPU that does not report it
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is searched. ``sums`` are numbers of vectors with gradients: 2 for scale and bias, with a frozen norm."""
+    """The scope of a search. ``sums`` are numbers of vectors with gradients: 2 for scale and bias, frozen norm."""
 
     output: Path | None = None
     operations: tuple[str, ...] = ("edit_add", "edit_add_rms_norm", "edit_add_layer_norm", matmul.OPERATION)
@@ -66,7 +66,7 @@ class Settings:
 
 
 def gpu_bench() -> Bench:
-    """The current GPU, timed by graph replays. Raises RuntimeError, naming what is missing, where there is none."""
+    """The current GPU, timed by graph replays. Raises RuntimeError, naming the missing part, if there is none."""
     require_gpu()
     device = torch.device("cuda", torch.cuda.current_device())
     cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or CACHE_BYTES
@@ -74,18 +74,18 @@ def gpu_bench() -> Bench:
 
 
 def tune(settings: Settings, console: Console, bench: Bench | None = None) -> Path:
-    """Search the rules and write the table, anew after each result; returns the file.
+    """Search the rules and write the table, again after each result; returns the file.
 
     Args:
-        settings: what to search; the table goes to ``output``, by default a file in the working directory that is named
-            after the architecture.
+        settings: the scope; the table goes to ``output``, by default a file in the working directory named after the
+            architecture.
         console: for the progress and the results.
-        bench: the device and how it is measured (default: the current GPU).
+        bench: the device and its clock (default: the current GPU).
 
     Raises:
-        RuntimeError: there is no GPU that can be measured.
+        RuntimeError: there is no GPU to measure.
         FileExistsError: the file exists, and ``overwrite`` is not set.
-        OSError: the file cannot be written, which is tried first.
+        OSError: the file cannot be written, which is checked first.
     """
     bench = bench or gpu_bench()
     output = settings.output or Path(f"{bench.architecture.name}.json")
@@ -112,7 +112,7 @@ def tune(settings: Settings, console: Console, bench: Bench | None = None) -> Pa
 
 
 class _Table:
-    """The table as it grows, and its file."""
+    """The growing table, and its file."""
 
     def __init__(self, path: Path, bench: Bench) -> None:
         chip = bench.architecture
@@ -131,8 +131,9 @@ class _Table:
             },
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "measuring": (
-                f"{bench.how}; inputs rotated through {bench.cache_bytes / 1e6:.0f} MB or {MOST_SETS} "
-                f"sets; quartiles of {bench.passes} x {bench.confirming_rounds} rounds in turn with the default, after "
+                f"{bench.how}; inputs rotate through {bench.cache_bytes / 1e6:.0f} MB or {MOST_SETS} "
+                f"sets; quartiles of {bench.passes} x {bench.confirming_rounds} rounds that alternate with the "
+                "default, after "
                 f"{bench.rounds} rounds that chose the best tiles"
             ),
             "entries": [],
@@ -163,7 +164,7 @@ class _Table:
         self.write()
 
     def write(self) -> None:
-        """Write the file, once it is known that it can be read again."""
+        """Write the file, after verifying that it can be read again."""
         text = json_by_line(self.content)
         tuned.parse(text, str(self.path), self.path)
         write_files(self.path.parent, {self.path.name: text.encode()})
@@ -187,7 +188,7 @@ def _workloads(settings: Settings, bench: Bench) -> list[Workload]:
 
 
 def _guarded(target: Target, bench: Bench, console: Console) -> Outcome | None:
-    """A search, or None where the device has not the memory, which is said."""
+    """A search, or None with a message if the device lacks memory."""
     try:
         return search(target, bench)
     except torch.OutOfMemoryError:
@@ -197,7 +198,7 @@ def _guarded(target: Target, bench: Bench, console: Console) -> Outcome | None:
 
 
 def _compare(target: Target, tile: Any, bench: Bench, table: _Table, console: Console) -> None:
-    """Measure the fused matmul against the composed form, for each place that a table has entries for."""
+    """Measure the fused matmul against the composed form, for each entry of a table."""
     places: dict[tuple[str, int, int, int], list[Product]] = {}
     for product in target.workloads:
         assert isinstance(product, Product)
@@ -220,9 +221,11 @@ def _compare(target: Target, tile: Any, bench: Bench, table: _Table, console: Co
 def _show(outcome: Outcome, console: Console) -> None:
     if outcome.won:
         spread = ", ".join(f"{case.ratio:.2f}x at {case.workload.rows} rows" for case in outcome.cases)
-        console.print(f"{outcome.target}: [green]{_short(outcome.tile)}[/] for {_short(outcome.default)}: {spread}")
+        console.print(
+            f"{outcome.target}: [green]{_short(outcome.tile)}[/] replaces {_short(outcome.default)}: {spread}"
+        )
     else:
-        console.print(f"{outcome.target}: {_short(outcome.default)} stays, of {outcome.tried + 1}")
+        console.print(f"{outcome.target}: {_short(outcome.default)} stays, of {outcome.tried + 1} tiles")
     kinds = Counter(reason.partition(" (")[0] for reason in outcome.left_out.values())
     for tile, reason in outcome.left_out.items():
         kind = reason.partition(" (")[0]
@@ -234,8 +237,8 @@ def _show(outcome: Outcome, console: Console) -> None:
 
 def _summarise(table: _Table, console: Console) -> None:
     if not table.content["entries"]:
-        console.print("No rule was beaten by more than the noise.")
-    shown = Table(title="Rules that were beaten by more than the noise")
+        console.print("No tile beat its default by more than the noise.")
+    shown = Table(title="Tiles that beat their default by more than the noise")
     for heading in ("rule", "arguments", "tile", "ratio"):
         shown.add_column(heading, justify="right" if heading == "ratio" else "left")
     for entry in table.content["entries"]:
@@ -274,7 +277,7 @@ def _measured(cases: Sequence[Case]) -> list[dict[str, Any]]:
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
-    """Make the folder and write a file into it: what was measured for an hour must not be lost in the end."""
+    """Make the folder and write a file into it: an hour's measurements must not be lost at the end."""
     if output.is_dir():
         raise IsADirectoryError(f"--output: {output} is a folder, expected the name of a file")
     if output.exists() and not overwrite:
@@ -293,7 +296,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _commit() -> str | None:
-    """That of the checkout this file is tracked in, with '-dirty' behind it if files were changed; None elsewhere."""
+    """The commit of this file's checkout, with '-dirty' if files were changed; None elsewhere."""
     folder = str(Path(__file__).parent)
 
     def git(*arguments: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Where the fused matmul of `linear_edit` beats the composed form: torch's own linear layer and an edit behind it."""
+"""The sizes at which the fused matmul of `linear_edit` beats the composed form: torch's linear layer and an edit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .search import Bench, Case, difference, poison
 from .workloads import DTYPES, Result, input_sets, record
 
 OPERATION = "linear_edit"
-# Inputs of the layers that edits stand behind, the last of an FFN, by their outputs: of models in wide use.
+# Input widths of edited layers, the last of an FFN, by their output widths: of widely used models.
 DEPTHS = {
     768: (3072,),
     1024: (4096,),
@@ -55,12 +55,12 @@ class Product:
 
     @property
     def place(self) -> tuple[str, int, int, int]:
-        """What a table's entry is for: dtype, m, n and k."""
+        """The key of a table's entry: dtype, m, n and k."""
         dtype = "tf32" if self.dtype == "tf32" else str(DTYPES[self.dtype]).removeprefix("torch.")
         return dtype, tuned.bucket(self.rows), self.width, self.depth
 
     def probe(self) -> Product:
-        """The whole: this rule looks at the rows."""
+        """The whole size: this rule depends on the rows."""
         return self
 
     def tensors(self, device: torch.device, seed: int) -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ class Product:
 
 def products(widths: Sequence[int], rows: Sequence[int], dtypes: Sequence[str], bench: Bench) -> list[Product]:
     """Each width with the depths of models, or four times itself; each number of rows and three quarters of it, for all
-    that it stands for; with and without a residual. fp32 is measured as TF32 too where the device has that."""
+    that it covers; with and without a residual. fp32 is measured as TF32 too if the device has that."""
     names = [*dtypes, "tf32"] if "fp32" in dtypes and not bench.architecture.name.startswith("gfx") else list(dtypes)
     sizes = dict.fromkeys(size for m in map(tuned.bucket, rows) for size in (m, max(m // 2 + 1, 3 * m // 4)))
     return [
@@ -116,7 +116,7 @@ def products(widths: Sequence[int], rows: Sequence[int], dtypes: Sequence[str], 
 def compare(products: Sequence[Product], tile: Any, bench: Bench) -> tuple[Case, ...]:
     """The times of the fused matmul with a tile, and of the composed form as the default.
 
-    Raises ValueError if the two compute different things.
+    Raises ValueError if the two results differ.
     """
     cases = []
     for product in products:
@@ -134,7 +134,7 @@ def _one_pass(product: Product, tile: Any, bench: Bench) -> dict[str, list[float
         launches.run()
     results = [product.composed(tensors) for tensors in sets]
     bench.synchronize()
-    # The composed form rounds between its two steps, and each form rounds to TF32 by itself.
+    # The composed form rounds between its two steps, and each form rounds to TF32 separately.
     eps = TF32_EPS if product.dtype == "tf32" else torch.finfo(results[0].dtype).eps
     wrong = difference(fused[0].results, (results[0],), product.terms, eps)
     if wrong is not None:

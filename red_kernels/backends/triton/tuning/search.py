@@ -1,4 +1,4 @@
-"""The search for one rule's tile: candidates are checked, timed in turn with the factory's own, and the best again."""
+"""The search for one rule's tile: candidates are checked and timed in turn with the factory's own, the best again."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .candidates import REACH, candidates
 from .workloads import Launches, Result, Workload, input_sets, record
 
 FINALISTS = 3
-_DEFAULT = "default"  # among the tiles by which measurements are named
+_DEFAULT = "default"  # this name among the tiles of measurements
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how to measure: device, clock, the bytes that inputs must exceed, rounds to choose and to confirm.
+    """The device and the clock, the bytes that inputs must exceed, rounds to choose and to confirm.
 
-    The latter are run ``passes`` times, each with inputs, launches and graphs made anew.
+    The latter run ``passes`` times, each with new inputs, launches and graphs.
     """
 
     device: torch.device
@@ -36,22 +36,22 @@ class Bench:
     confirming_rounds: int = 10
     passes: int = 3
     reach: int = REACH
-    how: str = "a clock of the caller's"
+    how: str = "the caller's clock"
 
     @property
     def architecture(self) -> Architecture:
-        """That of the device."""
+        """The device type."""
         return launch.architecture(torch.empty(0, device=self.device))
 
     def synchronize(self) -> None:
-        """Wait for the device, if there is something to wait for."""
+        """Wait for the device, if it is asynchronous."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A rule with its arguments, and all workloads that its tile is judged by."""
+    """A rule with its arguments, and all workloads that its tile is measured on."""
 
     rule: Rule
     arguments: tuple[Any, ...]
@@ -76,13 +76,13 @@ class Case:
 
     @property
     def ratio(self) -> float:
-        """How many times as fast the tile is, by medians."""
+        """The default's time over the tile's, by medians."""
         return self.default.median / self.tile.median
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a search: the tile that won with its times, if ``won``; and why candidates were left out."""
+    """The result of a search: the winning tile with its times, if ``won``; and why candidates were excluded."""
 
     target: Target
     default: Any
@@ -99,7 +99,7 @@ class Outcome:
 
 
 def targets(workloads: Sequence[Workload], bench: Bench) -> list[Target]:
-    """The rules that decide something about what the workloads launch, each with its workloads, as they come."""
+    """The rules that affect the workloads' launches, each with its workloads, in order of occurrence."""
     found: dict[Key, list[Workload]] = {}
     for workload in workloads:
         probe = workload.probe()
@@ -118,9 +118,9 @@ def targets(workloads: Sequence[Workload], bench: Bench) -> list[Target]:
 def search(target: Target, bench: Bench) -> Outcome:
     """Find a tile that beats the factory's by more than the noise.
 
-    All candidates are timed in turn on every workload. The best few are timed again in rounds of their own, which
-    decide: in at least one workload the tile's upper quartile must lie below the default's lower quartile, and in none
-    the other way round. Of several the one with the greatest mean ratio wins.
+    All candidates are timed in turn on every workload. The best few are timed again in separate rounds, which decide:
+    in at least one workload the tile's upper quartile must be below the default's lower quartile, and in none the
+    reverse. Of several the one with the greatest mean ratio wins.
     """
     rule = target.rule
     default = rule.factory(**target.key, architecture=bench.architecture)
@@ -159,7 +159,7 @@ def _times(
     rounds: int,
     passes: int,
 ) -> dict[Any, Quartiles]:
-    """The times of the default and of the tiles that can be used; why others cannot goes to ``left_out``."""
+    """The times of the default and of usable tiles; ``left_out`` gets the reasons of others."""
     runs = [_one_pass(target, workload, tiles, left_out, bench, rounds) for _ in range(passes)]
     return {tile: quartiles([run[tile] for run in runs]) for tile in runs[-1]}
 
@@ -196,40 +196,40 @@ def _recorded(workload: Workload, tensors: Mapping[str, Tensor], tiles: Mapping[
 
 
 def _unusable(found: Launches, default: Launches, expected: Result, workload: Workload, bench: Bench) -> str | None:
-    """Run a candidate once; why it must not be timed, or None. Raises if the device cannot go on after it."""
+    """Run a candidate once; why it must not be timed, or None. Raises if the device fails after it."""
     poison(found.results)
     try:
         found.run()
         bench.synchronize()
-    except Exception as error:  # whatever the compiler or the driver has against a tile
+    except Exception as error:  # any refusal of a tile by the compiler or the driver
         default.run()
-        bench.synchronize()  # raises if the device cannot go on
+        bench.synchronize()  # raises if the device has failed
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return found.spilling() or difference(found.results, expected, workload.terms)
 
 
 def poison(results: Result) -> None:
-    """Fill results with NaN: what a kernel does not write is found."""
+    """Fill results with NaN, to detect elements that a kernel does not write."""
     for t in results:
         if t is not None:
             t.fill_(math.nan)
 
 
 def difference(found: Result, expected: Result, terms: int, roundings: float = 0.0) -> str | None:
-    """Where results differ by more than one rounding and sums of so many fp32 ``terms`` in another order; or None.
+    """The first difference beyond one rounding and sums of ``terms`` fp32 terms in another order; or None.
 
-    ``roundings`` is the relative size of what else may differ.
+    ``roundings`` is the relative size of further differences.
     """
     for place, (own, other) in enumerate(zip(found, expected, strict=True)):
         if own is None or other is None:
             continue
         distance = float((own.double() - other.double()).norm() / other.double().norm())
         bound = roundings + torch.finfo(other.dtype).eps + terms**0.5 * torch.finfo(torch.float32).eps
-        if not distance <= bound:  # NaN is not
+        if not distance <= bound:  # also true for NaN
             return f"wrong: result {place} is off by {distance:.1e}, more than {bound:.1e}"
     return None
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """Of one positive number or more."""
+    """The geometric mean of positive numbers."""
     return math.exp(sum(map(math.log, values)) / len(values))

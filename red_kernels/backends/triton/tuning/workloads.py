@@ -1,4 +1,4 @@
-"""What is measured: each operation's forward and backward as a patched model runs them, as lists of kernel launches."""
+"""The measured calls: each operation's forward and backward as in a patched model, as lists of kernel launches."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Result = tuple[Tensor | None, ...]
 
 
 class Workload(Protocol):
-    """Something to run on the kernels, at one size."""
+    """A call of the kernels, at one size."""
 
     @property
     def operation(self) -> str:
-        """Its name for people."""
+        """Its readable name."""
 
     @property
     def dtype(self) -> str:
@@ -39,16 +39,16 @@ class Workload(Protocol):
 
     @property
     def terms(self) -> int:
-        """How many numbers its longest sums have."""
+        """The number of terms of its longest sums."""
 
     def probe(self) -> Workload:
-        """The same, as small as it can be without another rule being asked."""
+        """The same, as small as possible without using another rule."""
 
     def tensors(self, device: torch.device, seed: int) -> dict[str, Tensor]:
         """Random inputs."""
 
     def call(self, tensors: Mapping[str, Tensor]) -> Result:
-        """Run it; what it returns, as a tuple."""
+        """Run it; its results, as a tuple."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Pass:
         return replace(self, rows=1)
 
     def tensors(self, device: torch.device, seed: int) -> dict[str, Tensor]:
-        """Those that a forward would have left need not belong together: no kernel looks at that."""
+        """Tensors from a forward need not be consistent: no kernel checks that."""
         draw = torch.Generator(device).manual_seed(seed)
         dtype = DTYPES[self.dtype]
 
@@ -111,7 +111,7 @@ class Pass:
             return found if isinstance(found, tuple) else (found,)
         for_scale, for_bias, for_weight, for_norm_bias = (self.sums > place for place in range(4))
         statistics = Statistics(t["mean"] if centered else None, t["rstd"])
-        edit = affine_edit(t["scale"])  # a backward has no use for the bias
+        edit = affine_edit(t["scale"])  # a backward does not use the bias
         x = t["x"] if for_scale else None
         if self._kind == "edit":
             found = operations.edit_backward(t["dy"], x, edit, 1, (True, for_scale, for_bias))
@@ -138,7 +138,7 @@ class Pass:
 
 
 def most_sums(operation: str) -> int:
-    """How many vectors of an operation can have gradients."""
+    """The number of vectors of an operation that can have gradients."""
     if "norm" not in operation:
         return 2
     return 4 if "layer_norm" in operation else 3
@@ -146,7 +146,7 @@ def most_sums(operation: str) -> int:
 
 @dataclass
 class Launches:
-    """The kernels that a call starts, ready to be started again, and the tensors that they write in the end."""
+    """The kernels of a call, ready to be started again, and their result tensors."""
 
     kernels: list[tuple[launch.Kernel, tuple[Any, ...]]]
     results: Result
@@ -158,16 +158,16 @@ class Launches:
                 kernel(*arguments)
 
     def runner(self, rule: str) -> Callable[[], None]:
-        """What is timed for a rule: the whole pass, or only the small kernel that the rule is for."""
+        """The timed part for a rule: the whole pass, or only the rule's small kernel."""
         only = _FINISHING.get(rule)
         return lambda: self.run(only)
 
     def shapes(self) -> list[tuple[Any, ...]]:
-        """What a tile decides: for each kernel its name, grid, constants, warps and stages."""
+        """The effects of a tile: for each kernel its name, grid, constants, warps and stages."""
         return [(kernel.name, arguments[0], *arguments[3:]) for kernel, arguments in self.kernels]
 
     def write_into(self, results: Result) -> None:
-        """Take other tensors for the results, so that many tiles share one set of them."""
+        """Use other tensors for the results, so that many tiles share one set of them."""
         others = {id(own): other for own, other in zip(self.results, results, strict=True) if own is not None}
         self.kernels = [
             (kernel, (grid, tuple(others.get(id(t), t) for t in tensors), *rest))
@@ -176,7 +176,7 @@ class Launches:
         self.results = results
 
     def spilling(self) -> str | None:
-        """Which of the kernels keeps registers in memory, once they ran on a GPU; None if none does."""
+        """The kernel that spills registers, after a run on a GPU; None if none does."""
         for kernel, (_, tensors, _, *rest) in self.kernels:
             compiled = kernel.compiled(tensors, *rest)
             if compiled is not None and compiled.n_spills:
@@ -185,7 +185,7 @@ class Launches:
 
 
 def record(call: Callable[[], Result], tiles: Mapping[str, Any]) -> tuple[Launches, list[Key]]:
-    """What a call would launch with some rules' tiles replaced, and the rules that it asks for. Nothing is launched."""
+    """The launches of a call with some rules' tiles replaced, and the rules that it uses. Nothing is launched."""
     kernels: list[tuple[launch.Kernel, tuple[Any, ...]]] = []
     with tuned.forcing(tiles) as asked, launch.recording(lambda kernel, *rest: kernels.append((kernel, rest))):
         results = call()
@@ -193,7 +193,7 @@ def record(call: Callable[[], Result], tiles: Mapping[str, Any]) -> tuple[Launch
 
 
 def input_sets(workload: Workload, device: torch.device, cache_bytes: int) -> list[dict[str, Tensor]]:
-    """Sets of inputs to take in turn, as many as are beyond ``cache_bytes`` together; at least two."""
+    """Sets of inputs to take in turn, enough to exceed ``cache_bytes`` together; at least two."""
     first = workload.tensors(device, 0)
     size = sum(t.numel() * t.element_size() for t in first.values())
     count = min(MOST_SETS, max(2, -(-cache_bytes // size)))
