@@ -54,6 +54,7 @@ class BuildLibraries(build_ext):
                 f"RED_KERNELS_CUDA is {setting!r}; expected 1 (build the CUDA kernels or fail), 0 (leave them out) or "
                 "nothing (build them where nvcc is found)"
             )
+        self.parallel = len(LIBRARIES)  # they share the cores, see csrc/build.py
         super().run()
 
     def build_extension(self, ext: Extension) -> None:

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import BoundedSemaphore
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTS = ROOT / "build" / "csrc"
@@ -39,14 +40,16 @@ WITHOUT = [
     "-Wno-uninitialized",
 ]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mprfchw"]
+# Of a set for bf16 only the kernels of that type are compiled: the set before it has the others.
+BF16 = ["-DRED_BFLOAT16_ONLY"]
 X86_SETS = {
     "base": (4, []),
     "avx2": (8, ["-mavx2", "-mfma", "-mf16c", "-mprfchw"]),
     "avx512": (16, AVX512),
-    "avx512_bf16": (16, [*AVX512, "-mavx512bf16"]),
+    "avx512_bf16": (16, [*AVX512, "-mavx512bf16", *BF16]),
 }
 # The second has instructions from fp32 to bf16: Graviton 3 and 4, Grace, Apple's M2 and later.
-AARCH64_SETS = {"neon": (4, []), "neon_bf16": (4, ["-march=armv8.2-a+bf16"])}
+AARCH64_SETS = {"neon": (4, []), "neon_bf16": (4, ["-march=armv8.2-a+bf16", *BF16])}
 TOOLKITS = ("/usr/local/cuda",)
 OLDEST_GPU = 80
 GPUS = (80, 90, 100)
@@ -235,8 +238,7 @@ def build_nodes_library(target: Path, objects: Path = OBJECTS / "nodes") -> None
         compiler, *FLAGS, *WITHOUT, "-O2", "-Wno-missing-field-initializers", "-DRED_ATEN", built_for,
         "-isystem", str(torch / "include"), "-isystem", str(headers), "-c",
     )  # fmt: skip
-    sources = [*sorted((ROOT / "csrc/nodes").glob("*.cpp")), ROOT / "csrc/cpu/launch.cpp", ROOT / "csrc/cpu/plan.cpp"]
-    jobs = [Job(source, objects / f"{source.stem}.o", common) for source in sources]
+    jobs = [Job(ROOT / "csrc/nodes/all.cpp", objects / "all.o", common)]
     _compile(jobs, objects, torch)
     libraries = [f"-l{name}" for name in ("torch_python", "torch", "torch_cpu", "c10")]
     _link([compiler, "-shared"], target, jobs, [f"-L{torch / 'lib'}", *libraries])
@@ -293,10 +295,13 @@ def stamp(job: Job, tools: str) -> str:
 
 
 def _compile(jobs: list[Job], objects: Path, torch: Path) -> None:
-    """One file for each core, the longest first; those whose stamp is the one of the last build are left alone."""
+    """One file for each core, the longest first; those whose stamp is the one of the last build are left alone.
+
+    Libraries that are built at the same time share the cores: what one leaves idle at its end another one has.
+    """
     objects.mkdir(parents=True, exist_ok=True)
     tools = _tools({job.command[0] for job in jobs}, torch)
-    ordered = sorted(jobs, key=lambda job: -job.source.stat().st_size)
+    ordered = sorted(jobs, key=lambda job: -sum(path.stat().st_size for path in included(job.source)))
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         running = [pool.submit(_compile_one, job, stamp(job, tools)) for job in ordered]
         try:
@@ -316,7 +321,8 @@ def _compile_one(job: Job, wanted: str) -> None:
     temporary = job.built.with_name(f"{job.built.name}.{os.getpid()}.tmp")
     try:
         source = str(job.source.relative_to(ROOT))
-        said = run([*job.command, "-o", str(temporary), source], source)
+        with _CORES:
+            said = run([*job.command, "-o", str(temporary), source], source)
         sys.stderr.write("".join(line for line in said.splitlines(True) if not _ASSEMBLER.match(line)))
         temporary.replace(job.built)
     finally:
@@ -427,6 +433,7 @@ def _own_instructions() -> list[str]:
     return ["-mfma", "-mf16c", "-mavx2"] if {"fma", "f16c", "avx2"} <= set(found) else []
 
 
+_CORES = BoundedSemaphore(os.cpu_count() or 1)
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.M)
 # What ptxas says of every kernel, which is in the reports.
 _ASSEMBLER = re.compile(r"ptxas info|    (?:Function properties for \S+|\d+ bytes stack frame, .*)$")

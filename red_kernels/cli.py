@@ -41,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
+        if options.alone and _processes() > 1:
+            if int(os.environ["RANK"]):
+                return EXIT_ERROR  # the first process says why
+            raise ValueError(f"{options.command} runs in one process, got {_processes()}; start it without a launcher")
         with bars_on_terminals_only():
             return int(options.run(options))
     except KeyboardInterrupt:
@@ -125,9 +129,15 @@ def _parser() -> Parser:
     )
     bench.set_defaults(run=_bench)
     _add_bench_options(bench)
-    for command in (info, finetune, sweeping, evaluating, generating, merge, convert, pushing, bench):
+    for name, command in commands.choices.items():
         command.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+        command.set_defaults(command=name, alone=command is not finetune)
     return parser
+
+
+def _processes() -> int:
+    """How many processes torchrun or `accelerate launch` has started; 1 without either."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if {"RANK", "LOCAL_RANK"} <= os.environ.keys() else 1
 
 
 def _add_merge_options(parser: argparse.ArgumentParser) -> None:

@@ -90,6 +90,7 @@ def _compiled(inner: Callable[[nn.Module], Prepared]) -> Callable[[nn.Module], P
 METHODS = (
     Method("frozen-fused", "frozen, fused norms (floor)", _frozen_fused),
     Method("frozen", "frozen", _frozen),
+    Method("frozen-compile", "frozen under torch.compile", _compiled(_frozen)),
     Method("red", "RED, fused (ours)", _red),
     Method("red-compile", "RED, ours under torch.compile", _compiled(_red)),
     Method("naive", "RED, eager hooks", _naive),

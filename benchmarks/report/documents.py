@@ -26,7 +26,7 @@ from .tables import PROTOCOL, name_of, section
 from .text import NONE, ratios, table
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-SHOWN = ("frozen", "red", "red-compile", "naive", "naive-compile", "lora-qv", "lora-all", "full")
+SHOWN = ("frozen", "frozen-compile", "red", "red-compile", "naive", "naive-compile", "lora-qv", "lora-all", "full")
 SHOWN_MEMORY = ("red", "naive", "lora-all", "full")
 HEAD = f"""\
 # Performance

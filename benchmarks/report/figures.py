@@ -34,7 +34,7 @@ OPERATIONS = (
 )
 FLOOR = "frozen-fused"
 OUR_METHODS = ("red", "red-compile")
-WITHOUT_TRAINING = (FLOOR, "frozen")
+WITHOUT_TRAINING = (FLOOR, "frozen", "frozen-compile")
 NEIGHBOURS = ("road", "vera", "hra", "sara", "spt", "lorta", "loretta-adp", "loretta-rep", "melora")
 # Other kinds of edit, ours.
 KINDS = (

@@ -66,6 +66,7 @@ LOOKS = {
     "apex": Look(BLACK, "h", "**"),
     "frozen-fused": Look("#FFFFFF", "_", ""),
     "frozen": Look("#D9D9D9", "x", ""),
+    "frozen-compile": Look("#D9D9D9", "+", "\\\\"),
     "red": Look(BLUE, "o", ""),
     "red-compile": Look(SKY, "s", "//"),
     "naive": Look(GREY, "v", ".."),

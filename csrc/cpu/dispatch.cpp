@@ -57,10 +57,36 @@ bool converts_to_bfloat16() {
 }
 #endif
 
+// A set that adds instructions for bf16 to another one has kernels of that type only.
+struct WithBFloat16 {
+  MixKernels mixes;
+  Kernels kernels;
+
+  WithBFloat16(const Kernels& others, const Kernels& own) : mixes(*others.mixes), kernels(others) {
+    const auto take = [](auto& to, const auto& from) {
+      std::memcpy(&to[kBFloat16], &from[kBFloat16], sizeof to[kBFloat16]);
+    };
+    take(mixes.forward, own.mixes->forward);
+    take(mixes.backward, own.mixes->backward);
+    take(mixes.norm_forward, own.mixes->norm_forward);
+    take(mixes.norm_backward, own.mixes->norm_backward);
+    take(kernels.edit_forward, own.edit_forward);
+    take(kernels.edit_backward, own.edit_backward);
+    take(kernels.edit_norm_forward, own.edit_norm_forward);
+    take(kernels.edit_norm_backward, own.edit_norm_backward);
+    take(kernels.norm_edit_forward, own.norm_edit_forward);
+    take(kernels.norm_edit_backward, own.norm_edit_backward);
+    kernels.name = own.name;
+    kernels.mixes = &mixes;
+  }
+  WithBFloat16(const WithBFloat16&) = delete;
+};
+
 std::vector<const Kernels*> found() {
 #if defined(RED_AARCH64)
+  static const WithBFloat16 with_bfloat16(neon::kernels, neon_bf16::kernels);
   std::vector<const Kernels*> sets{&neon::kernels};
-  if (converts_to_bfloat16()) sets.push_back(&neon_bf16::kernels);
+  if (converts_to_bfloat16()) sets.push_back(&with_bfloat16.kernels);
 #else
   std::vector<const Kernels*> sets{&base::kernels};
 #endif
@@ -72,7 +98,8 @@ std::vector<const Kernels*> found() {
                          __builtin_cpu_supports("avx512dq") != 0, __builtin_cpu_supports("avx512vl") != 0})
     if (!has) return sets;
   sets.push_back(&avx512::kernels);
-  if (__builtin_cpu_supports("avx512bf16")) sets.push_back(&avx512_bf16::kernels);
+  static const WithBFloat16 with_bfloat16(avx512::kernels, avx512_bf16::kernels);
+  if (__builtin_cpu_supports("avx512bf16")) sets.push_back(&with_bfloat16.kernels);
 #endif
   return sets;
 }

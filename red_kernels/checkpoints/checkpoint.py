@@ -31,7 +31,7 @@ from ..support.files import locked, made_folder, sync_folder, write_files
 from ..support.sharded import placed_as, refuse_partitioned, whole, write_from_one
 from ..support.text import listed
 from .authors import CLASSIFIER_NAME, HEAD, VECTORS_NAME, classifier_of, inner_prefix
-from .edit_values import Slot, edit_tensors, slots, values_of, weights_device
+from .edit_values import Slot, edit_tensors, shared_sites, slots, values_of, weights_device
 from .folder import CONFIG_NAME as CONFIG_NAME
 from .folder import HEAD_NAME, Base, Head, Saved, make_saved, marked_head, stale_files
 from .folder import TENSORS_NAME as TENSORS_NAME
@@ -47,7 +47,8 @@ from .model_facts import (
 )
 from .peft_names import CONFIG_NAME as CONFIG
 from .peft_names import beside_files, has_room
-from .peft_write import beside_own
+from .peft_place import place_in_peft
+from .peft_write import beside_model
 from .reading import located
 from .reading import read as read
 from .reading import saved_config as saved_config
@@ -99,10 +100,10 @@ def save_edits(model: nn.Module, folder: str | os.PathLike[str], name: str | Non
     """Save an edit of a patched model: one safetensors file of a few hundred kilobytes, its description included.
 
     Beside it the same is written in PEFT's form (`adapter_config.json`, `adapter_model.safetensors`), so that
-    `PeftModel.from_pretrained(model, folder)` takes the folder once `red_kernels.integrations.peft` is imported. Three
-    cases have no such form: the position `res` or `res_with_attn`, whose sites may be whole layers, which PEFT does not
-    wrap; a folder with the `config.json` of a model, which transformers would take for an adapter; a folder with an
-    adapter that something else has written, which stays.
+    `PeftModel.from_pretrained(model, folder)` takes the folder once `red_kernels.integrations.peft` is imported. Some
+    cases have no such form: sites that PEFT does not wrap, such as those of the positions `res` and `res_with_attn` and
+    blocks of experts; a folder with the `config.json` of a model, which transformers would take for an adapter; a
+    folder with an adapter that something else has written, which stays.
 
     The file is written to a temporary name, synced and renamed: a crash leaves the former file or the new one, and a
     reader meets one of both. Saves into the same folder wait for each other. Vectors that are computed from others (a
@@ -156,15 +157,19 @@ def _save(
         if own.is_meta:
             raise ValueError(f"model: {key} is on the meta device and has no values to save")
         refuse_partitioned(key, own)
-    vectors = renamed_sites(model, values_of(tensors))
+    found = values_of(tensors)
+    vectors = renamed_sites(model, found)
+    values = {key: whole(own).to("cpu", copy=True).contiguous() for key, own in head.items()}
     trained = None
     if head:
-        values = {bare_name(model, key): whole(own).to("cpu", copy=True).contiguous() for key, own in head.items()}
-        trained = Head(values, labels_of(model), architecture(model))
+        trained = Head(
+            {bare_name(model, key): own for key, own in values.items()}, labels_of(model), architecture(model)
+        )
     prefix = inner_prefix(inner_model(model)[1], vectors)
-    base = Base(base_model_name(model), base_revision(model), weights_print(model), architecture(model))
+    named = model if hasattr(model, "config") else inner_model(model)[1]  # DistributedDataParallel has none
+    base = Base(base_model_name(named), base_revision(named), weights_print(model), architecture(model))
     saved = make_saved(config, vectors, base, prefix, trained)
-    beside = beside_own(config, vectors, base, trained) if peft else {}
+    beside = beside_model(config, place_in_peft(model, found, values), base) if peft else {}
     target = Path(folder)
     every = [*(own for parts in tensors.values() for own in parts.values()), *head.values()]
     write_from_one(every, lambda: write_saved(target, saved, beside))
@@ -195,11 +200,17 @@ def write_saved(folder: Path, saved: Saved, beside: Mapping[str, bytes] | None =
                 path.unlink(missing_ok=True)
             sync_folder(folder)
         beside = beside if beside and has_room(folder) else {}
-        for path in beside_files(folder):  # the config first: it must not meet the vectors of other edits
+        former = beside_files(folder)
+        for path in former:  # the config first: it must not meet the vectors of other edits
             if path.name not in beside or (path.name == CONFIG and path.read_bytes() != beside[CONFIG]):
-                path.unlink()
+                path.unlink(missing_ok=True)
         if beside:
-            write_files(folder, beside)
+            try:
+                write_files(folder, beside)
+            except OSError:
+                for path in former:  # of other edits than those that are there now
+                    path.unlink(missing_ok=True)
+                raise
     return tuple(folder / name for name in (*saved.names, *beside))
 
 
@@ -252,7 +263,7 @@ def load_edits(
 
     Warns:
         UserWarning: the file says that the edits were trained on a base model of another name, and nothing says that
-            its weights are the same.
+            its weights are the same; PEFT has saved an adapter into the folder since, which is not what is loaded.
     """
     check_patched(model)
     path = located(folder_or_file, revision)
@@ -284,11 +295,12 @@ def load_found(model: nn.Module, found: Found, path: Path, name: str | None, str
         )
     added = new_edit(model, name) if name is not None and name not in edit_names(model) else None
     places = slots(model, name) if added is None else _slots_of(added)
-    mapping = match_wrapped(model, found.vectors, places)
+    first = shared_sites(model)
+    mapping = match_wrapped(model, found.vectors, first)
     fitting: list[tuple[str, str, torch.Tensor]] = []
     checkpoint_only: list[str] = []
     for site, parts in found.vectors.items():
-        to = mapping.get(site, "")
+        to = first.get(mapping.get(site, ""), "")
         for part, value in parts.items():
             if part not in places.get(to, {}):
                 checkpoint_only.append(f"{site}.{part}")
@@ -329,7 +341,9 @@ def load_found(model: nn.Module, found: Found, path: Path, name: str | None, str
     if added is not None:
         assert name is not None
         publish_edit(added, name)  # whole: a request in another thread meets all of it or nothing
-    loaded = {site: to for site, to in mapping.items() if any((to, part) in filled for part in found.vectors[site])}
+    loaded = {
+        site: to for site, to in mapping.items() if any((first[to], part) in filled for part in found.vectors[site])
+    }
     return LoadReport(
         source,
         loaded,
@@ -337,7 +351,7 @@ def load_found(model: nn.Module, found: Found, path: Path, name: str | None, str
         tuple(model_only),
         tuple(key for key, _, _ in head),
         named,
-        _other_base(model, found),
+        (*_other_base(model, found), *([found.newer] if found.newer else [])),
     )
 
 

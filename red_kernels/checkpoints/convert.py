@@ -144,6 +144,7 @@ def _content(found: Found, source: Path, form: str, model: str | None, position:
     where = f"position {config.position!r}" if config.sites is None else "sites by their names"
     what = f"{where}, kind {config.kind!r}" + (", from an adapter of PEFT" if form == PEFT else "")
     notes = [] if found.trained is not None else _left_out(found.source.with_name(HEAD_NAME), source)
+    notes += [found.newer] if found.newer else []
     return _Content(config, found.vectors, base, str(said.get("inner_prefix") or ""), found.trained, what, notes)
 
 
@@ -247,6 +248,7 @@ def _to_authors(found: Found, source: Path, target: Path, model: str | None, ove
         prefix = str(said)
     head = {} if found.trained is None else _authors_head(found, found.trained)
     notes = [] if found.trained is not None else _left_out(found.source.with_name(HEAD_NAME), source)
+    notes += [found.newer] if found.newer else []
     names = [VECTORS_NAME, *([CLASSIFIER_NAME] if head else [])]
     _refuse(target, (VECTORS_NAME, CLASSIFIER_NAME), names, overwrite)
     write_authors(target, found.vectors, prefix, head)

@@ -19,7 +19,7 @@ from ..support.sharded import refuse_partitioned, whole
 from ..support.text import listed
 from .vectors import SiteTensors
 
-__all__ = ["Slot", "edit_tensors", "slots", "values_of", "weights_device"]
+__all__ = ["Slot", "edit_tensors", "shared_sites", "slots", "values_of", "weights_device"]
 
 
 def edit_tensors(model: nn.Module, name: str | None = None) -> dict[str, dict[str, Tensor]]:
@@ -96,6 +96,12 @@ def slots(model: nn.Module, name: str | None) -> dict[str, dict[str, Slot]]:
             "remove_parametrizations), load, and apply it again"
         )
     return found
+
+
+def shared_sites(model: nn.Module) -> dict[str, str]:
+    """For each edited site the first one that has the same vectors: itself, unless the kind shares them."""
+    first: dict[int, str] = {}
+    return {site: first.setdefault(id(own.root), site) for site, own in edit_modules(model).items()}
 
 
 def weights_device(model: nn.Module, site: str) -> torch.device:

@@ -25,7 +25,7 @@ from ..edits.config import RedConfig
 from ..edits.kinds import kind_named
 from ..support.files import locked
 from ..support.text import listed
-from .peft_names import beside_files
+from .peft_names import beside_files, foreign_adapter
 from .vectors import SiteTensors, checked_tensor, collect, split_key
 
 __all__ = [
@@ -132,8 +132,12 @@ class Saved:
         return (TENSORS_NAME,) if self.head is None else (TENSORS_NAME, HEAD_NAME)
 
     def contents(self, folder: Path) -> dict[str, bytes]:
-        """File name to content. A head without a mark in the folder is recorded as not belonging to these edits."""
-        description = dict(self.description)
+        """File name to content.
+
+        A head without a mark in the folder is recorded as not belonging to these edits, and an adapter that PEFT saved
+        there as older than them.
+        """
+        description = {**self.description, "other_adapter": foreign_adapter(folder)}
         if self.head is None:
             with contextlib.suppress(OSError):
                 description["stale_head"] = _digest((folder / HEAD_NAME).read_bytes())
@@ -164,6 +168,7 @@ def make_saved(config: RedConfig, vectors: SiteTensors, base: Base, prefix: str,
         "position": config.position,
         "kind": config.kind,
         "layers": None if config.layers is None else list(config.layers),
+        "stacks": None if config.stacks is None else list(config.stacks),
         "site_patterns": None if config.sites is None else list(config.sites),
         "dtype": str(config.dtype).removeprefix("torch."),
         "inner_prefix": prefix,
@@ -273,6 +278,7 @@ def config_of(path: Path, description: Mapping[str, Any]) -> RedConfig:
             layers=None if layers is None else tuple(layers),
             dtype=getattr(torch, description["dtype"]),
             sites=None if patterns is None else tuple(patterns),
+            stacks=description.get("stacks"),
         )
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path}: describes impossible edits: {error}") from error
@@ -424,7 +430,9 @@ def _check_entries(path: Path, description: dict[str, Any]) -> None:
         if key not in description or not isinstance(description[key], types):
             raise ValueError(f"{path}: the entry {key!r} is missing or of the wrong type")
     # Files of earlier versions lack some.
-    for key in ("inner_prefix", "head", "stale_head", *_BASE_ENTRIES):
+    if not isinstance(description.get("stacks"), list | None):
+        raise ValueError(f"{path}: the entry 'stacks' is of the wrong type")
+    for key in ("inner_prefix", "head", "stale_head", "other_adapter", *_BASE_ENTRIES):
         if not isinstance(description.get(key), str | None):
             raise ValueError(f"{path}: the entry {key!r} is of the wrong type")
     mark = description.get("head")

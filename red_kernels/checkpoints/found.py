@@ -24,6 +24,7 @@ class Found:
         description: how the model was patched, if the file says it.
         head: the authors' classifier head, parameter name to value; empty where there is none.
         trained: the head of our own form.
+        newer: what there is to say of an adapter in the folder that PEFT has saved since; empty where there is none.
         head_file: where that comes from, if it is not the file that `save_edits` puts beside the vectors.
     """
 
@@ -33,6 +34,7 @@ class Found:
     head: dict[str, torch.Tensor] = field(default_factory=dict)
     trained: Head | None = None
     head_file: Path | None = None
+    newer: str = ""
 
     @property
     def head_source(self) -> Path:

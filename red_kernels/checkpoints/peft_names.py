@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import re
+from collections.abc import Collection
 from pathlib import Path
 
-__all__ = ["BESIDE", "CONFIG_NAME", "PREFIX", "TENSORS_NAMES", "beside_files", "has_room", "is_peft_folder"]
+__all__ = [
+    "BESIDE",
+    "CONFIG_NAME",
+    "METHOD",
+    "PREFIX",
+    "TENSORS_NAMES",
+    "beside_files",
+    "foreign_adapter",
+    "has_room",
+    "is_peft_folder",
+    "named_by",
+]
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+METHOD = "RED"
 PREFIX = "base_model.model."  # of every name in PEFT's files
 BESIDE = "red_kernels"  # the key in the metadata of an `adapter_model.safetensors` that save_edits has written
 _MODEL = "config.json"  # transformers loads a model from a folder by this, unless an adapter is in it
@@ -22,6 +37,13 @@ def is_peft_folder(folder: str | os.PathLike[str]) -> bool:
     return (Path(folder) / CONFIG_NAME).is_file()
 
 
+def named_by(chosen: str | Collection[str], name: str) -> bool:
+    """Whether a module's name matches a regular expression, or is one of these or ends in one, as PEFT has it."""
+    if isinstance(chosen, str):
+        return re.fullmatch(chosen, name) is not None
+    return any(name == one or name.endswith(f".{one}") for one in chosen)
+
+
 def beside_files(folder: Path) -> list[Path]:
     """The files of PEFT's form that `rk.save_edits` has written into a folder, the config first; [] without any."""
     path = folder / TENSORS_NAMES[0]
@@ -30,8 +52,28 @@ def beside_files(folder: Path) -> list[Path]:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(size, _LONGEST)))
         if BESIDE in header.get("__metadata__", {}):
-            return [own for own in (folder / CONFIG_NAME, path) if own.exists()]
+            # A config of another method, or with a file of PEFT's other kind, is that of an adapter saved since.
+            config = folder / CONFIG_NAME
+            theirs = _method(folder) not in (None, METHOD) or (folder / TENSORS_NAMES[1]).exists()
+            return [config, path] if config.exists() and not theirs else [path]
     return []
+
+
+def foreign_adapter(folder: Path) -> str | None:
+    """A digest of the vectors of a RED adapter that PEFT has saved into a folder, and not `rk.save_edits`; or None."""
+    if _method(folder) != METHOD or (folder / CONFIG_NAME) in beside_files(folder):
+        return None
+    with contextlib.suppress(OSError):
+        path = next((folder / name for name in TENSORS_NAMES if (folder / name).is_file()), None)
+        return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+    return None
+
+
+def _method(folder: Path) -> object:
+    """What the config of an adapter says; None where there is none, or it cannot be read."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return json.loads((folder / CONFIG_NAME).read_bytes()).get("peft_type")
+    return None
 
 
 def has_room(folder: Path) -> bool:

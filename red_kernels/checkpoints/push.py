@@ -85,7 +85,7 @@ def push_edits(
         copy = Path(made)
         left_out = _copy(place, copy)
         found = read_described(copy, "folder", folder)
-        notes = _put_card(copy, repository, found)
+        notes = [*_put_card(copy, repository, found), *([found.newer] if found.newer else [])]
         return _upload(copy, repository, private, revision, message, token, left_out, notes)
 
 

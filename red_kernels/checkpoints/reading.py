@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..edits.config import RedConfig
 from .authors import VECTORS_NAME, read_authors, read_vectors
@@ -11,7 +13,7 @@ from .folder import TENSORS_NAME, config_of, is_own_folder, read_description, re
 from .found import Found
 from .hub import fetched
 from .peft_folder import read_peft, read_peft_folder
-from .peft_names import is_peft_folder
+from .peft_names import foreign_adapter, is_peft_folder
 
 __all__ = ["RUN_EDITS", "located", "located_folder", "read", "read_described", "saved_config"]
 
@@ -49,7 +51,8 @@ def read(path: Path) -> Found:
     if path.is_dir():
         if is_own_folder(path):  # first: a folder of save_pretrained may have both
             own = read_folder(path)
-            return Found(path / TENSORS_NAME, own.vectors, own.description, trained=own.head)
+            newer = _newer_adapter(path, own.description or {})
+            return Found(path / TENSORS_NAME, own.vectors, own.description, trained=own.head, newer=newer)
         if is_peft_folder(path):
             return read_peft(path)
         if (path / VECTORS_NAME).exists():
@@ -98,6 +101,17 @@ def saved_config(folder: str | os.PathLike[str], revision: str | None = None) ->
     if path.is_dir() and is_peft_folder(path) and not is_own_folder(path):
         return read_peft_folder(path).config
     return config_of(*read_description(path))
+
+
+def _newer_adapter(folder: Path, description: Mapping[str, Any]) -> str:
+    """What there is to say of a RED adapter that PEFT has saved into a folder of ours behind the last save."""
+    found = foreign_adapter(folder)
+    if found is None or found == description.get("other_adapter"):
+        return ""
+    return (
+        f"{folder}: PEFT has saved an adapter of RED here since {TENSORS_NAME} was written, and what is read is the "
+        f"latter; remove {TENSORS_NAME} to read PEFT's, or let PEFT save into another folder"
+    )
 
 
 def _has_edits(folder: Path) -> bool:

@@ -406,7 +406,9 @@ def test_every_kernel_has_row_loops(rows: list[Function]) -> None:
     loops = Counter({kernel(function): sum(loop.computes() for loop in function.loops()) for function in rows})
     kinds = ("edit", "edit_norm", "norm_edit", "mix", "mix_norm")
     names = {f"{kind}_{way}" for kind in kinds for way in ("forward", "backward")}
-    assert set(loops) == {f"{name}<{dtype}" for name in names for dtype in ("float", "red::BFloat16", "red::Float16")}
+    # A set for bf16 has the other types' kernels of the set before it.
+    more = () if "red::neon_bf16::" in rows[0].name else ("float", "red::Float16")
+    assert set(loops) == {f"{name}<{dtype}" for name in names for dtype in ("red::BFloat16", *more)}
     assert min(loops.values()) >= 1
     assert all(count >= 2 for name, count in loops.items() if "norm" in name), loops
 

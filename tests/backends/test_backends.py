@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import ready
 import torch
 from patience import HANGS
 from places import ROOT
@@ -57,6 +58,11 @@ def _run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RED_KERNELS")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=HANGS)
+
+
+def _ready(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The same where other packages may be there already."""
+    return ready.run(["-c", code], **variables)
 
 
 def test_available_backends() -> None:
@@ -298,11 +304,11 @@ print(backends.choose(torch.ones(1, 1), "edit").name)
 
 
 def test_environment_chooses_the_backend() -> None:
-    assert _run(SHOW, RED_KERNELS_BACKEND="reference").stdout.strip() == "reference"
-    done = _run(SHOW, RED_KERNELS_BACKEND="abacus")
+    assert _ready(SHOW, RED_KERNELS_BACKEND="reference").stdout.strip() == "reference"
+    done = _ready(SHOW, RED_KERNELS_BACKEND="abacus")
     assert "ValueError: RED_KERNELS_BACKEND got 'abacus', expected one of 'triton'" in done.stderr
     if rk.available_backends()["triton"] is not None:
-        done = _run(SHOW, RED_KERNELS_BACKEND="triton")
+        done = _ready(SHOW, RED_KERNELS_BACKEND="triton")
         assert "RuntimeError: RED_KERNELS_BACKEND: the backend 'triton' is missing:" in done.stderr
         assert "remedy" in done.stderr
 
@@ -311,14 +317,14 @@ def test_environment_chooses_the_backend() -> None:
 def test_environment_chooses_the_instruction_set() -> None:
     code = "from red_kernels.backends import cpu; print(cpu.instruction_set())"
     first = cpu.instruction_sets()[0]
-    assert _run(code, RED_KERNELS_CPU=first).stdout.strip() == first
-    assert _run(code, RED_KERNELS_CPU="").stdout.strip() == cpu.instruction_sets()[-1]
+    assert _ready(code, RED_KERNELS_CPU=first).stdout.strip() == first
+    assert _ready(code, RED_KERNELS_CPU="").stdout.strip() == cpu.instruction_sets()[-1]
     message = f"RED_KERNELS_CPU is 'neon9', expected one that this processor can run: {first}"
-    done = _run(SHOW, RED_KERNELS_CPU="neon9")
+    done = _ready(SHOW, RED_KERNELS_CPU="neon9")
     assert f"ValueError: {message}" in done.stderr
-    done = _run(SHOW, RED_KERNELS_CPU="neon9", RED_KERNELS_BACKEND="cpu")
+    done = _ready(SHOW, RED_KERNELS_CPU="neon9", RED_KERNELS_BACKEND="cpu")
     assert f"RuntimeError: RED_KERNELS_BACKEND: the backend 'cpu' is missing: {message}" in done.stderr
-    done = _run(SHOW, RED_KERNELS_CPU="neon9", RED_KERNELS_BACKEND="reference")
+    done = _ready(SHOW, RED_KERNELS_CPU="neon9", RED_KERNELS_BACKEND="reference")
     assert done.stdout.strip() == "reference"
 
 
@@ -336,9 +342,9 @@ for function in (rk.edit, torch.compile(rk.edit, backend="eager")):
         assert "RED_KERNELS_" in str(error) and "expected one" in str(error), error
         print("said")
 """
-    assert _run(code, RED_KERNELS_BACKEND="abacus").stdout == "said\nsaid\n"
+    assert _ready(code, RED_KERNELS_BACKEND="abacus").stdout == "said\nsaid\n"
     if cpu.load_error() is None:
-        assert _run(code, RED_KERNELS_CPU="neon9").stdout == "said\nsaid\n"
+        assert _ready(code, RED_KERNELS_CPU="neon9").stdout == "said\nsaid\n"
 
 
 @compiled_only

@@ -275,6 +275,13 @@ def test_nodes_without_the_headers_of_python(tmp_path: Path, monkeypatch: pytest
         build.build_nodes_library(tmp_path / "nodes.so", tmp_path)
 
 
+def test_every_file_of_the_nodes_is_compiled() -> None:
+    """One unit includes them all: a file that it leaves out would be missing only when the library is loaded."""
+    folder = ROOT / "csrc/nodes"
+    named = re.findall(r'^#include "(\w+\.cpp)"$', (folder / "all.cpp").read_text(), re.MULTILINE)
+    assert named == sorted(path.name for path in folder.glob("*.cpp") if path.name != "all.cpp")
+
+
 def test_nodes_say_what_they_were_built_for() -> None:
     if nodes.load_error() is not None:
         pytest.skip(f"no nodes: {nodes.load_error()}")

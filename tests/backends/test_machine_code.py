@@ -30,7 +30,8 @@ REFLECTIONS = re.compile(r"mix_\w+_rows<[^(]*, [12]>")
 def row_functions(name: str) -> list[Function]:
     """The kernels of a set, out of the last build's objects."""
     found = []
-    for file, count in ((f"{name}.o", 72), (f"mix_{name}.o", 72)):
+    count = 24 if name.endswith("_bf16") else 72  # of one type of three
+    for file in (f"{name}.o", f"mix_{name}.o"):
         path = build.OBJECTS / "cpu" / file
         if not path.is_file():
             pytest.skip(f"{path} is not there: the library was built elsewhere; python csrc/build.py cpu makes it")
@@ -63,7 +64,7 @@ def test_little_is_read_back(name: str) -> None:
     those of reflections one in eight."""
     functions = [one for one in row_functions(name) if not EMULATED.search(one.name)]
     loops = [(loop, REFLECTIONS.search(one.name)) for one in functions for loop in one.loops() if loop.computes()]
-    assert len(loops) > 100
+    assert len(loops) > (30 if name.endswith("_bf16") else 100)
     assert [
         len(loop.vector_spills())
         for loop, reflects in loops

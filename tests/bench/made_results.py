@@ -12,6 +12,7 @@ SPEED = {False: 2.4e10, True: 4.2e12}
 STEPS = {
     "frozen-fused": (1.0, 0),
     "frozen": (1.04, 0),
+    "frozen-compile": (0.95, 0),
     "red": (1.006, 34_560),
     "red-compile": (0.97, 34_560),
     "naive": (1.13, 34_560),

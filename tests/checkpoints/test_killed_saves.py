@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import shutil
 import socket
@@ -79,10 +80,16 @@ def fresh(folder: Path, kind: str | None) -> None:
 
 
 FORMER = (None, "all", "head", "other head", "earlier", "earlier with head")
+# Each former and each new, and every way in which the files of the one are others than those of the other.
+KILLED = (
+    *((None, "all"), (None, "head"), ("all", "bias"), ("all", "head"), ("head", "all"), ("head", "other head")),
+    *(("other head", "bias"), ("earlier", "bias"), ("earlier", "head"), ("earlier with head", "all")),
+    ("earlier with head", "other head"),
+)
+MORE = [pair for pair in itertools.product(FORMER, ("all", "bias", "head", "other head")) if pair not in KILLED]
 
 
-@pytest.mark.parametrize("new", ["all", "bias", "head", "other head"])
-@pytest.mark.parametrize("former", FORMER)
+@pytest.mark.parametrize(("former", "new"), [*KILLED, *(pytest.param(*pair, marks=pytest.mark.long) for pair in MORE)])
 def test_a_kill_leaves_the_former_state_or_the_new_one(former: str | None, new: str, tmp_path: Path) -> None:
     folder = tmp_path / "edits"
     states = []
@@ -104,6 +111,7 @@ def test_a_kill_leaves_the_former_state_or_the_new_one(former: str | None, new: 
     assert names(folder) == files_of(new)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("new", ["all", "head"])
 @pytest.mark.parametrize("former", FORMER)
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ready
 import safetensors.torch
 import tiny_folders
 import torch
-from patience import HANGS
 from places import python_path
 
 from red_kernels.checkpoints.checkpoint import TENSORS_NAME
@@ -95,9 +95,8 @@ def launcher(count: int = 2) -> list[str]:
 def launched(
     arguments: list[str], count: int = 2, program: Sequence[str] = ("-m", "red_kernels")
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command, or another program, in several processes."""
-    line = [*launcher(count), *program, *arguments]
-    return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=HANGS)
+    """Run the command, or another program, in several processes, with the variables that torchrun gives them."""
+    return ready.run_group([*program, *arguments], count)
 
 
 def assert_near(first: Path, second: Path, tolerance: float) -> None:

@@ -59,6 +59,42 @@ def test_an_option_of_finetune_is_suggested_to_finetune_alone(capsys: pytest.Cap
     assert "did you mean" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["info"],
+        ["sweep", "--output", "o"],
+        ["evaluate", "o"],
+        ["generate", "o"],
+        ["merge", "--model", "m", "--edits", "e", "--output", "o"],
+        ["convert", "e", "o"],
+        ["push", "e", "r"],
+        ["bench"],
+    ],
+    ids=lambda line: line[0],
+)
+def test_commands_that_share_no_work_refuse_a_launcher(
+    line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in range(3):
+        for name, value in {"WORLD_SIZE": 3, "RANK": rank, "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, str(value))
+        assert cli.main(line) == cli.EXIT_ERROR
+        shown = capsys.readouterr()
+        said = f"error: {line[0]} runs in one process, got 3; start it without a launcher\n"
+        assert (shown.out, shown.err) == ("", "" if rank else said)
+
+
+def test_a_cluster_that_only_counts_its_processes_is_no_launcher(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert cli.main(["convert", str(tmp_path / "none"), str(tmp_path / "o")]) == cli.EXIT_ERROR
+    assert "one process" not in capsys.readouterr().err
+
+
 class Parser(Exception):
     """What some library might raise."""
 

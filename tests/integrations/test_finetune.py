@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +14,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ready
 import safetensors.torch
 import torch
 from checkpoint_helpers import description
 from finetune_helpers import assert_equal_runs, causal, classify, make_folders, results, trained_tensors
 from patience import HANGS
-from places import ROOT
 from rich.console import Console
 
 from red_kernels import cli
@@ -214,21 +211,14 @@ def test_divergence_is_said(folders: dict[str, Path], tmp_path: Path, capsys: py
 # ---- going on after a kill, and Ctrl-C
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "red_kernels", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
+def start(arguments: list[str]) -> ready.Process:
+    return ready.Process(["-m", "red_kernels", *arguments])
 
 
-def wait_for_checkpoint(process: subprocess.Popen[str], output: Path) -> None:
+def wait_for_checkpoint(process: ready.Process, output: Path) -> None:
     deadline = time.monotonic() + HANGS
     while not checkpoints(output):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
@@ -285,7 +275,7 @@ def test_a_signal_saves(number: signal.Signals, folders: dict[str, Path], tmp_pa
     process = start(causal(folders, output, *more))
     wait_for_checkpoint(process, output)
     process.send_signal(number)
-    shown, _ = process.communicate(timeout=HANGS)
+    shown = "".join(process.communicate())
     assert process.returncode == cli.EXIT_INTERRUPTED, shown
     assert "--resume continues" in shown
     run = json.loads((output / "run.json").read_text())

@@ -38,10 +38,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_two_processes_are_one_run(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Evaluations, a schedule, samples; and what two processes began, one ends."""
+    """Under torchrun: evaluations, a schedule, samples; and what two processes began, one ends."""
     more = ("--steps", "6", "--schedule", "linear", "--eval-every", "3", "--sample", "line 3", "--no-compare")
     two = tmp_path / "two"
-    done = launched(causal(folders, two, *more))
+    line = [*launcher(), "-m", "red_kernels", *causal(folders, two, *more)]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Trainable parameters") == 1
     assert "2 processes, each with 2 of a batch" in done.stdout

@@ -4,45 +4,28 @@ from __future__ import annotations
 
 import gc
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import ready
 import torch
 import torch.distributed as dist
 from patience import HANGS
-from places import python_path
 
 HERE = Path(__file__).resolve().parent
 
 
 def run_pair(script: str, *arguments: str, timeout: float = HANGS, count: int = 2) -> None:
     """Run `script` (of this folder) as `count` processes with `rank, port, *arguments`; all have to end well."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
-    environment |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    port = ready.free_port()
+    sizes = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     workers = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / script), str(rank), port, *arguments],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
+        ready.Process([str(HERE / script), str(rank), port, *arguments], number=rank, **sizes) for rank in range(count)
     ]
-    outputs: list[str] = []
-    try:
-        outputs = [worker.communicate(timeout=timeout)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0] * count, "\n".join(outputs)
+    code = ready.ended(workers, timeout)
+    assert code == 0, "\n".join(text for worker in workers for text in worker.communicate())
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import enum
-import re
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from peft import PeftConfig
 
 from ...checkpoints.authors import VECTORS_NAME
 from ...checkpoints.folder import TENSORS_NAME
-from ...checkpoints.peft_names import is_peft_folder
+from ...checkpoints.peft_names import is_peft_folder, named_by
 from ...checkpoints.reading import RUN_EDITS
 from ...edits.config import DTYPES, RedConfig
 from ...edits.kinds import KINDS
@@ -29,13 +27,6 @@ class RedPeftType(str, enum.Enum):
     RED = "RED"
 
 
-def named_by(chosen: str | Collection[str], name: str) -> bool:
-    """Whether a module's name matches a regular expression, or equals or ends in one of these names, as in PEFT."""
-    if isinstance(chosen, str):
-        return re.fullmatch(chosen, name) is not None
-    return any(name == one or name.endswith(f".{one}") for one in chosen)
-
-
 @dataclass
 class RedPeftConfig(PeftConfig):
     """The sites of a RED adapter, and its edits (RED, arXiv 2402.15179).
@@ -49,6 +40,7 @@ class RedPeftConfig(PeftConfig):
         position: as in `rk.RedConfig`; used if `target_modules` is None. PEFT wraps the edited modules, so the two
             positions of the residual stream exist only where the stream ends in a norm.
         kind: as in `rk.RedConfig`: `"all"`, `"scaling"`, `"bias"`, `"ln"`, `"rotation"`, ...
+        stacks: as in `rk.RedConfig`: which stacks of layers `position` edits, where a model has several.
         layers_to_transform: index of a layer, or a list of them; None for all.
         layers_pattern: name of the list of layers, or several, if PEFT cannot infer it; needs `target_modules`.
         modules_to_save: names of modules to train and save whole, in addition to the edits: a new head, for example.
@@ -72,6 +64,9 @@ class RedPeftConfig(PeftConfig):
     )
     position: str = field(default="ffn", metadata={"help": "The position of the edits if `target_modules` is None."})
     kind: str = field(default="all", metadata={"help": f"The kind of edit: {', '.join(KINDS)}."})
+    stacks: list[str] | str | None = field(
+        default=None, metadata={"help": "The stacks of layers that `position` edits, where a model has several."}
+    )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers to edit; None for all."}
     )
@@ -129,4 +124,5 @@ class RedPeftConfig(PeftConfig):
     def as_red_config(self) -> RedConfig:
         """The same for models of the known families. Raises the errors of `rk.RedConfig`."""
         layers = self.layers_to_transform
-        return RedConfig(self.position, self.kind, (layers,) if isinstance(layers, int) else (layers or None))
+        chosen = (layers,) if isinstance(layers, int) else (layers or None)
+        return RedConfig(self.position, self.kind, chosen, stacks=self.stacks or None)

@@ -1,0 +1,15 @@
+// All of the library in one unit: reading torch's headers takes a compiler 20 seconds, whatever a file does with them.
+#include "ambient.cpp"
+#include "arguments.cpp"
+#include "borrowed.cpp"
+#include "choice.cpp"
+#include "forwards.cpp"
+#include "known.cpp"
+#include "module.cpp"
+#include "nodes.cpp"
+#include "quick.cpp"
+#include "scopes.cpp"
+#include "waiting.cpp"
+
+#include "../cpu/launch.cpp"
+#include "../cpu/plan.cpp"
