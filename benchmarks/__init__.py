@@ -1,1 +1,1 @@
-"""Measurements beside named peers: `red-kernels bench`. How, and what the files hold: docs/benchmarks.md."""
+"""Measurements against named peers: `red-kernels bench`. Protocol and file format: docs/benchmarks.md."""

@@ -1,4 +1,4 @@
-"""What failed, in words; of the failure itself nothing is kept."""
+"""A failure in words, without references to its objects."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import traceback
 def in_words(error: BaseException, most: int = 200) -> str:
     """The error's type and message in one line, cut to ``most`` characters; its frames are cleared.
 
-    Whoever keeps an error, as torch's compiler does, keeps with its frames the tensors that these had.
+    A kept error, as in torch's compiler, keeps the tensors in its frames.
     """
     let_go(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:most] or 'without a message'}"
 
 
 def let_go(error: BaseException) -> None:
-    """Clear the frames of an error and of all errors that it came from."""
+    """Clear the frames of an error and of all its causes."""
     left: list[BaseException | None] = [error]
     seen: set[int] = set()
     while left:

@@ -36,10 +36,10 @@ class Timing:
 def interleave(
     calls: Mapping[str, Callable[[int], object]], *, seconds: float, least: int = 7, most: int = 200
 ) -> dict[str, Timing]:
-    """Time every call once in a round, in another order each time, for about ``seconds`` in all.
+    """Time every call once in a round, in a new order each time, for about ``seconds`` in all.
 
-    Each call gets the number of the round, to choose its inputs by. Two rounds go before the measured ones. What a call
-    returns is dropped inside the timing: giving memory back is part of the cost. Raises ValueError without calls.
+    Each call gets the number of the round, to choose its inputs. Two untimed rounds come first. The result of a call is
+    dropped inside the timing: freeing memory is part of the cost. Raises ValueError without calls.
     """
     if not calls:
         raise ValueError("calls is empty, expected at least one implementation")
@@ -80,7 +80,7 @@ PEERS = ("triton", "transformers", "peft", "liger-kernel", "quack-kernels", "fla
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a result depends on: device, clocks, threads, versions and the commit."""
+    """The conditions of a result: device, clocks, threads, versions and the commit."""
     from red_kernels.backends import cpu
 
     device = torch.device(device)
@@ -105,16 +105,16 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def _held(processor: str) -> str:
-    """A processor's name, with the instruction set that the kernels are held to where that was asked for."""
+    """A processor's name, with the instruction set that the kernels are limited to, if it was set."""
     name = os.environ.get("RED_KERNELS_CPU")
     return f"{processor}, held to {name}" if name else processor
 
 
 def _commit() -> str | None:
-    """Of the checkout; with a plus behind it where files that git knows were changed."""
+    """The commit of the checkout; followed by a plus if tracked files were changed."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        # The repository around an installed package is somebody else's.
+        # the repository around an installed package is a foreign one
         ours = subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True)
         if ours.returncode:
             return None
@@ -139,10 +139,10 @@ def _commit() -> str | None:
 
 
 def _sources() -> str:
-    """A short hash of what is measured and of what measures: the package, its tables, its kernels, this folder.
+    """A short hash of the measured and the measuring code: the package, its tables, its kernels, this folder.
 
-    The kernels' sources stand for the libraries, which no two compilations need to have alike; where there are no
-    sources, as in an installed package, the libraries themselves.
+    The kernels' sources represent the libraries, whose compilation is not reproducible. Without sources, as in an
+    installed package, the libraries themselves are hashed.
     """
     found = hashlib.sha256()
     package = Path(rk.__file__).parent
@@ -165,7 +165,7 @@ def _version(package: str) -> str | None:
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
-    """Memory, driver, and the clocks as they are and at most, in MHz, as nvidia-smi tells them."""
+    """Memory, driver, and the present and maximum clocks, in MHz, from nvidia-smi."""
     properties = torch.cuda.get_device_properties(device)
     found: dict[str, Any] = {
         "name": torch.cuda.get_device_name(device),
@@ -178,16 +178,16 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def clocks(device: torch.device) -> dict[str, Any]:
-    """The clocks in MHz as they are now; of a GPU the temperature and the reasons of throttling too."""
+    """The present clocks in MHz; of a GPU also the temperature and the reasons of throttling."""
     if device.type == "cpu":
         return {"processor_mhz": _processor_clocks()}
     return _asked(device, "clocks.sm", "clocks.mem", "temperature.gpu", "clocks_event_reasons.active")
 
 
 def _asked(device: torch.device, *names: str) -> dict[str, str]:
-    """What nvidia-smi says of a GPU; nothing where it says nothing."""
+    """nvidia-smi's report on a GPU; empty without one."""
     properties = torch.cuda.get_device_properties(device)
-    # torch's numbers are not nvidia-smi's where CUDA_VISIBLE_DEVICES chooses.
+    # torch's numbers differ from nvidia-smi's under CUDA_VISIBLE_DEVICES.
     which = f"--id=GPU-{properties.uuid}"
     command = ["nvidia-smi", which, f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
     try:
@@ -203,7 +203,7 @@ def _processor() -> str:
 
 
 def _processor_clocks() -> list[float]:
-    """Of each core, as Linux tells; a virtual machine mostly knows the nominal one."""
+    """Of each core, from Linux; a virtual machine usually reports the nominal clock."""
     return [float(clock) for clock in _of_processors("cpu MHz")]
 
 

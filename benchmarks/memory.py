@@ -1,8 +1,8 @@
-"""The memory of a training step, exactly, by one definition on a GPU and on a CPU.
+"""The exact memory of a training step, by one definition on a GPU and on a CPU.
 
-It is the bytes held at the peak of a step beyond the base weights: activations, gradients, and what the method adds,
-its parameters and the state of the optimizer. Counted is what torch's allocator hands out, as the outputs of our CPU
-kernels do not come from their own pool meanwhile; scratch that a library takes by other means is not seen.
+It is the peak of a step beyond the base weights, in bytes: activations, gradients, and the method's own parameters and
+optimizer state. It counts the allocations of torch's allocator; the outputs of our CPU kernels do not use their pool
+meanwhile. Scratch memory that a library allocates otherwise is not seen.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from red_kernels.backends import cpu
 
 
 def held_bytes(tensors: Iterable[Tensor], base: Iterable[Tensor]) -> int:
-    """The bytes of memory that tensors lie in, each piece once, without that which `base` lies in."""
+    """The bytes of the tensors' memory, each piece once, without that of `base`."""
     seen = {own.untyped_storage().data_ptr() for own in base}
     total = 0
     for own in tensors:
@@ -34,10 +34,10 @@ def held_bytes(tensors: Iterable[Tensor], base: Iterable[Tensor]) -> int:
 
 
 def peak_allocated(call: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that were allocated at one time during a call, beyond those allocated before it.
+    """The largest number of bytes allocated at one time during a call, beyond those allocated before it.
 
-    On a GPU the allocator keeps that mark. On a CPU torch's profiler reports every allocation and its end, and the peak
-    is that of their running sum.
+    On a GPU the allocator records it. On a CPU torch's profiler reports every allocation and its end, and the peak is
+    that of their running sum.
     """
     gc.collect()
     if device.type == "cuda":

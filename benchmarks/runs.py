@@ -1,8 +1,8 @@
-"""What every job of the suite has in common: its cases, its file of results, its progress, its end.
+"""The common part of every job of the suite: its cases, its file of results, its progress, its end.
 
-A case is a dictionary of what tells it from the job's other cases. A job lists its cases in the order of their worth,
-and measures one at a time; each result is on the disk before the next is begun, so a run that ends early has lost
-nothing and can be resumed. The form of the file: docs/benchmarks.md.
+A case is a dictionary of its distinguishing fields. A job lists its cases in the order of their value, and measures one
+at a time. Each result is on the disk before the next case starts, so a run that ends early loses nothing and can be
+resumed. The form of the file: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .failure import let_go
 from .harness import clocks, environment
 
 SCHEMA = 1
-SAME = ("device", "threads", "instruction_set", "torch", "versions", "sources")  # of the environment, to go on
+SAME = ("device", "threads", "instruction_set", "torch", "versions", "sources")  # of the environment, to resume
 Case = dict[str, Any]
 _FORM: dict[str, type] = {
     "job": str,
@@ -44,15 +44,15 @@ _FORM: dict[str, type] = {
 
 @dataclass(frozen=True)
 class Run:
-    """How a job is run.
+    """The options of a job's run.
 
     Attributes:
-        device: where.
-        console: where tables go; progress goes to its own, on the standard error.
-        quick: a look in a minute or two: few and small cases, few rounds. The file says so.
-        deadline: no case is begun after this time of `time.monotonic`; None for no such time.
+        device: the device.
+        console: for the tables; progress goes to its own, on the standard error.
+        quick: a run of a minute or two: few and small cases, few rounds. The file records it.
+        deadline: no case starts after this time of `time.monotonic`; None for no limit.
         progress: the console of the progress bar.
-        chosen: the dtype of base models where a job says `auto`; None for what suits the device.
+        chosen: the dtype of base models if a job has `auto`; None for the device's default.
     """
 
     device: torch.device
@@ -64,7 +64,7 @@ class Run:
 
     @functools.cached_property
     def base_dtype(self) -> BaseDtype:
-        """The dtype of base models where a job says `auto`, and why it is that one."""
+        """The dtype of base models if a job has `auto`, and the reason for it."""
         return self.chosen or choose_dtype(self.device)
 
     def resolved(self, dtype: str) -> str:
@@ -72,25 +72,25 @@ class Run:
         return self.base_dtype.name if dtype == AUTO else dtype
 
     def in_time(self) -> bool:
-        """Whether another case may be begun."""
+        """Whether another case may start."""
         return self.deadline is None or time.monotonic() < self.deadline
 
 
 class ResultFile:
-    """The results of one job: a JSON file that is written anew, as a whole, after each case.
+    """The results of one job: a JSON file that is rewritten completely after each case.
 
     Args:
         path: the file.
         job: its name.
-        run: on whose device it is.
-        settings: what the job was asked for.
+        run: with its device.
+        settings: the job's settings.
         missing: implementation or method to the reason why it is not measured at all.
-        resume: keep the results that the file holds already.
-        base_dtype: that of the job's base models, if it has any; a file that is gone on with keeps its own.
+        resume: keep the file's results.
+        base_dtype: that of the job's base models, if it has any; a resumed file keeps its own.
 
     Raises:
-        ValueError: the file to go on with is of another job, schema, device, environment, sources, settings or dtype,
-            or was quick and this is not.
+        ValueError: the file to resume is of another job, schema, device, environment, sources, settings or dtype, or
+            was quick and this is not.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class ResultFile:
 
     @property
     def cases(self) -> list[Case]:
-        """Everything measured so far."""
+        """All measured cases."""
         found: list[Case] = self.content["cases"]
         return found
 
@@ -150,7 +150,7 @@ class ResultFile:
         return any(all(done.get(name) == value for name, value in case.items()) for done in self.cases)
 
     def failed(self, case: Case) -> bool:
-        """Whether this case could not be measured."""
+        """Whether the measurement of this case failed."""
         return any(all(one.get(name) == value for name, value in case.items()) for one in self.content["failed"])
 
     def _forget_failure(self, case: Case) -> None:
@@ -164,7 +164,7 @@ class ResultFile:
         self.write()
 
     def fail(self, case: Case, error: BaseException) -> None:
-        """Say in the file that a case could not be measured."""
+        """Record in the file that the measurement of a case failed."""
         self._forget_failure(case)
         self.content["failed"].append({**case, "error": f"{type(error).__name__}: {str(error)[:500]}"})
         self.write()
@@ -175,7 +175,7 @@ class ResultFile:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A file of results. Raises ValueError where it is none, or of another schema."""
+    """A file of results. Raises ValueError for another file, or another schema."""
     content = read_json(path, None)
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not a file of results of schema {SCHEMA}")
@@ -188,7 +188,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def kept_dtype(content: Mapping[str, Any]) -> str | None:
-    """The dtype of base models by which a file of results was measured; None where it does not say."""
+    """The dtype of base models in a file of results; None if it has none."""
     found = content.get("base_dtype")
     name = found.get("name") if isinstance(found, dict) else None
     return name if isinstance(name, str) and name in DTYPES else None
@@ -197,11 +197,11 @@ def kept_dtype(content: Mapping[str, Any]) -> str | None:
 def run_cases(
     file: ResultFile, cases: Sequence[Case], measure: Callable[[Case], Mapping[str, Any]], run: Run, title: str
 ) -> None:
-    """Measure the cases that the file does not have yet, in their order, and show how far this is.
+    """Measure the cases that the file lacks, in order, and show the progress.
 
-    A case that fails is named, in the file too, and the others go on; where all fail, the last error is raised. One
-    that failed in a run before comes last. What is left when the time is up is left: the file then is not `complete`,
-    which it is when every case was measured or has failed.
+    A failed case is named, in the file too, and the others continue; if all fail, the last error is raised. A case that
+    failed in an earlier run comes last. Cases without time are left; the file is `complete` only when every case was
+    measured or has failed.
     """
     left = sorted((case for case in cases if not file.has(case)), key=file.failed)
     file.content["planned"] = len(cases)
@@ -222,7 +222,7 @@ def run_cases(
                 failure = error
                 run.console.print(f"[red]{escape(name_of(case))} failed:[/] {escape(str(error)[:500])}")
                 file.fail(case, error)
-            gc.collect()  # models that hold on to themselves
+            gc.collect()  # models with reference cycles
             if run.device.type == "cuda":
                 torch.cuda.empty_cache()
             stage.reached(number)

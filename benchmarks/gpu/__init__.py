@@ -1,5 +1,5 @@
-"""Fifteen minutes on a GPU: what is built before (`kit`), what is done there in two calls (`plan`, `runner`), and what
-came of it (`summary`).
+"""Fifteen minutes on a GPU: the preparations (`kit`), the work there in two calls (`plan`, `runner`), and the results
+(`summary`).
 
-`make gpu-kit` and `benchmarks/gpu_suite.sh` are the ways in; docs/gpu-status.md says what to type.
+`make gpu-kit` and `benchmarks/gpu_suite.sh` are the commands; docs/gpu-status.md explains them.
 """

@@ -1,7 +1,7 @@
 """The commands of a stage, one after the other: `python -m benchmarks.gpu.commands FILE`, FILE being a list of them.
 
-All run, whatever the others came to. The exit status is that of the first that failed. An interrupt, which ends the
-stage, is the running command's: pytest says what it has found by then. None is begun behind it.
+All run, whatever the results of the others. The exit status is that of the first failure. An interrupt, which ends the
+stage, goes to the running command: pytest then prints its results so far. No further command starts.
 """
 
 from __future__ import annotations

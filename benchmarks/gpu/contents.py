@@ -1,4 +1,4 @@
-"""What a kit holds, and how its parts are packed, checked and put in place. It imports no torch."""
+"""The content of a kit, and how its parts are packed, checked and installed. It imports no torch."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def size(path: Path) -> int:
 
 
 def repository_size(root: Path = ROOT, without: Path | None = None) -> int:
-    """The bytes of what git would copy: tracked files, and others that it does not ignore.
+    """The size in bytes of the files that git would copy: tracked files, and others that it does not ignore.
 
-    Raises KitError outside of a checkout.
+    Raises KitError outside a checkout.
     """
     command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
@@ -54,7 +54,7 @@ def repository_size(root: Path = ROOT, without: Path | None = None) -> int:
 
 
 def pack(folder: Path, archive: Path, wanted: Callable[[Path], bool] = lambda path: True) -> None:
-    """Pack a folder, the same files always to the same order."""
+    """Pack a folder; equal files give an equal order."""
     with tarfile.open(archive, "w:xz", preset=6) as packed:
         for path in sorted(folder.rglob("*")):
             if path.is_file() and wanted(path):
@@ -62,7 +62,7 @@ def pack(folder: Path, archive: Path, wanted: Callable[[Path], bool] = lambda pa
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack into a folder. Raises KitError for an archive that is damaged."""
+    """Unpack into a folder. Raises KitError for a damaged archive."""
     try:
         with tarfile.open(archive) as packed:
             packed.extractall(folder, filter="data")
@@ -77,7 +77,7 @@ def groups(cache: Path) -> Iterator[Path]:
 
 
 def leave_sources(cache: Path) -> None:
-    """Have Triton's cache hold nothing but what a launch reads: no intermediate code."""
+    """Reduce Triton's cache to the files that a launch reads: no intermediate code."""
     for group in groups(cache):
         paths = json.loads(group.read_text())["child_paths"]
         kept = {name: path for name, path in paths.items() if name.endswith((".json", ".cubin"))}
@@ -88,7 +88,7 @@ def leave_sources(cache: Path) -> None:
 
 
 def settle(cache: Path) -> int:
-    """Have a cache that was moved name its files where they are now; returns the number of its programs."""
+    """Rewrite the paths in a moved cache; returns the number of its programs."""
     count = 0
     for group in groups(cache):
         paths = json.loads(group.read_text())["child_paths"]
@@ -98,13 +98,13 @@ def settle(cache: Path) -> int:
 
 
 def digests(kit: Path) -> dict[str, str]:
-    """The name of each file of a kit, but for its manifest, to the hash of its bytes."""
+    """The names of a kit's files, except its manifest, to the hashes of their contents."""
     paths = [path for path in sorted(kit.rglob("*")) if path.is_file() and path.name != MANIFEST]
     return {str(path.relative_to(kit)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def read_manifest(kit: Path) -> dict[str, Any]:
-    """What a kit says of itself. Raises KitError where there is none, of another form, or where a file is damaged."""
+    """A kit's manifest. Raises KitError if there is none, it has another form, or a file is damaged."""
     path = kit / MANIFEST
     try:
         found = json.loads(path.read_text())

@@ -1,6 +1,6 @@
-"""What torch.compile makes, made before it is timed: `python -m benchmarks.gpu.fill --settings JSON`.
+"""Compiles torch.compile's code before it is timed: `python -m benchmarks.gpu.fill --settings JSON`.
 
-Inductor keeps it in TORCHINDUCTOR_CACHE_DIR.
+Inductor stores it in TORCHINDUCTOR_CACHE_DIR.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     for case in cases(settings, Run(device, Console())):
         operation = find(case["operation"], case["variant"])
         inputs = Inputs(operation, case["rows"], case["width"], DTYPES[case["dtype"]], False, device)
-        with functorch_config.patch(donated_buffer=device.type == "cpu"):  # as where it is timed: a part of the key
+        with functorch_config.patch(donated_buffer=device.type == "cpu"):  # as in the timing: it is part of the key
             _, left_out = prepared(operation, inputs, device, only=("eager", "compile"))
         print(operation.name, operation.variant, case["width"], left_out or "compiled", flush=True)
     return 0

@@ -1,8 +1,8 @@
-"""The first seconds on a GPU: what is there, one call of each backend, and how fast memory is copied.
+"""The first seconds on a GPU: its properties, one call of each backend, and the bandwidth of copies.
 
     python -m benchmarks.gpu.first [--device cuda]
 
-Exits with 1 where torch sees no GPU, or where neither backend computes what the reference does.
+Exits with 1 if torch sees no GPU, or if neither backend agrees with the reference.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import red_kernels as rk
 from red_kernels.support.clocks import graph_clock, interleaved, wall_clock
 
 PACKAGES = ("triton", "transformers", "peft", "liger-kernel", "quack-kernels", "pytest", "pytest-xdist", "hypothesis")
-TOLERANCE = 0.02  # of bf16 results' norm: a look, the tests come behind
+TOLERANCE = 0.02  # of the norm of bf16 results: a rough check before the tests
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def right(backend: str, device: str) -> bool:
-    """One call of a backend, forward and backward, next to the reference; printed."""
+    """One call of a backend, forward and backward, compared with the reference; printed."""
     begun = time.perf_counter()
     try:
         found, expected = (_gradients(one, device) for one in (backend, "reference"))
@@ -70,7 +70,7 @@ def _gradients(backend: str, device: str) -> list[torch.Tensor]:
 
 
 def copies(count: int, device: str) -> dict[str, float]:
-    """Bytes in a second, read and written, of a copy of so many bytes, by torch's copy and by a kernel."""
+    """Bytes per second, read and written, of a copy of this size, by torch's copy and by a kernel."""
     source, target = (torch.zeros(count // 2, dtype=torch.bfloat16, device=device) for _ in range(2))
     ways = {"memcpy": lambda: target.copy_(source), "by a kernel": lambda: torch.neg(source, out=target)}
     clock = graph_clock if device == "cuda" else wall_clock

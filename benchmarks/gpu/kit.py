@@ -1,11 +1,11 @@
-"""Build, on a machine without a GPU, all that a machine with one needs: `make gpu-kit`.
+"""Build, on a machine without a GPU, all files for a machine with one: `make gpu-kit`.
 
     python -m benchmarks.gpu.kit [FOLDER] [--variant NAME=REVISION ...] [--python312 PATH] [--minutes N]
 
-FOLDER (gpu-kit) is made as a whole or not at all. It holds both libraries, CUDA's for sm_90, with the hash of their
-sources; a cache of Triton's programs; peers as wheels; and, of other revisions of this repository, the package with its
-CUDA library, to be measured side by side. Printed is the size of each part. What the time does not suffice for is
-compiled on the other machine, and said here.
+FOLDER (gpu-kit) is made completely or not at all. It contains both libraries, CUDA's for sm_90, with the hash of their
+sources; a cache of Triton's programs; peers as wheels; and, for other revisions of this repository, the package with
+its CUDA library, to be measured side by side. The size of each part is printed. Programs without time are compiled on
+the other machine, and listed here.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from .contents import LIBRARIES, PACKED_CACHE, PACKED_LIBRARIES, ROOT, VARIANTS,
 PYTHON, TRITON, ARCHITECTURE = "3.12", "3.6.0", "90"
 PEERS = ("liger-kernel==0.8.5",)
 LIMIT = 56 << 20  # bytes of the kit and the repository together
-BUILD = ROOT / "build" / "gpu-kit"  # what the next kit need not make again
+BUILD = ROOT / "build" / "gpu-kit"  # results that the next kit reuses
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for.
+    """The options of a kit.
 
     Attributes:
         folder: of the kit.
-        variants: name to a revision that git knows.
-        python: a Python of the version `PYTHON`; None to look for one.
-        minutes: no Triton program is compiled after so many.
-        tests: whether the programs of the tests are compiled too, behind those that are timed.
+        variants: name to a revision known to git.
+        python: a Python of the version `PYTHON`; None to search for one.
+        minutes: no Triton program is compiled after this time.
+        tests: whether the programs of the tests are compiled too, after the timed ones.
         limit: the most bytes.
     """
 
@@ -56,9 +56,9 @@ class Wanted:
 
 
 def make(wanted: Wanted, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Make a kit in a folder next to its place, and put it there; returns its manifest.
+    """Make a kit in a folder next to its place, and move it there; returns its manifest.
 
-    Raises KitError, with the remedy, before anything is in place.
+    Raises KitError, with the remedy, before the kit is in place.
     """
     folder = wanted.folder.resolve()
     if folder.exists() and not (folder / contents.MANIFEST).is_file():
@@ -68,7 +68,7 @@ def make(wanted: Wanted, say: Callable[[str], None] = print) -> dict[str, Any]:
         raise KitError("strip was not found; remedy: install binutils")
     python = find_python(wanted.python)
     revisions = {name: _revision(revision) for name, revision in wanted.variants}
-    contents.repository_size()  # which says where this is no checkout
+    contents.repository_size()  # it raises outside a checkout
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
@@ -95,7 +95,7 @@ def make(wanted: Wanted, say: Callable[[str], None] = print) -> dict[str, Any]:
 
 
 def check_size(made: Path, folder: Path, limit: int, say: Callable[[str], None]) -> None:
-    """Print the size of each part. Raises KitError where all of it with the repository is above the limit."""
+    """Print the size of each part. Raises KitError if the total with the repository exceeds the limit."""
     parts = {path.name: contents.size(path) for path in sorted(made.iterdir())}
     parts["the repository"] = contents.repository_size(without=folder)
     for name, count in (parts | {"together": sum(parts.values())}).items():
@@ -117,7 +117,7 @@ def add_libraries(root: Path, made: Path, objects: Path) -> None:
 
 
 def build_library(root: Path, name: str, target: Path, objects: Path) -> None:
-    """Build a library of a checkout and strip it. Raises KitError with what the build said at last."""
+    """Build a library of a checkout and strip it. Raises KitError with the build's last message."""
     kind = name.removeprefix("libred_kernels_").removesuffix(".so")
     variables = {"RED_KERNELS_ARCHS": ARCHITECTURE, "RED_KERNELS_LINEINFO": "1"}
     command = [sys.executable, "csrc/build.py", kind, "--output", str(target), "--objects", str(objects / kind)]
@@ -126,9 +126,9 @@ def build_library(root: Path, name: str, target: Path, objects: Path) -> None:
 
 
 def add_cache(python: str, made: Path, wanted: Wanted, say: Callable[[str], None]) -> dict[str, Any]:
-    """Compile Triton's programs by the other machine's Python, and pack them; returns what is in the cache.
+    """Compile Triton's programs by the other machine's Python, and pack them; returns the facts about the cache.
 
-    Raises KitError where all fail.
+    Raises KitError if all fail.
     """
     from . import programs
 
@@ -140,7 +140,7 @@ def add_cache(python: str, made: Path, wanted: Wanted, say: Callable[[str], None
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(site)]
         command += ["--only-binary=:all:", f"--python-version={PYTHON}", f"triton=={TRITON}"]
         _run(command, f"the installation of Triton {TRITON} for Python {PYTHON}")
-    # Programs of other sources have other names, and would only be carried along.
+    # Programs of other sources have other names, and would be useless freight.
     cache = BUILD / f"cache-{contents.sources(folder='red_kernels/backends/triton')}"
     for old in BUILD.glob("cache-*"):
         if old != cache:
@@ -173,7 +173,7 @@ def add_cache(python: str, made: Path, wanted: Wanted, say: Callable[[str], None
 
 
 def add_wheels(made: Path, say: Callable[[str], None]) -> list[str]:
-    """Download the peers; one that is not there is named, and not measured then."""
+    """Download the peers; a missing one is named, and not measured then."""
     (made / WHEELS).mkdir()
     for peer in PEERS:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
@@ -201,7 +201,7 @@ def add_variant(name: str, revision: str, made: Path) -> None:
 
 
 def find_python(given: str | None) -> str:
-    """A Python of the other machine's version: the one given, or the first that there is. Raises KitError."""
+    """A Python of the other machine's version: the given one, or the first one found. Raises KitError."""
     candidates = [given] if given else [f"python{PYTHON}", sys.executable]
     if not given:
         candidates += map(str, sorted(Path.home().glob(f".pyenv/versions/{PYTHON}.*/bin/python{PYTHON}"), reverse=True))
@@ -225,7 +225,7 @@ def _nvcc() -> str:
     assert spec is not None
     assert spec.loader is not None
     build = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = build  # its dataclasses look for it there
+    sys.modules[spec.name] = build  # its dataclasses need it there
     spec.loader.exec_module(build)
     try:
         found: str = build.find_nvcc()
@@ -243,7 +243,7 @@ def _revision(given: str) -> str:
 
 
 def _run(command: Sequence[str], what: str, shown: bool = False, **options: Any) -> str:
-    """Run a command; returns its output. `shown`: its progress, on the standard error, goes to that of this program."""
+    """Run a command; returns its output. `shown`: its progress, on the standard error, goes to this program's."""
     try:
         errors = None if shown else subprocess.PIPE
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, **options)
@@ -256,7 +256,7 @@ def _run(command: Sequence[str], what: str, shown: bool = False, **options: Any)
 
 
 def _put(made: Path, folder: Path) -> None:
-    """Replace a kit by another; a run that is ended in between leaves one of both."""
+    """Replace a kit by another; a run interrupted in between leaves one of them."""
     old = made.with_name(made.name + ".old")
     if folder.exists():
         folder.rename(old)

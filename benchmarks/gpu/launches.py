@@ -1,9 +1,9 @@
-"""A pytest plugin: the tests launch no Triton kernel, and what each would have launched on a GPU goes into a file.
+"""A pytest plugin: the tests launch no Triton kernel, and the launches of each on a GPU are written into a file.
 
     LAUNCHES=FILE TRITON_INTERPRET=1 RED_KERNELS_TEST_ON=triton python -m pytest -p benchmarks.gpu.launches tests
 
-Most tests fail, as results are whatever was in memory. The file has a line for each program, see `programs.line_of`.
-Cases are those that run on a GPU with the same variables.
+Most tests fail, as results are uninitialised memory. The file has a line for each program, see `programs.line_of`. The
+cases are those of a GPU with the same variables.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems() -> None:
-    """The interpreter does without the large cases, and nothing is interpreted here."""
+    """The interpreter skips the large cases, but here no code is interpreted."""
     import sampling
 
     sampling.INTERPRETED = False

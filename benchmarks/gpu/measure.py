@@ -1,6 +1,6 @@
-"""A job of the suite with settings of its own, for some seconds: `python -m benchmarks.gpu.measure ops|step ...`.
+"""A job of the suite with its own settings, for some seconds: `python -m benchmarks.gpu.measure ops|step ...`.
 
-What the file holds already is not measured again. No case is begun after its time; the file then is not complete.
+Results in the file are not measured again. No case starts after its time; the file is then not complete.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ JOBS: dict[str, tuple[Any, Any]] = {ops.JOB: (ops.run_job, ops.Settings), step.J
 
 
 def settings_of(job: str, given: Mapping[str, Any]) -> Any:
-    """Lists of JSON as the tuples that settings are of."""
+    """JSON lists as the tuples of the settings."""
 
     def frozen(value: Any) -> Any:
         return tuple(map(frozen, value)) if isinstance(value, list) else value

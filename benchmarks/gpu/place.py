@@ -1,4 +1,4 @@
-"""A kit put in place on the machine with the GPU: libraries, Triton's programs, wheels. It imports no torch."""
+"""Installing a kit on the machine with the GPU: libraries, Triton's programs, wheels. It imports no torch."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ print(json.dumps(found))
 
 @dataclass
 class Placed:
-    """What is in place.
+    """The state after the installation.
 
     Attributes:
-        build: whether the libraries still have to be built.
-        variables: for all that runs.
-        said: what a person should know, a line each.
+        build: whether the libraries must still be built.
+        variables: for all commands.
+        said: remarks for the user, a line each.
     """
 
     build: bool
@@ -39,10 +39,10 @@ class Placed:
 
 
 def place(kit: Path, work: Path, python: str, root: Path = ROOT, rehearsal: bool = False) -> Placed:
-    """Put the parts of a kit in place: the libraries where the package looks for them, all else under `work`.
+    """Install the parts of a kit: the libraries where the package looks for them, all others under `work`.
 
-    A part that does not fit these sources or this machine is left out, with the reason. Without a kit the libraries are
-    built, and Triton's programs compiled as they come. A rehearsal leaves the libraries alone that are here.
+    A part that does not fit these sources or this machine is skipped, with the reason. Without a kit the libraries are
+    built, and Triton's programs compiled when they are needed. A rehearsal keeps the present libraries.
 
     Raises:
         KitError: the kit is damaged.
@@ -83,12 +83,12 @@ def place(kit: Path, work: Path, python: str, root: Path = ROOT, rehearsal: bool
 
 
 def programs_in(cache: Path) -> int:
-    """How many programs Triton has in its cache."""
+    """The number of programs in Triton's cache."""
     return sum(1 for _ in contents.groups(cache))
 
 
 def versions(python: str) -> dict[str, str | None]:
-    """Of a Python, its torch and its Triton. Raises KitError where it does not run."""
+    """The versions of a Python, its torch and its Triton. Raises KitError if it does not run."""
     try:
         done = subprocess.run([python, "-c", _ASKED], capture_output=True, text=True)
     except OSError as error:
@@ -104,7 +104,7 @@ def _minor(version: str | None) -> str:
 
 
 def _libraries(kit: Path, target: Path) -> None:
-    """Whatever was there is replaced, each library as a whole."""
+    """Replace the present libraries, each completely."""
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target) as folder:
         contents.unpack(kit / PACKED_LIBRARIES, Path(folder))

@@ -1,7 +1,7 @@
-"""What is done on a GPU in two calls: the stages in the order of their worth, each with its share of a call's time.
+"""The two calls on a GPU: the stages in the order of their value, each with its share of a call's time.
 
-Stages with the same `beside` run at once; nothing that is timed is among them. A rehearsal runs the same stages on a
-CPU. This imports no torch: a call begins with it.
+Stages with the same `beside` run at once; none of them is timed. A rehearsal runs the same stages on a CPU. It imports
+no torch, so a call starts fast.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 from .sizes import ELEMENTS, NORMS, OPERATION_TESTS, WIDTHS
 
 CALL = 330  # seconds
-PACKING = 10  # of them, for what comes between the stages and behind the last one
-LOAD = "load"  # runs in each call, as the machine of each is another
-BUILD = "build"  # runs where there is no kit of these sources, and takes its time from the stages behind it
-GRACE = 5  # seconds from the interrupt of a stage until the signal that nothing survives
+PACKING = 10  # of them, for the work between the stages and after the last one
+LOAD = "load"  # runs in each call, as each has another machine
+BUILD = "build"  # runs without a kit of these sources, and takes its time from later stages
+GRACE = 5  # seconds from the interrupt of a stage to its kill
 MAX_FAILURES = 25  # of one run of tests
 WORKERS = {"cuda": 7, "triton": 5, "gpu": 2}
 STEP = {
@@ -26,7 +26,7 @@ STEP = {
     "seconds": 5.0,
     "rounds": 7,
 }
-# Of tests/backends/test_sanitized.py: each way to share rows out, with and without clusters, sorted, wide, mixed.
+# Of tests/backends/test_sanitized.py: each distribution of rows, with and without clusters, sorted, wide, mixed.
 SANITIZED = (
     "test_every_kernel[edit_forward, slab_backward, add_lines]",
     "test_every_kernel[slab_backward sorted, add_edits]",
@@ -42,17 +42,17 @@ LARGE = "more_elements or graphs or stream or same_bits or (every_width and (163
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the stages run.
+    """The machine and folders of the stages.
 
     Attributes:
         root: of the repository.
-        work: a folder for everything that need not come back.
-        kept: a folder that comes back packed: logs, names of passed tests, profiles.
+        work: a folder for temporary files.
+        kept: a folder that is returned packed: logs, names of passed tests, profiles.
         results: a folder for files of results.
-        python: the program that has torch.
+        python: the Python with torch.
         kit: the folder that `make gpu-kit` made.
-        rehearsal: whether a CPU stands for the GPU.
-        sanitizer, profiler: compute-sanitizer and ncu, where they were found.
+        rehearsal: whether a CPU replaces the GPU.
+        sanitizer, profiler: compute-sanitizer and ncu, if found.
     """
 
     root: Path
@@ -72,7 +72,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Command:
-    """A program with its arguments, and variables beside those of all stages."""
+    """A program with its arguments, and variables in addition to those of all stages."""
 
     arguments: tuple[str, ...]
     variables: dict[str, str] = field(default_factory=dict)
@@ -83,12 +83,12 @@ Reason = Callable[[Machine], str | None]
 
 
 def held(machine: Machine, stage: Stage) -> Path:
-    """Where a stage's results are while they are made."""
+    """The folder of a stage's unfinished results."""
     return machine.results / (stage.held or stage.result)
 
 
 def always(machine: Machine) -> str | None:
-    """For stages that nothing keeps from running."""
+    """For stages that can always run."""
     return None
 
 
@@ -98,14 +98,14 @@ class Stage:
 
     Attributes:
         name: in the summary and of its log.
-        call: the first one that it runs in.
-        share: seconds, which end it.
-        commands: for a machine and so many seconds, run one after the other; all run, and one that fails fails it.
+        call: the first call that it runs in.
+        share: seconds, after which it is ended.
+        commands: from a machine and a number of seconds, run one after the other; all run, and a failed one fails it.
         beside: the name of the stages that run at once.
-        result: its file of results, by the name under which it comes back.
-        held: the file while it is made, under the folder of results, where that is another.
-        continues: the stage whose unfinished tests it takes over: it runs only where that one did not end well.
-        serves: the stage that it prepares: it is not made up for once that one has run.
+        result: its file of results, by its returned name.
+        held: the unfinished file, under the folder of results, if it is another.
+        continues: the stage whose unfinished tests it takes over: it runs only if that one did not end well.
+        serves: the stage that it prepares: it is not repeated once that one has run.
         left_out: why it cannot run on a machine, or None.
     """
 
@@ -146,7 +146,7 @@ def _tests(machine: Machine, on: str, files: Sequence[str], *more: str) -> list[
 
 
 def suite_on(on: str, chosen: str = "") -> Commands:
-    """The tests of the operations with a backend, or `gpu`, what only a GPU can show; some of them by their names."""
+    """The tests of the operations with a backend, or `gpu`, which need a GPU; some of them by their names."""
 
     def commands(machine: Machine, seconds: float) -> Sequence[Command]:
         files = ["tests/backends/test_gpu.py"] if on == "gpu" else list(OPERATION_TESTS)
@@ -294,12 +294,12 @@ STAGES = (
     Stage("tiles", 2, 45, _tiles, left_out=_on_cpu),
     Stage("profile-more", 2, 50, profiled(2), left_out=_without_profiler),
 )
-# A call that finds no kit of these sources.
+# A call without a kit of these sources.
 BUILDING = Stage(BUILD, 1, 150, _build)
 
 
 def together(stages: Sequence[Stage]) -> list[list[Stage]]:
-    """The stages in groups: those of a group run at once."""
+    """The stages in groups: a group's stages run at once."""
     found: list[list[Stage]] = []
     for stage in stages:
         if found and stage.beside and found[-1][0].beside == stage.beside:
@@ -310,6 +310,6 @@ def together(stages: Sequence[Stage]) -> list[list[Stage]]:
 
 
 def seconds_of(call: int, stages: Sequence[Stage] = STAGES) -> int:
-    """How long a call takes at most, with what is packed between the stages."""
+    """The longest time of a call, with the packing between the stages."""
     own = [stage for stage in stages if stage.call == call or stage.name == LOAD]
     return PACKING + sum(max(stage.share for stage in group) for group in together(own))

@@ -1,7 +1,7 @@
 """The slowest of our kernels under ncu: `python -m benchmarks.gpu.profile --results FILE --output FOLDER [--ncu PATH]`.
 
-Which they are, the results of the bandwidth say: the next two by their time over that of a copy, each operation and
-pass once. Without ncu, in a rehearsal, the same call runs by itself.
+The results of the bandwidth choose them: the next two by their time over that of a copy, each operation and pass once.
+Without ncu, in a rehearsal, the same call runs alone.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 
 PASSES = ("forward", "backward")
 NUMBER = 2
-LARGEST = 4 << 20  # bytes of a report that comes back
+LARGEST = 4 << 20  # bytes of a returned report
 
 
 def worst(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Backend, operation, pass and size of all that was measured, the slowest over a copy first; of one operation,
-    pass and backend the slowest width alone."""
+    """Backend, operation, pass and size of all measurements, the slowest over a copy first; of one operation, pass and
+    backend only the slowest width."""
     found = [
         {name: case[name] for name in ("operation", "variant", "width", "rows", "dtype")}
         | {"backend": backend, "pass": one, "over_copy": of["over_floor"]}
@@ -40,7 +40,7 @@ def worst(content: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def command(one: Mapping[str, Any], report: Path, ncu: str | None, device: str) -> list[str]:
-    """The call under ncu, which looks at what runs between two marks only."""
+    """The call under ncu, which profiles only between two marks."""
     call = [sys.executable, "-m", "benchmarks.gpu.one", "--case", json.dumps(dict(one)), "--device", device]
     if ncu is None:
         return call

@@ -1,4 +1,4 @@
-"""The Triton programs that the suite needs on a GPU, as lines of JSON: another Python compiles them, without torch."""
+"""The Triton programs of the suite on a GPU, as lines of JSON: another Python compiles them, without torch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def of_cases(cases: Iterable[ahead_of_time.Case]) -> list[str]:
 
 
 def of_benchmarks() -> list[str]:
-    """Those that are timed: bf16 at all widths, and the host's time, of fp32 at two."""
+    """The timed programs: bf16 at all widths, and the host's time, of fp32 at two."""
     usual = ahead_of_time.usual_cases(WIDTHS)
     return of_cases(
         [*usual, *(ahead_of_time.Case(one, d, "fp32") for one in ahead_of_time.OPERATIONS for d in (64, 768))]
@@ -68,9 +68,9 @@ def of_benchmarks() -> list[str]:
 
 
 def of_tests(files: Sequence[str] = OPERATION_TESTS) -> list[str]:
-    """Those that the tests of the operations launch, thinned by pairs. The tests themselves fail: nothing is launched.
+    """The programs of the operations' tests, thinned by pairs. The tests themselves fail: no kernel is launched.
 
-    Raises RuntimeError, with the end of what pytest said, where no test launched anything.
+    Raises RuntimeError, with the end of pytest's output, if no test launched a kernel.
     """
     with tempfile.TemporaryDirectory() as folder:
         noted = Path(folder) / "launches"

@@ -1,14 +1,14 @@
-"""Two calls of a few minutes each on a machine with a GPU; `benchmarks/gpu_suite.sh` is the way in.
+"""Two calls of a few minutes each on a machine with a GPU; `benchmarks/gpu_suite.sh` starts them.
 
-Each stage runs for its share at most and stops by itself, through `timeout`, also where this program does not live on.
-What it found is packed before the next begins. A later call goes on where the one before ended.
+Each stage runs for at most its share and is stopped by `timeout`, even if this program dies. Its results are packed
+before the next stage starts. A later call continues where the one before ended.
 
     benchmarks/gpu_suite.sh OUTPUT [PREVIOUS] [--kit FOLDER] [--seconds N] [--dry] [--rehearse]
 
 OUTPUT    a folder for at most 8 files: summary.txt, state.json, logs.tar.gz and the results
-PREVIOUS  the OUTPUT of an earlier call, which may be the same folder: nothing is done twice
+PREVIOUS  the OUTPUT of an earlier call, possibly the same folder: no stage runs twice
 
-Exit status: 0; 1 if a stage failed; 2 if nothing could be begun.
+Exit status: 0; 1 if a stage failed; 2 if no stage could start.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from . import contents, place, state, summary
 from .plan import BUILDING, CALL, GRACE, LOAD, PACKING, STAGES, Machine, Stage, held, seconds_of, together
 from .state import CUT, DONE, ENDED, FAILED, LEFT_OUT, WAITING, State
 
-POLL = 0.05  # seconds between looks at what runs
-LEAST = 8  # seconds with which a stage is still begun
+POLL = 0.05  # seconds between checks of the running processes
+LEAST = 8  # the least seconds to start a stage
 MOST_NAMED = 8  # failed tests
 _SUMMARY = re.compile(r"^=*\s*((?:\d+ (?:passed|failed|errors?|skipped|deselected|warnings?)(?:, )?)+ in [\d.]+s)")
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?\.py(?:::\w+)*(?:\[.*?\](?= - |$))?)")
@@ -44,11 +44,11 @@ class Runner:
     """One call.
 
     Args:
-        machine: where.
-        output: the folder that comes back.
-        known: what earlier calls have done; it is changed.
+        machine: the machine and folders.
+        output: the returned folder.
+        known: the state of earlier calls; it is changed.
         budget: seconds of the call, from `begun` on, a time of `time.monotonic`.
-        stages: all there are.
+        stages: all stages.
         say: prints a line.
     """
 
@@ -65,11 +65,11 @@ class Runner:
         self.machine, self.output, self.known, self.stages, self.say = machine, output, known, stages, say
         self.ends = (time.monotonic() if begun is None else begun) + budget - PACKING
         self.variables = dict(os.environ)
-        self.seen: dict[str, int] = {}  # stage to the bytes that its log had when it began
+        self.seen: dict[str, int] = {}  # stage to the size of its log at its start
         self.sources = contents.sources(machine.root, "red_kernels") + contents.sources(machine.root)
 
     def pending(self) -> list[Stage]:
-        """What this call has to do: what earlier ones left and what failed in them, then its own stages."""
+        """The work of this call: unfinished and failed stages of earlier ones, then its own stages."""
         return [stage for stage in self.stages if stage.name == LOAD or self._is_due(stage)]
 
     def _is_due(self, stage: Stage) -> bool:
@@ -77,8 +77,8 @@ class Runner:
         return stage.call <= self.known.calls and entry.status not in ENDED and not self._taken_over(stage)
 
     def _taken_over(self, stage: Stage) -> bool:
-        """Whether another stage goes on with this one's tests, there are none left for it to go on with, or what it
-        prepares has run."""
+        """Whether another stage continues this one's tests, or has none left to continue, or the stage that it prepares
+        has run."""
         if stage.serves and self.known.of(stage.serves).call:
             return True
         if stage.continues:
@@ -88,10 +88,10 @@ class Runner:
         return bool(later) and self.known.of(stage.name).call > 0
 
     def run(self) -> int:
-        """Everything for which there is time; returns the exit status."""
+        """Run all stages for which there is time; returns the exit status."""
         self.known.calls += 1
         pending = self.pending()
-        # What the stages before this call's own take is no longer there for these: they wait for another call.
+        # The time used by earlier stages is missing for these: they wait for another call.
         for group in together(pending):
             self._group(group)
             if group[0].name == LOAD and self.known.of(LOAD).status == FAILED:
@@ -144,10 +144,10 @@ class Runner:
         self._pack()
 
     def _start(self, stage: Stage, seconds: float) -> subprocess.Popen[bytes]:
-        """All commands of a stage in one shell, which `timeout` ends with all that they have started."""
+        """All commands of a stage in one shell, which `timeout` ends with all its children."""
         entry = self.known.of(stage.name)
         if stage.result and entry.sources not in ("", self.sources):
-            held(self.machine, stage).unlink(missing_ok=True)  # of two versions there is no one result
+            held(self.machine, stage).unlink(missing_ok=True)  # two versions have no common result
         entry.sources, entry.call = self.sources, self.known.calls
         script = self.machine.work / f"{stage.name}.json"
         commands = stage.commands(self.machine, seconds)
@@ -166,11 +166,11 @@ class Runner:
         return os.pathsep.join([*own, *filter(None, [self.variables.get("PYTHONPATH")])])
 
     def _end(self, stage: Stage, process: subprocess.Popen[bytes], seconds: float) -> None:
-        """Note what became of a stage that has ended, or has to."""
+        """Record the state of a stage that has ended, or must end."""
         if process.poll() is None:
             process.kill()
         code = process.wait()
-        with contextlib.suppress(ProcessLookupError):  # what the stage has started and did not wait for
+        with contextlib.suppress(ProcessLookupError):  # children that the stage did not wait for
             os.killpg(process.pid, signal.SIGKILL)
         entry = self.known.of(stage.name)
         entry.exit, entry.seconds = code, round(entry.seconds + seconds, 1)
@@ -187,7 +187,7 @@ class Runner:
         self.say("\n".join([f"{stage.name}: {entry.status}", *(f"    {line[:200]}" for line in said[-4:])]))
 
     def _passed(self, stage: Stage) -> int:
-        """How many names of tests are in the file that a stage's tests write them into; 0 for other stages."""
+        """The number of tests in a stage's file of test names; 0 for other stages."""
         commands = stage.commands(self.machine, stage.share)
         paths = {Path(one.variables["PASSED_TESTS"]) for one in commands if "PASSED_TESTS" in one.variables}
         return sum(len(path.read_text().splitlines()) for path in paths if path.is_file())
@@ -196,7 +196,7 @@ class Runner:
         return self.machine.kept / f"{stage.name}.log"
 
     def _pack(self) -> None:
-        """What comes next may be the end of the machine: each file is replaced as a whole."""
+        """The machine may disappear at any time: each file is replaced completely."""
         self.output.mkdir(parents=True, exist_ok=True)
         with_results = [stage for stage in self.stages if stage.result and held(self.machine, stage).is_file()]
         for stage in with_results:
@@ -222,7 +222,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def said_of_tests(lines: Sequence[str]) -> str:
-    """What pytest said at last in a log, and the tests that it named as failed; nothing where it was not run."""
+    """pytest's last line in a log, and the failed tests; empty if it did not run."""
     last = [found[1] for line in lines if (found := _SUMMARY.search(line))]
     failed = list(dict.fromkeys(found[1] for line in lines if (found := _FAILED.match(line))))
     shown = [*failed[:MOST_NAMED], *([f"and {len(failed) - MOST_NAMED} more"] if len(failed) > MOST_NAMED else [])]
@@ -230,7 +230,7 @@ def said_of_tests(lines: Sequence[str]) -> str:
 
 
 def complete(path: Path) -> bool:
-    """Whether a file of results has all of its cases; one that does not say is whole."""
+    """Whether a file of results has all of its cases; one without the entry is complete."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -239,7 +239,7 @@ def complete(path: Path) -> bool:
 
 
 def fetch(machine: Machine, previous: Path, stages: Sequence[Stage] = STAGES) -> State:
-    """Have what an earlier call left where this one goes on with it. Raises ValueError where that is damaged."""
+    """Copy the results of an earlier call to the place where this one continues them. Raises ValueError if damaged."""
     known = state.read(previous)
     if known.calls and known.rehearsal != machine.rehearsal:
         raise ValueError(f"PREVIOUS is {previous}, of a {'rehearsal' if known.rehearsal else 'GPU'}, but this is not")
@@ -289,7 +289,7 @@ def _machine(given: argparse.Namespace, work: Path) -> Machine:
 
 def main(arguments: Sequence[str] | None = None, begun: float | None = None) -> int:
     begun = time.monotonic() if begun is None else begun
-    # A shell has those in the background ignore interrupts, and so would the stages.
+    # A shell makes background processes ignore interrupts, and the stages would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(prog="benchmarks/gpu_suite.sh", description=str(__doc__).split("\n")[0])
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder for at most 8 files")
@@ -321,7 +321,7 @@ def _call(given: argparse.Namespace, begun: float) -> int:
         raise ValueError("timeout was not found; remedy: install GNU coreutils")
     given.kit = given.kit.resolve()
     stages = [replace(stage, share=max(1, round(stage.share * given.scale))) for stage in STAGES]
-    # One place in all calls: compiled code names its own files.
+    # The same place in all calls: compiled code names its own files.
     work = Path(os.environ.get("TMPDIR") or "/tmp") / f"red-kernels-gpu-{os.getuid()}"
     shutil.rmtree(work, ignore_errors=True)
     machine = _machine(given, work)

@@ -1,4 +1,4 @@
-"""What earlier calls have done: a file next to the results, by which a later call goes on."""
+"""The state of earlier calls: a file next to the results, from which a later call continues."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ ENDED = (DONE, LEFT_OUT)
 
 @dataclass
 class Entry:
-    """What is known of a stage.
+    """The state of a stage.
 
     Attributes:
         status: `waiting`, `done`, `cut` off by its time, `failed` or `left out`.
         seconds: in all calls.
         exit: of the last run.
         call: the number of the call that ran it last; 0 for none.
-        sources: a hash of the sources that it ran with.
-        note: why it was left out, or what a person should know.
+        sources: a hash of its sources.
+        note: why it was left out, or a remark for the user.
     """
 
     status: str = WAITING
@@ -36,7 +36,7 @@ class Entry:
 
 @dataclass
 class State:
-    """Stages by their names, and how many calls there were."""
+    """Stages by their names, and the number of calls."""
 
     calls: int = 0
     stages: dict[str, Entry] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class State:
     rehearsal: bool = False
 
     def of(self, name: str) -> Entry:
-        """What is known of a stage, which may be nothing."""
+        """The state of a stage, possibly empty."""
         return self.stages.setdefault(name, Entry())
 
     def json(self) -> dict[str, Any]:
@@ -53,9 +53,9 @@ class State:
 
 
 def read(folder: Path) -> State:
-    """The state that a folder holds; a new one where it holds none.
+    """The state in a folder; a new one if it has none.
 
-    Raises ValueError for a file that is damaged or of another form.
+    Raises ValueError for a damaged file or one of another form.
     """
     path = folder / FILE
     if not path.exists():

@@ -1,4 +1,4 @@
-"""What came of the calls, for a person with a minute: right or wrong, bandwidth, peers, host time, steps, stages."""
+"""The results of the calls at a glance: correctness, bandwidth, peers, host time, steps, stages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .state import CUT, DONE, FAILED, LEFT_OUT, WAITING, State
 
 FILES = ("bandwidth", "peers", "host", "step", "variants")
 PASSES = ("forward", "backward")
-RIGHT = {  # what is shown to be right, to the stages that show it
+RIGHT = {  # each claim of correctness, to the stages that show it
     "cuda": ("tests-cuda", "again-cuda"),
     "triton": ("tests-triton", "again-triton"),
     "on a GPU only": ("tests-gpu", "large", "again-gpu"),
@@ -26,7 +26,7 @@ Results = Mapping[str, Any]
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """Every file of results that can be read, by its name."""
+    """Every readable file of results, by its name."""
     found = {}
     for name in FILES:
         try:
@@ -60,7 +60,7 @@ def text(known: State, found: Results) -> str:
 
 
 def _folded(line: str) -> list[str]:
-    """A line, its end further in where it is long."""
+    """A line, wrapped with an indent if it is long."""
     begin = line[: len(line) - len(line.lstrip())]
     return textwrap.wrap(
         line, LONGEST, initial_indent="", subsequent_indent=begin + "    ", drop_whitespace=True,
@@ -75,7 +75,7 @@ def _right(known: State) -> Iterator[str]:
             why = next((known.stages[name].note for name in stages if name in known.stages), "")
             yield f"  {what:14} not checked{': ' + why if why else ''}"
             continue
-        # A test that failed first and passed when its stage was gone on with is right.
+        # A test that failed first and passed in the continued stage is right.
         again = [name.partition("-")[2] for name, _ in ran if name.startswith("again-")]
         valid = [entry for name, entry in ran if name not in [f"tests-{one}" for one in again]]
         passed = any(re.search(r"\b[1-9]\d* (?:tests )?passed", entry.note) for _, entry in ran)
@@ -104,7 +104,7 @@ def _bandwidth(content: Any) -> Iterator[str]:
     if not widths:
         return
     yield f"  {'':32}" + "".join(f"{width:>9}" for width in widths)
-    # Sizes of one number of elements differ a little, by what is no whole row.
+    # Sizes of one number of elements differ a little, by incomplete rows.
     kinds = sorted({(_label(case), -_millions(case)) for case in cases})
     for label, millions in kinds:
         of = {case["width"]: case for case in cases if (_label(case), -_millions(case)) == (label, millions)}

@@ -1,6 +1,6 @@
-"""pytest for a stage that may be cut off: `python -m benchmarks.gpu.tests ARGUMENTS`, with PASSED_TESTS=FILE.
+"""pytest for a stage that may be interrupted: `python -m benchmarks.gpu.tests ARGUMENTS`, with PASSED_TESTS=FILE.
 
-Tests that passed before are left out; that none is left is no failure.
+Tests that passed before are skipped; no remaining test is no failure.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     plugins = ("benchmarks.tools.passed_tests", "no:cacheprovider")
     more = [word for plugin in plugins for word in ("-p", plugin)]
     command = [sys.executable, "-m", "pytest", *more, "--continue-on-collection-errors", *arguments]
-    before = signal.signal(signal.SIGINT, lambda *given: None)  # it is pytest's, which then says what it has found
+    before = signal.signal(signal.SIGINT, lambda *given: None)  # pytest's handler, which then prints the results so far
     try:
         code = subprocess.run(command).returncode
     finally:

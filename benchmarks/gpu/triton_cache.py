@@ -1,12 +1,12 @@
-"""Compile Triton programs into a cache for a GPU that is not here. It needs Triton, no torch, and no driver.
+"""Compile Triton programs into a cache for an absent GPU. It needs Triton, but neither torch nor a driver.
 
     python3.12 -m benchmarks.gpu.triton_cache PROGRAMS CACHE [--seconds N] [--processes N]
 
-PROGRAMS has a line for each, see `benchmarks.gpu.programs`. Triton's cache is keyed by the bytes of its own library,
-which differ from one Python to the next: the Python that runs this must be that of the machine with the GPU, and so
-must its Triton. Triton compiles as for a call there, under a driver that only says which GPU it is.
+PROGRAMS has a line for each program, see `benchmarks.gpu.programs`. The key of Triton's cache includes the bytes of its
+library, which differ between Pythons: this Python and its Triton must be those of the machine with the GPU. Triton
+compiles as for a call there, under a driver that only names the GPU.
 
-The last line of the output is JSON: how many programs are in the cache, how many failed and are left, and the versions.
+The last line of the output is JSON: the numbers of programs in the cache, failed and left, and the versions.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VARIABLES = {"TRITON_STORE_BINARY_ONLY": "1"}  # a launch reads nothing else
 
 
 class NotLoaded(types.ModuleType):
-    """Stands for a module that was compiled for another machine."""
+    """Replaces a module that was compiled for another machine."""
 
     def __init__(self, name: str, path: str) -> None:
         super().__init__(name)
@@ -44,7 +44,7 @@ class NotLoaded(types.ModuleType):
 
 
 class Driver:
-    """Stands for the driver of a GPU that nothing runs on."""
+    """Replaces the driver of an absent GPU."""
 
     def __init__(self, target: Any) -> None:
         self._target = target
@@ -60,7 +60,7 @@ class Driver:
 
 
 def kernels() -> dict[str, Any]:
-    """The Triton kernels by their names. Their packages are not run: these import torch, the kernels do not."""
+    """The Triton kernels by their names. Their packages are not run: those import torch, the kernels do not."""
     for folder in (PACKAGE, PACKAGE / "backends", PACKAGE / "backends/triton"):
         name = ".".join(folder.relative_to(PACKAGE.parent).parts)
         if name not in sys.modules:
@@ -77,9 +77,9 @@ def kernels() -> dict[str, Any]:
 
 
 def use(cache: str) -> None:
-    """Have Triton keep what it compiles in a folder, under the stand-in of a driver."""
+    """Make Triton store its results in a folder, under the replaced driver."""
     os.environ.update(VARIABLES, TRITON_CACHE_DIR=cache)
-    os.environ.pop("TRITON_PTXAS_PATH", None)  # its version is a part of the key
+    os.environ.pop("TRITON_PTXAS_PATH", None)  # its version is part of the key
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
@@ -87,7 +87,7 @@ def use(cache: str) -> None:
 
 
 def compiled(program: dict[str, Any], functions: dict[str, Any]) -> Any:
-    """Triton's kernel for a program, as a call with aligned tensors has it made."""
+    """Triton's kernel for a program, as in a call with aligned tensors."""
     from triton.runtime.jit import MockTensor
 
     function = functions[program["kernel"]]
@@ -99,7 +99,7 @@ def compiled(program: dict[str, Any], functions: dict[str, Any]) -> Any:
 
 
 def add_launcher(kernel: Any) -> None:
-    """Compile what launches a kernel and what loads it, where each kind of call has a C function."""
+    """Compile the launcher and the loader of a kernel, for kinds of calls with a C function."""
     from triton.backends.nvidia import driver as nvidia
 
     if not hasattr(nvidia, "make_launcher"):
@@ -109,7 +109,7 @@ def add_launcher(kernel: Any) -> None:
 
 
 def without_libcuda(folder: Path) -> None:
-    """Link against an empty libcuda, and load nothing that was linked so."""
+    """Link against an empty libcuda, and do not load the result."""
     from triton.runtime import build
 
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")

@@ -1,7 +1,7 @@
 """Revisions of the package side by side: `python -m benchmarks.gpu.variants --kit FOLDER ...`.
 
-Each runs in processes of its own, in turn with the package as it is here, which is called `here`: A B A B, so that what
-changes on the machine meets all of them. A round is begun only if the time suffices for one as long as those before.
+Each runs in its own processes, alternating with the present package, called `here`: A B A B, so that changes of the
+machine affect all of them. A round starts only if the time suffices for one as long as the earlier ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def medians(content: Mapping[str, Any]) -> dict[str, float]:
 
 
 def side_by_side(rounds: Mapping[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """What was measured to variant to the median over its rounds, of what all of them have."""
+    """Measurement to variant to the median over its rounds, for measurements that all of them have."""
     shared = set.intersection(*(set(one) for of in rounds.values() for one in of)) if all(rounds.values()) else set()
     return {
         what: {name: statistics.median(one[what] for one in of) for name, of in rounds.items()}
@@ -84,13 +84,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(given: argparse.Namespace, name: str, folder: Path, number: int) -> dict[str, float] | str:
-    """One round of a variant in a process of its own; its results, or the end of what it said."""
+    """One round of a variant in its own process; its results, or the end of its output."""
     output = given.work / f"{name}-{number}"
     command = [sys.executable, "-m", "benchmarks.gpu.measure", "ops", "--output", str(output), "--settings"]
     command += [given.settings, "--seconds", str(given.seconds), "--device", given.device]
     command += ["--quick"] if given.device == "cpu" else []
     path = [str(folder), str(contents.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # Not in the root, whose package would come first.
+    # Not in the root, whose package would be imported first.
     done = subprocess.run(
         command, cwd=given.work, env=os.environ | {"PYTHONPATH": os.pathsep.join(path)}, capture_output=True, text=True
     )

@@ -1,9 +1,8 @@
 """The fine-tuning methods of the suite, each applied to one model: RED fused, naive and compiled, and its peers.
 
-Every method begins as the frozen model, with the same logits before the first step, but for edits of kinds that start
-at random. The vectors of RED are fp32; PEFT keeps its adapters in fp32 too where the base model is in half precision,
-as it does by default, and so do the neighbours that are written here; biases and whole weights that are trained keep
-the model's dtype.
+Every method starts as the frozen model, with the same logits before the first step, except edits of kinds with a random
+start. The vectors of RED are fp32. PEFT keeps its adapters in fp32 too on a half-precision base model, by default, and
+so do the neighbours written here. Trained biases and whole weights keep the model's dtype.
 """
 
 from __future__ import annotations
@@ -44,18 +43,19 @@ __all__ = [
 
 
 def prepare(name: str, model: nn.Module, *, head: Iterable[str] = (), batches: Batches = ()) -> Prepared:
-    """Make a model ready for a method, in place.
+    """Prepare a model for a method, in place.
 
     Args:
         name: one of `METHODS`.
-        model: a transformers model that is not patched; a `sister` where the original is needed again.
-        head: names of parameters that are trained besides the method's own, such as a fresh classification head. In
-            half precision their modules are turned to fp32 and take their inputs in fp32: small updates would be lost.
-        batches: of the task, the model's inputs with labels; for a method that looks at some before it trains (`spt`).
+        model: a transformers model that is not patched; a `sister` if the original is needed again.
+        head: names of parameters that are trained besides the method's own, for example a new classification head. In
+            half precision their modules are converted to fp32 and take their inputs in fp32: small updates would be
+            lost.
+        batches: of the task, the model's inputs with labels; for a method that needs some before it trains (`spt`).
 
     Raises:
-        ValueError: an unknown method or parameter, a model that the method does not fit, or no batches to look at.
-        ModuleNotFoundError: a package is missing; the message holds the pip command.
+        ValueError: an unknown method or parameter, a model that the method does not fit, or missing batches.
+        ModuleNotFoundError: a package is missing; the message contains the pip command.
     """
     if name not in METHODS:
         raise ValueError(f"name: got {name!r}, expected one of {', '.join(map(repr, METHODS))}")
@@ -100,8 +100,8 @@ def _train_too(model: nn.Module, head: list[nn.Parameter], prepared: Prepared) -
 def sister(model: nn.Module) -> nn.Module:
     """A copy of a model whose Parameters are new objects over the same memory; its buffers are copies.
 
-    So many methods can hold one base model at once. Only one that leaves the shared weights as they are may be trained:
-    of those here that is all but `full` and `bitfit`, and these too at a learning rate of 0.
+    So many methods can share one base model. Only a method that does not change the shared weights may be trained: all
+    but `full` and `bitfit`, and these too at a learning rate of 0.
     """
     memo: dict[int, Any] = {}
     for own in model.parameters():
@@ -124,11 +124,11 @@ METHODS: dict[str, Method] = {
 KIND_METHODS = tuple(method.name for method in red.KIND_METHODS)
 POSITION_METHODS = tuple(method.name for method in red.POSITION_METHODS)
 MORE_ADAPTERS = tuple(method.name for method in known.MORE_ADAPTERS)
-# What a step's time is measured of by default, and what it can be asked for.
+# The default methods of a step's timing, and all possible ones.
 _ASKED = ("linear-probe", *KIND_METHODS, *POSITION_METHODS, *MORE_ADAPTERS)
 STEP_METHODS = tuple(name for name in METHODS if name not in _ASKED)
 STEP_KNOWN = tuple(name for name in METHODS if name != "linear-probe")
-# What quality is measured of by default, and what it can be asked for.
+# The default methods of quality, and all possible ones.
 QUALITY_DEFAULT = ("red", "red-more", "lora-all", "ia3", "linear-probe", "full")
 QUALITY_METHODS = (
     *("red", "naive", *POSITION_METHODS, "lora-all", "ia3", "road", *MORE_ADAPTERS, *KIND_METHODS),

@@ -1,4 +1,4 @@
-"""What a method is, and what it gives back."""
+"""A method, and its result."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Batches = Iterable[Mapping[str, Tensor]]
 
 @dataclass
 class Prepared:
-    """A model that a method has made ready: call `model(**batch).loss.backward()` inside of `active()`.
+    """A model prepared by a method: call `model(**batch).loss.backward()` inside `active()`.
 
     Attributes:
-        model: what is called; it may be a wrapper of the model that came.
-        trained: what the optimizer steps, the head included; empty for the frozen models without one.
-        active: gives a context manager that each step has to run in, forward and backward.
-        held: what has to live as long as the model is used this way.
-        fixed: tensors that the method adds and does not train, such as random projections or lists of indices.
-        as_frozen: whether it begins as the frozen model.
+        model: the model to call; it may be a wrapper of the given one.
+        trained: the optimizer's parameters, the head included; empty for the frozen models without one.
+        active: returns a context manager around each step, forward and backward.
+        held: objects that must live as long as the model is used this way.
+        fixed: tensors that the method adds without training, for example random projections or lists of indices.
+        as_frozen: whether it starts as the frozen model.
     """
 
     model: Any
@@ -38,7 +38,7 @@ class Prepared:
 
     @property
     def trainable(self) -> int:
-        """How many numbers are trained."""
+        """The number of trained parameters."""
         return sum(own.numel() for own in self.trained)
 
 
@@ -49,9 +49,9 @@ class Method:
     Attributes:
         name: in the results.
         label: a few words for a table.
-        apply: makes a model ready, in place. It is called with the model, and with batches too if `looks`.
-        needs: the package that it comes from, if it is an optional one.
-        looks: whether it looks at batches of the task before it trains.
+        apply: prepares a model, in place. It is called with the model, and with batches too if `looks`.
+        needs: the optional package that it comes from.
+        looks: whether it needs batches of the task before it trains.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Method:
     looks: bool = False
 
     def missing(self) -> str | None:
-        """Why the method cannot be used here, or None."""
+        """Why the method is unusable here, or None."""
         if self.needs is not None:
             try:
                 require(self.needs, self.name)
@@ -71,7 +71,7 @@ class Method:
 
 
 def with_peft(model: nn.Module, config: Any) -> Prepared:
-    """The model with an adapter of PEFT's; the rest of it is frozen."""
+    """The model with an adapter of PEFT; the rest of it is frozen."""
     import peft
 
     model.requires_grad_(False)
@@ -80,7 +80,7 @@ def with_peft(model: nn.Module, config: Any) -> Prepared:
 
 
 def inputs_in_fp32(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A forward pre-hook for a module whose parameters were turned to fp32."""
+    """A forward pre-hook for a module whose parameters were converted to fp32."""
     return tuple(
         value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value for value in arguments
     )

@@ -1,4 +1,4 @@
-"""The peers that everybody knows: LoRA, IA3, BitFit, BEFT, LN-tuning, full fine-tuning and a linear probe."""
+"""The common peers: LoRA, IA3, BitFit, BEFT, LN-tuning, full fine-tuning and a linear probe."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _lora(every: bool, rank: int = RANK) -> Callable[[nn.Module], Prepared]:
 
 
 def _ia3(model: nn.Module) -> Prepared:
-    """PEFT's own choice of layers where it has one; else keys, values, and what leads out of each FFN."""
+    """PEFT's own choice of layers if it has one; else keys, values, and the last projection of each FFN."""
     import peft
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as known
 
@@ -55,13 +55,13 @@ def _ia3(model: nn.Module) -> Prepared:
 
 
 def _bitfit(model: nn.Module) -> Prepared:
-    """All biases of the model, those of its norms too; without any, new ones of zeros in the blocks' linear layers."""
+    """All biases of the model, those of its norms too; without any, new zero biases in the blocks' linear layers."""
     found = [own for name, own in model.named_parameters() if name.rpartition(".")[2] == "bias"]
     return _trained_alone(model, found or _zero_biases(block_linears(model).values()))
 
 
 def _beft(model: nn.Module) -> Prepared:
-    """The biases of the layers of values alone (BEFT); where they have none, some of zeros."""
+    """Only the biases of the value layers (BEFT); without any, new zero biases."""
     linears = block_linears(model)
     names = named(linears, VALUES)
     if any(name.rpartition(".")[2] in JOINED for name in names):
@@ -74,7 +74,7 @@ def _beft(model: nn.Module) -> Prepared:
 
 
 def _zero_biases(linears: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """Give linear layers biases of zeros. They are the layers' own, added inside of the matrix product."""
+    """Give linear layers zero biases. They are the layers' own, added inside the matrix product."""
     found = []
     for module in linears:
         if isinstance(module, nn.Linear):
@@ -111,7 +111,7 @@ def _full(model: nn.Module) -> Prepared:
 
 
 def _linear_probe(model: nn.Module) -> Prepared:
-    """Without a head that is named: the output projection of a language model, untied from the embeddings, in fp32."""
+    """Without a named head: the output projection of a language model, untied from the embeddings, in fp32."""
     own: Any = model
     output = own.get_output_embeddings() if hasattr(own, "get_output_embeddings") else None
     if output is None:
@@ -130,7 +130,7 @@ ADAPTERS = (
     Method("ia3", "IA3", _ia3, "peft"),
     Method("bitfit", "BitFit (biases)", _bitfit),
 )
-# Measured where they are asked for.
+# Measured on request.
 MORE_ADAPTERS = (
     Method("lora-all-r1", "LoRA r=1, all linear layers", _lora(True, 1), "peft"),
     Method("beft", "BEFT (biases of values)", _beft),

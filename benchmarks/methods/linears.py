@@ -1,4 +1,4 @@
-"""The linear layers of a model's blocks: which there are, which hold queries, keys and values, their sizes."""
+"""The linear layers of a model's blocks: their names, their queries, keys and values, their sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ JOINED = ("c_attn", "qkv_proj", "query_key_value", "Wqkv", "in_proj")  # queries
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a model's blocks by name: those with a layer's number in it, so no head and no pooler."""
+    """The linear layers of a model's blocks by name: those with a layer number in it, so no head and no pooler."""
     from transformers.pytorch_utils import Conv1D
 
     return {
@@ -26,12 +26,12 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def in_block(name: str) -> bool:
-    """Whether a module's name has a layer's number in it."""
+    """Whether a module's name contains a layer number."""
     return re.search(r"(?<![^.])\d+(?![^.])", name) is not None
 
 
 def named(linears: Mapping[str, nn.Module], *groups: tuple[str, ...]) -> list[str]:
-    """The layers whose last name is in one of the groups, or else those that hold queries, keys and values in one."""
+    """The layers whose last name is in one of the groups, or else joint layers of queries, keys and values."""
     last = {name: name.rpartition(".")[2] for name in linears}
     if all(any(own in group for own in last.values()) for group in groups):
         return [name for name, own in last.items() if any(own in group for group in groups)]
@@ -42,12 +42,12 @@ def named(linears: Mapping[str, nn.Module], *groups: tuple[str, ...]) -> list[st
 
 
 def transposed(linears: Mapping[str, nn.Module], names: Iterable[str]) -> bool:
-    """Whether these layers keep their weight as (in, out), which PEFT asks for."""
+    """Whether these layers store their weight as (in, out), which PEFT needs to know."""
     return not any(isinstance(linears[name], nn.Linear) for name in names)
 
 
 def sizes(linear: nn.Module) -> tuple[int, int]:
-    """How many features go into a linear layer, `Conv1D` included, and how many come out of it."""
+    """The input and output features of a linear layer, `Conv1D` included."""
     own: Any = linear
     if isinstance(linear, nn.Linear):
         return linear.in_features, linear.out_features
@@ -57,7 +57,7 @@ def sizes(linear: nn.Module) -> tuple[int, int]:
 def as_linears(model: nn.Module, names: Iterable[str]) -> None:
     """Replace those of these layers that are `Conv1D` by `nn.Linear` over the same memory, in place.
 
-    PEFT has HRA, RoAd and SHiRA for `nn.Linear` only. The weight is a transposed view, the bias the same Parameter.
+    PEFT has HRA, RoAd and SHiRA only for `nn.Linear`. The weight is a transposed view, the bias the same Parameter.
     """
     for name in names:
         own: Any = model.get_submodule(name)

@@ -1,4 +1,4 @@
-"""RED itself, fused and naive, each also compiled, the other kinds of edit, and the frozen models they are held to."""
+"""RED itself, fused and naive, each also compiled, the other kinds of edit, and their frozen baselines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .frame import Method, Prepared
 def edited_sites(model: nn.Module, position: str = "ffn") -> dict[str, int]:
     """Name and width of every site that `rk.patch` edits at a position, in the model's order; changes nothing.
 
-    Raises ValueError where it would refuse the model.
+    Raises ValueError if it would refuse the model.
     """
     return {site.report.site: site.width for site in make_plan(model, rk.RedConfig(position=position)).sites}
 
@@ -36,11 +36,11 @@ def _frozen(model: nn.Module) -> Prepared:
 def _frozen_fused(model: nn.Module) -> Prepared:
     """The floor: the fused residual additions and norms without an edit; the backward is the edited model's.
 
-    `rk.disable_edits` would run the library's own layers, so no edit is made the active one.
+    `rk.disable_edits` would run the library's own layers, so instead no edit is active.
     """
     rk.patch(model)
     _pass_gradients_unhooked(model.get_submodule(next(iter(rk.edit_parameters(model)))))
-    for own in model.parameters():  # the vectors, which nothing reads
+    for own in model.parameters():  # the vectors, which no operation reads
         own.requires_grad_(False)
     for edits in edit_modules(model).values():
         edits.selection.chosen = None
@@ -48,7 +48,7 @@ def _frozen_fused(model: nn.Module) -> Prepared:
 
 
 def _pass_gradients_unhooked(site: Any) -> None:
-    """As `pass_gradients`, without a hook: with another hook than ours a site's output is not handed on to be fused."""
+    """As `pass_gradients`, without a hook: with a foreign hook a site's output is not fused."""
     forward = site.forward
 
     def passing(*arguments: Any, **options: Any) -> Any:
@@ -96,7 +96,7 @@ METHODS = (
     Method("naive", "RED, eager hooks", _naive),
     Method("naive-compile", "RED, hooks under torch.compile", _compiled(_naive)),
 )
-# The other kinds at position `ffn`, where RED itself is; `all` is RED.
+# The other kinds at position `ffn`, like RED itself; `all` is RED.
 KIND_METHODS = tuple(
     Method(name, f"edits of kind {name}, ours", _edited(rk.RedConfig(kind=name))) for name in KINDS if name != "all"
 )

@@ -1,5 +1,5 @@
-"""The operations, each by every implementation that a user could take instead, over inputs of real models' sizes.
+"""The operations, by every alternative implementation, on inputs of real models' sizes.
 
-``operations`` says what is computed, ``implementations`` who computes it, ``inputs`` on what, ``clocks`` how it is
-timed; ``job`` runs the cases.
+``operations`` defines them, ``implementations`` computes them, ``inputs`` has the data, ``timing`` the clocks; ``job``
+runs the cases.
 """

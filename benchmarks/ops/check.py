@@ -1,4 +1,4 @@
-"""That all implementations of a case compute the same: values and gradients, before anything is timed."""
+"""Comparing the results of all implementations of a case, values and gradients, before it is timed."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def exact(inputs: Inputs) -> list[Tensor]:
 
 
 def differing(candidates: Mapping[str, Candidate], inputs: Inputs) -> dict[str, str]:
-    """Implementation to what is wrong with it; empty where all compute the same mathematics.
+    """Implementation to its fault; empty if all compute the same mathematics.
 
-    By norms against fp64: an implementation may err as much as eager PyTorch does, and a few roundings of the dtype;
-    sums over rows by the root of their number more, as some add up one row after the other.
+    By norms against fp64: an implementation may have the error of eager PyTorch plus a few roundings of the dtype. For
+    sums over rows the bound grows by the root of their number, as some implementations add one row after the other.
     """
     expected = exact(inputs)
     arguments, upstream = inputs[0]

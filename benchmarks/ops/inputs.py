@@ -1,4 +1,4 @@
-"""Inputs of the cases: the hidden sizes and rows of real models, and tensors beyond the last cache."""
+"""Inputs of the cases: the hidden sizes and rows of real models, and tensors larger than the last-level cache."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 from .operations import Arguments, Operation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LEAST_CACHE_BYTES = 64 << 20  # where a CPU does not tell, or has less
+LEAST_CACHE_BYTES = 64 << 20  # for a CPU that reports none, or less
 
 
 def cache_bytes(device: torch.device) -> int:
-    """More than the last cache holds: twice that of a CPU, four times that of a GPU."""
+    """More than the last-level cache: twice that of a CPU, four times that of a GPU."""
     if device.type == "cpu":
         return max(LEAST_CACHE_BYTES, 2 * _last_cache())
     return 4 * int(torch.cuda.get_device_properties(device).L2_cache_size)
 
 
 def _last_cache() -> int:
-    """Bytes of this CPU's last cache; 0 where the system does not tell."""
+    """Bytes of this CPU's last-level cache; 0 if the system does not report it."""
     try:
         size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
         return int(size.rstrip("KM")) << {"K": 10, "M": 20}.get(size[-1:], 0)
@@ -30,13 +30,13 @@ def _last_cache() -> int:
 
 
 class Inputs:
-    """Sets of activations and gradients, and the vectors that the sets share.
+    """Sets of activations and gradients, and their shared vectors.
 
     Args:
-        operation: whose inputs they are.
+        operation: the operation of the inputs.
         rows, width: of the activations.
         dtype: of activations and norm weights; edits are fp32.
-        fresh: as many sets as reach beyond the cache, at least two; else one.
+        fresh: as many sets as exceed the cache, at least two; else one.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class Inputs:
 
 
 class Copies:
-    """The floor: plain copies of as many bytes as an operation has to move, a read and a write for each activation
-    copied, out of the same sets: forward of what comes in first, backward of the gradients first.
+    """The floor: plain copies of as many bytes as an operation moves, a read and a write for each activation copied,
+    from the same sets: forward of the inputs first, backward of the gradients first.
 
-    On a GPU a kernel copies (its values come out negated): a graph's own copies may be done in another way. The targets
-    rotate as the sources do, since a target that is written again and again may never leave the cache.
+    On a GPU a kernel copies (with negated values): a graph's own copies may be implemented differently. The targets
+    rotate like the sources, since a target that is written repeatedly may never leave the cache.
     """
 
     def __init__(self, inputs: Inputs) -> None:
@@ -86,7 +86,7 @@ class Copies:
         self._targets = [[torch.empty_like(one) for _ in range(most)] for _ in range(count)]
 
     def copy(self, activations: int, number: int, backward: bool = False) -> None:
-        """Read and write `activations` of them in all."""
+        """Read and write this number of `activations` in all."""
         sources = self._sources[number % len(self._sources)]
         targets = self._targets[number % len(self._targets)]
         for place, target in enumerate(targets[: -(-activations // 2)]):

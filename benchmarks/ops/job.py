@@ -1,6 +1,6 @@
 """The job `ops`: operations by implementations by inputs.
 
-What the file's fields mean: docs/benchmarks.md.
+The fields of the file: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ def implementation_names() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured; None is what suits the device.
+    """The scope of a measurement; None selects the device's default.
 
     Attributes:
-        operations: names of functions; a function's variants are all measured.
+        operations: names of functions; all variants of a function are measured.
         dtypes: of the activations.
-        widths, rows: sizes of the activations; pairs beyond the device's limit are left out.
-        elements: in place of `rows`: of each width as many whole rows as are in so many elements.
-        implementations: which are timed, `copy` always; None for all. Eager PyTorch runs in any case, to compare with.
+        widths, rows: sizes of the activations; pairs beyond the device's limit are skipped.
+        elements: instead of `rows`: for each width the largest number of whole rows within this many elements.
+        implementations: the timed ones, `copy` always; None for all. Eager PyTorch always runs, for comparison.
         inputs: `"fresh"` for all operations, `"warm"` for those of whole blocks.
-        seconds: how long the rounds of a case last on a CPU, at least seven rounds.
+        seconds: the duration of a case's rounds on a CPU, at least seven rounds.
         peak_memory: whether memory is measured.
-        kernels: whether the names of the kernels that each implementation starts on a GPU are noted: a library may
+        kernels: whether the names of each implementation's kernels on a GPU are recorded: a library may
             choose among several.
     """
 
@@ -111,7 +111,7 @@ def missing(run: Run) -> dict[str, str]:
 
 
 def cases(settings: Settings, run: Run) -> list[Case]:
-    """The cases in the order of their worth: of each size all operations, fresh inputs before warm ones."""
+    """The cases in the order of their value: of each size all operations, fresh inputs before warm ones."""
     gpu = run.device.type == "cuda"
     sizes = QUICK if run.quick else ON_GPU if gpu else ON_CPU
     widths, rows = settings.widths or sizes[0], settings.rows or sizes[1]
@@ -139,7 +139,7 @@ def cases(settings: Settings, run: Run) -> list[Case]:
 def candidates(
     operation: Operation, device: torch.device, only: tuple[str, ...] | None = None
 ) -> tuple[dict[str, Candidate], dict[str, str]]:
-    """Who computes an operation, and implementation to the reason why it does not. Missing ones are in neither."""
+    """The implementations of an operation, and the reasons of those that lack it. Missing ones are in neither."""
     torch._dynamo.reset()
     found, left_out = {}, {}
     for one in implementations(device):
@@ -153,8 +153,8 @@ def candidates(
 
 
 def measure(case: Case, settings: Settings, run: Run) -> dict[str, Any]:
-    """One case: the fields that docs/benchmarks.md names. Raises ArithmeticError where an implementation of ours, or
-    eager PyTorch, computes something else; another that does is left out."""
+    """One case: the fields in docs/benchmarks.md. Raises ArithmeticError if an implementation of ours, or eager
+    PyTorch, has wrong results; other wrong ones are left out."""
     operation = find(case["operation"], case["variant"])
     dtype = DTYPES[case["dtype"]]
     inputs = Inputs(operation, case["rows"], case["width"], dtype, case["inputs"] == "fresh", run.device)
@@ -181,9 +181,9 @@ def measure(case: Case, settings: Settings, run: Run) -> dict[str, Any]:
 def wanted(
     settings: Settings, operation: Operation, inputs: Inputs, device: torch.device
 ) -> tuple[dict[str, Candidate], dict[str, str]]:
-    """Those of the implementations asked for that run and agree, and the reasons of the others.
+    """The requested implementations that run and agree, and the reasons of the others.
 
-    Raises ValueError where all that were asked for are missing here.
+    Raises ValueError if all requested ones are missing here.
     """
     names = settings.implementations
     if names is None:
@@ -198,8 +198,8 @@ def wanted(
 def prepared(
     operation: Operation, inputs: Inputs, device: torch.device, only: tuple[str, ...] | None = None
 ) -> tuple[dict[str, Candidate], dict[str, str]]:
-    """The implementations that run and agree, and the reasons of the others. `only`: which to look at, eager among
-    them, to which the others are held."""
+    """The implementations that run and agree, and the reasons of the others. `only`: those to check, including eager,
+    the reference of the others."""
     found, left_out = candidates(operation, device, only)
     for name, candidate in list(found.items()):
         try:
@@ -223,7 +223,7 @@ def _held(device: torch.device) -> set[str]:
 
 
 def _memory(timed: Mapping[str, Candidate], inputs: Inputs, device: torch.device) -> dict[str, int]:
-    """Of forward and backward, beyond inputs and the gradients that come in."""
+    """The peak of forward and backward, beyond inputs and incoming gradients."""
 
     def step(candidate: Candidate) -> None:
         with candidate.active():
@@ -233,7 +233,7 @@ def _memory(timed: Mapping[str, Candidate], inputs: Inputs, device: torch.device
 
 
 def result(times: Mapping[str, Timing], ours: list[str], moved: int) -> dict[str, dict[str, Any]]:
-    """Our implementations beside the best peer and the floor."""
+    """Our implementations, the best peer and the floor."""
     found = {}
     for name in ours:
         own = times[name].median
@@ -249,12 +249,12 @@ def result(times: Mapping[str, Timing], ours: list[str], moved: int) -> dict[str
 
 
 def add_host(file: ResultFile, settings: Settings, run: Run) -> None:
-    """Time on the host by call: of inputs so small that a CPU computes next to nothing, or not waited for on a GPU.
+    """Host time by call: with inputs so small that a CPU computes next to nothing, or without waiting for a GPU.
 
-    Operations that the file has already are left, and so is what the time does not suffice for.
+    Operations already in the file are skipped, and those without time.
     """
     if settings.implementations is not None:
-        return  # some of them, for their bandwidth
+        return  # only a part, for their bandwidth
     rows, width = HOST_SHAPE[run.device.type]
     found = file.content.setdefault("host", [])
     chosen = [operation for operation in OPERATIONS if operation.name in settings.operations]
@@ -279,11 +279,11 @@ def _json(times: Times) -> dict[str, dict[str, dict[str, float]]]:
 def run_job(settings: Settings, run: Run, folder: Path, resume: bool) -> ResultFile:
     """Measure all cases into `ops.json` in a folder, and print the tables.
 
-    Raises ValueError where the file to go on with is of another run, and what all cases raised where all have failed.
+    Raises ValueError if the file to resume is of another run, and the last error if all cases have failed.
     """
     planned = cases(settings, run)
     file = ResultFile(folder / f"{JOB}.json", JOB, run, asdict(settings), missing(run), resume=resume)
-    # A compiled backward that writes into what its forward kept could not be replayed from a graph.
+    # A compiled backward that overwrites saved tensors could not be replayed from a graph.
     replayed = functorch_config.patch(donated_buffer=False) if run.device.type == "cuda" else contextlib.nullcontext()
     with replayed:
         run_cases(file, planned, lambda case: measure(case, settings, run), run, "operations")
@@ -293,7 +293,7 @@ def run_job(settings: Settings, run: Run, folder: Path, resume: bool) -> ResultF
 
 
 def print_results(content: Mapping[str, Any], console: Console) -> None:
-    """A table for each operation, a line for each case, forward and backward together; and who is missing."""
+    """A table for each operation, a line for each case, forward and backward together; and missing implementations."""
     operations: dict[str, list[Mapping[str, Any]]] = {}
     for case in content["cases"]:
         operations.setdefault(", ".join(filter(None, (case["operation"], case["variant"]))), []).append(case)

@@ -1,4 +1,4 @@
-"""Which kernels an implementation starts on a GPU: one library may choose among several, or take another library's."""
+"""The kernels of an implementation on a GPU: a library may choose among several, or use another library's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..failure import in_words
 from .inputs import Inputs
 from .timing import Candidate, gradients
 
-LONGEST = 160  # characters of a name: what comes behind are template arguments
+LONGEST = 160  # characters of a name: template arguments follow
 NOT_KERNELS = ("Memcpy", "Memset")
 
 
@@ -29,7 +29,7 @@ def started(
 ) -> dict[str, list[str]]:
     """Implementation to the kernels of its forward and backward, in their order, each name once.
 
-    Where the profiler fails, the one entry says so: what is timed does not depend on it.
+    If the profiler fails, the one entry states it: the timing does not depend on it.
     """
     found = {}
     for name, candidate in candidates.items():
@@ -45,7 +45,7 @@ def started(
 
 
 def names_of(events: Iterable[Any]) -> list[str]:
-    """The names of the kernels among a profile's events, which the order of their starts sorts."""
+    """The names of the kernels among a profile's events, in the order of their starts."""
     of_gpu = [event for event in events if event.device_type == DeviceType.CUDA]
     of_gpu = [event for event in of_gpu if not event.name.startswith(NOT_KERNELS)]
     of_gpu.sort(key=lambda event: event.time_range.start)

@@ -1,4 +1,4 @@
-"""What is computed: the package's operations, their plain definitions and the bytes that they have to move at least."""
+"""The package's operations, their plain definitions and the least bytes that they move."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LAYER_EPS = 1e-5
 
 
 class Arguments(NamedTuple):
-    """What every implementation gets: activations `(rows, width)`, vectors `(width,)`; `residual` may go unused."""
+    """The arguments of every implementation: activations `(rows, width)`, vectors `(width,)`; `residual` optional."""
 
     x: Tensor
     residual: Tensor
@@ -30,11 +30,11 @@ class Operation:
 
     Attributes:
         name: the function of `red_kernels`.
-        variant: which form of it: `"post-norm"` returns the normed sum alone, as models need that normalise last.
+        variant: its form: `"post-norm"` returns only the normed sum, for models that normalise last.
         norm: `"rms"`, `"layer"` or `""`.
         residual: whether a residual is added before the norm.
         norm_first: whether the norm comes before the edit.
-        forward, backward: the activations that have to be read and written at least.
+        forward, backward: the least number of activations read and written.
     """
 
     name: str
@@ -47,21 +47,21 @@ class Operation:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What tells it from the others."""
+        """Its distinguishing fields."""
         return self.name, self.variant
 
     @property
     def outputs(self) -> int:
-        """How many tensors it returns: the sum too where that goes on in the residual stream."""
+        """The number of returned tensors: also the sum if it continues in the residual stream."""
         return 2 if self.norm and self.residual and not self.variant else 1
 
     def differentiated(self, arguments: Arguments) -> list[Tensor]:
-        """The arguments whose gradients are asked for: a frozen model's norms need none."""
+        """The arguments with gradients: a frozen model's norms need none."""
         x, residual, scale, bias, _, _ = arguments
         return [x, residual, scale, bias] if self.residual else [x, scale, bias]
 
     def passes(self) -> dict[str, int]:
-        """Pass to activations moved at least."""
+        """Pass to the least number of activations moved."""
         return {"forward": self.forward, "backward": self.backward, "both": self.forward + self.backward}
 
 
@@ -83,7 +83,7 @@ def find(name: str, variant: str) -> Operation:
 
 
 def compose(operation: Operation, arguments: Arguments, edit: Edit, norm: Norm) -> tuple[Tensor, ...]:
-    """The operation out of an edit and a norm, as a model that fuses nothing runs it: `y`, or `y, z`."""
+    """The operation composed of an edit and a norm, as in a model without fusion: `y`, or `y, z`."""
     x, residual = arguments.x, arguments.residual
     if operation.norm_first:
         return (edit(norm(operation, x, arguments), arguments),)

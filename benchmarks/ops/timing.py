@@ -1,4 +1,4 @@
-"""How long the passes of an operation take, for several implementations in turn."""
+"""Timing the passes of an operation, for several implementations in turn."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Times = dict[str, dict[str, Timing]]  # pass to implementation to seconds
 
 @dataclass(frozen=True)
 class Candidate:
-    """One implementation's function for the operation that is timed."""
+    """One implementation's function for the timed operation."""
 
     function: Function
     active: Callable[[], AbstractContextManager[Any]]
@@ -52,7 +52,7 @@ def gradients(
 def host_times(
     candidates: Mapping[str, Candidate], inputs: Inputs, *, seconds: float, least: int = 7, calls: int = HOST_CALLS
 ) -> Times:
-    """What a call costs the host, over rounds of `calls` calls that are not waited for."""
+    """The host time of a call, over rounds of `calls` calls without waiting."""
     return _wall(candidates, inputs, seconds, least, calls)
 
 
@@ -61,7 +61,7 @@ def wall_times(
 ) -> Times:
     """Wall time of single calls, on a CPU, and of the copies among them.
 
-    What a pass returns, and what the other needs of it, is given back inside of the backward's time.
+    The backward's time includes freeing the results of a pass and its saved tensors.
     """
     return _wall(candidates, inputs, seconds, least, 1, copies)
 
@@ -106,9 +106,9 @@ def _wall(
     order = random.Random(0)
 
     def one_round(number: int, counted: bool) -> None:
-        # In a fixed order one would always run in the cache, full of writes to come, that the same other one leaves.
+        # In a fixed order one would always inherit the same neighbour's cache, full of pending writes.
         for place, name in enumerate(order.sample(names, len(names))):
-            turn = number * len(names) + place  # nobody gets the inputs that the one before has left in the cache
+            turn = number * len(names) + place  # no implementation gets inputs that the one before left in the cache
             if name == FLOOR and copies is not None:
                 times = copy(copies, turn)
             else:
@@ -142,10 +142,10 @@ def device_times(
 ) -> tuple[Times, dict[str, str]]:
     """Time on the device: replays of graphs of one pass over each set of inputs, without the host.
 
-    The backward is captured by itself, over graphs of autograd that are kept, so that `both` is a third measurement.
+    The backward is captured separately, over kept autograd graphs, so `both` is a third measurement.
 
     Returns:
-        The times, and implementation to the reason why it could not be captured.
+        The times, and implementation to the reason of a failed capture.
     """
     operation, count = inputs.operation, len(inputs.sets)
     stream = stream or capture_stream
@@ -199,7 +199,7 @@ def _graphs(
 
 
 def capture_stream() -> AbstractContextManager[Any]:
-    """The stream that graphs are captured on: the backward runs on the stream of its forward."""
+    """The stream of graph captures: the backward runs on the stream of its forward."""
     if torch.cuda.graph.default_capture_stream is None:
         torch.cuda.graph.default_capture_stream = torch.cuda.Stream()
     return torch.cuda.stream(torch.cuda.graph.default_capture_stream)

@@ -1,1 +1,1 @@
-"""Quality of the methods of fine-tuning under equal budgets."""
+"""Quality of the fine-tuning methods under equal budgets."""

@@ -1,9 +1,9 @@
 """Pairs of sentences: does the second follow the first? From editorials and product reviews.
 
-The sentences come out of the archive of `sentiment.py`: 498 editorials of the New York Times and 300 reviews of
-products (Hu and Liu's), cut into sentences that are numbered in their order. BERT was pre-trained on this task beside
-its masked words (next-sentence prediction, arXiv 1810.04805), with one difference: here the second sentence of a pair
-that does not follow comes from another text of the same source, not of any.
+The sentences come from the archive of `sentiment.py`: 498 editorials of the New York Times and 300 reviews of products
+(Hu and Liu's), split into numbered sentences. BERT was pre-trained on this task in addition to its masked words
+(next-sentence prediction, arXiv 1810.04805), with one difference: here the second sentence of a negative pair comes
+from another text of the same source, not of any source.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LabelledPair = tuple[Pair, int]
 
 @dataclass(frozen=True)
 class Following:
-    """Pairs of sentences with their class, 1 where the second follows the first and 0 where it does not.
+    """Pairs of sentences with their class, 1 if the second follows the first, else 0.
 
     Attributes:
         train, validation, test: no text has sentences in two of them.
@@ -39,21 +39,21 @@ class Following:
 
 @dataclass(frozen=True)
 class Text:
-    """The sentences of one editorial or review, in their order, and the file that it comes from."""
+    """The sentences of one editorial or review, in order, and its file."""
 
     source: str
     sentences: tuple[str, ...]
 
 
 def load(archive: Path | None = None) -> Following:
-    """The pairs in three parts, the same in every run. Takes and raises what `sentiment.load` does."""
+    """The pairs in three parts, the same in every run. Arguments and errors as in `sentiment.load`."""
     path = archive or sentiment.fetch()
     content = path.read_bytes()
     return split([text for source in SOURCES for text in texts(content, path.name, source)])
 
 
 def texts(archive: bytes, name: str, source: str) -> list[Text]:
-    """The texts of a file, whose ids are `TEXT_SENTENCE`. Raises ValueError as `sentiment.read_lines`, or for an id."""
+    """The texts of a file with ids `TEXT_SENTENCE`. Raises ValueError as `sentiment.read_lines`, or for an id."""
     found: dict[str, list[str]] = {}
     for own, _, sentence in sentiment.read_lines(archive, name, source):
         text, separator, number = own.partition("_")
@@ -75,7 +75,7 @@ def split(everything: Sequence[Text]) -> Following:
 
 
 def pairs(part: Sequence[Text]) -> list[LabelledPair]:
-    """Each sentence but a text's last, with the one behind it or, by chance, one of another text of its source."""
+    """Each sentence but a text's last, with the next one or, at random, one of another text of its source."""
     drawn = random.Random(_SEED)
     found: list[LabelledPair] = []
     for number, text in enumerate(part):

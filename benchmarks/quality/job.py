@@ -1,12 +1,12 @@
 """The quality of each method on three tasks, under equal budgets: accuracy of two classifications, and perplexity.
 
-All methods get the same steps, batches, lengths and, for a seed, the same order of the data and the same fresh head.
-The learning rate is chosen for each method by the mean loss on the validation part, with seed 0, in runs of a share of
-the steps, each with its own warm-up and decay; where the best lies at the edge of the method's grid, the grid is
-extended. Only then the test part is used: by runs with seeds 1, 2, ... The mean over these and their sample standard
-deviation are the result. What the file's fields mean: docs/benchmarks.md.
+All methods get the same steps, batches, lengths and, for a seed, the same order of the data and the same new head. The
+learning rate of each method is chosen by the mean loss on the validation part, with seed 0, in runs of a share of the
+steps, each with its own warm-up and decay. If the best is at the edge of the method's grid, the grid is extended. Only
+then the test part is used: by runs with seeds 1, 2, ... The mean over these and their sample standard deviation are the
+result. The fields of the file: docs/benchmarks.md.
 
-The head on the sentence model is transformers' own: a linear layer on the first token, as the model's pooler gives it.
+The head on the sentence model is transformers' own: a linear layer on the first token, after the model's pooler.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ JOB = "quality"
 BASE = "base"
 _BASE_LABEL = dict.fromkeys(LABELS, "most frequent class") | {LANGUAGE: "no training"}
 POINTS = 10  # of a training curve, each a mean over as many steps
-LOOKED_AT = 4  # batches of its training that a method looks at, if it does, before it trains
-LOOKS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # of a run's steps: when its loss on the validation part is measured
+LOOKED_AT = 4  # batches that a method may read before it trains
+LOOKS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # fractions of a run's steps at which its validation loss is measured
 
 
 def missing(methods: Iterable[str]) -> dict[str, str]:
-    """Those of these methods, and of the default ones, that cannot be measured here, to the reason."""
+    """Those of these methods, and of the default ones, that cannot be measured here, with the reason."""
     reasons = {name: METHODS[name].missing() for name in QUALITY_METHODS if name in {*QUALITY_DEFAULT, *methods}}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def cases(settings: Settings, run: Run) -> list[Case]:
-    """Every method on every task, sentiment first: more of it is done in less time."""
+    """Every method on every task, sentiment first: it gives more results in less time."""
     return [{"task": task, "method": method} for task in settings.tasks for method in (BASE, *settings.methods)]
 
 
@@ -57,7 +57,7 @@ def measure(case: Case, settings: Settings, run: Run) -> dict[str, Any]:
     """Search the learning rate of a method on a task, and run it with each seed.
 
     Raises:
-        OSError, ValueError, ModuleNotFoundError: the task's data or model cannot be had.
+        OSError, ValueError, ModuleNotFoundError: the task's data or model is not available.
         RuntimeError: the training diverged with every learning rate.
     """
     settings = settings.for_run(run)
@@ -91,12 +91,12 @@ def _task(name: str, budget: Budget, device: torch.device) -> Task:
 def _made(name: str, budget: Budget, device: torch.device) -> Task | Exception:
     try:
         return make_task(name, budget, device)
-    except Exception as error:  # a network that is not there is asked once, not for every method
+    except Exception as error:  # a missing network is tried once, not for every method
         return error
 
 
 def _base(task: Task) -> dict[str, Any]:
-    """What is there before any training: the frequencies of the classes, or the model as it is."""
+    """The score before any training: of the class frequencies, or of the model."""
     found = task.majority or task.judge(task.fresh(0).model, task.test)
     runs = [{"seed": None, **_entry(task, found)}]
     return {**_summary(task, runs), "learning_rates": {}, "chosen": None, "trainable": 0, "steps": 0}
@@ -139,7 +139,7 @@ def _method(method: str, task: Task, settings: Settings) -> dict[str, Any]:
 
 def _prepared(method: str, task: Task, seed: int, steps: int) -> Prepared:
     base = task.fresh(seed)
-    torch.manual_seed(seed)  # of what a method draws
+    torch.manual_seed(seed)  # of the method's random values
     looked_at = itertools.islice(task.batches(seed, steps), LOOKED_AT)
     return prepare(method, base.model, head=sorted(base.new_parameters), batches=looked_at)
 
@@ -147,7 +147,7 @@ def _prepared(method: str, task: Task, seed: int, steps: int) -> Prepared:
 def _trained(
     prepared: Prepared, task: Task, seed: int, steps: int, rate: float, losses: list[float] | None = None, **looks: Any
 ) -> HeldOut | None:
-    """Train; what there is to judge already, where it diverged. `losses` gets those of the steps."""
+    """Train; returns the score if the training diverged. `losses` gets those of the steps."""
     torch.manual_seed(seed)  # of dropout
     with prepared.active():
         found = train(prepared.model, prepared.trained, task.batches(seed, steps), steps, rate, **looks)
@@ -159,7 +159,7 @@ def _trained(
 def _peak(method: str, task: Task) -> int:
     """The memory of a training step beyond the base weights, on the longest batch of a run: the second of two steps.
 
-    The optimizer's state is there from the first step on.
+    The optimizer's state exists from the first step on.
     """
     base = task.fresh(1)
     weights = [own.detach() for own in base.model.parameters()]
@@ -172,7 +172,7 @@ def _peak(method: str, task: Task) -> int:
 
 
 def _entry(task: Task, found: HeldOut) -> dict[str, Any]:
-    """Score and loss; None for both where the training diverged, as JSON has no other word for it."""
+    """Score and loss; None for both if the training diverged, as JSON has no NaN."""
     if not math.isfinite(found.loss) or not math.isfinite(task.score(found)):
         return {"score": None, "loss": None}
     return {"score": task.score(found), "loss": found.loss}
@@ -207,7 +207,7 @@ def run_job(settings: Settings, run: Run, folder: Path, resume: bool) -> ResultF
     """Measure all cases into `quality.json` in a folder, and print the tables.
 
     Raises:
-        ValueError, OSError: of `ResultFile`; and what `measure` raises, where every case fails.
+        ValueError, OSError: of `ResultFile`; and the error of `measure` if every case fails.
     """
     lacking = missing(settings.methods)
     chosen = settings.for_run(run)
@@ -224,7 +224,7 @@ def run_job(settings: Settings, run: Run, folder: Path, resume: bool) -> ResultF
 
 
 def print_results(content: dict[str, Any], console: Console) -> None:
-    """A table for each task, and what the fused edit differs by from the eager one."""
+    """A table for each task, and the differences between the fused and the eager edit."""
     for task in TASKS:
         found = {case["method"]: case for case in content["cases"] if case["task"] == task}
         if not found:
@@ -250,10 +250,10 @@ def print_results(content: dict[str, Any], console: Console) -> None:
 
 
 def fused_over_naive(found: Mapping[str, Case]) -> tuple[float, float | None] | None:
-    """The mean and the spread of what the fused edit's score differs by, seed by seed.
+    """The mean and the spread of the fused edit's score minus the eager one's, seed by seed.
 
-    None where one of the two is missing, has diverged, or was run with another learning rate: then it would not be the
-    same training.
+    None if one of the two is missing, has diverged, or had another learning rate: then the trainings would not be the
+    same.
     """
     if not {"red", "naive"} <= found.keys() or found["red"]["chosen"] != found["naive"]["chosen"]:
         return None

@@ -1,8 +1,8 @@
-"""Rated movie-review sentences, out of the source distribution of vaderSentiment 3.3.2 on PyPI (MIT licence).
+"""Rated movie-review sentences, from the source distribution of vaderSentiment 3.3.2 on PyPI (MIT licence).
 
 C. J. Hutto and E. Gilbert had 10,605 sentences of reviews (Pang and Lee's, of rottentomatoes.com) rated from -4 to 4 by
-many people each. The archive is fetched through pip when it is first asked for and stays in the user's cache;
-nothing of it is part of this project, and nothing of it is unpacked on the disk.
+many people each. pip fetches the archive at the first use, and it stays in the user's cache. No part of it belongs to
+this project, and no part of it is unpacked to the disk.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Sentiment:
     """Sentences with their class, 1 for positive and 0 for negative.
 
     Attributes:
-        train, validation, test: no sentence is in two of them, nor one that differs in case and punctuation only.
-        neutral: how many sentences were left out, because their mean rating is exactly 0.
+        train, validation, test: no sentence is in two of them, nor one that differs only in case and punctuation.
+        neutral: the number of sentences left out, because their mean rating is exactly 0.
     """
 
     train: list[Labelled]
@@ -50,15 +50,15 @@ class Sentiment:
 def load(archive: Path | None = None) -> Sentiment:
     """The sentences in three parts, the same in every run.
 
-    The file numbers its sentences and does not say which review or film one is of, so two of one review may be in
-    different parts. What can be told are repetitions, and those are kept together.
+    The file numbers its sentences without naming the review or film, so two of one review may be in different parts.
+    Repetitions are recognised and kept together.
 
     Args:
-        archive: the source distribution; by default the one that `fetch` finds or gets.
+        archive: the source distribution; by default the one of `fetch`.
 
     Raises:
         OSError: pip cannot fetch the archive, or the cache cannot be written.
-        ValueError: the archive is another one than it should be, or does not hold the sentences.
+        ValueError: the archive has another checksum, or lacks the sentences.
     """
     path = archive or fetch()
     return split(read_sentences(path.read_bytes(), path.name))
@@ -82,7 +82,7 @@ def split(rated: Sequence[tuple[str, float]]) -> Sentiment:
 
 
 def majority(train: Sequence[Labelled], judged: Sequence[Labelled]) -> tuple[float, float]:
-    """Accuracy and mean loss of knowing nothing but how frequent each class is among `train`.
+    """Accuracy and mean loss of a guess by the class frequencies among `train`.
 
     The accuracy is that of always naming the more frequent class (the positive one where they are equal), from 0 to 1;
     the loss is the cross-entropy of the frequencies, in nats.
@@ -102,12 +102,12 @@ def read_lines(archive: bytes, name: str, file: str) -> list[tuple[str, float, s
     """Id, mean rating and sentence of each line of a file, in its order.
 
     Args:
-        archive: a gzipped tar that has in `additional_resources` another, which has the file of sentences.
-        name: what to call it in an error.
+        archive: a gzipped tar with another one in `additional_resources`, which has the file of sentences.
+        name: its name in an error.
         file: the name of the file.
 
     Raises:
-        ValueError: there is no such archive, no such file, or a line is not an id, a rating and a sentence.
+        ValueError: the archive or the file is missing, or a line is not an id, a rating and a sentence.
     """
     try:
         for inner in _members(archive, lambda path: "additional_resources" in path.parts and path.suffix == ".gz"):
@@ -119,7 +119,7 @@ def read_lines(archive: bytes, name: str, file: str) -> list[tuple[str, float, s
 
 
 def _members(archive: bytes, wanted: Callable[[PurePosixPath], bool]) -> list[bytes]:
-    """The contents of the regular files that are wanted, read in memory: no path of the archive is ever followed."""
+    """The contents of the requested regular files, read in memory: no path of the archive is ever used."""
     with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
         files = [member for member in tar if member.isreg() and wanted(PurePosixPath(member.name))]
         return [opened.read() for member in files if (opened := tar.extractfile(member)) is not None]
@@ -127,7 +127,7 @@ def _members(archive: bytes, wanted: Callable[[PurePosixPath], bool]) -> list[by
 
 def _lines(content: bytes, file: str) -> list[tuple[str, float, str]]:
     try:
-        lines = content.decode("utf-8-sig").split("\n")  # not splitlines: a sentence may hold a control character
+        lines = content.decode("utf-8-sig").split("\n")  # not splitlines: a sentence may contain a control character
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: is not UTF-8 text: {error}") from error
     found = []
@@ -147,17 +147,17 @@ def _lines(content: bytes, file: str) -> list[tuple[str, float, str]]:
 
 
 def _letters(text: str) -> str:
-    """What two repetitions of one sentence have in common."""
+    """The common form of two repetitions of one sentence."""
     return " ".join(re.findall(r"\w+", text.lower())) or text
 
 
 def fetch() -> Path:
-    """The archive in the user's cache; pip gets it, where it is not there or damaged.
+    """The archive in the user's cache; pip fetches it if it is missing or damaged.
 
     Raises:
-        OSError: pip fails (no network, no such version), or the cache cannot be written. The message says where a copy
-            that came another way can be put.
-        ValueError: what was fetched has another checksum.
+        OSError: pip fails (no network, no such version), or the cache cannot be written. The message names the place
+            for a copy from elsewhere.
+        ValueError: the fetched file has another checksum.
     """
     kept = cache_folder() / ARCHIVE
     if kept.is_file() and hashlib.sha256(kept.read_bytes()).hexdigest() == SHA256:
@@ -174,14 +174,14 @@ def fetch() -> Path:
 
 def _download(folder: Path, kept: Path) -> None:
     wanted = folder / "requirements.txt"
-    # pip runs the setup.py of what it downloads: with the hash it is checked before that, not only behind it.
+    # pip runs the setup.py of its download: with the hash it checks the file before that.
     wanted.write_text(f"{PROJECT}=={VERSION} --hash=sha256:{SHA256}\n")
     options = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--require-hashes", "--quiet"]
     options += ["--disable-pip-version-check", "--retries", "2", "--dest", str(folder), "--requirement", str(wanted)]
     done = subprocess.run([sys.executable, "-m", "pip", "download", *options], capture_output=True, text=True)
     if done.returncode == 0 and (folder / ARCHIVE).is_file():
         return
-    errors = [line for line in done.stderr.splitlines() if "WARNING" not in line]  # those are its attempts
+    errors = [line for line in done.stderr.splitlines() if "WARNING" not in line]  # these are its attempts
     said = " ".join(" ".join(errors).split())[-600:] or "nothing"
     if "do not match the hashes" in said.lower():
         raise ValueError(f"{ARCHIVE}: expected the SHA-256 {SHA256}; pip says: {said}")
@@ -192,9 +192,9 @@ def _download(folder: Path, kept: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where the archive is kept: `red-kernels` in the folder that the system has for a user's caches."""
+    """The place of the archive: `red-kernels` in the system's folder for a user's caches."""
     set_by_user = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(set_by_user):  # the XDG specification has a relative one ignored
+    if os.path.isabs(set_by_user):  # the XDG specification ignores a relative one
         return Path(set_by_user) / "red-kernels"
     if sys.platform == "win32" and os.environ.get("LOCALAPPDATA"):
         return Path(os.environ["LOCALAPPDATA"]) / "red-kernels" / "Cache"

@@ -1,4 +1,4 @@
-"""What is asked of the quality job: the budget of each task, the methods, the learning rates that are tried."""
+"""The settings of the quality job: the budget of each task, the methods, the grids of learning rates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..runs import Run
 from .tasks import FOLLOWING, LANGUAGE, SENTIMENT, TASKS, Budget
 from .training import check_grid
 
-_VECTORS = (3e-3, 1e-2, 3e-2)  # methods that scale, shift or turn what is there
+_VECTORS = (3e-3, 1e-2, 3e-2)  # methods that scale, shift or rotate existing values
 _MATRICES = (3e-4, 1e-3, 3e-3)  # products of matrices
 _BETWEEN = (1e-3, 3e-3, 1e-2)
 _WEIGHTS = (2e-5, 6e-5, 2e-4)  # the model's own weights, or entries of them
@@ -29,7 +29,7 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     FOLLOWING: {**_GRIDS, "linear-probe": _VECTORS},
     LANGUAGE: {**_GRIDS, "linear-probe": _WEIGHTS},  # its head is the output projection
 }
-# Three passes over the sentences; what the validation loss does at the end is in the results.
+# Three passes over the sentences; the results show the course of the validation loss.
 SENTENCES = Budget("all-MiniLM-L6-v2", "fp32", 690, 32, 64, seeds=3, validation=5000, test=5000, search=230)
 PAIRS = Budget("all-MiniLM-L6-v2", "fp32", 690, 32, 96, seeds=3, validation=5000, test=5000, search=230)
 TEXTS = Budget("SmolLM2-135M-Instruct", AUTO, 120, 4, 128, seeds=3, validation=24, test=64, search=40)
@@ -38,14 +38,14 @@ _FIELDS = {SENTIMENT: "sentiment", FOLLOWING: "following", LANGUAGE: "language"}
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """The scope of a measurement.
 
     Attributes:
         sentiment, following, language: the budget of each task.
-        methods: in the order in which they are measured, after the base.
-        grids: task to method to the learning rates to try; the fused and the eager edit have the same.
-        extend: how many rates may be tried beyond a grid.
-        tasks: which, in this order.
+        methods: in the order of measurement, after the base.
+        grids: task to method to its learning rates; the fused and the eager edit share a grid.
+        extend: the most rates tried beyond a grid.
+        tasks: the tasks, in this order.
     """
 
     sentiment: Budget = SENTENCES
@@ -81,7 +81,7 @@ class Settings:
         return found
 
     def for_run(self, run: Run) -> Settings:
-        """These settings with the run's dtype in place of `auto`; of a quick run only few steps, rates and items."""
+        """These settings with the run's dtype instead of `auto`; a quick run has few steps, rates and items."""
         own: dict[str, Any] = {_FIELDS[name]: self.budget(name).resolved(run.resolved(AUTO)) for name in TASKS}
         resolved = replace(self, **own)
         return resolved._quick() if run.quick else resolved

@@ -27,19 +27,19 @@ LABELS = {SENTIMENT: ["negative", "positive"], FOLLOWING: ["no", "yes"]}
 
 @dataclass(frozen=True)
 class Budget:
-    """What each method may use on a task.
+    """The budget of each method on a task.
 
     Attributes:
         model: a packaged model's name, a folder or a hub id.
         dtype: of the base model: `"auto"`, `"fp32"` or `"bf16"`.
         steps: optimizer steps of a run.
-        search: those of each run that searches a learning rate.
+        search: steps of each run that searches a learning rate.
         batch: sentences or blocks in a step.
-        length: tokens in a block, and the most in a sentence.
+        length: tokens of a block, and the most of a sentence.
         seeds: runs with the chosen learning rate.
-        validation, test: the most sentences or blocks to measure on, of those that these parts hold.
-        products: of fp32 matrices: `"fp32"`, or `"bf16"` for factors rounded to bf16 and sums in fp32, as usual in
-            mixed precision; `"auto"` for bf16 where the device multiplies it natively.
+        validation, test: the most sentences or blocks to measure on, from these parts.
+        products: of fp32 matrices: `"fp32"`, or `"bf16"` for factors rounded to bf16 and sums in fp32, as in mixed
+            precision; `"auto"` for bf16 if the device multiplies it natively.
     """
 
     model: str
@@ -77,9 +77,9 @@ class Task:
 
     Attributes:
         name: one of `TASKS`.
-        train, validation, test: items as `collate` takes them; the latter two cut to the budget's sizes.
+        train, validation, test: items for `collate`; the latter two cut to the budget's sizes.
         majority: score and loss of the class frequencies alone; None for a task without classes.
-        said: what a result says of the data.
+        said: a result's entries about the data.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Task:
         return self.name in LABELS
 
     def fresh(self, seed: int) -> BaseModel:
-        """The base model in evaluation mode, nothing of it shared with another; its head, if any, drawn by the seed."""
+        """The base model in evaluation mode, without shared parts; the seed determines its head, if it has one."""
         key = seed if self.classification else 0
         if key not in self._loaded:
             self._loaded[key] = load(self.name, self.budget, self.device, seed)
@@ -107,7 +107,7 @@ class Task:
         return BaseModel(copy.deepcopy(base.model), base.tokenizer, base.name, base.new_parameters)
 
     def batches(self, seed: int, steps: int) -> Iterator[dict[str, Tensor]]:
-        """The batches of a run of so many steps, which depend on the seed alone."""
+        """The batches of a run of this many steps, which depend only on the seed."""
         for numbers in data_order(len(self.train), steps, self.budget.batch, seed, self._lengths()):
             yield self._batch([self.train[number] for number in numbers])
 
@@ -122,7 +122,7 @@ class Task:
         return found.perplexity if found.accuracy is None else 100 * found.accuracy
 
     def longest(self, seed: int) -> dict[str, Tensor]:
-        """The batch of a whole run that has the most tokens with their padding, for which memory must suffice."""
+        """The batch of a whole run with the most tokens, padding included, for which memory must suffice."""
         lengths = self._lengths()
         order = data_order(len(self.train), self.budget.steps, self.budget.batch, seed, lengths)
         numbers = max(order, key=lambda numbers: max(lengths[number] for number in numbers))
@@ -136,7 +136,7 @@ class Task:
 
 
 def load(name: str, budget: Budget, device: torch.device, seed: int, tokenizer: Any = None) -> BaseModel:
-    """The base model of a task. Its head is drawn by the seed. Raises what `load_base` does."""
+    """The base model of a task. The seed determines its head. Raises the errors of `load_base`."""
     torch.manual_seed(seed)
     labels, kind = LABELS.get(name), "classification" if name in LABELS else "causal-lm"
     base = load_base(budget.model, kind, DTYPES[budget.dtype], device, labels, tokenizer)
@@ -152,7 +152,7 @@ def make_task(name: str, budget: Budget, device: torch.device) -> Task:
 
     Raises:
         OSError, ValueError: as `sentiment.load` and `load_base`.
-        ModuleNotFoundError: a package is missing; the message holds the pip command.
+        ModuleNotFoundError: a package is missing; the message contains the pip command.
     """
     base = load(name, budget, device, 0)
     task = {SENTIMENT: _sentiment, FOLLOWING: _following, LANGUAGE: _language}[name](budget, device, base.tokenizer)
@@ -188,7 +188,7 @@ def _classes(
         return [{**own, "labels": label} for own, (_, label) in zip(cut, part, strict=True)], shortened
 
     def judged(part: Sequence[Any]) -> list[Any]:
-        # Texts of like length together have less padding; the mean over all of them does not depend on the order.
+        # Texts of similar length together have less padding; the mean over all of them does not depend on the order.
         return sorted(items(part)[0], key=lambda item: len(item["input_ids"]))
 
     validation, test = spread_out(parts[1], budget.validation), spread_out(parts[2], budget.test)
@@ -208,7 +208,7 @@ def _classes(
 
 
 def spread_out(items: Any, most: int) -> list[Any]:
-    """At most so many items, from all over the data: the first ones could be of one class or of one document."""
+    """At most this many items, from all over the data: the first ones could be of one class or of one document."""
     count = min(most, len(items))
     return [items[number * len(items) // count] for number in range(count)]
 

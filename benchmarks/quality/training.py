@@ -1,10 +1,10 @@
-"""What every method gets alike: the order of the data, the steps, the optimizer, and the search of a learning rate.
+"""The common part of every method: the order of the data, the steps, the optimizer, and the search of a learning rate.
 
-A plain loop and not transformers' Trainer, for two reasons. The order of the data must not depend on how many random
-numbers a method has drawn while it was set up, as it does where a sampler draws from the global generator: here it is a
-function of the seed. And weights in half precision are trained by fp32 copies of them (as usual in mixed precision),
-without which full fine-tuning would lose every update smaller than a rounding step, and a comparison with it would be
-won for the wrong reason.
+A plain loop instead of transformers' Trainer, for two reasons. The order of the data must not depend on the random
+numbers drawn in a method's setup, as it would with a sampler on the global generator: here it is a function of the
+seed. And half-precision weights are trained through fp32 copies (as usual in mixed precision). Without them full
+fine-tuning would lose every update smaller than a rounding step, and a comparison with it would be unfair.
+
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ POOL = 16  # batches whose items are sorted by length together
 
 
 def data_order(items: int, steps: int, batch: int, seed: int, lengths: Sequence[int] | None = None) -> list[list[int]]:
-    """The numbers of the items in each step's batch: whole passes over the data, each shuffled anew.
+    """The numbers of the items in each step's batch: whole passes over the data, each in a new order.
 
     Args:
-        items, steps, batch: how many.
-        seed: all that the order depends on.
-        lengths: of the items. With them a batch has items of like length, which leaves little to pad: the items of
+        items, steps, batch: their numbers.
+        seed: the order depends only on it.
+        lengths: of the items. With them a batch has items of similar length, which need little padding: the items of
             `POOL` batches at a time are sorted by length and cut into batches, and these are shuffled.
 
     Raises:
@@ -68,16 +68,17 @@ def train(
 
     Args:
         model: returns `loss`; it is left in evaluation mode.
-        trained: what the optimizer steps. Those in half precision get fp32 copies, which are rounded back after a step.
+        trained: the optimizer's parameters. Those in half precision get fp32 copies, which are rounded back after a
+            step.
         batches: the model's inputs, one for each step.
-        steps: how many there are.
+        steps: the number of steps.
         rate: the highest learning rate.
-        looks: after which steps to call `look`, counted from 1.
-        look: gets the number of steps done and the seconds that they took (`seconds_of`), in evaluation mode; what it
-            does is not counted in later seconds.
+        looks: the steps, counted from 1, after which `look` is called.
+        look: gets the number of finished steps and their seconds (`seconds_of`), in evaluation mode; its own time is
+            not counted.
 
     Returns:
-        The loss of each step, before it. The training ends early where one is not finite, with that one.
+        The loss of each step, before it. The training ends at the first loss that is not finite, which is included.
     """
     from transformers import get_scheduler
 
@@ -115,9 +116,9 @@ def train(
 
 
 def seconds_of(device: torch.device) -> Callable[[], float]:
-    """The clock of a training: of the wall on a GPU, of the processor on a CPU, which other programs do not lengthen.
+    """The clock of a training: the wall clock on a GPU, CPU time on a CPU, which other programs do not affect.
 
-    Processor seconds are those of all threads together.
+    CPU seconds are those of all threads together.
     """
     if device.type == "cpu":
         return time.process_time
@@ -131,13 +132,13 @@ def seconds_of(device: torch.device) -> Callable[[], float]:
 
 @dataclass(frozen=True)
 class Search:
-    """The learning rates that were tried.
+    """The tried learning rates.
 
     Attributes:
-        tried: rate to what `judge` said of it, in rising order.
-        chosen: the rate with the least loss.
-        at_edge: whether that is the lowest or the highest of all, so that a better one may lie beyond.
-        added: the rates that were tried beyond the grid.
+        tried: rate to the result of `judge`, in rising order.
+        chosen: the rate with the lowest loss.
+        at_edge: whether that is the lowest or the highest of all, so a better one may be beyond.
+        added: the rates tried beyond the grid.
     """
 
     tried: dict[float, Any]
@@ -147,12 +148,12 @@ class Search:
 
 
 def search_rate(grid: Sequence[float], judge: Callable[[float], Any], extend: int) -> Search:
-    """Try the rates of a grid; while the best lies at an edge, try another beyond that edge.
+    """Try the rates of a grid; while the best is at an edge, try another beyond that edge.
 
     Args:
         grid: at least two rates, rising.
-        judge: rate to something with a `loss`; the lower the better. Not finite means that the training diverged.
-        extend: how many rates to try beyond the grid at most, each as far from the last as the last two are apart.
+        judge: rate to a result with a `loss`; lower is better. A loss that is not finite means a diverged training.
+        extend: the most rates beyond the grid, each as far from the last as the last two are apart.
 
     Raises:
         ValueError: the grid is not as above.

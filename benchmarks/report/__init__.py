@@ -1,4 +1,4 @@
-"""From files of results to what a reader sees: `figures` derives, `tables` writes markdown, `plots` draws.
+"""From files of results to documents: `figures` derives numbers, `tables` writes markdown, `plots` draws.
 
 `python -m benchmarks.report` (`make report`) writes the README's figures and docs/performance.md; `--check` compares.
 """

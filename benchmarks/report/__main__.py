@@ -1,6 +1,6 @@
 """Writes the figures of README.md and of performance.md, kinds.md and quality.md in docs/ from the files of results.
 
-`python -m benchmarks.report`, or `make report`. `--check` writes nothing and fails where they disagree with the files.
+`python -m benchmarks.report`, or `make report`. `--check` writes no file and fails if they differ from the files.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def documents(results: Path, root: Path) -> dict[Path, tuple[str, str]]:
-    """Each text's path, what it is and what it should be.
+    """Each text's path, its present content and its correct content.
 
     Raises:
-        ValueError: a file of results cannot be reported, or the README has not one pair of marks. Without any results
-            it needs none.
-        OSError: there is no README.
+        ValueError: a file of results is invalid, or the README has not exactly one pair of marks. Without results it
+            needs none.
+        OSError: the README is missing.
     """
     devices = load(results)
     readme, page = root / "README.md", root / "docs" / "performance.md"
@@ -44,7 +44,7 @@ def documents(results: Path, root: Path) -> dict[Path, tuple[str, str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write, or compare; returns 1 where something disagrees or is wrong."""
+    """Write, or compare; returns 1 on a difference or an error."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=str(__doc__).split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write no file; show and fail on differences")
     parser.add_argument("--results", type=Path, help="the folder of results, one folder for each device")

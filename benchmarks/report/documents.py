@@ -1,4 +1,4 @@
-"""docs/performance.md, which is made from results, and where a page holds figures."""
+"""docs/performance.md, generated from results, and the generated part of other pages."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ table. `make report CHECK=1`, like the tests, only compares them with the files.
 
 
 def performance(devices: Sequence[Device], docs: Path) -> str:
-    """docs/performance.md, whole; ``docs`` is its folder."""
+    """The whole docs/performance.md; ``docs`` is its folder."""
     parts = [*overview(devices), *(section(device, docs) for device in devices)] if devices else [NOTHING]
     return "\n\n".join([HEAD, *parts, AGAIN]) + "\n"
 
 
 def overview(devices: Sequence[Device]) -> list[str]:
-    """All devices side by side: what the figures are, and one table with a column for each device."""
+    """All devices side by side: an explanation, and one table with a column for each device."""
     rows = [
         row
         for make in (_operation_rows, _step_rows, _quality_rows, _loss_rows)
@@ -72,9 +72,9 @@ def overview(devices: Sequence[Device]) -> list[str]:
 
 
 def put_block(text: str, block: str, name: str = "README.md") -> str:
-    """A page with the block between its marks; ``name`` is for the message.
+    """A page with a new block between its marks; ``name`` is for the message.
 
-    Raises ValueError where it has not exactly one of each mark, each on a line of its own, in order.
+    Raises ValueError unless it has exactly one of each mark, on separate lines, in order.
     """
     lines = text.split("\n")
     places = [[number for number, line in enumerate(lines) if line.strip() == mark] for mark in (BEGIN, END)]

@@ -81,13 +81,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class OperationFigures:
-    """One operation of one dtype, size class, kind of inputs and pass, by one backend of ours.
+    """One operation of one dtype, size class, kind of inputs and pass, by one of our backends.
 
     Attributes:
         peers: peer to its time over ours: above 1 ours is faster.
-        best_peer: the same against whichever peer is best in each case; None without peers.
-        over_floor: our time over that of copies of as many bytes; None where no copies were timed.
-        gigabytes: the least bytes that have to move over our time, in 10^9 bytes a second.
+        best_peer: the same against the best peer of each case; None without peers.
+        over_floor: our time over that of copies of as many bytes; None if no copies were timed.
+        gigabytes: the least bytes moved over our time, in 10^9 bytes a second.
     """
 
     operation: str
@@ -105,7 +105,7 @@ class OperationFigures:
 
 @dataclass(frozen=True)
 class Worst:
-    """The case in which a ratio is worst: what it is, against whom, and where."""
+    """The case with the worst ratio: its value, the peer, and the case."""
 
     value: float
     peer: str
@@ -119,10 +119,10 @@ class Loss:
     Attributes:
         job: the file that it is in; "host" for host times.
         where: the case.
-        what: "time", "memory", or what a model's score is called.
-        ours, peer: which of ours against which peer.
+        what: "time", "memory", or the name of a model's score.
+        ours, peer: the compared implementations.
         figures: both, as text.
-        ratio: how much worse ours is, as a factor; for scores None.
+        ratio: our value over the peer's, so that above 1 is worse; for scores None.
     """
 
     job: str
@@ -136,7 +136,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Missed:
-    """A goal that was missed: where, what was wanted and what was found."""
+    """A missed goal: the case, the goal and the measured value."""
 
     where: str
     goal: str
@@ -149,9 +149,9 @@ class MethodFigures:
 
     Attributes:
         seconds: median, low and high quartile.
-        over_floor: its time over that of the frozen model with the same norms, the median over the rounds; of older
-            files the ratio of the medians; None where the floor was not timed.
-        tokens: a second.
+        over_floor: its time over that of the frozen model with the same norms, the median over the rounds; in older
+            files the ratio of the medians; None if the floor was not timed.
+        tokens: per second.
         peak: bytes; memory_over_floor: over the floor's.
         trainable: parameters, or None.
     """
@@ -166,13 +166,13 @@ class MethodFigures:
 
 
 def spread(values: Iterable[float]) -> Spread | None:
-    """The spread of some figures above 0; None of none."""
+    """The spread of some positive figures; None of none."""
     found = list(values)
     return Spread(geometric_mean(found), min(found), max(found), len(found)) if found else None
 
 
 def in_order(names: Iterable[str], known: Sequence[str]) -> list[str]:
-    """Names in the order of ``known``, others behind them by the alphabet."""
+    """Names in the order of ``known``, then others alphabetically."""
     found = set(names)
     return [name for name in known if name in found] + sorted(found - set(known))
 
@@ -183,13 +183,13 @@ def rank(name: str, known: Sequence[str]) -> tuple[int, str]:
 
 
 def size_classes(gpu: bool) -> tuple[tuple[int, str], ...]:
-    """Where classes of sizes end, in elements, and their names."""
+    """The upper bounds of size classes, in elements, and their names."""
     last = ((1 << 62, "over 3M"),) if not gpu else ((16 * 10**6, "3M to 16M"), (1 << 62, "over 16M"))
     return ((10**6 - 1, "under 1M"), (3 * 10**6, "1M to 3M"), *last)
 
 
 def size_class(elements: int, gpu: bool) -> str:
-    """The class of a tensor of so many elements."""
+    """The class of a tensor of this many elements."""
     return next(name for end, name in size_classes(gpu) if elements <= end)
 
 
@@ -209,7 +209,7 @@ def best_peer(seconds: dict[str, Any]) -> str | None:
 
 
 def operation_figures(content: Content, gpu: bool) -> list[OperationFigures]:
-    """All groups of the file of operations, in the order in which tables have them."""
+    """All groups of the file of operations, in the order of the tables."""
     groups: dict[tuple[str, ...], list[tuple[dict[str, Any], float | None]]] = {}
     sizes = [name for _, name in size_classes(gpu)]
     for case in content["cases"]:
@@ -301,7 +301,7 @@ def operation_memory(content: Content) -> dict[tuple[str, str, str, str], dict[s
 def over_floor(case: dict[str, Any], method: str) -> dict[str, float]:
     """A method's time over the floor's: median and quartiles of the ratios of each round.
 
-    Files from before these were kept have no more than quartiles of the times.
+    Older files have only quartiles of the times.
     """
     found: dict[str, float] | None = case.get("over_floor", {}).get(method)
     if found is not None:
@@ -315,7 +315,7 @@ def over_floor(case: dict[str, Any], method: str) -> dict[str, float]:
 
 
 def method_figures(case: dict[str, Any]) -> list[MethodFigures]:
-    """The methods of one training step, in order; those that were left out are not among them."""
+    """The methods of one training step, in order, without those left out."""
     seconds, peak = case["seconds"], case.get("peak_bytes", {})
     floor = seconds.get(FLOOR)
     found = []
@@ -349,7 +349,7 @@ def case_of_growth(case: dict[str, Any]) -> str:
 
 
 def growth_series(content: Content) -> list[tuple[str, list[dict[str, Any]]]]:
-    """By axis (and what is fixed beside it): its cases by value."""
+    """By axis (and its fixed sizes): its cases by value."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for case in content["cases"]:
         found.setdefault((case["axis"], _fixed(case)), []).append(case)
@@ -368,5 +368,5 @@ def _fixed(case: dict[str, Any]) -> str:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether less of a score is better."""
+    """Whether a lower score is better."""
     return metric in ("perplexity", "loss")

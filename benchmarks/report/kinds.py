@@ -1,7 +1,7 @@
 """The measured part of docs/kinds.md: kinds of edit and RED's neighbours side by side, and the operations of mixes.
 
-Its files lie in `benchmarks/results/kinds/<device>/`: `step.json` of the suite, made by `red-kernels bench step
---methods ...`, and `mixes*.json` of `benchmarks.tools.mixes`. The scores come from the files of docs/quality.md.
+Its files are in `benchmarks/results/kinds/<device>/`: `step.json` of the suite, by `red-kernels bench step --methods
+...`, and `mixes*.json` of `benchmarks.tools.mixes`. The scores come from the files of docs/quality.md.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ NOTHING = "No results of this form yet."
 
 
 def kinds_block(results: Path) -> str:
-    """What stands between the marks of docs/kinds.md; ``results`` is the folder of all results.
+    """The text between the marks of docs/kinds.md; ``results`` is the folder of all results.
 
     Raises:
-        ValueError: a file is none of results.
+        ValueError: a file is not a file of results.
     """
     folder = results / FOLDER
     devices = load(folder) if folder.is_dir() else []

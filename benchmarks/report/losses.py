@@ -1,4 +1,4 @@
-"""What went against us: every peer better by more than the spread, every goal missed, all that was not measured."""
+"""Our losses: every peer better by more than the spread, every missed goal, and all missing measurements."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from .text import mebibytes, ratio, timing
 def losses(device: Device) -> list[Loss]:
     """Every comparison in which a peer is better than ours by more than the spread, the greatest of each file first.
 
-    Times: the peer's upper quartile is below our lower one. Memory: the peer's peak is lower at all. Scores: mean and
-    standard deviation over the seeds do not reach each other.
+    Times: the peer's upper quartile is below our lower one. Memory: the peer's peak is lower. Scores: mean and standard
+    deviation over the seeds do not overlap.
     """
     found = [loss for loss, _ in _comparisons(device) if loss is not None]
     files = ("ops", "host", "step", "growth", "quality")
@@ -39,7 +39,7 @@ def losses(device: Device) -> list[Loss]:
 
 
 def comparisons(device: Device) -> dict[str, tuple[int, int]]:
-    """By what was compared (operations, host, step, growth, quality, each of time or memory): losses of how many."""
+    """By comparison (operations, host, step, growth, quality, each of time or memory): losses and their total."""
     found: dict[str, tuple[int, int]] = {}
     for loss, name in _comparisons(device):
         lost, all_of_them = found.get(name, (0, 0))
@@ -93,7 +93,7 @@ def _memory(
         for peer in peers:
             a, b = peak[own], peak[peer]
             figures = f"{mebibytes(a)} against {mebibytes(b)}"
-            # A peer that takes nothing at all has no ratio.
+            # a peer that takes nothing has no ratio
             yield (Loss(job, where, "memory", own, peer, figures, a / b if b else None) if b < a else None, name)
 
 
@@ -124,8 +124,8 @@ def score(case: dict[str, Any]) -> str:
 
 
 def goals(device: Device) -> list[tuple[Missed, bool]]:
-    """Every goal that there is a figure for, and whether it was missed, however little: steps over the floor, and on a
-    GPU the host time of a call.
+    """Every goal with a figure, and whether it was missed, however slightly: steps over the floor, and on a GPU the
+    host time of a call.
     """
     found = []
     for job, words in (("step", case_of_step), ("growth", case_of_growth)):
@@ -153,7 +153,7 @@ def missed_goals(device: Device) -> list[Missed]:
 
 
 def not_measured(device: Device) -> list[tuple[str, str, str]]:
-    """What is missing: the file, who or what, and the reason. What was left out of several cases is counted."""
+    """Missing measurements: the file, the subject, and the reason; those missing in several cases are counted."""
     found: dict[tuple[str, str, str], int] = {}
     for job, content in device.files.items():
         for name, reason in sorted(content.get("missing", {}).items()):
@@ -174,7 +174,7 @@ def not_measured(device: Device) -> list[tuple[str, str, str]]:
 
 
 def incomplete(device: Device) -> list[str]:
-    """In words: which files' runs ended before all cases were measured."""
+    """In words: the files whose runs ended before all cases were measured."""
     found = []
     for job, content in device.files.items():
         if not content.get("complete"):

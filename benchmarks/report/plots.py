@@ -1,4 +1,4 @@
-"""Pictures of results: bandwidth by hidden size, training steps, growth, scores; `write_plots` draws what there is."""
+"""Pictures of results: bandwidth by hidden size, training steps, growth, scores; `write_plots` draws them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .figures import (
 )
 from .results import Content, load_folder
 
-# Okabe and Ito's colours, which people who are colour-blind can tell apart; marks and hatches tell them apart in print.
+# Okabe and Ito's colours, distinguishable for colour-blind readers; marks and hatches distinguish them in print.
 BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW = (
     "#0072B2",
     "#E69F00",
@@ -44,7 +44,7 @@ BLACK, GREY = "#000000", "#7F7F7F"
 
 @dataclass(frozen=True)
 class Look:
-    """How one implementation or method is drawn everywhere."""
+    """The style of one implementation or method in all pictures."""
 
     color: str
     marker: str
@@ -118,14 +118,14 @@ def look(name: str) -> Look:
 
 
 def write_plots(folder: Path) -> list[Path]:
-    """Draw what the files of results in a folder allow, as PNG files beside them; returns those that were written.
+    """Draw the pictures of a folder's files of results, as PNG files next to them; returns the written ones.
 
-    All pictures are written at once or none. The same files and versions give the same bytes. Pictures of a quick look
+    All pictures are written at once or none. The same files and versions give the same bytes. Pictures of a quick run
     say so.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: a file is no file of results.
+        ValueError: a file is not a file of results.
         OSError: the folder cannot be written to.
     """
     device = load_folder(folder, quick=True)
@@ -142,7 +142,7 @@ def write_plots(folder: Path) -> list[Path]:
             if content is None or not content["cases"]:
                 continue
             for name, figure in draw(content):
-                place = f"{_device_words(content)}" + (" (a quick look)" if content["quick"] else "")
+                place = f"{_device_words(content)}" + (" (a quick run)" if content["quick"] else "")
                 figure.suptitle(f"{figure.get_suptitle()}\n{place}", fontsize=10)
                 drawn[name] = _png(figure)
     if drawn:
@@ -151,7 +151,7 @@ def write_plots(folder: Path) -> list[Path]:
 
 
 def _png(figure: Any) -> bytes:
-    """A picture as a PNG of 64 colours, a third of the size; without what names the program or the time."""
+    """A picture as a PNG of 64 colours, a third of the size; without the names of the program and the time."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
@@ -179,7 +179,7 @@ def _new(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any
 
 
 def _bandwidth(content: Content) -> list[tuple[str, Any]]:
-    """A picture for each dtype: panels by operation and pass, rows at the most that each width was measured with."""
+    """A picture for each dtype: panels by operation and pass, with the most rows measured for each width."""
     return [
         (f"bandwidth-{dtype}.png", _bandwidth_of(content, dtype))
         for dtype in in_order({case["dtype"] for case in content["cases"]}, DTYPES)
@@ -242,7 +242,7 @@ def _bandwidth_of(content: Content, dtype: str) -> Any:
 
 
 def _some(values: Sequence[int], most: int) -> list[int]:
-    """Of sorted values so many at most that are far enough apart on a logarithmic axis to be read."""
+    """At most this many sorted values that are far enough apart on a logarithmic axis to be readable."""
     found: list[int] = []
     apart = (values[-1] / values[0]) ** (1 / (2 * most)) if values else 1
     for value in values:
@@ -374,7 +374,7 @@ def _quality(content: Content) -> list[tuple[str, Any]]:
         heights = {
             name: (case["mean"], case["mean"] - (case["spread"] or 0), case["mean"] + (case["spread"] or 0))
             for name, case in cases.items()
-            if case["mean"] is not None and name != "base"  # so far off that the others could not be told apart
+            if case["mean"] is not None and name != "base"  # too far off: the others could not be distinguished
         }
         for place, name in enumerate(in_order(heights, QUALITY_METHODS)):
             value, low, high = heights[name]

@@ -1,4 +1,4 @@
-"""The measured part of docs/quality.md: what each method reaches on each task, from one or several runs of the suite.
+"""The measured part of docs/quality.md: each method's scores on each task, from one or several runs of the suite.
 
 `benchmarks/results/quality/<name>/quality.json` are files of `red-kernels bench quality`. One file may hold some
 methods and another the rest: what a method learns does not depend on the machine, but for rounding. Every file must
@@ -19,7 +19,7 @@ from .results import Device, load
 from .text import NONE, mebibytes, table
 
 FOLDER = "quality"
-PEER = "lora-all"  # what a score is held to
+PEER = "lora-all"  # the reference of a score
 NOTHING = "No results of this form yet."
 _BUDGET = ("steps", "search_steps", "batch", "length", "train_items", "validation_items", "test_items")
 
@@ -31,7 +31,7 @@ def merged(results: Path) -> Tasks:
     """Task to method to case, over all files; ``results`` is the folder of all results.
 
     Raises:
-        ValueError: a file is none of results, two hold one method, or their budgets differ.
+        ValueError: a file is not a file of results, two have one method, or their budgets differ.
     """
     found: Tasks = {}
     seen: dict[tuple[str, str], str] = {}
@@ -59,7 +59,7 @@ def _devices(results: Path) -> list[Device]:
 
 
 def quality_block(results: Path) -> str:
-    """What stands between the marks of docs/quality.md. Raises as `merged`."""
+    """The text between the marks of docs/quality.md. Raises as `merged`."""
     tasks = merged(results)
     parts = [part for task in sorted(tasks, reverse=True) for part in _task(task, tasks[task])]
     machines = dict.fromkeys(
@@ -108,7 +108,7 @@ def _row(case: Case, peer: Case | None) -> list[str]:
 
 
 def _over(case: Case, peer: Case | None) -> str:
-    """By how much a mean score is better than the peer's; in brackets where that is within both deviations together."""
+    """A mean score minus the peer's; in brackets if it is within both deviations together."""
     if peer is None or case is peer or case["method"] == "base" or None in (case["mean"], peer["mean"]):
         return NONE
     ahead = case["mean"] - peer["mean"]

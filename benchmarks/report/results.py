@@ -14,12 +14,12 @@ Content = dict[str, Any]
 
 @dataclass(frozen=True)
 class Device:
-    """What was measured on one device.
+    """The results of one device.
 
     Attributes:
         name: the folder's.
-        folder: where the files are.
-        files: job to the content of its file, for those that are there.
+        folder: the folder of the files.
+        files: job to the content of its file, for existing ones.
     """
 
     name: str
@@ -39,10 +39,10 @@ class Device:
 
 
 def load_folder(folder: Path, *, quick: bool = False) -> Device | None:
-    """The results in one folder, or None where it has none. ``quick``: take a quick look's results as well.
+    """The results in one folder, or None if it has none. ``quick``: accept results of quick runs as well.
 
     Raises:
-        ValueError: a file is no file of results, is of another job than its name says, or is a quick look's.
+        ValueError: a file is not a file of results, is of another job than its name, or is of a quick run.
     """
     files = {}
     for job in JOBS:
@@ -59,7 +59,7 @@ def load_folder(folder: Path, *, quick: bool = False) -> Device | None:
 
 
 def load(results: Path) -> list[Device]:
-    """The devices in the folder of all results, by name. Files that lie in it directly are of another form, and left.
+    """The devices in the folder of all results, by name. Files directly in it have another form, and are skipped.
 
     Raises ValueError as :func:`load_folder`.
     """

@@ -1,7 +1,7 @@
 """The README's figures: one table of training steps, at most eight rows, and a sentence for each device.
 
-Devices that measured the same training step share a table, so that a row is a method. Everything else that was
-measured is in docs/performance.md.
+Devices that measured the same training step share a table, so that a row is a method. All other measurements are in
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .losses import comparisons, incomplete, score
 from .results import Device
 from .text import NONE, mebibytes, ratio, ratios, table, time
 
-# Method of the step to what the README calls it, and to the method whose score on the task is its own.
+# Method of the step to its name in the README, and to the method with its score on the task.
 ROWS = {
     "frozen": ("frozen model", "linear-probe"),
     "red": ("**RED, fused**", "red"),
@@ -41,11 +41,11 @@ Case = dict[str, Any]
 
 
 def summary(devices: Sequence[Device], quality: Mapping[str, Mapping[str, Any]]) -> str:
-    """What stands between the README's marks.
+    """The text between the README's marks.
 
     Args:
         devices: all devices with results.
-        quality: task to method to its case, as `quality.merged` gives it. Empty where no score was measured.
+        quality: task to method to its case, from `quality.merged`. Empty without scores.
     """
     if not devices:
         return NOTHING
@@ -55,7 +55,7 @@ def summary(devices: Sequence[Device], quality: Mapping[str, Mapping[str, Any]])
 
 
 def machine(device: Device) -> str:
-    """The processor or GPU, its threads, what it was held to, and torch's version."""
+    """The processor or GPU, its threads, its limit of instructions, and torch's version."""
     found = device.environment
     gpu = found.get("gpu")
     named = gpu.get("name") if isinstance(gpu, dict) else gpu
@@ -78,7 +78,7 @@ def over_ours(
 ) -> str:
     """Over cases of forward and backward with fresh inputs: the time of a peer (None: the best) over ours.
 
-    ``shown`` makes the text of a spread.
+    ``shown`` formats a spread.
     """
     cells = []
     last = size_classes(device.gpu)[-1][1]
@@ -107,7 +107,7 @@ def ratio_of_mean(value: Spread | None) -> str:
 
 
 def _steps(devices: Iterable[Device]) -> list[tuple[Case, list[tuple[Device, Case]]]]:
-    """Each device's first training step (files begin with the most telling one), devices of one step together."""
+    """Each device's first training step (the most informative one comes first), devices of one step together."""
     found: dict[str, list[tuple[Device, Case]]] = {}
     for device in devices:
         for case in device.files.get("step", {}).get("cases", [])[:1]:
@@ -168,7 +168,7 @@ def _score(scores: Mapping[str, Any], name: str | None) -> str:
 
 
 def _kernels(device: Device) -> str:
-    """The operations by themselves, and how many comparisons were lost; nothing without a file of operations."""
+    """The operations alone, and the number of lost comparisons; empty without a file of operations."""
     if not device.files.get("ops", {}).get("cases"):
         return ""
     peers = {"eager": "eager", "`torch.compile`": "compile", "best peer": None}

@@ -51,7 +51,7 @@ def name_of(operation: str, variant: str) -> str:
 
 
 def section(device: Device, docs: Path) -> str:
-    """Everything about one device, for docs/performance.md in the folder ``docs``."""
+    """The section of one device, for docs/performance.md in the folder ``docs``."""
     parts = [f"## {device.name}", environment_table(device), *(f"**{line}**" for line in incomplete(device))]
     files = device.files
     if "ops" in files:
@@ -87,7 +87,7 @@ def _pictures(device: Device, docs: Path, kind: str) -> list[str]:
 
 
 def environment_table(device: Device) -> str:
-    """One value where all files agree, else each file's."""
+    """One value if all files agree, else each file's."""
     rows = []
     names = list(dict.fromkeys(name for content in device.files.values() for name in content["environment"]))
     for name in names:
@@ -157,7 +157,7 @@ def _operation_table(rows: list[OperationFigures]) -> str:
 
 
 def host_table(device: Device) -> str:
-    """Host times as they are."""
+    """The host times."""
     cases = device.files["ops"]["host"]
     names = in_order(
         {name for case in cases for seconds in case["seconds"].values() for name in seconds},
@@ -263,7 +263,7 @@ def quality_tables(device: Device) -> list[str]:
 
 
 def loss_tables(device: Device) -> list[str]:
-    """How many comparisons were lost, each of them, and each goal missed."""
+    """The number of lost comparisons, each of them, and each missed goal."""
     counts = [(name, str(lost), str(of)) for name, (lost, of) in comparisons(device).items()]
     parts = [
         "A loss is a peer that is better by more than the spread: its upper quartile is below our lower one; its peak "
@@ -293,7 +293,7 @@ def loss_tables(device: Device) -> list[str]:
 
 
 def missing_table(device: Device) -> str:
-    """What there is no figure of, and why."""
+    """The missing figures, and the reasons."""
     rows = not_measured(device)
     if not rows:
         return "No case was left out."

@@ -10,7 +10,7 @@ NONE = "–"
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A number with so many digits that mean something, and never fewer than those before the point."""
+    """A number with its significant digits, and always all digits before the point."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -25,7 +25,7 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def ratio(value: float) -> str:
-    """A ratio: two places, and near 1 (where they are about percents) three."""
+    """A ratio: two decimals, and near 1 (for percents) three."""
     return f"{value:.3f}" if 0.95 < value < 1.05 else f"{value:.2f}"
 
 
@@ -39,7 +39,7 @@ def ratios(value: Spread | None) -> str:
 
 
 def numbers(value: Spread | None) -> str:
-    """As :func:`ratios`, of quantities."""
+    """As :func:`ratios`, for quantities."""
     if value is None:
         return NONE
     if value.count == 1:
@@ -66,7 +66,7 @@ def mebibytes(value: float | None) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; what would end a cell is escaped."""
+    """A table; characters that would end a cell are escaped."""
     lines = [header, ["---"] * len(header), *rows]
     cells = ([" ".join(str(cell).replace("|", "\\|").split()) for cell in line] for line in lines)
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)

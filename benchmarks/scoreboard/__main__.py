@@ -4,9 +4,9 @@
     python -m benchmarks.scoreboard --output results --position ffn --learning-rate 3e-2
     python -m benchmarks.scoreboard --output results --adapter lora/adapter_config.json --learning-rate 1e-4
 
-The model is trained on MetaMathQA, judged by its answers to GSM8K, and what it forgets is the rise of its loss on texts
-of Wikipedia. Data, order, steps, schedule, prompts and the reading of answers are the scoreboard's, so that a file of
-results lies beside its own. Llama-3.2-3B needs a licence on the hub; --model takes any causal language model.
+The model is trained on MetaMathQA and evaluated by its answers to GSM8K. Forgetting is the rise of its loss on texts of
+Wikipedia. Data, order, steps, schedule, prompts and the reading of answers are the scoreboard's, so a file of results
+can be placed next to its own. Llama-3.2-3B needs a licence on the hub; --model takes any causal language model.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _GIVEN = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one experiment and write its file; 1 where the training did not come to its end, 2 for bad input."""
+    """Run one experiment and write its file; 1 if the training was stopped, 2 for bad input."""
     options = _parser().parse_args(arguments)
     try:
         settings = _settings(options)
@@ -57,11 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def adapter(path: Path | None, position: str, kind: str) -> Any:
-    """The config of what is trained: that of a file, of any method of PEFT, or RED's.
+    """The config of the adapter: that of a file, of any method of PEFT, or RED's.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no config of PEFT; the position or the kind is none.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a config of PEFT; the position or the kind is invalid.
     """
     require("peft", "the scoreboard", "'peft>=0.21'")
     from peft import PeftConfig
@@ -97,7 +97,7 @@ def _run(name: str, path: Path, settings: Settings, config: Any, data: Data, dev
         train(model, tokenizer, data, settings, trained)
     except KeyboardInterrupt:
         error = "manually canceled"
-    except Exception as reason:  # out of memory, say: what was measured is written all the same
+    except Exception as reason:  # for example out of memory: the measurements so far are still written
         error = one_line(reason) or type(reason).__name__
     content = result(
         name,
@@ -138,7 +138,7 @@ def _summary(content: dict[str, Any], path: Path) -> str:
 
 
 def _name(config: Any, settings: Settings) -> str:
-    """`method/model-variant-lr`, as the scoreboard names its experiments."""
+    """`method/model-variant-lr`, the scoreboard's form of names."""
     model = Path(settings.model_id).name
     variant = f"-{config.position}-{config.kind}" if config.peft_type == "RED" else ""
     return f"{str(config.peft_type.value).lower()}/{model}{variant}-lr_{settings.learning_rate:g}".replace(":", "_")

@@ -1,16 +1,16 @@
-"""The final answer of a worked one, and whether two are the same."""
+"""The final answer of a worked one, and comparing two of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
 
-# In the order of their worth: MetaMathQA's, what chat models write, GSM8K's.
+# In order of preference: MetaMathQA's, those of chat models, GSM8K's.
 _MARKS = ("The answer is: ", "The answer is ", "The final answer is: ", "The final answer is ", "#### ")
 
 
 def final_answer(text: str) -> str | None:
-    """What stands behind the last mark of a final answer, to the end of its line; None without such a mark."""
+    """The text after the last mark of a final answer, to the end of its line; None without a mark."""
     text = text.strip().rstrip(".!?")
     for mark in _MARKS:
         if mark in text:
@@ -20,7 +20,7 @@ def final_answer(text: str) -> str | None:
 
 
 def same_answer(one: str | None, other: str | None) -> bool:
-    """Whether two final answers are the same number, or the same text; a missing one is like no other."""
+    """Whether two final answers are the same number, or the same text; a missing one equals no other."""
     if one is None or other is None:
         return False
     first, second = _number(one), _number(other)

@@ -1,6 +1,6 @@
-"""The scoreboard's data: questions with worked answers, and texts by which forgetting is measured.
+"""The scoreboard's data: questions with worked answers, and texts for measuring forgetting.
 
-From the hub, or from JSONL files where there is no network: rows of `query` and `response`, and rows of `text`.
+From the hub, or from local JSONL files: rows of `query` and `response`, and rows of `text`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from red_kernels.support.require import require
 
 TRAINED, JUDGED, TEXTS = "meta-math/MetaMathQA", "openai/gsm8k", "HuggingFaceFW/finewiki"
 PARTS = ("train", "valid", "test", "wiki")
-MOST_CHARACTERS = 1300  # of a question with its answer: longer ones do not fit into 768 tokens
+MOST_CHARACTERS = 1300  # of a question with its answer: longer ones exceed 768 tokens
 VALIDATION = 50  # questions, out of GSM8K's training part
 WIKI = 100  # texts
 BUCKET = 20  # batches whose items are sorted by length together
@@ -34,7 +34,7 @@ class Data:
     wiki: Sequence[str]
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a part without any item."""
+        """Raises ValueError for an empty part."""
         for name in PARTS:
             if not getattr(self, name):
                 raise ValueError(f"{name}: has no item")
@@ -44,7 +44,7 @@ def load(files: Mapping[str, Path]) -> Data:
     """The four parts.
 
     Args:
-        files: part to a JSONL file in the place of the hub's data.
+        files: part to a JSONL file that replaces the hub's data.
 
     Raises:
         ModuleNotFoundError: `datasets` is missing, and a part comes from the hub.
@@ -76,7 +76,7 @@ def _validation(pairs: Sequence[Pair]) -> list[Pair]:
     import numpy
 
     order = numpy.arange(len(pairs))
-    numpy.random.RandomState(0).shuffle(order)  # as on the scoreboard, so that these are the same questions
+    numpy.random.RandomState(0).shuffle(order)  # the scoreboard's order, for the same questions
     return [pairs[number] for number in order[:VALIDATION]]
 
 
@@ -92,7 +92,7 @@ def _wiki() -> list[str]:
     require("datasets", f"reading {TEXTS}")
     import datasets
 
-    stream: Iterable[Any] = datasets.load_dataset(TEXTS, split="train", streaming=True)  # not all of it
+    stream: Iterable[Any] = datasets.load_dataset(TEXTS, split="train", streaming=True)  # only a part is read
     return [row["text"] for row in itertools.islice(stream, WIKI)]
 
 

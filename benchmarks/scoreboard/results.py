@@ -1,4 +1,4 @@
-"""A run as the scoreboard's tables read it."""
+"""A run in the form of the scoreboard's tables."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def result(
 
     Args:
         name: of the experiment, `"method/variant"`.
-        settings: what was asked for.
+        settings: the settings.
         config: of the adapter, as in its `adapter_config.json`.
-        trained: what was measured.
-        created: when the run began, in ISO 8601.
-        seconds: of all of it.
-        size: bytes of the saved adapter; None where it was not saved.
-        parameters: how many are trained, and how many there are.
-        before: bytes that the allocator held before the model was there.
-        device: where it ran.
-        error: why the run did not come to its end.
+        trained: the measurements.
+        created: the start of the run, in ISO 8601.
+        seconds: of the whole run.
+        size: bytes of the saved adapter; None if it was not saved.
+        parameters: the numbers of trained and of all parameters.
+        before: bytes in the allocator before the model was loaded.
+        device: the device.
+        error: the reason of a stopped run.
     """
     reserved = [own - before for own in trained.reserved]
     gpu = device.type == "cuda"
@@ -90,14 +90,14 @@ def result(
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """A config of PEFT as JSON has it: a set as a sorted list, a member of an enumeration as its text."""
+    """A config of PEFT for JSON: a set as a sorted list, a member of an enumeration as its text."""
     values = config.to_dict()
     found: dict[str, Any] = json.loads(json.dumps(values, default=lambda own: sorted(own) if _many(own) else str(own)))
     return found
 
 
 def file_of(folder: Path, name: str) -> Path:
-    """Where the results of an experiment are."""
+    """The path of an experiment's results."""
     return folder / f"{name.replace('/', '--')}.json"
 
 
@@ -111,7 +111,7 @@ def _many(value: object) -> bool:
 
 
 def _percentile(values: list[int], share: float) -> int:
-    """Between the two values that the share lies between, as numpy has it."""
+    """The interpolated quantile, as in numpy."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
@@ -130,7 +130,7 @@ def _packages() -> dict[str, str | None]:
 
 
 def _origin(name: str, kind: str) -> dict[str, str | None]:
-    """The commit and the date of a repository of the hub; None for both where it cannot be asked."""
+    """The commit and the date of a repository of the hub; None for both if they are unavailable."""
     import huggingface_hub
 
     try:

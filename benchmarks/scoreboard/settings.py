@@ -1,4 +1,4 @@
-"""What a run of the scoreboard is asked for; the names and the default values are the scoreboard's own."""
+"""The settings of a run of the scoreboard; names and defaults are the scoreboard's own."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _COUNTS = ("max_seq_length", "batch_size", "batch_size_eval", "max_steps", "eval
 
 @dataclass(frozen=True)
 class Settings:
-    """How a method is trained and judged, as PEFT's `MetaMathQA` comparison does it.
+    """The training and evaluation of a method, as in PEFT's `MetaMathQA` comparison.
 
     Attributes:
         model_id: a hub id or a folder.
         dtype: of the base model, one of `DTYPES`.
         max_seq_length: tokens of a question with its answer; the rest is cut.
         batch_size, batch_size_eval: items in a training step, and in a call of `generate`.
-        max_steps, eval_steps: optimizer steps, and after how many the validation part is answered.
+        max_steps, eval_steps: optimizer steps, and those between evaluations on the validation part.
         learning_rate: the highest one: it rises over a tenth of the steps, then falls along a cosine.
         weight_decay: of AdamW. The scoreboard's default is 0.1; it would pull a scale toward 0 instead of 1.
         grad_norm_clip: the largest norm of the gradient; 0 for no limit.
         max_length, max_new_tokens: tokens of a question with its generated answer, and of that answer.
-        query_template: a question as the model gets it, with `{query}` in it.
-        seed: of what a method draws.
+        query_template: the prompt of a question, with `{query}` in it.
+        seed: of a method's random values.
     """
 
     model_id: str

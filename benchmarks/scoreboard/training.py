@@ -1,4 +1,4 @@
-"""Training an adapter on the scoreboard's questions, and what it has learnt and forgotten."""
+"""Training an adapter on the scoreboard's questions, and measuring learning and forgetting."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .answers import accuracy
 from .data import Data, Pair, batches
 from .settings import WARM_UP, Settings
 
-_FREE_EVERY = 10  # steps after which a GPU's unused memory goes back, as on the scoreboard
+_FREE_EVERY = 10  # steps after which a GPU's unused memory is freed, as on the scoreboard
 _IGNORED = -100
 
 
 @dataclass
 class Trained:
-    """What a training has measured so far, whether it came to its end or not.
+    """The measurements of a training, finished or not.
 
     Attributes:
         metrics: an entry for each evaluation, and a last one for the test part.
         seconds: of the training, without the evaluations.
-        reserved: bytes that the device's allocator held after each step; [] on a CPU.
+        reserved: bytes in the device's allocator after each step; [] on a CPU.
     """
 
     metrics: list[dict[str, Any]] = field(default_factory=list)
@@ -35,14 +35,14 @@ class Trained:
 
 
 def train(model: Any, tokenizer: Any, data: Data, settings: Settings, into: Trained) -> None:
-    """Train, and judge on the way and at the end.
+    """Train, and evaluate on the way and at the end.
 
     Args:
         model: of PEFT, in training mode or not; it is left in evaluation mode.
-        tokenizer: its end of a text is its padding, so that the first padded token teaches the model to end.
+        tokenizer: its end-of-text token is its padding, so that the first padded token teaches the model to end.
         data: the parts.
-        settings: what is asked for.
-        into: gets what is measured, as it is measured.
+        settings: the settings.
+        into: gets the measurements as they are made.
     """
     from transformers import get_cosine_schedule_with_warmup
 
@@ -70,7 +70,7 @@ def train(model: Any, tokenizer: Any, data: Data, settings: Settings, into: Trai
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if hasattr(model.base_model, "update_and_allocate"):  # methods that move their budget
+        if hasattr(model.base_model, "update_and_allocate"):  # methods that reallocate their budget
             model.base_model.update_and_allocate(step)
         losses.append(float(loss.detach()))
         seconds.append(time.perf_counter() - started)
@@ -156,7 +156,7 @@ def _text_loss(model: Any, tokenizer: Any, texts: Iterable[str], settings: Setti
     """The mean loss of a token of some texts, each cut like a question."""
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    for text in texts:  # one at a time: the memory of a larger batch would count as the training's
+    for text in texts:  # one at a time: a larger batch's memory would count as the training's
         ids = tokenizer(text, truncation=True, max_length=settings.max_seq_length, return_tensors="pt").to(device)
         logits = model(**{name: ids[name] for name in _INPUTS}).logits[0, :-1].float()
         total += float(nn.functional.cross_entropy(logits, ids["input_ids"][0, 1:], reduction="sum"))

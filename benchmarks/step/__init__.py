@@ -1,1 +1,1 @@
-"""Whole training steps: time, memory and trainable parameters of every method, and how they grow."""
+"""Whole training steps: time, memory and trainable parameters of every method, and their growth."""

@@ -1,12 +1,13 @@
-"""Whether the methods compute the same, before they are timed.
+"""Checks that the methods compute the same, before they are timed.
 
-What each computes is held to the same mathematics in twice the precision (fp64 for fp32 models, fp32 for others): its
+Each method is compared with the same mathematics in twice the precision (fp64 for fp32 models, fp32 for others). Its
 error may be twice that of plain PyTorch in the model's dtype, and a rounding step. Errors are norms over all logits,
-and over the gradients of all scales and of all biases. The bound on the logits gives that on the loss: the gradient of
-a target's loss has a norm of at most sqrt(2), so the mean over n targets moves by at most sqrt(2 / n) times as much.
+and over the gradients of all scales and of all biases. The bound on the logits gives the bound on the loss: the
+gradient of a target's loss has a norm of at most sqrt(2), so the mean over n targets moves by at most sqrt(2 / n) times
+as much.
 
-A classifier has a handful of logits, whose error in plain PyTorch may be next to nothing by chance. There the error is
-that of what goes into the last linear layer, and the logits may be off by that layer's norm times as much.
+A classifier has few logits, whose error in plain PyTorch may be next to nothing by chance. There the error is that of
+the last linear layer's input, and the logits may be off by that layer's norm times as much.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from red_kernels.fusion.norms import NormSpec, could_be_norm, norm_spec
 from ..methods import Prepared, sister
 
 EDITED = ("naive", "red", "red-compile", "naive-compile")
-TOKENS = 4096  # gradients are checked on the first rows, about as many: twice the precision takes more memory
+TOKENS = 4096  # gradients are checked on about this many tokens: twice the precision takes more memory
 Naive = Callable[[nn.Module, torch.dtype, int], Prepared]  # of a model, the dtype of the vectors, the rows of a batch
 
 
@@ -34,26 +35,25 @@ class _Found(NamedTuple):
     logits: Tensor
     loss: Tensor
     gradients: Tensor | None  # of all vectors, in their order
-    head: tuple[Tensor, nn.Linear] | None  # what goes into a classifier's last linear layer, and that layer
+    head: tuple[Tensor, nn.Linear] | None  # the input of a classifier's last linear layer, and that layer
 
 
 def check(base: nn.Module, prepared: Mapping[str, Prepared], naive: Naive, batch: Mapping[str, Tensor]) -> None:
-    """Hold every method's logits and loss, and the gradients of all edits, to the same in twice the precision.
+    """Compare every method's logits and loss, and the gradients of all edits, with twice the precision.
 
-    At its start each method computes what the frozen model does, but for those that start at random. Those that train
-    RED's edits are then given the same random ones. Dropout is off; where a model has any, compiled methods are checked
-    without gradients, as compiling another backward takes as long again. Values, gradients and the mode are left as
-    they were found.
+    At its start each method equals the frozen model, except those with a random start. The methods of RED's edits then
+    get the same random ones. Dropout is off. If a model has any, compiled methods are checked without gradients, as
+    compiling another backward takes as long again. Values, gradients and the mode are restored.
 
     Args:
         base: the frozen model.
         prepared: the methods by name.
-        naive: gives a model the eager edits that the others are held to: called with a model, the dtype of the vectors
-            and the number of rows of the batch. `trained` has the vectors in the order of those of `"red"`.
-        batch: what is computed on.
+        naive: gives a model the eager edits of the reference: called with a model, the dtype of the vectors and the
+            number of rows of the batch. `trained` has the vectors in the order of those of `"red"`.
+        batch: the batch.
 
     Raises:
-        ArithmeticError: an error is larger; the message says of what, how large and what was allowed.
+        ArithmeticError: an error is larger; the message has its subject, its size and the bound.
     """
     dropping = _has_dropout(base)
     dtype = next(base.parameters()).dtype
@@ -75,7 +75,9 @@ def check(base: nn.Module, prepared: Mapping[str, Prepared], naive: Naive, batch
     edited = {name: prepared[name] for name in EDITED if name in prepared}
     if not edited:
         return
-    reference = naive(_exact(base, twice), twice, few)  # made anew: kept so long it would be twice the model's memory
+    reference = naive(
+        _exact(base, twice), twice, few
+    )  # made again: kept this long it would be twice the model's memory
     start = _flat(reference.trained).clone()
     generator = torch.Generator().manual_seed(0)
     values = start + 0.1 * torch.randn(start.shape, generator=generator, dtype=torch.float32).to(start)
@@ -89,7 +91,7 @@ def check(base: nn.Module, prepared: Mapping[str, Prepared], naive: Naive, batch
     for name, made in edited.items():
         compiled = name.endswith("-compile")
         if compiled and few < rows:
-            continue  # another shape would have to be compiled; at the start the whole batch was checked
+            continue  # another shape would have to be compiled; the whole batch was checked at the start
         found = _edited(made, values, start, part, not (compiled and dropping), not dropping)
         _hold(f"{name}, edited", found, peer, truth, dtype, part)
         for kind, where in (("scales", start == 1), ("biases", start == 0)):
@@ -112,7 +114,7 @@ def _run(
     backward: bool = True,
     watched: bool = False,
 ) -> _Found:
-    """One forward, with `gradients` also a backward unless that is left out; the mode is given back."""
+    """One forward, with `gradients` also a backward unless that is left out; the mode is restored."""
     was = made.model.training
     made.model.train(training)
     heads: list[tuple[Tensor, nn.Linear]] = []
@@ -200,7 +202,7 @@ def _bound(what: str, found: Tensor, truth: Tensor, allowed: float) -> None:
 
 
 def _has_dropout(model: nn.Module) -> bool:
-    """Whether a module is a dropout, or holds the probability of one, as attentions do."""
+    """Whether a module is a dropout, or has the probability of one, like attentions."""
     return any(
         (isinstance(module, nn.Dropout) and module.p > 0)
         or any("drop" in name and isinstance(value, float) and value > 0 for name, value in module.__dict__.items())
@@ -209,7 +211,7 @@ def _has_dropout(model: nn.Module) -> bool:
 
 
 def _exact(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy in another dtype, its RMSNorms too, which transformers computes in fp32 at most."""
+    """A copy in another dtype, including its RMSNorms, which transformers computes in fp32 at most."""
     made = copy.deepcopy(model).to(dtype)
     for module in made.modules():
         spec = norm_spec(module) if could_be_norm(module) else None

@@ -22,9 +22,9 @@ Makers = Mapping[str, Callable[[], Prepared]]
 
 
 class Step:
-    """One training step: forward, backward, AdamW (fused, as transformers' Trainer takes it), gradients dropped.
+    """One training step: forward, backward, AdamW (fused, as in transformers' Trainer), gradients dropped.
 
-    The learning rate and the weight decay are 0: weights that models share stay as they are, to the bit.
+    The learning rate and the weight decay are 0: shared weights are unchanged, to the bit.
     """
 
     def __init__(self, prepared: Prepared, batch: Mapping[str, Tensor]) -> None:
@@ -41,7 +41,7 @@ class Step:
             self._optimizer.zero_grad(set_to_none=True)
 
     def added(self) -> list[Tensor]:
-        """What the method holds between steps: all parameters, shared ones too, fixed tensors, optimizer state."""
+        """The method's memory between steps: all parameters, shared ones too, fixed tensors, optimizer state."""
         found: list[Tensor] = [*self._prepared.model.parameters(), *self._prepared.trained, *self._prepared.fixed]
         if self._optimizer is not None:
             for state in self._optimizer.state.values():
@@ -52,9 +52,9 @@ class Step:
 def timed(
     steps: Mapping[str, Callable[[], object]], device: torch.device, seconds: float, rounds: int, most: int = 200
 ) -> dict[str, list[float]]:
-    """The seconds of each step in each round, in which all run once, in another order each time.
+    """The seconds of each step in each round; every round runs all once, in a new order.
 
-    There are at least `rounds` rounds, whatever they take; no other one is begun after `seconds`.
+    There are at least `rounds` rounds, whatever their time; no further one starts after `seconds`.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     order = random.Random(0)
@@ -77,9 +77,9 @@ def timed(
 
 
 def over_floor(times: Mapping[str, list[float]]) -> dict[str, Timing]:
-    """Each method's time over that of `FLOOR` in the same round, where that was timed.
+    """Each method's time over that of `FLOOR` in the same round, if that was timed.
 
-    What slows the machine down for seconds slows both, so these differ less from round to round than the times do.
+    A disturbance of seconds affects both, so these ratios vary less between rounds than the times do.
     """
     floor = times.get(FLOOR)
     if floor is None:

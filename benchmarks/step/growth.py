@@ -1,8 +1,8 @@
-"""How the time and memory of a training step grow: with layers, width, tokens, and the number of edits in a batch.
+"""The growth of a training step's time and memory: with layers, width, tokens, and the number of edits in a batch.
 
-The model is a Llama-shaped decoder with random weights. Along the axis `edits` the rows of the batch use as many edits
-in turn, by `rk.use_edits`; its eager peer takes each row's vectors out of one bank of them. The steps are those of the
-job `step`. What the columns of the file mean: docs/benchmarks.md.
+The model is a Llama-shaped decoder with random weights. On the axis `edits` the rows of the batch use as many edits in
+turn, by `rk.use_edits`; its eager peer takes each row's vectors from one bank of them. The steps are those of the job
+`step`. The columns of the file: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ VOCABULARY = 1024
 
 @dataclass(frozen=True)
 class Sizes:
-    """The fixed sizes, and what each axis goes through instead of them.
+    """The fixed sizes, and the values of each axis.
 
     Attributes:
-        layers, width, batch, length: of the model and its batch where another axis varies.
+        layers, width, batch, length: of the model and its batch while another axis varies.
         axes: axis to its values. `tokens` varies the batch at this length; `edits` has at most one for each row.
     """
 
@@ -79,13 +79,13 @@ QUICK = Sizes(1, 64, 4, 8, {"layers": (1, 2), "tokens": (16, 32), "edits": (1, 4
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """The scope of a measurement.
 
     Attributes:
         sizes: None for those of the device.
-        dtype: of the weights; `"auto"` is that of the run.
+        dtype: of the weights; `"auto"` for that of the run.
         methods: in the order of the results.
-        seconds: how long a case is timed, but for its least rounds.
+        seconds: the time of a case, apart from its least rounds.
         rounds: the least rounds.
     """
 
@@ -114,7 +114,7 @@ def _check_sizes(sizes: Sizes) -> None:
                 raise ValueError(f"sizes: got {value} tokens, expected a multiple of the length {sizes.length}")
             if axis == "edits" and value > sizes.batch:
                 raise ValueError(f"sizes: got {value} edits, the batch has {sizes.batch} rows")
-            if axis == "edits" and sizes.batch * sizes.length > TOKENS:  # the check takes fewer rows then
+            if axis == "edits" and sizes.batch * sizes.length > TOKENS:  # the check then takes fewer rows
                 raise ValueError(f"sizes: got {sizes.batch} x {sizes.length} tokens, expected at most {TOKENS}")
     for width in (sizes.width, *sizes.axes.get("width", ())):
         if width < 64 or width % 64:
@@ -152,7 +152,7 @@ def cases(settings: Settings, run: Run) -> list[Case]:
 
 
 def measure(case: Case, settings: Settings, run: Run) -> dict[str, Any]:
-    """One case: the fields that docs/benchmarks.md names. Raises ArithmeticError where methods do not agree."""
+    """One case: the fields in docs/benchmarks.md. Raises ArithmeticError if methods disagree."""
     width, edits = case["width"], case["edits"]
     shape = llama(VOCABULARY, width, width * 8 // 3 // 8 * 8, case["layers"], max(1, width // 64), 4096)
     base = build(shape, case["dtype"], run.device)
@@ -190,7 +190,7 @@ def by_rows(model: nn.Module, rows: int, edits: int) -> Prepared:
         rk.add_edit(model, name)
     first = next(iter(rk.edit_parameters(model).values()))
     for parts in rk.edit_parameters(model).values():
-        for own in parts.values():  # the edit that the patch has made is not used
+        for own in parts.values():  # the edit of the patch is not used
             own.requires_grad_(False)
     each = [rk.edit_parameters(model, name) for name in names]
     trained = [named[site][part] for site in each[0] for part in first for named in each]
@@ -221,7 +221,7 @@ def _edit_rows(
 def run_job(settings: Settings, run: Run, folder: Path, resume: bool) -> ResultFile:
     """Measure all cases into `growth.json` in a folder, and print a table for each.
 
-    Raises ValueError where the file to go on with is of another run, and what all cases raised where all have failed.
+    Raises ValueError if the file to resume is of another run, and the last error if all cases have failed.
     """
     planned = cases(settings, run)
     said = asdict(settings) | {"dtype": run.resolved(settings.dtype)}
@@ -233,7 +233,7 @@ def run_job(settings: Settings, run: Run, folder: Path, resume: bool) -> ResultF
 
 
 def print_results(content: Mapping[str, Any], console: Console) -> None:
-    """A table for each case; what was left out is in it, with the reason."""
+    """A table for each case, with the reasons of omitted methods."""
     for case in content["cases"]:
         shape = f"{case['layers']} x {case['width']}, {case['batch']} x {case['length']} tokens, {case['dtype']}"
         console.print(job.table(case, f"{case['value']} {case['axis']} ({shape})"))

@@ -1,8 +1,8 @@
 """Whole training steps of every method on real configurations: time, peak memory, trainable parameters.
 
 A step is forward, backward, AdamW and the dropping of the gradients, in training mode. The steps of all methods are
-timed in turn in one process, on weights that they share. Only what a method trains is trained: a classification head
-stays as it is, in all methods alike but full fine-tuning. What the columns of the file mean: docs/benchmarks.md.
+timed in turn in one process, on shared weights. Only a method's own parameters are trained: a classification head stays
+as it is in all methods but full fine-tuning. The columns of the file: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ QUICK: Cases = (("tiny-decoder", AUTO, 2, 16), ("tiny-encoder", "fp32", 2, 16))
 
 
 def case_of(model: str, batch: int, length: int) -> tuple[str, str, int, int]:
-    """A case of a model, in the dtype that its other cases have."""
+    """A case of a model, in the dtype of its other cases."""
     known = {name: dtype for name, dtype, _, _ in (*QUICK, *ON_GPU, *ON_CPU)}
     return model, known.get(model, AUTO), batch, length
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """The scope of a measurement.
 
     Attributes:
-        cases: `(model, dtype, batch, length)` in the order of their worth; None for those of the device. The dtype
+        cases: `(model, dtype, batch, length)` in the order of their value; None for those of the device. The dtype
             `"auto"` is that of the run.
         methods: in the order of the results.
-        seconds: how long a case is timed, but for its least rounds; compiling and checking come before.
+        seconds: the time of a case, apart from its least rounds; compiling and checking come before.
         rounds: the least rounds.
     """
 
@@ -89,7 +89,7 @@ class Settings:
 
 
 def check_timed(methods: tuple[str, ...], known: tuple[str, ...], seconds: float, rounds: int) -> None:
-    """Raises ValueError for settings by which nothing can be timed; the growth has the same."""
+    """Raises ValueError for settings that time nothing; the growth has the same."""
     for method in methods:
         if method not in known:
             raise ValueError(f"methods: got {method!r}, expected some of {', '.join(map(repr, known))}")
@@ -107,7 +107,7 @@ def missing(run: Run) -> dict[str, str]:
 
 
 def cases(settings: Settings, run: Run) -> list[Case]:
-    """The cases in the order of their worth."""
+    """The cases in the order of their value."""
     chosen = settings.cases
     if chosen is None:
         chosen = QUICK if run.quick else ON_GPU if run.device.type == "cuda" else ON_CPU
@@ -115,11 +115,11 @@ def cases(settings: Settings, run: Run) -> list[Case]:
 
 
 def measure(case: Case, settings: Settings, run: Run) -> dict[str, Any]:
-    """One case: the fields that docs/benchmarks.md names.
+    """One case: the fields in docs/benchmarks.md.
 
     Raises:
-        ArithmeticError: a method does not compute what it should.
-        ModuleNotFoundError: the package that carries the model is missing.
+        ArithmeticError: a method has wrong results.
+        ModuleNotFoundError: the package with the model is missing.
     """
     model = find(case["model"])
     base = build(model, case["dtype"], run.device)
@@ -137,13 +137,13 @@ def _make(name: str, base: nn.Module, batch: Mapping[str, Tensor]) -> Prepared:
 
 
 def naive(model: nn.Module, dtype: torch.dtype, rows: int) -> Prepared:
-    """The edited model that the others are held to, see `check`."""
+    """The edited model that is the reference of the others, see `check`."""
     sites = edited_sites(model)
     return Prepared(model, naive_edit(model, sites, dtype=dtype, widths=sites).vectors())
 
 
 def choose(methods: tuple[str, ...], run: Run) -> tuple[list[str], dict[str, str]]:
-    """Those methods that are measured, and for the others the reason."""
+    """The measured methods, and the reasons of the others."""
     absent = missing(run)
     if run.quick:
         absent |= {name: "a quick run compiles nothing" for name in methods if name.endswith("-compile")}
@@ -158,7 +158,7 @@ def budget(seconds: float, rounds: int, run: Run) -> tuple[float, int]:
 def run_job(settings: Settings, run: Run, folder: Path, resume: bool) -> ResultFile:
     """Measure all cases into `step.json` in a folder, and print a table for each.
 
-    Raises ValueError where the file to go on with is of another run, and what all cases raised where all have failed.
+    Raises ValueError if the file to resume is of another run, and the last error if all cases have failed.
     """
     planned = cases(settings, run)
     said = asdict(settings) | {"cases": [list(case.values()) for case in planned]}
@@ -169,7 +169,7 @@ def run_job(settings: Settings, run: Run, folder: Path, resume: bool) -> ResultF
 
 
 def print_results(content: Mapping[str, Any], console: Console) -> None:
-    """A table for each case; what was left out is in it, with the reason."""
+    """A table for each case, with the reasons of omitted methods."""
     for case in content["cases"]:
         title = (
             f"{case['model']}, {case['parameters']:,} parameters, {case['dtype']}, "
@@ -179,7 +179,7 @@ def print_results(content: Mapping[str, Any], console: Console) -> None:
 
 
 def table(case: Mapping[str, Any], title: str) -> Table:
-    """The methods of one case; times are also given over that of our edit."""
+    """The methods of one case; times also over that of our edit."""
     found = Table("method", "median ms", "quartiles ms", "over ours", "peak MiB", "trained", title=title)
     ours = case["seconds"].get("red", {}).get("median")
     for name, method in METHODS.items():

@@ -1,7 +1,7 @@
-"""The models whose training steps are measured, and their batches.
+"""The models of the measured training steps, and their batches.
 
-Most are published configurations with random weights, made directly where and in the dtype in which they are used: the
-time of a step does not depend on the weights. Two come with their real weights, inside of packages.
+Most are published configurations with random weights, made directly on their device and in their dtype: the time of a
+step does not depend on the weights. Two have their real weights, from packages.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Model:
         task: `"classification"`, `"causal-lm"` or `"seq2seq"`.
         config: the name of its configuration's class in transformers; empty for a packaged one.
         sizes: the configuration's arguments.
-        packaged: the name by which `red_kernels.integrations` knows it.
+        packaged: its name in `red_kernels.support.base_models`.
         longest: the most tokens of a text.
     """
 
@@ -58,7 +58,7 @@ def _roberta(width: int, layers: int) -> Model:
 
 
 def llama(vocabulary: int, width: int, inner: int, layers: int, heads: int, longest: int) -> Model:
-    """A Llama-shaped decoder, each head with keys and values of its own."""
+    """A Llama-shaped decoder, with separate keys and values for each head."""
     return _model(
         "causal-lm",
         "LlamaConfig",
@@ -121,7 +121,7 @@ def build(model: Model, dtype: str, device: torch.device, seed: int = 0) -> nn.M
 
     Raises:
         ValueError: an unknown dtype.
-        ModuleNotFoundError: the package that carries a packaged model is missing; the message holds the pip command.
+        ModuleNotFoundError: the package of a packaged model is missing; the message contains the pip command.
     """
     import transformers
 

@@ -1,4 +1,4 @@
-"""A model card beside saved edits: `README.md`, with the front matter that the hub reads."""
+"""A model card for saved edits: `README.md`, with the front matter that the hub reads."""
 
 from __future__ import annotations
 
@@ -49,31 +49,30 @@ def write_model_card(
 ) -> Path | None:
     """Write a model card into a folder of saved edits: `README.md`.
 
-    What the edits are is read from the folder: base model and revision, position, kind, layers, the number of trained
-    parameters. The licence is that of the base model, where its card, its configuration or its GGUF file says it.
+    The folder gives the facts: base model and revision, position, kind, layers, the number of trained parameters. The
+    licence is that of the base model, from its card, its configuration or its GGUF file.
 
     Args:
-        folder: of `rk.save_edits`, or of a run of `red-kernels finetune` (whose `edits/` is meant).
-        data: what was trained on, in words.
+        folder: of `rk.save_edits`, or of a run of `red-kernels finetune` (its `edits/`).
+        data: the training data, in words.
         datasets: ids of data sets on the hub, for the front matter.
-        figures: what was measured on held-out data: name to the values before and after the training; None for one that
-            is not known.
+        figures: scores on held-out data: name to the values before and after the training; None for an unknown one.
         settings: of the training, name to value.
-        licence: of the base model, as the hub abbreviates it (`"apache-2.0"`), where it is not to be looked for.
-        name: what the lines of code that load the edits call them; None for the folder. `rk.push_edits` puts the
-            repository's id in its place.
-        overwrite: replace a `README.md` that this function has not written.
+        licence: of the base model, as the hub abbreviates it (`"apache-2.0"`), instead of searching for it.
+        name: the name of the edits in the code that loads them; None for the folder. `rk.push_edits` replaces it by
+            the repository's id.
+        overwrite: replace a foreign `README.md`.
 
     Returns:
-        The file; None where a `README.md` of somebody else is there, and was left as it is.
+        The file; None if a foreign `README.md` was kept.
 
     Raises:
-        ValueError: the folder's edits do not say how a model is patched; a figure is no pair; an id that is none.
-        FileNotFoundError: there is no such folder, or no edits in it.
+        ValueError: the folder's edits have no config; a figure is no pair; an invalid id.
+        FileNotFoundError: the folder does not exist, or has no edits.
         OSError: the file cannot be written.
 
     Warns:
-        UserWarning: a `README.md` of somebody else was left as it is.
+        UserWarning: a foreign `README.md` was kept.
     """
     place = located_folder(folder)
     found = read_described(place, "folder", folder)
@@ -96,14 +95,14 @@ def write_model_card(
 
 
 def is_own_card(path: Path) -> bool:
-    """Whether `write_model_card` has written a file, and nobody took it over."""
+    """Whether a file is of `write_model_card`, and the user has not taken it over."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         return _MARK in path.read_text(encoding="utf-8")
     return False
 
 
 def renamed_card(text: str, name: str) -> str:
-    """A card of ours whose lines of code load the edits from another place."""
+    """A card of ours with code that loads the edits from another place."""
     return _CALL.sub(lambda call: f"{call[1]}({_quoted(name)})", text)
 
 
@@ -204,7 +203,7 @@ def _classifies(found: Found) -> bool:
 
 
 def _title(base: str, identity: str | None) -> str:
-    """A name for people; of a folder the last part alone, since the rest says where somebody's files are."""
+    """A readable name; of a folder only the last part, since the rest reveals a user's paths."""
     if identity or not base:
         return identity or "a model without a name"
     parts = [part for part in re.split(r"[/\\]+", base) if part]
@@ -212,7 +211,7 @@ def _title(base: str, identity: str | None) -> str:
 
 
 def _hub_id(base: str) -> str | None:
-    """The id of a base model on the hub; None where its name does not say one."""
+    """The id of a base model on the hub; None if its name contains none."""
     from ..support.base_models import PACKAGED
 
     packaged = next((model for model in PACKAGED if model.name == base), None)
@@ -246,7 +245,7 @@ def _licence_of_card(path: Path) -> _Licence:
 
     try:
         said = ModelCard.load(path, ignore_metadata_errors=True).data
-    except Exception:  # no card, or one that cannot be read: it says nothing then
+    except Exception:  # no card, or an unreadable one
         return _Licence()
     found = [getattr(said, key, None) for key in ("license", "license_name", "license_link")]
     return _Licence(*(value if isinstance(value, str) and value else None for value in found))
@@ -258,7 +257,7 @@ def _licence_of_repository(repository: str) -> _Licence:
     try:
         with bars_on_terminals_only():
             path = huggingface_hub.hf_hub_download(repository, CARD_NAME, etag_timeout=5)
-    except Exception:  # no network, no card, no access: the card says that it is not known
+    except Exception:  # no network, no card, no access: the licence is unknown
         return _Licence()
     return _licence_of_card(Path(path))
 

@@ -1,11 +1,11 @@
-"""Saving the edits of a patched model, and loading them back, the RED authors' files included.
+"""Saving the edits of a patched model, and loading them, including the RED authors' files.
 
-A saved folder holds the edits in one small file, `red_edits.safetensors`. It has one tensor `(width,)` per vector,
+A saved folder has the edits in one small file, `red_edits.safetensors`. It has one tensor `(width,)` per vector,
 named as in the `state_dict` of a model with one edit: `<site>.red_edit.scale`, `<site>.red_edit.bias`, and for kind
-`ln` also `norm_weight` and `norm_bias`. Its metadata describes the edits, so that `saved_config` can tell how another
-copy of the base model has to be patched. A trained head is beside it, in `red_head.safetensors`; `folder.py` says how
-both are kept together. Folders of earlier versions have the description in a `red_config.json`. Beside these files lies
-the same in PEFT's form, which this package never reads while its own form is there.
+`ln` also `norm_weight` and `norm_bias`. Its metadata describes the edits, so that `saved_config` can return the config
+for another copy of the base model. A trained head is next to it, in `red_head.safetensors`; `folder.py` keeps both
+together. Folders of earlier versions have the description in a `red_config.json`. PEFT's form of the edits is in the
+same folder; this package ignores it if its own form exists.
 
 The authors' form is read and written by `authors.py`.
 """
@@ -60,18 +60,18 @@ __all__ = ["LoadReport", "load_edits", "save_edits", "saved_config"]
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_edits` did.
+    """The result of `load_edits`.
 
     Attributes:
-        source: the file the vectors came from.
-        loaded: checkpoint site to model site, for every site of which something was loaded.
-        checkpoint_only: what the checkpoint holds and the model has no place for: vectors as `<site>.<part>`, the
+        source: the file of the vectors.
+        loaded: checkpoint site to model site, for every site with loaded values.
+        checkpoint_only: values of the checkpoint without a place in the model: vectors as `<site>.<part>`, the
             parameters of a trained head by their names, an authors' classifier head as `classifier.<parameter>`.
         model_only: vectors in the model that the checkpoint lacks; they keep their values.
-        head: the parameters of a head that were loaded, by their names in the model; of an authors' classifier head as
+        head: the loaded parameters of a head, by their names in the model; of an authors' classifier head as
             `classifier.<parameter>`.
-        labels: the names of the labels that the model's config has now, by number; empty where the checkpoint has none.
-        warnings: what else there is to know, such as edits that were trained on another base model.
+        labels: the present names of the labels in the model's config, by number; empty if the checkpoint has none.
+        warnings: further remarks, for example on edits of another base model.
     """
 
     source: Path
@@ -99,23 +99,23 @@ class LoadReport:
 def save_edits(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, *, peft: bool = True) -> Path:
     """Save an edit of a patched model: one safetensors file of a few hundred kilobytes, its description included.
 
-    Beside it the same is written in PEFT's form (`adapter_config.json`, `adapter_model.safetensors`), so that
-    `PeftModel.from_pretrained(model, folder)` takes the folder once `red_kernels.integrations.peft` is imported. Some
-    cases have no such form: sites that PEFT does not wrap, such as those of the positions `res` and `res_with_attn` and
-    blocks of experts; a folder with the `config.json` of a model, which transformers would take for an adapter; a
-    folder with an adapter that something else has written, which stays.
+    PEFT's form is written next to it (`adapter_config.json`, `adapter_model.safetensors`), so that
+    `PeftModel.from_pretrained(model, folder)` loads the folder once `red_kernels.integrations.peft` is imported. It is
+    omitted for sites that PEFT does not wrap, for example those of the positions `res` and `res_with_attn` and blocks
+    of experts; in a folder with a model's `config.json`, which transformers would take for an adapter; and in a folder
+    with another program's adapter, which stays.
 
-    The file is written to a temporary name, synced and renamed: a crash leaves the former file or the new one, and a
-    reader meets one of both. Saves into the same folder wait for each other. Vectors that are computed from others (a
-    parametrization, weight norm, pruning) are saved with the values in force. Where each process holds a part of the
-    vectors (FSDP2), all of them have to call this: the parts are gathered, and the first process writes. Where each has
-    all of them (DDP), call it in one.
+    The file is written under a temporary name, synced and renamed: a crash leaves the former file or the new one, and
+    a reader sees one of them. Saves into the same folder wait for each other. Vectors computed from others (a
+    parametrization, weight norm, pruning) are saved with their effective values. If each process has a part of the
+    vectors (FSDP2), all of them must call this: the parts are gathered, and the first process writes. If each has all
+    of them (DDP), call it in one.
 
     Args:
         model: a model patched by `rk.patch`.
-        folder: where to save; made if missing. Files of an earlier save are replaced, a trained head of one is removed,
-            others are left alone.
-        name: which of the model's edits; None for the active one. The file does not depend on it.
+        folder: where to save; created if missing. Files of an earlier save are replaced, its trained head is removed,
+            other files are kept.
+        name: the edit to save; None for the active one. The file does not depend on it.
         peft: whether to write PEFT's form too.
 
     Returns:
@@ -137,7 +137,7 @@ def save_with_head(
     *,
     peft: bool = True,
 ) -> Path:
-    """As `save_edits`, with parameters that were trained beside the edits, by their names in the model."""
+    """As `save_edits`, with further trained parameters, by their names in the model."""
     return _save(model, folder, edit_config(model), name, head, peft)
 
 
@@ -150,7 +150,7 @@ def _save(
     head: Mapping[str, nn.Parameter] | None = None,
     peft: bool = False,
 ) -> Path:
-    """As `save_with_head`, of a patched model or of a part of one."""
+    """As `save_with_head`, for a patched model or a part of one."""
     head = {} if head is None else head
     tensors = edit_tensors(model, name)
     for key, own in head.items():
@@ -177,15 +177,15 @@ def _save(
 
 
 def write_saved(folder: Path, saved: Saved, beside: Mapping[str, bytes] | None = None) -> tuple[Path, ...]:
-    """Put a saved state in place of the former one in a folder, in one step; made if missing.
+    """Replace the former state in a folder by a saved one, in one step; the folder is created if missing.
 
     Args:
-        folder: where to.
+        folder: the folder.
         saved: the state in our own form.
-        beside: the same in PEFT's form, of `beside_own`; written where there is room for it.
+        beside: the same in PEFT's form, of `beside_own`; written if there is room for it.
 
     Returns:
-        The files that were written.
+        The written files.
 
     Raises:
         OSError: the folder cannot be written to; the former state stays, or the new one is there without `beside`.
@@ -224,12 +224,12 @@ def load_edits(
 ) -> LoadReport:
     """Load edits into a patched model, after checking every name, shape and dtype.
 
-    The values are copied into the model's own Parameters, on their devices and in their dtype: an optimizer made before
-    goes on working, and so does a compiled model. Until all checks have passed nothing is changed. Values are taken as
-    they are, NaN and infinity included. Site names may differ from the model's by one prefix, the same for all
+    The values are copied into the model's own Parameters, on their devices and in their dtype: an existing optimizer
+    and a compiled model stay valid. Nothing is changed before all checks have passed. Values are copied unchanged, NaN
+    and infinity included. Site names may differ from the model's by one prefix, the same for all
     (`encoder.layer.0...` in a file of the authors, `inner.encoder.layer.0...` in a model with a head).
 
-    A folder may hold a trained head: `red_head.safetensors` of `red-kernels finetune` and `RedTrainer`, or the authors'
+    A folder may have a trained head: `red_head.safetensors` of `red-kernels finetune` and `RedTrainer`, or the authors'
     `classifier.pth`. Its values are copied into the model's parameters of those names, in their dtype: a head in fp32
     is rounded in a bf16 model. The names of the labels go into the model's config. To load the vectors without the
     head, name the file of the vectors itself.
@@ -243,10 +243,10 @@ def load_edits(
             (`.safetensors`, or anything `torch.load(weights_only=True)` reads). The folder of a run of `red-kernels
             finetune`, or of a RED adapter that PEFT has saved. Or, as text, the id of a repository on the hub with one
             of these (`"user/name"`), which is fetched into the hub's cache.
-        name: which of the model's edits to load into; None for the active one. An edit that does not exist yet is
-            added when all of its values are there, and the active one stays active.
+        name: the edit to load into; None for the active one. A new edit is added when all of its values are loaded,
+            and the active one stays active.
         strict: with False, vectors and parameters of a head without a partner are listed in the report instead of
-            raising. A checkpoint of which nothing fits is an error all the same.
+            raising. A checkpoint without any match is always an error.
         revision: branch, tag or commit of a repository on the hub.
 
     Returns:
@@ -254,11 +254,11 @@ def load_edits(
 
     Raises:
         ValueError: the model is not patched; the file is damaged, foreign, of an unknown format version; the head is of
-            another save; a vector or the head has another width or an integer dtype; the position differs; something
+            another save; a vector or the head has another width or an integer dtype; the position differs; a value
             without a partner (`strict`); a vector of the model is computed from others and cannot be set; the base
-            model's weights are on the meta device; `name` cannot be the name of an edit.
-        FileNotFoundError: there is no such file, no file of edits in the folder, or the head that belongs to them is
-            missing; there is no such repository on the hub.
+            model's weights are on the meta device; `name` is invalid.
+        FileNotFoundError: the file does not exist, the folder has no file of edits, or their head is missing; the
+            repository does not exist on the hub.
         OSError: the hub cannot be reached, or refuses.
 
     Warns:
@@ -274,7 +274,7 @@ def load_edits(
 
 
 def check_patched(model: nn.Module) -> None:
-    """Raises ValueError, with what to do, for a model that has no vectors to load into."""
+    """Raises ValueError, with the remedy, for a model without vectors to load into."""
     try:
         edit_config(model)
     except ValueError as error:
@@ -285,7 +285,7 @@ def check_patched(model: nn.Module) -> None:
 
 
 def load_found(model: nn.Module, found: Found, path: Path, name: str | None, strict: bool) -> LoadReport:
-    """As `load_edits`, of what was read from `path`; the warnings are in the report alone."""
+    """As `load_edits`, for the content of `path`; the warnings are only in the report."""
     config = edit_config(model)
     source, description = found.source, found.description
     if description is not None and description["position"] != config.position:
@@ -377,7 +377,7 @@ def _placed(model: nn.Module, site: str, slot: Slot, value: torch.Tensor) -> tor
 def _starts(
     model: nn.Module, places: dict[str, dict[str, Slot]], filled: set[tuple[str, str]]
 ) -> list[tuple[Slot, torch.Tensor]]:
-    """What vectors on the meta device begin with that the checkpoint does not have."""
+    """The initial values of vectors on the meta device that the checkpoint lacks."""
     found = []
     for site, parts in places.items():
         for part, slot in parts.items():
@@ -393,7 +393,7 @@ _Pairs = list[tuple[str, nn.Parameter, torch.Tensor]]  # the name for the report
 
 
 def _head_pairs(model: nn.Module, found: Found, mapping: dict[str, str]) -> tuple[_Pairs, list[str]]:
-    """Where the values of a head go in the model; and what has no place in it."""
+    """The targets of a head's values in the model; and values without a place."""
     if found.trained is not None:
         return _trained_pairs(model, found, mapping)
     if not found.head:
@@ -458,7 +458,7 @@ def _advised(found: Found) -> str:
 
 
 def _other_base(model: nn.Module, found: Found) -> tuple[str, ...]:
-    """A warning where the edits were trained on a base model of another name."""
+    """A warning if the edits were trained on a base model of another name."""
     said = found.description or {}
     saved, here = said.get("base_model_name"), base_model_name(model)
     if not saved or not here or last_name(saved) == last_name(here):

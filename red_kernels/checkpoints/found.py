@@ -1,4 +1,4 @@
-"""What was read from a folder or a file of edits, whatever form it has."""
+"""The content of a folder or a file of edits, in any form."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["Found"]
 
 @dataclass(frozen=True)
 class Found:
-    """What a folder or a file of edits holds.
+    """The content of a folder or a file of edits.
 
     Attributes:
         source: the file of the vectors.
         vectors: site to part to tensor `(width,)`.
-        description: how the model was patched, if the file says it.
+        description: the config of the patch, if the file states it.
         head: the authors' classifier head, parameter name to value; empty where there is none.
         trained: the head of our own form.
         newer: what there is to say of an adapter in the folder that PEFT has saved since; empty where there is none.
-        head_file: where that comes from, if it is not the file that `save_edits` puts beside the vectors.
+        head_file: its file, if it is not the one that `save_edits` puts next to the vectors.
     """
 
     source: Path

@@ -1,4 +1,4 @@
-"""Reading a folder that PEFT has saved a RED adapter into. PEFT itself is not needed for that."""
+"""Reading a folder of a RED adapter that PEFT has saved, without PEFT."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _KEPT = {"model", "transformer", "encoder", "decoder", "layers", "layer", "h", "
 
 @dataclass(frozen=True)
 class PeftFolder:
-    """What a folder of a RED adapter holds.
+    """The content of a folder of a RED adapter.
 
     Attributes:
-        config: how a model has to be patched; by a position where the sites are those of one, else by their names.
+        config: the config for a patch; by a position if the sites are those of one, else by their names.
         vectors: site to part to vector `(width,)`.
-        head: what `modules_to_save` has trained, by the model's names.
-        base: the base model, as far as it is named.
+        head: the trained parameters of `modules_to_save`, by the model's names.
+        base: the base model, as far as known.
         source: the file of the vectors.
     """
 
@@ -85,7 +85,7 @@ def read_peft_folder(folder: str | os.PathLike[str]) -> PeftFolder:
 
 
 def read_peft(folder: str | os.PathLike[str]) -> Found:
-    """What PEFT's folder holds, as if `rk.save_edits` had written it. Raises as `read_peft_folder`."""
+    """The content of PEFT's folder in the form of `rk.save_edits`. Raises as `read_peft_folder`."""
     found = read_peft_folder(folder)
     head = Head(found.head) if found.head else None
     return Found(found.source, found.vectors, found.saved().description, trained=head, head_file=found.source)
@@ -110,7 +110,7 @@ def _tensors(path: Path) -> Mapping[str, Any]:
 
 
 def _config(source: Path, content: Mapping[str, Any], vectors: SiteTensors) -> RedConfig:
-    """By position, where the names say one, so that the edits fit a model with a head around it; else by names."""
+    """By position, if the names determine one, so that the edits fit a model with a head around it; else by names."""
     kind = _kind(source, content, vectors)
     dtypes = {own.dtype for parts in vectors.values() for own in parts.values()}
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -147,7 +147,7 @@ def _config(source: Path, content: Mapping[str, Any], vectors: SiteTensors) -> R
 
 
 def _kind(source: Path, content: Mapping[str, Any], vectors: SiteTensors) -> str:
-    """The kind that the config names: several have the same parts, and differ in their number."""
+    """The kind that the config names: several have the same parts but another number."""
     name = content.get("kind")
     if not is_kind(name):
         return kind_of(source, vectors)
@@ -164,7 +164,7 @@ def _kind(source: Path, content: Mapping[str, Any], vectors: SiteTensors) -> str
 
 
 def _all_sites(source: Path, target: Any, kind: Kind, vectors: SiteTensors) -> SiteTensors:
-    """The vectors by all sites: a file of ours holds those that sites share at the first of them alone."""
+    """The vectors by all sites: a file of ours has shared vectors only at the first of their sites."""
     if not kind.shared or not isinstance(target, str):
         return vectors
     names = [re.sub(r"\\(.)", r"\1", name) for name in target.split("|")]
@@ -218,6 +218,6 @@ def _same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
 
 
 def _inner_prefix(vectors: SiteTensors) -> str:
-    """What the authors' names would leave out: the name of the base model in front of a stack of layers."""
+    """The prefix that the authors' names omit: the base model's name in front of a stack of layers."""
     first = {site.partition(".")[0] for site in vectors}
     return "" if len(first) > 1 or first & _KEPT else next(iter(first))

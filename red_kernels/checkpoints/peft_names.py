@@ -1,4 +1,4 @@
-"""The file names of PEFT's form, and which of such files `rk.save_edits` has written beside its own."""
+"""The file names of PEFT's form, and recognising the files that `rk.save_edits` has written."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ METHOD = "RED"
 PREFIX = "base_model.model."  # of every name in PEFT's files
 BESIDE = "red_kernels"  # the key in the metadata of an `adapter_model.safetensors` that save_edits has written
 _MODEL = "config.json"  # transformers loads a model from a folder by this, unless an adapter is in it
-_LONGEST = 1 << 24  # bytes of a header that is looked at
+_LONGEST = 1 << 24  # bytes of the longest header that is read
 
 
 def is_peft_folder(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds an adapter of PEFT, of any method."""
+    """Whether a folder has an adapter of PEFT, of any method."""
     return (Path(folder) / CONFIG_NAME).is_file()
 
 
 def named_by(chosen: str | Collection[str], name: str) -> bool:
-    """Whether a module's name matches a regular expression, or is one of these or ends in one, as PEFT has it."""
+    """Whether a module's name matches a regular expression, or equals or ends in one of these names, as in PEFT."""
     if isinstance(chosen, str):
         return re.fullmatch(chosen, name) is not None
     return any(name == one or name.endswith(f".{one}") for one in chosen)
@@ -60,7 +60,7 @@ def beside_files(folder: Path) -> list[Path]:
 
 
 def foreign_adapter(folder: Path) -> str | None:
-    """A digest of the vectors of a RED adapter that PEFT has saved into a folder, and not `rk.save_edits`; or None."""
+    """A digest of the vectors of a RED adapter in a folder, saved by PEFT, not by `rk.save_edits`; or None."""
     if _method(folder) != METHOD or (folder / CONFIG_NAME) in beside_files(folder):
         return None
     with contextlib.suppress(OSError):
@@ -70,7 +70,7 @@ def foreign_adapter(folder: Path) -> str | None:
 
 
 def _method(folder: Path) -> object:
-    """What the config of an adapter says; None where there is none, or it cannot be read."""
+    """The config of an adapter; None if it is missing or unreadable."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return json.loads((folder / CONFIG_NAME).read_bytes()).get("peft_type")
     return None
@@ -79,8 +79,8 @@ def _method(folder: Path) -> object:
 def has_room(folder: Path) -> bool:
     """Whether PEFT's form may be written into a folder.
 
-    Not beside an adapter that something else has written, which would be lost. Not beside a model, which
-    transformers would no longer load: it takes such a folder for an adapter.
+    Not next to another program's adapter, which would be lost. Not next to a model, which transformers would no longer
+    load: it takes such a folder for an adapter.
     """
     if (folder / _MODEL).exists():
         return False

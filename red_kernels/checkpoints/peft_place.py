@@ -1,8 +1,8 @@
-"""What of a patched model PEFT's form has a place for, by the names that the base model's modules have.
+"""The part of a patched model that fits PEFT's form, by the names of the base model's modules.
 
-PEFT wraps the modules that it edits, so each has to have one output of a known width. What was trained beside the edits
-is `modules_to_save` there: whole modules, found by the ends of their names. PEFT loads all parameters and buffers of
-each, and copies them: a Parameter that two modules share becomes two.
+PEFT wraps the modules that it edits, so each must have one output of a known width. Its `modules_to_save` has further
+trained parameters: whole modules, found by the ends of their names. PEFT loads all parameters and buffers of each, and
+copies them: a Parameter shared by two modules becomes two.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = ["Place", "owners_of", "place_in_peft"]
 
 @dataclass(frozen=True)
 class Place:
-    """Edits as PEFT's form has them.
+    """Edits in PEFT's form.
 
     Attributes:
         vectors: site to part to tensor.
-        sites: all sites, and whether it is the input that is edited; more than `vectors` has where sites share vectors.
-        head: what was trained beside the edits, and what else its modules hold.
+        sites: all sites, and whether their input is edited; more than in `vectors` if sites share vectors.
+        head: further trained parameters, and the other tensors of their modules.
     """
 
     vectors: SiteTensors
@@ -39,14 +39,14 @@ class Place:
 
 
 def place_in_peft(model: nn.Module, vectors: SiteTensors, head: Mapping[str, Tensor]) -> Place | None:
-    """What is written of a model; None where PEFT has no place for a site, or for what was trained beside the edits.
+    """The written part of a model; None if PEFT has no place for a site, or for a further trained parameter.
 
-    Where parts of the model are sharded, all processes have to call this.
+    If parts of the model are sharded, all processes must call this.
 
     Args:
         model: a patched model.
         vectors: site in `model` to part to tensor, on the CPU.
-        head: name in `model` to what was trained beside the edits, on the CPU.
+        head: name in `model` to a further trained parameter, on the CPU.
     """
     edits = edit_modules(model)
     if not all(_is_wrapped_by_peft(model, site, own) for site, own in edits.items()):
@@ -77,13 +77,13 @@ def place_in_peft(model: nn.Module, vectors: SiteTensors, head: Mapping[str, Ten
 
 
 def owners_of(names: Iterable[str]) -> list[str] | None:
-    """The outermost modules that hold these parameters; None where one is the model's own, of no module in it."""
+    """The outermost modules with these parameters; None if one is the model's own, of no module in it."""
     owners = dict.fromkeys(name.rpartition(".")[0] for name in names)
     return None if "" in owners else [name for name in owners if not _is_in(name, owners)]
 
 
 def _is_in(name: str, others: Collection[str]) -> bool:
-    """Whether a module is inside of one of these, itself not counted."""
+    """Whether a module is inside one of these, itself not counted."""
     parts = name.split(".")
     return any(".".join(parts[:count]) in others for count in range(1, len(parts)))
 
@@ -96,7 +96,7 @@ def _is_wrapped_by_peft(model: nn.Module, site: str, own: RedEdit) -> bool:
 
 
 def _is_at_hand(name: str, own: object) -> bool:
-    """Whether a frozen tensor can be written: not one on the meta device, or in a form of another library's."""
+    """Whether a frozen tensor can be written: not on the meta device, nor in another library's form."""
     if not isinstance(own, Tensor) or own.is_meta:
         return False
     try:
@@ -109,7 +109,7 @@ def _is_at_hand(name: str, own: object) -> bool:
 def _prefixes(model: nn.Module) -> tuple[str, str]:
     """The name in `model` of the model that PEFT is given, and the name in that of the part that was patched.
 
-    The former is the transformers model around the patched part, where there is one.
+    The former is the transformers model around the patched part, if there is one.
     """
     patched, _ = inner_model(model)
     for name, module in model.named_modules():
@@ -125,7 +125,7 @@ def _named(name: str, prefix: str) -> str:
 
 
 def _with_shared(model: nn.Module, head: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The values by all names that their Parameters have, such as those of tied embeddings."""
+    """The values by all names of their Parameters, for example of tied embeddings."""
     all_names: dict[int, list[str]] = {}
     own = dict(model.named_parameters(remove_duplicate=False))
     for name, one in own.items():

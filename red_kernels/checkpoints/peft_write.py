@@ -1,4 +1,4 @@
-"""Saved edits in PEFT's form: the files of a RED adapter, which PEFT loads. PEFT itself is not needed for that."""
+"""Saved edits in PEFT's form: the files of a RED adapter that PEFT loads, written without PEFT."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _LANGUAGE_MODEL = "ForCausalLM"
 
 
 def write_peft(folder: Path, config: RedConfig, vectors: SiteTensors, base: Base, head: Head | None) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json` into a folder, together; made if missing.
+    """Write `adapter_model.safetensors` and `adapter_config.json` into a folder, together; it is created if missing.
 
     Args:
-        folder: where to.
-        config: how the model was patched.
+        folder: the folder.
+        config: the config of the patch.
         vectors: site to part to tensor.
-        base: the base model, as far as it is known.
-        head: what was trained beside the edits: its modules become `modules_to_save`.
+        base: the base model, as far as known.
+        head: further trained parameters: their modules become `modules_to_save`.
 
     Raises:
-        ValueError: PEFT has no place for what was trained beside the edits.
-        OSError: the folder cannot be written to; what was there stays.
+        ValueError: PEFT has no place for further trained parameters.
+        OSError: the folder cannot be written to; the former files stay.
     """
     lost = _without_place(vectors, head)
     if lost:
@@ -53,14 +53,14 @@ def write_peft(folder: Path, config: RedConfig, vectors: SiteTensors, base: Base
 
 
 def beside_own(config: RedConfig, vectors: SiteTensors, base: Base, head: Head | None) -> dict[str, bytes]:
-    """The same files for a folder of `rk.save_edits`, marked as such; {} where PEFT has no place for the edits."""
+    """The same files for a folder of `rk.save_edits`, marked as such; {} if PEFT has no place for the edits."""
     if whole_layers(config) or _without_place(vectors, head):
         return {}
     return _files(config, vectors, base, head, _MARK)
 
 
 def beside_model(config: RedConfig, place: Place | None, base: Base) -> dict[str, bytes]:
-    """The same of a model at hand, which says more: all of its sites, and all that the modules of a head hold."""
+    """The same from a model, which also has all of its sites, and all tensors of a head's modules."""
     if whole_layers(config) or place is None:
         return {}
     return _files(config, place.vectors, base, place.head, _MARK, place.sites)
@@ -72,7 +72,7 @@ def whole_layers(config: RedConfig) -> bool:
 
 
 def _without_place(vectors: SiteTensors, head: Head | None) -> list[str]:
-    """What was trained beside the edits in no module, in an edited one, or in one around edited ones."""
+    """Further trained parameters in no module, in an edited one, or in one around edited ones."""
     return [
         name
         for name in (() if head is None else head.values)
@@ -130,5 +130,5 @@ def _said(
 
 
 def _expression(glob: str) -> str:
-    """A glob as an expression that each version of Python reads: Python's own translation has changed."""
+    """A glob as an expression for every version of Python: Python's own translation has changed."""
     return fnmatch.translate(glob).replace("(?>", "(?:").replace(r"\z", r"\Z").removesuffix(r"\Z")

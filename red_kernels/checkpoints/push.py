@@ -1,4 +1,4 @@
-"""`red-kernels push`: a folder of edits onto the hub."""
+"""`red-kernels push`: uploading a folder of edits to the hub."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ __all__ = ["Pushed", "add_options", "push_edits", "run"]
 
 @dataclass(frozen=True)
 class Pushed:
-    """What `push_edits` did; `print` shows it in a few lines.
+    """The result of `push_edits`; `print` shows it in a few lines.
 
     Attributes:
         repository: its id.
         url: of the commit.
         commit: its hash.
-        files: what was uploaded.
-        left_out: what else is in the folder, and stayed here.
-        notes: what else there is to know.
+        files: the uploaded files.
+        left_out: other files of the folder, which were not uploaded.
+        notes: further remarks.
     """
 
     repository: str
@@ -59,23 +59,23 @@ def push_edits(
 ) -> Pushed:
     """Upload a folder of edits to the hub, in one commit, with a model card.
 
-    The files are read and checked first, of one save whole while others may write to the folder. The folder stays as it
-    is. A card of `rk.write_model_card` goes up with the repository's id in its lines of code; where there is no
-    `README.md` one is made for the upload. Files of edits that the repository has and the folder has not are deleted.
+    The files are read and checked first, all of one save even if others write to the folder. The folder is unchanged.
+    A card of `rk.write_model_card` is uploaded with the repository's id in its code; without a `README.md` one is made
+    for the upload. Files of edits that only the repository has are deleted there.
 
     Args:
-        folder: of `rk.save_edits`, of a run of `red-kernels finetune` (whose `edits/` is meant), or of a RED adapter
-            that PEFT has saved.
-        repository: its id, `"user/name"`; made where there is none.
-        private: whether the repository is to be private.
-        revision: the branch; made where there is none. None for the main one.
+        folder: of `rk.save_edits`, of a run of `red-kernels finetune` (its `edits/`), or of a RED adapter that PEFT
+            has saved.
+        repository: its id, `"user/name"`; created if missing.
+        private: whether a new repository is private.
+        revision: the branch; created if missing. None for the main one.
         message: of the commit.
         token: of the hub; None for the one of `hf auth login` or `HF_TOKEN`.
 
     Raises:
-        ValueError: the id is none; the folder's edits are damaged, or in the authors' form.
-        FileNotFoundError: there is no such folder, or a file of it is missing.
-        PermissionError: there is no token, or it may not write there; the repository is public and was to be private.
+        ValueError: the id is invalid; the folder's edits are damaged, or in the authors' form.
+        FileNotFoundError: the folder does not exist, or a file of it is missing.
+        PermissionError: there is no token, or it has no write access; the repository is public despite `private`.
         OSError: the hub cannot be reached.
     """
     if not isinstance(repository, str) or not ID.fullmatch(repository):
@@ -90,7 +90,7 @@ def push_edits(
 
 
 def _copy(place: Path, copy: Path) -> tuple[str, ...]:
-    """Copy the files of edits and the card; returns the names of all else."""
+    """Copy the files of edits and the card; returns the names of other files."""
     left_out = []
     with locked(place):
         for path in sorted(place.iterdir()):
@@ -163,15 +163,15 @@ def _upload(
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `red-kernels push`."""
-    parser.add_argument("folder", metavar="FOLDER", help="of saved edits, or of a run of red-kernels finetune")
-    parser.add_argument("repository", metavar="USER/NAME", help="the repository on the hub; made if it is not there")
+    parser.add_argument("folder", metavar="FOLDER", help="folder of saved edits, or of a run of red-kernels finetune")
+    parser.add_argument("repository", metavar="USER/NAME", help="repository on the hub; created if missing")
     parser.add_argument("--private", action="store_true", help="make the repository a private one")
-    parser.add_argument("--revision", metavar="BRANCH", help="the branch; made if it is not there (default: main)")
-    parser.add_argument("--message", metavar="TEXT", help="of the commit (default: RED edits)")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch; created if missing (default: main)")
+    parser.add_argument("--message", metavar="TEXT", help="message of the commit (default: RED edits)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Push as the command's arguments say, and print what was done."""
+    """Push by the command's arguments, and print the result."""
     done = push_edits(
         options.folder,
         options.repository,

@@ -1,8 +1,8 @@
-"""RED's neighbours: methods that train little of each weight, each after its paper, to compare with.
+"""RED's neighbours: other methods with few trained parameters, each after its paper, for comparison.
 
-Where PEFT has a method its implementation is used: RoAd, VeRA and HRA (`adapters.py`), SHiRA for the sparse ones
+If PEFT has a method its implementation is used: RoAd, VeRA and HRA (`adapters.py`), SHiRA for the sparse ones
 (`sparse.py`). LoRTA, LoRETTA and MELoRA are written here, from their papers' formulas. docs/benchmarks.md has them in
-one table, with what each leaves out.
+one table, with their omissions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The neighbours that PEFT has: RoAd, VeRA and HRA. Its code is under Apache-2.0."""
+"""The neighbours in PEFT: RoAd, VeRA and HRA. Its code is under Apache-2.0."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VERA_RANK = 256
 
 
 def road(model: nn.Module) -> Prepared:
-    """RoAd_1: the outputs of a linear layer in pairs, each pair turned by an angle and scaled (arXiv 2409.00119).
+    """RoAd_1: the outputs of a linear layer in pairs, each pair rotated by an angle and scaled (arXiv 2409.00119).
 
     `y = R(theta, alpha) (W x + b)`, where a pair `(u, v)` becomes `alpha (u cos theta - v sin theta)` and
     `alpha (u sin theta + v cos theta)`.
@@ -24,12 +24,12 @@ def road(model: nn.Module) -> Prepared:
     - Start: `theta = 0`, `alpha = 1`, the identity.
     - Parameters: an angle and a scale for each pair, so `out` for a layer with as many outputs.
 
-    Raises ValueError where the layers have an odd number of outputs.
+    Raises ValueError if the layers have an odd number of outputs.
     """
     import peft
 
     linears = block_linears(model)
-    # Which outputs are a pair does not matter to the method. PEFT asks for groups that divide every layer's outputs.
+    # The choice of pairs does not matter to the method. PEFT needs groups that divide every layer's outputs.
     group = math.gcd(64, *(sizes(own)[1] for own in linears.values()))
     as_linears(model, linears)
     return with_peft(model, peft.RoadConfig(variant="road_1", group_size=group, target_modules=list(linears)))
@@ -58,12 +58,12 @@ def vera(model: nn.Module, rank: int = VERA_RANK) -> Prepared:
 def hra(model: nn.Module, rank: int = RANK, *, every: bool = False) -> Prepared:
     """HRA: weights multiplied by a chain of Householder reflections (arXiv 2405.17484, section 3.1).
 
-    `W H_1 ... H_rank x` with `H_i = I - 2 u_i u_i^T / |u_i|^2`, u_i of shape `(in,)`. Without the penalty that draws
+    `W H_1 ... H_rank x` with `H_i = I - 2 u_i u_i^T / |u_i|^2`, u_i of shape `(in,)`. It omits the penalty that pulls
     the `u_i` towards orthogonality (lambda = 0), which would be a part of the loss.
 
     - Layers: queries and values; `every` takes all linear layers of the blocks. PEFT builds an `(in, in)` matrix for
-      each layer in each step, and of an FFN's width that takes longer than all else.
-    - Start: equal neighbours in the chain, each of which takes the other back; `rank` has to be even for that.
+      each layer in each step, which for an FFN's width dominates the time.
+    - Start: equal neighbours in the chain, each of which cancels the other; `rank` must be even for that.
     - Parameters: `rank * in` for each layer.
 
     Raises ValueError for an odd rank.

@@ -1,6 +1,6 @@
 """Small modules attached to the modules of a frozen model, by forward hooks.
 
-They compute in fp32, as PEFT's adapters do beside weights in half precision: the sum is rounded once.
+They compute in fp32, like PEFT's adapters on half-precision weights: the sum is rounded once.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-NAME = "neighbour"  # of the added module in the one that it is attached to
+NAME = "neighbour"  # the added module's name
 
 
 def beside(module: nn.Module, delta: nn.Module) -> None:
-    """Let a module give `module(x) + delta(x)`; `delta` becomes a part of it.
+    """Make a module return `module(x) + delta(x)`; `delta` becomes a part of it.
 
     Args:
         module: a linear layer, of inputs of shape `(..., in)`.
-        delta: of an fp32 tensor of that shape gives one of shape `(..., out)`.
+        delta: maps an fp32 tensor of that shape to one of shape `(..., out)`.
     """
     module.add_module(NAME, delta)
     module.register_forward_hook(functools.partial(_add_of_input, delta))
 
 
 def behind(module: nn.Module, delta: nn.Module) -> None:
-    """Let a module give `y + delta(y)`, y being its own output of shape `(..., out)`; `delta` becomes a part of it."""
+    """Make a module return `y + delta(y)`, y its own output of shape `(..., out)`; `delta` becomes a part of it."""
     module.add_module(NAME, delta)
     module.register_forward_hook(functools.partial(_add_of_output, delta))
 

@@ -19,7 +19,7 @@ TRAIN_RANK, BOTTLENECK = 5, 64
 
 
 def factors(size: int, count: int) -> tuple[int, ...]:
-    """So many factors of a number, as near to each other as its divisors allow, rising: 768 in three is 8 x 8 x 12."""
+    """This many factors of a number, as close as its divisors allow, rising: 768 in three is 8 x 8 x 12."""
     if count == 1:
         return (size,)
     first = next(own for own in range(math.floor(size ** (1 / count) + 1e-9), 0, -1) if size % own == 0)
@@ -27,7 +27,7 @@ def factors(size: int, count: int) -> tuple[int, ...]:
 
 
 def _falling(size: int) -> tuple[int, ...]:
-    """Three factors with the greatest first: at an end of a train, where its core is smallest."""
+    """Three factors, the greatest first: at an end of a train, its core is smallest."""
     return factors(size, 3)[::-1]
 
 
@@ -38,7 +38,7 @@ class TensorTrain(nn.Module):
     the matrices `G_1[i_1] ... G_d[i_d]`. The core `G_k` has shape `(r, modes[k], r')`; r and r' are the train's rank,
     and 1 at its ends. So it has `sum of r * modes[k] * r'` parameters.
 
-    At the start the matrix has entries of variance `1 / columns`, or is zero: then the last core is.
+    At the start the matrix has entries of variance `1 / columns`, or is zero: then the last core is zero.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ def loretta_adp(model: nn.Module, bottleneck: int = BOTTLENECK, train_rank: int 
     `(bottleneck, width)` and U of shape `(width, bottleneck)` as `TensorTrain`s: three modes for the width, two for the
     bottleneck.
 
-    - Places: those that RED's position `ffn_attn` edits.
+    - Places: those of RED's position `ffn_attn`.
     - Start: the last core of U and b are 0.
     - Parameters: those of two `TensorTrain`s, `bottleneck` and `width` for each place. Norms stay frozen, and so does
       the head, which the paper can make a tensor train for classification.

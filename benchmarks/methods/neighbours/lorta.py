@@ -26,7 +26,7 @@ class CpTensor(nn.Module):
     Its entry is `sum over s of width[i, s] inner[j, s] heads[h, s] layers[l, s] kinds[m, s]`.
 
     Attributes:
-        width: A of the paper, of shape `(width, rank)`, drawn as LoRA's A is.
+        width: A of the paper, of shape `(width, rank)`, initialised like LoRA's A.
         inner: B, of shape `(head dimension, rank)`, zeros at the start.
         heads, layers, kinds: C_H, C_L and C_M, of shapes `(heads, rank)`, `(layers, rank)` and `(4, rank)`, with
             entries of mean 0 and variance 1 at the start.
@@ -42,18 +42,18 @@ class CpTensor(nn.Module):
         )
 
     def of_heads(self, layer: int, kind: int, heads: int) -> Tensor:
-        """All factors but the width's multiplied, for the first `heads` heads: `(heads * head dimension, rank)`."""
+        """The product of all factors but the width's, for the first `heads` heads: `(heads * head dimension, rank)`."""
         weights = self.heads[:heads] * (self.layers[layer] * self.kinds[kind])
         return (weights[:, None] * self.inner).flatten(0, 1)
 
 
 class Slice(nn.Module):
-    """What one linear layer takes of the tensor: `scale * M_h A^T x`, or for an output projection `scale * A M_h^T x`.
+    """One linear layer's part of the tensor: `scale * M_h A^T x`, or for an output projection `scale * A M_h^T x`.
 
     Args:
-        tensor: the factors, which all layers share.
+        tensor: the factors, shared by all layers.
         layer: the number of its attention.
-        kinds: which matrices it holds, side by side, each with the number of its heads.
+        kinds: its matrices, side by side, each with its number of heads.
         scale: of the update.
     """
 
@@ -72,7 +72,7 @@ class Slice(nn.Module):
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention's linear layers: those that its input goes through, with the matrices each holds, and the last."""
+    """One attention's linear layers: the input ones, with their matrices, and the last one."""
 
     into: tuple[tuple[str, tuple[int, ...]], ...]
     out: str
@@ -81,7 +81,7 @@ class Attention:
 def attentions(model: nn.Module) -> list[Attention]:
     """A model's attentions in its order, a decoder's two in a layer one by one.
 
-    Raises ValueError where the names do not tell queries, keys and values.
+    Raises ValueError if the names do not identify queries, keys and values.
     """
     linears = block_linears(model)
     found: list[tuple[tuple[str, tuple[int, ...]], ...]] = []
@@ -109,13 +109,13 @@ def lorta(model: nn.Module, rank: int = RANK) -> Prepared:
     m the matrix: transposed it adds to the head's rows of the query, key or value weight, as it is to the head's
     columns of the output projection. All of it is scaled as LoRA is here.
 
-    - Layers: queries, keys, values and output projections of all attentions, as in the paper. Where there are fewer
-      heads of keys and values than of queries, those take the first heads' factors. A decoder's attention to an encoder
-      counts as a layer of its own.
+    - Layers: queries, keys, values and output projections of all attentions, as in the paper. With fewer heads of keys
+      and values than of queries, those use the first heads' factors. A decoder's attention to an encoder counts as a
+      separate layer.
     - Start: `B = 0`.
     - Parameters: `rank * (width + head dimension + heads + layers + 4)`, for the whole model.
 
-    Raises ValueError where the names do not tell queries, keys and values, or the attentions differ in their sizes.
+    Raises ValueError if the names do not identify queries, keys and values, or if attentions differ in size.
     """
     linears = block_linears(model)
     found = attentions(model)
@@ -134,7 +134,7 @@ def lorta(model: nn.Module, rank: int = RANK) -> Prepared:
     tensor = CpTensor(width, inner, heads, len(found), rank, device)
     for number, attention in enumerate(found):
         for name, kinds in attention.into:
-            many = sizes(linears[name])[1] // inner  # heads of all matrices that it holds
+            many = sizes(linears[name])[1] // inner  # heads of all its matrices
             fewer = (many - heads) // 2 if len(kinds) > 1 else many  # of keys, and of values
             held = tuple((kind, heads if kind == QUERY else fewer) for kind in kinds)
             beside(linears[name], Slice(tensor, number, held, ALPHA / RANK))

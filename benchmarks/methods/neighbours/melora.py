@@ -19,10 +19,10 @@ class BlockDiagonal(nn.Module):
     """`scale * diag(B_1 A_1, ..., B_n A_n) x` for x of shape `(..., into)`; the result has shape `(..., out)`.
 
     Attributes:
-        first: the `A_i`, of shape `(parts, into / parts, rank)`, drawn as LoRA's A is.
+        first: the `A_i`, of shape `(parts, into / parts, rank)`, initialised like LoRA's A.
         second: the `B_i`, of shape `(parts, rank, out / parts)`, zeros at the start.
 
-    Raises ValueError where `parts` does not divide both sizes.
+    Raises ValueError if `parts` does not divide both sizes.
     """
 
     def __init__(self, into: int, out: int, parts: int, rank: int, scale: float, device: torch.device) -> None:
@@ -43,14 +43,14 @@ class BlockDiagonal(nn.Module):
 def melora(model: nn.Module, parts: int = PARTS, rank: int = RANK // PARTS) -> Prepared:
     """MELoRA with `parts` LoRAs of a rank each, each of its own part of the inputs and outputs.
 
-    `(W + scale * diag(B_1 A_1, ..., B_n A_n)) x`. All of them together have the rank `parts * rank`, which is LoRA's
+    `(W + scale * diag(B_1 A_1, ..., B_n A_n)) x`. All of them together have the rank `parts * rank`, equal to LoRA's
     here; the scale is LoRA's too.
 
     - Layers: queries and values, as in the paper.
     - Start: `B_i = 0`.
     - Parameters: `rank * (in + out)` for each layer, a LoRA of the same rank having `parts` times as many.
 
-    Raises ValueError where `parts` does not divide a layer's sizes.
+    Raises ValueError if `parts` does not divide a layer's sizes.
     """
     model.requires_grad_(False)
     linears = block_linears(model)

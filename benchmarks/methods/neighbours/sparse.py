@@ -1,8 +1,8 @@
 """SaRA and SPT: a few entries of each weight are trained, chosen once. PEFT's SHiRA (Apache-2.0) trains them.
 
-SHiRA adds a sparse matrix that begins as zeros, with `rank * (in + out)` entries for each layer: as many as LoRA has.
-Both papers choose with one threshold for the whole model, so that some layers have more entries than others. Here all
-have the same share, because SHiRA has one rank for all of them.
+SHiRA adds a sparse matrix that starts as zeros, with `rank * (in + out)` entries for each layer: as many as LoRA. Both
+papers choose with one threshold for the whole model, so that some layers have more entries than others. Here all have
+the same share, because SHiRA has one rank for all of them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ..linears import as_linears, block_linears, sizes
 
 
 def sara(model: nn.Module, rank: int = RANK) -> Prepared:
-    """SaRA: the entries of least magnitude are trained, which hold least of what was learnt (arXiv 2409.06633).
+    """SaRA: trains the entries of least magnitude, which contribute least to the pretrained model (arXiv 2409.06633).
 
-    `(W + M) x`, where M has the places of the least `|W|` (section 4). Without the penalty on M's nuclear norm, which
-    would be a part of the loss, and without choosing again in the middle of the training.
+    `(W + M) x`, where M has the positions of the least `|W|` (section 4). It omits the penalty on M's nuclear norm,
+    which would be a part of the loss, and the second choice in the middle of the training.
 
     - Layers: all linear ones of the blocks.
     - Start: `M = 0`.
@@ -33,10 +33,10 @@ def sara(model: nn.Module, rank: int = RANK) -> Prepared:
 
 
 def spt(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], rank: int = RANK) -> Prepared:
-    """SPT: the entries to which the loss is most sensitive are trained (arXiv 2303.08566, section 3).
+    """SPT: trains the entries to which the loss is most sensitive (arXiv 2303.08566, section 3).
 
-    The sensitivity of an entry w is the loss that one step would save, to first order: the gradient g times the change
-    of w. That step is along the gradient, so it is `g^2` up to a factor, summed over batches of the task.
+    The sensitivity of an entry w is the loss saved by one step, to first order: the gradient g times the change of w.
+    That step is along the gradient, so it is `g^2` up to a factor, summed over batches of the task.
 
     Only the unstructured part: in the paper, weights with many sensitive entries get a LoRA or an adapter instead.
 
@@ -65,7 +65,7 @@ def sensitivities(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> 
     def take(linear: Any, weight: Tensor) -> None:
         assert weight.grad is not None
         squared = weight.grad.float().square()
-        weight.grad = None  # at once, so that no two layers' gradients are held
+        weight.grad = None  # immediately, so that only one layer's gradient is in memory
         found[linear] = found[linear].add_(squared) if linear in found else squared
 
     with _only_weights_of(model, linears):
@@ -86,7 +86,7 @@ def sensitivities(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> 
 
 @contextlib.contextmanager
 def _only_weights_of(model: nn.Module, linears: Sequence[Any]) -> Iterator[None]:
-    """Let these weights alone need gradients, in evaluation mode; all is given back."""
+    """Make only these weights require gradients, in evaluation mode; then restore the former state."""
     needed = [(own, own.requires_grad) for own in model.parameters()]
     training = model.training
     model.requires_grad_(False).eval()
@@ -102,9 +102,9 @@ def _only_weights_of(model: nn.Module, linears: Sequence[Any]) -> Iterator[None]
 
 
 def _trained_at(model: nn.Module, rank: int, worth: Callable[[Any], Tensor]) -> Prepared:
-    """Train, in every linear layer of the blocks, the entries of the greatest worth; a layer to those of its weight.
+    """Train, in every linear layer of the blocks, the entries of greatest worth; a layer to those of its weight.
 
-    Raises ValueError where a layer has fewer entries than are asked for.
+    Raises ValueError if a layer has fewer entries than requested.
     """
     import peft
 

@@ -1,6 +1,6 @@
-"""Who computes an operation: one file for each kind of peer, in the order of the tables.
+"""The implementations of operations: one file for each kind of peer, in the order of the tables.
 
-A new one is a file with a function ``implementations(device)`` that gives `Implementation` objects, and its place in
+A new one is a file with a function ``implementations(device)`` that returns `Implementation` objects, and its place in
 ``FILES``.
 """
 
@@ -17,5 +17,5 @@ __all__ = ["FILES", "Implementation", "implementations"]
 
 
 def implementations(device: torch.device) -> list[Implementation]:
-    """All of them, those too that are missing here, which say why."""
+    """All of them, including missing ones with their reasons."""
     return [implementation for file in FILES for implementation in file.implementations(device)]

@@ -15,7 +15,7 @@ from .liger import NO_NORM
 
 
 def implementations(device: torch.device) -> list[Implementation]:
-    """Apex; its norms are in an extension that is compiled apart."""
+    """Apex; its norms are in a separately compiled extension."""
     module, reason = on_gpu(device, "apex", "apex.normalization.fused_layer_norm")
     if reason is None:
         _, reason = on_gpu(device, "apex (with its CUDA extensions)", "fused_layer_norm_cuda")

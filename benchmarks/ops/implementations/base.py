@@ -1,4 +1,4 @@
-"""What an implementation is."""
+"""An implementation."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Implementation:
 
     Attributes:
         name: in results and tables.
-        make: gives the function for an operation, or the reason why there is none. It is called once for each case.
+        make: returns the function for an operation, or the reason why there is none. It is called once for each case.
         missing: the reason why it cannot run here at all, or None.
         ours: whether it is of this package.
-        active: a context manager that its calls have to be made in.
+        active: a context manager around its calls.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Implementation:
 
 
 def on_gpu(device: torch.device, package: str, module: str) -> tuple[Any, str | None]:
-    """A module of a package that has kernels for GPUs only, and the reason why it cannot be used."""
+    """A module of a package with kernels only for GPUs, and the reason why it is unusable."""
     if device.type != "cuda":
         return None, "its kernels run only on a GPU"
     try:
@@ -45,5 +45,5 @@ def on_gpu(device: torch.device, package: str, module: str) -> tuple[Any, str | 
         if error.name == module.partition(".")[0]:
             return None, f"not installed: pip install {package}"
         return None, f"cannot be imported: {error}"
-    except Exception as error:  # what a package does as it is imported may fail in any way
+    except Exception as error:  # importing a package may raise any error
         return None, f"cannot be imported: {type(error).__name__}: {error}"

@@ -10,7 +10,7 @@ from ..operations import Edit, FusedNorm, Operation
 from .base import Function, Implementation
 from .eager import composed
 
-# Graphs of the whole call are left to the clock, which replays every implementation from one.
+# Graphs of the whole call are left to the clock, which replays every implementation from a graph.
 MODES = {"compile": "default", "compile-max-autotune": "max-autotune-no-cudagraphs"}
 ON_CPU = "on a CPU it tunes only matrix products, which these operations lack: its code equals that of compile"
 

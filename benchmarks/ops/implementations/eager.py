@@ -1,4 +1,4 @@
-"""Eager PyTorch: the edit as the authors of RED write it, and with torch's fused operations in place of single ones."""
+"""Eager PyTorch: the edit as RED's authors write it, and with torch's fused operations instead of single ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .base import Function, Implementation
 
 
 def composed(edit: Edit, norm: Norm, operation: Operation) -> Function:
-    """The operation out of an edit and a norm."""
+    """The operation composed of an edit and a norm."""
 
     def function(arguments: Arguments) -> tuple[Tensor, ...]:
         return compose(operation, arguments, edit, norm)

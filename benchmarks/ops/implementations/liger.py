@@ -1,4 +1,4 @@
-"""Liger's norms, fused with the residual's addition where it has that, behind an eager edit."""
+"""Liger's norms, fused with the residual's addition if available, behind an eager edit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NO_NORM = "it has kernels only for norms, not for an edit"
 
 
 def implementations(device: torch.device) -> list[Implementation]:
-    """Liger. Its kernels must not write into the gradient that they get, which other implementations get too."""
+    """Liger. Its kernels must not overwrite the incoming gradient, which other implementations get too."""
     module, reason = on_gpu(device, "liger-kernel", "liger_kernel.transformers.functional")
     return [Implementation("liger", functools.partial(_make, module), reason)]
 

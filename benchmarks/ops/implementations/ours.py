@@ -1,4 +1,4 @@
-"""This package's operations, by each of its backends that runs on the device."""
+"""This package's operations, by each of its backends on the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .base import Function, Implementation
 
 
 def implementations(device: torch.device) -> list[Implementation]:
-    """Those that may be taken by themselves: `cpu` on a CPU, `cuda` and `triton` on a GPU."""
+    """The backends to time: `cpu` on a CPU, `cuda` and `triton` on a GPU."""
     found = [record for record in records() if record.automatic and record.device == device.type]
     return [
         Implementation(
