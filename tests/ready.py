@@ -44,7 +44,6 @@ def _server(number: int) -> str:
         stdin=subprocess.PIPE,  # its end is that of the server
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
         text=True,
     )
     assert server.stdout is not None
