@@ -94,7 +94,7 @@ def test_a_vector_that_is_gone_or_in_parts_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.scale has shape \(3,\), expected \(32,\)"):
         rk.save_edits(model, tmp_path)
     own._parameters["scale"] = None
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.scale is not there"):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.scale is missing"):
         rk.save_edits(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

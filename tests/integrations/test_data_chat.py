@@ -211,7 +211,7 @@ def test_what_is_cut_and_dropped_is_counted() -> None:
         (
             (("user", "a"), ("assistant", "think=b"), ("user", "c"), ("assistant", "d")),
             FORGETTING,
-            "writes the first 2 messages otherwise .*--loss-on all",
+            "renders the first 2 messages differently .*--loss-on all",
         ),
         (TALK, REFUSING, "the chat template refuses the conversation: .*no system"),
         (TALK, PLAIN + "{% if false %}{% generation %}{% endgeneration %}{% endif %}", "marks no answer"),

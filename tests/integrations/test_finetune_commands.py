@@ -97,7 +97,7 @@ def test_evaluate_for_another_task(
     data.write_text("text\tlabel\n" + "aaaa abab\t1\nzzzz zyzy\t2\n" * 20)
     wanted = ["evaluate", str(runs[name]), "--data", str(data), "--task", task, "--device", "cpu"]
     assert cli.main(wanted) == cli.EXIT_ERROR
-    assert f"for '{own}'; give --task {own}" in capsys.readouterr().err
+    assert f"for '{own}'; pass --task {own}" in capsys.readouterr().err
 
 
 def test_evaluate_on_other_data(

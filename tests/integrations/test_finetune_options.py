@@ -230,7 +230,7 @@ def test_settings_come_back_from_their_options() -> None:
     ("save-every: 3\nsave_every: 3", "save-every twice"),
     ("steps: many", "steps: got 'many', expected an integer of at least 1"),
     ("patience: 2", "patience: got 2 without eval_every"),
-    ("eval-every: 4\nsave-every: 6", "save_every: got 6, expected 4, that of eval_every"),
+    ("eval-every: 4\nsave-every: 6", "save_every: got 6, expected 4, the value of eval_every"),
     ("steps: 3\nepochs: 1", "steps and epochs: got 3 and 1, expected one"),
     ("warmup: -1", "warmup: got -1, expected a number, 0 or more"),
     ("schedule: sudden", "schedule: got 'sudden', expected one of"),
@@ -283,7 +283,7 @@ def test_patience_that_is_new_in_a_resumed_run(
     broken_off = {**record(output), "state": "interrupted"}
     (output / "run.json").write_text(json.dumps(broken_off))
     assert cli.main(["finetune", "--output", str(output), "--resume", "--steps", "2"]) == cli.EXIT_ERROR
-    assert "steps, and 2 are asked for" in capsys.readouterr().err
+    assert "steps already, and 2 were requested" in capsys.readouterr().err
     assert record(output) == broken_off
 
 
@@ -309,7 +309,7 @@ def test_resume_refuses(folders: dict[str, Path], tmp_path: Path, capsys: pytest
     again = ["finetune", "--output", str(output), "--resume"]
     for more, message in (
         ([], "is finished; --steps N or --epochs N with a larger N"),
-        (["--steps", "2"], "has done 3 steps, and 2 are asked for"),
+        (["--steps", "2"], "has done 3 steps already, and 2 were requested"),
         (["--steps", "5", "--lr", "1"], "learning_rate was 0.01, is 1.0"),
     ):
         assert cli.main([*again, *more]) == cli.EXIT_ERROR

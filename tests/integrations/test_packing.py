@@ -147,8 +147,8 @@ class OwnPositions(nn.Module):
         (small_bert, "BertLMHeadModel reads one packed document in the next"),
         (mamba, "MambaForCausalLM reads one packed document in the next"),
         (lambda: zoo.tiny("opt"), "OPTForCausalLM reads"),
-        (lambda: zoo.tiny("t5"), "does not take the positions"),
-        (OwnPositions, "OwnPositions counts positions in its own way"),
+        (lambda: zoo.tiny("t5"), "does not accept the positions"),
+        (OwnPositions, "OwnPositions computes positions in its own way"),
     ],
 )
 def test_models_that_do_not(make: Any, message: str) -> None:
