@@ -31,6 +31,8 @@ endif
 PART := tests/part.sh
 PYTEST := $(BIN)/python -m pytest
 BY_TWO := -n 2 --dist loadgroup
+# The folders that have tests of implementations (tests/sampling.py): reading all others takes each process 11 s.
+OF_IMPLEMENTATIONS := tests/ops tests/backends
 # Tests of a random order, in which those of all files are mixed; the number that made it is printed.
 RANDOM_ORDER := --random-order-bucket=global $(if $(SEED),--random-order-seed=$(SEED))
 TESTED := --constraint constraints.txt
@@ -116,8 +118,8 @@ test: .venv/test say-cuda say-aarch64
 	@$(MAKE) --no-print-directory --output-sync=target --jobs 2 lint $(EMULATOR) $(OLDEST)/done $(DEEPSPEED)/done $(EXTRA)/done
 	$(PART) "main" env OMP_NUM_THREADS=1 $(PYTEST) $(BY_TWO)
 	@$(MAKE) --no-print-directory --output-sync=target --jobs 2 test-deepspeed test-extra test-oldest
-	$(PART) "CUDA kernels, emulated" env $(FEW) $(EMULATED) $(PYTEST) $(BY_TWO)
-	$(PART) "Triton kernels, interpreted" env $(FEW) $(INTERPRETED) $(PYTEST) $(BY_TWO)
+	$(PART) "CUDA kernels, emulated" env $(FEW) $(EMULATED) $(PYTEST) $(BY_TWO) $(OF_IMPLEMENTATIONS)
+	$(PART) "Triton kernels, interpreted" env $(FEW) $(INTERPRETED) $(PYTEST) $(BY_TWO) $(OF_IMPLEMENTATIONS)
 	$(PART) "oldest Triton, interpreted" env $(FEW) PYTHONPATH=$(OLDEST) $(INTERPRETED) $(PYTEST) $(BY_TWO) $(OF_OLDEST)
 	@$(PART)
 	@$(MAKE) --no-print-directory say-cuda say-aarch64
@@ -136,9 +138,9 @@ test-oldest: $(OLDEST)/done
 test-nightly: lint $(OLDEST)/done $(EMULATOR) say-cuda
 	$(if $(NVCC_FOUND),$(PART) "build for three GPUs" env RED_KERNELS_ARCHS="80 90 100" $(BIN)/python csrc/build.py cuda)
 	$(PART) "main, in a random order" env $(ALL) OMP_NUM_THREADS=1 $(PYTEST) $(BY_TWO) $(RANDOM_ORDER)
-	$(PART) "CUDA kernels, emulated" env $(ALL) $(EMULATED) $(PYTEST) $(BY_TWO)
-	$(PART) "Triton kernels, interpreted" env $(ALL) $(INTERPRETED) $(PYTEST) $(BY_TWO)
-	$(PART) "oldest Triton, interpreted" env PYTHONPATH=$(OLDEST) $(ALL) $(INTERPRETED) $(PYTEST) $(BY_TWO)
+	$(PART) "CUDA kernels, emulated" env $(ALL) $(EMULATED) $(PYTEST) $(BY_TWO) $(OF_IMPLEMENTATIONS)
+	$(PART) "Triton kernels, interpreted" env $(ALL) $(INTERPRETED) $(PYTEST) $(BY_TWO) $(OF_IMPLEMENTATIONS)
+	$(PART) "oldest Triton, interpreted" env PYTHONPATH=$(OLDEST) $(ALL) $(INTERPRETED) $(PYTEST) $(BY_TWO) $(OF_IMPLEMENTATIONS)
 	$(PART) "oldest Triton, compiled" env PYTHONPATH=$(OLDEST) $(ALL) $(PYTEST) tests/backends/test_ahead_of_time.py
 	@$(PART)
 

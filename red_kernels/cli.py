@@ -40,11 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         other error, which the line calls unexpected; 130 after Ctrl-C. With `--traceback` an error is raised instead.
     """
     options = _parser().parse_args(arguments)
+    command = vars(options).pop("command")
     try:
-        if options.alone and _processes() > 1:
+        if command != "finetune" and _processes() > 1:
             if int(os.environ["RANK"]):
                 return EXIT_ERROR  # the first process says why
-            raise ValueError(f"{options.command} runs in one process, got {_processes()}; start it without a launcher")
+            raise ValueError(f"{command} runs in one process, got {_processes()}; start it without a launcher")
         with bars_on_terminals_only():
             return int(options.run(options))
     except KeyboardInterrupt:
@@ -131,7 +132,7 @@ def _parser() -> Parser:
     _add_bench_options(bench)
     for name, command in commands.choices.items():
         command.add_argument("--traceback", action="store_true", help="show the traceback of an error")
-        command.set_defaults(command=name, alone=command is not finetune)
+        command.set_defaults(command=name)
     return parser
 
 

@@ -36,9 +36,15 @@ MARKERS = (
 )
 
 
+FOLDERS = ("ops", "backends")  # of tests of implementations; the Makefile names them too
+
+
 def chosen(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Those that run, in their order."""
+    """Those that run, in their order. Raises UsageError for a test of implementations in another folder."""
     kept = list(items)
+    for item in kept:
+        if _of_implementations(item) and item.path.parent.name not in FOLDERS:
+            raise pytest.UsageError(f"{item.nodeid} is a test of implementations; expected it in one of {FOLDERS}")
     if TEST_ON is not None:
         kept = [item for item in kept if _of_implementations(item)]
     if INTERPRETED:

@@ -69,6 +69,16 @@ def test_tests_of_implementations_sample_by_pairs_where_asked(
     assert sampling._number(item(())) is None
 
 
+def test_tests_of_implementations_are_where_they_are_looked_for() -> None:
+    def item(folder: str) -> Any:
+        return Case(path=Path(folder) / "test_x.py", nodeid="x", name="x", fixturenames=("implementation",),
+                    get_closest_marker=lambda name: None)  # fmt: skip
+
+    assert len(sampling.chosen([item("tests/ops"), item("tests/backends")])) == 2
+    with pytest.raises(pytest.UsageError, match="x is a test of implementations; expected it in one of"):
+        sampling.chosen([item("tests/patching")])
+
+
 def test_a_group_has_one_worker(tmp_path: Path) -> None:
     """Which makes what takes a minute once: releases of pytest and pytest-xdist that do not fit pass over it."""
     (tmp_path / "test_group.py").write_text(

@@ -104,7 +104,7 @@ def _rows(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: is no JSON: {error}") from None
+            raise ValueError(f"{path}, line {number}: is not JSON: {error}") from None
         if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in fields):
             raise ValueError(f"{path}, line {number}: expected an object with the texts {' and '.join(fields)}")
         rows.append(row)

@@ -92,7 +92,7 @@ def test_majority():
     [
         (b"no archive at all", "is damaged or no source distribution"),
         (source_distribution(as_lines(RATED))[:-200], "is damaged or no source distribution"),
-        (source_distribution(None), "holds movieReviewSnippets"),
+        (source_distribution(None), "contains movieReviewSnippets"),
         (packed([("elsewhere/data.tar.gz", packed([(sentiment.SENTENCES, as_lines(RATED))]))]), "no archive in its"),
         (source_distribution(b"1\t2.0\tgood\r\n2\tbad\r\n"), "line 2: expected an id, a rating and a sentence"),
         (source_distribution(b"1\thigh\tgood\r\n"), "line 1: expected an id, a rating"),

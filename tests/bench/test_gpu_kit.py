@@ -116,7 +116,8 @@ def test_what_does_not_fit_is_made_there_and_said(
     assert "the kit's libraries are of other sources" in placed.said[0]
     assert "for Python 3.12 and Triton 3.6.0, but this is Python 3.11.7 and Triton 3.6.0" in placed.said[1]
     versions(monkeypatch, triton="3.7.0")
-    assert "this is Python 3.12.3 and Triton 3.7.0" in place.place(made, tmp_path / "b", sys.executable, root).said[1]
+    newer = place.place(made, tmp_path / "b", sys.executable, root)
+    assert "but this is Python 3.12.3 and Triton 3.7.0" in newer.said[1]
     nothing = place.place(tmp_path / "none", tmp_path / "c", sys.executable, root)
     assert nothing.build
     assert "remedy: make gpu-kit first" in nothing.said[0]

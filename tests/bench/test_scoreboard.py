@@ -109,7 +109,7 @@ def test_files_in_the_place_of_the_hub(files: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [("", "has no row"), ("[]\n", "line 1: expected an object"), ('{"query": 1}\n', "query and response"),
-     ('\n{"query"', "line 2: is no JSON")],
+     ('\n{"query"', "line 2: is not JSON")],
 )  # fmt: skip
 def test_damaged_files(content: str, message: str, files: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(content)

@@ -137,14 +137,14 @@ def test_results_out_of_form(missing: str, tmp_path: Path) -> None:
     ids=["range", "downwards", "count", "one for ever", "one too many"],
 )
 def test_more_layers_than_a_model_can_have(layers: object) -> None:
-    with pytest.raises(ValueError, match=r"layers: got .*, expected 100,000 at most"):
+    with pytest.raises(ValueError, match=r"layers: got .*, expected at most 100,000"):
         rk.RedConfig(layers=layers)
 
 
 def test_layers_at_the_limit() -> None:
     assert len(rk.RedConfig(layers=range(100_000)).layers) == 100_000
     assert rk.RedConfig(layers=[10**12]).layers == (10**12,)
-    with pytest.raises(ValueError, match=r"sites: got .*, expected 100,000 at most"):
+    with pytest.raises(ValueError, match=r"sites: got .*, expected at most 100,000"):
         rk.RedConfig(sites=itertools.repeat("*.down_proj"))
 
 

@@ -18,7 +18,7 @@ def test_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = doc_examples.run_page(PAGE, tmp_path)
     shown = capsys.readouterr().out
     assert "10 sites loaded from edits/red_edits.safetensors" in shown
-    assert "position 'more' (told from RobertaModel), kind 'all'" in shown
+    assert "position 'more' (inferred from RobertaModel), kind 'all'" in shown
     assert {path.name for path in (tmp_path / "authors").iterdir()} == {"delta_vector.pth", "classifier.pth"}
     assert (tmp_path / "converted" / "red_head.safetensors").exists()
     assert torch.equal(names["other"](names["ids"]).logits, names["trained"])

@@ -110,7 +110,7 @@ def test_table_without_header(tmp_path: Path) -> None:
         ("a.tsv", "text\tlabel\none\t \n", "line 2: 'label' is ' ', expected a label"),
         ("a.csv", 'text,label\n"one,x\n', "unexpected end of data"),
         ("a.csv", "", "holds no documents"),
-        ("a.jsonl", '{"text": "one", "label": "x"}\n{"text": ', "line 2: is no JSON"),
+        ("a.jsonl", '{"text": "one", "label": "x"}\n{"text": ', "line 2: is not JSON"),
         ("a.jsonl", "[1]\n", "line 1: is a list"),
         ("a.jsonl", '{"text": 3, "label": "x"}\n', "'text' is int, expected a text"),
         ("a.jsonl", '{"text": "one", "label": 0.5}\n', "'label' is 0.5"),

@@ -292,7 +292,7 @@ def test_compressed_texts_and_tables(tmp_path: Path) -> None:
     parquet.write_table(arrow.table({"text": ["one", "two"]}), tmp_path / "a.parquet")
     (tmp_path / "a.parquet.gz").write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
     assert len(everything(load(str(tmp_path / "a.parquet.gz")))) == 2
-    with pytest.raises(FileNotFoundError, match=r"no file .*b\.json\.gz"):
+    with pytest.raises(FileNotFoundError, match=r"the file .*b\.json\.gz' does not exist"):
         load(str(tmp_path / "b.json.gz"))
 
 
@@ -317,8 +317,8 @@ def test_json(content: str, wheres: list[str], tmp_path: Path) -> None:
         ('{"a": 1}', "an object with 0 lists"),
         ('[{"text": "a"}, 3]', "row 2: is a int, expected an object"),
         ('[{"text": "a", "text": "b"}]', "row 1: has 'text' twice"),
-        ('[{"text": "a"}', "a.json: is no JSON"),
-        ('{"text": "a"}\n{"text": ', "line 2: is no JSON"),
+        ('[{"text": "a"}', "a.json: is not JSON"),
+        ('{"text": "a"}\n{"text": ', "line 2: is not JSON"),
         ("[]", "holds no documents"),
     ],
 )

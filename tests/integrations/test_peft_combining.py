@@ -288,7 +288,7 @@ def test_a_trained_head_comes_along(base: Path, tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("adapter_config.json", json.dumps({"peft_type": "LORA"}).encode(), "the method 'LORA', expected 'RED'"),
-        ("adapter_config.json", b"{", "adapter_config.json: is no JSON"),
+        ("adapter_config.json", b"{", "adapter_config.json: is not JSON"),
         ("adapter_config.json", b"[" * 100_000, "adapter_config.json"),
         ("adapter_model.safetensors", b"\xff" * 90, "adapter_model.safetensors: is damaged"),
         ("adapter_model.safetensors", None, "holds neither"),

@@ -93,8 +93,12 @@ class Subject:
             except Exception as error:
                 self.fails[training] = f"does not run {_MODES[training]}: {_told(error)}"
 
-    def run(self, position: str) -> Run:
-        """Patch it, in training and in evaluation, and compare two forwards and backwards of each with plain hooks."""
+    def run(self, position: str, foreseen: bool = True) -> Run:
+        """Patch it, in training and in evaluation, and compare two forwards and backwards of each with plain hooks.
+
+        Without ``foreseen`` the patch for training does not foresee either what will be fused: that takes as long as
+        all the rest, and has no part in what is compared.
+        """
         result = Run(self.reason)
         if self.reason:
             return result
@@ -104,7 +108,8 @@ class Subject:
                 continue
             model, plain = (copy.deepcopy(self.built).train(training) for _ in range(2))
             try:
-                with warnings.catch_warnings(), contextlib.nullcontext() if training else _expecting_nothing():
+                foreseeing = contextlib.nullcontext() if training and foreseen else _expecting_nothing()
+                with warnings.catch_warnings(), foreseeing:
                     warnings.simplefilter("ignore")
                     report, own, others = paired(model, plain, position)
             except ValueError as error:
@@ -189,9 +194,9 @@ def _wavering(
     return [max(each) for each in zip(*found, strict=True)]
 
 
-def run(architecture: zoo.Architecture, position: str) -> Run:
-    """Patch one architecture at one position, and compare it with plain hooks."""
-    return Subject(architecture).run(position)
+def run(architecture: zoo.Architecture, position: str, foreseen: bool = True) -> Run:
+    """Patch one architecture at one position, and compare it with plain hooks; see :meth:`Subject.run`."""
+    return Subject(architecture).run(position, foreseen)
 
 
 def _as_exact(plain: nn.Module, batch: dict[str, Any], vectors: list[nn.Parameter], found: Any, wanted: Any) -> bool:

@@ -132,7 +132,7 @@ def test_two_patches_in_one_model(tmp_path):
     patch(model.decoder, RedConfig(kind="bias"))
     assert len(edit_parameters(model)) == len(zoo.sites("t5"))
     for function in (edit_config, lambda model: save_edits(model, tmp_path / "edits")):
-        with pytest.raises(ValueError, match=r"patched by different configs: encoder, decoder; .*each part by itself"):
+        with pytest.raises(ValueError, match=r"different configs: encoder, decoder; pass each part by itself"):
             function(model)
     assert not list(tmp_path.iterdir())
     assert edit_config(model.decoder).kind == "bias"
