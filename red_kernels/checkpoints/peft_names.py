@@ -70,7 +70,7 @@ def foreign_adapter(folder: Path) -> str | None:
 
 
 def _method(folder: Path) -> object:
-    """The config of an adapter; None if it is missing or unreadable."""
+    """The method that an adapter's config names; None if the config is missing or unreadable."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return json.loads((folder / CONFIG_NAME).read_bytes()).get("peft_type")
     return None
